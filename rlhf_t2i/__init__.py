@@ -1,0 +1,1 @@
+"""Teach text-to-image diffusion models what people prefer."""

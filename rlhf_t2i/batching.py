@@ -1,0 +1,41 @@
+"""Which strokes of a rollout go into which optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def minibatches(
+    *,
+    generators: Sequence[torch.Generator],
+    images_per_prompt: int,
+    window: tuple[int, int],
+    fraction: float,
+    num_minibatches: int,
+    num_epochs: int,
+) -> Iterator[tuple[Int[Tensor, " N"], Int[Tensor, " N"]]]:
+    """Shuffle a rollout's images and denoising steps, anew in each epoch, into equal minibatches of (image, step).
+
+    There is one generator for each prompt. Every prompt gives each minibatch the same number of its images, so that
+    the result does not depend on how prompts are spread over processes. Of the steps in `window` (first, end) each
+    image trains its own random `fraction`.
+    """
+    first, end = window
+    num_kept = max(1, round(fraction * (end - first)))
+    for _ in range(num_epochs):
+        orders = [torch.randperm(images_per_prompt, generator=g) for g in generators]
+        kept = torch.stack(
+            [
+                first + torch.randperm(end - first, generator=generator)[:num_kept]
+                for generator in generators
+                for _ in range(images_per_prompt)
+            ]
+        )
+        by_minibatch = [order.chunk(num_minibatches) for order in orders]
+        for batch in range(num_minibatches):
+            images = torch.cat([prompt * images_per_prompt + own[batch] for prompt, own in enumerate(by_minibatch)])
+            yield images.repeat_interleave(num_kept), kept[images].flatten()

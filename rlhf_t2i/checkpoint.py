@@ -1,0 +1,96 @@
+"""Save so that a crash at any moment leaves a whole checkpoint behind, and find it again.
+
+A checkpoint is a folder `step_000120`. It is written under another name, every file is flushed to the disk, a manifest
+with checksums comes last, and only then does it get its name. Whatever has the name and fits its manifest is good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+_MANIFEST = "manifest.json"
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after `step` steps."""
+    return f"step_{step:06d}"
+
+
+def checkpoint_step(path: Path) -> int:
+    """How many steps had been done when a checkpoint was written."""
+    return int(path.name.removeprefix("step_"))
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder to write a checkpoint's files into; nothing counts until `commit`."""
+    part = folder / f"{checkpoint_name(step)}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
+def commit(part: Path, *, keep: int) -> Path:
+    """Make a written folder a checkpoint, and remove all but the `keep` newest."""
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(part)): _sha256(path) for path in files}
+    (part / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*files, part / _MANIFEST, part]:
+        _flush(path)
+    target = part.with_suffix("")
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+    _flush(target.parent)
+    for old in _checkpoints(target.parent)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def newest_whole(folder: Path, *, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that fits its manifest; each one passed over is reported with the reason."""
+    for path in _checkpoints(folder):
+        if fault := _fault(path):
+            report(f"Skipped the checkpoint {path}: {fault}.")
+        else:
+            return path
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All that has a checkpoint's name, newest first."""
+    found = [p for p in folder.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest: dict[str, str] = json.loads((path / _MANIFEST).read_text())
+    except FileNotFoundError:
+        return "it has no manifest, so it was never finished"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return "its manifest cannot be read"
+    for name, checksum in manifest.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sha256(path / name) != checksum:
+            return f"{name} is not what was written"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

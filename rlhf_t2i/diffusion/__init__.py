@@ -1,0 +1,1 @@
+"""The maths of one denoising step; knows torch and nothing heavier."""

@@ -1,0 +1,64 @@
+"""Gaussian transitions: draw from them, weigh them, compare them. All of it in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_t2i.types import Transition
+
+
+def per_image(values: Float[Tensor, " B"]) -> Float[Tensor, "B 1 1 1"]:
+    """One number for each image, ready to be multiplied with latents."""
+    return values[:, None, None, None]
+
+
+def randn(shape: Sequence[int], *, generators: Sequence[torch.Generator], device: torch.device) -> Float[Tensor, "..."]:
+    """Standard normal numbers of `shape`; each generator fills an equal share of the first dimension.
+
+    They are drawn on the CPU, so that a seed paints the same picture on every device and with any number of
+    processes. Raises ValueError if the images cannot be shared equally.
+    """
+    if shape[0] % len(generators):
+        raise ValueError(f"{len(generators)} generators cannot share {shape[0]} images equally.")
+    share = (shape[0] // len(generators), *shape[1:])
+    return torch.cat([torch.randn(share, generator=g) for g in generators]).to(device)
+
+
+def sample(transition: Transition, *, generators: Sequence[torch.Generator]) -> Float[Tensor, "B C H W"]:
+    """Draw the next latents; each generator serves an equal share of the batch."""
+    mean = transition.mean
+    noise = randn(mean.shape, generators=generators, device=mean.device)
+    return mean + per_image(transition.std) * noise
+
+
+def mean_log_prob(transition: Transition, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
+    """Log-density of `latents`, averaged over their numbers.
+
+        log N(x; mean, std^2) = -(x - mean)^2 / (2 std^2) - log(std) - log(2 pi) / 2
+
+    A mean, not a sum: the clip range of DDPO (arXiv:2305.13301) depends on it. A deterministic step (std = 0) has no
+    density; it says nothing about the policy and gets 0.
+    """
+    random = transition.std > 0
+    std = per_image(torch.where(random, transition.std, 1.0))
+    error = (latents.detach().float() - transition.mean.float()) / std
+    density = -0.5 * error**2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return torch.where(random, density.mean(dim=(1, 2, 3)), 0.0)
+
+
+def mean_kl(policy: Transition, reference: Transition) -> Float[Tensor, " B"]:
+    """KL(policy || reference) of two steps with equal std, averaged over latent numbers.
+
+    (mean - mean_ref)^2 / (2 std^2)
+
+    The std is that of the whole step, every factor included. Deterministic steps get 0.
+    """
+    random = policy.std > 0
+    std = per_image(torch.where(random, policy.std, 1.0))
+    gap = (policy.mean.float() - reference.mean.float()) / std
+    return torch.where(random, 0.5 * (gap**2).mean(dim=(1, 2, 3)), 0.0)

@@ -1,0 +1,98 @@
+"""What a run writes down as it goes: one JSON line a row, and strips of pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+NUM_COLUMNS = 8
+
+
+class MetricsFile:
+    """`metrics.jsonl` of a run folder: rows of kind "train" and "evaluation", each with its step."""
+
+    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+        """Go on with a file, without the rows of steps that a resumed run does again."""
+        self.path = folder / "metrics.jsonl"
+        rows = read_metrics(folder) if resumed_step else []
+        kept = [row for row in rows if row["step"] <= resumed_step]
+        self.elapsed = max((row["elapsed"] for row in kept), default=0.0)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; it is on the disk before this returns."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run; a last line that a killed process left half-written is passed over."""
+    rows: list[dict[str, Any]] = []
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number} is not JSON: {line[:80]}") from error
+    return rows
+
+
+def before_after(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the first and the last evaluation: each reward's mean, its change, and how sure that is."""
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    if not evaluations:
+        return "There was no evaluation."
+    first, last = evaluations[0], evaluations[-1]
+    lines = [f"{'':28}{'before':>16}{'after':>16}{'change':>9}{'standard errors':>17}"]
+    for name in (key for key in first if f"{key}/standard_error" in first):
+        errors = first[f"{name}/standard_error"], last[f"{name}/standard_error"]
+        change, error = last[name] - first[name], math.hypot(*errors)
+        sure = f"{change / error:+.1f}" if error else "-"
+        lines.append(
+            f"{name:28}{first[name]:8.3f} ± {errors[0]:.3f}{last[name]:8.3f} ± {errors[1]:.3f}{change:+9.3f}{sure:>17}"
+        )
+    lines.append(
+        f"{'diversity':28}{first['diversity']:8.3f}{'':8}{last['diversity']:8.3f}{'':8}"
+        f"{last['diversity'] - first['diversity']:+9.3f}"
+    )
+    pictures = sum(row["images"] for row in rows if row["kind"] == "train")
+    return "\n".join(
+        [
+            *lines,
+            f"{last['num_images']} held-out pictures, {last['step']} steps, {pictures:,} pictures painted for training, "
+            f"{last['elapsed'] / 60:.1f} minutes",
+        ]
+    )
+
+
+def save_pictures(path: Path, images: Float[Tensor, "B 3 Y X"], *, num_columns: int = NUM_COLUMNS) -> None:
+    """Write images in [0, 1] as one PNG, row by row; the last row is filled with white."""
+    count, channels, height, width = images.shape
+    num_rows = -(-count // num_columns)
+    sheet = torch.ones(num_rows * num_columns, channels, height, width)
+    sheet[:count] = images.clamp(0, 1).cpu()
+    sheet = sheet.unflatten(0, (num_rows, num_columns)).permute(0, 3, 1, 4, 2)
+    pixels = (sheet.reshape(num_rows * height, num_columns * width, channels) * 255).round()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.numpy().astype(np.uint8)).save(path)
+
+
+def save_captions(path: Path, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Say which prompt and seed each cell of the strips beside it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    captions = {"prompts": list(prompts), "seeds": list(seeds), "columns": NUM_COLUMNS}
+    path.write_text(json.dumps(captions, indent=1))

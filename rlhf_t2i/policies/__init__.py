@@ -1,0 +1,1 @@
+"""Who paints: the only folder that knows diffusers."""

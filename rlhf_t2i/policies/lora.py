@@ -1,0 +1,54 @@
+"""Choose what of a denoiser learns: low-rank adapters or all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The projections that DDPO and most LoRAs of Stable Diffusion train."""
+
+
+def add_lora(denoiser: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] = ATTENTION) -> None:
+    """Freeze a denoiser and put trainable float32 adapters `x + alpha / rank * B A x` on its projections.
+
+    Raises ValueError if no module's name ends with one of `targets`.
+    """
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not any(name.endswith(tuple(targets)) for name in names):
+        raise ValueError(f"No layer of the denoiser ends with {', '.join(targets)}; it has, for example, {names[:5]}.")
+    denoiser.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    denoiser.add_adapter(config)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def has_lora(denoiser: nn.Module) -> bool:
+    """Whether `add_lora` was called on it."""
+    return bool(getattr(denoiser, "peft_config", None))
+
+
+def lora_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The adapters' weights under the names that diffusers loads."""
+    return {name: weight.detach().float().cpu() for name, weight in get_peft_model_state_dict(denoiser).items()}
+
+
+@contextmanager
+def lora_disabled(denoiser: nn.Module) -> Iterator[None]:
+    """Within it the denoiser answers as if it had no adapters."""
+    denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        denoiser.enable_adapters()
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -1,0 +1,247 @@
+"""Stable Diffusion 1.x and 2.x: any `StableDiffusionPipeline` folder or Hub id, with noise or v prediction."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlhf_t2i.diffusion.gaussian import per_image, randn
+from rlhf_t2i.policies.lora import add_lora, has_lora, lora_disabled, lora_weights, trainable
+from rlhf_t2i.types import Level, Prediction, Schedule
+
+BUILT_IN = Path(__file__).parent.parent / "shapes" / "weights"
+"""What the model name `shapes` stands for."""
+
+
+class StableDiffusion:
+    """A Stable Diffusion model as a policy: frozen text encoder and autoencoder, a U-Net that learns."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Take a loaded pipeline's parts; frozen parts are held in `dtype`, computations run in it.
+
+        Raises ValueError for a scheduler without betas, a prediction type other than noise or v, or one that clips.
+        """
+        self.scheduler = _ddim_scheduler(pipeline.scheduler.config)
+        self.device, self.dtype = device, dtype
+        self.tokenizer: Any = pipeline.tokenizer
+        self.text_encoder: Any = pipeline.text_encoder.requires_grad_(False).to(device, dtype).eval()
+        self.vae: Any = pipeline.vae.requires_grad_(False).to(device, dtype).eval()
+        self.unet: Any = pipeline.unet.requires_grad_(False).to(device).eval()
+        self.denoiser: nn.Module = self.unet
+        self._reference: nn.Module | None = None
+        self._warned: set[str] = set()
+
+    # --- what learns ---
+
+    def learn(self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool) -> None:
+        """Choose what learns: adapters of a rank on the U-Net's attention, or (None) the whole U-Net in float32.
+
+        For the latter a frozen copy is kept if a reference will be asked for; adapters can just be switched off.
+        """
+        if lora_rank is not None:
+            self.unet.to(self.dtype)
+            add_lora(self.unet, rank=lora_rank, alpha=lora_alpha or lora_rank)
+            return
+        if keep_reference:
+            self._reference = copy.deepcopy(self.unet)
+        self.unet.float().requires_grad_(True)
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.unet.enable_gradient_checkpointing()
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return trainable(self.unet)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within it, `predict` answers as the model did before training (without adapters, or by its frozen copy)."""
+        if has_lora(self.unet):
+            with lora_disabled(self.unet):
+                yield
+            return
+        if self._reference is None:
+            raise RuntimeError("No reference was kept: call learn(..., keep_reference=True).")
+        learner, self.denoiser = self.denoiser, self._reference
+        try:
+            yield
+        finally:
+            self.denoiser = learner
+
+    # --- painting ---
+
+    def schedule(self, num_steps: int) -> Schedule:
+        """The levels that diffusers' DDIM passes in `num_steps` steps, from noise to clean.
+
+        Raises ValueError for a number of steps that the model's schedule cannot be cut into.
+        """
+        total = self.scheduler.config.num_train_timesteps
+        spacing = self.scheduler.config.timestep_spacing
+        if not 1 <= num_steps <= total or (spacing != "leading" and total % num_steps):
+            raise ValueError(
+                f"num_denoising_steps is {num_steps}; with {spacing!r} spacing it must divide the {total} steps that "
+                f"the model was trained with."
+                if 1 <= num_steps <= total
+                else f"num_denoising_steps is {num_steps}; it must be between 1 and {total}."
+            )
+        self.scheduler.set_timesteps(num_steps)
+        times = self.scheduler.timesteps.to(torch.int64)
+        last = int(times[-1]) - total // num_steps
+        products = self.scheduler.alphas_cumprod
+        final = products[last] if last >= 0 else self.scheduler.final_alpha_cumprod
+        kept = torch.cat([products[times], final.reshape(1)]).to(self.device, torch.float32)
+        model_time = torch.cat([times, times.new_tensor([max(last, 0)])]).to(self.device)
+        return Schedule(kept.sqrt(), (1 - kept).sqrt(), model_time.float())
+
+    def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Float[Tensor, "B C H W"]:
+        """Pure noise, `copies` latents from each generator."""
+        config = self.unet.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (len(generators) * copies, config.in_channels, height, width)
+        return randn(shape, generators=generators, device=self.device)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
+        """The text encoder's states, each different prompt encoded once; warns once of each prompt that is cut."""
+        unique = list(dict.fromkeys(prompts))
+        length = self.tokenizer.model_max_length
+        full = self.tokenizer(unique, verbose=False).input_ids
+        for prompt, ids in zip(unique, full, strict=True):
+            if len(ids) > length and prompt not in self._warned:
+                self._warned.add(prompt)
+                warnings.warn(
+                    f"The text encoder reads {length} tokens and this prompt has {len(ids)}; its end is cut off: "
+                    f"{prompt!r}",
+                    stacklevel=2,
+                )
+        tokens = self.tokenizer(unique, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if uses_mask else None
+        states = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        index = {prompt: i for i, prompt in enumerate(unique)}
+        return states[[index[prompt] for prompt in prompts]]
+
+    def predict(
+        self,
+        latents: Float[Tensor, "B C H W"],
+        level: Level,
+        conditioning: Float[Tensor, "B L D"],
+        *,
+        guidance_scale: float,
+    ) -> Prediction:
+        """What the U-Net sees in noisy latents, in float32, with classifier-free guidance if its scale is above 1.
+
+        output = unconditional + guidance_scale * (conditional - unconditional)      (arXiv:2207.12598)
+        """
+        if guidance_scale <= 1:
+            output = self._denoise(latents, level.model_time, conditioning)
+        else:
+            empty = self.encode([""]).expand_as(conditioning)
+            doubled = torch.cat([latents, latents]), torch.cat([level.model_time] * 2)
+            both = self._denoise(*doubled, torch.cat([empty, conditioning]))
+            unconditional, conditional = both.chunk(2)
+            output = unconditional + guidance_scale * (conditional - unconditional)
+        alpha, sigma = per_image(level.alpha), per_image(level.sigma)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return Prediction(alpha * latents - sigma * output, alpha * output + sigma * latents)
+        return Prediction((latents - sigma * output) / alpha, output)
+
+    def _denoise(self, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
+        autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
+        with autocast:
+            sample = latents.to(self.unet.dtype)
+            text = conditioning.to(self.unet.dtype)
+            return self.denoiser(sample, model_time, text, return_dict=False)[0].float()
+
+    def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
+        """Pictures around [0, 1], not clamped."""
+        scaled = latents / self.vae.config.scaling_factor
+        return self.vae.decode(scaled.to(self.dtype), return_dict=False)[0].float() / 2 + 0.5
+
+    # --- taking it elsewhere ---
+
+    def export(self, folder: Path) -> Path:
+        """Write what was learnt so that plain diffusers loads it: `folder/lora` or `folder/unet`; returns which."""
+        if has_lora(self.unet):
+            metadata = self.unet.peft_config["default"].to_dict()
+            StableDiffusionPipeline.save_lora_weights(
+                folder / "lora",
+                unet_lora_layers=lora_weights(self.unet),
+                unet_lora_adapter_metadata=metadata,
+            )
+            return folder / "lora"
+        self.unet.save_pretrained(folder / "unet")
+        return folder / "unet"
+
+
+def load_stable_diffusion(model: str, *, device: torch.device, dtype: torch.dtype = torch.float32) -> StableDiffusion:
+    """Load `shapes` (the built-in model), a pipeline folder or a Hub id.
+
+    Raises FileNotFoundError or ValueError, saying what is missing, for a path that is not a Stable Diffusion pipeline.
+    """
+    path = BUILT_IN if model == "shapes" else Path(model)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise ValueError(
+            f"{str(path)!r} is not a diffusers pipeline: it has no model_index.json. Give the folder that "
+            f"`StableDiffusionPipeline.save_pretrained` wrote, or a Hub id."
+        )
+    if not path.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"There is no model folder {model!r}. Give 'shapes' for the built-in model, the folder of a "
+            f"StableDiffusionPipeline, or a Hub id such as 'owner/name'."
+        )
+    try:
+        declared = StableDiffusionPipeline.load_config(str(path) if path.exists() else model)
+        if declared["_class_name"] != "StableDiffusionPipeline":
+            raise ValueError(
+                f"{model!r} is a {declared['_class_name']}; here only a StableDiffusionPipeline (Stable Diffusion "
+                f"1.x or 2.x) can be trained."
+            )
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(path) if path.exists() else model,
+            dtype=torch.float32,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {error}"
+        ) from error
+    return StableDiffusion(cast(StableDiffusionPipeline, pipeline), device=device, dtype=dtype)
+
+
+def _ddim_scheduler(config: Any) -> DDIMScheduler:
+    """DDIM over a model's own levels of noise, whichever scheduler it was saved with."""
+    name = config.get("_class_name", "a scheduler")
+    if "beta_schedule" not in config:
+        raise ValueError(
+            f"The model's scheduler, {name}, has no beta schedule; DDIM needs one. Flow models are not "
+            f"Stable Diffusion 1.x or 2.x."
+        )
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"The model predicts {prediction!r}; supported are 'epsilon' and 'v_prediction'.")
+    for option in ("clip_sample", "thresholding"):
+        if config.get(option, False):
+            raise ValueError(
+                f"The model's scheduler sets {option}; a clipped step has no Gaussian density. Set it to false in the "
+                f"model's scheduler_config.json."
+            )
+    if config.get("rescale_betas_zero_snr", False):
+        raise ValueError(
+            "The model's scheduler sets rescale_betas_zero_snr, whose first step has alpha = 0; set it to false."
+        )
+    return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)

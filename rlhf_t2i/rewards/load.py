@@ -1,0 +1,143 @@
+"""From what a user writes (`oracle`, `jpeg_compressibility=0.1`, `my_module:my_reward`) to rewards that are checked."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_t2i.config import names
+from rlhf_t2i.types import Reward
+
+BUILT_IN = ("oracle", "oracle_pass", "jpeg_compressibility", "jpeg_incompressibility")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedReward:
+    """A reward that has a name, and whose every answer is looked at before it is used."""
+
+    name: str
+    function: Reward
+
+    def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """The rewards as float32; TypeError or ValueError, naming the reward and the prompt, if they are none."""
+        scores = self.function(images, prompts)
+        if not isinstance(scores, Tensor):
+            raise TypeError(
+                f"The reward {self.name!r} returned a {type(scores).__name__}; it must return a torch.Tensor with one "
+                f"float for each image."
+            )
+        if scores.shape != (len(images),):
+            raise ValueError(
+                f"The reward {self.name!r} returned shape {tuple(scores.shape)} for {len(images)} images; it must "
+                f"return ({len(images)},). The first prompt was {prompts[0]!r}."
+            )
+        if not scores.is_floating_point():
+            raise TypeError(f"The reward {self.name!r} returned {scores.dtype}; it must return floats.")
+        scores = scores.float()
+        if not (finite := scores.isfinite()).all():
+            worst = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"The reward {self.name!r} returned {scores[worst].item()} for the prompt {prompts[worst]!r} "
+                f"(image {worst} of {len(images)}); rewards must be finite."
+            )
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """Several judges, one verdict: sum_i weight_i * reward_i."""
+
+    parts: tuple[tuple[CheckedReward, float], ...]
+
+    @property
+    def rewards(self) -> list[CheckedReward]:
+        """The judges, without their weights."""
+        return [reward for reward, _ in self.parts]
+
+    def __call__(
+        self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]
+    ) -> tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]:
+        """The verdicts, and what each judge said before its weight."""
+        each = {reward.name: reward(images, prompts) for reward, _ in self.parts}
+        total = torch.stack([weight * each[reward.name] for reward, weight in self.parts]).sum(0)
+        return total, each
+
+
+def load_rewards(specification: str) -> WeightedSum:
+    """Build the weighted sum that `oracle,jpeg_compressibility=0.1` asks for.
+
+    Each part is NAME or NAME=WEIGHT (1 if left out), NAME being a built-in reward or `module:function`, found in the
+    working directory or among installed packages. Raises ValueError for anything else.
+    """
+    specifications = names(specification)
+    if not specifications:
+        raise ValueError(f"No reward was given; choose from {', '.join(BUILT_IN)} or module:function.")
+    parts: list[tuple[CheckedReward, float]] = []
+    for part in specifications:
+        name, separator, number = part.partition("=")
+        weight = _weight(number, part) if separator else 1.0
+        if name in {reward.name for reward, _ in parts}:
+            raise ValueError(f"The reward {name!r} was given twice.")
+        parts.append((load_reward(name), weight))
+    return WeightedSum(tuple(parts))
+
+
+def load_reward(name: str) -> CheckedReward:
+    """One judge by name; heavy imports wait until their judge is asked for."""
+    return CheckedReward(name, _function(name))
+
+
+def _function(name: str) -> Reward:
+    from rlhf_t2i.rewards import builtin
+
+    match name:
+        case "oracle":
+            return builtin.oracle_graded
+        case "oracle_pass":
+            return builtin.oracle_pass
+        case "jpeg_compressibility":
+            return builtin.jpeg_compressibility
+        case "jpeg_incompressibility":
+            return builtin.jpeg_incompressibility
+        case _ if ":" in name:
+            return _imported(name)
+        case _:
+            raise ValueError(
+                f"There is no reward {name!r}; choose from {', '.join(BUILT_IN)}, or give your own as module:function."
+            )
+
+
+def _imported(name: str) -> Reward:
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0] and error.name != module_name:
+            raise
+        raise ValueError(
+            f"The reward {name!r} names a module that is neither installed nor in {os.getcwd()}."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"The module {module_name!r} has no callable {function_name!r}.")
+    return function
+
+
+def _weight(text: str, specification: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"In the reward {specification!r} the weight {text!r} is not a number.")
+    return weight

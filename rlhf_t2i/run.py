@@ -1,0 +1,385 @@
+"""The plumbing of a training run: processes, the run folder, checkpoints, stopping. The only accelerate import."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rlhf_t2i import checkpoint
+from rlhf_t2i.config import names
+from rlhf_t2i.evaluate import Evaluation
+from rlhf_t2i.metrics import (
+    NUM_COLUMNS,
+    MetricsFile,
+    before_after,
+    read_metrics,
+    save_captions,
+    save_pictures,
+)
+from rlhf_t2i.report import write_report
+
+_FREE_TO_CHANGE = {
+    "resume", "run_folder", "num_steps", "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads",
+}  # fmt: skip
+"""Fields that may differ when a run is resumed; any other would make it another run."""
+_PACKAGES = ("rlhf-t2i", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+
+
+@dataclass
+class Run:
+    """One training run: its processes, its folder, and where it stands."""
+
+    accelerator: Accelerator
+    folder: Path
+    metrics: MetricsFile | None
+    """None on all but the main process."""
+    resumed_from: Path | None
+    keep_checkpoints: int
+    done: int = 0
+    """Steps finished."""
+    started: float = field(default_factory=time.monotonic)
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _signals: int = 0
+    _stopping: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def num_processes(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the networks compute in."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of work, those before a resume included."""
+        earlier = self.metrics.elapsed if self.metrics else 0.0
+        return earlier + time.monotonic() - self.started
+
+    def say(self, message: str) -> None:
+        """Print a line, once, without breaking the progress bar."""
+        if self.is_main:
+            tqdm.write(message)
+
+    def my_share(self, count: int, *, name: str) -> range:
+        """Which of `count` things this process works on; ValueError, naming them, if they cannot be shared equally."""
+        if count % self.num_processes:
+            raise ValueError(
+                f"{name} ({count}) must be a multiple of the number of processes ({self.num_processes}), so that each "
+                f"has the same work."
+            )
+        share = count // self.num_processes
+        return range(share * self.rank, share * (self.rank + 1))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every process's rows, in the order of the processes."""
+        return self.accelerator.gather(tensor)
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each number averaged over processes."""
+        means = self.accelerator.reduce(torch.tensor(list(values.values()), device=self.device), reduction="mean")
+        return dict(zip(values, means.tolist(), strict=True))
+
+    # --- the loop ---
+
+    def steps(self, num_steps: int) -> Iterator[int]:
+        """The steps still to do, with a progress bar; ends early, after a whole step, on SIGTERM or Ctrl-C."""
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        bar = tqdm(
+            range(self.done, num_steps),
+            initial=self.done,
+            total=num_steps,
+            desc="training",
+            disable=not self.is_main,
+            dynamic_ncols=True,
+        )
+        self._bar = bar
+        try:
+            for step in bar:
+                yield step
+                if self._stopping:
+                    break
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            raise KeyboardInterrupt
+        self.say("Stopping after this step; a checkpoint will be written. Press Ctrl-C again to stop at once.")
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the seconds of a part of a step; they are written down with the step."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.monotonic() - start
+
+    def finish_step(self, step: int, **row: float) -> None:
+        """Write down a finished step, and agree with the other processes whether to stop."""
+        self.done = step + 1
+        self._stopping = bool(self.gather(torch.tensor([self._signals], device=self.device)).any())
+        seconds = {f"seconds/{part}": round(value, 3) for part, value in self._seconds.items()}
+        self._seconds.clear()
+        self.log({"kind": "train", "step": self.done, **row, **seconds})
+        rate = row["images"] / max(sum(seconds.values()), 1e-9)
+        self._bar.set_postfix_str(f"reward {row['reward']:.3f}, {rate:.0f} images/s")
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Write down an evaluation: its row, a strip of its first pictures, and the report as it stands."""
+        summary = evaluation.summary()
+        self._seconds.clear()
+        self.log({"kind": "evaluation", "step": self.done, "num_images": len(evaluation.images), **summary})
+        if self.is_main:
+            shown = slice(0, 4 * NUM_COLUMNS)
+            folder = self.folder / "pictures"
+            save_pictures(folder / f"step_{self.done:06d}.png", evaluation.images[shown])
+            save_captions(folder / "captions.json", evaluation.prompts[shown], evaluation.seeds[shown])
+            write_report(self.folder)
+            verdict = ", ".join(
+                f"{name} {summary[name]:.3f} ± {summary[f'{name}/standard_error']:.3f}" for name in evaluation.scores
+            )
+            self.say(f"after {self.done} steps, {len(evaluation.images)} held-out pictures: {verdict}")
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is to be done now."""
+        return every > 0 and self.done % every == 0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all processes agreed to stop after this step."""
+        return self._stopping
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append a row to metrics.jsonl, and send it to the trackers that were asked for."""
+        if self.metrics is not None:
+            self.metrics.write({**row, "elapsed": round(self.elapsed, 3)})
+        numbers = {f"{row['kind']}/{k}": v for k, v in row.items() if k not in ("kind", "step")}
+        self.accelerator.log(numbers, step=row["step"])
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """Write a checkpoint, whole or not at all. Every process must call it."""
+        folder = self.folder / "checkpoints"
+        part = folder / (checkpoint.checkpoint_name(self.done) + ".part")
+        try:
+            if self.is_main:
+                checkpoint.begin(folder, self.done)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(part))
+            self.accelerator.wait_for_everyone()
+            if self.is_main:
+                checkpoint.commit(part, keep=self.keep_checkpoints)
+            self.accelerator.wait_for_everyone()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The checkpoint after step {self.done} could not be written ({error.strerror}); the ones before are "
+                f"whole. Make room and go on with --resume true --run_folder {self.folder}",
+            ) from error
+
+    def restore(self) -> None:
+        """Take up the checkpoint that this run resumes from, if there is one. Call it when all is prepared."""
+        if self.resumed_from is not None:
+            self.accelerator.load_state(str(self.resumed_from))
+            self.done = checkpoint.checkpoint_step(self.resumed_from)
+            self.say(f"Resumed after step {self.done} from {self.resumed_from}")
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, extra: Sequence[Any]
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Wrap what learns for this machine; checkpoints then hold its trainable weights, the optimiser and `extra`."""
+        self.accelerator.register_save_state_pre_hook(self._save_weights)
+        self.accelerator.register_load_state_pre_hook(self._load_weights)
+        for thing in extra:
+            self.accelerator.register_for_checkpointing(thing)
+        if self.is_main:
+            count = sum(weight.numel() for weight in _trainable_tensors(model).values())
+            path = self.folder / "run.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_parameters": count}, indent=1))
+        return self.accelerator.prepare(model, optimizer)
+
+    def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        weights.clear()  # accelerate would write the frozen weights too
+        if self.is_main:
+            save_file(_trainable_tensors(self.accelerator.unwrap_model(models[0])), f"{folder}/trainable.safetensors")
+
+    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
+        model = self.accelerator.unwrap_model(models.pop())
+        own, stored = _trainable_tensors(model), load_file(f"{folder}/trainable.safetensors")
+        if own.keys() != stored.keys():
+            raise ValueError(f"The checkpoint {folder} is of another model: other weights are trained.")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
+
+    def finish(self, *, export: Callable[[Path], Path], num_steps: int) -> None:
+        """Write the weights for others and the last report, say where all is, and close trackers and processes."""
+        if self.is_main:
+            if self.done < num_steps:
+                self.say(
+                    f"Stopped after {self.done} of {num_steps} steps. Go on with: --resume --run_folder {self.folder}"
+                )
+            else:
+                weights, report = export(self.folder), write_report(self.folder)
+                self.say(before_after(read_metrics(self.folder)))
+                self.say(f"report    {report}\npictures  {self.folder / 'pictures'}\nweights   {weights}")
+        self.accelerator.end_training()
+
+
+def _trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- starting -------------------------------------------------------------------------------------
+
+
+def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
+    """Set up the processes and the run folder; find the checkpoint to resume from.
+
+    `config` is written down as it is; of its fields this reads run_folder, resume, mixed_precision, trackers,
+    num_cpu_threads and keep_checkpoints. Raises ValueError for a run folder that holds another config, and
+    FileExistsError for one that holds a run that was not asked to be resumed.
+    """
+    resume, trackers = config["resume"], names(config["trackers"])
+    _keep_trackers_quiet(trackers)
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    gloo = [InitProcessGroupKwargs(backend="gloo")] if several_on_cpu else []
+    accelerator = Accelerator(
+        mixed_precision=config["mixed_precision"], log_with=list(trackers) or None, kwargs_handlers=gloo
+    )
+    if accelerator.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config["num_cpu_threads"] or max(1, len(os.sched_getaffinity(0)) // local))
+    given = config["run_folder"]
+    folder = Path(given) if given else _default_folder(recipe, resume=resume)
+    [folder] = broadcast_object_list([folder])
+    problem = _claim(folder, config, resume=resume) if accelerator.is_main_process else None
+    for found in gather_object([problem]):
+        if found is not None:
+            raise found
+    resumed_from = None
+    if resume:
+        resumed_from = checkpoint.newest_whole(folder / "checkpoints", report=accelerator.print)
+        [resumed_from] = broadcast_object_list([resumed_from])
+        if resumed_from is None:
+            accelerator.print(f"There is no whole checkpoint in {folder}; starting from the beginning.")
+    step = checkpoint.checkpoint_step(resumed_from) if resumed_from else 0
+    metrics = None
+    if accelerator.is_main_process:
+        metrics = MetricsFile(folder, resumed_step=step)
+        _describe(folder, recipe, accelerator)
+    if trackers:
+        accelerator.project_configuration.set_directories(str(folder))
+        flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
+        accelerator.init_trackers("rlhf-t2i", config=flat, init_kwargs={"wandb": {"dir": str(folder)}})
+    return Run(accelerator, folder, metrics, resumed_from, config["keep_checkpoints"])
+
+
+def _keep_trackers_quiet(trackers: Sequence[str]) -> None:
+    """Check that each tracker is installed; wandb without a key writes to disk and never asks for a login."""
+    for tracker in trackers:
+        if tracker not in ("wandb", "tensorboard"):
+            raise ValueError(f"There is no tracker {tracker!r}; choose from wandb, tensorboard.")
+        if importlib.util.find_spec(tracker) is None:
+            raise ValueError(f"The tracker {tracker} is not installed: pip install 'rlhf-t2i[{tracker}]'.")
+    if "wandb" in trackers and "WANDB_API_KEY" not in os.environ:
+        netrc = Path.home() / ".netrc"
+        if not (netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")):
+            os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _default_folder(recipe: str, *, resume: bool) -> Path:
+    """A new folder under runs/, or the newest one of this recipe."""
+    if resume:
+        earlier = sorted(Path("runs").glob(f"{recipe}-*/config.yaml"))
+        if not earlier:
+            raise FileNotFoundError(f"There is no run to resume: runs/{recipe}-* does not exist.")
+        return earlier[-1].parent
+    return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+
+
+def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Exception | None:
+    """Make the folder this run's own; returns what speaks against it."""
+    path = folder / "config.yaml"
+    if path.exists():
+        if not resume:
+            return FileExistsError(
+                f"{folder} already holds a run. Go on with it by --resume true, or name another --run_folder."
+            )
+        stored: dict[str, Any] = yaml.safe_load(path.read_text())
+        changed = [
+            f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
+            for name in sorted((stored.keys() | config.keys()) - _FREE_TO_CHANGE)
+            if stored.get(name) != config.get(name)
+        ]
+        if changed:
+            return ValueError(f"{folder} holds a run with another config: {'; '.join(changed)}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        return error
+    return None
+
+
+def _describe(folder: Path, recipe: str, accelerator: Accelerator) -> None:
+    """Write run.json: what would be needed to do it again."""
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    device = accelerator.device
+    facts = {
+        "recipe": recipe,
+        "command": f"accelerate launch {shlex.join(sys.argv)}",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": commit,
+        "versions": {"python": platform.python_version(), **versions},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": accelerator.num_processes,
+    }
+    (folder / "run.json").write_text(json.dumps(facts, indent=1))

@@ -1,0 +1,69 @@
+"""Paint pictures and remember every stroke, so that an update can replay them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf_t2i.diffusion.gaussian import mean_log_prob, sample
+from rlhf_t2i.types import Policy, Sampler, Trajectory, Transition
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    prompts: Sequence[str],
+    *,
+    sampler: Sampler,
+    generators: Sequence[torch.Generator],
+    batch_size: int,
+) -> tuple[Float[Tensor, "B 3 Y X"], Trajectory]:
+    """Denoise one picture for each prompt, drawing each step from the policy's own transition.
+
+    Each generator serves an equal share of the prompts, in order. At most `batch_size` pictures go through the
+    networks at once, which changes memory and not the pictures. Pictures are clamped to [0, 1]; latents and densities
+    are float32.
+    """
+    copies, rest = divmod(len(prompts), len(generators))
+    if rest:
+        raise ValueError(f"{len(generators)} generators cannot share {len(prompts)} prompts equally.")
+    conditioning = policy.encode(prompts)
+    latents = [policy.initial_noise(generators, copies=copies)]
+    log_probs: list[Tensor] = []
+    chunks = torch.arange(len(prompts)).split(batch_size)
+    for step in range(sampler.schedule.num_steps):
+        steps = torch.full((len(prompts),), step)
+        parts = [
+            transition_at(
+                policy,
+                latents[-1][rows],
+                steps[rows],
+                conditioning[rows],
+                sampler=sampler,
+            )
+            for rows in chunks
+        ]
+        transition = Transition(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
+        # What is stored is what was drawn, in float32: the density is of the very bits that an update reads.
+        x_next = sample(transition, generators=generators)
+        log_probs.append(mean_log_prob(transition, x_next))
+        latents.append(x_next)
+    images = torch.cat([policy.decode(latents[-1][rows]) for rows in chunks]).clamp(0, 1)
+    return images, Trajectory(conditioning, torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
+
+
+def transition_at(
+    policy: Policy,
+    latents: Float[Tensor, "B C H W"],
+    steps: Int[Tensor, " B"],
+    conditioning: Float[Tensor, "B L D"],
+    *,
+    sampler: Sampler,
+) -> Transition:
+    """Where the policy would step from latents that have taken `steps` steps, each image its own number."""
+    level, next_level = sampler.schedule.at(steps), sampler.schedule.at(steps + 1)
+    prediction = policy.predict(latents, level, conditioning, guidance_scale=sampler.guidance_scale)
+    return sampler.dynamics(latents, prediction, level, next_level)

@@ -1,0 +1,203 @@
+"""What the built-in world can show: scenes, their prompts, and pictures of them.
+
+A scene is one or more coloured shapes on a plain background. Its grammar has three tiers:
+
+    one       "a red circle on a blue background"
+    count     "two red circles on a blue background"              (two or three)
+    relation  "a red circle above a green square on a blue background"
+
+Every prompt that the grammar allows is in one fixed half: `training` prompts, or `held-out` prompts whose
+combination of words no model of this world was ever trained on, though it met each word many times.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Tier = Literal["one", "count", "relation"]
+Split = Literal["training", "held-out", "all"]
+
+PALETTE: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.12, 0.12),
+    "green": (0.10, 0.62, 0.20),
+    "blue": (0.12, 0.25, 0.85),
+    "yellow": (0.95, 0.85, 0.10),
+    "black": (0.05, 0.05, 0.05),
+    "white": (0.96, 0.96, 0.96),
+    "gray": (0.50, 0.50, 0.50),
+}
+"""Every colour of the world, as RGB in [0, 1]. All of them are backgrounds; the first four are objects too."""
+
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle")
+BACKGROUNDS = tuple(PALETTE)
+COUNTS = {"two": 2, "three": 3}
+RELATIONS: dict[str, tuple[int, int]] = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+"""Where the first object lies, seen from the second: (x, y) with y pointing down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One object: its colour and its shape."""
+
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a prompt asks for."""
+
+    things: tuple[Thing, ...]
+    background: str
+    relation: str | None = None
+    """How the first of two things lies to the second; None for the other tiers."""
+
+    @property
+    def tier(self) -> Tier:
+        if self.relation is not None:
+            return "relation"
+        return "one" if len(self.things) == 1 else "count"
+
+    @property
+    def prompt(self) -> str:
+        ground = f"on a {self.background} background"
+        first = self.things[0]
+        match self.tier:
+            case "one":
+                return f"a {first.colour} {first.shape} {ground}"
+            case "count":
+                number = {count: word for word, count in COUNTS.items()}[len(self.things)]
+                return f"{number} {first.colour} {first.shape}s {ground}"
+            case "relation":
+                second = self.things[1]
+                return f"a {first.colour} {first.shape} {self.relation} a {second.colour} {second.shape} {ground}"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no model of this world was trained on this combination.
+
+        A Latin rule keeps a quarter of all combinations back so evenly that each pair of words
+        (a colour with a shape, a shape with a background, ...) is still met in training.
+        """
+        indices = [COLOURS.index(t.colour) + SHAPES.index(t.shape) for t in set(self.things)]
+        relation = list(RELATIONS).index(self.relation) if self.relation else len(self.things) - 1
+        return (sum(indices) + BACKGROUNDS.index(self.background) + relation) % 4 == 0
+
+
+_ONE = re.compile(rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
+_COUNT = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s")
+_RELATION = re.compile(rf"{_ONE.pattern} ({'|'.join(RELATIONS)}) {_ONE.pattern}")
+_GROUND = re.compile(rf"(.+) on an? ({'|'.join(BACKGROUNDS)}) background")
+
+
+def parse_prompt(prompt: str) -> Scene:
+    """The scene that a prompt of the grammar asks for; ValueError for any other sentence."""
+    if ground := _GROUND.fullmatch(prompt.strip().lower()):
+        subject, background = ground.groups()
+        if one := _ONE.fullmatch(subject):
+            return Scene((Thing(one[1], one[2]),), background)
+        if count := _COUNT.fullmatch(subject):
+            return Scene((Thing(count[2], count[3]),) * COUNTS[count[1]], background)
+        if two := _RELATION.fullmatch(subject):
+            return Scene((Thing(two[1], two[2]), Thing(two[4], two[5])), background, two[3])
+    raise ValueError(
+        f"The prompt {prompt!r} is not in the grammar of the built-in world. It understands "
+        f"'a red circle on a blue background', 'two red circles on a blue background' and "
+        f"'a red circle above a green square on a blue background', with the colours "
+        f"{', '.join(COLOURS)}, the shapes {', '.join(SHAPES)}, the relations "
+        f"{', '.join(RELATIONS)} and the backgrounds {', '.join(BACKGROUNDS)}."
+    )
+
+
+def all_scenes(tier: Tier, split: Split = "all") -> list[Scene]:
+    """Every scene of one tier in a fixed order: 72 of one object, 144 counts, 2,160 relations."""
+    things = [Thing(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
+    match tier:
+        case "one":
+            subjects: list[tuple[tuple[Thing, ...], str | None]] = [((t,), None) for t in things]
+        case "count":
+            subjects = [((t,) * n, None) for t, n in product(things, COUNTS.values())]
+        case "relation":
+            pairs = [(a, b) for a, b in product(things, things) if a.colour != b.colour]
+            subjects = [(pair, relation) for pair, relation in product(pairs, RELATIONS)]
+    scenes = [
+        Scene(subject, background, relation)
+        for (subject, relation), background in product(subjects, BACKGROUNDS)
+        if background not in {thing.colour for thing in subject}
+    ]
+    return [s for s in scenes if split == "all" or s.held_out == (split == "held-out")]
+
+
+def all_prompts(split: Split, tiers: Sequence[Tier] = ("one",)) -> list[str]:
+    """The prompts of one half of the world, tier after tier."""
+    if unknown := set(tiers) - set(get_args(Tier)):
+        raise ValueError(f"Unknown tiers {sorted(unknown)}; there are {', '.join(get_args(Tier))}.")
+    return [scene.prompt for tier in tiers for scene in all_scenes(tier, split)]
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def _layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Centres and radii (n, 3) of a scene's things, as shares of the picture's width."""
+    if len(scene.things) == 1:
+        radius = rng.uniform(0.22, 0.34)
+        return np.array([[*rng.uniform(radius + 0.04, 0.96 - radius, 2), radius]])
+    while True:
+        radii = rng.uniform(0.155, 0.195, len(scene.things))
+        centres = rng.uniform(radii[:, None] + 0.03, 0.97 - radii[:, None], (len(radii), 2))
+        gaps = np.abs(centres[:, None] - centres[None]).max(-1) - radii[:, None] - radii[None]
+        if (gaps[np.triu_indices(len(radii), 1)] < 0.05).any():
+            continue
+        if scene.relation is not None:
+            direction = np.array(RELATIONS[scene.relation])
+            along, across = centres[0] - centres[1] if direction[0] else (centres[0] - centres[1])[::-1]
+            if along * direction.sum() < 0.3 or abs(across) > 0.6 * abs(along):
+                continue
+        return np.concatenate([centres, radii[:, None]], axis=1)
+
+
+def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Distance to the outline, negative inside; x and y are measured from the centre, y down."""
+    match shape:
+        case "circle":
+            return np.hypot(x, y) - radius
+        case "square":
+            return np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
+        case "triangle":
+            # Apex up: height 1.8 r, base 2 r, both legs at the same slope.
+            leg = (1.8 * np.abs(x) - (y + 0.9 * radius)) / np.hypot(1.8, 1.0)
+            return np.maximum(leg, y - 0.9 * radius)
+        case _:
+            raise ValueError(f"Unknown shape {shape!r}; there are {', '.join(SHAPES)}.")
+
+
+def render(scenes: Sequence[Scene], *, rng: np.random.Generator, size: int = 32) -> Float[Tensor, "B 3 {size} {size}"]:
+    """Draw each scene once, at a random place and size, anti-aliased; RGB in [0, 1]."""
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+    y, x = np.meshgrid(grid, grid, indexing="ij")
+    pictures = np.empty((len(scenes), 3, size, size), dtype=np.float32)
+    for picture, scene in zip(pictures, scenes, strict=True):
+        shade = rng.uniform(-0.04, 0.04, len(scene.things) + 1)
+        picture[:] = np.array(PALETTE[scene.background])[:, None, None] + shade[0]
+        for thing, (cx, cy, radius), light in zip(scene.things, _layout(scene, rng), shade[1:], strict=True):
+            distance = _signed_distance(thing.shape, x - cx, y - cy, radius)
+            cover = np.clip(0.5 - distance * size, 0, 1)
+            colour = np.array(PALETTE[thing.colour])[:, None, None] + light
+            picture += cover * (colour - picture)
+    return torch.from_numpy(pictures.clip(0, 1))
