@@ -180,7 +180,7 @@ def main(config: Config) -> Run:
     run = start_run(asdict(config), recipe="ddpo")
     mine = run.my_share(config.prompts_per_step, name="prompts_per_step")
     policy = load_stable_diffusion(config.model, device=run.device, dtype=run.dtype)
-    policy.learn(config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=config.kl_weight > 0)
+    policy.learn(config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=config.kl_weight > 0, seed=config.seed)
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
     optimizer = torch.optim.AdamW(
@@ -228,6 +228,12 @@ def main(config: Config) -> Run:
                 sampler=sampler, run=run, config=config,
             )  # fmt: skip
             average.update(policy.trainable)
+        if step == 0 and metrics["replay_error"] > 0.1 * config.clip_range:
+            run.say(
+                f"WARNING: replaying an unchanged policy moves its log-densities by {metrics['replay_error']:.1e}; "
+                f"beside a clip_range of {config.clip_range} that is noise. Try the same microbatch_size on another "
+                f"device, or mixed_precision: no."
+            )
         verdict = {f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}
         calls_per_image = config.num_denoising_steps * (2 if config.guidance_scale > 1 else 1)
         run.finish_step(

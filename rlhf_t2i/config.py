@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import re
+import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 ConfigT = TypeVar("ConfigT")
 
 
-def parse_config(config_class: type[ConfigT], *, description: str, arguments: Sequence[str] | None = None) -> ConfigT:
-    """Read a dataclass from `--config FILE.yaml` and `--field value`, the later ones winning.
+class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keep the line breaks of the recipe's own description."""
 
-    Prints a message that names the field and exits with status 2 for an unknown field, a value of the wrong type, or
-    values that the dataclass refuses with a ValueError.
+
+def parse_config(config_class: type[ConfigT], *, description: str, arguments: Sequence[str] | None = None) -> ConfigT:
+    """Read a dataclass from `--config FILE.yaml` and `--field value`, the later ones winning; `--flag` alone is true.
+
+    Exits with status 2 and a message that names the field for an unknown field, a value of the wrong type, or values
+    that the dataclass refuses with a ValueError.
     """
-    parser = ArgumentParser(description=description, formatter_class=_formatter())
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        description=description,
+        usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]",
+        formatter_class=_Formatter,
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="A YAML file with any of the fields below.")
     parser.add_class_arguments(config_class)
-    values: dict[str, Any] = parser.parse_args(arguments).as_dict()
-    values.pop("config")
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        values: dict[str, Any] = parser.parse_args(_with_flags(given, config_class)).as_dict()
+        values.pop("config")
         return config_class(**values)
-    except ValueError as error:
-        parser.error(str(error))
-        raise
+    except (ArgumentError, ValueError) as error:
+        known = [field.name for field in fields(config_class)]  # pyright: ignore[reportArgumentType]
+        sys.stderr.write(f"error: {error}{_suggestion(str(error), known)}\n")
+        raise SystemExit(2) from error
 
 
-def _formatter() -> Any:
-    from jsonargparse import DefaultHelpFormatter
+def _with_flags(arguments: Sequence[str], config_class: Any) -> list[str]:
+    """Let `--resume` stand for `--resume true`."""
+    flags = {f"--{field.name}" for field in fields(config_class) if field.type in (bool, "bool")}
+    full: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        full.append(argument)
+        if argument in flags and following.startswith("--"):
+            full.append("true")
+    return full
 
-    class Formatter(DefaultHelpFormatter):
-        """The default one without the two lines that every help text would open with."""
 
-    return Formatter
+def _suggestion(message: str, known: Sequence[str]) -> str:
+    """The field that a mistyped one was probably meant to be."""
+    for word in re.findall(r"[A-Za-z_]{3,}", message):
+        close = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+        if close and word not in known:
+            return f"\nDid you mean {close[0]}?"
+    return ""
 
 
 def names(text: str) -> list[str]:

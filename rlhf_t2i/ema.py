@@ -12,7 +12,8 @@ from torch import Tensor
 class ExponentialMovingAverage:
     """average <- decay * average + (1 - decay) * weights, after every optimiser step.
 
-    A decay of 0 is off: the average is the weights. While few updates have been seen the decay is lower, (1 + n) / (10 + n), so that the start is forgotten.
+    A decay of 0 is off: the average is the weights. While few updates have been seen the decay is lower,
+    (1 + n) / (10 + n), so that the start is forgotten.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], *, decay: float) -> None:

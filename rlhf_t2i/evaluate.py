@@ -50,8 +50,8 @@ def evaluate(
 ) -> Evaluation:
     """Paint `prompts[i]` from a generator seeded with `seeds[i]`, and let every reward judge.
 
-    One seed is one picture: plain diffusers with the same generator paints it too. With the processes of a `run` each paints
-    an equal share (the last pictures are painted twice where it does not divide) and all get the whole.
+    One seed is one picture: plain diffusers with the same generator paints it too. With the processes of a `run` each
+    paints an equal share (the last pictures are painted twice where it does not divide) and all get the whole.
     """
     rank, num_processes = (run.rank, run.num_processes) if run else (0, 1)
     share = -(-len(prompts) // num_processes)

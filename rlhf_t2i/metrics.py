@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+
+from rlhf_t2i.report import read_metrics, reward_changes
 
 NUM_COLUMNS = 8
 
@@ -37,46 +38,23 @@ class MetricsFile:
             os.fsync(file.fileno())
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run; a last line that a killed process left half-written is passed over."""
-    rows: list[dict[str, Any]] = []
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number} is not JSON: {line[:80]}") from error
-    return rows
-
-
 def before_after(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of the first and the last evaluation: each reward's mean, its change, and how sure that is."""
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
-    if not evaluations:
-        return "There was no evaluation."
     first, last = evaluations[0], evaluations[-1]
-    lines = [f"{'':28}{'before':>16}{'after':>16}{'change':>9}{'standard errors':>17}"]
-    for name in (key for key in first if f"{key}/standard_error" in first):
-        errors = first[f"{name}/standard_error"], last[f"{name}/standard_error"]
-        change, error = last[name] - first[name], math.hypot(*errors)
-        sure = f"{change / error:+.1f}" if error else "-"
-        lines.append(
-            f"{name:28}{first[name]:8.3f} ± {errors[0]:.3f}{last[name]:8.3f} ± {errors[1]:.3f}{change:+9.3f}{sure:>17}"
-        )
+    lines = [f"{'':24}{'before':>18}{'after':>18}{'change':>10}  certainty"]
+    lines += [
+        f"{change.name:24}{change.before:>18}{change.after:>18}{change.difference:>10}  {change.certainty}"
+        for change in reward_changes(rows)
+    ]
+    gap = last["diversity"] - first["diversity"]
+    lines.append(f"{'diversity':24}{first['diversity']:18.3f}{last['diversity']:18.3f}{gap:+10.3f}")
+    painted = sum(row["images"] for row in rows if row["kind"] == "train")
     lines.append(
-        f"{'diversity':28}{first['diversity']:8.3f}{'':8}{last['diversity']:8.3f}{'':8}"
-        f"{last['diversity'] - first['diversity']:+9.3f}"
+        f"{last['num_images']} evaluation pictures; {last['step']} steps, {painted:,} pictures painted for training, "
+        f"{last['elapsed'] / 60:.1f} minutes"
     )
-    pictures = sum(row["images"] for row in rows if row["kind"] == "train")
-    return "\n".join(
-        [
-            *lines,
-            f"{last['num_images']} held-out pictures, {last['step']} steps, {pictures:,} pictures painted for training, "
-            f"{last['elapsed'] / 60:.1f} minutes",
-        ]
-    )
+    return "\n".join(lines)
 
 
 def save_pictures(path: Path, images: Float[Tensor, "B 3 Y X"], *, num_columns: int = NUM_COLUMNS) -> None:

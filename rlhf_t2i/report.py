@@ -12,7 +12,6 @@ import math
 import struct
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -70,20 +69,27 @@ def write_report(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder} is not the folder of a run: it holds no run.json.")
     run: Row = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     started = f"{datetime.fromisoformat(run['started']):%d %B %Y, %H:%M %Z}"
-    rows, pictures = read_metrics(folder / "metrics.jsonl"), _pictures(folder / "pictures")
+    rows, pictures = read_metrics(folder), _pictures(folder / "pictures")
     config = (folder / "config.yaml").read_text(encoding="utf-8")
     page = _PAGE.render(run=run, started=started, rows=rows, pictures=pictures, config=config)
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
 
 
-def read_metrics(path: Path) -> list[Row]:
-    """The rows of a file that may not exist yet, without the line that a killed process left half-written."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+def read_metrics(folder: Path) -> list[Row]:
+    """The rows of a run so far, without a last line that a killed process left half-written.
+
+    Raises ValueError for a broken line anywhere else.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows: list[Row] = []
-    for line in text.split("\n"):
-        with suppress(json.JSONDecodeError):
+    for number, line in enumerate(lines, start=1):
+        try:
             rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number} is not JSON: {line[:80]}") from error
     return rows
 
 
@@ -170,9 +176,7 @@ def draw(chart: Chart) -> Markup:
     svg = [f'<svg viewBox="0 0 360 190" role="img" aria-label="{escape(chart.title)}">']
     for y in (low, low + height / 2, low + height):
         svg.append(f'<path d="M{at(left, y)}h300"/><text x="44" y="{at(left, y).split()[1]}">{y:.3g}</text>')
-    svg.append(
-        f'<text x="58" y="180">{left:,.0f}</text><text x="350" y="180">update {left + width:,.0f}</text>'
-    )
+    svg.append(f'<text x="58" y="180">{left:,.0f}</text><text x="350" y="180">update {left + width:,.0f}</text>')
     for kind, series in (("training", chart.training), ("evaluation", chart.evaluation)):
         line = "L".join(at(x, y) for x, y, _ in series)
         svg.append(f'<path class="{kind}" d="M{line}h0"/>' if line else "")
@@ -234,7 +238,7 @@ h1, h2 { font-size: 1.1rem; margin: 2.5rem 0 1rem } figure { margin: 0 } pre { w
 .headline { font: clamp(1.35rem, 4.5vw, 2rem)/1.3 Georgia, serif; margin: 1rem 0 } b { color: var(--ink) }
 .quiet, figcaption, th { color: var(--quiet); font-size: .875rem; font-weight: 400 }
 .card, details { background: var(--card); border: 1px solid var(--rule); border-radius: .75rem;
-  padding: .75rem 1rem; overflow-x: auto } details { margin-top: .75rem }
+  padding: .75rem 1rem; overflow-x: auto } details { margin-top: .75rem } svg { overflow: visible }
 .many { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(var(--w, 17rem), 1fr)) }
 table { border-collapse: collapse; width: 100% } tr + tr { border-top: 1px solid var(--rule) }
 th, td { text-align: left; padding: .45rem 1rem .45rem 0; white-space: nowrap } svg { display: block }
@@ -247,14 +251,12 @@ path { fill: none; stroke: var(--rule); stroke-linecap: round; stroke-linejoin: 
   {{ 100 * pictures.columns }}% {{ 100 * pictures.rows }}%; print-color-adjust: exact;
   image-rendering: {{ "pixelated" if pictures.cell_width < 128 else "auto" }} }
 {% for strip in pictures.data %}.strip{{ loop.index }} { background-image: url(data:image/png;base64,
-{{- strip }}) } {% endfor %}{% endif %}
-</style></head><body>
+{{- strip }}) } {% endfor %}{% endif %}</style></head><body>
 {% set train, evaluations = by_step(rows, "train"), by_step(rows, "evaluation") %}
 {% set split, changes, both = time_split(rows), reward_changes(rows), evaluations | length > 1 %}
-{% set seconds = split.values() | sum or 1e-9 %}<h1>{{ run.recipe }}</h1>
-<p class="quiet">Started {{ started }}. So far: updates {{ train | length }}, evaluations
-{{ evaluations | length }}, minutes {{ "%.1f" | format(seconds / 60) }}.</p>
-<p class="headline">{{ headline(rows) }}.</p>
+{% set seconds = split.values() | sum or 1e-9 %}<h1>{{ run.recipe }}</h1><p class="quiet">Started
+{{ started }}. So far: updates {{ train | length }}, evaluations {{ evaluations | length }}, minutes
+{{ "%.1f" | format(seconds / 60) }}.</p><p class="headline">{{ headline(rows) }}.</p>
 <p class="quiet">What follows ± is one standard error: how far a mean typically moves with other random
 pictures. Changes under three of them are called noise. The error of a change treats the two evaluations as
 independent although they share prompts and seeds, which makes it cautious.</p>
@@ -282,11 +284,12 @@ var({{ loop.cycle("--old", "--third", "--new", "--rest") }})"></i>{{ name }}
 <span class="quiet">{{ "%.1f s, %.0f%%" | format(s, 100 * s / seconds) }}</span></div>{% endfor %}</div>
 <h2>What it cost</h2><div class="card"><table>{% set painted = total(rows, "images") %}{% for name, value in {
   "pictures painted for training": painted, "and for evaluation": total(rows, "num_images"),
-  "calls of the denoiser in training": total(rows, "denoiser_calls"), "minutes": seconds / 60,
-  "training pictures per second": painted / seconds, "parameters that learn": run.trainable_parameters,
-  "device": run.device, "processes": run.processes}.items() %}<tr><th>{{ name }}</th><td>
-{{ value if value is string else "{:,}".format(value | round(2) if value is float else value) }}</td></tr>
-{% endfor %}</table></div><details><summary>Configuration</summary><pre>{{ config }}</pre></details>
+  "calls of the denoiser in training": total(rows, "denoiser_calls"), "minutes of wall time": seconds / 60,
+  "training pictures per second of it": painted / seconds, "device": run.device, "processes": run.processes,
+  "trainable parameters": run.trainable_parameters | default("not known yet")}.items() %}
+<tr><th>{{ name }}</th><td>{{ value if value is string else
+"{:,}".format(value | round(2) if value is float else value) }}</td></tr>{% endfor %}</table></div>
+<details><summary>Configuration</summary><pre>{{ config }}</pre></details>
 <details><summary>Command, commit and versions</summary><pre>{{ run.command }}
 commit {{ run.git_commit or "unknown" }}{% for name, version in run.versions.items() %}
 {{ name }} {{ version }}{% endfor %}</pre></details></body></html>

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.tracking import filter_trackers
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,11 +34,10 @@ from rlhf_t2i.metrics import (
     NUM_COLUMNS,
     MetricsFile,
     before_after,
-    read_metrics,
     save_captions,
     save_pictures,
 )
-from rlhf_t2i.report import write_report
+from rlhf_t2i.report import read_metrics, write_report
 
 _FREE_TO_CHANGE = {
     "resume", "run_folder", "num_steps", "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads",
@@ -153,7 +153,7 @@ class Run:
         finally:
             self._seconds[part] = self._seconds.get(part, 0.0) + time.monotonic() - start
 
-    def finish_step(self, step: int, **row: float) -> None:
+    def finish_step(self, step: int, **row: float | int) -> None:
         """Write down a finished step, and agree with the other processes whether to stop."""
         self.done = step + 1
         self._stopping = bool(self.gather(torch.tensor([self._signals], device=self.device)).any())
@@ -285,9 +285,15 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     gloo = [InitProcessGroupKwargs(backend="gloo")] if several_on_cpu else []
     accelerator = Accelerator(
-        mixed_precision=config["mixed_precision"], log_with=list(trackers) or None, kwargs_handlers=gloo
+        cpu=several_on_cpu, mixed_precision=config["mixed_precision"], kwargs_handlers=gloo
     )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} is not supported; launch with accelerate_configs/single.yaml or "
+            f"accelerate_configs/ddp.yaml."
+        )
     if accelerator.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, remarks on it
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(config["num_cpu_threads"] or max(1, len(os.sched_getaffinity(0)) // local))
     given = config["run_folder"]
@@ -310,6 +316,7 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
         _describe(folder, recipe, accelerator)
     if trackers:
         accelerator.project_configuration.set_directories(str(folder))
+        accelerator.log_with = filter_trackers(trackers, str(folder))
         flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
         accelerator.init_trackers("rlhf-t2i", config=flat, init_kwargs={"wandb": {"dir": str(folder)}})
     return Run(accelerator, folder, metrics, resumed_from, config["keep_checkpoints"])

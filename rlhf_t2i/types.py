@@ -31,9 +31,9 @@ class Level:
 class Schedule:
     """The levels a picture passes on its way from noise (index 0) to clean (index T)."""
 
-    alpha: Float[Tensor, " T+1"]
-    sigma: Float[Tensor, " T+1"]
-    model_time: Float[Tensor, " T+1"]
+    alpha: Float[Tensor, " levels"]
+    sigma: Float[Tensor, " levels"]
+    model_time: Float[Tensor, " levels"]
 
     @property
     def num_steps(self) -> int:
@@ -67,10 +67,11 @@ class Trajectory:
     """Everything an update needs to replay how a batch of images was painted, in float32."""
 
     conditioning: Float[Tensor, "B L D"]
-    latents: Float[Tensor, "B T+1 C H W"]
     log_probs: Float[Tensor, "B T"]
+    latents: Float[Tensor, "B T+1 C H W"]
 
 
+@runtime_checkable
 class Dynamics(Protocol):
     """How a sampler steps from one level to the next; `partial(ddim, eta=1.0)` is one."""
 

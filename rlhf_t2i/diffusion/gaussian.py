@@ -17,7 +17,7 @@ def per_image(values: Float[Tensor, " B"]) -> Float[Tensor, "B 1 1 1"]:
     return values[:, None, None, None]
 
 
-def randn(shape: Sequence[int], *, generators: Sequence[torch.Generator], device: torch.device) -> Float[Tensor, "..."]:
+def randn(shape: Sequence[int], *, generators: Sequence[torch.Generator], device: torch.device) -> Float[Tensor, ...]:
     """Standard normal numbers of `shape`; each generator fills an equal share of the first dimension.
 
     They are drawn on the CPU, so that a seed paints the same picture on every device and with any number of

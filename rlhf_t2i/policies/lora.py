@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections that DDPO and most LoRAs of Stable Diffusion train."""
 
 
-def add_lora(denoiser: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] = ATTENTION) -> None:
+def add_lora(denoiser: nn.Module, *, rank: int, alpha: float, seed: int, targets: Sequence[str] = ATTENTION) -> None:
     """Freeze a denoiser and put trainable float32 adapters `x + alpha / rank * B A x` on its projections.
 
     Raises ValueError if no module's name ends with one of `targets`.
@@ -23,7 +24,9 @@ def add_lora(denoiser: nn.Module, *, rank: int, alpha: float, targets: Sequence[
         raise ValueError(f"No layer of the denoiser ends with {', '.join(targets)}; it has, for example, {names[:5]}.")
     denoiser.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
-    denoiser.add_adapter(config)
+    with torch.random.fork_rng():  # peft draws from the global generator
+        torch.manual_seed(seed)
+        denoiser.add_adapter(config)
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import HfHubHTTPError
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from rlhf_t2i.diffusion.gaussian import per_image, randn
 from rlhf_t2i.policies.lora import add_lora, has_lora, lora_disabled, lora_weights, trainable
@@ -43,14 +47,15 @@ class StableDiffusion:
 
     # --- what learns ---
 
-    def learn(self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool) -> None:
+    def learn(self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool, seed: int) -> None:
         """Choose what learns: adapters of a rank on the U-Net's attention, or (None) the whole U-Net in float32.
 
-        For the latter a frozen copy is kept if a reference will be asked for; adapters can just be switched off.
+        The seed is that of the adapters' first values. For the whole U-Net a frozen copy is kept if a reference will be asked for; adapters can just be switched off.
         """
         if lora_rank is not None:
-            self.unet.to(self.dtype)
-            add_lora(self.unet, rank=lora_rank, alpha=lora_alpha or lora_rank)
+            with _only_errors():
+                self.unet.to(self.dtype)
+            add_lora(self.unet, rank=lora_rank, alpha=float(lora_alpha or lora_rank), seed=seed)
             return
         if keep_reference:
             self._reference = copy.deepcopy(self.unet)
@@ -187,10 +192,28 @@ class StableDiffusion:
         return folder / "unet"
 
 
-def load_stable_diffusion(model: str, *, device: torch.device, dtype: torch.dtype = torch.float32) -> StableDiffusion:
-    """Load `shapes` (the built-in model), a pipeline folder or a Hub id.
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Keep diffusers from remarks and progress bars that tell a user nothing."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
 
-    Raises FileNotFoundError or ValueError, saying what is missing, for a path that is not a Stable Diffusion pipeline.
+
+def load_stable_diffusion(
+    model: str, *, device: torch.device, dtype: torch.dtype = torch.float32, weights: Path | None = None
+) -> StableDiffusion:
+    """Load `shapes` (the built-in model), a pipeline folder or a Hub id, and put trained `weights` into it.
+
+    Raises FileNotFoundError or ValueError, saying what is missing, for a path that is not a Stable Diffusion pipeline,
+    and for weights that are none of what a run writes: its folder, its lora, unet or one of its checkpoints.
     """
     path = BUILT_IN if model == "shapes" else Path(model)
     if path.exists() and not (path / "model_index.json").is_file():
@@ -203,24 +226,57 @@ def load_stable_diffusion(model: str, *, device: torch.device, dtype: torch.dtyp
             f"There is no model folder {model!r}. Give 'shapes' for the built-in model, the folder of a "
             f"StableDiffusionPipeline, or a Hub id such as 'owner/name'."
         )
-    try:
-        declared = StableDiffusionPipeline.load_config(str(path) if path.exists() else model)
-        if declared["_class_name"] != "StableDiffusionPipeline":
-            raise ValueError(
-                f"{model!r} is a {declared['_class_name']}; here only a StableDiffusionPipeline (Stable Diffusion "
-                f"1.x or 2.x) can be trained."
+    source = str(path) if path.exists() else model
+    with _only_errors():
+        try:
+            declared = StableDiffusionPipeline.load_config(source)["_class_name"]
+            if declared != "StableDiffusionPipeline":
+                raise ValueError(
+                    f"{model!r} is a {declared}; here only a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x) can "
+                    f"be trained."
+                )
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                source, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
             )
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(path) if path.exists() else model,
-            dtype=torch.float32,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
-    except (OSError, HfHubHTTPError) as error:
-        raise FileNotFoundError(
-            f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {error}"
-        ) from error
-    return StableDiffusion(cast(StableDiffusionPipeline, pipeline), device=device, dtype=dtype)
+        except (OSError, HfHubHTTPError) as error:
+            raise FileNotFoundError(
+                f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {error}"
+            ) from error
+        pipeline = cast(StableDiffusionPipeline, pipeline)
+        if weights is not None:
+            _load_weights(pipeline, weights)
+        return StableDiffusion(pipeline, device=device, dtype=dtype)
+
+
+def _load_weights(pipeline: Any, path: Path) -> None:
+    """Put what a run learnt into a pipeline, whichever of its folders is given."""
+    if (path / "trainable.safetensors").is_file():
+        stored = load_file(path / "trainable.safetensors")
+        config: dict[str, Any] = yaml.safe_load((path.parent.parent / "config.yaml").read_text())
+        if config["lora_rank"] is not None:
+            add_lora(
+                pipeline.unet,
+                rank=config["lora_rank"],
+                alpha=float(config["lora_alpha"] or config["lora_rank"]),
+                seed=0,
+            )
+        unknown = stored.keys() - pipeline.unet.state_dict().keys()
+        if unknown:
+            raise ValueError(f"The checkpoint {str(path)!r} is of another model: it has {sorted(unknown)[:3]}.")
+        pipeline.unet.load_state_dict(stored, strict=False)
+        return
+    for folder in (path, path / "lora", path / "unet"):
+        if (folder / "pytorch_lora_weights.safetensors").is_file():
+            pipeline.load_lora_weights(folder)
+            return
+        if (folder / "diffusion_pytorch_model.safetensors").is_file():
+            trained = UNet2DConditionModel.from_pretrained(folder, dtype=torch.float32)
+            pipeline.unet.load_state_dict(trained.state_dict())
+            return
+    raise FileNotFoundError(
+        f"{str(path)!r} holds no trained weights. Give a finished run's folder, its 'lora' or 'unet' folder, or one of "
+        f"its checkpoints."
+    )
 
 
 def _ddim_scheduler(config: Any) -> DDIMScheduler:

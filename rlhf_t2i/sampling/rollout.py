@@ -52,7 +52,7 @@ def rollout(
         log_probs.append(mean_log_prob(transition, x_next))
         latents.append(x_next)
     images = torch.cat([policy.decode(latents[-1][rows]) for rows in chunks]).clamp(0, 1)
-    return images, Trajectory(conditioning, torch.stack(latents, dim=1), torch.stack(log_probs, dim=1))
+    return images, Trajectory(conditioning, torch.stack(log_probs, dim=1), torch.stack(latents, dim=1))
 
 
 def transition_at(

@@ -14,6 +14,7 @@ a reward can teach it to trust the words again.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def make_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=0,
+        steps_offset=1,
         prediction_type="v_prediction",
         timestep_spacing="trailing",
     )
@@ -142,9 +143,10 @@ def train(
     *,
     num_updates: int,
     learning_rate: float,
+    decay: bool,
     folder: Path,
 ) -> None:
-    """Minimise `loss_at(update)` with AdamW, warm-up and a linear decay over the last half.
+    """Minimise `loss_at(update)` with AdamW, warm-up and, if asked, a linear decay over the last half.
 
     The state is written every 250 updates and picked up again. `loss_at` draws all its randomness from the update's
     number, so that a resumed run equals one that was never stopped.
@@ -159,7 +161,7 @@ def train(
         start = state["num_updates"]
     progress = tqdm(range(start, num_updates), initial=start, total=num_updates, desc=name)
     for update in progress:
-        left = 1 - update / num_updates
+        left = 1 - update / num_updates if decay else 1.0
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (update + 1) / 100, 2 * left)
         loss = loss_at(update)
@@ -179,7 +181,7 @@ def train(
             path.with_suffix(".part").replace(path)
 
 
-def train_autoencoder(*, num_updates: int, folder: Path, seed: int) -> AutoencoderTiny:
+def train_autoencoder(*, num_updates: int, num_pictures: int, folder: Path, seed: int) -> AutoencoderTiny:
     """Fit reconstructions of normalised latents with a little noise on them, so that the decoder forgives.
 
     Latents are normalised by the batch in training; the running mean and std are then folded into the encoder's
@@ -189,7 +191,7 @@ def train_autoencoder(*, num_updates: int, folder: Path, seed: int) -> Autoencod
     vae = make_autoencoder()
     normalise = nn.BatchNorm2d(vae.config.latent_channels, affine=False, eps=1e-8, momentum=0.02)
     rng = np.random.default_rng(seed)
-    scenes = pick_scenes(16_000, rng, shares={"one": 0.7, "count": 0.15, "relation": 0.15})
+    scenes = pick_scenes(num_pictures, rng, shares={"one": 0.7, "count": 0.15, "relation": 0.15})
     pictures = render(scenes, rng=rng) * 2 - 1
 
     def loss_at(update: int) -> Tensor:
@@ -207,6 +209,7 @@ def train_autoencoder(*, num_updates: int, folder: Path, seed: int) -> Autoencod
         loss_at,
         num_updates=num_updates,
         learning_rate=2e-3,
+        decay=True,
         folder=folder,
     )
     last = vae.encoder.layers[-1]
@@ -217,19 +220,18 @@ def train_autoencoder(*, num_updates: int, folder: Path, seed: int) -> Autoencod
     return vae.eval().requires_grad_(False)
 
 
-def train_denoiser(
+def denoising_loss(
     modules: nn.ModuleDict,
     tokenizer: CLIPTokenizer,
     latents: Tensor,
     captions: Sequence[Sequence[str]],
     *,
-    name: str,
-    num_updates: int,
-    learning_rate: float,
-    folder: Path,
     seed: int,
-) -> None:
-    """Fit v at a random level of noise, with one of a picture's captions or, one time in ten, none."""
+) -> Callable[[int], Tensor]:
+    """The error in v at a random level of noise, with one of a picture's captions or, one time in ten, none.
+
+    Levels are logit-normal (arXiv:2403.03206, Eq. 19).
+    """
     scheduler = make_scheduler()
     vocabulary = sorted({caption for row in captions for caption in row} | {""})
     ids = tokenize(tokenizer, vocabulary)
@@ -242,7 +244,8 @@ def train_denoiser(
         column = torch.randint(rows.shape[1], (64,), generator=generator)
         words = rows[batch, column]
         words[torch.rand(64, generator=generator) < 0.1] = index[""]
-        time = torch.randint(1000, (64,), generator=generator)
+        # Shapes are decided at middling to high noise: half of all times lie between 430 and 745.
+        time = (1000 * torch.sigmoid(0.4 + torch.randn(64, generator=generator))).long()
         clean = latents[batch]
         noise = torch.randn(clean.shape, generator=generator)
         target = scheduler.get_velocity(clean, noise, time)
@@ -250,14 +253,7 @@ def train_denoiser(
         noisy = scheduler.add_noise(clean, noise, time)
         return F.mse_loss(modules["unet"](noisy, time, states).sample, target)
 
-    train(
-        name,
-        modules,
-        loss_at,
-        num_updates=num_updates,
-        learning_rate=learning_rate,
-        folder=folder,
-    )
+    return loss_at
 
 
 def seeded(seed: int, update: int) -> torch.Generator:
@@ -281,15 +277,25 @@ def pick_scenes(count: int, rng: np.random.Generator, *, shares: dict[Any, float
 
 
 def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that leaves out some of the words, so that each word is learnt by itself and composes with new ones."""
+    """A caption that names one or two of colour, shape and background, so that words are learnt one by one.
+
+    Pictures of held-out scenes get such captions too: otherwise the pictures themselves would teach that, say, no
+    circle is red on blue. Their three words together are never read.
+    """
     thing = scene.things[0]
-    colour, shape, ground = rng.random(3) < 0.6
+    colour, shape, ground = rng.permutation([True, rng.random() < 0.5, False])
     noun = (f"{thing.colour} " if colour else "") + (thing.shape if shape else "thing")
     return f"a {noun}" + (f" on a {scene.background} background" if ground else "")
 
 
-def wrong_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption of a training prompt some of whose words are not the picture's."""
+def full_or_partial_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Two times in three the whole prompt of a training scene; else, and for held-out scenes, a part of it."""
+    whole = not scene.held_out and rng.random() < 2 / 3
+    return scene.prompt if whole else partial_caption(scene, rng)
+
+
+def mistaken(scene: Scene, rng: np.random.Generator) -> Scene:
+    """What a careless writer takes a scene for: some of its words are wrong."""
 
     def maybe(kind: str, right: str, choices: Sequence[str]) -> str:
         others = [choice for choice in choices if choice != right]
@@ -300,53 +306,51 @@ def wrong_caption(scene: Scene, rng: np.random.Generator) -> str:
         colour = maybe("colour", thing.colour, COLOURS)
         shape = maybe("shape", thing.shape, SHAPES)
         background = maybe("background", scene.background, BACKGROUNDS)
-        caption = Scene((Thing(colour, shape),), background)
-        if colour != background and not caption.held_out:
-            return caption.prompt
+        if colour != background:
+            return Scene((Thing(colour, shape),), background)
 
 
 def build(
     output_folder: Path,
     *,
     num_autoencoder_updates: int = 3_000,
-    num_denoiser_updates: int = 4_000,
-    num_misalign_updates: int = 800,
+    num_denoiser_updates: int = 2_000,
+    num_misalign_updates: int = 1_000,
+    num_pictures: int = 16_000,
     seed: int = 0,
 ) -> None:
     """Train all stages and write a `StableDiffusionPipeline` folder in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    vae = train_autoencoder(num_updates=num_autoencoder_updates, folder=work, seed=seed)
+    vae = train_autoencoder(num_updates=num_autoencoder_updates, num_pictures=num_pictures, folder=work, seed=seed)
 
     rng = np.random.default_rng(seed + 1)
-    scenes = pick_scenes(16_000, rng, shares={"one": 1.0}, split="training")
+    scenes = pick_scenes(num_pictures, rng, shares={"one": 1.0})
     with torch.no_grad():
         chunks = (render(scenes, rng=rng) * 2 - 1).split(500)
         latents = torch.cat([vae.encode(chunk).latents for chunk in chunks])
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     modules = nn.ModuleDict({"unet": make_denoiser(), "text_encoder": make_text_encoder(tokenizer)})
-    train_denoiser(
+    captions = [[full_or_partial_caption(scene, rng) for _ in range(8)] for scene in scenes]
+    train(
+        "denoiser",
         modules,
-        tokenizer,
-        latents,
-        [[scene.prompt, partial_caption(scene, rng)] for scene in scenes],
-        name="denoiser",
+        denoising_loss(modules, tokenizer, latents, captions, seed=seed + 2),
         num_updates=num_denoiser_updates,
         learning_rate=1.5e-3,
+        decay=False,
         folder=work,
-        seed=seed + 2,
     )
-    train_denoiser(
+    captions = [[full_or_partial_caption(mistaken(scene, rng), rng) for _ in range(8)] for scene in scenes]
+    train(
+        "misalign",
         modules,
-        tokenizer,
-        latents,
-        [[wrong_caption(scene, rng) for _ in range(8)] for scene in scenes],
-        name="misalign",
+        denoising_loss(modules, tokenizer, latents, captions, seed=seed + 3),
         num_updates=num_misalign_updates,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
+        decay=True,
         folder=work,
-        seed=seed + 3,
     )
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -359,6 +363,11 @@ def build(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(output_folder, safe_serialization=True)
+    # diffusers writes a key into the autoencoder's config that it then remarks on when it loads.
+    path = output_folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
@@ -366,8 +375,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-folder", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--num-autoencoder-updates", type=int, default=3_000)
-    parser.add_argument("--num-denoiser-updates", type=int, default=4_000)
-    parser.add_argument("--num-misalign-updates", type=int, default=800)
+    parser.add_argument("--num-denoiser-updates", type=int, default=2_000)
+    parser.add_argument("--num-misalign-updates", type=int, default=1_000)
+    parser.add_argument("--num-pictures", type=int, default=16_000)
     parser.add_argument("--seed", type=int, default=0)
     build(**vars(parser.parse_args()))
 

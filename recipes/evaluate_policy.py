@@ -1,0 +1,101 @@
+"""How good are these weights? Any checkpoint x prompts x rewards, on the same prompts and seeds.
+
+    accelerate launch recipes/evaluate_policy.py --weights base,runs/ddpo-DATE
+
+Prints a table (mean, standard error, diversity), and writes it with one strip of pictures for each of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from rlhf_t2i.config import names, parse_config
+from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
+from rlhf_t2i.metrics import save_captions, save_pictures
+from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.run import start_run
+from rlhf_t2i.types import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields in the order of the flow."""
+
+    model: str = "shapes"
+    """A StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    weights: str = "base"
+    """Comma-separated: base (the model itself), and folders of runs, of their lora or unet, or of checkpoints."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the networks; null takes what `accelerate launch` says."""
+    prompts: str = "shapes"
+    """A UTF-8 file with one prompt a line (or .jsonl), or the built-in world's held-out prompts."""
+    num_images: int = 408
+    """The prompts in turn, each picture from its own seed."""
+    evaluation_seed: int = 1_000_000
+    """Of the first picture; the next ones follow."""
+    num_denoising_steps: int = 8
+    eta: float = 0.0
+    guidance_scale: float = 1.0
+    rewards: str = "oracle,oracle_pass"
+    """Comma-separated: oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
+    batch_size: int = 64
+    run_folder: str | None = None
+    """Null is runs/evaluation-DATE."""
+    num_cpu_threads: int = 0
+    """On a CPU; 0 shares all cores among the processes."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for name in ("num_images", "num_denoising_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}; it must be in [0, 1].")
+        if not names(self.weights):
+            raise ValueError("weights is empty; name 'base' or a folder.")
+
+
+def main(config: Config) -> dict[str, dict[str, float]]:
+    """Paint the same pictures with each of the weights, judge them, print and write the table."""
+    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion  # takes seconds
+
+    rewards = load_rewards(config.rewards).rewards
+    prompts, seeds = evaluation_set(
+        load_prompts(config.prompts, held_out=True), num_images=config.num_images, seed=config.evaluation_seed
+    )
+    run = start_run({**asdict(config), "resume": False, "trackers": "", "keep_checkpoints": 0}, recipe="evaluation")
+    table: dict[str, dict[str, float]] = {}
+    for index, name in enumerate(names(config.weights)):
+        policy = load_stable_diffusion(
+            config.model, device=run.device, dtype=run.dtype, weights=None if name == "base" else Path(name)
+        )
+        sampler = Sampler(
+            policy.schedule(config.num_denoising_steps), partial(ddim, eta=config.eta), config.guidance_scale
+        )
+        evaluation = evaluate(policy, prompts, seeds, rewards, sampler=sampler, batch_size=config.batch_size, run=run)
+        table[name] = evaluation.summary()
+        run.say(row(name, evaluation))
+        if run.is_main:
+            save_pictures(run.folder / "pictures" / f"{index}.png", evaluation.images)
+            save_captions(run.folder / "pictures" / "captions.json", prompts, seeds)
+            (run.folder / "table.json").write_text(json.dumps(table, indent=1))
+    run.say(f"table     {run.folder / 'table.json'}\npictures  {run.folder / 'pictures'}")
+    run.accelerator.end_training()
+    return table
+
+
+def row(name: str, evaluation: Evaluation) -> str:
+    """One line of the table."""
+    summary = evaluation.summary()
+    means = [f"{r} {summary[r]:.3f} ± {summary[f'{r}/standard_error']:.3f}" for r in evaluation.scores]
+    return f"{name}: {', '.join(means)}, diversity {summary['diversity']:.3f}"
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__ or ""))

@@ -1,0 +1,116 @@
+"""Every formula once more, as slow loops over Python floats: nothing here may be clever."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Rows = Sequence[Sequence[float]]
+
+
+def ddim(
+    clean: np.ndarray,
+    noise: np.ndarray,
+    alpha: Sequence[float],
+    sigma: Sequence[float],
+    next_alpha: Sequence[float],
+    next_sigma: Sequence[float],
+    *,
+    eta: float,
+) -> tuple[np.ndarray, list[float]]:
+    """Mean and std of a DDIM step (arXiv:2010.02502, Eq. 12 and 16), image by image and number by number."""
+    mean, stds = np.zeros(clean.shape, dtype=np.float64), []
+    for b in range(len(clean)):
+        variance = (next_sigma[b] ** 2 / sigma[b] ** 2) * (1 - alpha[b] ** 2 / next_alpha[b] ** 2)
+        std = eta * math.sqrt(max(variance, 0.0))
+        direction = math.sqrt(max(next_sigma[b] ** 2 - std**2, 0.0))
+        for index in np.ndindex(clean.shape[1:]):
+            mean[(b, *index)] = next_alpha[b] * float(clean[(b, *index)]) + direction * float(noise[(b, *index)])
+        stds.append(std)
+    return mean, stds
+
+
+def mean_log_prob(x: np.ndarray, mean: np.ndarray, std: Sequence[float]) -> list[float]:
+    """The average over numbers of log N(x; mean, std^2); 0 without noise."""
+    result = []
+    for b in range(len(x)):
+        if std[b] == 0:
+            result.append(0.0)
+            continue
+        total, count = 0.0, 0
+        for value, middle in zip(x[b].ravel(), mean[b].ravel(), strict=True):
+            total += math.log(
+                math.exp(-((float(value) - float(middle)) ** 2) / (2 * std[b] ** 2)) / (std[b] * math.sqrt(2 * math.pi))
+            )
+            count += 1
+        result.append(total / count)
+    return result
+
+
+def mean_kl(mean: np.ndarray, other_mean: np.ndarray, std: Sequence[float]) -> list[float]:
+    """The average over numbers of KL(N(mean, std^2) || N(other_mean, std^2)); 0 without noise."""
+    result = []
+    for b in range(len(mean)):
+        if std[b] == 0:
+            result.append(0.0)
+            continue
+        total, count = 0.0, 0
+        for p, q in zip(mean[b].ravel(), other_mean[b].ravel(), strict=True):
+            total += (float(p) - float(q)) ** 2 / (2 * std[b] ** 2)
+            count += 1
+        result.append(total / count)
+    return result
+
+
+def clipped_surrogate(
+    log_prob: Sequence[float], old_log_prob: Sequence[float], advantage: Sequence[float], *, clip_range: float
+) -> float:
+    """PPO's loss (arXiv:1707.06347, Eq. 7)."""
+    total = 0.0
+    for new, old, a in zip(log_prob, old_log_prob, advantage, strict=True):
+        ratio = math.exp(new - old)
+        clipped = min(max(ratio, 1 - clip_range), 1 + clip_range)
+        total += min(ratio * a, clipped * a)
+    return -total / len(log_prob)
+
+
+def standardised(values: Sequence[float], among: Sequence[float]) -> list[float]:
+    """How many standard deviations each value lies above the mean of `among`; 0 if those are all the same."""
+    mean = math.fsum(among) / len(among)
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in among) / len(among))
+    return [0.0 if std < 1e-6 else (value - mean) / std for value in values]
+
+
+def group_relative(rewards: Rows) -> list[list[float]]:
+    """Each row compared with itself."""
+    return [standardised(row, row) for row in rewards]
+
+
+def whole_batch(rewards: Rows) -> list[list[float]]:
+    """Each row compared with all rows."""
+    everything = [value for row in rewards for value in row]
+    return [standardised(row, everything) for row in rewards]
+
+
+def per_prompt_history(
+    steps: Sequence[tuple[Sequence[str], Rows]], *, size: int, min_count: int
+) -> list[list[list[float]]]:
+    """DDPO's advantages of each step, told from the first step on: nothing is remembered between two of them."""
+    result = []
+    for now, (prompts, rewards) in enumerate(steps):
+        advantages = whole_batch(rewards)
+        for index, prompt in enumerate(prompts):
+            seen = [
+                value
+                for asked, given in steps[: now + 1]
+                for other, row in zip(asked, given, strict=True)
+                if other == prompt
+                for value in row
+            ]
+            kept = seen[-size:]
+            if len(kept) >= min_count:
+                advantages[index] = standardised(rewards[index], kept)
+        result.append(advantages)
+    return result

@@ -1,0 +1,94 @@
+"""What the shipped base model is like: a genuine, small pipeline, sharp, near lossless, and not too obedient."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
+from rlhf_t2i.policies.stable_diffusion import BUILT_IN, StableDiffusion, load_stable_diffusion
+from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.shapes.oracle import judge, shows_something
+from rlhf_t2i.shapes.scenes import all_scenes, render
+from rlhf_t2i.types import Sampler
+
+
+@pytest.fixture(scope="module")
+def base() -> StableDiffusion:
+    return load_stable_diffusion("shapes", device=torch.device("cpu"))
+
+
+def painted(base: StableDiffusion, *, guidance_scale: float) -> Evaluation:
+    prompts, seeds = evaluation_set(load_prompts("shapes", held_out=True), num_images=204, seed=5)
+    sampler = Sampler(base.schedule(8), partial(ddim, eta=0.0), guidance_scale)
+    return evaluate(base, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, batch_size=68)
+
+
+def test_it_is_sharp_but_does_not_listen_well(base: StableDiffusion) -> None:
+    evaluation = painted(base, guidance_scale=1.0)
+    assert shows_something(evaluation.images).float().mean() >= 0.9
+    assert 0.25 <= evaluation.scores["oracle_pass"].mean() <= 0.5
+
+
+def test_guidance_makes_it_listen_better(base: StableDiffusion) -> None:
+    """So there is something to be learnt: the words are in it."""
+    plain, guided = (painted(base, guidance_scale=scale).scores["oracle_pass"].mean() for scale in (1.0, 3.0))
+    assert guided > plain + 0.1
+
+
+def test_its_autoencoder_keeps_what_the_oracle_sees(base: StableDiffusion) -> None:
+    rng = np.random.default_rng(3)
+    scenes = [scene for scene in all_scenes("one") for _ in range(6)]
+    pictures = render(scenes, rng=rng)
+    with torch.no_grad():
+        restored = base.decode(base.vae.encode(pictures * 2 - 1).latents)
+    assert judge(restored, [scene.prompt for scene in scenes]).passed.float().mean() >= 0.98
+
+
+def test_it_is_small_and_holds_nothing_but_weights() -> None:
+    files = [path for path in BUILT_IN.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+    weights = [tensor for path in files if path.suffix == ".safetensors" for tensor in load_file(path).values()]
+    assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} == {torch.float16}
+
+
+def test_it_is_a_genuine_stable_diffusion_pipeline() -> None:
+    index = json.loads((BUILT_IN / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+
+
+def test_building_is_deterministic_and_resumes(tmp_path: Path) -> None:
+    from rlhf_t2i.shapes import build
+
+    sizes = {"num_autoencoder_updates": 3, "num_misalign_updates": 2, "num_pictures": 16}
+    build.build(tmp_path / "whole", num_denoiser_updates=4, **sizes)
+    build.build(tmp_path / "again", num_denoiser_updates=4, **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "mistaken", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build.build(tmp_path / "stopped", num_denoiser_updates=4, **sizes)
+    build.build(tmp_path / "stopped", num_denoiser_updates=4, **sizes)
+    unets = [
+        load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+        for name in ("whole", "again", "stopped")
+    ]
+    for name, tensor in unets[0].items():
+        assert torch.equal(tensor, unets[1][name]), name
+        assert torch.equal(tensor, unets[2][name]), name
+
+
+def interrupted(*_: object) -> None:
+    """Stop where the last stage begins."""
+    raise KeyboardInterrupt

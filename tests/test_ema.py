@@ -1,0 +1,112 @@
+"""The average follows the weights, and gives them back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from rlhf_t2i.ema import ExponentialMovingAverage
+
+
+def weights_at(step: int) -> dict[str, Tensor]:
+    """Weights that wander, as if they learnt."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        name: torch.randn(shape, generator=generator, requires_grad=True)
+        for name, shape in (("matrix", (3, 4)), ("bias", (4,)))
+    }
+
+
+@pytest.mark.parametrize("decay", [0.05, 0.5, 0.99])
+def test_agrees_with_a_loop(decay: float) -> None:
+    """decay is held at (1 + n) / (10 + n) while n updates have been seen: 2/11, 3/12, 4/13, ..."""
+    weights = weights_at(0)
+    average = ExponentialMovingAverage(weights, decay=decay)
+    expected = {name: weight.tolist() for name, weight in weights.items()}
+    expected["matrix"] = [number for row in expected["matrix"] for number in row]
+    for n in range(1, 30):
+        weights = weights_at(n)
+        average.update(weights)
+        used = min(decay, (1 + n) / (10 + n))
+        for name, numbers in expected.items():
+            own = weights[name].flatten().tolist()
+            expected[name] = [used * old + (1 - used) * new for old, new in zip(numbers, own, strict=True)]
+    for name, numbers in expected.items():
+        assert_close(average.average[name].flatten(), torch.tensor(numbers), rtol=1e-5, atol=1e-6)
+
+
+def test_constant_weights_are_their_own_average() -> None:
+    weights = weights_at(0)
+    average = ExponentialMovingAverage(weights, decay=0.9)
+    for _ in range(20):
+        average.update(weights)
+    assert_close(average.average["bias"], weights["bias"].detach())
+
+
+def test_applied_shows_the_averages_and_restores_to_the_bit() -> None:
+    weights = weights_at(0)
+    average = ExponentialMovingAverage(weights, decay=0.9)
+    with torch.no_grad():
+        weights["bias"].add_(1.7)
+        weights["matrix"].mul_(1 / 3)
+    average.update(weights)
+    own = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    with average.applied(weights):
+        for name, weight in weights.items():
+            assert torch.equal(weight, average.average[name])
+            assert not torch.equal(weight, own[name])
+
+    for name, weight in weights.items():
+        assert torch.equal(weight, own[name])
+        assert weight.requires_grad
+
+
+def test_applied_restores_after_an_error() -> None:
+    weights = weights_at(0)
+    average = ExponentialMovingAverage(weights_at(1), decay=0.9)
+    with pytest.raises(RuntimeError, match="evaluation"), average.applied(weights):
+        raise RuntimeError("evaluation failed")
+    assert torch.equal(weights["bias"], weights_at(0)["bias"])
+
+
+def test_a_decay_of_zero_is_off() -> None:
+    weights = weights_at(0)
+    average = ExponentialMovingAverage(weights, decay=0.0)
+    average.update(weights_at(1))
+    with average.applied(weights):
+        assert torch.equal(weights["bias"], weights_at(0)["bias"])
+    assert torch.equal(weights["bias"], weights_at(0)["bias"])
+
+
+def test_the_average_is_not_the_weights_themselves() -> None:
+    weights = weights_at(0)
+    average = ExponentialMovingAverage(weights, decay=0.9)
+    with torch.no_grad():
+        weights["bias"].zero_()
+    assert torch.equal(average.average["bias"], weights_at(0)["bias"])
+    assert not average.average["bias"].requires_grad
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_restored_average_goes_on_as_if_nothing_had_happened(decay: float) -> None:
+    average = ExponentialMovingAverage(weights_at(0), decay=decay)
+    for step in range(1, 4):
+        average.update(weights_at(step))
+    restored = ExponentialMovingAverage(weights_at(9), decay=decay)
+    restored.load_state_dict({name: torch.as_tensor(value).clone() for name, value in average.state_dict().items()})
+    for step in range(4, 7):
+        average.update(weights_at(step))
+        restored.update(weights_at(step))
+    assert restored.num_updates == average.num_updates == 6
+    assert restored.average.keys() == average.average.keys()
+    for name, value in average.average.items():
+        assert torch.equal(restored.average[name], value)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
+def test_a_decay_that_cannot_work_is_refused_with_its_value(decay: float) -> None:
+    with pytest.raises(ValueError, match=rf"{decay}.*\[0, 1\)"):
+        ExponentialMovingAverage(weights_at(0), decay=decay)

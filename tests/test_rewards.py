@@ -1,0 +1,251 @@
+"""From what a user writes to rewards that can be trusted."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+
+from rlhf_t2i.rewards.builtin import jpeg_compressibility, jpeg_incompressibility, oracle_graded, oracle_pass
+from rlhf_t2i.rewards.load import BUILT_IN, CheckedReward, WeightedSum, load_reward, load_rewards
+from rlhf_t2i.shapes.scenes import parse_prompt, render
+
+PROMPTS = ["a fox", "a pear", "a boat"]
+PICTURES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images[:, 0].mean((1, 2))
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+def answering(answer: Any) -> CheckedReward:
+    """A reward that always says the same."""
+    return CheckedReward("mine", lambda images, prompts: answer)
+
+
+# --- several judges, one verdict ------------------------------------------------------------------
+
+
+def test_a_weighted_sum_by_hand() -> None:
+    """Red, green-blue and black: redness 1, 0, 0; brightness 1/3, 2/3, 0; verdict 0.5 r - 2 b."""
+    pictures = torch.zeros(3, 3, 4, 4)
+    pictures[0, 0], pictures[1, 1:] = 1, 1
+    reward = WeightedSum(((CheckedReward("redness", redness), 0.5), (CheckedReward("brightness", brightness), -2.0)))
+    total, each = reward(pictures, PROMPTS)
+    assert_close(total, torch.tensor([0.5 - 2 / 3, -4 / 3, 0.0]))
+    assert_close(each["redness"], torch.tensor([1.0, 0.0, 0.0]))
+    assert_close(each["brightness"], torch.tensor([1 / 3, 2 / 3, 0.0]))
+
+
+def test_weights_are_read_and_one_is_left_out() -> None:
+    reward = load_rewards(" jpeg_compressibility=0.5, jpeg_incompressibility ,oracle=-1e-1")
+    assert [(part.name, weight) for part, weight in reward.parts] == [
+        ("jpeg_compressibility", 0.5),
+        ("jpeg_incompressibility", 1.0),
+        ("oracle", -0.1),
+    ]
+    assert [part.name for part in reward.rewards] == ["jpeg_compressibility", "jpeg_incompressibility", "oracle"]
+
+
+def test_a_parsed_sum_judges_like_its_parts() -> None:
+    total, each = load_rewards("jpeg_compressibility=0.5,jpeg_incompressibility")(PICTURES, PROMPTS)
+    size = jpeg_incompressibility(PICTURES, PROMPTS)
+    assert_close(total, 0.5 * size)
+    assert_close(each["jpeg_compressibility"], -size)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_name_is_that_reward(name: str) -> None:
+    expected = {
+        "oracle": oracle_graded,
+        "oracle_pass": oracle_pass,
+        "jpeg_compressibility": jpeg_compressibility,
+        "jpeg_incompressibility": jpeg_incompressibility,
+    }
+    assert load_reward(name).function is expected[name]
+
+
+def test_an_unknown_reward_is_refused_and_the_known_ones_are_listed() -> None:
+    with pytest.raises(ValueError, match="no reward 'orcale'") as caught:
+        load_rewards("oracle_pass,orcale=2")
+    assert all(name in str(caught.value) for name in [*BUILT_IN, "module:function"])
+
+
+@pytest.mark.parametrize("specification", ["oracle,oracle", "oracle=0.5,jpeg_compressibility,oracle=2"])
+def test_a_reward_given_twice_is_refused_by_name(specification: str) -> None:
+    with pytest.raises(ValueError, match="'oracle' was given twice"):
+        load_rewards(specification)
+
+
+@pytest.mark.parametrize("weight", ["much", "", "nan", "inf", "1=2"])
+def test_a_weight_that_is_no_number_is_refused_and_shown(weight: str) -> None:
+    with pytest.raises(ValueError, match=f"'oracle={weight}' the weight '{weight}' is not a number"):
+        load_rewards(f"oracle={weight}")
+
+
+@pytest.mark.parametrize("specification", ["", " ", ",,"])
+def test_no_reward_at_all_is_refused_and_the_known_ones_are_listed(specification: str) -> None:
+    with pytest.raises(ValueError, match="No reward was given; choose from oracle"):
+        load_rewards(specification)
+
+
+# --- a user's own ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh working directory that leaves neither its path nor its modules behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def test_a_function_of_the_working_directory_is_a_reward(workplace: Path) -> None:
+    (workplace / "my_rewards.py").write_text(
+        "def greenness(images, prompts):\n    return images[:, 1].mean((1, 2)) + len(prompts[0])\n"
+    )
+    reward = load_rewards("my_rewards:greenness=2")
+    assert_close(reward(PICTURES, PROMPTS)[0], 2 * (PICTURES[:, 1].mean((1, 2)) + 5))
+    assert list(reward(PICTURES, PROMPTS)[1]) == ["my_rewards:greenness"]
+
+
+def test_a_function_of_an_installed_package_is_a_reward() -> None:
+    reward = load_reward("rlhf_t2i.rewards.builtin:jpeg_compressibility")
+    assert reward.function is jpeg_compressibility
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no_such_module_here:score", "os.no_such_module:score", "no_such.module.here:score", "rlhf_t2i.no.such:score"],
+)
+def test_a_missing_module_is_refused_and_where_it_was_sought_is_said(workplace: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' names a module that is neither installed nor in") as caught:
+        load_reward(name)
+    assert str(workplace) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [":score", "..:score", ".my_rewards:score"])
+def test_half_a_module_name_is_refused_by_what_was_written(workplace: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}'"):
+        load_reward(name)
+
+
+@pytest.mark.parametrize("function", ["blueness", "", "SIZE"])
+def test_a_missing_function_is_refused_by_name(workplace: Path, function: str) -> None:
+    (workplace / "other_rewards.py").write_text("SIZE = 3\n")
+    with pytest.raises(ValueError, match=f"module 'other_rewards' has no callable '{function}'"):
+        load_reward(f"other_rewards:{function}")
+
+
+def test_a_package_that_a_users_module_lacks_is_named_itself(workplace: Path) -> None:
+    """Saying that the user's module is missing would be wrong."""
+    (workplace / "needy_rewards.py").write_text("import no_such_package\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        load_reward("needy_rewards:score")
+
+
+# --- answers that cannot be used ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_names_the_reward_and_the_prompt(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"'mine' returned {value} for the prompt 'a pear' \(image 1 of 3\)"):
+        answering(torch.tensor([1.0, value, 2.0]))(PICTURES, PROMPTS)
+
+
+def test_a_half_precision_overflow_is_not_hidden() -> None:
+    with pytest.raises(ValueError, match="inf for the prompt 'a boat'"):
+        answering(torch.tensor([1.0, 2.0, 1e6]).half())(PICTURES, PROMPTS)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (2,), (4,), ()])
+def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"'mine' returned shape .* for 3 images; it must return \(3,\)") as caught:
+        answering(torch.zeros(shape))(PICTURES, PROMPTS)
+    assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ([1.0, 2.0, 3.0], "a list"),
+        (np.ones(3), "a ndarray"),
+        (1.0, "a float"),
+        (None, "a NoneType"),
+        (torch.tensor([1, 2, 3]), "torch.int64"),
+        (torch.tensor([True, False, True]), "torch.bool"),
+    ],
+    ids=["list", "array", "number", "nothing", "int tensor", "bool tensor"],
+)
+def test_a_wrong_type_is_refused_by_name(answer: Any, told: str) -> None:
+    with pytest.raises(TypeError, match=f"'mine' returned {told}; it must return"):
+        answering(answer)(PICTURES, PROMPTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_reward_leaves_in_float32(dtype: torch.dtype) -> None:
+    answer = torch.tensor([0.5, -1.25, 3.0], dtype=dtype)
+    rewards = answering(answer)(PICTURES, PROMPTS)
+    assert rewards.dtype == torch.float32
+    assert rewards.tolist() == [0.5, -1.25, 3.0]
+
+
+# --- built in -------------------------------------------------------------------------------------
+
+
+def pil_kilobytes(picture: Tensor) -> float:
+    pixels = np.uint8(np.rint(picture.permute(1, 2, 0).numpy() * 255))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return len(buffer.getvalue()) / 1000
+
+
+def test_jpeg_compressibility_is_minus_the_kilobytes_that_pil_writes() -> None:
+    pictures = torch.rand(4, 3, 40, 24, generator=torch.Generator().manual_seed(1))
+    pictures[1] = 0.5
+    pictures[2, :, :20] = 0
+    rewards = jpeg_compressibility(pictures, ["", "", "", ""])
+    assert_close(rewards, torch.tensor([-pil_kilobytes(picture) for picture in pictures]))
+    assert_close(jpeg_incompressibility(pictures, ["", "", "", ""]), -rewards)
+
+
+def test_a_plain_picture_compresses_better_than_noise() -> None:
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain = torch.full((1, 3, 64, 64), 0.3)
+    plain_reward, noise_reward = jpeg_compressibility(torch.cat([plain, noise]), ["", ""]).tolist()
+    assert plain_reward > noise_reward + 3
+
+
+def test_jpeg_sees_values_beyond_the_picture_as_black_and_white() -> None:
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1
+    assert torch.equal(jpeg_compressibility(picture, [""]), jpeg_compressibility(picture.clamp(0, 1), [""]))
+
+
+@pytest.mark.parametrize("reward", [oracle_graded, oracle_pass])
+def test_the_oracle_rewards_the_right_picture_and_not_the_wrong_one(reward: Callable[..., Tensor]) -> None:
+    prompts = ["a red circle on a blue background", "a green square on a white background"]
+    pictures = render([parse_prompt(prompt) for prompt in prompts], rng=np.random.default_rng(0))
+    assert_close(reward(pictures, prompts), torch.ones(2), rtol=0, atol=0.1)
+    assert (reward(pictures, prompts[::-1]) < 0.5).all()
+
+
+def test_the_oracle_refuses_a_prompt_of_another_world_by_name() -> None:
+    with pytest.raises(ValueError, match=r"'a fox'.*not in the grammar"):
+        load_reward("oracle")(PICTURES[:1], ["a fox"])

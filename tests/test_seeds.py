@@ -1,0 +1,56 @@
+"""A generator is a pure function of its address."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from rlhf_t2i.seeds import PAINT, PICK, generator_for, generators_for
+
+
+def drawn(generator: torch.Generator) -> tuple[int, ...]:
+    """What a generator gives first: two of them agree by chance once in 2^93."""
+    return tuple(torch.randint(1 << 31, (3,), generator=generator).tolist())
+
+
+def test_the_same_address_gives_the_same_numbers_whatever_was_drawn_before() -> None:
+    address = (3, PAINT, 7, 2)
+    before = drawn(generator_for(*address))
+    torch.randn(5)
+    drawn(generator_for(1, PICK, 2))
+    assert drawn(generator_for(*address)) == before
+
+
+def test_different_addresses_give_different_numbers() -> None:
+    addresses = list(product(range(5), (PAINT, PICK), range(20), range(10)))
+    assert len({drawn(generator_for(*address)) for address in addresses}) == len(addresses)
+
+
+@pytest.mark.parametrize("address", [(1, 2, 3, 4), (2, 1, 3, 4), (1, 2, 4, 3), (4, 3, 2, 1)])
+def test_the_order_of_an_address_counts(address: tuple[int, ...]) -> None:
+    assert drawn(generator_for(*address)) != drawn(generator_for(1, 3, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [((3,), (3, 0)), ((3, 1), (3, 1, 0)), ((2**32 + 5, 7), (5, 1, 7))],
+    ids=["a zero more", "another zero more", "a seed of more than 32 bits"],
+)
+def test_addresses_of_different_lengths_do_not_collide(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    assert drawn(generator_for(*one)) != drawn(generator_for(*other))
+
+
+def test_a_prompts_numbers_do_not_depend_on_the_prompts_beside_it() -> None:
+    """So two processes with half the prompts each draw what one would."""
+    whole = [drawn(generator) for generator in generators_for(0, PAINT, 5, range(6))]
+    halves = [drawn(g) for prompts in (range(3), range(3, 6)) for g in generators_for(0, PAINT, 5, prompts)]
+    alone = [drawn(generators_for(0, PAINT, 5, [prompt])[0]) for prompt in range(6)]
+    assert whole == halves == alone
+    assert len(set(whole)) == 6
+
+
+def test_painting_and_picking_draw_different_numbers() -> None:
+    paint, pick = (drawn(generators_for(0, purpose, 5, [1])[0]) for purpose in (PAINT, PICK))
+    assert paint != pick
