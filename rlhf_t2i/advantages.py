@@ -18,13 +18,13 @@ def group_relative_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P
 
     A group whose images all earn the same reward teaches nothing and gets exact zeros (arXiv:2402.03300).
     """
-    return _standardise(rewards, rewards.mean(dim=1, keepdim=True), _std(rewards, dim=1))
+    return _standardise(rewards, rewards.double().mean(dim=1, keepdim=True), _std(rewards, dim=1))
 
 
 def whole_batch_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
     """How much better each image is than all images of this step, in their standard deviations."""
     flat = rewards.flatten()[None]
-    return _standardise(rewards, flat.mean(dim=1), _std(flat, dim=1)[0])
+    return _standardise(rewards, flat.double().mean(dim=1), _std(flat, dim=1)[0])
 
 
 class PerPromptHistory:
@@ -52,7 +52,7 @@ class PerPromptHistory:
         for index, prompt in enumerate(prompts):
             if len(self.rewards[prompt]) >= self.min_count:
                 past = rewards.new_tensor(list(self.rewards[prompt]))[None]
-                advantages[index] = _standardise(rewards[index], past.mean(), _std(past, dim=1)[0])
+                advantages[index] = _standardise(rewards[index], past.double().mean(), _std(past, dim=1)[0])
         return advantages
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -63,8 +63,8 @@ class PerPromptHistory:
 
 
 def _std(rewards: Float[Tensor, "P K"], *, dim: int) -> Float[Tensor, "P 1"]:
-    return rewards.std(dim=dim, keepdim=True, correction=0)
+    return rewards.double().std(dim=dim, keepdim=True, correction=0)
 
 
 def _standardise(rewards: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return torch.where(std > _FLAT, (rewards - mean) / std.clamp_min(_FLAT), 0.0)
+    return torch.where(std > _FLAT, (rewards - mean) / std.clamp_min(_FLAT), 0.0).to(rewards.dtype)

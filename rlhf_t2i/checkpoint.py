@@ -39,13 +39,14 @@ def commit(part: Path, *, keep: int) -> Path:
     files = sorted(path for path in part.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(part)): _sha256(path) for path in files}
     (part / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, part / _MANIFEST, part]:
+    for path in [*part.rglob("*"), part]:
         _flush(path)
     target = part.with_suffix("")
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
     _flush(target.parent)
-    for old in _checkpoints(target.parent)[keep:]:
+    others = [path for path in _checkpoints(target.parent) if path != target]
+    for old in others[keep - 1 :]:
         shutil.rmtree(old)
     return target
 
@@ -73,6 +74,8 @@ def _fault(path: Path) -> str | None:
     except FileNotFoundError:
         return "it has no manifest, so it was never finished"
     except (json.JSONDecodeError, UnicodeDecodeError):
+        return "its manifest cannot be read"
+    if not isinstance(manifest, dict):
         return "its manifest cannot be read"
     for name, checksum in manifest.items():
         if not (path / name).is_file():

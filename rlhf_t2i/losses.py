@@ -21,6 +21,7 @@ def clipped_surrogate_loss(
 
     With densities averaged over latent numbers, DDPO's c is 1e-4. Gradients reach `log_prob` only.
     """
-    ratio = torch.exp(log_prob - old_log_prob)
+    ratio = torch.exp(log_prob - old_log_prob.detach())
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    advantage = advantage.detach()
     return -torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()

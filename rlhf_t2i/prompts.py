@@ -28,7 +28,7 @@ def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
             f"file with a 'prompt' in each line), or 'shapes' for the built-in world."
         )
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8").removeprefix("\ufeff").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"The prompt file {source!r} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8."

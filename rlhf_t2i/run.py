@@ -284,9 +284,7 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
     _keep_trackers_quiet(trackers)
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     gloo = [InitProcessGroupKwargs(backend="gloo")] if several_on_cpu else []
-    accelerator = Accelerator(
-        cpu=several_on_cpu, mixed_precision=config["mixed_precision"], kwargs_handlers=gloo
-    )
+    accelerator = Accelerator(cpu=several_on_cpu, mixed_precision=config["mixed_precision"], kwargs_handlers=gloo)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(
             f"{accelerator.distributed_type.value} is not supported; launch with accelerate_configs/single.yaml or "

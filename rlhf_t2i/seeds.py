@@ -16,7 +16,7 @@ PAINT, PICK = 0, 1
 
 def generator_for(*address: int) -> torch.Generator:
     """The CPU generator that belongs to an address such as (seed, PAINT, step, prompt); numbers >= 0."""
-    state = np.random.SeedSequence(address).generate_state(2, np.uint32)
+    state = np.random.SeedSequence([len(address), *address]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 

@@ -13,6 +13,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)\n```$", README, flags=re.DOTALL | re.MULTILINE)
+COMMANDS = [text for language, text in BLOCKS if language == ""]
+(SNIPPET,) = [text for language, text in BLOCKS if language == "python"]
 TINY = {
     "num_steps": 1, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 4,
     "num_evaluation_images": 4, "microbatch_size": 8,
@@ -33,9 +36,8 @@ def flags(**values: object) -> list[str]:
 
 
 def test_the_readme_and_ci_give_the_same_commands() -> None:
-    blocks = re.findall(r"```\n(.*?)\n```", README, flags=re.DOTALL)
-    assert "pip install -e . -c constraints.txt && accelerate launch recipes/ddpo.py" in blocks
-    assert "pip install -e '.[dev]' -c constraints.txt && pytest" in blocks
+    assert "pip install -e . -c constraints.txt && accelerate launch recipes/ddpo.py" in COMMANDS
+    assert "pip install -e '.[dev]' -c constraints.txt && pytest" in COMMANDS
     ci = (ROOT / ".ci" / "run").read_text()
     assert "-e '.[dev]' -c constraints.txt" in ci
     assert "\npytest\n" in ci
@@ -48,9 +50,7 @@ def test_the_first_command_ends_with_the_table_and_the_places(tmp_path: Path) ->
     output = run(["recipes/ddpo.py", *flags(**TINY, run_folder=folder)])
     for word in ("before", "after", "oracle_pass", "diversity", str(folder / "report.html"), str(folder / "unet")):
         assert word in output
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    snippet = snippet.replace("runs/ddpo-DATE", str(folder)) + "\n.save(out)\n".replace("\n.", "", 1)
-    snippet = snippet.replace(".images[0]\nsave(out)", f".images[0].save({str(tmp_path / 'out.png')!r})")
+    snippet = SNIPPET.replace("runs/ddpo-DATE", str(folder)) + f".save({str(tmp_path / 'out.png')!r})"
     subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, capture_output=True)
     assert Image.open(tmp_path / "out.png").size == (32, 32)
 
@@ -60,7 +60,7 @@ def test_the_command_for_a_users_own_things_runs(tiny_sd: Path, tmp_path: Path) 
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     (tmp_path / "held_out.txt").write_text("a fox\n")
     (tmp_path / "my_rewards.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
-    (command,) = [block for block in re.findall(r"```\n(.*?)\n```", README, flags=re.DOTALL) if "my_rewards" in block]
+    (command,) = [text for text in COMMANDS if "my_rewards" in text]
     command = command.replace("\\\n", " ").replace("recipes/ddpo.py", str(ROOT / "recipes" / "ddpo.py"))
     arguments = command.replace("path/or/hub-id", str(tiny_sd)).split()[2:]
     output = run([*arguments, *flags(**TINY, run_folder="out")], cwd=tmp_path)

@@ -136,7 +136,6 @@ def test_a_pipeline_of_another_family_is_named(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"prediction_type": "sample"}, "predicts 'sample'"),
-        ({"clip_sample": True}, "sets clip_sample"),
         ({"thresholding": True}, "sets thresholding"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
     ],

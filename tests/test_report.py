@@ -164,7 +164,7 @@ def test_a_half_written_last_line_is_ignored(tmp_path: Path) -> None:
     whole = page_of(run_folder(tmp_path, rows))
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(train(3, elapsed=121.0))[:-9])
-    assert read_metrics(tmp_path / "metrics.jsonl") == rows
+    assert read_metrics(tmp_path) == rows
     assert page_of(tmp_path) == whole
 
 

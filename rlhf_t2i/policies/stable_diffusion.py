@@ -50,7 +50,8 @@ class StableDiffusion:
     def learn(self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool, seed: int) -> None:
         """Choose what learns: adapters of a rank on the U-Net's attention, or (None) the whole U-Net in float32.
 
-        The seed is that of the adapters' first values. For the whole U-Net a frozen copy is kept if a reference will be asked for; adapters can just be switched off.
+        The seed is that of the adapters' first values. For the whole U-Net a frozen copy is kept if a reference will be
+        asked for; adapters can just be switched off.
         """
         if lora_rank is not None:
             with _only_errors():
@@ -103,6 +104,8 @@ class StableDiffusion:
             )
         self.scheduler.set_timesteps(num_steps)
         times = self.scheduler.timesteps.to(torch.int64)
+        if int(times[0]) >= total:
+            raise ValueError(f"num_denoising_steps is {num_steps}; with this model's steps_offset it must be less.")
         last = int(times[-1]) - total // num_steps
         products = self.scheduler.alphas_cumprod
         final = products[last] if last >= 0 else self.scheduler.final_alpha_cumprod
@@ -290,14 +293,13 @@ def _ddim_scheduler(config: Any) -> DDIMScheduler:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"The model predicts {prediction!r}; supported are 'epsilon' and 'v_prediction'.")
-    for option in ("clip_sample", "thresholding"):
-        if config.get(option, False):
-            raise ValueError(
-                f"The model's scheduler sets {option}; a clipped step has no Gaussian density. Set it to false in the "
-                f"model's scheduler_config.json."
-            )
+    if config.get("thresholding", False):
+        raise ValueError(
+            "The model's scheduler sets thresholding; a clipped step has no Gaussian density. Set it to false in the "
+            "model's scheduler_config.json."
+        )
     if config.get("rescale_betas_zero_snr", False):
         raise ValueError(
             "The model's scheduler sets rescale_betas_zero_snr, whose first step has alpha = 0; set it to false."
         )
-    return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
+    return DDIMScheduler.from_config(config, clip_sample=False)

@@ -117,12 +117,14 @@ def _function(name: str) -> Reward:
 
 def _imported(name: str) -> Reward:
     module_name, _, function_name = name.partition(":")
+    if not all(module_name.split(".")):
+        raise ValueError(f"The reward {name!r} is not of the form module:function.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name != module_name.partition(".")[0] and error.name != module_name:
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
             f"The reward {name!r} names a module that is neither installed nor in {os.getcwd()}."

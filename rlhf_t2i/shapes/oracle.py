@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -27,7 +28,6 @@ SIZE = 32
 """Pictures of another size are brought to this width and height before they are looked at."""
 _MIN_AREA = 12
 """Pixels of the smallest component that counts as a thing; a smaller one is mess."""
-_TEMPLATE = 16
 
 _NAMES = tuple(PALETTE)
 _COLOURS = torch.tensor([PALETTE[name] for name in _NAMES])
@@ -86,7 +86,7 @@ def judge(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Verdict:
 
 def shows_something(images: Float[Tensor, "B 3 Y X"]) -> Bool[Tensor, " B"]:
     """Whether a picture passes for *some* prompt of the grammar: the drawing is sharp, whatever was asked."""
-    return torch.tensor([_passes_for_some_prompt(sight) for sight in look(images)])
+    return torch.tensor([_passes_for_some_prompt(sight) for sight in look(images)], dtype=torch.bool)
 
 
 # --- looking --------------------------------------------------------------------------------------
@@ -158,47 +158,30 @@ def _components(planes: np.ndarray) -> tuple[list[list[Component]], list[float]]
     return found, ((foreground - tidy) / (height * width)).tolist()
 
 
-def _templates() -> np.ndarray:
-    """(shapes, 16, 16) coverage of each shape that fills its bounding box."""
-    fine = (np.arange(_TEMPLATE * 8) + 0.5) / (_TEMPLATE * 8) * 2 - 1
-    y, x = np.meshgrid(fine, fine, indexing="ij")
+def _overlaps(masks: Sequence[np.ndarray]) -> list[dict[str, float]]:
+    """Intersection over union of each mask with each shape, drawn in the same pixels to fill the same box."""
+    found = []
+    for mask in masks:
+        ious = []
+        for top, side in ((0, 0), (1, 0), (0, 1), (1, 1)):
+            grown = np.pad(mask, ((top, 0), (side, side)))
+            templates = _templates(*grown.shape)
+            ious.append((grown & templates).sum((1, 2)) / (grown | templates).sum((1, 2)))
+        found.append(dict(zip(SHAPES, np.max(ious, axis=0).tolist(), strict=True)))
+    return found
+
+
+@cache
+def _templates(height: int, width: int) -> np.ndarray:
+    """(shapes, height, width): the pixels that each shape covers at least half of if it fills the box."""
+    y, x = np.meshgrid(*((np.arange(n * 8) + 0.5) / (n * 8) * 2 - 1 for n in (height, width)), indexing="ij")
     drawn = {
         "circle": np.hypot(x, y) <= 1,
         "square": np.ones_like(x, dtype=bool),
         "triangle": np.abs(x) <= (y + 1) / 2,
     }
-    masks = np.stack([drawn[shape] for shape in SHAPES]).astype(np.float32)
-    return masks.reshape(len(SHAPES), _TEMPLATE, 8, _TEMPLATE, 8).mean((2, 4))
-
-
-_TEMPLATES = _templates()
-
-
-def _overlaps(masks: Sequence[np.ndarray]) -> list[dict[str, float]]:
-    """Intersection over union of each mask, stretched to the templates' square, with each template."""
-    if not masks:
-        return []
-    stretched = np.stack([_stretch(mask.astype(np.float32)) for mask in masks])[:, None]
-    both = np.minimum(stretched, _TEMPLATES).sum((2, 3))
-    either = np.maximum(stretched, _TEMPLATES).sum((2, 3))
-    return [dict(zip(SHAPES, row, strict=True)) for row in (both / either).tolist()]
-
-
-def _stretch(mask: np.ndarray) -> np.ndarray:
-    """Area-average a mask to 16 x 16."""
-    return _averaging(mask.shape[0]) @ mask @ _averaging(mask.shape[1]).T
-
-
-_AVERAGING: dict[int, np.ndarray] = {}
-
-
-def _averaging(size: int) -> np.ndarray:
-    """The (16, size) matrix whose rows average the pixels that fall into each of 16 equal cells."""
-    if size not in _AVERAGING:
-        cells, pixels = np.arange(_TEMPLATE)[:, None] * size / _TEMPLATE, np.arange(size)[None]
-        cover = np.minimum(cells + size / _TEMPLATE, pixels + 1) - np.maximum(cells, pixels)
-        _AVERAGING[size] = (cover.clip(0) * _TEMPLATE / size).astype(np.float32)
-    return _AVERAGING[size]
+    masks = np.stack([drawn[shape] for shape in SHAPES])
+    return masks.reshape(len(SHAPES), height, 8, width, 8).mean((2, 4)) >= 0.5
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -240,10 +223,8 @@ def _verdict(sight: Sight, scene: Scene) -> tuple[float, bool]:
     clean = (1 - _ramp(sight.mess, 0.01, 0.15)) * _ramp(sight.purity, 0.1, 0.5)
     things, seen = scene.things, sight.components
     count = 1.0 if len(things) == len(seen) else 0.0
-    quality, passes = max(
-        (_match(order, scene) for order in permutations(seen[:4], min(len(seen[:4]), len(things)))),
-        default=(_WRONG ** (2 * len(things)), False),
-    )
+    orders = permutations(seen[:4], min(len(seen[:4]), len(things)))
+    quality, passes = max(_match(order, scene) for order in orders)
     terms = [ground, clean, count]
     graded = quality
     for term in terms:
@@ -253,15 +234,19 @@ def _verdict(sight: Sight, scene: Scene) -> tuple[float, bool]:
 
 
 def _match(seen: Sequence[Component], scene: Scene) -> tuple[float, bool]:
-    """How well components, taken in this order, are the scene's things: quality and pass."""
-    quality, passes = 1.0, len(seen) == len(scene.things)
+    """How well components, taken in this order, are the scene's things: quality and pass.
+
+    A thing that is not there has neither its colour nor its shape, and lies nowhere.
+    """
+    missing = len(scene.things) - len(seen)
+    quality, passes = _WRONG ** (2 * missing), missing == 0
     for component, thing in zip(seen, scene.things, strict=False):
         colour = component.colour == thing.colour
         shape = _shape_quality(component, thing.shape)
         quality *= (1.0 if colour else _WRONG) * (_WRONG + (1 - _WRONG) * shape)
         passes = passes and colour and _shape_passes(component, thing.shape)
-    if scene.relation is not None and len(seen) == 2:
-        relation = _relation_quality(seen[0], seen[1], scene.relation)
+    if scene.relation is not None:
+        relation = _relation_quality(seen[0], seen[1], scene.relation) if len(seen) == 2 else 0.0
         quality *= _WRONG + (1 - _WRONG) * relation
         passes = passes and relation >= 0.8
     return quality, passes

@@ -94,9 +94,20 @@ class Scene:
         A Latin rule keeps a quarter of all combinations back so evenly that each pair of words
         (a colour with a shape, a shape with a background, ...) is still met in training.
         """
-        indices = [COLOURS.index(t.colour) + SHAPES.index(t.shape) for t in set(self.things)]
-        relation = list(RELATIONS).index(self.relation) if self.relation else len(self.things) - 1
-        return (sum(indices) + BACKGROUNDS.index(self.background) + relation) % 4 == 0
+        first, last = self.things[0], self.things[-1]
+        relation = self.relation
+        if relation in _MIRRORED:  # the same picture in other words belongs to the same half
+            first, last, relation = last, first, _MIRRORED[relation]
+        kind = len(self.things) - 1 if relation is None else list(_MIRRORED.values()).index(relation)
+        words = _index(first) + (2 * _index(last) if relation else 0) + BACKGROUNDS.index(self.background)
+        return (words + kind) % 4 == 0
+
+
+_MIRRORED = {"right of": "left of", "below": "above"}
+
+
+def _index(thing: Thing) -> int:
+    return COLOURS.index(thing.colour) + SHAPES.index(thing.shape)
 
 
 _ONE = re.compile(rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
@@ -106,8 +117,25 @@ _GROUND = re.compile(rf"(.+) on an? ({'|'.join(BACKGROUNDS)}) background")
 
 
 def parse_prompt(prompt: str) -> Scene:
-    """The scene that a prompt of the grammar asks for; ValueError for any other sentence."""
-    if ground := _GROUND.fullmatch(prompt.strip().lower()):
+    """The scene that a prompt of the grammar asks for; ValueError for any other sentence, or one nothing can show."""
+    scene = _parsed(prompt.strip().lower())
+    if scene is None:
+        raise ValueError(
+            f"The prompt {prompt!r} is not in the grammar of the built-in world. It understands "
+            f"'a red circle on a blue background', 'two red circles on a blue background' and "
+            f"'a red circle above a green square on a blue background', with the colours {', '.join(COLOURS)}, the "
+            f"shapes {', '.join(SHAPES)}, the relations {', '.join(RELATIONS)} and the backgrounds "
+            f"{', '.join(BACKGROUNDS)}."
+        )
+    if scene.background in {thing.colour for thing in scene.things}:
+        raise ValueError(
+            f"The prompt {prompt!r} asks for a thing in the colour of its background, which cannot be seen."
+        )
+    return scene
+
+
+def _parsed(prompt: str) -> Scene | None:
+    if ground := _GROUND.fullmatch(prompt):
         subject, background = ground.groups()
         if one := _ONE.fullmatch(subject):
             return Scene((Thing(one[1], one[2]),), background)
@@ -115,13 +143,7 @@ def parse_prompt(prompt: str) -> Scene:
             return Scene((Thing(count[2], count[3]),) * COUNTS[count[1]], background)
         if two := _RELATION.fullmatch(subject):
             return Scene((Thing(two[1], two[2]), Thing(two[4], two[5])), background, two[3])
-    raise ValueError(
-        f"The prompt {prompt!r} is not in the grammar of the built-in world. It understands "
-        f"'a red circle on a blue background', 'two red circles on a blue background' and "
-        f"'a red circle above a green square on a blue background', with the colours "
-        f"{', '.join(COLOURS)}, the shapes {', '.join(SHAPES)}, the relations "
-        f"{', '.join(RELATIONS)} and the backgrounds {', '.join(BACKGROUNDS)}."
-    )
+    return None
 
 
 def all_scenes(tier: Tier, split: Split = "all") -> list[Scene]:
@@ -172,7 +194,7 @@ def _layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         return np.concatenate([centres, radii[:, None]], axis=1)
 
 
-def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Distance to the outline, negative inside; x and y are measured from the centre, y down."""
     match shape:
         case "circle":
