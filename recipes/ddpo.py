@@ -242,7 +242,8 @@ def main(config: Config) -> Run:
             reward_std=groups.std(correction=0).item(),
             images=groups.numel(),
             denoiser_calls=groups.numel() * calls_per_image,
-            **run.mean({**verdict, **metrics}),
+            **run.mean(verdict),
+            **metrics,
         )
         if run.due(config.evaluate_every) or run.done == config.num_steps:
             look()
@@ -282,7 +283,7 @@ def update(
     run: Run,
     config: Config,
 ) -> dict[str, float]:
-    """Learn from one rollout: num_inner_epochs x num_minibatches optimiser steps. Returns this process's metrics."""
+    """Learn from one rollout: num_inner_epochs x num_minibatches optimiser steps. Returns metrics of all processes."""
     seen: list[Tensor] = []
     norms: list[Tensor] = []
     for image, step in minibatches(
@@ -313,11 +314,11 @@ def update(
                 loss = loss + config.kl_weight * kl.mean()
                 run.accelerator.backward(loss * len(i) / len(image))
             log_ratio = log_prob.detach() - trajectory.log_probs[i, t]
-            seen.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()]))
+            seen.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
         norms.append(run.accelerator.clip_grad_norm_(policy.trainable.values(), config.max_gradient_norm))
         optimizer.step()
         optimizer.zero_grad()
-    loss, log_ratio, kl = torch.cat(seen, dim=1)
+    loss, log_ratio, kl = run.gather(torch.cat(seen)).T
     return {
         "loss": loss.mean().item(),
         "ratio_mean": log_ratio.exp().mean().item(),
@@ -325,7 +326,7 @@ def update(
         "clip_fraction": ((log_ratio.exp() - 1).abs() > config.clip_range).float().mean().item(),
         "kl": kl.mean().item(),
         "gradient_norm": torch.stack(norms).mean().item(),
-        "replay_error": seen[0][1].abs().max().item(),
+        "replay_error": seen[0][:, 1].abs().max().item(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,14 @@ import torch
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# Parsing a module for the shape checks must not be interrupted by the garbage collector: on Python 3.11 that can fail
+# with "AST constructor recursion depth mismatch" (python/cpython#106905). So all of them are imported here, at once.
+gc.disable()
+import rlhf_t2i.policies.stable_diffusion  # noqa: E402
+import rlhf_t2i.shapes.build  # noqa: E402, F401
+
+gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,7 @@ def test_the_first_command_ends_with_the_table_and_the_places(tmp_path: Path) ->
     output = run(["recipes/ddpo.py", *flags(**TINY, run_folder=folder)])
     for word in ("before", "after", "oracle_pass", "diversity", str(folder / "report.html"), str(folder / "unet")):
         assert word in output
-    snippet = SNIPPET.replace("runs/ddpo-DATE", str(folder)) + f".save({str(tmp_path / 'out.png')!r})"
+    snippet = SNIPPET.replace("runs/ddpo-DATE", str(folder)) + f"\nimage.save({str(tmp_path / 'out.png')!r})"
     subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, capture_output=True)
     assert Image.open(tmp_path / "out.png").size == (32, 32)
 
