@@ -1,4 +1,4 @@
-"""How well the oracle sees, how it bears noise and blur, and how fast it is on one core: `python benchmarks/oracle.py`."""
+"""How well the oracle sees, how it bears noise and blur, and how fast it is: `python benchmarks/oracle.py`."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ earned more than others of its prompt. One step of training:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -84,12 +85,12 @@ class Config:
     """With fewer than these a prompt is compared with the whole batch."""
     max_advantage: float = 5.0
 
-    first_trained_step: int = 0
-    """Train the denoising steps from this one (0 is pure noise) ..."""
-    num_trained_steps: int | None = 4
-    """... this many of them; null is all to the end."""
+    window_start: float = 0.0
+    """Train the denoising steps from here (0 is pure noise) ..."""
+    window_end: float = 0.5
+    """... to here (1 is the picture). Early steps decide what is painted, late ones how cleanly."""
     trained_fraction: float = 1.0
-    """Of these, the random share that each image trains."""
+    """Of these steps, the random share that each image trains."""
     clip_range: float = 5e-4
     """Of the ratio of densities averaged over latent numbers: 1e-4 for the 16,384 of SD 1.5, more for fewer."""
     kl_weight: float = 0.0
@@ -148,11 +149,22 @@ class Config:
             raise ValueError(f"eta is {self.eta}; DDPO needs steps with noise, so it must be in (0, 1].")
         if not 0 < self.trained_fraction <= 1:
             raise ValueError(f"trained_fraction is {self.trained_fraction}; it must be in (0, 1].")
-        if not 0 <= self.trained_window[0] < self.trained_window[1] <= self.num_denoising_steps:
+        first, end = self.trained_window
+        if not (self.window_start >= 0 and self.window_end <= 1 and first < end):
             raise ValueError(
-                f"The trained window, steps {self.trained_window[0]} to {self.trained_window[1]}, does not lie within "
-                f"the {self.num_denoising_steps} denoising steps."
+                f"The window from {self.window_start} to {self.window_end} of {self.num_denoising_steps} denoising "
+                f"steps, which must lie in [0, 1], holds no step."
             )
+        if not 0 <= self.evaluation_eta <= 1:
+            raise ValueError(f"evaluation_eta is {self.evaluation_eta}; it must be in [0, 1].")
+        if self.guidance_scale < 1:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be at least 1, which is off.")
+        for name in ("clip_range", "max_advantage", "learning_rate", "max_gradient_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+        for name in ("seed", "evaluation_seed", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
 
     def learning_rate_at(self, step: int) -> float:
         """Rises over the first warmup_steps, then stays."""
@@ -161,9 +173,7 @@ class Config:
     @property
     def trained_window(self) -> tuple[int, int]:
         """The first trained denoising step, and the one after the last."""
-        count = self.num_trained_steps
-        end = self.num_denoising_steps if count is None else self.first_trained_step + count
-        return self.first_trained_step, end
+        return round(self.window_start * self.num_denoising_steps), round(self.window_end * self.num_denoising_steps)
 
 
 def main(config: Config) -> Run:
@@ -215,9 +225,9 @@ def main(config: Config) -> Run:
                 policy, own, sampler=sampler, batch_size=config.microbatch_size,
                 generators=generators_for(config.seed, PAINT, step, mine),
             )  # fmt: skip
-        with run.timed("reward"):
-            rewards, verdicts = reward(images, own)
-        groups = run.gather(rewards.to(run.device).view(len(mine), -1)).cpu()
+        with run.timed("reward"), torch.no_grad():
+            rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
+        groups = run.gather(rewards.view(len(mine), -1)).cpu()
         advantages = compare(asked, groups, history=history, config=config).to(run.device)
         with run.timed("update"):
             for group in optimizer.param_groups:
@@ -245,9 +255,10 @@ def main(config: Config) -> Run:
             **run.mean(verdict),
             **metrics,
         )
-        if run.due(config.evaluate_every) or run.done == config.num_steps:
+        finished = run.done == config.num_steps
+        if finished or (run.due(config.evaluate_every) and not run.stopping):
             look()
-        if run.due(config.checkpoint_every) or run.done == config.num_steps or run.stopping:
+        if finished or run.due(config.checkpoint_every) or run.stopping:
             run.save()
     with average.applied(policy.trainable):
         run.finish(export=policy.export, num_steps=config.num_steps)
@@ -283,9 +294,14 @@ def update(
     run: Run,
     config: Config,
 ) -> dict[str, float]:
-    """Learn from one rollout: num_inner_epochs x num_minibatches optimiser steps. Returns metrics of all processes."""
+    """Learn from one rollout: num_inner_epochs x num_minibatches optimiser steps. Returns metrics of all processes.
+
+    `replay_error` is the largest change of a log-density before the first optimiser step: 0 if all is well.
+    """
     seen: list[Tensor] = []
-    norms: list[Tensor] = []
+    norms: list[float] = []
+    replay_error = torch.zeros(1, device=run.device)
+    num_skipped = 0
     for image, step in minibatches(
         generators=generators,
         images_per_prompt=config.images_per_prompt,
@@ -297,7 +313,7 @@ def update(
         microbatches = list(zip(image.split(config.microbatch_size), step.split(config.microbatch_size), strict=True))
         for i, t in microbatches:
             strokes = trajectory.latents[i, t], t, trajectory.conditioning[i]
-            kl = torch.zeros(len(i), device=run.device)
+            kl, reference = torch.zeros(len(i), device=run.device), None
             # Processes exchange gradients once, in the last backward pass.
             last = i is microbatches[-1][0]
             with nullcontext() if last else run.accelerator.no_sync(policy.denoiser):
@@ -305,7 +321,7 @@ def update(
                     with torch.no_grad(), policy.as_reference():
                         reference = transition_at(policy, *strokes, sampler=sampler)
                 transition = transition_at(policy, *strokes, sampler=sampler)
-                if config.kl_weight:
+                if reference is not None:
                     kl = mean_kl(transition, reference)
                 log_prob = mean_log_prob(transition, trajectory.latents[i, t + 1])
                 loss = clipped_surrogate_loss(
@@ -315,8 +331,11 @@ def update(
                 run.accelerator.backward(loss * len(i) / len(image))
             log_ratio = log_prob.detach() - trajectory.log_probs[i, t]
             seen.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
-        norms.append(run.accelerator.clip_grad_norm_(policy.trainable.values(), config.max_gradient_norm))
+            if not norms:
+                replay_error = torch.maximum(replay_error, log_ratio.abs().max())
+        norms.append(float(run.accelerator.clip_grad_norm_(policy.trainable.values(), config.max_gradient_norm) or 0))
         optimizer.step()
+        num_skipped += run.accelerator.optimizer_step_was_skipped  # an overflow in fp16
         optimizer.zero_grad()
     loss, log_ratio, kl = run.gather(torch.cat(seen)).T
     return {
@@ -324,9 +343,10 @@ def update(
         "ratio_mean": log_ratio.exp().mean().item(),
         "ratio_std": log_ratio.square().mean().sqrt().item(),
         "clip_fraction": ((log_ratio.exp() - 1).abs() > config.clip_range).float().mean().item(),
-        "kl": kl.mean().item(),
-        "gradient_norm": torch.stack(norms).mean().item(),
-        "replay_error": seen[0][:, 1].abs().max().item(),
+        **({"kl": kl.mean().item()} if config.kl_weight else {}),
+        "gradient_norm": sum(norm for norm in norms if math.isfinite(norm)) / len(norms),
+        "skipped_updates": num_skipped,
+        "replay_error": run.gather(replay_error).max().item(),
     }
 
 

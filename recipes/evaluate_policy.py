@@ -30,7 +30,8 @@ class Config:
     model: str = "shapes"
     """A StableDiffusionPipeline folder, a Hub id, or the built-in model."""
     weights: str = "base"
-    """Comma-separated: base (the model itself), and folders of runs, of their lora or unet, or of checkpoints."""
+    """Comma-separated: base (the model itself), and folders of runs, of their lora or unet, or of checkpoints. A run's
+    own weights are the average if it kept one (ema_decay); a checkpoint's are the last."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the networks; null takes what `accelerate launch` says."""
     prompts: str = "shapes"

@@ -38,4 +38,5 @@ def minibatches(
         by_minibatch = [order.chunk(num_minibatches) for order in orders]
         for batch in range(num_minibatches):
             images = torch.cat([prompt * images_per_prompt + own[batch] for prompt, own in enumerate(by_minibatch)])
-            yield images.repeat_interleave(num_kept), kept[images].flatten()
+            # Stroke after stroke is of another image, so that a microbatch mixes images and steps.
+            yield images.repeat(num_kept), kept[images].T.flatten()

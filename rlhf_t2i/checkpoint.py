@@ -26,10 +26,22 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's text; whoever reads it, or is killed while writing, finds the old text or the new one, whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    _flush(part)
+    part.replace(path)
+
+
 def begin(folder: Path, step: int) -> Path:
-    """An empty folder to write a checkpoint's files into; nothing counts until `commit`."""
+    """An empty folder to write a checkpoint's files into; nothing counts until `commit`.
+
+    What earlier attempts left half-written is removed.
+    """
     part = folder / f"{checkpoint_name(step)}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    for leftover in folder.glob("step_*.part"):
+        shutil.rmtree(leftover)
     part.mkdir(parents=True)
     return part
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class ExponentialMovingAverage:
-    """average <- decay * average + (1 - decay) * weights, after every optimiser step.
+    """average <- decay * average + (1 - decay) * weights, at every `update`.
 
     A decay of 0 is off: the average is the weights. While few updates have been seen the decay is lower,
     (1 + n) / (10 + n), so that the start is forgotten.
@@ -45,7 +46,7 @@ class ExponentialMovingAverage:
     def state_dict(self) -> dict[str, Tensor | int]:
         return {**self.average, "num_updates": self.num_updates}
 
-    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, average in self.average.items():
             average.copy_(state[name])
         self.num_updates = int(state["num_updates"])

@@ -57,6 +57,7 @@ def evaluate(
     share = -(-len(prompts) // num_processes)
     mine = [min(i, len(prompts) - 1) for i in range(rank * share, (rank + 1) * share)]
     images: list[Tensor] = []
+    scores: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
     for start in range(0, share, batch_size):
         rows = mine[start : start + batch_size]
         painted, _ = rollout(
@@ -67,14 +68,15 @@ def evaluate(
             batch_size=batch_size,
         )
         images.append(painted)
+        for reward in rewards:
+            scores[reward.name].append(reward(painted, [prompts[i] for i in rows]))
     own = torch.cat(images)
-    scores = {reward.name: reward(own, [prompts[i] for i in mine]) for reward in rewards}
 
     def whole(tensor: Tensor) -> Tensor:
-        everything = run.gather(tensor.to(own.device)) if run else tensor
+        everything = run.gather(tensor) if run else tensor
         return everything[: len(prompts)].cpu()
 
-    verdicts = {name: whole(score) for name, score in scores.items()}
+    verdicts = {name: whole(torch.cat(parts)) for name, parts in scores.items()}
     return Evaluation(list(prompts), list(seeds), whole(own), verdicts)
 
 

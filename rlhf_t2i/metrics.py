@@ -14,6 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from rlhf_t2i.checkpoint import write_atomically
 from rlhf_t2i.report import read_metrics, reward_changes
 
 NUM_COLUMNS = 8
@@ -28,7 +29,7 @@ class MetricsFile:
         rows = read_metrics(folder) if resumed_step else []
         kept = [row for row in rows if row["step"] <= resumed_step]
         self.elapsed = max((row["elapsed"] for row in kept), default=0.0)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; it is on the disk before this returns."""
@@ -38,7 +39,7 @@ class MetricsFile:
             os.fsync(file.fileno())
 
 
-def before_after(rows: Sequence[Mapping[str, Any]]) -> str:
+def before_after(rows: Sequence[dict[str, Any]]) -> str:
     """A table of the first and the last evaluation: each reward's mean, its change, and how sure that is."""
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     first, last = evaluations[0], evaluations[-1]

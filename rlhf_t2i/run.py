@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -16,13 +18,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,6 +46,7 @@ _FREE_TO_CHANGE = {
     "resume", "run_folder", "num_steps", "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads",
 }  # fmt: skip
 """Fields that may differ when a run is resumed; any other would make it another run."""
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PACKAGES = ("rlhf-t2i", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
@@ -82,7 +86,7 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """What the networks compute in."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        return _DTYPES[self.accelerator.mixed_precision]
 
     @property
     def elapsed(self) -> float:
@@ -107,11 +111,12 @@ class Run:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every process's rows, in the order of the processes."""
-        return self.accelerator.gather(tensor)
+        return cast(Tensor, self.accelerator.gather(tensor))
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each number averaged over processes."""
-        means = self.accelerator.reduce(torch.tensor(list(values.values()), device=self.device), reduction="mean")
+        numbers = torch.tensor(list(values.values()), device=self.device)
+        means = cast(Tensor, self.accelerator.reduce(numbers, reduction="mean"))
         return dict(zip(values, means.tolist(), strict=True))
 
     # --- the loop ---
@@ -210,11 +215,10 @@ class Run:
             if self.is_main:
                 checkpoint.commit(part, keep=self.keep_checkpoints)
             self.accelerator.wait_for_everyone()
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
             raise OSError(
-                error.errno,
-                f"The checkpoint after step {self.done} could not be written ({error.strerror}); the ones before are "
-                f"whole. Make room and go on with --resume true --run_folder {self.folder}",
+                f"The checkpoint after step {self.done} could not be written ({error}); the ones before are whole. Make "
+                f"room and go on with --resume --run_folder {self.folder}"
             ) from error
 
     def restore(self) -> None:
@@ -235,7 +239,8 @@ class Run:
         if self.is_main:
             count = sum(weight.numel() for weight in _trainable_tensors(model).values())
             path = self.folder / "run.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_parameters": count}, indent=1))
+            facts = {**json.loads(path.read_text()), "trainable_parameters": count}
+            checkpoint.write_atomically(path, json.dumps(facts, indent=1))
         return self.accelerator.prepare(model, optimizer)
 
     def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
@@ -257,7 +262,8 @@ class Run:
         if self.is_main:
             if self.done < num_steps:
                 self.say(
-                    f"Stopped after {self.done} of {num_steps} steps. Go on with: --resume --run_folder {self.folder}"
+                    f"Stopped after {self.done} of {num_steps} steps. Go on with: "
+                    f"--config {self.folder / 'config.yaml'} --resume --run_folder {self.folder}"
                 )
             else:
                 weights, report = export(self.folder), write_report(self.folder)
@@ -266,7 +272,7 @@ class Run:
         self.accelerator.end_training()
 
 
-def _trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _trainable_tensors(model: Any) -> dict[str, Tensor]:
     return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -281,19 +287,23 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
     FileExistsError for one that holds a run that was not asked to be resumed.
     """
     resume, trackers = config["resume"], names(config["trackers"])
+    _stop_with_the_launcher()
     _keep_trackers_quiet(trackers)
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    gloo = [InitProcessGroupKwargs(backend="gloo")] if several_on_cpu else []
+    gloo: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if several_on_cpu else []
     accelerator = Accelerator(cpu=several_on_cpu, mixed_precision=config["mixed_precision"], kwargs_handlers=gloo)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(
             f"{accelerator.distributed_type.value} is not supported; launch with accelerate_configs/single.yaml or "
             f"accelerate_configs/ddp.yaml."
         )
+    if accelerator.mixed_precision not in _DTYPES:
+        raise ValueError(f"mixed_precision {accelerator.mixed_precision} is not supported; use {', '.join(_DTYPES)}.")
+    config = {**config, "mixed_precision": accelerator.mixed_precision}
     if accelerator.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, remarks on it
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config["num_cpu_threads"] or max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(config["num_cpu_threads"] or max(1, _num_cores() // local))
     given = config["run_folder"]
     folder = Path(given) if given else _default_folder(recipe, resume=resume)
     [folder] = broadcast_object_list([folder])
@@ -314,10 +324,22 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
         _describe(folder, recipe, accelerator)
     if trackers:
         accelerator.project_configuration.set_directories(str(folder))
-        accelerator.log_with = filter_trackers(trackers, str(folder))
+        accelerator.log_with = filter_trackers(list[Any](trackers), str(folder))
         flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
         accelerator.init_trackers("rlhf-t2i", config=flat, init_kwargs={"wandb": {"dir": str(folder)}})
     return Run(accelerator, folder, metrics, resumed_from, config["keep_checkpoints"])
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _stop_with_the_launcher() -> None:
+    """Have Linux send SIGTERM when `accelerate launch` is terminated, which would leave this process to train on."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _keep_trackers_quiet(trackers: Sequence[str]) -> None:
@@ -346,10 +368,12 @@ def _default_folder(recipe: str, *, resume: bool) -> Path:
 def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Exception | None:
     """Make the folder this run's own; returns what speaks against it."""
     path = folder / "config.yaml"
+    if resume and not path.is_file():
+        return FileNotFoundError(f"There is no run to resume in {folder}: it has no config.yaml.")
     if path.exists():
         if not resume:
             return FileExistsError(
-                f"{folder} already holds a run. Go on with it by --resume true, or name another --run_folder."
+                f"{folder} already holds a run. Go on with it by --resume, or name another --run_folder."
             )
         stored: dict[str, Any] = yaml.safe_load(path.read_text())
         changed = [
@@ -361,7 +385,7 @@ def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Exceptio
             return ValueError(f"{folder} holds a run with another config: {'; '.join(changed)}.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        checkpoint.write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     except OSError as error:
         return error
     return None
@@ -387,4 +411,12 @@ def _describe(folder: Path, recipe: str, accelerator: Accelerator) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": accelerator.num_processes,
     }
-    (folder / "run.json").write_text(json.dumps(facts, indent=1))
+    path = folder / "run.json"
+    if path.is_file():  # a resumed run began with the first of its sessions
+        earlier = json.loads(path.read_text())
+        sessions = [
+            *earlier.get("sessions", []),
+            {k: facts[k] for k in ("command", "started", "git_commit", "versions")},
+        ]
+        facts = {**earlier, "sessions": sessions}
+    checkpoint.write_atomically(path, json.dumps(facts, indent=1))

@@ -101,6 +101,11 @@ class Policy(Protocol):
     denoiser: nn.Module
     """The network that learns: the only part that is wrapped for several processes."""
 
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        ...
+
     def schedule(self, num_steps: int) -> Schedule: ...
 
     def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Tensor:

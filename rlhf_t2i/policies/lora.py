@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -14,7 +15,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections that DDPO and most LoRAs of Stable Diffusion train."""
 
 
-def add_lora(denoiser: nn.Module, *, rank: int, alpha: float, seed: int, targets: Sequence[str] = ATTENTION) -> None:
+def add_lora(denoiser: Any, *, rank: int, alpha: float, seed: int, targets: Sequence[str] = ATTENTION) -> None:
     """Freeze a denoiser and put trainable float32 adapters `x + alpha / rank * B A x` on its projections.
 
     Raises ValueError if no module's name ends with one of `targets`.
@@ -23,8 +24,13 @@ def add_lora(denoiser: nn.Module, *, rank: int, alpha: float, seed: int, targets
     if not any(name.endswith(tuple(targets)) for name in names):
         raise ValueError(f"No layer of the denoiser ends with {', '.join(targets)}; it has, for example, {names[:5]}.")
     denoiser.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
-    with torch.random.fork_rng():  # peft draws from the global generator
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # peft takes fractions
+        init_lora_weights="gaussian",
+        target_modules=list(targets),
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         torch.manual_seed(seed)
         denoiser.add_adapter(config)
     for parameter in denoiser.parameters():
@@ -32,18 +38,18 @@ def add_lora(denoiser: nn.Module, *, rank: int, alpha: float, seed: int, targets
             parameter.data = parameter.data.float()
 
 
-def has_lora(denoiser: nn.Module) -> bool:
+def has_lora(denoiser: Any) -> bool:
     """Whether `add_lora` was called on it."""
     return bool(getattr(denoiser, "peft_config", None))
 
 
-def lora_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+def lora_weights(denoiser: Any) -> dict[str, Tensor]:
     """The adapters' weights under the names that diffusers loads."""
     return {name: weight.detach().float().cpu() for name, weight in get_peft_model_state_dict(denoiser).items()}
 
 
 @contextmanager
-def lora_disabled(denoiser: nn.Module) -> Iterator[None]:
+def lora_disabled(denoiser: Any) -> Iterator[None]:
     """Within it the denoiser answers as if it had no adapters."""
     denoiser.disable_adapters()
     try:

@@ -1,5 +1,8 @@
 """Stable Diffusion 1.x and 2.x: any `StableDiffusionPipeline` folder or Hub id, with noise or v prediction."""
 
+# diffusers and transformers have no usable types.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportOptionalOperand=false, reportReturnType=false
 from __future__ import annotations
 
 import copy
@@ -13,7 +16,6 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import HfHubHTTPError
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -31,9 +33,9 @@ class StableDiffusion:
     """A Stable Diffusion model as a policy: frozen text encoder and autoencoder, a U-Net that learns."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Take a loaded pipeline's parts; frozen parts are held in `dtype`, computations run in it.
+        """Take a loaded pipeline's parts. Text encoder and autoencoder are held in `dtype`, and all computes in it.
 
-        Raises ValueError for a scheduler without betas, a prediction type other than noise or v, or one that clips.
+        Raises ValueError for a scheduler without betas, a prediction type other than noise or v, or thresholding.
         """
         self.scheduler = _ddim_scheduler(pipeline.scheduler.config)
         self.device, self.dtype = device, dtype
@@ -44,6 +46,7 @@ class StableDiffusion:
         self.denoiser: nn.Module = self.unet
         self._reference: nn.Module | None = None
         self._warned: set[str] = set()
+        self._empty = self.encode([""])
 
     # --- what learns ---
 
@@ -157,7 +160,7 @@ class StableDiffusion:
         if guidance_scale <= 1:
             output = self._denoise(latents, level.model_time, conditioning)
         else:
-            empty = self.encode([""]).expand_as(conditioning)
+            empty = self._empty.expand_as(conditioning)
             doubled = torch.cat([latents, latents]), torch.cat([level.model_time] * 2)
             both = self._denoise(*doubled, torch.cat([empty, conditioning]))
             unconditional, conditional = both.chunk(2)
@@ -241,7 +244,7 @@ def load_stable_diffusion(
             pipeline = StableDiffusionPipeline.from_pretrained(
                 source, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
             )
-        except (OSError, HfHubHTTPError) as error:
+        except OSError as error:
             raise FileNotFoundError(
                 f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {error}"
             ) from error
@@ -302,4 +305,7 @@ def _ddim_scheduler(config: Any) -> DDIMScheduler:
         raise ValueError(
             "The model's scheduler sets rescale_betas_zero_snr, whose first step has alpha = 0; set it to false."
         )
-    return DDIMScheduler.from_config(config, clip_sample=False)
+    # `linspace` would put DDIM's steps, which are all equally long, between its levels; DDIM's own default is `leading`.
+    spacing = config.get("timestep_spacing", "leading")
+    spacing = "leading" if spacing == "linspace" else spacing
+    return DDIMScheduler.from_config(config, clip_sample=False, timestep_spacing=spacing)

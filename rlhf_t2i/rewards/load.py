@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -32,7 +33,7 @@ class CheckedReward:
         if not isinstance(scores, Tensor):
             raise TypeError(
                 f"The reward {self.name!r} returned a {type(scores).__name__}; it must return a torch.Tensor with one "
-                f"float for each image."
+                f"float for each image. The first prompt was {prompts[0]!r}."
             )
         if scores.shape != (len(images),):
             raise ValueError(
@@ -40,8 +41,11 @@ class CheckedReward:
                 f"return ({len(images)},). The first prompt was {prompts[0]!r}."
             )
         if not scores.is_floating_point():
-            raise TypeError(f"The reward {self.name!r} returned {scores.dtype}; it must return floats.")
-        scores = scores.float()
+            raise TypeError(
+                f"The reward {self.name!r} returned {scores.dtype}; it must return floats. The first prompt was "
+                f"{prompts[0]!r}."
+            )
+        scores = scores.float().to(images.device)
         if not (finite := scores.isfinite()).all():
             worst = int((~finite).nonzero()[0])
             raise ValueError(
@@ -63,10 +67,14 @@ class WeightedSum:
         return [reward for reward, _ in self.parts]
 
     def __call__(
-        self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]
+        self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], *, batch_size: int | None = None
     ) -> tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]:
-        """The verdicts, and what each judge said before its weight."""
-        each = {reward.name: reward(images, prompts) for reward, _ in self.parts}
+        """The verdicts, and what each judge said before its weight; at most `batch_size` images are judged at once."""
+        chunks = torch.arange(len(images)).split(batch_size or len(images))
+        each = {
+            reward.name: torch.cat([reward(images[rows], [prompts[int(i)] for i in rows]) for rows in chunks])
+            for reward, _ in self.parts
+        }
         total = torch.stack([weight * each[reward.name] for reward, weight in self.parts]).sum(0)
         return total, each
 
@@ -132,7 +140,7 @@ def _imported(name: str) -> Reward:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"The module {module_name!r} has no callable {function_name!r}.")
-    return function
+    return cast(Reward, function)
 
 
 def _weight(text: str, specification: str) -> float:

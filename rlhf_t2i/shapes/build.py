@@ -11,6 +11,9 @@ words are often wrong, so without guidance it often paints another colour or sha
 a reward can teach it to trust the words again.
 """
 
+# diffusers and transformers have no usable types.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportOptionalOperand=false, reportReturnType=false
 from __future__ import annotations
 
 import argparse
@@ -372,7 +375,7 @@ def build(
 
 def main() -> None:
     """The command line of `build`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output-folder", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--num-autoencoder-updates", type=int, default=3_000)
     parser.add_argument("--num-denoiser-updates", type=int, default=2_000)

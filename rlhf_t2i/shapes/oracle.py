@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,11 +140,12 @@ def _components(planes: np.ndarray) -> tuple[list[list[Component]], list[float]]
     num_images, num_colours, height, width = planes.shape
     in_plane = np.zeros((3, 3, 3), dtype=bool)
     in_plane[1] = ndimage.generate_binary_structure(2, 1)
-    labels, count = ndimage.label(planes.reshape(-1, height, width), in_plane)
+    labelled: Any = ndimage.label(planes.reshape(-1, height, width), in_plane)
+    labels, count = labelled
     found: list[list[Component]] = [[] for _ in range(num_images)]
     tidy = np.zeros(num_images)
     if count:
-        boxes = ndimage.find_objects(labels)
+        boxes: list[Any] = ndimage.find_objects(labels)
         areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
         kept = [i for i in range(count) if areas[i] >= _MIN_AREA]
         masks = [labels[box][0] == i + 1 for i in kept if (box := boxes[i])]
