@@ -135,36 +135,39 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming them."""
-        for name in ("prompts_per_step", "images_per_prompt", "num_denoising_steps", "num_inner_epochs",
-                     "num_minibatches", "microbatch_size", "num_steps", "num_evaluation_images",
-                     "keep_checkpoints"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        first, end = self.trained_window
+        for name, works, rule in (
+            ("prompts_per_step", self.prompts_per_step >= 1, "at least 1"),
+            ("images_per_prompt", self.images_per_prompt >= 1, "at least 1"),
+            ("num_denoising_steps", self.num_denoising_steps >= 1, "at least 1"),
+            ("eta", 0 < self.eta <= 1, "in (0, 1], because DDPO needs steps with noise"),
+            ("guidance_scale", self.guidance_scale >= 1, "at least 1, which is off"),
+            ("max_advantage", self.max_advantage > 0, "positive"),
+            ("window_start", self.window_start >= 0, "in [0, 1]"),
+            ("window_end", self.window_end <= 1 and first < end, "in [0, 1] and at least one step after window_start"),
+            ("trained_fraction", 0 < self.trained_fraction <= 1, "in (0, 1]"),
+            ("clip_range", self.clip_range > 0, "positive"),
+            ("kl_weight", self.kl_weight >= 0, "at least 0"),
+            ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
+            ("num_minibatches", self.num_minibatches >= 1, "at least 1"),
+            ("microbatch_size", self.microbatch_size >= 1, "at least 1"),
+            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("max_gradient_norm", self.max_gradient_norm > 0, "positive"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
+            ("num_steps", self.num_steps >= 1, "at least 1"),
+            ("num_evaluation_images", self.num_evaluation_images >= 2, "at least 2"),
+            ("evaluation_eta", 0 <= self.evaluation_eta <= 1, "in [0, 1]"),
+            ("evaluation_seed", self.evaluation_seed >= 0, "at least 0"),
+            ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ):
+            if not works:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
         if self.images_per_prompt % self.num_minibatches:
             raise ValueError(
                 f"num_minibatches ({self.num_minibatches}) must divide images_per_prompt ({self.images_per_prompt}): "
                 f"each minibatch takes the same number of pictures of every prompt."
             )
-        if not 0 < self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}; DDPO needs steps with noise, so it must be in (0, 1].")
-        if not 0 < self.trained_fraction <= 1:
-            raise ValueError(f"trained_fraction is {self.trained_fraction}; it must be in (0, 1].")
-        first, end = self.trained_window
-        if not (self.window_start >= 0 and self.window_end <= 1 and first < end):
-            raise ValueError(
-                f"The window from {self.window_start} to {self.window_end} of {self.num_denoising_steps} denoising "
-                f"steps, which must lie in [0, 1], holds no step."
-            )
-        if not 0 <= self.evaluation_eta <= 1:
-            raise ValueError(f"evaluation_eta is {self.evaluation_eta}; it must be in [0, 1].")
-        if self.guidance_scale < 1:
-            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be at least 1, which is off.")
-        for name in ("clip_range", "max_advantage", "learning_rate", "max_gradient_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
-        for name in ("seed", "evaluation_seed", "kl_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
 
     def learning_rate_at(self, step: int) -> float:
         """Rises over the first warmup_steps, then stays."""

@@ -217,8 +217,8 @@ class Run:
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
             raise OSError(
-                f"The checkpoint after step {self.done} could not be written ({error}); the ones before are whole. Make "
-                f"room and go on with --resume --run_folder {self.folder}"
+                f"The checkpoint after step {self.done} could not be written ({error}); the ones before are whole. "
+                f"Make room and go on with --resume --run_folder {self.folder}"
             ) from error
 
     def restore(self) -> None:
@@ -231,7 +231,7 @@ class Run:
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, extra: Sequence[Any]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap what learns for this machine; checkpoints then hold its trainable weights, the optimiser and `extra`."""
+        """Wrap what learns for this machine; checkpoints then hold its weights, the optimiser and `extra`."""
         self.accelerator.register_save_state_pre_hook(self._save_weights)
         self.accelerator.register_load_state_pre_hook(self._load_weights)
         for thing in extra:

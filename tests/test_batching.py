@@ -60,7 +60,14 @@ def test_two_processes_pick_together_what_one_would(fraction: float) -> None:
     whole = picked(range(4), **settings)
     first, second = picked(range(2), **settings), picked(range(2, 4), **settings)
     moved = [[(image + 2 * 6, step) for image, step in batch] for batch in second]
-    assert [a + b for a, b in zip(first, moved, strict=True)] == whole
+    assert [sorted(a + b) for a, b in zip(first, moved, strict=True)] == [sorted(batch) for batch in whole]
+
+
+def test_neighbours_in_a_minibatch_are_of_different_images_and_steps() -> None:
+    """So a microbatch mixes both, which spreads its noise."""
+    (batch,) = picked(range(2), fraction=1.0, num_minibatches=1, num_epochs=1)
+    assert len({image for image, _ in batch[:12]}) == 12
+    assert len({step for _, step in batch[:12]}) > 1
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def test_the_first_command_ends_with_the_table_and_the_places(tmp_path: Path) ->
         assert word in output
     snippet = SNIPPET.replace("runs/ddpo-DATE", str(folder)) + f"\nimage.save({str(tmp_path / 'out.png')!r})"
     subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, capture_output=True)
-    assert Image.open(tmp_path / "out.png").size == (32, 32)
+    with Image.open(tmp_path / "out.png") as painted:
+        assert painted.size == (32, 32)
 
 
 @pytest.mark.slow
@@ -61,7 +62,7 @@ def test_the_command_for_a_users_own_things_runs(tiny_sd: Path, tmp_path: Path) 
     (tmp_path / "held_out.txt").write_text("a fox\n")
     (tmp_path / "my_rewards.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
     (command,) = [text for text in COMMANDS if "my_rewards" in text]
-    command = command.replace("\\\n", " ").replace("recipes/ddpo.py", str(ROOT / "recipes" / "ddpo.py"))
+    command = command.replace("\\\n", " ").replace(" recipes/", f" {ROOT}/recipes/")
     arguments = command.replace("path/or/hub-id", str(tiny_sd)).split()[2:]
     output = run([*arguments, *flags(**TINY, run_folder="out")], cwd=tmp_path)
     assert "my_rewards:brightness" in output

@@ -69,7 +69,7 @@ def test_help_says_what_each_field_is_for(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         parse_config(ddpo.Config, description=ddpo.__doc__ or "", arguments=["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Of the ratio of densities averaged over latent numbers." in text
+    assert "Of the ratio of densities averaged over latent numbers" in text
     assert "--clip_range" in text
 
 

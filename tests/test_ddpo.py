@@ -247,6 +247,21 @@ def test_a_polite_stop_writes_a_checkpoint_and_exits_cleanly(config: ddpo.Config
     assert rows(folder, "train")[-1]["step"] == done + 1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell a process that its parent has died")
+def test_terminating_accelerate_launch_stops_the_run_politely_too(config: ddpo.Config) -> None:
+    """accelerate itself would die and leave the recipe running."""
+    folder = Path(str(config.run_folder))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"]
+    process = start(replace(config, num_steps=1000, checkpoint_every=0), *launcher)
+    wait_for_progress(process, folder, more_than=1)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)  # until the recipe, too, has closed the pipe
+    done = rows(folder, "train")[-1]["step"]
+    assert f"Stopped after {done} of 1000 steps" in output
+    assert weights(folder, done)
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     config: ddpo.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,7 +283,7 @@ def test_no_space_while_saving_leaves_the_old_checkpoint_whole(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("accelerate.accelerator.save_accelerator_state", full_disk)
-    with pytest.raises(OSError, match=r"after step 2 could not be written \(No space left on device\)"):
+    with pytest.raises(OSError, match=r"after step 2 could not be written \(.*No space left on device\)"):
         train(replace(config, resume=True))
     monkeypatch.undo()
     again = train(replace(config, resume=True))
@@ -336,12 +351,12 @@ def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
         ({"images_per_prompt": 4, "num_minibatches": 3}, r"num_minibatches \(3\) must divide images_per_prompt \(4\)"),
         ({"eta": 0.0}, "eta is 0.0"),
         ({"trained_fraction": 0.0}, "trained_fraction is 0.0"),
-        ({"window_start": 0.5, "window_end": 0.5}, r"from 0\.5 to 0\.5 of 4 denoising steps"),
-        ({"window_end": 1.5}, r"from 0\.0 to 1\.5 of 4 denoising steps"),
+        ({"window_start": 0.5}, r"window_end is 0\.5; it must be in \[0, 1\] and at least one step after"),
+        ({"window_end": 1.5}, r"window_end is 1\.5; it must be in \[0, 1\]"),
         ({"evaluation_eta": 2.0}, r"evaluation_eta is 2\.0; it must be in \[0, 1\]"),
         ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5; it must be at least 1"),
         ({"clip_range": 0.0}, r"clip_range is 0\.0; it must be positive"),
-        ({"seed": -1}, "seed is -1; it must not be negative"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"prompts_per_step": 0}, "prompts_per_step is 0; it must be at least 1"),
     ],
 )
@@ -395,10 +410,10 @@ def command_line(config: ddpo.Config) -> list[str]:
     ]
 
 
-def start(config: ddpo.Config) -> subprocess.Popen[str]:
+def start(config: ddpo.Config, *launcher: str) -> subprocess.Popen[str]:
     """The recipe in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "recipes/ddpo.py", *command_line(config)],
+        [sys.executable, *launcher, "recipes/ddpo.py", *command_line(config)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

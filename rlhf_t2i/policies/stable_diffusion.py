@@ -305,7 +305,7 @@ def _ddim_scheduler(config: Any) -> DDIMScheduler:
         raise ValueError(
             "The model's scheduler sets rescale_betas_zero_snr, whose first step has alpha = 0; set it to false."
         )
-    # `linspace` would put DDIM's steps, which are all equally long, between its levels; DDIM's own default is `leading`.
+    # DDIM's steps are all equally long; with `linspace` they would end between its levels.
     spacing = config.get("timestep_spacing", "leading")
     spacing = "leading" if spacing == "linspace" else spacing
     return DDIMScheduler.from_config(config, clip_sample=False, timestep_spacing=spacing)
