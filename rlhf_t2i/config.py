@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -49,7 +50,7 @@ def _with_flags(arguments: Sequence[str], config_class: Any) -> list[str]:
     """Let `--resume` stand for `--resume true`."""
     flags = {f"--{field.name}" for field in fields(config_class) if field.type in (bool, "bool")}
     full: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         full.append(argument)
         if argument in flags and following.startswith("--"):
             full.append("true")

@@ -33,6 +33,10 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert config == Config(learning_rate=0.5, num_steps=9)
 
 
+def test_no_argument_at_all_gives_the_defaults() -> None:
+    assert parse() == Config()
+
+
 def test_a_flag_alone_is_true() -> None:
     assert parse("--resume", "--num_steps", "2") == Config(resume=True, num_steps=2)
     assert parse("--resume").resume
