@@ -130,6 +130,9 @@ def test_what_is_trainable_moves_and_what_is_frozen_does_not(
         assert torch.equal(parameter, now[name]), name
     still = [name for name, p in after.trainable.items() if torch.equal(p, before.trainable[name])]
     assert not still
+    learning = "lora_A", "lora_B"
+    expected = [n for n, _ in after.unet.named_parameters() if lora_rank is None or any(kind in n for kind in learning)]
+    assert list(after.trainable) == expected
 
 
 # --- the same numbers -------------------------------------------------------------------------------
