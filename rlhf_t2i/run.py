@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from safetensors import SafetensorError
@@ -47,7 +47,7 @@ _FREE_TO_CHANGE = {
 }  # fmt: skip
 """Fields that may differ when a run is resumed; any other would make it another run."""
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_PACKAGES = ("rlhf-t2i", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+_PACKAGES = ("rlhf-t2i", "torch", "diffusers", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy")
 
 
 @dataclass
@@ -287,8 +287,8 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
     FileExistsError for one that holds a run that was not asked to be resumed.
     """
     resume, trackers = config["resume"], names(config["trackers"])
-    _stop_with_the_launcher()
-    _keep_trackers_quiet(trackers)
+    stop_with_the_launcher()
+    keep_trackers_quiet(trackers)
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     gloo: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if several_on_cpu else []
     accelerator = Accelerator(cpu=several_on_cpu, mixed_precision=config["mixed_precision"], kwargs_handlers=gloo)
@@ -301,16 +301,8 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
         raise ValueError(f"mixed_precision {accelerator.mixed_precision} is not supported; use {', '.join(_DTYPES)}.")
     config = {**config, "mixed_precision": accelerator.mixed_precision}
     if accelerator.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, remarks on it
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config["num_cpu_threads"] or max(1, _num_cores() // local))
-    given = config["run_folder"]
-    folder = Path(given) if given else _default_folder(recipe, resume=resume)
-    [folder] = broadcast_object_list([folder])
-    problem = _claim(folder, config, resume=resume) if accelerator.is_main_process else None
-    for found in gather_object([problem]):
-        if found is not None:
-            raise found
+        share_cores(config["num_cpu_threads"])
+    folder = claim_folder(config, recipe=recipe, free_to_change=_FREE_TO_CHANGE)
     resumed_from = None
     if resume:
         resumed_from = checkpoint.newest_whole(folder / "checkpoints", report=accelerator.print)
@@ -321,7 +313,6 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
     metrics = None
     if accelerator.is_main_process:
         metrics = MetricsFile(folder, resumed_step=step)
-        _describe(folder, recipe, accelerator)
     if trackers:
         accelerator.project_configuration.set_directories(str(folder))
         accelerator.log_with = filter_trackers(list[Any](trackers), str(folder))
@@ -330,19 +321,46 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
     return Run(accelerator, folder, metrics, resumed_from, config["keep_checkpoints"])
 
 
+def share_cores(num_cpu_threads: int) -> None:
+    """On a CPU: as many threads as asked for, or (0) this process's share of the cores."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, remarks on it
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(num_cpu_threads or max(1, _num_cores() // local))
+
+
+def claim_folder(config: Mapping[str, Any], *, recipe: str, free_to_change: Set[str]) -> Path:
+    """Make a run's folder its own, for all processes, and write down in it what would be needed to do it again.
+
+    Reads run_folder and resume of `config`. Raises ValueError for a folder that holds another config (fields in
+    `free_to_change` may differ), and FileExistsError for one that holds a run that was not asked to be resumed.
+    """
+    state, resume, given = PartialState(), config["resume"], config["run_folder"]
+    folder = Path(given) if given else _default_folder(recipe, resume=resume)
+    [folder] = broadcast_object_list([folder])
+    problem = None
+    if state.is_main_process:
+        problem = _claim(folder, config, resume=resume, free_to_change=free_to_change)
+        if problem is None:
+            _describe(folder, recipe, state)
+    for found in gather_object([problem]):
+        if found is not None:
+            raise found
+    return folder
+
+
 def _num_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _stop_with_the_launcher() -> None:
+def stop_with_the_launcher() -> None:
     """Have Linux send SIGTERM when `accelerate launch` is terminated, which would leave this process to train on."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def _keep_trackers_quiet(trackers: Sequence[str]) -> None:
+def keep_trackers_quiet(trackers: Sequence[str]) -> None:
     """Check that each tracker is installed; wandb without a key writes to disk and never asks for a login."""
     for tracker in trackers:
         if tracker not in ("wandb", "tensorboard"):
@@ -365,7 +383,7 @@ def _default_folder(recipe: str, *, resume: bool) -> Path:
     return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
-def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Exception | None:
+def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool, free_to_change: Set[str]) -> Exception | None:
     """Make the folder this run's own; returns what speaks against it."""
     path = folder / "config.yaml"
     if resume and not path.is_file():
@@ -378,7 +396,7 @@ def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Exceptio
         stored: dict[str, Any] = yaml.safe_load(path.read_text())
         changed = [
             f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
-            for name in sorted((stored.keys() | config.keys()) - _FREE_TO_CHANGE)
+            for name in sorted((stored.keys() | config.keys()) - free_to_change)
             if stored.get(name) != config.get(name)
         ]
         if changed:
@@ -391,7 +409,7 @@ def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool) -> Exceptio
     return None
 
 
-def _describe(folder: Path, recipe: str, accelerator: Accelerator) -> None:
+def _describe(folder: Path, recipe: str, state: PartialState) -> None:
     """Write run.json: what would be needed to do it again."""
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -401,7 +419,7 @@ def _describe(folder: Path, recipe: str, accelerator: Accelerator) -> None:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    device = accelerator.device
+    device = state.device
     facts = {
         "recipe": recipe,
         "command": f"accelerate launch {shlex.join(sys.argv)}",
@@ -409,7 +427,7 @@ def _describe(folder: Path, recipe: str, accelerator: Accelerator) -> None:
         "git_commit": commit,
         "versions": {"python": platform.python_version(), **versions},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": accelerator.num_processes,
+        "processes": state.num_processes,
     }
     path = folder / "run.json"
     if path.is_file():  # a resumed run began with the first of its sessions

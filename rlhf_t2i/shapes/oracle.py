@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from scipy import ndimage
 from torch import Tensor
 
-from rlhf_t2i.shapes.scenes import PALETTE, RELATIONS, SHAPES, Scene, Thing, parse_prompt
+from rlhf_t2i.shapes.scenes import COLOURS, PALETTE, RELATIONS, SHAPES, Scene, Thing, parse_prompt
 
 SIZE = 32
 """Pictures of another size are brought to this width and height before they are looked at."""
@@ -87,7 +87,12 @@ def judge(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Verdict:
 
 def shows_something(images: Float[Tensor, "B 3 Y X"]) -> Bool[Tensor, " B"]:
     """Whether a picture passes for *some* prompt of the grammar: the drawing is sharp, whatever was asked."""
-    return torch.tensor([_passes_for_some_prompt(sight) for sight in look(images)], dtype=torch.bool)
+    return torch.tensor([scene is not None for scene in recognise(images)], dtype=torch.bool)
+
+
+def recognise(images: Float[Tensor, "B 3 Y X"]) -> list[Scene | None]:
+    """The scene that each picture shows, in one of its wordings; None where no prompt of the grammar would pass."""
+    return [_shown(sight) for sight in look(images)]
 
 
 # --- looking --------------------------------------------------------------------------------------
@@ -254,15 +259,17 @@ def _match(seen: Sequence[Component], scene: Scene) -> tuple[float, bool]:
     return quality, passes
 
 
-def _passes_for_some_prompt(sight: Sight) -> bool:
-    """Whether some scene of the grammar passes: try the one that the picture itself suggests."""
+def _shown(sight: Sight) -> Scene | None:
+    """A scene of the grammar that passes, if any does: try the one that the picture itself suggests."""
     if not 1 <= len(sight.components) <= 3:
-        return False
+        return None
     things = tuple(Thing(c.colour, max(c.overlap, key=lambda shape: c.overlap[shape])) for c in sight.components)
+    if not {thing.colour for thing in things} <= set(COLOURS):
+        return None  # gray, black and white are backgrounds only
     if len(things) == 2 and things[0].colour != things[1].colour:
         candidates = [Scene(things, sight.background, relation) for relation in RELATIONS]
     elif len(set(things)) == 1:
         candidates = [Scene(things, sight.background)]
     else:
         candidates = []
-    return any(_verdict(sight, scene)[1] for scene in candidates)
+    return next((scene for scene in candidates if _verdict(sight, scene)[1]), None)

@@ -1,0 +1,335 @@
+"""Train a judge of pictures: LLaVA-Reward (arXiv:2507.21391).
+
+    accelerate launch recipes/train_reward_model.py                                  the built-in judge, minutes on a laptop
+    accelerate launch recipes/train_reward_model.py --config recipes/configs/reward_qwen2_5_vl_alignment.yaml \\
+        --training my_pairs.jsonl
+
+A multimodal LLM reads a picture and a prompt. Its last token looks at the picture once more (SkipCA), and a linear head
+makes a score of what it saw. LoRA, projector, SkipCA and head learn from what people preferred; the rest stays as it is.
+Without --config or --backbone, recipes/configs/reward_shapes.yaml is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from rlhf_t2i.config import names, parse_config
+
+if TYPE_CHECKING:
+    from trl import RewardConfig
+
+    from reward_model.scoring import LlavaReward
+    from reward_model.types import Record
+
+BUILT_IN = "shapes"
+_FREE_TO_CHANGE = {"resume", "run_folder", "keep_checkpoints", "trackers", "num_cpu_threads", "num_workers", "test"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields in the order of the flow; defaults are the paper's."""
+
+    backbone: str = BUILT_IN
+    """A LLaVA-1.5 or Qwen2.5-VL folder or Hub id, or the built-in world's small LLaVA (shapes)."""
+    training: str = BUILT_IN
+    """Comma-separated data files (.jsonl of our own, .json as published), or the built-in world's pairs (shapes)."""
+    validation: str | None = None
+    """The same; null keeps validation_share of the training prompts back."""
+    validation_share: float = 0.05
+    test: str | None = None
+    """The same, only measured at the end. Null is nothing, or of the built-in world the held-out prompts."""
+    image_root: str | None = None
+    """Where relative image paths start; null is each data file's own folder. No picture may lie outside of it."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """Stop at a bad record, or leave it out and write it to skipped.jsonl in the run folder."""
+
+    perspective: str = "alignment"
+    """What the judge looks at: alignment, fidelity, safety, ranking, or a name of your own."""
+    loss: Literal["bradley_terry", "general_preference", "cross_entropy"] = "bradley_terry"
+    temperature: float = 0.1
+    """Differences of scores are divided by it to become log-odds."""
+    tie_width: float = 0.5
+    """Used if the data has ties: in log-odds, how close two pictures must be to be called equal."""
+    margin_per_rating: float = 0.0
+    """Log-odds by which a winner is asked to be ahead for each unit of rating_gap."""
+    skip_ca: bool = True
+    """Let the last token look at the visual tokens once more; false is the paper's ablation."""
+    skip_ca_heads: int = 1
+    template: Literal["family", "published"] = "family"
+    """How a prompt is shown: by the backbone's chat template, or as the published code did."""
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    """Bounds of a picture for Qwen2.5-VL: more pixels are more tokens. Null is the model's own."""
+
+    lora_rank: int = 128
+    lora_alpha: float = 256.0
+    lora_dropout: float = 0.05
+    lora_only: bool = False
+    """Train only the LoRA, as the published code does by mistake; projector, SkipCA and head stay as they begin."""
+    learning_rate: float = 2e-4
+    projector_learning_rate: float | None = None
+    skip_ca_learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    """Of each part; null is learning_rate."""
+    warmup_share: float = 0.03
+    """Of all steps; then the learning rate falls along a cosine."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    pairs_per_batch: int = 8
+    """Records (pairs, ties or labels) in one forward pass of one process."""
+    accumulation_steps: int = 4
+    num_epochs: float = 1.0
+    max_steps: int = -1
+    """Stop after so many optimiser steps; -1 trains num_epochs."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Null takes what `accelerate launch` says. Scores, SkipCA, head and loss are always float32."""
+    gradient_checkpointing: bool = False
+
+    evaluate_every: int = 100
+    """Steps between validations; a checkpoint is written at each."""
+    early_stop_after: int = 5
+    """Validations in a row without a better accuracy; 0 never stops early."""
+    keep_checkpoints: int = 2
+    resume: bool = False
+    run_folder: str | None = None
+    """Null is runs/judge-DATE."""
+    trackers: str = ""
+    """Comma-separated, of wandb and tensorboard."""
+    num_workers: int = 0
+    """Processes that read pictures ahead of the model."""
+    num_cpu_threads: int = 0
+    """On a CPU; 0 shares all cores among the processes."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for name, works, rule in (
+            ("validation_share", 0 < self.validation_share < 1, "in (0, 1)"),
+            ("temperature", self.temperature > 0, "positive"),
+            ("tie_width", self.tie_width > 0, "positive"),
+            ("margin_per_rating", self.margin_per_rating >= 0, "at least 0"),
+            ("skip_ca_heads", self.skip_ca_heads >= 1, "at least 1"),
+            ("lora_rank", self.lora_rank >= 1, "at least 1"),
+            ("lora_alpha", self.lora_alpha > 0, "positive"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
+            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("warmup_share", 0 <= self.warmup_share < 1, "in [0, 1)"),
+            ("max_gradient_norm", self.max_gradient_norm > 0, "positive"),
+            ("pairs_per_batch", self.pairs_per_batch >= 1, "at least 1"),
+            ("accumulation_steps", self.accumulation_steps >= 1, "at least 1"),
+            ("num_epochs", self.num_epochs > 0, "positive"),
+            ("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or at least 1"),
+            ("evaluate_every", self.evaluate_every >= 1, "at least 1"),
+            ("early_stop_after", self.early_stop_after >= 0, "at least 0"),
+            ("keep_checkpoints", self.keep_checkpoints >= 2, "at least 2: the best and the newest"),
+            ("num_workers", self.num_workers >= 0, "at least 0"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ):
+            if not works:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Of each group of parameters."""
+        own = {"projector": self.projector_learning_rate, "skip_ca": self.skip_ca_learning_rate}
+        own = {"lora": None, **own, "head": self.head_learning_rate}
+        return {group: self.learning_rate if rate is None else rate for group, rate in own.items()}
+
+
+def main(config: Config) -> Path:
+    """Read the data, build the judge, train it, keep the best, measure it; returns the folder of the judge."""
+    from transformers import EarlyStoppingCallback  # these take seconds
+
+    from reward_model.backbones.load import load_backbone
+    from reward_model.checkpoint import bundle_tensors, save_bundle
+    from reward_model.facts import Facts
+    from reward_model.model import RewardModel, parameter_table
+    from reward_model.scoring import LlavaReward
+    from reward_model.training import JudgeTrainer, Objective, newest_checkpoint
+
+    args, folder = start(config)
+    training, validation, tests = load_data(config, folder)
+    has_ties = any(getattr(record, "tie", False) for record in [*training, *validation])
+    objective = Objective(
+        loss=config.loss,
+        temperature=config.temperature if config.loss != "cross_entropy" else 1.0,
+        tie_width=config.tie_width if has_ties else 0.0,
+        margin_per_rating=config.margin_per_rating,
+    )
+    objective.check([*training, *validation])
+    source = str(built_in_judge() / "backbone") if config.backbone == BUILT_IN else config.backbone
+    shown = {"template": config.template, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    backbone = load_backbone(source, dtype=torch.bfloat16 if args.bf16 else torch.float32, **shown)
+    judge = RewardModel(backbone)
+    facts = Facts(
+        perspective=config.perspective,
+        backbone=os.path.abspath(source) if Path(source).is_dir() else source,
+        model_type=backbone.model.config.model_type,
+        width=backbone.width,
+        head=objective.head,
+        temperature=objective.temperature,
+        tie_width=objective.tie_width,
+        skip_ca=config.skip_ca,
+        skip_ca_heads=config.skip_ca_heads,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        **shown,
+    )
+    judge.add(facts, seed=config.seed)
+    trainer = JudgeTrainer(
+        judge, objective=objective, training=training, validation=validation, args=args,
+        learning_rates=config.learning_rates, lora_only=config.lora_only,
+        callbacks=[EarlyStoppingCallback(config.early_stop_after)] if config.early_stop_after else [],
+    )  # fmt: skip
+    checkpoint = newest_checkpoint(Path(args.output_dir)) if config.resume else None
+    if trainer.is_world_process_zero():
+        print(parameter_table(judge))
+        print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(folder / "judge"))
+    if trainer.is_world_process_zero():
+        finished = LlavaReward(judge)
+        facts = replace(facts, **finished.unit(validation, batch_size=2 * config.pairs_per_batch))
+        save_bundle(facts, bundle_tensors(judge, facts.perspective), folder / "judge")
+        measure(finished, {"validation": validation, **tests}, folder, batch_size=2 * config.pairs_per_batch)
+        print(f"judge     {folder / 'judge'}")
+    trainer.accelerator.end_training()
+    return folder / "judge"
+
+
+def start(config: Config) -> tuple[RewardConfig, Path]:
+    """Set up the processes, claim the run folder, and say to trl what the config says."""
+    from trl import RewardConfig
+
+    from rlhf_t2i.run import claim_folder, keep_trackers_quiet, share_cores, stop_with_the_launcher
+
+    trackers = names(config.trackers)
+    keep_trackers_quiet(trackers)
+    stop_with_the_launcher()
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        share_cores(config.num_cpu_threads)
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    args = RewardConfig(
+        output_dir="runs",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        per_device_train_batch_size=config.pairs_per_batch,
+        per_device_eval_batch_size=2 * config.pairs_per_batch,
+        gradient_accumulation_steps=config.accumulation_steps,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_share,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_gradient_norm,
+        disable_dropout=False,
+        max_length=None,
+        remove_unused_columns=False,
+        dataloader_num_workers=config.num_workers,
+        eval_strategy="steps",
+        eval_steps=config.evaluate_every,
+        save_strategy="steps",
+        save_steps=config.evaluate_every,
+        save_total_limit=config.keep_checkpoints,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        logging_steps=min(10, config.evaluate_every),
+        report_to=trackers or "none",
+        seed=config.seed,
+    )
+    folder = claim_folder(
+        {**asdict(config), "mixed_precision": precision}, recipe="judge", free_to_change=_FREE_TO_CHANGE
+    )
+    args.output_dir = str(folder / "checkpoints")
+    args.logging_dir = str(folder)
+    return args, folder
+
+
+def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record], dict[str, list[Record]]]:
+    """The records to train on, to choose by, and to measure with; says what they are."""
+    from accelerate import PartialState
+
+    from reward_model.datasets import describe, load_records, split_by_prompt
+
+    state = PartialState()
+    root = Path(config.image_root) if config.image_root else None
+    training, validation, test = config.training, config.validation, config.test
+    if training == BUILT_IN:
+        with state.main_process_first():
+            made = built_in_pairs(config.seed)
+        training, validation = str(made / "train.jsonl"), validation or str(made / "validation.jsonl")
+        test = test or f"{made / 'test_drawn.jsonl'},{made / 'test_painted.jsonl'}"
+
+    def read(files: str) -> list[Record]:
+        skipped = folder / f"skipped_{state.process_index}.jsonl" if state.process_index else folder / "skipped.jsonl"
+        return [
+            record
+            for name in names(files)
+            for record in load_records(Path(name), image_root=root, on_bad_record=config.on_bad_record, skipped=skipped)
+        ]
+
+    records = read(training)
+    if validation:
+        held_out = read(validation)
+    else:
+        records, held_out = split_by_prompt(records, share=config.validation_share, seed=config.seed)
+    if state.is_main_process:
+        print(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
+    return records, held_out, {Path(name).stem: read(name) for name in names(test or "")}
+
+
+def measure(judge: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, batch_size: int) -> None:
+    """Print and write what the finished judge reaches on each set."""
+    from reward_model.evaluation import table
+    from reward_model.measuring import ask, metrics_of
+
+    found = {name: metrics_of(ask(judge, records, batch_size=batch_size)) for name, records in sets.items()}
+    for name, metrics in found.items():
+        print(f"\n{name}\n{table(metrics)}")
+    rows = {name: [asdict(metric) for metric in metrics] for name, metrics in found.items()}
+    (folder / "metrics.json").write_text(json.dumps(rows, indent=1))
+
+
+def built_in_judge() -> Path:
+    """The folder of the built-in judge, which holds its backbone too."""
+    from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
+
+    return BUILT_IN_JUDGE
+
+
+def built_in_pairs(seed: int) -> Path:
+    """The pairs of the built-in world, made at the first call."""
+    from rlhf_t2i.shapes.pairs import write_pairs
+
+    return write_pairs(Path("runs") / f"shapes-pairs-{seed}", seed=seed)
+
+
+def with_defaults(arguments: Sequence[str]) -> list[str]:
+    """Without --config or --backbone: the built-in judge's config first."""
+    named = {argument.partition("=")[0] for argument in arguments}
+    if named & {"--config", "--backbone", "--help", "-h"}:
+        return list(arguments)
+    return ["--config", str(Path(__file__).parent / "configs" / "reward_shapes.yaml"), *arguments]
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__ or "", arguments=with_defaults(sys.argv[1:])))

@@ -1,0 +1,36 @@
+"""What all families share once they have their visual tokens: padding them, and running the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from reward_model.types import Inputs, Reading
+
+
+def read_with(model: Any, inputs: Inputs, visual: Sequence[Float[Tensor, "_ D"]], **more: Tensor) -> Reading:
+    """Put each row's visual tokens in their places and run the language model to its last norm."""
+    words = model.get_input_embeddings().weight.dtype
+    seen = BaseModelOutputWithPooling(pooler_output=[tokens.to(words) for tokens in visual])
+    mask = inputs["attention_mask"]
+    outputs = model.model(
+        input_ids=inputs["input_ids"],
+        attention_mask=mask,
+        mm_encoder_outputs={"image": seen},
+        use_cache=False,
+        **more,
+    )
+    padded, padded_mask = pad(visual)
+    return Reading(outputs.last_hidden_state, mask.bool(), padded, padded_mask)
+
+
+def pad(rows: Sequence[Float[Tensor, "_ D"]]) -> tuple[Float[Tensor, "B V D"], Bool[Tensor, "B V"]]:
+    """Rows of different length as one tensor with zeros behind, and where it is filled."""
+    counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), mask

@@ -1,0 +1,97 @@
+"""From prompts to token ids: the family's own chat template, one place for the picture, one last token to pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReader:
+    """How one family of models is shown a picture and a prompt."""
+
+    tokenizer: Any
+    image_token_id: int
+    chat_template: str
+    max_length: int
+    """Tokens that the language model has positions for."""
+    padding_side: PaddingSide = "right"
+
+    def __call__(self, prompts: Sequence[str], num_image_tokens: Sequence[int]) -> dict[str, Int[Tensor, "B L"]]:
+        """`input_ids` and `attention_mask`, padded; row i has num_image_tokens[i] places for visual tokens.
+
+        Raises ValueError for a prompt that holds a special token of the model, or is too long.
+        """
+        rows = [self.ids(prompt, count) for prompt, count in zip(prompts, num_image_tokens, strict=True)]
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self._padding_id)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            place = slice(0, len(row)) if self.padding_side == "right" else slice(length - len(row), length)
+            ids[i, place], mask[i, place] = torch.tensor(row), 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def ids(self, prompt: str, num_image_tokens: int) -> list[int]:
+        """The token ids of one row, without padding."""
+        text = self.text(prompt)
+        starts_itself = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
+        if ids[-1] != self.tokenizer.eos_token_id:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        if ids.count(self.image_token_id) != 1:
+            raise ValueError(
+                f"The chat template makes {ids.count(self.image_token_id)} places for one picture; rendered: {text!r}."
+            )
+        at = ids.index(self.image_token_id)
+        ids = [*ids[:at], *[self.image_token_id] * num_image_tokens, *ids[at + 1 :]]
+        if len(ids) > self.max_length:
+            raise ValueError(
+                f"The prompt {_short(prompt)!r} and its picture take {len(ids)} tokens ({num_image_tokens} of them the "
+                f"picture's); this model has places for {self.max_length}."
+            )
+        return ids
+
+    def text(self, prompt: str) -> str:
+        """What the model is shown, with the picture as one token: the chat template's user turn."""
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special and token.content in prompt:
+                raise ValueError(
+                    f"The prompt {_short(prompt)!r} holds {token.content!r}, a special token of this model; take it out."
+                )
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        return self.tokenizer.apply_chat_template(
+            [turn], chat_template=self.chat_template, tokenize=False, add_generation_prompt=False
+        ).rstrip()
+
+    @property
+    def _padding_id(self) -> int:
+        """Padding is masked everywhere, so any token would do that is not the picture's."""
+        own = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if own is None or own == self.image_token_id else own
+
+
+def find_chat_template(source: str, tokenizer: Any) -> str:
+    """The family's own template, from the tokenizer or beside it; ValueError if the model comes without one."""
+    if tokenizer.chat_template:
+        return tokenizer.chat_template
+    import json
+
+    from transformers.utils.hub import cached_file
+
+    for name in ("chat_template.jinja", "chat_template.json"):
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if path:
+            text = open(path, encoding="utf-8").read()
+            return text if name.endswith("jinja") else json.loads(text)["chat_template"]
+    raise ValueError(f"The model {source!r} has no chat template, so it is not known how to show it a prompt.")
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 80 else prompt[:77] + "..."

@@ -1,0 +1,83 @@
+"""Our own format: one JSON object a line, short enough to be written by hand.
+
+    {"prompt": "a red fox", "winner": "a.png", "loser": "b.png"}
+    {"prompt": "a red fox", "winner": "a.png", "loser": "b.png", "rating_gap": 2.0}
+    {"prompt": "a red fox", "tie": ["a.png", "b.png"]}
+    {"winner_prompt": "a red fox", "loser_prompt": "a blue fox", "image": "a.png"}
+    {"winner_prompt": "a red fox", "loser_prompt": "a blue fox", "winner": "a.png", "loser": "b.png"}
+    {"prompt": "a red fox", "image": "a.png", "label": 1}
+
+The fourth asks which prompt one picture serves better; together with the fifth it is what the paper calls a hard
+negative. Every form may carry an "id" (text or number) and a "comment" (text), which nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from reward_model.datasets.fields import (
+    BadRecordError,
+    refuse_unknown_keys,
+    shortened,
+    take_label,
+    take_number,
+    take_text,
+    take_two_texts,
+)
+from reward_model.datasets.images import FindImage
+from reward_model.types import LabelledImage, PreferencePair, Record
+
+_REMARKS = frozenset({"id", "comment"})
+_KNOWN = _REMARKS | {
+    *("prompt", "winner_prompt", "loser_prompt"),
+    *("image", "winner", "loser", "tie"),
+    *("rating_gap", "label"),
+}
+_FORMS = (
+    "A record has exactly: prompt, winner, loser (and rating_gap, if known); or prompt, tie; or winner_prompt, "
+    "loser_prompt, image; or winner_prompt, loser_prompt, winner, loser; or prompt, image, label."
+)
+
+
+def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> Record:
+    """What one line of our own format says. The keys alone tell which of the six forms it has."""
+    refuse_unknown_keys(fields, _KNOWN)
+    _check_remarks(fields)
+
+    def texts(first: str, second: str) -> tuple[str, str]:
+        return take_text(fields, first), take_text(fields, second)
+
+    match sorted(fields.keys() - _REMARKS):
+        case ["image", "label", "prompt"]:
+            label, (picture, prompt) = take_label(fields), texts("image", "prompt")
+            return LabelledImage(find_image(picture), prompt, label, where)
+        case ["prompt", "tie"]:
+            pictures, prompts = take_two_texts(fields, "tie"), texts("prompt", "prompt")
+        case ["loser", "prompt", "winner"] | ["loser", "prompt", "rating_gap", "winner"]:
+            pictures, prompts = texts("winner", "loser"), texts("prompt", "prompt")
+        case ["image", "loser_prompt", "winner_prompt"]:
+            pictures, prompts = texts("image", "image"), texts("winner_prompt", "loser_prompt")
+        case ["loser", "loser_prompt", "winner", "winner_prompt"]:
+            pictures, prompts = texts("winner", "loser"), texts("winner_prompt", "loser_prompt")
+        case keys:
+            raise BadRecordError(f"the keys {shortened(keys)} make no record. {_FORMS}")
+    gap = _rating_gap(fields)
+    winner, loser = map(find_image, pictures)
+    return PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where)
+
+
+def _rating_gap(fields: Mapping[str, Any]) -> float:
+    if "rating_gap" not in fields:
+        return 0.0
+    gap = take_number(fields, "rating_gap")
+    if gap <= 0:
+        raise BadRecordError(f"'rating_gap' is {gap:g}; it must be above 0. Equally good pictures are a 'tie'.")
+    return gap
+
+
+def _check_remarks(fields: Mapping[str, Any]) -> None:
+    if isinstance(fields.get("id"), dict | list):
+        raise BadRecordError(f"'id' is {shortened(fields['id'])}; it must be one text or number.")
+    if not isinstance(fields.get("comment", ""), str):
+        raise BadRecordError(f"'comment' is {shortened(fields['comment'])}; it must be a text in quotation marks.")

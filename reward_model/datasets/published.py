@@ -1,0 +1,79 @@
+"""The JSON that LLaVA-Reward's authors published (arXiv:2507.21391): one list of pairs or of labelled pictures.
+
+    {"prompt_id": "x", "prompt": "a red fox", "chosen_path": "a.png", "c_rate": 7, "reject_path": "b.png", "r_rate": 4}
+    {"path": "a.png", "label": 1, "prompt": "a red fox", "safety_label": "Safe", "category": "None", "source": "Lexica"}
+
+Label 1 means good or safe. The paths in the authors' own files are absolute ones of their machines, so they have to be
+made relative to an image root first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from reward_model.datasets.fields import (
+    BadRecordError,
+    refuse_unknown_keys,
+    shortened,
+    take_label,
+    take_number,
+    take_text,
+    take_two_texts,
+)
+from reward_model.datasets.images import FindImage
+from reward_model.types import LabelledImage, PreferencePair, Record
+
+_PAIR = frozenset({"prompt", "chosen_path", "reject_path"})
+_PAIR_EXTRAS = frozenset({"prompt_id", "c_rate", "r_rate"})
+_POINT = frozenset({"path", "label", "prompt"})
+_POINT_EXTRAS = frozenset({"safety_label", "category", "source", "prompt_id", "id", "text"})
+
+
+def published_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> Record:
+    """What one element of the published list says."""
+    if "path" in fields or "label" in fields:
+        _check_keys(fields, needed=_POINT, extras=_POINT_EXTRAS)
+        label, prompt, picture = take_label(fields), take_text(fields, "prompt"), take_text(fields, "path")
+        return LabelledImage(find_image(picture), prompt, label, where)
+
+    _check_keys(fields, needed=_PAIR, extras=_PAIR_EXTRAS)
+    if isinstance(fields["prompt"], list):
+        winner_prompt, loser_prompt = take_two_texts(fields, "prompt")
+    else:
+        winner_prompt = loser_prompt = take_text(fields, "prompt")
+    chosen, rejected = take_text(fields, "chosen_path"), take_text(fields, "reject_path")
+    gap = _rating_gap(fields)
+    return PreferencePair(
+        winner=find_image(chosen),
+        loser=find_image(rejected),
+        winner_prompt=winner_prompt,
+        loser_prompt=loser_prompt,
+        tie=gap == 0,
+        rating_gap=gap or 0.0,
+        where=where,
+    )
+
+
+def _check_keys(fields: Mapping[str, Any], *, needed: frozenset[str], extras: frozenset[str]) -> None:
+    refuse_unknown_keys(fields, needed | extras)
+    if missing := needed - fields.keys():
+        raise BadRecordError(f"{', '.join(sorted(missing))} missing in {shortened(dict(fields))}.")
+
+
+def _rating_gap(fields: Mapping[str, Any]) -> float | None:
+    """How much higher the chosen picture was rated; None if nobody rated the two."""
+    match "c_rate" in fields, "r_rate" in fields:
+        case False, False:
+            return None
+        case True, True:
+            gap = take_number(fields, "c_rate") - take_number(fields, "r_rate")
+        case _:
+            raise BadRecordError("only one of 'c_rate' and 'r_rate' is given; there must be both or neither.")
+    if gap < 0 or math.isinf(gap):
+        raise BadRecordError(
+            f"'c_rate' is {shortened(fields['c_rate'])} and 'r_rate' is {shortened(fields['r_rate'])}; "
+            f"the chosen picture must be rated as high as the rejected one or, by a finite gap, higher."
+        )
+    return gap

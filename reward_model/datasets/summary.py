@@ -1,0 +1,49 @@
+"""What is in a data set, at a glance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from reward_model.datasets.split import prompts_of
+from reward_model.types import LabelledImage, PreferencePair, Record
+
+Row = tuple[str, int]
+
+_NUM_BINS = 4
+
+
+def describe(records: Sequence[Record]) -> str:
+    """A short table of how many pairs, labels, prompts and pictures there are."""
+    pairs = [record for record in records if isinstance(record, PreferencePair)]
+    points = [record for record in records if isinstance(record, LabelledImage)]
+    gaps = [pair.rating_gap for pair in pairs if pair.rating_gap > 0]
+    pictures = {picture for pair in pairs for picture in (pair.winner, pair.loser)} | {point.image for point in points}
+    rows: list[Row] = [
+        ("pairs", len(pairs)),
+        ("  ties", sum(pair.tie for pair in pairs)),
+        ("  with two prompts", sum(pair.winner_prompt != pair.loser_prompt for pair in pairs)),
+        ("  with a rating gap", len(gaps)),
+        *_histogram(gaps),
+        ("labelled images", len(points)),
+        ("  label 1 (good)", sum(point.label == 1 for point in points)),
+        ("  label 0 (bad)", sum(point.label == 0 for point in points)),
+        ("distinct prompts", len({prompt for record in records for prompt in prompts_of(record)})),
+        ("distinct images", len(pictures)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {count:>9,}" for name, count in rows)
+
+
+def _histogram(gaps: Sequence[float]) -> Iterator[Row]:
+    """Few different gaps each have a row (ratings are mostly whole numbers); many are put into bins of equal width."""
+    counts = sorted(Counter(gaps).items())
+    if len(counts) <= 2 * _NUM_BINS:
+        yield from ((f"    gap {gap:g}", count) for gap, count in counts)
+        return
+    lowest, highest = counts[0][0], counts[-1][0]
+    edges = [lowest + (highest - lowest) / _NUM_BINS * i for i in range(_NUM_BINS)] + [highest]
+    for start, end in pairwise(edges):
+        inside = sum(start <= gap < end or gap == end == highest for gap in gaps)
+        yield f"    gap {start:.3g} to {end:.3g}", inside

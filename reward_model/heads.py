@@ -1,0 +1,41 @@
+"""From what the judge saw to a verdict: a number, or a vector that only means something beside another."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+HeadKind = Literal["scalar", "general_preference"]
+
+
+class Head(nn.Linear):
+    """One linear layer in float32, without a bias: `scalar` has one output, `general_preference` two."""
+
+    def __init__(self, width: int, kind: HeadKind) -> None:
+        super().__init__(width, {"scalar": 1, "general_preference": 2}[kind], bias=False)
+        nn.init.normal_(self.weight, std=1 / (width + 1))
+
+    def forward(self, input: Float[Tensor, "B D"]) -> Float[Tensor, "B d"]:
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float())
+
+
+def preference_logits(
+    first: Float[Tensor, "P d"], second: Float[Tensor, "P d"], *, kind: HeadKind, temperature: float
+) -> Float[Tensor, " P"]:
+    """The log-odds that the first picture is preferred to the second.
+
+        scalar               (a - b) / temperature                         Bradley-Terry
+        general_preference   (a_0 b_1 - a_1 b_0) / temperature             a skew-symmetric form (arXiv:2410.02197)
+
+    Either changes its sign when the two are swapped. The second needs no ranking: a may beat b, b beat c and c beat a.
+    """
+    match kind:
+        case "scalar":
+            return (first - second)[:, 0] / temperature
+        case "general_preference":
+            return (first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]) / temperature

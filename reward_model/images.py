@@ -1,0 +1,120 @@
+"""Pictures of any kind as tensors, and the resizing and normalising of a model's processor in torch.
+
+Everything here keeps a gradient from what a model reads to the pixels of the picture. Processors compute with 8-bit
+pictures, so a resized one differs from theirs by their rounding; without a resize both are equal.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Picture = Image.Image | np.ndarray | Tensor | str | Path
+"""What a user may hand over: PIL, an array (Y, X, 3) or (Y, X), a tensor (3, Y, X), or the path of a file."""
+
+MAX_PIXELS = 64_000_000
+"""A file with more is taken for a decompression bomb."""
+
+
+def to_tensor(picture: Picture) -> Float[Tensor, "3 _ _"]:
+    """RGB in [0, 1]; a float tensor is handed through with its gradient, transparent pixels are laid on white.
+
+    Raises FileNotFoundError, TypeError or ValueError, naming what was given.
+    """
+    match picture:
+        case str() | Path():
+            return _from_pil(_opened(Path(picture)))
+        case Image.Image():
+            return _from_pil(picture)
+        case np.ndarray():
+            return _from_array(picture)
+        case Tensor():
+            return _from_tensor(picture)
+        case _:
+            raise TypeError(
+                f"A picture is a PIL image, an array (Y, X, 3), a tensor (3, Y, X) or a path; this is a "
+                f"{type(picture).__name__}."
+            )
+
+
+def _opened(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no picture {str(path)!r}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            picture = Image.open(path)
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(
+                    f"The picture {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}: it may be a "
+                    f"decompression bomb. Make it smaller."
+                )
+            picture.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The file {str(path)!r} is no picture that can be read: {error}.") from error
+    return picture
+
+
+def _from_pil(picture: Image.Image) -> Float[Tensor, "3 _ _"]:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def _from_array(array: np.ndarray) -> Float[Tensor, "3 _ _"]:
+    if array.ndim == 2:
+        array = np.repeat(array[:, :, None], 3, axis=2)
+    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise ValueError(f"An array of shape {array.shape} is no picture; it must be (Y, X, 3) or (Y, X).")
+    return _from_tensor(torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))))
+
+
+def _from_tensor(tensor: Tensor) -> Float[Tensor, "3 _ _"]:
+    if tensor.ndim != 3 or tensor.shape[0] != 3 or 0 in tensor.shape:
+        raise ValueError(f"A tensor of shape {tuple(tensor.shape)} is no picture; it must be (3, Y, X).")
+    if tensor.dtype == torch.uint8:
+        return tensor.float() / 255
+    if not tensor.is_floating_point():
+        raise ValueError(f"A picture of {tensor.dtype} is not understood; give uint8 in 0..255 or floats in [0, 1].")
+    if not tensor.detach().isfinite().all():
+        raise ValueError("A picture holds values that are not finite; floats must be in [0, 1].")
+    return tensor.float()
+
+
+def clamp_keeping_gradient(images: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Values in [0, 1], as every processor sees them; backwards as if nothing were cut off.
+
+    A plain clamp would leave a saturated pixel without a gradient, and a painter could never learn to leave it.
+    """
+    return images + (images.detach().clamp(0, 1) - images.detach())
+
+
+def resize(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Float[Tensor, "B 3 {height} {width}"]:
+    """Antialiased bicubic resizing, like PIL's but without its rounding to 8 bits; the same size is left alone."""
+    if images.shape[-2:] != (height, width):
+        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return clamp_keeping_gradient(images)
+
+
+def centre_crop(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Float[Tensor, "B 3 {height} {width}"]:
+    """The middle of pictures that are at least this large."""
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    return images[..., top : top + height, left : left + width]
+
+
+def normalise(
+    images: Float[Tensor, "B 3 Y X"], *, mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "B 3 Y X"]:
+    """(images - mean) / std, for each channel."""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]

@@ -1,0 +1,54 @@
+"""Ask a judge about records that people have answered, and measure how far it agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reward_model.evaluation import Metric, label_metrics, pair_metrics
+from reward_model.scoring import LlavaReward
+from reward_model.types import LabelledImage, PreferencePair, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a judge says of each pair and of each labelled picture."""
+
+    pairs: list[PreferencePair]
+    logits: Float[Tensor, " P"]
+    """Log-odds that the winner is preferred: negative where the judge is wrong."""
+    labelled: list[LabelledImage]
+    scores: Float[Tensor, " N"]
+
+
+def ask(judge: LlavaReward, records: Sequence[Record], *, batch_size: int) -> Answers:
+    """The judge's answer to every record, by its first perspective."""
+    pairs = [record for record in records if isinstance(record, PreferencePair)]
+    labelled = [record for record in records if isinstance(record, LabelledImage)]
+    logits, scores = torch.zeros(0), torch.zeros(0)
+    if pairs:
+        logits = judge.logits(
+            [pair.winner for pair in pairs],
+            [pair.loser for pair in pairs],
+            [pair.winner_prompt for pair in pairs],
+            second_prompts=[pair.loser_prompt for pair in pairs],
+            batch_size=batch_size,
+        )
+    if labelled:
+        scores = judge.score([one.image for one in labelled], [one.prompt for one in labelled], batch_size=batch_size)
+    return Answers(pairs, logits.cpu(), labelled, scores.cpu())
+
+
+def metrics_of(answers: Answers) -> list[Metric]:
+    """Everything that can be measured of these answers, with 95 % intervals."""
+    found: list[Metric] = []
+    if answers.pairs:
+        found += pair_metrics(answers.logits.numpy(), [0 if pair.tie else 1 for pair in answers.pairs])
+    if answers.labelled:
+        labels = [one.label for one in answers.labelled]
+        found += label_metrics(answers.scores.numpy(), labels, torch.sigmoid(answers.scores).numpy())
+    return found

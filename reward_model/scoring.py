@@ -1,0 +1,188 @@
+"""Ask a judge: scores of pictures, and the chance that one is preferred to another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reward_model.checkpoint import FACTS, WEIGHTS, add_bundle, load_judge
+from reward_model.facts import Facts
+from reward_model.heads import preference_logits
+from reward_model.images import Picture, to_tensor
+from reward_model.losses import win_probability
+from reward_model.model import RewardModel
+from reward_model.types import Inputs, LabelledImage, PreferencePair, Record
+
+
+class LlavaReward:
+    """A trained judge, of one or several perspectives on one backbone.
+
+        judge = LlavaReward.from_pretrained("runs/judge")
+        judge.score(["fox.png"], ["a red fox"])            # float32 (1,): higher is better
+        judge.compare(a, b, prompts)                       # the chance that a is preferred
+
+    Pictures are PIL images, arrays (Y, X, 3), paths, or float tensors (3, Y, X) in [0, 1]; a batch (B, 3, Y, X) too. The
+    gradient of a score reaches a tensor's pixels. A score does not depend on the other pictures of its batch.
+    """
+
+    def __init__(self, model: RewardModel) -> None:
+        self.model = model.eval()
+
+    @staticmethod
+    def from_pretrained(
+        source: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> LlavaReward:
+        """Load a judge from a folder or a Hub id; `dtype` is its backbone's, scores are always float32.
+
+        Raises FileNotFoundError or ValueError, naming what is wrong with it.
+        """
+        judge = LlavaReward(load_judge(_folder(source), dtype=dtype))
+        judge.model.requires_grad_(False).to(device)
+        return judge
+
+    def add(self, source: str | Path, *, name: str | None = None) -> str:
+        """Put another perspective on the same backbone; returns its name, by default its own."""
+        name = add_bundle(self.model, _folder(source), name=name)
+        self.model.eval().requires_grad_(False)
+        return name
+
+    @property
+    def perspectives(self) -> list[str]:
+        return list(self.model.facts)
+
+    def facts(self, perspective: str | None = None) -> Facts:
+        """What is known of a perspective, by default the first."""
+        return self.model.facts[self._name(perspective)]
+
+    def score(
+        self,
+        images: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        prompts: Sequence[str],
+        *,
+        perspective: str | None = None,
+        batch_size: int = 32,
+    ) -> Float[Tensor, " B"]:
+        """How well each picture serves its prompt, by one perspective (the first, unless another is named).
+
+        Only differences mean something: (score(a) - score(b)) / temperature are the log-odds that a is preferred. Raises
+        ValueError for a general-preference head, which gives no scores.
+        """
+        name = self._name(perspective)
+        return self._scores(images, prompts, [name], batch_size)[name]
+
+    def score_all(
+        self, images: Sequence[Picture] | Float[Tensor, "B 3 _ _"], prompts: Sequence[str], *, batch_size: int = 32
+    ) -> dict[str, Float[Tensor, " B"]]:
+        """The scores of every perspective; the vision tower runs once for all of them."""
+        return self._scores(images, prompts, self.perspectives, batch_size)
+
+    def compare(
+        self,
+        first: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        second: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        prompts: Sequence[str],
+        *,
+        second_prompts: Sequence[str] | None = None,
+        perspective: str | None = None,
+        batch_size: int = 32,
+    ) -> Float[Tensor, " B"]:
+        """The probability that each first picture is preferred to its second; a tie counts for half.
+
+        For pairs of one picture under two prompts give `second_prompts`.
+        """
+        facts = self.facts(perspective)
+        logits = self.logits(
+            first, second, prompts, second_prompts=second_prompts, perspective=perspective, batch_size=batch_size
+        )
+        return win_probability(logits, tie_width=facts.tie_width)
+
+    def logits(
+        self,
+        first: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        second: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        prompts: Sequence[str],
+        *,
+        second_prompts: Sequence[str] | None = None,
+        perspective: str | None = None,
+        batch_size: int = 32,
+    ) -> Float[Tensor, " B"]:
+        """The log-odds that each first picture is preferred to its second, ties left out."""
+        name = self._name(perspective)
+        one = self._verdicts(first, prompts, [name], batch_size)[name]
+        two = self._verdicts(second, second_prompts or prompts, [name], batch_size)[name]
+        facts = self.model.facts[name]
+        return preference_logits(one, two, kind=facts.head, temperature=facts.temperature)
+
+    def unit(self, records: Sequence[Record], *, batch_size: int = 32) -> dict[str, float]:
+        """`score_mean` and `score_std` over the pictures of some records; nothing where the head has no scores."""
+        if self.facts().head != "scalar":
+            return {}
+        pairs = [record for record in records if isinstance(record, PreferencePair)]
+        labelled = [record for record in records if isinstance(record, LabelledImage)]
+        shown = [(pair.winner, pair.winner_prompt) for pair in pairs] + [
+            (pair.loser, pair.loser_prompt) for pair in pairs
+        ]
+        shown += [(one.image, one.prompt) for one in labelled]
+        scores = self.score([image for image, _ in shown], [prompt for _, prompt in shown], batch_size=batch_size)
+        return {"score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item()}
+
+    def _name(self, perspective: str | None) -> str:
+        name = self.perspectives[0] if perspective is None else perspective
+        if name not in self.model.facts:
+            raise KeyError(f"There is no perspective {name!r} here; there are {', '.join(self.perspectives)}.")
+        return name
+
+    def _scores(
+        self, images: Sequence[Picture] | Tensor, prompts: Sequence[str], names: Sequence[str], batch_size: int
+    ) -> dict[str, Float[Tensor, " B"]]:
+        for name in names:
+            if self.model.facts[name].head != "scalar":
+                raise ValueError(
+                    f"The perspective {name!r} has a general-preference head: it says which of two pictures is better, "
+                    f"but gives none a score. Use compare(first, second, prompts), or a judge with a scalar head."
+                )
+        return {name: verdicts[:, 0] for name, verdicts in self._verdicts(images, prompts, names, batch_size).items()}
+
+    def _verdicts(
+        self, images: Sequence[Picture] | Tensor, prompts: Sequence[str], names: Sequence[str], batch_size: int
+    ) -> dict[str, Float[Tensor, "B d"]]:
+        """What each head says, a batch at a time; without a graph unless a picture asks for its gradient."""
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts is one text ({prompts[:40]!r}); give a list with one prompt for each picture.")
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts; there must be as many.")
+        if not len(prompts):
+            raise ValueError("There is no picture to score.")
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            pictures = [to_tensor(picture) for picture in images[rows]]
+            wanted = torch.is_grad_enabled() and any(picture.requires_grad for picture in pictures)
+            with torch.set_grad_enabled(wanted):
+                inputs = self.model.see(self._prepared(pictures, prompts[rows]))
+                for name in names:
+                    with self.model.using(name):
+                        parts[name].append(self.model(**inputs))
+        return {name: torch.cat(verdicts) for name, verdicts in parts.items()}
+
+    def _prepared(self, pictures: Sequence[Tensor], prompts: Sequence[str]) -> Inputs:
+        device = next(self.model.parameters()).device
+        inputs = self.model.backbone.prepare([picture.to(device) for picture in pictures], prompts)
+        return {key: tensor.to(device) for key, tensor in inputs.items()}
+
+
+def _folder(source: str | Path) -> Path:
+    """The folder of a judge: as given, or fetched from the Hub."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if len(folder.parts) != 2 or folder.is_absolute() or str(source).startswith("."):
+        raise FileNotFoundError(f"There is no judge in {str(source)!r}: no such folder, and it is no Hub id.")
+    from transformers.utils.hub import cached_file
+
+    found = [cached_file(str(source), name) for name in (WEIGHTS, FACTS)]
+    return Path(found[0]).parent

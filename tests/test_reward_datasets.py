@@ -1,0 +1,718 @@
+"""What a file of human preferences may hold, that nothing else passes, and that validation stays unread."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from reward_model.datasets import BadRecordError, describe, images, load_records, split_by_prompt
+from reward_model.types import LabelledImage, PreferencePair, Record
+
+FOX, BLUE = "a red fox", "a blue fox"
+PAIR = {"prompt": FOX, "winner": "a.png", "loser": "b.png"}
+POINT = {"prompt": FOX, "image": "a.png", "label": 1}
+PUBLISHED_PAIR = {
+    "prompt_id": "000904-0035",
+    "prompt": FOX,
+    "chosen_path": "a.png",
+    "c_rate": 7,
+    "reject_path": "b.png",
+    "r_rate": 4,
+}
+PUBLISHED_POINT = {
+    "path": "a.png",
+    "label": 0,
+    "prompt": "",
+    "safety_label": "Unsafe",
+    "category": "Shocking",
+    "source": "Lexica",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the pictures a.png, b.png, more/c.jpg and more/d.webp."""
+    (tmp_path / "more").mkdir()
+    for name, colour in [("a.png", "red"), ("b.png", "blue"), ("more/c.jpg", "green"), ("more/d.webp", "white")]:
+        Image.new("RGB", (24, 16), colour).save(tmp_path / name)
+    return tmp_path
+
+
+def write_lines(folder: Path, *rows: object, name: str = "pairs.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(b"\n".join(_source(row) for row in rows))
+    return path
+
+
+def write_list(folder: Path, *rows: object, name: str = "pairs.json") -> Path:
+    path = folder / name
+    path.write_bytes(b"[\n" + b",\n".join(_source(row) for row in rows) + b"\n]\n")
+    return path
+
+
+def _source(row: object) -> bytes:
+    match row:
+        case bytes():
+            return row
+        case str():
+            return row.encode()
+        case _:
+            return json.dumps(row, ensure_ascii=False).encode()
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(BadRecordError) as caught:
+        load_records(path, **options)
+    return str(caught.value)
+
+
+# --- our own format -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (PAIR, ("a.png", "b.png", FOX, FOX, False, 0.0)),
+        (PAIR | {"rating_gap": 2.0}, ("a.png", "b.png", FOX, FOX, False, 2.0)),
+        (PAIR | {"rating_gap": 3}, ("a.png", "b.png", FOX, FOX, False, 3.0)),
+        ({"prompt": FOX, "tie": ["a.png", "b.png"]}, ("a.png", "b.png", FOX, FOX, True, 0.0)),
+        ({"winner_prompt": FOX, "loser_prompt": BLUE, "image": "a.png"}, ("a.png", "a.png", FOX, BLUE, False, 0.0)),
+        (
+            {"winner_prompt": FOX, "loser_prompt": BLUE, "winner": "more/c.jpg", "loser": "more/d.webp"},
+            ("more/c.jpg", "more/d.webp", FOX, BLUE, False, 0.0),
+        ),
+        (PAIR | {"prompt": "", "id": 7, "comment": "no prompt"}, ("a.png", "b.png", "", "", False, 0.0)),
+        (PAIR | {"prompt": "un café à Zürich, 東京"}, ("a.png", "b.png", *["un café à Zürich, 東京"] * 2, False, 0.0)),
+    ],
+    ids=["pair", "rated", "rated by a whole number", "tie", "one picture", "two of both", "remarks", "Unicode"],
+)
+def test_each_form_of_our_own_pairs_says_what_it_says(
+    folder: Path, row: dict[str, Any], expected: tuple[str, str, str, str, bool, float]
+) -> None:
+    path = write_lines(folder, row)
+    winner, loser, *rest = expected
+    assert load_records(path) == [PreferencePair(folder / winner, folder / loser, *rest, f"{path}:1")]
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("remark", [{}, {"id": None, "comment": ""}, {"id": "x"}, {"id": True}, {"id": 0.5}])
+def test_a_label_is_read_with_any_scalar_as_its_id(folder: Path, label: int, remark: dict[str, Any]) -> None:
+    path = write_lines(folder, POINT | {"label": label} | remark)
+    assert load_records(path) == [LabelledImage(folder / "a.png", FOX, label, f"{path}:1")]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_blank_lines_are_passed_over_but_counted(folder: Path, ending: str, mark: str) -> None:
+    path = write_lines(folder, mark + ending.join(["", json.dumps(PAIR), "  ", "\t", json.dumps(POINT), ""]))
+    assert [record.where for record in load_records(path)] == [f"{path}:2", f"{path}:5"]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u0085"], ids=["U+2028", "U+0085"])
+def test_only_a_line_feed_ends_a_line(folder: Path, character: str) -> None:
+    (record,) = load_records(write_lines(folder, POINT | {"prompt": f"a{character}b"}))
+    assert isinstance(record, LabelledImage)
+    assert record.prompt == f"a{character}b"
+
+
+# --- the published format -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "prompts", "tie", "gap"),
+    [
+        (PUBLISHED_PAIR, (FOX, FOX), False, 3.0),
+        (PUBLISHED_PAIR | {"prompt": [FOX, BLUE]}, (FOX, BLUE), False, 3.0),
+        (PUBLISHED_PAIR | {"r_rate": 7.0}, (FOX, FOX), True, 0.0),
+        (PUBLISHED_PAIR | {"r_rate": 6.5}, (FOX, FOX), False, 0.5),
+        ({"prompt": FOX, "chosen_path": "a.png", "reject_path": "b.png"}, (FOX, FOX), False, 0.0),
+    ],
+    ids=["pair", "two prompts", "tie", "fraction", "unrated"],
+)
+def test_each_published_pair_says_what_it_says(
+    folder: Path, row: dict[str, Any], prompts: tuple[str, str], tie: bool, gap: float
+) -> None:
+    path = write_list(folder, row)
+    expected = PreferencePair(folder / "a.png", folder / "b.png", *prompts, tie, gap, f"{path}:RECORD 1")
+    assert load_records(path) == [expected]
+
+
+def test_published_labels_may_carry_everything_the_authors_left_in_them(folder: Path) -> None:
+    extras = {"prompt_id": 1, "id": [2], "text": None}
+    path = write_list(folder, PUBLISHED_POINT, PUBLISHED_POINT | extras | {"label": 1, "prompt": FOX})
+    assert load_records(path) == [
+        LabelledImage(folder / "a.png", "", 0, f"{path}:RECORD 1"),
+        LabelledImage(folder / "a.png", FOX, 1, f"{path}:RECORD 2"),
+    ]
+
+
+@pytest.mark.parametrize("layout", [None, 2, "\t"], ids=["one line", "indented", "tabs"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_a_published_list_is_read_in_any_layout(folder: Path, layout: Any, mark: str) -> None:
+    rows = [PUBLISHED_POINT | {"prompt": f'{i} [x], {{"y"}}\n'} for i in range(3)]
+    path = folder / "points.json"
+    path.write_text(mark + json.dumps(rows, indent=layout), encoding="utf-8")
+    assert [(record.prompt, record.where) for record in load_records(path) if isinstance(record, LabelledImage)] == [
+        (row["prompt"], f"{path}:RECORD {i}") for i, row in enumerate(rows, start=1)
+    ]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+BAD_LINES: dict[str, tuple[object, list[str]]] = {
+    "misspelt key": (PAIR | {"winer": "c"}, ["'winer'", "Did you mean 'winner'?"]),
+    "foreign key": (PAIR | {"zzz": 1}, ["'zzz'", "Known are", "loser_prompt"]),
+    "half a pair": ({"prompt": FOX, "winner": "a.png"}, ["['prompt', 'winner']", "prompt, winner, loser"]),
+    "two forms at once": (PAIR | {"label": 1}, ["'label'", "A record has exactly"]),
+    "no keys": ({}, ["[]", "A record has exactly"]),
+    "only remarks": ({"id": 3, "comment": "todo"}, ["[]", "A record has exactly"]),
+    "a gap in a tie": ({"prompt": FOX, "tie": ["a.png", "b.png"], "rating_gap": 1}, ["'rating_gap'", "exactly"]),
+    "label true": (POINT | {"label": True}, ["'label' is True", "1 (good"]),
+    "label two": (POINT | {"label": 2}, ["'label' is 2", "0 (bad"]),
+    "label text": (POINT | {"label": "1"}, ["'label' is '1'"]),
+    "label half": (POINT | {"label": 0.5}, ["'label' is 0.5"]),
+    "label one point zero": (POINT | {"label": 1.0}, ["'label' is 1.0"]),
+    "label null": (POINT | {"label": None}, ["'label' is None"]),
+    "gap zero": (PAIR | {"rating_gap": 0}, ["'rating_gap' is 0", "above 0", "'tie'"]),
+    "gap negative": (PAIR | {"rating_gap": -1.5}, ["'rating_gap' is -1.5", "above 0"]),
+    "gap true": (PAIR | {"rating_gap": True}, ["'rating_gap' is True", "finite number"]),
+    "gap text": (PAIR | {"rating_gap": "2"}, ["'rating_gap' is '2'", "finite number"]),
+    "gap overflows": (json.dumps(PAIR)[:-1] + ', "rating_gap": 1e999}', ["'rating_gap' is inf", "finite number"]),
+    "gap beyond floats": (PAIR | {"rating_gap": 10**400}, ["'rating_gap' is 1000", "finite number"]),
+    "gap NaN": (json.dumps(PAIR)[:-1] + ', "rating_gap": NaN}', ["NaN", "finite"]),
+    "id NaN": (json.dumps(PAIR)[:-1] + ', "id": NaN}', ["NaN", "finite"]),
+    "gap Infinity": (json.dumps(PAIR)[:-1] + ', "rating_gap": -Infinity}', ["-Infinity", "finite"]),
+    "prompt a number": (PAIR | {"prompt": 3}, ["'prompt' has 3", "string"]),
+    "prompt a list": (PAIR | {"prompt": [FOX, BLUE]}, ["'prompt' has ['a red fox', 'a blue fox']", "string"]),
+    "half a character": (json.dumps(PAIR | {"prompt": "\ud83d"}), ["'\\ud83d'", "Unicode"]),
+    "image a number": (POINT | {"image": 3}, ["'image' has 3", "string"]),
+    "tie of one": ({"prompt": FOX, "tie": ["a.png"]}, ["'tie' is ['a.png']", "two strings"]),
+    "tie of three": ({"prompt": FOX, "tie": ["a.png"] * 3}, ["'tie' is", "two strings"]),
+    "tie of numbers": ({"prompt": FOX, "tie": [1, 2]}, ["'tie' has 1", "string"]),
+    "tie true": ({"prompt": FOX, "tie": True}, ["'tie' is True", "two strings"]),
+    "tie of two letters": ({"prompt": FOX, "tie": "ab"}, ["'tie' is 'ab'", "two strings"]),
+    "id a list": (PAIR | {"id": [1]}, ["'id' is [1]", "text or number"]),
+    "comment a number": (PAIR | {"comment": 1}, ["'comment' is 1", "text"]),
+    "same picture": (PAIR | {"loser": "./more/../a.png"}, ["a.png", FOX, "must differ"]),
+    "tie with itself": ({"prompt": FOX, "tie": ["a.png", "a.png"]}, ["a.png", "must differ"]),
+    "same prompt": ({"winner_prompt": FOX, "loser_prompt": FOX, "image": "a.png"}, [FOX, "must differ"]),
+    "twin keys": (json.dumps(PAIR)[:-1] + ', "loser": "a.png"}', ["'loser'", "twice", "'b.png' and 'a.png'"]),
+    "a list": ([PAIR], ["[{", "JSON object"]),
+    "a number": ("3", ["3 is no record", "JSON object"]),
+    "broken off": (json.dumps(PAIR)[:30], ["not JSON", "column", "a red fox"]),
+    "single quotes": (str(PAIR), ["not JSON", "column 2", "{'prompt"]),
+    "two objects": ("{} {}", ["not JSON", "Extra data", "{} {}"]),
+    "not UTF-8": (b'{"prompt": "caf\xe9"}', ["not UTF-8", "byte 15", "\\xe9", "Save it as UTF-8"]),
+    "digits without end": ('{"label": ' + "9" * 5000 + "}", ["cannot be read", "4300"]),
+    "brackets without end": ('{"id": ' + "[" * 100_000, ["cannot be read", "[[["]),
+    "NUL in a name": (POINT | {"image": "a\0.png"}, ["'a\\x00.png'", "null byte"]),
+    "endless name": (POINT | {"image": "a" * 10_000}, ["'aaaa", "cannot be read"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_refused_with_its_place_and_value(folder: Path, name: str) -> None:
+    row, clues = BAD_LINES[name]
+    path = write_lines(folder, PAIR, "", row, POINT)
+    message = refusal(path)
+    assert message.startswith(f"{path}:3: ")
+    assert [clue for clue in clues if clue not in message] == []
+    assert len(message) < 800
+    message.encode()
+
+
+BAD_ELEMENTS: dict[str, tuple[object, list[str]]] = {
+    "chosen is worse": (PUBLISHED_PAIR | {"r_rate": 8}, ["'c_rate' is 7 and 'r_rate' is 8", "higher"]),
+    "one rate": ({k: v for k, v in PUBLISHED_PAIR.items() if k != "r_rate"}, ["only one", "both or neither"]),
+    "rate text": (PUBLISHED_PAIR | {"c_rate": "7"}, ["'c_rate' is '7'", "finite number"]),
+    "rate null": (PUBLISHED_PAIR | {"r_rate": None}, ["'r_rate' is None", "finite number"]),
+    "rate NaN": (json.dumps(PUBLISHED_PAIR | {"r_rate": float("nan")}), ["NaN", "finite"]),
+    "gap overflows": (PUBLISHED_PAIR | {"c_rate": 1.7e308, "r_rate": -1.7e308}, ["1.7e+308", "finite"]),
+    "three prompts": (PUBLISHED_PAIR | {"prompt": [FOX, BLUE, FOX]}, ["'prompt' is", "two strings"]),
+    "prompt null": (PUBLISHED_PAIR | {"prompt": None}, ["'prompt' has None", "string"]),
+    "misspelt key": (PUBLISHED_PAIR | {"choosen_path": "a.png"}, ["Did you mean 'chosen_path'?"]),
+    "no rejected": ({"prompt": FOX, "chosen_path": "a.png"}, ["reject_path missing in", FOX]),
+    "no prompt": ({"path": "a.png", "label": 1}, ["prompt missing in", "a.png"]),
+    "pair and point": (PUBLISHED_PAIR | {"label": 1}, ["'chosen_path' is unknown"]),
+    "label true": (PUBLISHED_POINT | {"label": True}, ["'label' is True"]),
+    "path null": (PUBLISHED_POINT | {"path": None}, ["'path' has None", "string"]),
+    "same picture": (PUBLISHED_PAIR | {"reject_path": "a.png"}, ["must differ"]),
+    "twin keys": ('{"path": "a.png", "label": 1, "label": 0, "prompt": ""}', ["'label'", "twice", "1 and 0"]),
+    "our own format": (PAIR, ["'winner'", "unknown", "chosen_path"]),
+    "a number": (3, ["3 is no record"]),
+    "digits without end": ('{"label": ' + "9" * 5000 + "}", ["cannot be read", "4300"]),
+    "no such picture": (PUBLISHED_POINT | {"path": "/scr/shijie/1.jpg"}, ["'/scr/shijie/1.jpg'", "image_root"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ELEMENTS)
+def test_a_bad_published_record_is_refused_with_its_place_and_value(folder: Path, name: str) -> None:
+    row, clues = BAD_ELEMENTS[name]
+    path = write_list(folder, PUBLISHED_POINT, row, PUBLISHED_PAIR)
+    message = refusal(path)
+    assert message.startswith(f"{path}:RECORD 2: ")
+    assert [clue for clue in clues if clue not in message] == []
+    assert len(message) < 800
+
+
+@pytest.mark.parametrize("depth", range(900, 1000, 3))
+def test_a_value_at_the_edge_of_recursion_is_refused_like_any_other(folder: Path, depth: int) -> None:
+    """What Python's JSON reader can just read, repr cannot write any more."""
+    path = write_lines(folder, json.dumps(PAIR)[:-1] + ', "id": ' + "[" * depth + "]" * depth + "}")
+    assert refusal(path).startswith(f"{path}:1: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "clues"),
+    [
+        (b"", ["Expecting '['", "line 1, column 1"]),
+        (json.dumps(PUBLISHED_PAIR).encode(), ["Expecting '['", ".jsonl"]),
+        (json.dumps([PUBLISHED_PAIR]).encode()[:-1], ["Expecting ',' or ']'"]),
+        (b'[\n{"a": 1}\n{"a": 2}]', ["Expecting ','", "line 3, column 1", '{"a": 2}']),
+        (b"[1,]", ["Expecting value", "column 4"]),
+        (b"[1] 2", ["Expecting the end", "column 5"]),
+        (b'["\xff"]', ["not UTF-8", "byte 2"]),
+        (b"[" * 100_000, ["nested too deeply"]),
+    ],
+    ids=["empty", "object", "open", "no comma", "comma too many", "rest", "not UTF-8", "deep"],
+)
+def test_a_json_file_that_is_no_list_is_refused_as_a_whole(folder: Path, content: bytes, clues: list[str]) -> None:
+    path = folder / "pairs.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"pairs\.json") as caught:
+        load_records(path)
+    assert [clue for clue in clues if clue not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", " [ ] ")])
+def test_a_file_without_records_is_refused(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name} holds no record\."):
+        load_records(folder / name)
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs", "pairs.jsonl.gz"])
+def test_other_endings_are_refused_with_those_that_are_possible(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"possible are \.jsonl .* and \.json"):
+        load_records(write_lines(folder, PAIR, name=name))
+
+
+def test_a_data_file_or_image_root_that_is_not_there_is_named(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no data file .*missing\.jsonl"):
+        load_records(folder / "missing.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere, which image_root names"):
+        load_records(write_lines(folder, PAIR), image_root=folder / "nowhere")
+
+
+# --- skipping -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("write", "good", "where"),
+    [(write_lines, PAIR, ":{}"), (write_list, PUBLISHED_PAIR, ":RECORD {}")],
+    ids=["jsonl", "json"],
+)
+def test_skipping_keeps_the_rest_in_order_and_writes_down_what_it_left_out(
+    folder: Path, write: Callable[..., Path], good: dict[str, Any], where: str
+) -> None:
+    twins = '{"prompt": "東京", "prompt": ""}'
+    path = write(folder, good | {"prompt": "1"}, good | {"prompt": 2}, good | {"prompt": "3"}, twins)
+    log = folder / "logs" / "today" / "skipped.jsonl"
+    records = load_records(path, on_bad_record="skip", skipped=log)
+    assert [record.winner_prompt for record in records if isinstance(record, PreferencePair)] == ["1", "3"]
+    skipped = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [row["where"] for row in skipped] == [f"{path}{where.format(2)}", f"{path}{where.format(4)}"]
+    assert "'prompt' has 2" in skipped[0]["reason"]
+    assert [json.loads(skipped[0]["record"]), skipped[1]["record"]] == [good | {"prompt": 2}, twins]
+
+
+def test_skipped_bytes_that_are_not_utf8_are_written_down_escaped(folder: Path) -> None:
+    log = folder / "skipped.jsonl"
+    load_records(write_lines(folder, b'{"caf\xe9"}', PAIR), on_bad_record="skip", skipped=log)
+    assert json.loads(log.read_text(encoding="utf-8"))["record"] == '{"caf\\xe9"}'
+
+
+def test_each_reading_adds_to_the_skipped_and_good_files_leave_none(folder: Path) -> None:
+    log = folder / "skipped.jsonl"
+    load_records(write_lines(folder, PAIR), on_bad_record="skip", skipped=log)
+    assert not log.exists()
+    for _ in range(2):
+        load_records(write_lines(folder, PAIR, "{}"), on_bad_record="skip", skipped=log)
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_skipping_needs_a_file_of_its_own_to_write_to(folder: Path) -> None:
+    path = write_lines(folder, PAIR, "{}")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="needs `skipped`"):
+        load_records(path, on_bad_record="skip")
+    with pytest.raises(ValueError, match="is the data file"):
+        load_records(path, on_bad_record="skip", skipped=folder / "more" / ".." / "pairs.jsonl")
+    assert path.read_bytes() == before
+
+
+def test_skipping_everything_is_an_error(folder: Path) -> None:
+    path, log = write_lines(folder, "{}", "3"), folder / "skipped.jsonl"
+    with pytest.raises(ValueError, match=r"all of its 2 were bad, see .*skipped\.jsonl"):
+        load_records(path, on_bad_record="skip", skipped=log)
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 2
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_pictures_are_seen_from_the_file_or_from_the_given_root(folder: Path) -> None:
+    row = PAIR | {"winner": "c.jpg", "loser": "d.webp"}
+    expected = [folder / "more" / "c.jpg", folder / "more" / "d.webp"]
+    for path, root in [
+        (write_lines(folder / "more", row), None),
+        (write_lines(folder, row), folder / "more"),
+        (write_lines(folder, row | {"winner": str(folder / "more" / "c.jpg")}), folder / "more"),
+        (write_lines(folder, row | {"winner": "../more/c.jpg"}), folder / "more"),
+    ]:
+        (record,) = load_records(path, image_root=root)
+        assert isinstance(record, PreferencePair)
+        assert [record.winner, record.loser] == expected
+
+
+@pytest.mark.parametrize("name", ["../a.png", "x/../../a.png", "{folder}/a.png", "link.png", "linked/a.png"])
+def test_no_path_leaves_the_image_root(folder: Path, name: str) -> None:
+    """Neither upwards, nor absolute, nor through a link to a file or a folder."""
+    root = folder / "more"
+    (root / "link.png").symlink_to(folder / "a.png")
+    (root / "linked").symlink_to(folder)
+    name = name.format(folder=folder)
+    message = refusal(write_lines(folder, POINT | {"image": name}), image_root=root)
+    assert name in message
+    assert f"outside of the image root {root}" in message
+
+
+def test_links_within_the_root_are_followed_and_unmask_twins(folder: Path) -> None:
+    (folder / "link.png").symlink_to(folder / "b.png")
+    (record,) = load_records(write_lines(folder, PAIR | {"loser": "link.png"}))
+    assert isinstance(record, PreferencePair)
+    assert record.loser == folder / "b.png"
+    assert "must differ" in refusal(write_lines(folder, PAIR | {"winner": "link.png"}))
+
+
+def test_a_root_that_is_itself_a_link_holds_its_pictures(folder: Path) -> None:
+    (folder / "root").symlink_to(folder / "more")
+    (record,) = load_records(write_lines(folder, POINT | {"image": "c.jpg"}), image_root=folder / "root")
+    assert isinstance(record, LabelledImage)
+    assert record.image == folder / "more" / "c.jpg"
+
+
+def test_links_in_a_circle_are_refused(folder: Path) -> None:
+    (folder / "x.png").symlink_to(folder / "x.png")
+    assert "'x.png'" in refusal(write_lines(folder, POINT | {"image": "x.png"}))
+
+
+def spoil(folder: Path, name: str) -> str:
+    """Make a picture that is none in one of several ways, and name it."""
+    match name:
+        case "empty":
+            (folder / "x.png").write_bytes(b"")
+        case "folder":
+            (folder / "x.png").mkdir()
+        case "text":
+            (folder / "x.png").write_text("not a picture", encoding="utf-8")
+        case "pipe":
+            os.mkfifo(folder / "x.png")
+        case "flipped bit":
+            content = bytearray((folder / "a.png").read_bytes())
+            content[-16] ^= 1
+            (folder / "x.png").write_bytes(content)
+        case "missing":
+            pass
+        case suffix:
+            Image.effect_noise((64, 64), 50).save(folder / f"whole.{suffix}")
+            content = (folder / f"whole.{suffix}").read_bytes()
+            (folder / "x.png").write_bytes(content[: len(content) // 2])
+    return "x.png"
+
+
+@pytest.mark.parametrize(
+    ("way", "clue"),
+    [
+        ("missing", "does not exist"),
+        ("empty", "empty file"),
+        ("folder", "not a file"),
+        ("pipe", "not a file"),
+        ("text", "cannot identify"),
+        ("flipped bit", "cannot be read as a picture"),
+        *((suffix, "cannot be read as a picture") for suffix in ("png", "jpg", "webp", "gif", "bmp", "tiff")),
+    ],
+)
+def test_a_broken_picture_is_refused(folder: Path, way: str, clue: str) -> None:
+    path = write_lines(folder, PAIR, POINT | {"image": spoil(folder, way)})
+    message = refusal(path)
+    assert message.startswith(f"{path}:2: the image 'x.png'")
+    assert clue in message
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK"])
+def test_sound_pictures_of_every_common_kind_pass(folder: Path, suffix: str, mode: str) -> None:
+    try:
+        Image.new(mode, (9, 7)).save(folder / f"x.{suffix}")
+    except (OSError, ValueError):
+        pytest.skip(f"{suffix} has no {mode}")
+    assert len(load_records(write_lines(folder, POINT | {"image": f"x.{suffix}"}))) == 1
+
+
+def test_a_picture_may_have_max_pixels_and_not_one_more(folder: Path) -> None:
+    path = write_lines(folder, PAIR)
+    assert len(load_records(path, max_pixels=24 * 16)) == 1
+    message = refusal(path, max_pixels=24 * 16 - 1)
+    assert "decompression bomb: 24 x 16 = 384 pixels" in message
+    assert "max_pixels is 383" in message
+
+
+@pytest.mark.parametrize("limit", [100, 300], ids=["Pillow's error", "Pillow's warning"])
+def test_pillows_own_words_on_bombs_do_not_leak(folder: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    path = write_lines(folder, POINT)
+    with warnings.catch_warnings(record=True) as leaked:
+        warnings.simplefilter("always")
+        message = refusal(path, max_pixels=50)
+        if limit == 300:
+            assert len(load_records(path)) == 1
+    assert "decompression bomb" in message
+    assert "384" in message
+    assert "max_pixels is 50" in message
+    assert leaked == []
+
+
+def test_each_picture_is_opened_once_however_it_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    look = images.flaw_of_image
+
+    def spy(path: Path, *, max_pixels: int) -> str | None:
+        opened.append(path.name)
+        return look(path, max_pixels=max_pixels)
+
+    monkeypatch.setattr(images, "flaw_of_image", spy)
+    rows = [PAIR, PAIR | {"winner": "./a.png"}, POINT | {"image": "x.png"}, POINT | {"image": "x.png"}]
+    load_records(write_lines(folder, *rows), on_bad_record="skip", skipped=folder / "skipped.jsonl")
+    assert sorted(opened) == ["a.png", "b.png", "x.png"]
+
+
+# --- training and validation ----------------------------------------------------------------------
+
+
+def some_records(num_records: int, *, num_prompts: int, seed: int) -> list[Record]:
+    draw = random.Random(seed)
+    a, b, records = Path("a.png"), Path("b.png"), []
+    for i in range(num_records):
+        first, second = (f"prompt {draw.randrange(num_prompts)}" for _ in range(2))
+        match draw.randrange(10):
+            case 0:
+                records.append(PreferencePair(a, a, first, second, where=str(i)))
+            case 1 | 2 | 3:
+                records.append(LabelledImage(a, first, 1, str(i)))
+            case _:
+                records.append(PreferencePair(a, b, first, first, where=str(i)))
+    return records
+
+
+def prompts(records: list[Record]) -> set[str]:
+    return {
+        prompt
+        for record in records
+        for prompt in (
+            (record.prompt,) if isinstance(record, LabelledImage) else (record.winner_prompt, record.loser_prompt)
+        )
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_prompt_crosses_and_no_record_is_lost(seed: int) -> None:
+    records = some_records(300, num_prompts=200, seed=seed)
+    training, validation = split_by_prompt(records, share=0.2, seed=seed)
+    assert not prompts(training) & prompts(validation)
+    position = {record.where: i for i, record in enumerate(records)}
+    for side in (training, validation):
+        assert side == sorted(side, key=lambda record: position[record.where])
+    assert sorted(position) == sorted(record.where for record in training + validation)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.9])
+def test_the_share_is_met(share: float) -> None:
+    records = some_records(1000, num_prompts=2000, seed=1)
+    _, validation = split_by_prompt(records, share=share, seed=0)
+    assert len(validation) == pytest.approx(1000 * share, abs=10)
+
+
+def test_the_split_depends_on_the_seed_but_not_on_the_order() -> None:
+    records = some_records(300, num_prompts=300, seed=2)
+    shuffled = random.Random(3).sample(records, len(records))
+    sides = [{record.where for record in split_by_prompt(records, share=0.3, seed=seed)[1]} for seed in (0, 0, 1)]
+    assert sides[0] == sides[1] == {record.where for record in split_by_prompt(shuffled, share=0.3, seed=0)[1]}
+    assert sides[0] != sides[2]
+
+
+def test_prompts_that_are_linked_through_a_chain_stay_together() -> None:
+    picture = Path("a.png")
+    chain: list[Record] = [PreferencePair(picture, picture, str(i), str(i + 1)) for i in range(50)]
+    random.Random(0).shuffle(chain)
+    others: list[Record] = [LabelledImage(picture, f"other {i}", 1) for i in range(50)]
+    for seed in range(10):
+        training, validation = split_by_prompt(chain + others, share=0.4, seed=seed)
+        assert set(chain) <= set(training)
+        assert len(validation) == 40
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"share is {share}; it must lie between 0 and 1"):
+        split_by_prompt(some_records(10, num_prompts=10, seed=0), share=share, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("num_records", "num_prompts", "share", "side"),
+    [(10, 1, 0.5, "validation"), (3, 100, 0.1, "validation"), (3, 100, 0.9, "training"), (0, 1, 0.5, "validation")],
+    ids=["one prompt", "small share", "large share", "no records"],
+)
+def test_neither_side_may_be_empty(num_records: int, num_prompts: int, share: float, side: str) -> None:
+    with pytest.raises(ValueError, match=f"of {num_records} records leaves none for {side}"):
+        split_by_prompt(some_records(num_records, num_prompts=num_prompts, seed=0), share=share, seed=0)
+
+
+# --- the summary ----------------------------------------------------------------------------------
+
+
+def counts_in(summary: str) -> dict[str, str]:
+    return {name.strip(): count for name, count in (line.rsplit(maxsplit=1) for line in summary.splitlines())}
+
+
+def test_the_summary_counts_by_hand() -> None:
+    a, b, c = Path("a.png"), Path("b.png"), Path("c.png")
+    records: list[Record] = [
+        PreferencePair(a, b, FOX, FOX, rating_gap=1.0),
+        PreferencePair(b, a, BLUE, BLUE, rating_gap=2.5),
+        PreferencePair(a, b, "", "", rating_gap=1.0),
+        PreferencePair(a, b, FOX, FOX, tie=True),
+        PreferencePair(a, a, FOX, BLUE),
+        LabelledImage(c, FOX, 1),
+        LabelledImage(a, "x", 0),
+        LabelledImage(b, "x", 0),
+    ]
+    assert counts_in(describe(records)) == {
+        "pairs": "5",
+        "ties": "1",
+        "with two prompts": "1",
+        "with a rating gap": "3",
+        "gap 1": "2",
+        "gap 2.5": "1",
+        "labelled images": "3",
+        "label 1 (good)": "1",
+        "label 0 (bad)": "2",
+        "distinct prompts": "4",
+        "distinct images": "3",
+    }
+
+
+def test_many_different_gaps_fall_into_few_bins_that_hold_them_all() -> None:
+    gaps = [*range(1, 102), 101]
+    records: list[Record] = [PreferencePair(Path("a"), Path("b"), FOX, FOX, rating_gap=float(gap)) for gap in gaps]
+    bins = {name: count for name, count in counts_in(describe(records)).items() if name.startswith("gap")}
+    assert bins == {"gap 1 to 26": "25", "gap 26 to 51": "25", "gap 51 to 76": "25", "gap 76 to 101": "27"}
+
+
+def test_a_summary_of_nothing_is_all_zeros() -> None:
+    assert set(counts_in(describe([])).values()) == {"0"}
+
+
+# --- anything at all ------------------------------------------------------------------------------
+
+VALID_LINES = [
+    PAIR | {"rating_gap": 2.0, "id": 3, "comment": "x"},
+    {"prompt": FOX, "tie": ["a.png", "b.png"]},
+    {"winner_prompt": FOX, "loser_prompt": BLUE, "image": "a.png"},
+    {"winner_prompt": FOX, "loser_prompt": BLUE, "winner": "more/c.jpg", "loser": "more/d.webp"},
+    POINT,
+]
+VALID_ELEMENTS = [PUBLISHED_PAIR, PUBLISHED_PAIR | {"prompt": [FOX, BLUE]}, PUBLISHED_POINT]
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2, 0.5, 1e308, -1e308, 10**30, float("nan"), float("inf")),
+    *("", "a", FOX, "a.png", "more/c.jpg", "..", "/", "/etc/passwd", ".", "a.png/x", "\0", "\ud800", "x" * 5000, "~"),
+    *([], {}, ["a.png", "b.png"], ["", ""], [1, 2], [[]], {"prompt": FOX}, [FOX, BLUE]),
+]
+KEYS = [*PAIR, *POINT, *PUBLISHED_PAIR, *PUBLISHED_POINT, "tie", "id", "comment", "winer", "", "Prompt", "rating_gap"]
+
+
+def mutated(draw: random.Random, rows: list[dict[str, Any]]) -> bytes:
+    row = dict(draw.choice(rows))
+    for _ in range(draw.randint(1, 3)):
+        key = draw.choice(list(row) or ["prompt"])
+        match draw.randrange(5):
+            case 0:
+                row.pop(key, None)
+            case 1:
+                row[draw.choice(KEYS)] = row.pop(key, None)
+            case 2:
+                row[key] = draw.choice(VALUES)
+            case 3:
+                row[draw.choice(KEYS)] = draw.choice(VALUES)
+            case _:
+                other = draw.choice(list(row) or ["prompt"])
+                row[key], row[other] = row.get(other), row.get(key)
+    source = bytearray(json.dumps(row).encode())
+    if draw.random() < 0.4:
+        start = draw.randrange(len(source))
+        source[start : start + draw.randrange(3)] = draw.randbytes(draw.randrange(4))
+    return bytes(source)
+
+
+def load_or_refuse(path: Path) -> list[Record] | str:
+    try:
+        return load_records(path)
+    except ValueError as error:
+        return str(error)
+
+
+def check_records(records: list[Record], root: Path) -> None:
+    for record in records:
+        if isinstance(record, LabelledImage):
+            assert type(record.label) is int
+            assert record.label in (0, 1)
+            pictures, texts = [record.image], [record.prompt]
+        else:
+            pictures, texts = [record.winner, record.loser], [record.winner_prompt, record.loser_prompt]
+            assert (pictures[0], texts[0]) != (pictures[1], texts[1])
+            assert type(record.tie) is bool
+            assert type(record.rating_gap) is float
+            assert 0 <= record.rating_gap < float("inf")
+            assert not (record.tie and record.rating_gap)
+        assert all(isinstance(text, str) and text.encode() is not None for text in texts)
+        for picture in pictures:
+            assert picture.is_relative_to(root)
+            with Image.open(picture) as image:
+                image.load()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_mutated_records_are_refused_by_name_or_sound(folder: Path, kind: str) -> None:
+    write, rows = (write_lines, VALID_LINES) if kind == "jsonl" else (write_list, VALID_ELEMENTS)
+    draw, outcomes = random.Random(0), {"sound": 0, "refused": 0}
+    for _ in range(600):
+        source = mutated(draw, rows)
+        path = write(folder, source)
+        outcome = load_or_refuse(path)
+        if isinstance(outcome, str):
+            assert str(path) in outcome, source
+            assert len(outcome) < 1000, source
+            outcome.encode()
+            outcomes["refused"] += 1
+        else:
+            check_records(outcome, folder)
+            outcomes["sound"] += 1
+    assert min(outcomes.values()) > 20, "the mutations prove nothing if all of them break, or none"
