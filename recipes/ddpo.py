@@ -74,9 +74,9 @@ class Config:
     """Noise of each DDIM step, in (0, 1]."""
     guidance_scale: float = 1.0
     """Classifier-free guidance in rollout, update and evaluation; 1 is off and halves the cost."""
-    rewards: str = "oracle"
-    """Comma-separated NAME or NAME=WEIGHT: oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or
-    module:function."""
+    rewards: str = "judge"
+    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id),
+    oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
 
     advantages: Literal["per_prompt_history", "group_relative", "whole_batch"] = "per_prompt_history"
     history_size: int = 32
@@ -117,7 +117,8 @@ class Config:
     evaluate_every: int = 10
     """Steps between evaluations, which there always are before and after; 0 has no others."""
     num_evaluation_images: int = 408
-    evaluation_rewards: str = "oracle,oracle_pass"
+    evaluation_rewards: str = "oracle,oracle_pass,judge"
+    """The same. One that is not trained on shows how much of the gain is real; the report draws the gap."""
     evaluation_eta: float = 0.0
     evaluation_seed: int = 1_000_000
 

@@ -44,7 +44,8 @@ class Config:
     eta: float = 0.0
     guidance_scale: float = 1.0
     rewards: str = "oracle,oracle_pass"
-    """Comma-separated: oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
+    """Comma-separated: judge, judge:PATH, oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or
+    module:function."""
     batch_size: int = 64
     run_folder: str | None = None
     """Null is runs/evaluation-DATE."""

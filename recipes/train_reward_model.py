@@ -1,12 +1,12 @@
 """Train a judge of pictures: LLaVA-Reward (arXiv:2507.21391).
 
-    accelerate launch recipes/train_reward_model.py                                  the built-in judge, minutes on a laptop
-    accelerate launch recipes/train_reward_model.py --config recipes/configs/reward_qwen2_5_vl_alignment.yaml \\
-        --training my_pairs.jsonl
+    accelerate launch recipes/train_reward_model.py                          the built-in judge, minutes on a laptop
+    accelerate launch recipes/train_reward_model.py --training pairs.jsonl \\
+        --config recipes/configs/reward_qwen2_5_vl_alignment.yaml            Qwen2.5-VL, with the paper's settings
 
-A multimodal LLM reads a picture and a prompt. Its last token looks at the picture once more (SkipCA), and a linear head
-makes a score of what it saw. LoRA, projector, SkipCA and head learn from what people preferred; the rest stays as it is.
-Without --config or --backbone, recipes/configs/reward_shapes.yaml is read.
+A multimodal LLM reads a picture and a prompt. Its last token looks at the picture once more (SkipCA), and a linear
+head makes a score of what it saw. LoRA, projector, SkipCA and head learn from what people preferred; the rest
+stays as it is. Without --config or --backbone, recipes/configs/reward_shapes.yaml is read.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from tqdm import tqdm
 
 from rlhf_t2i.config import names, parse_config
 
@@ -194,8 +195,8 @@ def main(config: Config) -> Path:
     )  # fmt: skip
     checkpoint = newest_checkpoint(Path(args.output_dir)) if config.resume else None
     if trainer.is_world_process_zero():
-        print(parameter_table(judge))
-        print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
+        tqdm.write(parameter_table(judge))
+        tqdm.write(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(folder / "judge"))
     if trainer.is_world_process_zero():
@@ -203,7 +204,7 @@ def main(config: Config) -> Path:
         facts = replace(facts, **finished.unit(validation, batch_size=2 * config.pairs_per_batch))
         save_bundle(facts, bundle_tensors(judge, facts.perspective), folder / "judge")
         measure(finished, {"validation": validation, **tests}, folder, batch_size=2 * config.pairs_per_batch)
-        print(f"judge     {folder / 'judge'}")
+        tqdm.write(f"judge     {folder / 'judge'}")
     trainer.accelerator.end_training()
     return folder / "judge"
 
@@ -293,18 +294,18 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     else:
         records, held_out = split_by_prompt(records, share=config.validation_share, seed=config.seed)
     if state.is_main_process:
-        print(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
+        tqdm.write(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
     return records, held_out, {Path(name).stem: read(name) for name in names(test or "")}
 
 
 def measure(judge: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, batch_size: int) -> None:
     """Print and write what the finished judge reaches on each set."""
-    from reward_model.evaluation import table
     from reward_model.measuring import ask, metrics_of
+    from reward_model.metrics import table
 
     found = {name: metrics_of(ask(judge, records, batch_size=batch_size)) for name, records in sets.items()}
     for name, metrics in found.items():
-        print(f"\n{name}\n{table(metrics)}")
+        tqdm.write(f"\n{name}\n{table(metrics)}")
     rows = {name: [asdict(metric) for metric in metrics] for name, metrics in found.items()}
     (folder / "metrics.json").write_text(json.dumps(rows, indent=1))
 

@@ -1,22 +1,18 @@
 """How good a judge is: exact metrics against what people said, each with an interval, in float64.
 
 Arguments have one dimension and may be anything that `numpy.asarray` takes. A mistaken argument raises ValueError, and
-where a metric would be 0/0 there is an UndefinedMetricError, never nan. Only the three functions that bundle metrics
-for a recipe go on with the others then, and the note of the one that is missing says why.
+where a metric would be 0/0 there is an UndefinedMetricError, never nan. `metrics.py` bundles them for a recipe.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float64, Int, Shaped
+from jaxtyping import Float64, Int
 from numpy.typing import ArrayLike
 from scipy import special, stats
 
@@ -37,7 +33,7 @@ class PairwiseAccuracy:
 
     @property
     def ties_wrong(self) -> float:
-        """right / all: a judge that cannot decide is not right ("w/ tie" in LLaVA-Reward's tables, arXiv:2507.21391)."""
+        """right / all: a judge that cannot decide is not right ("w/ tie" in LLaVA-Reward, arXiv:2507.21391)."""
         return self.num_right / (self.num_right + self.num_wrong + self.num_tied)
 
     @property
@@ -57,7 +53,7 @@ def pairwise_accuracy(winner_scores: ArrayLike, loser_scores: ArrayLike, *, thre
     """
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold is {threshold}; it must be a finite number >= 0.")
-    winner, loser = _columns(winner_scores=winner_scores, loser_scores=loser_scores)
+    winner, loser = columns_of(winner_scores=winner_scores, loser_scores=loser_scores)
     gap = winner - loser
     right, wrong = int((gap > threshold).sum()), int((gap < -threshold).sum())
     return PairwiseAccuracy(right, wrong, len(gap) - right - wrong)
@@ -81,12 +77,12 @@ def tie_optimised_accuracy(differences: ArrayLike, outcomes: ArrayLike) -> TieOp
     acc_eq with tie calibration (Deutsch, Foster and Freitag, 2023, arXiv:2305.14324), exact and in O(n log n). The band
     is chosen on the very pairs that are scored: it compares judges on one set and is no forecast for another.
     """
-    difference, outcome = _columns(differences=differences, outcomes=outcomes)
-    _require(outcome, (-1, 0, 1), name="outcomes")
-    return _TieSearch(difference, outcome).best(np.ones(len(outcome), np.int64))
+    difference, outcome = columns_of(differences=differences, outcomes=outcomes)
+    require_values(outcome, (-1, 0, 1), name="outcomes")
+    return TieSearch(difference, outcome).best(np.ones(len(outcome), np.int64))
 
 
-class _TieSearch:
+class TieSearch:
     """Pairs in the order in which a widening band ties them, so that one running sum tries every band."""
 
     def __init__(self, differences: Floats, outcomes: Floats) -> None:
@@ -129,7 +125,7 @@ def item_pairs(scores: ArrayLike, ratings: ArrayLike, *, groups: ArrayLike | Non
 
     Pairs of all groups are pooled: a large group weighs more than in the mean of the groups' accuracies.
     """
-    score, rating = _columns(scores=scores, ratings=ratings)
+    score, rating = columns_of(scores=scores, ratings=ratings)
     group = np.zeros(len(score), np.int64) if groups is None else np.asarray(groups)
     if group.shape != score.shape:
         raise ValueError(f"groups has shape {group.shape}; it must name one group for each of {len(score)} items.")
@@ -204,7 +200,7 @@ class Confusion:
 
 def confusion(scores: ArrayLike, labels: ArrayLike, *, threshold: float = 0.5) -> Confusion:
     """Call a picture good if its score (or probability) is >= threshold, and count the four outcomes."""
-    score, label = _labelled(scores=scores, labels=labels)
+    score, label = labelled_columns(scores=scores, labels=labels)
     if not math.isfinite(threshold):
         raise ValueError(f"threshold is {threshold}; it must be finite.")
     cells = np.bincount(2 * label.astype(np.int64) + (score >= threshold), minlength=4)
@@ -217,7 +213,7 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
 
     (sum of ranks of good - n_good (n_good + 1) / 2) / (n_good n_bad)            (Mann-Whitney's U, equal values share)
     """
-    score, label = _labelled(scores=scores, labels=labels)
+    score, label = labelled_columns(scores=scores, labels=labels)
     good = label == 1
     num_good, num_bad = int(good.sum()), int((~good).sum())
     if not (num_good and num_bad):
@@ -235,8 +231,8 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: 
     bins: (k / n, (k + 1) / n], and 0 in the first. It is biased upwards on few pictures, and 0 for a judge that always
     says the base rate.
     """
-    probability, label = _labelled(probabilities=probabilities, labels=labels)
-    _require_probabilities(probability, name="probabilities")
+    probability, label = labelled_columns(probabilities=probabilities, labels=labels)
+    require_probabilities(probability, name="probabilities")
     if num_bins < 1:
         raise ValueError(f"num_bins is {num_bins}; it must be at least 1.")
     bins = np.searchsorted(np.arange(1, num_bins) / num_bins, probability, side="left")
@@ -248,7 +244,7 @@ def pair_calibration_error(margins: ArrayLike, *, num_bins: int = 10) -> float:
 
     Each pair counts in both orders (sigmoid(m) came true, sigmoid(-m) did not), for which comes first means nothing.
     """
-    (margin,) = _columns(margins=margins)
+    (margin,) = columns_of(margins=margins)
     probability = special.expit(np.concatenate([margin, -margin]))
     return calibration_error(probability, np.repeat([1, 0], len(margin)), num_bins=num_bins)
 
@@ -266,9 +262,9 @@ class OrderConsistency:
 
 def order_consistency(a_beats_b: ArrayLike, b_beats_a: ArrayLike) -> OrderConsistency:
     """Compare p(a beats b), asked as (a, b), with p(b beats a), asked as (b, a)."""
-    forth, back = _columns(a_beats_b=a_beats_b, b_beats_a=b_beats_a)
-    _require_probabilities(forth, name="a_beats_b")
-    _require_probabilities(back, name="b_beats_a")
+    forth, back = columns_of(a_beats_b=a_beats_b, b_beats_a=b_beats_a)
+    require_probabilities(forth, name="a_beats_b")
+    require_probabilities(back, name="b_beats_a")
     gap = np.abs(forth + back - 1)
     same = np.sign(forth - 0.5) == -np.sign(back - 0.5)
     return OrderConsistency(float(gap.max()), float(gap.mean()), float(same.mean()))
@@ -286,8 +282,8 @@ def bootstrap_interval(
     Rows are drawn with replacement, the same from every column; they must be independent of each other. A resample on
     which the statistic raises ValueError (one class only, say) is drawn again, at most `num_resamples` times in all.
 
-    Two traps. A judge that makes no mistake gets an interval of width 0. And what chance makes larger, calibration error
-    and tie-optimised accuracy on few rows, is larger still on resamples: there the interval lies too high.
+    Two traps. A judge that makes no mistake gets an interval of width 0. And what chance alone makes larger
+    (calibration error and tie-optimised accuracy on few rows) is larger still on resamples: the interval lies too high.
     """
     arrays = [np.asarray(column) for column in columns]
     num_rows = _common_length({f"column {i}": array for i, array in enumerate(arrays)})
@@ -315,173 +311,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One number about a judge, how sure it is, and what it was computed from."""
-
-    name: str
-    value: float
-    """nan where the metric is undefined; the note then says why."""
-    low: float | None
-    high: float | None
-    """Ends of the bootstrap interval of 95 %; None where there is none, and the note says why."""
-    count: int
-    """Pairs, pictures or items that it was computed from."""
-    note: str
-
-
-def pair_metrics(
-    logits: ArrayLike, outcomes: ArrayLike, *, threshold: float = 0.0, num_resamples: int = 2000, seed: int = 0
-) -> list[Metric]:
-    """How well a judge's comparisons agree with people's.
-
-    `logits`: the judge's log-odds that the first picture wins; |logit| <= threshold is a tie of the judge. `outcomes`:
-    +1 the first won, 0 tie, -1 the second won. Pairs that people tie count in the tie-optimised accuracy only, which
-    is left out if there are none.
-    """
-    logit, outcome = _columns(logits=logits, outcomes=outcomes)
-    _require(outcome, (-1, 0, 1), name="outcomes")
-    strict = outcome != 0
-    margins = (logit * outcome)[strict]
-    num_tied = int((np.abs(margins) <= threshold).sum())
-    measure = partial(_measured, num_resamples=num_resamples, seed=seed)
-
-    def accuracy(margins: Floats) -> PairwiseAccuracy:
-        return pairwise_accuracy(margins, np.zeros_like(margins), threshold=threshold)
-
-    note, num_decided = f"{num_tied} ties of the judge", len(margins) - num_tied
-    metrics = [
-        measure("accuracy_ties_wrong", lambda m: accuracy(m).ties_wrong, margins, note=note),
-        measure("accuracy_ties_dropped", lambda m: accuracy(m).ties_dropped, margins, note=note, count=num_decided),
-        measure("calibration_error", pair_calibration_error, margins, note="10 bins, each pair in both orders"),
-    ]
-    if strict.all():
-        return metrics
-    epsilon = tie_optimised_accuracy(logit, outcome).epsilon
-    note = f"{int((~strict).sum())} ties of people, epsilon {epsilon:.4g}"
-    best = measure(
-        "accuracy_tie_optimised", lambda d, o: tie_optimised_accuracy(d, o).accuracy, logit, outcome, note=note
-    )
-    return [*metrics, best]
-
-
-def label_metrics(
-    scores: ArrayLike,
-    labels: ArrayLike,
-    probabilities: ArrayLike,
-    *,
-    threshold: float = 0.5,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> list[Metric]:
-    """How well a judge tells good pictures (label 1) from bad ones (0), both taken as the positive class in turn.
-
-    A picture is called good if its probability is >= threshold; `scores` are for the AUROC.
-    """
-    score, label = _labelled(scores=scores, labels=labels)
-    probability, _ = _labelled(probabilities=probabilities, labels=labels)
-    _require_probabilities(probability, name="probabilities")
-    measure = partial(_measured, num_resamples=num_resamples, seed=seed)
-
-    def counted(name: str, read: Callable[[Confusion], float], note: str) -> Metric:
-        return measure(name, lambda p, y: read(confusion(p, y, threshold=threshold)), probability, label, note=note)
-
-    rule = f"good if probability >= {threshold:g}"
-    good, bad = (f"positive is {positive}: {int((label == positive).sum())} pictures" for positive in (1, 0))
-    return [
-        counted("accuracy", lambda c: c.accuracy, rule),
-        counted("f1_good", lambda c: c.f1(1), good),
-        counted("precision_good", lambda c: c.precision(1), good),
-        counted("recall_good", lambda c: c.recall(1), good),
-        counted("f1_bad", lambda c: c.f1(0), bad),
-        counted("precision_bad", lambda c: c.precision(0), bad),
-        counted("recall_bad", lambda c: c.recall(0), bad),
-        measure("auroc", auroc, score, label),
-        measure("calibration_error", calibration_error, probability, label, note="10 bins"),
-    ]
-
-
-def rating_metrics(
-    scores: ArrayLike,
-    ratings: ArrayLike,
-    *,
-    groups: ArrayLike | None = None,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> list[Metric]:
-    """How well scores follow ratings of single pictures, correlations over all and comparisons of pairs.
-
-    Pairs are made as in `item_pairs`. Intervals resample pictures, not pairs, which share pictures; a picture drawn
-    twice is not compared with itself, or it would agree with people for free.
-    """
-    score, rating = _columns(scores=scores, ratings=ratings)
-    measure = partial(_measured, num_resamples=num_resamples, seed=seed)
-    metrics = [
-        measure("pearson", pearson, score, rating),
-        measure("spearman", spearman, score, rating),
-        measure("kendall_tau_b", kendall, score, rating),
-    ]
-    name = "pairwise_accuracy_tie_optimised"
-    try:
-        pairs = item_pairs(score, rating, groups=groups)
-    except UndefinedMetricError as error:
-        return [*metrics, Metric(name, math.nan, None, None, len(score), f"undefined: {error}")]
-    search = _TieSearch(pairs.differences, pairs.outcomes)
-    first, second = pairs.first[search.order], pairs.second[search.order]
-
-    def accuracy(items: Int[np.ndarray, " N"]) -> float:
-        copies = np.bincount(items, minlength=len(score))
-        return search.best(copies[first] * copies[second]).accuracy
-
-    epsilon = tie_optimised_accuracy(pairs.differences, pairs.outcomes).epsilon
-    note = f"{len(first)} pairs, {int((pairs.outcomes == 0).sum())} ties of people, epsilon {epsilon:.4g}"
-    return [*metrics, measure(name, accuracy, np.arange(len(score)), note=note)]
-
-
-def table(metrics: Sequence[Metric]) -> str:
-    """The metrics for a terminal, in aligned columns."""
-    rows = [("metric", "value", "95 % interval", "count", "note")]
-    for metric in metrics:
-        value = "-" if math.isnan(metric.value) else f"{metric.value:.4f}"
-        interval = "-" if metric.low is None or metric.high is None else f"{metric.low:.4f} .. {metric.high:.4f}"
-        rows.append((metric.name, value, interval, str(metric.count), metric.note))
-    name, value, interval, count, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [f"{n:{name}}  {v:>{value}}  {i:>{interval}}  {c:>{count}}  {note}" for n, v, i, c, note in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def to_csv(metrics: Sequence[Metric]) -> str:
-    """The metrics for a program, a line each under a header; an interval that is missing is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Metric)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(metric) for metric in metrics)
-    return text.getvalue()
-
-
-def _measured(
-    name: str,
-    statistic: Callable[..., float],
-    *columns: Shaped[np.ndarray, " N"],
-    num_resamples: int,
-    seed: int,
-    count: int | None = None,
-    note: str = "",
-) -> Metric:
-    """A statistic with its interval; what is undefined is not left out but noted."""
-    count = len(columns[0]) if count is None else count
-    try:
-        value = statistic(*columns)
-    except UndefinedMetricError as error:
-        return Metric(name, math.nan, None, None, count, f"undefined: {error}")
-    try:
-        low, high = bootstrap_interval(statistic, *columns, num_resamples=num_resamples, seed=seed)
-    except UndefinedMetricError as error:
-        return Metric(name, value, None, None, count, "; ".join(filter(None, [note, f"no interval: {error}"])))
-    return Metric(name, value, low, high, count, note)
-
-
-def _columns(**named: ArrayLike) -> list[Floats]:
+def columns_of(**named: ArrayLike) -> list[Floats]:
     """Arguments as float64 of one length, all finite; complaints call them by name."""
     columns = {name: np.asarray(values, dtype=np.float64) for name, values in named.items()}
     _common_length(columns)
@@ -492,16 +322,16 @@ def _columns(**named: ArrayLike) -> list[Floats]:
     return list(columns.values())
 
 
-def _labelled(*, labels: ArrayLike, **named: ArrayLike) -> tuple[Floats, Floats]:
+def labelled_columns(*, labels: ArrayLike, **named: ArrayLike) -> tuple[Floats, Floats]:
     """One column and its labels, which must be 0 or 1."""
-    column, label = _columns(**named, labels=labels)
-    _require(label, (0, 1), name="labels")
+    column, label = columns_of(**named, labels=labels)
+    require_values(label, (0, 1), name="labels")
     return column, label
 
 
 def _varying(scores: ArrayLike, ratings: ArrayLike) -> list[Floats]:
     """Columns that each hold at least two different values."""
-    columns = _columns(scores=scores, ratings=ratings)
+    columns = columns_of(scores=scores, ratings=ratings)
     for name, column in zip(("scores", "ratings"), columns, strict=True):
         if (column == column[0]).all():
             raise UndefinedMetricError(f"All {name} are {column[0]:g}; a correlation needs two different ones.")
@@ -522,14 +352,16 @@ def _common_length(columns: dict[str, Any]) -> int:
     return length
 
 
-def _require(column: Floats, allowed: tuple[int, ...], *, name: str) -> None:
+def require_values(column: Floats, allowed: tuple[int, ...], *, name: str) -> None:
+    """ValueError, naming the first, unless all are of the allowed values."""
     unknown = np.logical_and.reduce([column != value for value in allowed])
     if unknown.any():
         row = int(np.argmax(unknown))
         raise ValueError(f"{name}[{row}] is {column[row]:g}; it must be one of {', '.join(map(str, allowed))}.")
 
 
-def _require_probabilities(column: Floats, *, name: str) -> None:
+def require_probabilities(column: Floats, *, name: str) -> None:
+    """ValueError, naming the first, unless all lie in [0, 1]."""
     outside = (column < 0) | (column > 1)
     if outside.any():
         row = int(np.argmax(outside))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_model.evaluation import Metric, label_metrics, pair_metrics
+from reward_model.metrics import Metric, label_metrics, pair_metrics
 from reward_model.scoring import LlavaReward
 from reward_model.types import LabelledImage, PreferencePair, Record
 
@@ -52,3 +53,26 @@ def metrics_of(answers: Answers) -> list[Metric]:
         labels = [one.label for one in answers.labelled]
         found += label_metrics(answers.scores.numpy(), labels, torch.sigmoid(answers.scores).numpy())
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """A pair in which the judge preferred the loser."""
+
+    winner: Path
+    loser: Path
+    winner_prompt: str
+    loser_prompt: str
+    log_odds: float
+    """How sure it was of the loser, > 0."""
+    where: str
+
+
+def mistakes(answers: Answers, *, count: int) -> list[Mistake]:
+    """The strict pairs that the judge got most wrong, the worst first."""
+    strict = [i for i, pair in enumerate(answers.pairs) if not pair.tie and answers.logits[i] < 0]
+    worst = sorted(strict, key=lambda i: answers.logits[i].item())[:count]
+    return [
+        Mistake(p.winner, p.loser, p.winner_prompt, p.loser_prompt, -answers.logits[i].item(), p.where)
+        for i, p in ((i, answers.pairs[i]) for i in worst)
+    ]

@@ -2,8 +2,9 @@
 
     r(image, prompt) = head(SkipCA(h, z))      h: the last real token after the last layer; z: the projected image
 
-One backbone carries any number of perspectives (alignment, fidelity, safety, ...). Each has its own LoRA in the language
-model, projector, SkipCA and head; the vision tower and the language model's own weights are shared and never change.
+One backbone carries any number of perspectives (alignment, fidelity, safety, ...). Each has its own LoRA in the
+language model, projector, SkipCA and head; the vision tower and the language model's own weights are shared and
+never change.
 """
 
 # peft has no usable types.

@@ -25,8 +25,8 @@ class LlavaReward:
         judge.score(["fox.png"], ["a red fox"])            # float32 (1,): higher is better
         judge.compare(a, b, prompts)                       # the chance that a is preferred
 
-    Pictures are PIL images, arrays (Y, X, 3), paths, or float tensors (3, Y, X) in [0, 1]; a batch (B, 3, Y, X) too. The
-    gradient of a score reaches a tensor's pixels. A score does not depend on the other pictures of its batch.
+    Pictures are PIL images, arrays (Y, X, 3), paths, or float tensors (3, Y, X) in [0, 1]; a batch (B, 3, Y, X) too.
+    The gradient of a score reaches a tensor's pixels. A score does not depend on the other pictures of its batch.
     """
 
     def __init__(self, model: RewardModel) -> None:
@@ -68,8 +68,8 @@ class LlavaReward:
     ) -> Float[Tensor, " B"]:
         """How well each picture serves its prompt, by one perspective (the first, unless another is named).
 
-        Only differences mean something: (score(a) - score(b)) / temperature are the log-odds that a is preferred. Raises
-        ValueError for a general-preference head, which gives no scores.
+        Only differences mean something: (score(a) - score(b)) / temperature are the log-odds that a is preferred.
+        Raises ValueError for a general-preference head, which gives no scores.
         """
         name = self._name(perspective)
         return self._scores(images, prompts, [name], batch_size)[name]

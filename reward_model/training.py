@@ -1,7 +1,7 @@
 """Train a judge on trl's RewardTrainer, which brings accelerate, DeepSpeed, mixed precision, trackers and resuming.
 
-What is ours: the rows of a batch, the loss on pairs, ties and labels, one optimiser group for each part that learns, and
-checkpoints that hold the bundle instead of the frozen backbone.
+What is ours: the rows of a batch, the loss on pairs, ties and labels, one optimiser group for each part that learns,
+and checkpoints that hold the bundle instead of the frozen backbone.
 """
 
 # transformers, trl and datasets have no usable types.
@@ -164,7 +164,7 @@ class JudgeTrainer(RewardTrainer):
         lora_only: bool = False,
         callbacks: list[Any] | None = None,
     ) -> None:
-        """`learning_rates` has one for each of `GROUPS`. With `lora_only` only the LoRA learns, as in the published code."""
+        """`learning_rates` has one for each of `GROUPS`. With `lora_only` nothing but the LoRA learns, as published."""
         objective.check([*training, *validation])
         judge.learn(("lora",) if lora_only else GROUPS)
         self.objective, self.learning_rates = objective, learning_rates
@@ -255,7 +255,7 @@ def seal(folder: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was sealed: one that was being written when a run was killed is passed over."""
+    """The newest checkpoint that is as it was sealed; one that a killed run was still writing is passed over."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     for path in sorted(found, key=lambda p: int(p.name.partition("-")[2]), reverse=True):
         try:

@@ -26,7 +26,7 @@ class PreferencePair:
     loser: Path
     winner_prompt: str
     loser_prompt: str
-    """The same as the winner's, but in a hard negative: there one picture may stand against itself under two prompts."""
+    """The same as the winner's, but in a hard negative, where one picture may stand against itself under two."""
     tie: bool = False
     """Whether both are equally good; winner and loser are then just the first and the second."""
     rating_gap: float = 0.0

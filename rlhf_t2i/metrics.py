@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlhf_t2i.checkpoint import write_atomically
-from rlhf_t2i.report import read_metrics, reward_changes
+from rlhf_t2i.report import hacking, read_metrics, reward_changes
 
 NUM_COLUMNS = 8
 
@@ -50,6 +50,8 @@ def before_after(rows: Sequence[dict[str, Any]]) -> str:
     ]
     gap = last["diversity"] - first["diversity"]
     lines.append(f"{'diversity':24}{first['diversity']:18.3f}{last['diversity']:18.3f}{gap:+10.3f}")
+    if seen := hacking(rows):
+        lines.append(seen.sentence)
     painted = sum(row["images"] for row in rows if row["kind"] == "train")
     lines.append(
         f"{last['num_images']} evaluation pictures; {last['step']} steps, {painted:,} pictures painted for training, "

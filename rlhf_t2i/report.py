@@ -54,6 +54,26 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Gap:
+    """What a reward that is trained on gained beside one that is not: where they part, the first is being hacked."""
+
+    trained: str
+    held_out: str
+    gains: list[tuple[float, float, float, float]]
+    """(step, gain of the trained one, gain of the held-out one, standard error of either), in standard deviations that
+    the pictures of the first evaluation had."""
+
+    @property
+    def sentence(self) -> str:
+        """The last gains in words."""
+        _, trained, held_out, _ = self.gains[-1]
+        return (
+            f"{self.trained}, which is trained on, gained {trained:+.2f} standard deviations of the first pictures, "
+            f"{self.held_out}, which is not, {held_out:+.2f}: a gap of {trained - held_out:+.2f}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Chart:
     """Numbers to draw, and a sentence that helps to read them."""
 
@@ -136,6 +156,32 @@ def headline(rows: Sequence[Row]) -> str:
     )
 
 
+def hacking(rows: Sequence[Row]) -> Gap | None:
+    """The first evaluated reward that is trained on against the first that is not; None unless there are both.
+
+    gain = (mean - first mean) / standard deviation of the first evaluation's pictures
+    """
+    evaluations = by_step(rows, "evaluation")
+    trained_on = {key.removeprefix("rewards/") for row in by_step(rows, "train")[:1] for key in row}
+    evaluated = _reward_names(evaluations[:1])
+    trained = next((name for name in evaluated if name in trained_on), None)
+    held_out = next((name for name in evaluated if name not in trained_on), None)
+    if trained is None or held_out is None:
+        return None
+
+    def gain(name: str, row: Row) -> float:
+        first = evaluations[0]
+        deviation = _number(first, name + _ERROR) * first["num_images"] ** 0.5
+        return (_number(row, name) - _number(first, name)) / deviation if deviation else math.nan
+
+    gains = [
+        (float(row["step"]), gain(trained, row), gain(held_out, row), (2 / row["num_images"]) ** 0.5)
+        for row in evaluations
+        if trained in row and held_out in row
+    ]
+    return Gap(trained, held_out, gains) if all(map(math.isfinite, sum(gains, ()))) else None
+
+
 def time_split(rows: Sequence[Row]) -> dict[str, float]:
     """Seconds of each activity; what no training row claims is evaluation, start-up and logging."""
     names = dict.fromkeys(key for row in rows for key in row if key.startswith("seconds/"))
@@ -156,11 +202,26 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     weighted_sum = ["reward"] if len(set(trained)) > 1 else []
     names = dict.fromkeys(weighted_sum + trained + _reward_names(evaluations))
     rewards = [(name, name, "What the pictures earn: higher is better.") for name in names]
-    drawn = [
+    gap = hacking(rows)
+    drawn = _gap_charts(gap) if gap else []
+    drawn += [
         Chart(title, note, _points(train, f"rewards/{key}") or _points(train, key), _points(evaluations, key))
         for title, key, note in rewards + _HEALTH
     ]
     return [chart for chart in drawn if chart.training or chart.evaluation]
+
+
+def _gap_charts(gap: Gap) -> list[Chart]:
+    """Both gains in one picture, and their difference."""
+    unit = "in standard deviations of the first pictures"
+    both = f"The first colour is {gap.trained}, which is trained on, the second {gap.held_out}, which is not; {unit}."
+    trained, held_out = ([(s, g[i], e) for s, *g, e in gap.gains] for i in (0, 1))
+    difference = [(s, t - h, e * 2**0.5) for s, t, h, e in gap.gains]
+    note = f"How much more {gap.trained} rose than {gap.held_out}, {unit}: growth is reward hacking."
+    return [
+        Chart(f"gain of {gap.trained} and {gap.held_out}", both, trained, held_out),
+        Chart("gap", note, [], difference),
+    ]
 
 
 def draw(chart: Chart) -> Markup:
@@ -260,6 +321,8 @@ path { fill: none; stroke: var(--rule); stroke-linecap: round; stroke-linejoin: 
 <p class="quiet">What follows ± is one standard error: how far a mean typically moves with other random
 pictures. Changes under three of them are called noise. The error of a change treats the two evaluations as
 independent although they share prompts and seeds, which makes it cautious.</p>
+{% set gap = hacking(rows) %}{% if gap and both %}<p>{{ gap.sentence }}. A gap that grows while the held-out
+reward stands still is reward hacking.</p>{% endif %}
 {% if changes %}<h2>Before and after</h2><div class="card"><table><tr>
 {% for head in ("reward", "before", "after", "change", "certainty") %}<th>{{ head }}</th>{% endfor %}</tr>
 {% for c in changes %}<tr><td>{{ c.name }}</td><td>{{ c.before }}</td>{% if both %}
@@ -296,7 +359,7 @@ commit {{ run.git_commit or "unknown" }}{% for name, version in run.versions.ite
 """
 
 _PAGE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
-    _TEMPLATE, {f.__name__: f for f in (by_step, headline, reward_changes, charts, draw, time_split, total)}
+    _TEMPLATE, {f.__name__: f for f in (by_step, headline, hacking, reward_changes, charts, draw, time_split, total)}
 )
 
 if __name__ == "__main__":

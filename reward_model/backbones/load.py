@@ -37,7 +37,7 @@ def load_backbone(
     if config.model_type not in ("llava", "qwen2_5_vl"):
         raise ValueError(
             f"{source!r} is a model of type {config.model_type!r}, for which there is no adapter; there are llava and "
-            f"qwen2_5_vl. One needs `prepare` (pixels and token ids), `see` (vision features) and `read` (visual tokens "
+            f"qwen2_5_vl. One needs `prepare` (pixels and token ids), `see` (vision features), `read` (visual tokens "
             f"and last hidden states), and a line in reward_model/backbones/load.py."
         )
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).eval().requires_grad_(False)

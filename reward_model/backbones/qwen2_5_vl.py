@@ -62,7 +62,7 @@ class Qwen25VL:
         return {**words, "pixel_values": torch.cat([patches for patches, _ in found]), "image_grid_thw": grids}
 
     def _patches(self, image: Float[Tensor, "3 _ _"]) -> tuple[Float[Tensor, "N P"], tuple[int, int, int]]:
-        """The patches (2 frames x 3 x patch x patch numbers each) in groups that merge into one token; (1, rows, columns)."""
+        """Flattened patches (3 x 2 frames x patch x patch) in groups that become one token; and (1, rows, columns)."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         settings = self.processor

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -63,7 +65,7 @@ class PromptReader:
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special and token.content in prompt:
                 raise ValueError(
-                    f"The prompt {_short(prompt)!r} holds {token.content!r}, a special token of this model; take it out."
+                    f"The prompt {_short(prompt)!r} holds {token.content!r}, a special token of this model."
                 )
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         return self.tokenizer.apply_chat_template(
@@ -81,14 +83,12 @@ def find_chat_template(source: str, tokenizer: Any) -> str:
     """The family's own template, from the tokenizer or beside it; ValueError if the model comes without one."""
     if tokenizer.chat_template:
         return tokenizer.chat_template
-    import json
-
     from transformers.utils.hub import cached_file
 
     for name in ("chat_template.jinja", "chat_template.json"):
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
         if path:
-            text = open(path, encoding="utf-8").read()
+            text = Path(path).read_text(encoding="utf-8")
             return text if name.endswith("jinja") else json.loads(text)["chat_template"]
     raise ValueError(f"The model {source!r} has no chat template, so it is not known how to show it a prompt.")
 

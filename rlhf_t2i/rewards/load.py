@@ -1,4 +1,4 @@
-"""From what a user writes (`oracle`, `jpeg_compressibility=0.1`, `my_module:my_reward`) to rewards that are checked."""
+"""From what a user writes (`judge`, `jpeg_compressibility=0.1`, `my_module:my_reward`) to rewards that are checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_t2i.config import names
 from rlhf_t2i.types import Reward
 
-BUILT_IN = ("oracle", "oracle_pass", "jpeg_compressibility", "jpeg_incompressibility")
+BUILT_IN = ("judge", "oracle", "oracle_pass", "jpeg_compressibility", "jpeg_incompressibility")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,9 @@ class WeightedSum:
 def load_rewards(specification: str) -> WeightedSum:
     """Build the weighted sum that `oracle,jpeg_compressibility=0.1` asks for.
 
-    Each part is NAME or NAME=WEIGHT (1 if left out), NAME being a built-in reward or `module:function`, found in the
-    working directory or among installed packages. Raises ValueError for anything else.
+    Each part is NAME or NAME=WEIGHT (1 if left out), NAME being a built-in reward, `judge:PATH` for a LLaVA-Reward
+    judge (a folder or Hub id), or `module:function`, found in the working directory or among installed packages. Raises
+    ValueError for anything else.
     """
     specifications = names(specification)
     if not specifications:
@@ -115,11 +116,20 @@ def _function(name: str) -> Reward:
             return builtin.jpeg_compressibility
         case "jpeg_incompressibility":
             return builtin.jpeg_incompressibility
+        case "judge":
+            from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE, LearnedReward
+
+            return LearnedReward(BUILT_IN_JUDGE)
+        case _ if name.startswith("judge:"):
+            from rlhf_t2i.rewards.learned import LearnedReward
+
+            return LearnedReward(name.removeprefix("judge:"))
         case _ if ":" in name:
             return _imported(name)
         case _:
             raise ValueError(
-                f"There is no reward {name!r}; choose from {', '.join(BUILT_IN)}, or give your own as module:function."
+                f"There is no reward {name!r}; choose from {', '.join(BUILT_IN)}, give a judge as judge:PATH, or your "
+                f"own as module:function."
             )
 
 

@@ -1,9 +1,10 @@
 """Train the small LLaVA under the built-in judge from scratch: `python -m rlhf_t2i.shapes.build_reader`.
 
 It is an ordinary multimodal LLM in its ordinary format (`LlavaForConditionalGeneration`): a CLIP vision tower, a
-projector and a Llama, 0.9 million parameters, taught to caption pictures of the built-in world. Half of the pictures are
-drawn, a little blurred or noisy; half were painted by the built-in Stable Diffusion and are captioned with what the
-oracle sees in them. It has never been told which of two pictures is better: that is what the reward training is for.
+projector and a Llama, 0.9 million parameters, taught to caption pictures of the built-in world and to say whether a
+text is true of one. Most pictures are drawn, a little blurred or noisy; the others were painted by the built-in Stable
+Diffusion and are described by what the oracle sees in them. It has never been told which of two pictures is better:
+that is what the reward training is for.
 """
 
 # diffusers and transformers have no usable types.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from reward_model.backbones.load import adapt
 from reward_model.types import Backbone
 from rlhf_t2i.shapes.build import make_tokenizer, pick_scenes, seeded, train
 from rlhf_t2i.shapes.paintings import paint
+from rlhf_t2i.shapes.pairs import SHARES, a_near_miss
 from rlhf_t2i.shapes.scenes import Scene, all_prompts, render
 
 SIZE, PATCH, WIDTH = 32, 4, 128
@@ -98,39 +101,73 @@ def distort(images: Float[Tensor, "B 3 Y X"], generator: torch.Generator) -> Flo
     return torch.where(kind < 0.5, images, torch.where(kind < 0.75, noisy, blurred)).clamp(0, 1)
 
 
-def captioning_loss(
-    backbone: Backbone, pictures: Float[Tensor, "N 3 Y X"], captions: Sequence[Sequence[str]], *, seed: int
-) -> Callable[[int], Tensor]:
-    """Minus the log-likelihood of one of a picture's captions, word by word, after the picture."""
-    model = backbone.model
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Pictures, and for each some texts with whether they are true of it."""
+
+    pictures: Float[Tensor, "N 3 Y X"]
+    right: list[list[str]]
+    wrong: list[list[str]]
+
+
+def reading_loss(backbone: Backbone, shown: Shown, *, seed: int) -> Callable[[int], Tensor]:
+    """Half captioning, half answering: the words of a true text, and, at its end, whether the text is true.
+
+    A true text is predicted word by word after its picture. After any text the next token is `y` or `n`, as an
+    assistant would answer the question whether this is what the picture shows.
+    """
+    model, tokenizer = backbone.model, backbone.reader.tokenizer
+    answers = torch.tensor(tokenizer.convert_tokens_to_ids(["n</w>", "y</w>"]))
 
     def loss_at(update: int) -> Tensor:
         generator = seeded(seed, update)
-        rows = torch.randint(len(pictures), (64,), generator=generator)
-        column = torch.randint(len(captions[0]), (64,), generator=generator).tolist()
-        chosen = [captions[int(row)][i] for row, i in zip(rows, column, strict=True)]
-        inputs = backbone.prepare(list(distort(pictures[rows], generator)), chosen)
-        silent = (inputs["attention_mask"] == 0) | (inputs["input_ids"] == model.config.image_token_id)
-        labels = inputs["input_ids"].masked_fill(silent, -100)
-        return model(**inputs, labels=labels, use_cache=False).loss
+        rows = torch.randint(len(shown.pictures), (64,), generator=generator)
+        column = torch.randint(len(shown.right[0]), (64,), generator=generator).tolist()
+        true = torch.arange(64) < 32
+        texts = [
+            (shown.right if is_true else shown.wrong)[int(row)][i]
+            for row, i, is_true in zip(rows, column, true.tolist(), strict=True)
+        ]
+        inputs = backbone.prepare(list(distort(shown.pictures[rows], generator)), texts)
+        logits = model(**inputs, use_cache=False).logits
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        silent = ~mask | (ids == model.config.image_token_id)
+        words = ids.masked_fill(silent | ~true[:, None], -100)[:, 1:]
+        ends = logits[torch.arange(64), mask.sum(1) - 1]
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), words.flatten()) + F.cross_entropy(
+            ends, answers[true.long()]
+        )
 
     return loss_at
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Two times in three the whole prompt of a training scene; else, and for held-out scenes, a part of it."""
-    if not scene.held_out and rng.random() < 2 / 3:
-        return scene.prompt
-    return partial_prompt(scene, rng)
+def texts_of(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A text that is true of a picture of the scene, and one that is not, in the same form.
+
+    The whole prompt of a scene of the training half, or a part of it. No text is the prompt of a held-out scene.
+    """
+    while True:
+        miss = a_near_miss(scene, rng) if rng.random() < 0.7 else pick_scenes(1, rng, shares=SHARES)[0]
+        part = rng.choice(["whole", "subject", "ground"], p=[0.7, 0.2, 0.1])
+        right, wrong = _part(scene, part), _part(miss, part)
+        if right != wrong and not (part == "whole" and (scene.held_out or miss.held_out)):
+            return right, wrong
 
 
-def partial_prompt(scene: Scene, rng: np.random.Generator) -> str:
-    """A prompt without its background, or with its background alone."""
+def _part(scene: Scene, part: str) -> str:
     subject, _, ground = scene.prompt.partition(" on a ")
-    return subject if rng.random() < 2 / 3 else f"a {ground}"
+    return {"whole": scene.prompt, "subject": subject, "ground": f"a {ground}"}[part]
 
 
-def build(output_folder: Path, *, num_updates: int, num_pictures: int, seed: int) -> None:
+def look_at(pictures: Float[Tensor, "N 3 Y X"], scenes: Sequence[Scene], rng: np.random.Generator) -> Shown:
+    """Six true texts and six wrong ones for each picture."""
+    texts = [[texts_of(scene, rng) for _ in range(6)] for scene in scenes]
+    return Shown(
+        pictures, [[right for right, _ in row] for row in texts], [[wrong for _, wrong in row] for row in texts]
+    )
+
+
+def build(output_folder: Path, *, num_updates: int, num_drawn: int, num_painted: int, seed: int) -> None:
     """Train the reader and write it, with tokenizer and image settings, in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
@@ -143,16 +180,15 @@ def build(output_folder: Path, *, num_updates: int, num_pictures: int, seed: int
     backbone = adapt(model, str(output_folder))
 
     rng = np.random.default_rng(seed)
-    scenes = pick_scenes(num_pictures // 2, rng, shares={"one": 0.5, "count": 0.2, "relation": 0.3})
+    scenes = pick_scenes(num_drawn, rng, shares=SHARES)
     drawn = render(scenes, rng=rng)
-    painted = paint([str(rng.choice(all_prompts("training"))) for _ in range(num_pictures // 2)], seed=seed + 1)
+    painted = paint([str(rng.choice(all_prompts("training"))) for _ in range(num_painted)], seed=seed + 1)
     known = [i for i, scene in enumerate(painted.seen) if scene is not None]
-    pictures = torch.cat([drawn, painted.images[known]])
-    captions = [[caption(scene, rng) for _ in range(6)] for scene in [*scenes, *filter(None, painted.seen)]]
+    shown = look_at(torch.cat([drawn, painted.images[known]]), [*scenes, *filter(None, painted.seen)], rng)
     train(
         "reader",
         nn.ModuleDict({"model": model}),
-        captioning_loss(backbone, pictures, captions, seed=seed + 2),
+        reading_loss(backbone, shown, seed=seed + 2),
         num_updates=num_updates,
         learning_rate=1.5e-3,
         decay=True,
@@ -165,8 +201,9 @@ def main() -> None:
     """The command line of `build`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output-folder", type=Path, default=Path("runs/reader"))
-    parser.add_argument("--num-updates", type=int, default=6_000)
-    parser.add_argument("--num-pictures", type=int, default=40_000)
+    parser.add_argument("--num-updates", type=int, default=4_000)
+    parser.add_argument("--num-drawn", type=int, default=16_000)
+    parser.add_argument("--num-painted", type=int, default=8_000)
     parser.add_argument("--seed", type=int, default=0)
     build(**vars(parser.parse_args()))
 

@@ -1,0 +1,658 @@
+"""Every metric of a judge against a slow loop, by hand and in its limits; what is undefined says so."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from reward_model.evaluation import (
+    Confusion,
+    UndefinedMetricError,
+    auroc,
+    bootstrap_interval,
+    calibration_error,
+    confusion,
+    item_pairs,
+    kendall,
+    order_consistency,
+    pair_calibration_error,
+    pairwise_accuracy,
+    pearson,
+    spearman,
+    tie_optimised_accuracy,
+)
+from reward_model.metrics import Metric, label_metrics, pair_metrics, rating_metrics, table, to_csv
+
+SEEDS = range(20)
+
+
+def sign(number: float) -> int:
+    return (number > 0) - (number < 0)
+
+
+def coarse(rng: np.random.Generator, num: int, *, step: float = 0.25) -> list[float]:
+    """Random numbers with many ties, exact in binary."""
+    return (np.round(rng.normal(size=num) / step) * step).tolist()
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def slow_pearson(x: list[float], y: list[float]) -> float:
+    dx, dy = [a - mean(x) for a in x], [b - mean(y) for b in y]
+    cov = math.fsum(a * b for a, b in zip(dx, dy, strict=True))
+    return cov / math.sqrt(math.fsum(a * a for a in dx) * math.fsum(b * b for b in dy))
+
+
+def slow_ranks(x: list[float]) -> list[float]:
+    return [sum(b < a for b in x) + (sum(b == a for b in x) + 1) / 2 for a in x]
+
+
+def slow_kendall(x: list[float], y: list[float]) -> float:
+    signs = [(sign(x[i] - x[j]), sign(y[i] - y[j])) for i, j in combinations(range(len(x)), 2)]
+    untied_x, untied_y = sum(a != 0 for a, _ in signs), sum(b != 0 for _, b in signs)
+    return sum(a * b for a, b in signs) / math.sqrt(untied_x * untied_y)
+
+
+def slow_auroc(scores: list[float], labels: list[int]) -> float:
+    good = [s for s, label in zip(scores, labels, strict=True) if label == 1]
+    bad = [s for s, label in zip(scores, labels, strict=True) if label == 0]
+    return mean([(sign(g - b) + 1) / 2 for g in good for b in bad])
+
+
+def slow_calibration_error(probabilities: list[float], labels: list[int], num_bins: int) -> float:
+    error = 0.0
+    for k in range(num_bins):
+        rows = [i for i, p in enumerate(probabilities) if k / num_bins < p <= (k + 1) / num_bins or (k == p == 0)]
+        if rows:
+            gap = mean([labels[i] for i in rows]) - mean([probabilities[i] for i in rows])
+            error += len(rows) / len(labels) * abs(gap)
+    return error
+
+
+def slow_tie_optimised(differences: list[float], outcomes: list[int]) -> tuple[float, float]:
+    """Bands of every |difference|, and between and beyond them."""
+    widths = sorted({0.0, *map(abs, differences)})
+    widths += [(a + b) / 2 for a, b in pairwise(widths)] + [widths[-1] + 1]
+    best = (-1.0, 0.0)
+    for epsilon in sorted(widths):
+        verdicts = [0 if abs(d) <= epsilon else sign(d) for d in differences]
+        best = max(best, (mean([v == o for v, o in zip(verdicts, outcomes, strict=True)]), -epsilon))
+    return best[0], -best[1]
+
+
+def by_name(metrics: list[Metric]) -> dict[str, Metric]:
+    return {metric.name: metric for metric in metrics}
+
+
+# Pairs
+
+
+def test_pairwise_accuracy_by_hand() -> None:
+    """Gaps 1, 0, -2, 0.5: two right, one tied, one wrong."""
+    accuracy = pairwise_accuracy([2.0, 1.0, 0.0, 0.5], [1.0, 1.0, 2.0, 0.0])
+    assert (accuracy.num_right, accuracy.num_tied, accuracy.num_wrong) == (2, 1, 1)
+    assert accuracy.ties_wrong == 2 / 4
+    assert accuracy.ties_dropped == 2 / 3
+
+
+@pytest.mark.parametrize(("threshold", "right", "tied"), [(0.25, 2, 1), (0.5, 1, 2), (1.0, 0, 3), (2.0, 0, 4)])
+def test_a_gap_up_to_the_threshold_is_a_tie(threshold: float, right: int, tied: int) -> None:
+    accuracy = pairwise_accuracy([2.0, 1.0, 0.0, 0.5], [1.0, 1.0, 2.0, 0.0], threshold=threshold)
+    assert (accuracy.num_right, accuracy.num_tied, accuracy.num_wrong) == (right, tied, 4 - right - tied)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_pairwise_accuracy_agrees_with_the_slow_loop(threshold: float) -> None:
+    rng = np.random.default_rng(0)
+    winner, loser = coarse(rng, 500), coarse(rng, 500)
+    right = wrong = 0
+    for w, l in zip(winner, loser, strict=True):  # noqa: E741
+        right += w - l > threshold
+        wrong += l - w > threshold
+    accuracy = pairwise_accuracy(winner, loser, threshold=threshold)
+    assert accuracy.ties_wrong == right / 500
+    assert accuracy.ties_dropped == right / (right + wrong)
+
+
+def test_pairwise_accuracy_in_the_limits() -> None:
+    """A perfect judge, the reverse of it, and a coin."""
+    rng = np.random.default_rng(0)
+    low, coin = rng.uniform(size=(2, 4000))
+    assert pairwise_accuracy(low + 1, low).ties_wrong == 1
+    assert pairwise_accuracy(low, low + 1).ties_dropped == 0
+    assert pairwise_accuracy(coin, low).ties_wrong == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_judge_that_ties_everything_is_never_right_and_has_no_accuracy_without_ties() -> None:
+    accuracy = pairwise_accuracy([1.0, 2.0], [1.0, 2.0])
+    assert accuracy.ties_wrong == 0
+    with pytest.raises(UndefinedMetricError, match="ties all 2 pairs"):
+        _ = accuracy.ties_dropped
+
+
+def test_tie_optimised_accuracy_by_hand() -> None:
+    """Without a band 2 of 4; 0.2 ties the first two rightly; 0.5 would tie a third one wrongly."""
+    best = tie_optimised_accuracy([0.1, -0.2, 0.5, 1.0], [0, 0, 1, 1])
+    assert (best.accuracy, best.epsilon) == (1.0, 0.2)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tie_optimised_accuracy_agrees_with_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    differences = coarse(rng, 60)
+    outcomes = [sign(d + e) if abs(d) > 0.3 else 0 for d, e in zip(differences, coarse(rng, 60), strict=True)]
+    best = tie_optimised_accuracy(differences, outcomes)
+    assert (best.accuracy, best.epsilon) == slow_tie_optimised(differences, outcomes)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_ties_of_people_no_band_helps(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    differences, outcomes = coarse(rng, 40), rng.choice([-1, 1], size=40)
+    best = tie_optimised_accuracy(differences, outcomes)
+    assert best.epsilon == 0
+    assert best.accuracy == pairwise_accuracy(differences * outcomes, np.zeros(40)).ties_wrong
+
+
+def test_a_judge_without_opinion_gets_the_share_of_ties() -> None:
+    best = tie_optimised_accuracy([0.0] * 5, [0, 0, 0, 1, -1])
+    assert (best.accuracy, best.epsilon) == (3 / 5, 0.0)
+
+
+def test_a_band_over_everything_is_chosen_if_people_always_tie() -> None:
+    best = tie_optimised_accuracy([0.3, -2.0, 1.0], [0, 0, 0])
+    assert (best.accuracy, best.epsilon) == (1.0, 2.0)
+
+
+def test_of_equally_good_bands_the_narrowest_is_returned() -> None:
+    """0.1 gains a pair; 0.2 and 0.3 lose and gain one again."""
+    best = tie_optimised_accuracy([0.1, 0.2, 0.3], [0, 1, 0])
+    assert (best.accuracy, best.epsilon) == (2 / 3, 0.1)
+
+
+def test_a_band_that_is_no_better_than_none_is_not_chosen() -> None:
+    """0.1 would gain one pair and lose another."""
+    best = tie_optimised_accuracy([0.1, 0.1], [0, 1])
+    assert (best.accuracy, best.epsilon) == (1 / 2, 0.0)
+
+
+def test_the_scale_of_a_judge_scales_its_band_only() -> None:
+    rng = np.random.default_rng(3)
+    differences, outcomes = np.array(coarse(rng, 80)), rng.choice([-1, 0, 0, 1], size=80)
+    one, four = tie_optimised_accuracy(differences, outcomes), tie_optimised_accuracy(4 * differences, outcomes)
+    assert (four.accuracy, four.epsilon) == (one.accuracy, 4 * one.epsilon)
+
+
+def test_item_pairs_by_hand() -> None:
+    pairs = item_pairs([0.5, 0.0, 2.0], [3, 3, 1])
+    assert [*zip(pairs.first, pairs.second, strict=True)] == [(0, 1), (0, 2), (1, 2)]
+    assert pairs.differences.tolist() == [0.5, -1.5, -2.0]
+    assert pairs.outcomes.tolist() == [0, 1, 1]
+
+
+def test_groups_pair_only_their_own_items() -> None:
+    rng = np.random.default_rng(0)
+    scores, ratings = coarse(rng, 30), coarse(rng, 30, step=1.0)
+    groups = rng.choice(["a red fox", "two cups", "a tree", "alone"], size=30, p=[0.4, 0.3, 0.25, 0.05])
+    pairs = item_pairs(scores, ratings, groups=groups)
+    expected = {
+        (i, j, scores[i] - scores[j], sign(ratings[i] - ratings[j]))
+        for i, j in combinations(range(30), 2)
+        if groups[i] == groups[j]
+    }
+    found = [*zip(pairs.first, pairs.second, pairs.differences, pairs.outcomes, strict=True)]
+    assert len(found) == len(expected)
+    assert set(found) == expected
+
+
+# Correlations
+
+
+def test_correlations_by_hand() -> None:
+    """1, 2, 3 against 1, 3, 2: one pair of three is reversed."""
+    assert pearson([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
+    assert spearman([1, 2, 3], [10, 1000, 20]) == pytest.approx(0.5)
+    assert kendall([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+
+
+def test_kendall_counts_ties_as_tau_b() -> None:
+    """Of three pairs two are right and one is tied by the ratings: 2 / sqrt(3 * 2)."""
+    assert kendall([1, 2, 3], [1, 2, 2]) == pytest.approx(2 / math.sqrt(6))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_correlations_agree_with_the_slow_loops(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = coarse(rng, 40)
+    ratings = [round(s + e) for s, e in zip(scores, rng.normal(size=40).tolist(), strict=True)]
+    assert pearson(scores, ratings) == pytest.approx(slow_pearson(scores, ratings), abs=1e-12)
+    assert spearman(scores, ratings) == pytest.approx(slow_pearson(slow_ranks(scores), slow_ranks(ratings)), abs=1e-12)
+    library: Any = stats.spearmanr(scores, ratings)
+    assert spearman(scores, ratings) == pytest.approx(library.statistic, abs=1e-12)
+    assert kendall(scores, ratings) == pytest.approx(slow_kendall(scores, ratings), abs=1e-12)
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman, kendall])
+@pytest.mark.parametrize("num", [2, 3, 200])
+def test_correlations_in_the_limits(correlation: Callable[..., float], num: int) -> None:
+    scores = np.random.default_rng(0).normal(size=num)
+    assert correlation(scores, 3 * scores + 1) == pytest.approx(1)
+    assert correlation(scores, -scores) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman, kendall])
+def test_a_coin_is_uncorrelated(correlation: Callable[..., float]) -> None:
+    scores, ratings = np.random.default_rng(0).normal(size=(2, 4000))
+    assert correlation(scores, ratings) == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("transform", [np.exp, np.arctan, lambda x: x**3 - 5])
+def test_only_the_order_of_scores_matters_to_rank_metrics(transform: Callable[..., Any]) -> None:
+    rng = np.random.default_rng(0)
+    scores, ratings = np.array(coarse(rng, 100)), np.array(coarse(rng, 100, step=1.0))
+    labels = (ratings > 0).astype(int)
+    for metric in (lambda s: spearman(s, ratings), lambda s: kendall(s, ratings), lambda s: auroc(s, labels)):
+        assert metric(transform(scores)) == metric(scores)
+    other = np.array(coarse(rng, 100))
+    assert pairwise_accuracy(transform(scores), transform(other)) == pairwise_accuracy(scores, other)
+
+
+# Labels
+
+
+def test_both_classes_by_hand() -> None:
+    """Good: 3 of 4 found. Bad: 1 of 2 found. 0.5 itself is called good."""
+    counts = confusion([0.9, 0.5, 0.8, 0.1, 0.7, 0.2], [1, 1, 1, 1, 0, 0])
+    assert counts == Confusion(good_called_good=3, good_called_bad=1, bad_called_good=1, bad_called_bad=1)
+    assert counts.accuracy == 4 / 6
+    assert (counts.precision(1), counts.recall(1), counts.f1(1)) == (3 / 4, 3 / 4, 3 / 4)
+    assert (counts.precision(0), counts.recall(0), counts.f1(0)) == (1 / 2, 1 / 2, 1 / 2)
+
+
+@pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.5])
+@pytest.mark.parametrize("positive", [0, 1])
+def test_classification_agrees_with_the_slow_loop(threshold: float, positive: Any) -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = coarse(rng, 300), rng.integers(2, size=300).tolist()
+    hits = false_alarms = misses = 0
+    for score, label in zip(scores, labels, strict=True):
+        called = int(score >= threshold)
+        hits += called == positive == label
+        false_alarms += called == positive != label
+        misses += called != positive == label
+    counts = confusion(scores, labels, threshold=threshold)
+    precision, recall = hits / (hits + false_alarms), hits / (hits + misses)
+    assert counts.precision(positive) == precision
+    assert counts.recall(positive) == recall
+    assert counts.f1(positive) == pytest.approx(2 * precision * recall / (precision + recall))
+    assert counts.accuracy == 1 - (false_alarms + misses) / 300
+
+
+def test_the_classes_change_places_with_their_names() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=50), rng.integers(2, size=50)
+    one, other = confusion(scores, labels, threshold=0.1), confusion(-scores, 1 - labels, threshold=-0.1)
+    assert (one.f1(1), one.precision(1), one.recall(1)) == (other.f1(0), other.precision(0), other.recall(0))
+    assert one.accuracy == other.accuracy
+
+
+def test_a_missed_class_has_f1_zero_and_an_absent_one_none() -> None:
+    missed = confusion([0.9, 0.8], [1, 0])
+    assert (missed.f1(0), missed.recall(0)) == (0, 0)
+    with pytest.raises(UndefinedMetricError, match="No picture is called 0"):
+        missed.precision(0)
+    absent = confusion([0.9, 0.8], [1, 1])
+    with pytest.raises(UndefinedMetricError, match="No picture is labelled 0"):
+        absent.recall(0)
+    with pytest.raises(UndefinedMetricError, match="No picture is labelled or called 0"):
+        absent.f1(0)
+
+
+def test_auroc_by_hand() -> None:
+    """Good 3 and 1 against bad 1 and 0: won, won, tied, won."""
+    assert auroc([3, 1, 1, 0], [1, 1, 0, 0]) == 3.5 / 4
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_auroc_agrees_with_the_slow_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, labels = coarse(rng, 60), rng.integers(2, size=60).tolist()
+    assert auroc(scores, labels) == pytest.approx(slow_auroc(scores, labels), abs=1e-12)
+    assert auroc(np.negative(scores), labels) == pytest.approx(1 - auroc(scores, labels), abs=1e-12)
+
+
+def test_auroc_in_the_limits() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=4000)
+    assert auroc(labels, labels) == 1
+    assert auroc(-labels, labels) == 0
+    assert auroc(np.zeros(4000), labels) == 0.5
+    assert auroc(rng.normal(size=4000), labels) == pytest.approx(0.5, abs=0.03)
+
+
+# Calibration
+
+
+def test_calibration_error_by_hand() -> None:
+    """Three bins of one picture each, off by 0.05, 0.85 and 0.05."""
+    assert calibration_error([0.05, 0.15, 0.95], [0, 1, 1]) == pytest.approx(0.95 / 3)
+
+
+def test_an_edge_belongs_to_the_bin_below() -> None:
+    """0.5 shares the lower half with 0.4, where +0.5 and -0.4 almost cancel."""
+    assert calibration_error([0.5, 0.4], [1, 0], num_bins=2) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("num_bins", [1, 7, 10, 20])
+@pytest.mark.parametrize("seed", range(5))
+def test_calibration_error_agrees_with_the_slow_loop(num_bins: int, seed: int) -> None:
+    """Probabilities on the edges themselves, 0 and 1 among them."""
+    rng = np.random.default_rng(seed)
+    probabilities = (rng.integers(0, 21, size=200) / 20).tolist()
+    labels = rng.integers(2, size=200).tolist()
+    expected = slow_calibration_error(probabilities, labels, num_bins)
+    assert calibration_error(probabilities, labels, num_bins=num_bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_error_in_the_limits() -> None:
+    """Perfect, reversed, and labels that come true as often as promised."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=1000)
+    assert calibration_error(labels, labels) == 0
+    assert calibration_error(1 - labels, labels) == 1
+    promised = rng.uniform(size=100_000)
+    assert calibration_error(promised, rng.uniform(size=100_000) < promised) < 0.01
+
+
+def test_pair_calibration_error_by_hand() -> None:
+    """Log-odds of log 3: 0.75 for what came true, 0.25 for what did not."""
+    assert pair_calibration_error([math.log(3)]) == pytest.approx(0.25)
+    assert pair_calibration_error([0.0]) == 0
+    assert pair_calibration_error([700.0, -700.0]) == pytest.approx(0.5)
+
+
+def test_pair_calibration_error_agrees_with_the_slow_loop() -> None:
+    margins = np.random.default_rng(0).normal(size=200).tolist()
+    forth, back = [1 / (1 + math.exp(-m)) for m in margins], [1 / (1 + math.exp(m)) for m in margins]
+    expected = slow_calibration_error(forth + back, [1] * 200 + [0] * 200, 10)
+    assert pair_calibration_error(margins) == pytest.approx(expected, abs=1e-12)
+
+
+# Order
+
+
+def test_order_consistency_by_hand() -> None:
+    """Gaps 0, 0.25, 0 and 0.5; the second judges whatever comes first better, the third has no opinion."""
+    order = order_consistency([0.75, 0.625, 0.5, 0.25], [0.25, 0.625, 0.5, 0.25])
+    assert (order.largest_gap, order.mean_gap, order.same_choice) == (0.5, 0.25 * 0.75, 0.5)
+
+
+def test_an_antisymmetric_judge_is_consistent() -> None:
+    probability = np.random.default_rng(0).uniform(size=100)
+    order = order_consistency(probability, 1 - probability)
+    assert order.largest_gap == pytest.approx(0, abs=1e-15)
+    assert order.same_choice == 1
+
+
+# Bootstrap
+
+
+def test_the_interval_is_that_of_the_slow_loop() -> None:
+    """Rows stay together, and the ends are quantiles of the resamples."""
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(2, 30))
+    draws = np.random.default_rng(5)
+    values = []
+    for _ in range(200):
+        rows = draws.integers(30, size=30)
+        values.append(slow_pearson(x[rows].tolist(), y[rows].tolist()))
+    interval = bootstrap_interval(pearson, x, y, num_resamples=200, seed=5, level=0.9)
+    assert interval == pytest.approx((np.quantile(values, 0.05), np.quantile(values, 0.95)))
+
+
+def test_the_interval_is_deterministic_in_its_seed() -> None:
+    values = np.random.default_rng(0).normal(size=40)
+    first, again, other = (
+        bootstrap_interval(lambda x: float(x.mean()), values, num_resamples=100, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100() -> None:
+    """A judge that is right 70 % of the time, measured on 100 pairs, 400 times over."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(400):
+        right = (rng.uniform(size=100) < 0.7).astype(float)
+        low, high = bootstrap_interval(lambda x: float(x.mean()), right, num_resamples=200, seed=seed)
+        covered += low <= 0.7 <= high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_a_judge_without_mistakes_gets_an_interval_without_width() -> None:
+    assert bootstrap_interval(auroc, [3, 2, 1, 0], [1, 1, 0, 0], num_resamples=50) == (1, 1)
+
+
+def test_undefined_resamples_are_drawn_again() -> None:
+    """A third of the resamples lack the only bad picture; the others say what they say."""
+    draws, values = np.random.default_rng(0), []
+    scores, labels = np.array([0.1, 0.5, 0.3, 0.9]), np.array([1, 1, 0, 1])
+    while len(values) < 100:
+        rows = draws.integers(4, size=4)
+        if 0 < labels[rows].sum() < 4:
+            values.append(auroc(scores[rows], labels[rows]))
+    expected = np.quantile(values, [0.025, 0.975])
+    assert bootstrap_interval(auroc, scores, labels, num_resamples=100) == pytest.approx(tuple(expected))
+
+
+def test_too_many_undefined_resamples_are_an_error() -> None:
+    def all_rows(rows: np.ndarray) -> float:
+        if len(set(rows.tolist())) < len(rows):
+            raise ValueError("A row is missing.")
+        return 1.0
+
+    with pytest.raises(UndefinedMetricError, match="of 20 resamples are undefined"):
+        bootstrap_interval(all_rows, np.arange(10), num_resamples=10)
+
+
+def test_a_statistic_that_fails_on_the_data_fails_at_once() -> None:
+    with pytest.raises(UndefinedMetricError, match="AUROC needs both labels; 2 are 1 and 0 are 0"):
+        bootstrap_interval(auroc, [1.0, 2.0], [1, 1])
+
+
+def test_a_statistic_that_returns_nan_is_refused() -> None:
+    with pytest.raises(ValueError, match="not finite on a resample"):
+        bootstrap_interval(lambda _: math.nan, [1.0, 2.0], num_resamples=3)
+
+
+# What recipes report
+
+
+def test_pair_metrics_by_hand() -> None:
+    """Strict pairs: right, right, tied by the judge, wrong. Two ties of people, of which a band of 0.5 finds one."""
+    logits, outcomes = [2.0, -1.0, 0.0, -3.0, 0.5, 4.0], [1, -1, 1, 1, 0, 0]
+    metrics = by_name(pair_metrics(logits, outcomes, num_resamples=50))
+    wrong, dropped, best = (metrics[f"accuracy_{name}"] for name in ("ties_wrong", "ties_dropped", "tie_optimised"))
+    assert (wrong.value, wrong.count, wrong.note) == (2 / 4, 4, "1 ties of the judge")
+    assert (dropped.value, dropped.count, dropped.note) == (2 / 3, 3, "1 ties of the judge")
+    assert (best.value, best.count, best.note) == (3 / 6, 6, "2 ties of people, epsilon 0.5")
+    expected = slow_calibration_error(
+        [1 / (1 + math.exp(-m)) for m in (2, 1, 0, -3, -2, -1, 0, 3)], [1] * 4 + [0] * 4, 10
+    )
+    assert metrics["calibration_error"].value == pytest.approx(expected)
+
+
+def test_pair_metrics_do_not_depend_on_which_picture_comes_first() -> None:
+    rng = np.random.default_rng(0)
+    logits, outcomes, flip = rng.normal(size=80), rng.choice([-1, 0, 1], size=80), rng.choice([-1, 1], size=80)
+    assert pair_metrics(logits, outcomes, num_resamples=20) == pair_metrics(
+        flip * logits, flip * outcomes, num_resamples=20
+    )
+
+
+def test_tie_optimised_accuracy_is_reported_where_people_tie() -> None:
+    strict, tied = (pair_metrics([1.0, 2.0, -1.0], [1, 1, last], num_resamples=5) for last in (-1, 0))
+    assert "accuracy_tie_optimised" not in by_name(strict)
+    assert "accuracy_tie_optimised" in by_name(tied)
+
+
+def test_the_threshold_makes_ties_of_the_judge() -> None:
+    metrics = by_name(pair_metrics([1.0, 0.2, -0.2], [1, 1, 1], threshold=0.5, num_resamples=5))
+    assert metrics["accuracy_ties_wrong"].value == 1 / 3
+    assert metrics["accuracy_ties_dropped"].value == 1
+
+
+def test_what_is_undefined_is_noted_and_the_rest_reported() -> None:
+    metrics = by_name(pair_metrics([0.0, 0.0], [1, -1], num_resamples=5))
+    assert metrics["accuracy_ties_wrong"].value == 0
+    dropped = metrics["accuracy_ties_dropped"]
+    assert math.isnan(dropped.value)
+    assert (dropped.low, dropped.high, dropped.count) == (None, None, 0)
+    assert dropped.note == "undefined: The judge ties all 2 pairs, so that none is left."
+
+    everyone_ties = by_name(pair_metrics([0.5, 0.1], [0, 0], num_resamples=5))
+    assert math.isnan(everyone_ties["calibration_error"].value)
+    assert everyone_ties["accuracy_tie_optimised"].value == 1
+
+    one_class = by_name(label_metrics([0.5, 1.0], [1, 1], [0.6, 0.7], num_resamples=5))
+    assert {name for name, metric in one_class.items() if math.isnan(metric.value)} == {
+        "f1_bad", "precision_bad", "recall_bad", "auroc",
+    }  # fmt: skip
+    assert one_class["accuracy"].value == 1
+
+    ratings = rating_metrics([1.0, 2.0], [3.0, 3.0], groups=["a", "b"], num_resamples=5)
+    assert all(math.isnan(metric.value) and metric.note.startswith("undefined: ") for metric in ratings)
+
+
+def test_a_single_row_has_a_value_but_no_interval() -> None:
+    (wrong, *_) = pair_metrics([1.0], [1])
+    assert (wrong.value, wrong.low, wrong.high) == (1, None, None)
+    assert wrong.note == "0 ties of the judge; no interval: An interval needs at least 2 rows; there is 1."
+
+
+def test_label_metrics_bundle_the_single_ones() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=60), rng.integers(2, size=60)
+    probabilities = 1 / (1 + np.exp(-scores))
+    counts = confusion(probabilities, labels, threshold=0.4)
+    metrics = label_metrics(scores, labels, probabilities, threshold=0.4, num_resamples=20, seed=3)
+    assert {metric.name: metric.value for metric in metrics} == {
+        "accuracy": counts.accuracy,
+        "f1_good": counts.f1(1),
+        "precision_good": counts.precision(1),
+        "recall_good": counts.recall(1),
+        "f1_bad": counts.f1(0),
+        "precision_bad": counts.precision(0),
+        "recall_bad": counts.recall(0),
+        "auroc": auroc(scores, labels),
+        "calibration_error": calibration_error(probabilities, labels),
+    }
+    expected = bootstrap_interval(auroc, scores, labels, num_resamples=20, seed=3)
+    assert (by_name(metrics)["auroc"].low, by_name(metrics)["auroc"].high) == expected
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rating_intervals_resample_pictures_and_never_pair_one_with_itself(grouped: bool) -> None:
+    rng = np.random.default_rng(1)
+    scores, ratings = coarse(rng, 12), coarse(rng, 12, step=1.0)
+    groups = np.arange(12) % 2 if grouped else np.zeros(12)
+    draws, values = np.random.default_rng(0), []
+    for _ in range(40):
+        rows = draws.integers(12, size=12).tolist()
+        pairs = [(i, j) for i, j in combinations(rows, 2) if i != j and groups[i] == groups[j]]
+        differences = [scores[i] - scores[j] for i, j in pairs]
+        values.append(slow_tie_optimised(differences, [sign(ratings[i] - ratings[j]) for i, j in pairs])[0])
+
+    metrics = by_name(rating_metrics(scores, ratings, groups=groups, num_resamples=40))
+
+    metric = metrics["pairwise_accuracy_tie_optimised"]
+    pairs = item_pairs(scores, ratings, groups=groups)
+    assert metric.value == tie_optimised_accuracy(pairs.differences, pairs.outcomes).accuracy
+    assert (metric.low, metric.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+    assert (metrics["pearson"].value, metrics["spearman"].value, metrics["kendall_tau_b"].value) == (
+        pearson(scores, ratings), spearman(scores, ratings), kendall(scores, ratings),
+    )  # fmt: skip
+
+
+METRICS = [
+    Metric("accuracy", 0.75, 0.5, 1.0, 8, 'a "note", with a comma'),
+    Metric("kendall_tau_b", -0.123456, -0.25, 0.0, 1024, ""),
+    Metric("auroc", math.nan, None, None, 8, "undefined: one class"),
+]
+
+
+def test_the_table_is_aligned() -> None:
+    assert table(METRICS).split("\n") == [
+        "metric           value      95 % interval  count  note",
+        'accuracy        0.7500   0.5000 .. 1.0000      8  a "note", with a comma',
+        "kendall_tau_b  -0.1235  -0.2500 .. 0.0000   1024",
+        "auroc                -                  -      8  undefined: one class",
+    ]
+
+
+def test_csv_gives_back_what_was_written() -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(METRICS))))
+    assert [row["name"] for row in rows] == ["accuracy", "kendall_tau_b", "auroc"]
+    assert [float(row["value"]) for row in rows[:2]] == [0.75, -0.123456]
+    assert rows[0]["note"] == 'a "note", with a comma'
+    assert (rows[2]["value"], rows[2]["low"], rows[2]["high"]) == ("nan", "", "")
+
+
+# Arguments
+
+
+def test_lists_arrays_and_tensors_are_the_same() -> None:
+    scores, labels = [0.5, -1.0, 2.0, 0.25], [1, 0, 1, 0]
+    assert auroc(scores, labels) == auroc(torch.tensor(scores), torch.tensor(labels))
+    assert auroc(scores, labels) == auroc(np.array(scores, dtype=np.float32), np.array(labels, dtype=bool))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pairwise_accuracy([1.0, 2.0], [1.0]), "winner_scores has 2, loser_scores has 1"),
+        (lambda: pairwise_accuracy([], []), "nothing to count: no winner_scores and no loser_scores"),
+        (lambda: pairwise_accuracy([1.0, math.nan], [0.0, 0.0]), r"winner_scores\[1\] is nan"),
+        (lambda: pairwise_accuracy([1.0], [-math.inf]), r"loser_scores\[0\] is -inf"),
+        (lambda: pairwise_accuracy([[1.0]], [[0.0]]), r"winner_scores has shape \(1, 1\)"),
+        (lambda: pairwise_accuracy([1.0], [0.0], threshold=-0.1), "threshold is -0.1"),
+        (lambda: tie_optimised_accuracy([0.1, 0.2], [1, 2]), r"outcomes\[1\] is 2; it must be one of -1, 0, 1"),
+        (lambda: item_pairs([1.0], [1.0]), "No two of 1 items"),
+        (lambda: item_pairs([1.0, 2.0], [1.0, 2.0], groups=["a", "b"]), "No two of 2 items"),
+        (lambda: item_pairs([1.0, 2.0], [1.0, 2.0], groups=["a"]), r"groups has shape \(1,\)"),
+        (lambda: pearson([1.0, 1.0], [1.0, 2.0]), "All scores are 1"),
+        (lambda: spearman([1.0, 2.0], [3.0, 3.0]), "All ratings are 3"),
+        (lambda: kendall([1.0], [1.0]), "a correlation needs two different ones"),
+        (lambda: confusion([0.1, 0.2], [1, -1]), r"labels\[1\] is -1; it must be one of 0, 1"),
+        (lambda: confusion([0.1], [0.5]), r"labels\[0\] is 0.5"),
+        (lambda: confusion([0.1], [1], threshold=math.nan), "threshold is nan"),
+        (lambda: auroc([0.1, 0.2], [0, 0]), "0 are 1 and 2 are 0"),
+        (lambda: calibration_error([0.5, 1.5], [0, 1]), r"probabilities\[1\] is 1.5"),
+        (lambda: calibration_error([0.5], [1], num_bins=0), "num_bins is 0"),
+        (lambda: pair_calibration_error([]), "no margins"),
+        (lambda: order_consistency([0.5], [-0.5]), r"b_beats_a\[0\] is -0.5"),
+        (lambda: bootstrap_interval(lambda: 1.0), "there are none"),
+        (lambda: bootstrap_interval(pearson, [1.0, 2.0], [1.0]), "column 0 has 2, column 1 has 1"),
+        (lambda: bootstrap_interval(pearson, [1.0, 2.0], [1.0, 2.0], level=1.0), "level 1.0"),
+        (lambda: bootstrap_interval(pearson, [1.0, 2.0], [1.0, 2.0], num_resamples=0), "num_resamples is 0"),
+        (lambda: pair_metrics([], []), "no logits and no outcomes"),
+        (lambda: pair_metrics([1.0, 2.0], [0, 0], threshold=-1.0), "threshold is -1.0"),
+        (lambda: label_metrics([1.0], [1], [2.0]), r"probabilities\[0\] is 2.0"),
+        (lambda: rating_metrics([1.0, math.nan], [1.0, 2.0]), r"scores\[1\] is nan"),
+    ],
+)
+def test_a_mistake_is_refused_by_name_and_value(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,139 @@
+"""SkipCA beside an attention that is written out in float64, keys and values and all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from reward_model.skip_ca import SkipCrossAttention
+
+WIDTH = 8
+
+
+def looks_once(
+    parameters: dict[str, Tensor], hidden: Tensor, visual: Tensor, mask: Tensor, *, num_heads: int
+) -> Tensor:
+    """The same for one row after the other, one head after the other, in the dtype of the arguments."""
+    rows, size = [], hidden.shape[1] // num_heads
+    for i in range(len(hidden)):
+        seen = visual[i][mask[i]]
+        query = parameters["query.weight"] @ hidden[i]
+        keys = torch.stack([parameters["key.weight"] @ token for token in seen])
+        values = torch.stack([parameters["value.weight"] @ token for token in seen])
+        heads = []
+        for j in range(num_heads):
+            part = slice(j * size, (j + 1) * size)
+            attention = torch.softmax(keys[:, part] @ query[part] / math.sqrt(size), dim=0)
+            heads.append(attention @ values[:, part])
+        total = hidden[i] + torch.cat(heads)
+        rows.append(parameters["norm.weight"] * total / torch.sqrt((total**2).mean() + 1e-5))
+    return torch.stack(rows)
+
+
+def wide(num_heads: int = 1) -> SkipCrossAttention:
+    """Weights so large that attention is far from uniform."""
+    skip_ca, generator = SkipCrossAttention(WIDTH, num_heads=num_heads), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in skip_ca.parameters():
+            parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
+    return skip_ca
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Three rows with 5, 1 and 3 visual tokens; what is masked is large, so that it would be noticed."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, visual = torch.randn(3, WIDTH, generator=generator), torch.randn(3, 5, WIDTH, generator=generator)
+    mask = torch.arange(5) < torch.tensor([[5], [1], [3]])
+    return hidden, visual.masked_fill(~mask[:, :, None], 50.0), mask
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 4])
+def test_values_and_gradients_are_those_of_attention_written_out_in_float64(num_heads: int) -> None:
+    skip_ca, (hidden, visual, mask) = wide(num_heads), inputs()
+    hidden.requires_grad_(), visual.requires_grad_()
+    exact = {name: p.detach().double().requires_grad_() for name, p in skip_ca.named_parameters()}
+    exact_hidden, exact_visual = (x.detach().double().requires_grad_() for x in (hidden, visual))
+    weights = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5))
+
+    out = skip_ca(hidden, visual, mask)
+    expected = looks_once(exact, exact_hidden, exact_visual, mask, num_heads=num_heads)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+
+    assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(hidden.grad, exact_hidden.grad, check_dtype=False, rtol=1e-4, atol=1e-5)
+    assert_close(visual.grad, exact_visual.grad, check_dtype=False, rtol=1e-4, atol=1e-5)
+    for name, parameter in skip_ca.named_parameters():
+        assert_close(parameter.grad, exact[name].grad, check_dtype=False, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_attention_by_hand() -> None:
+    """q = h, and keys as wide as sqrt(D) ln 3 make weights 3/4 and 1/4; values double."""
+    skip_ca = SkipCrossAttention(2)
+    with torch.no_grad():
+        skip_ca.query.weight.copy_(torch.eye(2))
+        skip_ca.key.weight.copy_(math.sqrt(2) * math.log(3) * torch.eye(2))
+        skip_ca.value.weight.copy_(2 * torch.eye(2))
+    hidden, visual = torch.tensor([[1.0, 0.0]]), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    total = torch.tensor([[1 + 2 * 3 / 4, 2 * 1 / 4]])  # h + 2 (3/4, 1/4)
+    norm = math.sqrt((2.5**2 + 0.5**2) / 2 + 1e-5)
+    assert_close(skip_ca(hidden, visual, torch.ones(1, 2, dtype=torch.bool)), total / norm)
+
+
+def test_several_heads_differ_from_one() -> None:
+    """A guard for the tests above: they could not tell the number of heads if attention were uniform."""
+    one, four = wide(1), wide(4)
+    assert (one(*inputs()) - four(*inputs())).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_masked_tokens_have_no_influence_and_get_no_gradient(num_heads: int) -> None:
+    skip_ca, (hidden, visual, mask) = wide(num_heads), inputs()
+    other = torch.where(mask[:, :, None], visual, -7.0).requires_grad_()
+    out = skip_ca(hidden, other, mask)
+    assert torch.equal(out, skip_ca(hidden, visual, mask))
+    out.sum().backward()
+    assert torch.all(other.grad[~mask] == 0)
+    assert torch.all(other.grad[0] != 0)
+
+
+def test_longer_padding_changes_nothing() -> None:
+    skip_ca, (hidden, visual, mask) = wide(), inputs()
+    longer = torch.cat([visual, torch.full((3, 4, WIDTH), 9.0)], dim=1)
+    longer_mask = torch.cat([mask, torch.zeros(3, 4, dtype=torch.bool)], dim=1)
+    assert_close(skip_ca(hidden, longer, longer_mask), skip_ca(hidden, visual, mask), rtol=0, atol=1e-6)
+
+
+def test_a_fresh_one_is_almost_the_norm_of_the_last_word() -> None:
+    """As published: N(0, 1 / (D + 1)^2) weights leave what is looked up a few per cent of the visual tokens."""
+    torch.manual_seed(0)
+    width, generator = 256, torch.Generator().manual_seed(1)
+    skip_ca = SkipCrossAttention(width)
+    hidden, visual = torch.randn(4, width, generator=generator), torch.randn(4, 9, width, generator=generator)
+    gap = skip_ca(hidden, visual, torch.ones(4, 9, dtype=torch.bool)) - torch.rms_norm(hidden, (width,), eps=1e-5)
+    assert 0 < gap.abs().max() < 0.1
+    for layer in (skip_ca.query, skip_ca.key, skip_ca.value):
+        assert layer.weight.std().item() == pytest.approx(1 / (width + 1), rel=0.02)
+    assert torch.all(skip_ca.norm.weight == 1)
+
+
+def test_coarse_inputs_are_computed_in_float32_even_under_autocast() -> None:
+    """The result is that of the rounded inputs in float32, to the bit."""
+    skip_ca, (hidden, visual, mask) = wide(), inputs()
+    hidden, visual = hidden.bfloat16(), visual.bfloat16()
+    expected = skip_ca(hidden.float(), visual.float(), mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = skip_ca(hidden, visual, mask)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+    assert torch.equal(skip_ca(hidden, visual, mask), expected)
+
+
+@pytest.mark.parametrize("num_heads", [3, 5, 16])
+def test_heads_that_do_not_divide_the_width_are_refused(num_heads: int) -> None:
+    with pytest.raises(ValueError, match=rf"skip_ca_heads \({num_heads}\) must divide the width .* \({WIDTH}\)"):
+        SkipCrossAttention(WIDTH, num_heads=num_heads)
