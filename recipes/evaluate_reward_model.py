@@ -2,8 +2,8 @@
 
     accelerate launch recipes/evaluate_reward_model.py --judge runs/judge-DATE/judge --data pairs.jsonl
 
-Prints a table for each data file (accuracy under three rules for ties, calibration, F1 of both classes, AUROC, each with
-a 95 % interval), and writes it as CSV beside a page that shows the pairs the judge got most wrong.
+Prints a table for each data file (accuracy under three rules for ties, calibration, F1 of both classes, AUROC, each
+with a 95 % interval), and writes it as CSV beside a page that shows the pairs the judge got most wrong.
 """
 
 from __future__ import annotations

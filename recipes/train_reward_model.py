@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from rlhf_t2i.config import names, parse_config
 
 if TYPE_CHECKING:
-    from trl import RewardConfig
+    from trl.trainer.reward_config import RewardConfig
 
     from reward_model.scoring import LlavaReward
     from reward_model.types import Record
@@ -169,7 +169,7 @@ def main(config: Config) -> Path:
     )
     objective.check([*training, *validation])
     source = str(built_in_judge() / "backbone") if config.backbone == BUILT_IN else config.backbone
-    shown = {"template": config.template, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    shown: Any = {"template": config.template, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     backbone = load_backbone(source, dtype=torch.bfloat16 if args.bf16 else torch.float32, **shown)
     judge = RewardModel(backbone)
     facts = Facts(
@@ -193,7 +193,7 @@ def main(config: Config) -> Path:
         learning_rates=config.learning_rates, lora_only=config.lora_only,
         callbacks=[EarlyStoppingCallback(config.early_stop_after)] if config.early_stop_after else [],
     )  # fmt: skip
-    checkpoint = newest_checkpoint(Path(args.output_dir)) if config.resume else None
+    checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume else None
     if trainer.is_world_process_zero():
         tqdm.write(parameter_table(judge))
         tqdm.write(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
@@ -211,7 +211,7 @@ def main(config: Config) -> Path:
 
 def start(config: Config) -> tuple[RewardConfig, Path]:
     """Set up the processes, claim the run folder, and say to trl what the config says."""
-    from trl import RewardConfig
+    from trl.trainer.reward_config import RewardConfig
 
     from rlhf_t2i.run import claim_folder, keep_trackers_quiet, share_cores, stop_with_the_launcher
 
@@ -228,7 +228,7 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
         ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
         per_device_train_batch_size=config.pairs_per_batch,
         per_device_eval_batch_size=2 * config.pairs_per_batch,
         gradient_accumulation_steps=config.accumulation_steps,
@@ -261,7 +261,8 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
         {**asdict(config), "mixed_precision": precision}, recipe="judge", free_to_change=_FREE_TO_CHANGE
     )
     args.output_dir = str(folder / "checkpoints")
-    args.logging_dir = str(folder)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder))
+    os.environ.setdefault("WANDB_DIR", str(folder))
     return args, folder
 
 

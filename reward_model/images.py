@@ -31,7 +31,7 @@ def to_tensor(picture: Picture) -> Float[Tensor, "3 _ _"]:
     """
     match picture:
         case str() | Path():
-            return _from_pil(_opened(Path(picture)))
+            return _from_file(Path(picture))
         case Image.Image():
             return _from_pil(picture)
         case np.ndarray():
@@ -45,13 +45,14 @@ def to_tensor(picture: Picture) -> Float[Tensor, "3 _ _"]:
             )
 
 
-def _opened(path: Path) -> Image.Image:
+def _from_file(path: Path) -> Float[Tensor, "3 _ _"]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no picture {str(path)!r}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
-            picture = Image.open(path)
+            opened = Image.open(path)
+        with opened as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise ValueError(
@@ -59,13 +60,17 @@ def _opened(path: Path) -> Image.Image:
                     f"decompression bomb. Make it smaller."
                 )
             picture.load()
+            return _from_pil(picture)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"The file {str(path)!r} is no picture that can be read: {error}.") from error
-    return picture
 
 
 def _from_pil(picture: Image.Image) -> Float[Tensor, "3 _ _"]:
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):  # Pillow would cut it off at 255
+        return torch.from_numpy(np.array(picture) / np.float32(65535)).expand(3, -1, -1)
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"A picture of Pillow's mode {picture.mode!r} has no known white; convert it to L or RGB.")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -97,14 +102,21 @@ def clamp_keeping_gradient(images: Float[Tensor, "*shape"]) -> Float[Tensor, "*s
 
     A plain clamp would leave a saturated pixel without a gradient, and a painter could never learn to leave it.
     """
-    return images + (images.detach().clamp(0, 1) - images.detach())
+    return images.detach().clamp(0, 1) + (images - images.detach())
 
 
 def resize(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Float[Tensor, "B 3 {height} {width}"]:
-    """Antialiased bicubic resizing, like PIL's but without its rounding to 8 bits; the same size is left alone."""
-    if images.shape[-2:] != (height, width):
-        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return clamp_keeping_gradient(images)
+    """Antialiased bicubic resizing, like PIL's but without its rounding to 8 bits; the same size is left alone.
+
+    Columns go first, then rows, and what overshoots black or white is cut off each time, as PIL does. (Pillow 13 begins
+    with the rows where these shrink while columns grow; that differs only in what is cut off.)
+    """
+    images = clamp_keeping_gradient(images)
+    for size in ((images.shape[-2], width), (height, width)):
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+            images = clamp_keeping_gradient(images)
+    return images
 
 
 def centre_crop(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Float[Tensor, "B 3 {height} {width}"]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -81,7 +80,7 @@ class RewardModel(nn.Module):
             self.perspectives[name] = Perspective(facts, projector).to(device)
             lora = LoraConfig(
                 r=facts.lora_rank,
-                lora_alpha=facts.lora_alpha,
+                lora_alpha=facts.lora_alpha,  # pyright: ignore[reportArgumentType]: any number will do
                 lora_dropout=facts.lora_dropout,
                 target_modules=list(LORA_TARGETS),
                 init_lora_weights="gaussian",
@@ -148,12 +147,6 @@ class RewardModel(nn.Module):
         part = self.perspectives[name]
         assert isinstance(part, Perspective)
         return part
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute the backbone's activations in the backward pass instead of keeping them."""
-        self.model.gradient_checkpointing_enable(  # pyright: ignore[reportCallIssue]
-            gradient_checkpointing_kwargs or {"use_reentrant": False}
-        )
 
 
 def parameter_table(model: RewardModel) -> str:

@@ -184,5 +184,5 @@ def _folder(source: str | Path) -> Path:
         raise FileNotFoundError(f"There is no judge in {str(source)!r}: no such folder, and it is no Hub id.")
     from transformers.utils.hub import cached_file
 
-    found = [cached_file(str(source), name) for name in (WEIGHTS, FACTS)]
+    found = [str(cached_file(str(source), name)) for name in (WEIGHTS, FACTS)]
     return Path(found[0]).parent

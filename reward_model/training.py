@@ -7,6 +7,7 @@ and checkpoints that hold the bundle instead of the frozen backbone.
 # transformers, trl and datasets have no usable types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportOptionalMemberAccess=false
+# pyright: reportReturnType=false
 from __future__ import annotations
 
 import copy
@@ -145,8 +146,9 @@ class _AsTrlExpects(nn.Module):
     def add_model_tags(self, tags: Any) -> None:
         """Tags are for model cards, which a judge has its own of."""
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        self.judge.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
+        self.judge.backbone.model.activation_checkpointing_enable(**options)
 
 
 class JudgeTrainer(RewardTrainer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Reading:
 class Backbone(Protocol):
     """A family of multimodal LLMs, seen as a reader of one picture and one prompt a row."""
 
-    model: nn.Module
+    model: Any
     """The whole model, as transformers has it."""
 
     @property

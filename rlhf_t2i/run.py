@@ -419,7 +419,7 @@ def _describe(folder: Path, recipe: str, state: PartialState) -> None:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    device = state.device
+    device = cast(torch.device, state.device)
     facts = {
         "recipe": recipe,
         "command": f"accelerate launch {shlex.join(sys.argv)}",

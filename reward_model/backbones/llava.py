@@ -38,7 +38,7 @@ class Llava:
         return self.model.config.text_config.hidden_size
 
     @property
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         return self.model.model.multi_modal_projector
 
     @projector.setter
@@ -72,7 +72,7 @@ class Llava:
     def see(self, inputs: Inputs) -> Inputs:
         layer, strategy = (getattr(self.model.config, f"vision_feature_{k}") for k in ("layer", "select_strategy"))
         layers = [layer] if isinstance(layer, int) else layer
-        pixels = inputs["pixel_values"].to(next(self.model.model.vision_tower.parameters()).dtype)
+        pixels = inputs["pixel_values"].to(self.model.model.vision_tower.dtype)
         states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         chosen = [states[i][:, 1:] if strategy == "default" else states[i] for i in layers]
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}

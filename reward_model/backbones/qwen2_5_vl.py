@@ -42,7 +42,7 @@ class Qwen25VL:
         return self.model.config.text_config.hidden_size
 
     @property
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         return self.model.model.visual.merger
 
     @projector.setter

@@ -16,7 +16,7 @@ from reward_model.types import Inputs, Reading
 def read_with(model: Any, inputs: Inputs, visual: Sequence[Float[Tensor, "_ D"]], **more: Tensor) -> Reading:
     """Put each row's visual tokens in their places and run the language model to its last norm."""
     words = model.get_input_embeddings().weight.dtype
-    seen = BaseModelOutputWithPooling(pooler_output=[tokens.to(words) for tokens in visual])
+    seen = BaseModelOutputWithPooling(pooler_output=[tokens.to(words) for tokens in visual])  # pyright: ignore
     mask = inputs["attention_mask"]
     outputs = model.model(
         input_ids=inputs["input_ids"],

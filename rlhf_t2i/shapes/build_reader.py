@@ -141,13 +141,13 @@ def reading_loss(backbone: Backbone, shown: Shown, *, seed: int) -> Callable[[in
     return loss_at
 
 
-def texts_of(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def texts_of(scene: Scene, others: Sequence[Scene], rng: np.random.Generator) -> tuple[str, str]:
     """A text that is true of a picture of the scene, and one that is not, in the same form.
 
     The whole prompt of a scene of the training half, or a part of it. No text is the prompt of a held-out scene.
     """
     while True:
-        miss = a_near_miss(scene, rng) if rng.random() < 0.7 else pick_scenes(1, rng, shares=SHARES)[0]
+        miss = a_near_miss(scene, rng) if rng.random() < 0.7 else others[rng.integers(len(others))]
         part = rng.choice(["whole", "subject", "ground"], p=[0.7, 0.2, 0.1])
         right, wrong = _part(scene, part), _part(miss, part)
         if right != wrong and not (part == "whole" and (scene.held_out or miss.held_out)):
@@ -161,7 +161,7 @@ def _part(scene: Scene, part: str) -> str:
 
 def look_at(pictures: Float[Tensor, "N 3 Y X"], scenes: Sequence[Scene], rng: np.random.Generator) -> Shown:
     """Six true texts and six wrong ones for each picture."""
-    texts = [[texts_of(scene, rng) for _ in range(6)] for scene in scenes]
+    texts = [[texts_of(scene, scenes, rng) for _ in range(6)] for scene in scenes]
     return Shown(
         pictures, [[right for right, _ in row] for row in texts], [[wrong for _, wrong in row] for row in texts]
     )
@@ -201,7 +201,7 @@ def main() -> None:
     """The command line of `build`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output-folder", type=Path, default=Path("runs/reader"))
-    parser.add_argument("--num-updates", type=int, default=4_000)
+    parser.add_argument("--num-updates", type=int, default=3_000)
     parser.add_argument("--num-drawn", type=int, default=16_000)
     parser.add_argument("--num-painted", type=int, default=8_000)
     parser.add_argument("--seed", type=int, default=0)

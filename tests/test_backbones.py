@@ -1,0 +1,369 @@
+"""What a backbone is shown and what it reads: ids, pixels, visual tokens and states, beside stock transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from judges import FAMILIES, NUM_PLACES, WIDTH, backbone_folder, backbone_of, bytes_of, fresh_backbone, picture
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from reward_model.backbones.load import load_backbone
+from reward_model.images import to_tensor
+from reward_model.types import Inputs
+
+IMAGE = {"llava": 4, "qwen2_5_vl": 5}
+PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
+
+
+def as_pil(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+@cache
+def stock_model(family: str) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(backbone_folder(family)).eval().requires_grad_(False)
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+# Ids are places in `judges.LLAVA_TOKENS` and `judges.QWEN_TOKENS`.
+SYSTEM = [1, 8, 26, 11, 12, 24, 13, 14, 28, 2, 26]  # <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n
+USER = [1, 9, 26, 3, 5, 5, 5, 5, 4]  # <|im_start|>user\n<|vision_start|><|image_pad|> x 4 <|vision_end|>
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "prompt", "expected"),
+    [
+        # <s> USER : _ <image> x 4 \n a _red _fox </s>
+        ("llava", "family", "a red fox", [1, 5, 19, 8, 4, 4, 4, 4, 18, 7, 9, 11, 2]),
+        ("llava", "published", "a red fox", [1, 5, 19, 8, 4, 4, 4, 4, 18, 7, 9, 11, 2]),
+        ("llava", "family", "", [1, 5, 19, 8, 4, 4, 4, 4, 2]),
+        ("llava", "published", "", [1, 5, 19, 8, 4, 4, 4, 4, 2]),
+        # a _red _fox <|im_end|>; the published code cut the system turn off
+        ("qwen2_5_vl", "family", "a red fox", [*SYSTEM, *USER, 15, 17, 19, 2]),
+        ("qwen2_5_vl", "published", "a red fox", [*USER, 15, 17, 19, 2]),
+        ("qwen2_5_vl", "family", "", [*SYSTEM, *USER, 2]),
+        ("qwen2_5_vl", "published", "", [*USER, 2]),
+    ],
+)
+def test_the_token_ids_of_a_prompt(family: str, template: str, prompt: str, expected: list[int]) -> None:
+    assert backbone_of(family, template).reader.ids(prompt, 4) == expected
+
+
+@pytest.mark.parametrize("template", ["family", "published"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_run_of_image_tokens_and_the_end_token_last(family: str, template: str) -> None:
+    reader = backbone_of(family, template).reader
+    for prompt in PROMPTS:
+        for count in (1, 7, 16):
+            ids = reader.ids(prompt, count)
+            at = ids.index(IMAGE[family])
+            assert ids[at : at + count] == [IMAGE[family]] * count
+            assert ids.count(IMAGE[family]) == count
+            assert ids[-1] == reader.tokenizer.eos_token_id == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_padded_on_the_side_asked_for(family: str, side: str) -> None:
+    reader = backbone_of(family, "family", side).reader
+    words = reader(PROMPTS, [4, 5, 6])
+    lengths = [len(reader.ids(prompt, count)) for prompt, count in zip(PROMPTS, [4, 5, 6], strict=True)]
+    for i, length in enumerate(lengths):
+        row, mask = words["input_ids"][i], words["attention_mask"][i].bool()
+        assert row[mask].tolist() == reader.ids(PROMPTS[i], 4 + i)
+        filled = mask[:length] if side == "right" else mask[len(mask) - length :]
+        assert filled.all()
+        assert mask.sum() == length
+        assert not (row[~mask] == IMAGE[family]).any()
+
+
+@pytest.mark.parametrize(
+    ("family", "token"),
+    [
+        ("llava", "<image>"), ("llava", "</s>"), ("llava", "<s>"), ("llava", "<pad>"),
+        ("qwen2_5_vl", "<|image_pad|>"), ("qwen2_5_vl", "<|im_end|>"), ("qwen2_5_vl", "<|vision_start|>"),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_holds_a_special_token_is_refused(family: str, token: str) -> None:
+    """It would end the turn early, or stand for a second picture."""
+    with pytest.raises(ValueError, match=r"'a red .*fox' holds '.*', a special token") as caught:
+        backbone_of(family).prepare([picture(56, 56)], [f"a red {token} fox"])
+    assert repr(token) in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_prompt_fits_and_one_word_more_is_refused(family: str) -> None:
+    """Nothing is ever cut off: that would take the end token, or a part of the picture."""
+    reader = backbone_of(family).reader
+    longest = "a" + " red" * (NUM_PLACES - len(reader.ids("a", 4)))
+    assert len(reader.ids(longest, 4)) == NUM_PLACES
+    with pytest.raises(ValueError, match=rf"'a red .*\.\.\.' .*{NUM_PLACES + 1} tokens \(4 of .* {NUM_PLACES}\."):
+        reader.ids(longest + " red", 4)
+    with pytest.raises(ValueError, match=rf"{NUM_PLACES + 1} tokens \(5 of"):
+        reader.ids(longest, 5)
+
+
+def test_a_template_that_shows_no_picture_is_refused() -> None:
+    reader = replace(backbone_of("llava").reader, chat_template="{{ messages[0]['content'][1]['text'] }}")
+    with pytest.raises(ValueError, match="makes 0 places for one picture; rendered: 'a red fox'"):
+        reader.ids("a red fox", 4)
+
+
+def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_named(tmp_path: Path) -> None:
+    """Older models keep theirs in `chat_template.json`."""
+    folder = tmp_path / "model"
+    shutil.copytree(backbone_folder("llava"), folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=rf"{folder}' has no chat template"):
+        load_backbone(str(folder))
+    load_backbone(str(folder), template="published")  # which brings its own
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_backbone(str(folder)).reader.ids("a fox", 4) == backbone_of("llava").reader.ids("a fox", 4)
+
+
+# --- pixels ---------------------------------------------------------------------------------------
+
+EXACT = {"llava": [(28, 28), (28, 41), (55, 28)], "qwen2_5_vl": [(56, 56), (112, 84), (84, 56), (56, 112)]}
+RESIZED = {
+    "llava": [(64, 64), (90, 37), (33, 91), (200, 151), (17, 23), (29, 28)],
+    "qwen2_5_vl": [(100, 60), (61, 131), (300, 200), (151, 400), (20, 31), (57, 83), (113, 113)],
+}
+
+
+def processed(family: str, pixels: Tensor) -> dict[str, Tensor]:
+    """What the family's own processor makes of a picture."""
+    kind = {"llava": CLIPImageProcessorPil, "qwen2_5_vl": Qwen2VLImageProcessorPil}[family]
+    return dict(kind.from_pretrained(backbone_folder(family))(as_pil(pixels), return_tensors="pt"))
+
+
+@pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in FAMILIES for shape in EXACT[family]])
+def test_pixels_are_exactly_the_processors_where_nothing_is_resized(family: str, shape: tuple[int, int]) -> None:
+    """For Qwen2.5-VL that includes the order of the patches and of the numbers within one."""
+    pixels = bytes_of(*shape)
+    ours, theirs = backbone_of(family).prepare([to_tensor(pixels)], ["a fox"]), processed(family, pixels)
+    assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=1e-6)
+    if family == "qwen2_5_vl":
+        assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+
+
+@pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in FAMILIES for shape in RESIZED[family]])
+def test_resized_pixels_are_the_processors_up_to_its_rounding(family: str, shape: tuple[int, int]) -> None:
+    pixels = (128 + 0.5 * (bytes_of(*shape).float() - 128)).byte()
+    ours, theirs = backbone_of(family).prepare([to_tensor(pixels)], ["a fox"]), processed(family, pixels)
+    gap = (ours["pixel_values"] - theirs["pixel_values"]).abs()
+    assert gap.max() <= 0.03
+    assert gap.mean() <= 0.006
+    if family == "qwen2_5_vl":
+        assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "low", "high"), [((200, 300), 3136, 6272), ((30, 30), 7000, 9408), ((80, 120), 1, 900)]
+)
+def test_bounds_on_pixels_act_as_in_the_processor(shape: tuple[int, int], low: int, high: int) -> None:
+    pixels = bytes_of(*shape)
+    ours = fresh_backbone("qwen2_5_vl", min_pixels=low, max_pixels=high).prepare([to_tensor(pixels)], ["a fox"])
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high})
+    theirs = processor(as_pil(pixels), return_tensors="pt")
+    assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+    assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=0.03)
+
+
+def test_a_processor_that_squeezes_pictures_to_one_size_is_followed() -> None:
+    processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False, image_std=[0.5] * 3)
+    pixels = bytes_of(60, 45)
+    ours = replace(backbone_of("llava"), processor=processor).prepare([to_tensor(pixels)], ["a fox"])
+    assert_close(
+        ours["pixel_values"], processor(as_pil(pixels), return_tensors="pt")["pixel_values"], rtol=0, atol=0.03
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_prepared_as_its_pictures_one_by_one(family: str) -> None:
+    backbone = backbone_of(family)
+    for shapes in ([(60, 60)] * 3, [(60, 60), (90, 57), (112, 112)]):
+        pictures = [picture(*shape, seed=i) for i, shape in enumerate(shapes)]
+        together = backbone.prepare(pictures, PROMPTS)
+        alone = [backbone.prepare([one], [prompt]) for one, prompt in zip(pictures, PROMPTS, strict=True)]
+        expected = torch.cat([inputs["pixel_values"] for inputs in alone])
+        assert_close(together["pixel_values"], expected, rtol=0, atol=1e-6)
+
+
+# --- states ---------------------------------------------------------------------------------------
+
+
+def pictures_of(family: str) -> list[Tensor]:
+    """Pictures that need no resizing; for Qwen2.5-VL of 4, 16 and 6 tokens, in one, four and two windows."""
+    shapes = [(28, 28)] * 3 if family == "llava" else [(56, 56), (112, 112), (84, 56)]
+    return [bytes_of(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+
+def stock_inputs(family: str, ids: Tensor, mask: Tensor, pixels: Sequence[Tensor]) -> Inputs:
+    """What a user of transformers would hand over."""
+    parts = [processed(family, one) for one in pixels]
+    inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if family == "qwen2_5_vl":
+        inputs["mm_token_type_ids"] = (ids == IMAGE[family]).int()
+    return {"input_ids": ids, "attention_mask": mask, **inputs}
+
+
+@pytest.mark.parametrize("template", ["family", "published"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_and_visual_tokens_are_those_of_the_stock_model(family: str, template: str) -> None:
+    backbone, stock, pixels = backbone_of(family, template), stock_model(family), pictures_of(family)
+    inputs = backbone.prepare([to_tensor(one) for one in pixels], PROMPTS)
+    with torch.no_grad():
+        reading = backbone.read(inputs)
+        theirs = stock_inputs(family, inputs["input_ids"], inputs["attention_mask"], pixels)
+        states = stock.model(**theirs).last_hidden_state
+        seen = stock.get_image_features(**{k: theirs[k] for k in ("pixel_values", "image_grid_thw") if k in theirs})
+    mask = inputs["attention_mask"].bool()
+    assert torch.equal(reading.hidden_mask, mask)
+    assert_close(reading.hidden[mask], states[mask], rtol=0, atol=1e-5)
+    assert reading.visual_mask.sum(dim=1).tolist() == [len(row) for row in seen.pooler_output]
+    for i, row in enumerate(seen.pooler_output):
+        assert reading.visual.shape[2] == row.shape[1] == WIDTH
+        assert_close(reading.visual[i][reading.visual_mask[i]], row, rtol=0, atol=1e-5)
+        assert torch.all(reading.visual[i][~reading.visual_mask[i]] == 0)
+
+
+def test_several_vision_layers_and_the_class_token_are_read_where_a_model_uses_them() -> None:
+    backbone, stock = backbone_of("llava_two_layers"), stock_model("llava_two_layers")
+    inputs = backbone.prepare([picture(28, 28)], ["a red fox"])
+    assert (inputs["input_ids"] == IMAGE["llava"]).sum() == 5
+    with torch.no_grad():
+        reading, states = backbone.read(inputs), stock.model(**inputs).last_hidden_state
+        seen = stock.get_image_features(inputs["pixel_values"]).pooler_output
+    assert_close(reading.hidden, states, rtol=0, atol=1e-5)
+    assert_close(reading.visual[0], seen[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_visual_tokens_stand_at_the_places_of_the_image_and_words_at_all_others(family: str, side: str) -> None:
+    """What the language model gets: the very visual tokens of the reading, and the embeddings of the words."""
+    backbone, given = backbone_of(family, "family", side), []
+    inputs = backbone.prepare([to_tensor(one) for one in pictures_of(family)], PROMPTS)
+    hook = backbone.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            reading = backbone.read(inputs)
+    finally:
+        hook.remove()
+    at_image = inputs["input_ids"] == IMAGE[family]
+    assert torch.equal(given[0][at_image], reading.visual[reading.visual_mask])
+    words = backbone.model.get_input_embeddings().weight[inputs["input_ids"]]
+    assert torch.equal(given[0][~at_image], words[~at_image])
+    # No embedding of a word is taken for a visual token (as padding was in the published code).
+    assert torch.cdist(reading.visual[reading.visual_mask], backbone.model.get_input_embeddings().weight).min() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_visual_tokens_do_not_depend_on_the_words_but_states_behind_them_do(family: str) -> None:
+    backbone, one = backbone_of(family), picture(56, 56)
+    with torch.no_grad():
+        fox, cat = (backbone.read(backbone.prepare([one], [prompt])) for prompt in ("a red fox", "a blue cat"))
+    assert torch.equal(fox.visual, cat.visual)
+    assert (fox.hidden[:, -1] - cat.hidden[:, -1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changing_one_visual_token_by_hand_changes_it_and_the_states_from_there_on(family: str) -> None:
+    backbone = backbone_of(family)
+    inputs = backbone.prepare([to_tensor(one) for one in pictures_of(family)], PROMPTS)
+    with torch.no_grad():
+        seen = backbone.see(inputs)
+        assert "pixel_values" not in seen
+        before = backbone.read(seen)
+        features = seen["features"].clone()
+        features[(0, 1) if family == "llava" else 1] += 1.0  # rows of tokens, or groups of all rows
+        after = backbone.read({**seen, "features": features})
+    changed = (before.visual != after.visual).any(dim=2)
+    assert changed.nonzero().tolist() == [[0, 1]]
+    start = inputs["input_ids"][0].tolist().index(IMAGE[family]) + 1
+    moved = (before.hidden != after.hidden).any(dim=2)
+    assert not moved[0, :start].any()  # causal
+    assert moved[0, start:][inputs["attention_mask"][0, start:].bool()].all()
+    assert not moved[1:].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_what_was_seen_is_reading_the_picture(family: str) -> None:
+    backbone = backbone_of(family)
+    inputs = backbone.prepare([to_tensor(one) for one in pictures_of(family)], PROMPTS)
+    with torch.no_grad():
+        at_once, in_two = backbone.read(inputs), backbone.read(backbone.see(inputs))
+    assert torch.equal(at_once.hidden, in_two.hidden)
+    assert torch.equal(at_once.visual, in_two.visual)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_projector_that_is_set_is_the_one_that_is_used(family: str) -> None:
+    backbone = fresh_backbone(family)
+    inputs = backbone.prepare([picture(56, 56)], ["a fox"])
+
+    class Twice(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+            for name in ("linear_1", "ln_q"):
+                if hasattr(inner, name):
+                    setattr(self, name, getattr(inner, name))
+
+        def forward(self, features: Tensor) -> Tensor:
+            return 2 * self.inner(features)
+
+    with torch.no_grad():
+        before = backbone.read(inputs)
+        backbone.projector = Twice(backbone.projector)
+        after = backbone.read(inputs)
+    assert torch.equal(after.visual, 2 * before.visual)
+    assert not torch.equal(after.hidden, before.hidden)
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_backbone_arrives_frozen_and_silent(family: str) -> None:
+    backbone = fresh_backbone(family, dtype=torch.bfloat16)
+    assert backbone.width == WIDTH
+    assert not backbone.model.training
+    assert {p.dtype for p in backbone.model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+
+
+def test_a_family_without_an_adapter_is_named(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    with pytest.raises(
+        ValueError, match=r"'.*llama' is a model of type 'llama', for which there is no adapter; .*llava"
+    ):
+        load_backbone(str(tmp_path / "llama"))
+
+
+def test_settings_that_a_family_does_not_have_or_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="min_pixels and max_pixels mean nothing to LLaVA"):
+        fresh_backbone("llava", min_pixels=1)
+    for low, high in ((9000, 8000), (0, 8000), (13000, None)):
+        with pytest.raises(ValueError, match=rf"min_pixels \({low}\) must be positive and at most max_pixels"):
+            fresh_backbone("qwen2_5_vl", min_pixels=low, max_pixels=high)

@@ -1,0 +1,678 @@
+"""A whole judge: what moves its scores and what must not, what learns, what is stored, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from judges import (
+    FAMILIES,
+    WIDTH,
+    backbone_folder,
+    bytes_of,
+    facts_of,
+    fresh_backbone,
+    fresh_model,
+    judge_folder,
+    load,
+    picture,
+    scatter,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from reward_model import images
+from reward_model.checkpoint import FACTS, WEIGHTS, bundle_tensors, load_judge, read_facts, save_bundle
+from reward_model.facts import Facts
+from reward_model.losses import preference_losses
+from reward_model.model import GROUPS, RewardModel, last_real_token, parameter_table
+from reward_model.scoring import LlavaReward
+
+PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
+SIZES = {"llava": [(28, 28), (40, 61), (90, 33)], "qwen2_5_vl": [(56, 56), (112, 112), (61, 131)]}
+
+
+def pictures_of(family: str) -> list[Tensor]:
+    """Of three sizes: for Qwen2.5-VL also of three numbers of tokens."""
+    return [picture(*size, seed=i) for i, size in enumerate(SIZES[family])]
+
+
+def assert_same(one: Tensor, other: Tensor) -> None:
+    assert_close(one, other, rtol=0, atol=2e-5)
+
+
+@contextmanager
+def counting(module: torch.nn.Module) -> Iterator[list[int]]:
+    """The number of calls of a module, as the length of a list."""
+    calls: list[int] = []
+    hook = module.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def vision_tower(judge: LlavaReward) -> torch.nn.Module:
+    inner: Any = judge.model.backbone.model.model
+    return inner.visual if hasattr(inner, "visual") else inner.vision_tower
+
+
+# --- gradients of pixels --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(56, 56), (60, 81)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_of_a_score_reaches_the_pixels_and_is_finite_differences(
+    family: str, size: tuple[int, int]
+) -> None:
+    """Along five directions, through resizing, vision tower, projector, language model, SkipCA and head.
+
+    In float32 (both families compute their norms in it), with pictures that stay clear of black and white.
+    """
+    judge, pixels = load(family), picture(*size, low=0.35, high=0.65).requires_grad_()
+    judge.score([pixels], ["a red fox"]).sum().backward()
+    generator, step = torch.Generator().manual_seed(0), 2e-3
+    for _ in range(5):
+        # Smooth directions: white noise would mostly cancel where a picture is made smaller.
+        coarse = torch.randn(1, 3, 6, 6, generator=generator)
+        direction = torch.nn.functional.interpolate(coarse, size, mode="bilinear")[0]
+        ahead, behind = (pixels.detach() + sign * step * direction for sign in (1, -1))
+        difference = judge.score([ahead, behind], ["a red fox"] * 2) @ torch.tensor([1.0, -1.0]) / (2 * step)
+        slope = (pixels.grad * direction).sum()
+        assert_close(difference, slope, rtol=0.02, atol=0.02 * pixels.grad.norm().item())
+        assert slope.abs() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saturated_pixels_keep_their_gradient(family: str) -> None:
+    """A painter that has reached black or white must be able to come back."""
+    judge = load(family)
+    saturated = (picture(56, 56) > 0.5).float()
+    gradients = []
+    for inset in (0.0, 1e-4):
+        pixels = saturated.lerp(torch.tensor(0.5), inset).requires_grad_()
+        judge.score([pixels], ["a red fox"]).sum().backward()
+        gradients.append(pixels.grad)
+    assert_close(*gradients, rtol=0.02, atol=1e-3 * gradients[0].abs().max().item())
+    if family == "qwen2_5_vl":  # nothing is resized, so no two pixels' gradients can cancel
+        assert torch.all(gradients[0] != 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_beyond_black_and_white_score_as_if_cut_off(family: str) -> None:
+    """Also where a picture is resized: the processors of both families resize pictures of 8 bits."""
+    wild = [picture(*size, seed=i, low=-0.7, high=1.8) for i, size in enumerate(SIZES[family])]
+    judge = load(family)
+    assert_same(judge.score(wild, PROMPTS), judge.score([one.clamp(0, 1) for one in wild], PROMPTS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_pictures_gradient_is_its_own(family: str) -> None:
+    judge = load(family)
+    together = [one.requires_grad_() for one in pictures_of(family)]
+    judge.score(together, PROMPTS, batch_size=2).sum().backward()
+    for one, prompt in zip(together, PROMPTS, strict=True):
+        alone = one.detach().clone().requires_grad_()
+        judge.score([alone], [prompt]).sum().backward()
+        assert_close(one.grad, alone.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_is_kept_only_for_a_picture_that_asks_and_never_for_weights(family: str) -> None:
+    judge, plain = load(family), picture(56, 56)
+    assert not judge.score([plain], ["a fox"]).requires_grad
+    asking = plain.clone().requires_grad_()
+    with torch.no_grad():
+        assert not judge.score([asking], ["a fox"]).requires_grad
+    assert not judge.score([asking.detach()], ["a fox"]).requires_grad
+    judge.score([plain, asking], ["a fox"] * 2).sum().backward()
+    assert asking.grad.abs().max() > 0
+    judge.compare([asking], [plain], ["a fox"]).sum().backward()
+    batch = torch.stack([plain, plain]).requires_grad_()
+    judge.score(batch, ["a fox"] * 2).sum().backward()
+    assert batch.grad.abs().amax(dim=(1, 2, 3)).min() > 0
+    assert all(p.grad is None and not p.requires_grad for p in judge.model.parameters())
+
+
+# --- what a score must not depend on --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_score_does_not_depend_on_its_neighbours_their_order_or_the_padding(family: str, side: str) -> None:
+    """Neighbours have other sizes, other numbers of visual tokens, and longer and shorter prompts."""
+    judge = LlavaReward(fresh_model(family, padding_side=side))
+    shown = pictures_of(family)
+    alone = torch.cat([judge.score([one], [prompt]) for one, prompt in zip(shown, PROMPTS, strict=True)])
+    assert alone.std() > 0.1
+    assert_same(judge.score(shown, PROMPTS), alone)
+    assert_same(judge.score(shown, PROMPTS, batch_size=2), alone)
+    for order in ([2, 0, 1], [1, 2, 0], [2, 1, 0, 0, 1]):
+        assert_same(judge.score([shown[i] for i in order], [PROMPTS[i] for i in order]), alone[order])
+    assert_same(alone, load(family).score(shown, PROMPTS))  # padded on the right
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_score_depends_on_the_picture_and_on_the_prompt(family: str) -> None:
+    """A guard for all tests of sameness here."""
+    judge, shown = load(family), [picture(56, 56, seed=i) for i in range(4)]
+    of_pictures, of_prompts = judge.score(shown, ["a red fox"] * 4), judge.score(shown[:1] * 3, PROMPTS)
+    assert of_pictures.std() > 0.1
+    assert of_prompts.std() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_the_same_picture_scores_alike(family: str, tmp_path: Path) -> None:
+    pixels = bytes_of(60, 57)
+    array = pixels.permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(tmp_path / "picture.png")
+    kinds = [pixels.float() / 255, pixels, array, array / 255.0, Image.fromarray(array), tmp_path / "picture.png"]
+    judge = load(family)
+    scores = judge.score([*kinds, str(tmp_path / "picture.png")], ["a red fox"] * 7)
+    assert_same(scores, scores[:1].expand(7))
+    for batch in (torch.stack([kinds[0]] * 2), np.stack([array] * 2)):
+        assert_same(judge.score(batch, ["a red fox"] * 2), scores[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_float32_and_the_batch_size_does_not_change_them(family: str, dtype: torch.dtype) -> None:
+    judge = LlavaReward.from_pretrained(judge_folder(family), dtype=dtype)
+    shown, prompts = pictures_of(family) * 2, PROMPTS * 2
+    whole = judge.score(shown, prompts)
+    assert whole.dtype == torch.float32
+    tolerance = 2e-5 if dtype == torch.float32 else 0.02 * whole.std().item()
+    for batch_size in (1, 4, 100):
+        assert_close(judge.score(shown, prompts, batch_size=batch_size), whole, rtol=0, atol=tolerance)
+    exact = load(family).score(shown, prompts)
+    assert_close(whole, exact, rtol=0, atol=tolerance if dtype == torch.float32 else 0.5 * exact.std().item())
+
+
+def test_the_last_real_token_is_found_on_either_side() -> None:
+    hidden = torch.arange(24.0).reshape(3, 4, 2)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    assert torch.equal(last_real_token(hidden, mask), torch.stack([hidden[0, 1], hidden[1, 3], hidden[2, 3]]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_score_is_the_head_of_skip_ca_of_the_last_word_and_the_visual_tokens(family: str) -> None:
+    model = fresh_model(family)
+    shown = pictures_of(family)
+    inputs, part = model.backbone.prepare(shown, PROMPTS), model.perspectives["alignment"]
+    with torch.no_grad():
+        reading, expected = model.backbone.read(inputs), []
+        for i in range(3):
+            last, visual = reading.hidden[i][reading.hidden_mask[i]][-1:], reading.visual[i][reading.visual_mask[i]]
+            everything = torch.ones(1, len(visual), dtype=torch.bool)
+            expected.append(part.head(part.skip_ca(last, visual[None], everything)))
+        assert_same(model(**inputs), torch.cat(expected))
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+def snapshot(model: RewardModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def one_step(model: RewardModel, family: str) -> None:
+    """AdamW on one pair, as far as a test needs it."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    verdicts = model(**model.backbone.prepare(pictures_of(family)[:2], ["a red fox", "a red fox"]))
+    preference_losses((verdicts[:1] - verdicts[1:])[:, 0], torch.tensor([False])).sum().backward()
+    optimizer.step()
+
+
+def names_in(model: RewardModel, group: str) -> set[str]:
+    """The names, within the whole model, of the parameters of a group of the perspective in use."""
+    ids = {id(parameter) for parameter in model.groups(model.active)[group].values()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
+
+
+@pytest.mark.parametrize("groups", [GROUPS, ("lora",), ("projector", "head"), ("skip_ca",)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_step_moves_every_tensor_of_the_groups_that_learn_and_nothing_else(
+    family: str, groups: tuple[str, ...]
+) -> None:
+    """LoRA's B is scattered first: while it is zero, as at the start, A has no gradient (the next test)."""
+    model = fresh_model(family)
+    model.add(facts_of(family, perspective="safety"))  # frozen too
+    model.use("alignment")
+    model.learn(groups)
+    before = snapshot(model)
+    one_step(model, family)
+    moved = {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])}
+    expected = [names_in(model, group) for group in groups]
+    assert all(expected)
+    assert moved == set().union(*expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_lora_moves_its_second_half_first_and_all_of_it_in_two_steps(family: str) -> None:
+    model = RewardModel(fresh_backbone(family))
+    model.add(facts_of(family))
+    model.learn()
+    lora = model.groups("alignment")["lora"]
+    start = {name: parameter.detach().clone() for name, parameter in lora.items()}
+    one_step(model, family)
+    for name, parameter in lora.items():
+        assert torch.equal(parameter, start[name]) == (".lora_A." in name)
+    one_step(model, family)
+    assert not any(torch.equal(parameter, start[name]) for name, parameter in lora.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untrained_perspective_reads_as_the_backbone_does(family: str) -> None:
+    """LoRA starts as nothing, the projector as the backbone's own."""
+    backbone = fresh_backbone(family)
+    inputs = backbone.prepare(pictures_of(family), PROMPTS)
+    with torch.no_grad():
+        before = backbone.read(inputs)
+        model = RewardModel(backbone)
+        model.add(facts_of(family))
+        after = backbone.read(inputs)
+    assert torch.equal(before.hidden, after.hidden)
+    assert torch.equal(before.visual, after.visual)
+    lora = model.groups("alignment")["lora"]
+    assert len(lora) == 2 * 2 * 7  # A and B in two layers of seven matrices
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_learns_is_float32_and_the_rest_as_it_was_loaded(dtype: torch.dtype) -> None:
+    model = RewardModel(fresh_backbone("qwen2_5_vl", dtype=dtype))
+    model.add(facts_of("qwen2_5_vl"))
+    model.learn()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+
+
+@pytest.mark.parametrize("skip_ca", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_parameter_table_adds_up(family: str, skip_ca: bool) -> None:
+    model = fresh_model(family, skip_ca=skip_ca)
+    rows = {name: int(n.replace(",", "")) for name, n in re.findall(r"^(\w+) +([\d,]+)$", parameter_table(model), re.M)}
+    expected = {"lora", "projector", "head", "trained", "frozen"} | ({"skip_ca"} if skip_ca else set())
+    assert rows.keys() == expected
+    trained = sum(rows[group] for group in GROUPS if group in rows)
+    total = sum(p.numel() for p in model.parameters())
+    assert rows["trained"] == trained
+    assert rows["trained"] + rows["frozen"] == total
+    assert rows["head"] == WIDTH
+    if skip_ca:
+        assert rows["skip_ca"] == 3 * WIDTH**2 + WIDTH
+    assert f"{100 * trained / total:.1f} % of {total:,} parameters learn" in parameter_table(model)
+
+
+def test_the_seed_makes_the_start_and_leaves_the_callers_generator_alone() -> None:
+    def start(seed: int) -> dict[str, Tensor]:
+        model = RewardModel(fresh_backbone("llava"))
+        model.add(facts_of("llava"), seed=seed)
+        return bundle_tensors(model, "alignment")
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, again, other = start(1), start(1), start(2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+    assert not any(torch.equal(one[key], other[key]) for key in one if ".lora_A." in key)
+
+
+# --- bundles --------------------------------------------------------------------------------------
+
+PERSPECTIVES = {
+    "alignment": {"seed": 1},
+    "fidelity": {"seed": 2, "perspective": "fidelity", "skip_ca": False, "lora_rank": 3},
+    "safety": {"seed": 3, "perspective": "safety", "skip_ca_heads": 4, "lora_alpha": 1.0},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_ca": False}, {"head": "general_preference", "template": "published"}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_judge_gives_the_same_verdicts_to_the_bit(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = fresh_model(family, **options)
+    save_bundle(model.facts["alignment"], bundle_tensors(model, "alignment"), tmp_path)
+    loaded = load_judge(tmp_path)
+    inputs = model.backbone.prepare(pictures_of(family), PROMPTS)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs), loaded(**loaded.backbone.prepare(pictures_of(family), PROMPTS)))
+    assert loaded.facts == model.facts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bundle_is_one_safetensors_file_and_one_json_of_just_what_learns(family: str) -> None:
+    folder, without = judge_folder(family), judge_folder(family, skip_ca=False)
+    for bundle in (folder, without):
+        assert {path.name for path in bundle.iterdir()} == {"llava_reward.safetensors", "llava_reward.json"}
+    with_skip_ca, plain = load_file(folder / WEIGHTS), load_file(without / WEIGHTS)
+    assert {key.partition(".")[0] for key in with_skip_ca} == set(GROUPS)
+    assert {key.partition(".")[0] for key in plain} == set(GROUPS) - {"skip_ca"}
+    assert {tensor.dtype for tensor in with_skip_ca.values()} == {torch.float32}
+    assert json.loads((folder / FACTS).read_text())["format"] == 1
+    assert read_facts(folder) == facts_of(family)
+    assert Facts.from_json(facts_of(family).to_json(), where="here") == facts_of(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_skip_ca_a_score_is_the_head_of_the_last_word(family: str) -> None:
+    model = fresh_model(family, skip_ca=False)
+    inputs = model.backbone.prepare(pictures_of(family), PROMPTS)
+    with torch.no_grad():
+        reading = model.backbone.read(inputs)
+        last = torch.stack([reading.hidden[i][reading.hidden_mask[i]][-1] for i in range(3)])
+        assert_same(model(**inputs), last @ model.perspectives["alignment"].head.weight.T)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_perspectives_on_one_backbone_are_their_own_judges_to_the_bit(family: str) -> None:
+    """Also after being swapped back and forth, and all at once, with one look at each picture."""
+    folders = {name: judge_folder(family, **options) for name, options in PERSPECTIVES.items()}
+    shown = pictures_of(family)
+    own = {name: LlavaReward.from_pretrained(folder).score(shown, PROMPTS) for name, folder in folders.items()}
+    assert min((own[a] - own[b]).abs().max() for a in own for b in own if a < b) > 0.1
+    judge = LlavaReward.from_pretrained(folders["alignment"])
+    assert [judge.add(folders[name]) for name in ("fidelity", "safety")] == ["fidelity", "safety"]
+    assert judge.perspectives == list(PERSPECTIVES)
+    for name in ("safety", "alignment", "fidelity", "safety", "fidelity", "alignment"):
+        assert torch.equal(judge.score(shown, PROMPTS, perspective=name), own[name])
+    assert torch.equal(judge.score(shown, PROMPTS), own["alignment"])  # the first, unless another is named
+    with counting(vision_tower(judge)) as calls:
+        everything = judge.score_all(shown, PROMPTS)
+    assert len(calls) == 1
+    assert {name: scores.tolist() for name, scores in everything.items()} == {
+        name: scores.tolist() for name, scores in own.items()
+    }
+    with counting(vision_tower(judge)) as calls:
+        for name, scores in judge.score_all(shown, PROMPTS, batch_size=2).items():
+            assert_same(scores, own[name])
+    assert len(calls) == 2
+    assert all(not p.requires_grad for p in judge.model.parameters())
+    assert not any(module.training for module in judge.model.modules())
+
+
+def test_the_gradient_through_all_perspectives_is_the_sum_of_theirs() -> None:
+    judge = load("qwen2_5_vl", **PERSPECTIVES["alignment"])
+    judge.add(judge_folder("qwen2_5_vl", **PERSPECTIVES["safety"]))
+    gradients = []
+    for names in (["alignment", "safety"], ["alignment"], ["safety"]):
+        pixels = picture(60, 60).requires_grad_()
+        scores = judge.score_all([pixels], ["a fox"]) if len(names) == 2 else None
+        parts = scores.values() if scores else [judge.score([pixels], ["a fox"], perspective=names[0])]
+        torch.cat(list(parts)).sum().backward()
+        gradients.append(pixels.grad)
+    assert_close(gradients[0], gradients[1] + gradients[2], rtol=1e-3, atol=1e-5)
+
+
+def test_one_bundle_may_be_added_twice_under_two_names_but_not_under_one() -> None:
+    judge = load("llava", seed=1)
+    assert judge.add(judge_folder("llava", seed=2), name="second") == "second"
+    with pytest.raises(ValueError, match="already is a perspective 'alignment'"):
+        judge.add(judge_folder("llava", seed=2))
+    shown = pictures_of("llava")
+    assert torch.equal(judge.score(shown, PROMPTS, perspective="second"), load("llava", seed=2).score(shown, PROMPTS))
+    assert torch.equal(judge.score(shown, PROMPTS), load("llava", seed=1).score(shown, PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["mlp", "self_attn", "layers", "q_proj", "lora", "lora_a", "default"])
+def test_a_perspective_may_be_called_like_a_part_of_the_model(name: str) -> None:
+    """Names of bundles' tensors are made by taking the perspective's out."""
+    plain, named = load("llava"), load("llava", perspective=name)
+    assert (
+        load_file(judge_folder("llava", perspective=name) / WEIGHTS).keys()
+        == bundle_tensors(plain.model, "alignment").keys()
+    )
+    shown = pictures_of("llava")
+    assert torch.equal(named.score(shown, PROMPTS), plain.score(shown, PROMPTS))
+
+
+def test_a_backbone_inside_the_bundles_folder_travels_with_it(tmp_path: Path) -> None:
+    """The folder can be moved: its facts name the backbone as seen from there."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(backbone_folder("llava"), here / "backbone")
+    model = RewardModel(fresh_backbone("llava"))
+    model.add(Facts(backbone=str(here / "backbone"), model_type="llava", width=WIDTH, lora_rank=2))
+    scatter(model, seed=0)
+    save_bundle(model.facts["alignment"], bundle_tensors(model, "alignment"), here)
+    expected = LlavaReward(model).score(pictures_of("llava"), PROMPTS)
+    here.rename(there)
+    assert torch.equal(LlavaReward.from_pretrained(there).score(pictures_of("llava"), PROMPTS), expected)
+
+
+def broken(tmp_path: Path, *, seed: int = 0, **facts: Any) -> Path:
+    """A copy of the LLaVA judge with other facts."""
+    folder = tmp_path / "broken"
+    shutil.copytree(judge_folder("llava", seed=seed), folder)
+    known = json.loads((folder / FACTS).read_text()) | facts
+    (folder / FACTS).write_text(json.dumps({key: value for key, value in known.items() if value != "absent"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"width": 64}, "width 64; this one has 32"),
+        ({"model_type": "qwen2_5_vl"}, "a backbone of type 'qwen2_5_vl'; this one is 'llava'"),
+        ({"colour": "red", "age": 3}, "does not know: age, colour"),
+        ({"width": "absent"}, "lacks .*width"),
+        ({"format": 2}, "not a judge of format 1"),
+        ({"format": "absent"}, "not a judge of format 1"),
+        ({"head": "vector"}, "head is 'vector'; it must be scalar or general_preference"),
+        ({"temperature": 0}, "temperature is 0; it must be positive"),
+        ({"tie_width": -0.1}, "tie_width is -0.1; it must be at least 0"),
+        ({"lora_rank": 0}, "lora_rank is 0; it must be at least 1"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it must be in"),
+        ({"template": "mine"}, "template is 'mine'; it must be family or published"),
+        ({"perspective": "Not a name"}, "perspective is 'Not a name'; it must be lower-case"),
+        ({"lora_rank": 3}, "does not fit its facts: lora.* is .*not"),
+        ({"skip_ca": False}, r"does not fit its facts: skip_ca.* is too much"),
+        ({"head": "general_preference"}, r"does not fit its facts: head.weight is \(1, 32\), not \(2, 32\)"),
+        ({"skip_ca_heads": 5}, r"skip_ca_heads \(5\) must divide the width"),
+    ],
+)
+def test_wrong_facts_are_named_with_their_file(facts: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = broken(tmp_path, **facts)
+    with pytest.raises(ValueError, match=message) as caught:
+        LlavaReward.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_facts_that_are_no_json_or_no_facts_are_named(tmp_path: Path) -> None:
+    folder = broken(tmp_path)
+    (folder / FACTS).write_text("{")
+    with pytest.raises(ValueError, match=r"llava_reward\.json is not JSON"):
+        LlavaReward.from_pretrained(folder)
+    (folder / FACTS).write_text("[1]")
+    with pytest.raises(ValueError, match=r"llava_reward\.json is not a judge of format 1"):
+        LlavaReward.from_pretrained(folder)
+    (folder / FACTS).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{folder} holds no judge: it has no llava_reward\.json"):
+        LlavaReward.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match=f"no judge in '{tmp_path}/nowhere'"):
+        LlavaReward.from_pretrained(tmp_path / "nowhere")
+
+
+def test_weights_that_are_cut_short_missing_or_other_are_named(tmp_path: Path) -> None:
+    folder = broken(tmp_path)
+    path, whole = folder / WEIGHTS, (folder / WEIGHTS).read_bytes()
+    tensors = load_file(judge_folder("llava") / WEIGHTS)  # not of `path`: they stay on the file, which gets shorter
+    for size in (len(whole) - 1, len(whole) // 2, 4, 0):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"The weights {path} cannot be read"):
+            LlavaReward.from_pretrained(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"The weights {path} cannot be read"):
+        LlavaReward.from_pretrained(folder)
+    save_file({key: tensor for key, tensor in tensors.items() if key != "skip_ca.key.weight"}, path)
+    with pytest.raises(ValueError, match=rf"{path} does not fit its facts: skip_ca\.key\.weight is missing"):
+        LlavaReward.from_pretrained(folder)
+    save_file({**tensors, "skip_ca.bias": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=rf"{path} does not fit its facts: skip_ca\.bias is too much"):
+        LlavaReward.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": "published"}, "its template is 'published', not 'family'"),
+        ({"width": 64}, "width 64; this one has 32"),
+        ({"model_type": "qwen2_5_vl"}, "of type 'qwen2_5_vl'; this one is 'llava'"),
+        ({"backbone": "elsewhere"}, "its backbone is 'elsewhere'"),
+        ({"lora_rank": 3}, "does not fit its facts"),
+    ],
+)
+def test_a_bundle_that_does_not_fit_is_not_added_and_leaves_the_judge_as_it_was(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Not even half: an untrained perspective would answer score_all."""
+    judge, shown = load("llava"), pictures_of("llava")
+    before, tensors = judge.score(shown, PROMPTS), set(judge.model.state_dict())
+    folder = broken(tmp_path, seed=2, perspective="safety", **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        judge.add(folder)
+    assert str(folder) in str(caught.value)
+    assert judge.perspectives == ["alignment"]
+    assert list(judge.score_all(shown, PROMPTS)) == ["alignment"]
+    assert torch.equal(judge.score(shown, PROMPTS), before)
+    assert set(judge.model.state_dict()) == tensors
+    assert judge.add(judge_folder("llava", seed=2, perspective="safety")) == "safety"  # and there still is room
+    own = load("llava", seed=2, perspective="safety").score(shown, PROMPTS)
+    assert torch.equal(judge.score(shown, PROMPTS, perspective="safety"), own)
+
+
+def test_qwen_bundles_that_bound_pictures_otherwise_do_not_share_a_backbone() -> None:
+    judge = load("qwen2_5_vl")
+    other = judge_folder("qwen2_5_vl", perspective="safety", max_pixels=6272)
+    with pytest.raises(ValueError, match="its max_pixels is 6272, not None"):
+        judge.add(other)
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_width": 0.7}, {"head": "general_preference", "tie_width": 0.2}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_orders_of_a_comparison_sum_to_one(family: str, options: dict[str, Any]) -> None:
+    judge = load(family, temperature=3.0, **options)
+    first, second = pictures_of(family), pictures_of(family)[::-1]
+    there, back = judge.compare(first, second, PROMPTS), judge.compare(second, first, PROMPTS)
+    assert_close(there + back, torch.ones(3), rtol=0, atol=1e-5)
+    assert torch.equal(judge.compare(first, first, PROMPTS), torch.full((3,), 0.5))
+    assert (there - 0.5).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_comparison_by_scores_is_their_difference_over_the_temperature(family: str) -> None:
+    judge = load(family, temperature=2.0, tie_width=0.4)
+    first, second = pictures_of(family), pictures_of(family)[::-1]
+    gap = (judge.score(first, PROMPTS) - judge.score(second, PROMPTS)) / 2
+    assert_same(judge.logits(first, second, PROMPTS), gap)
+    won, lost = torch.sigmoid(gap - 0.4), torch.sigmoid(-gap - 0.4)
+    assert_same(judge.compare(first, second, PROMPTS), won + (1 - won - lost) / 2)
+
+
+def test_one_picture_may_be_compared_under_two_prompts() -> None:
+    judge, shown = load("llava", temperature=2.0), pictures_of("llava")
+    other = PROMPTS[::-1]
+    expected = (judge.score(shown, PROMPTS) - judge.score(shown, other)) / 2
+    assert_same(judge.logits(shown, shown, PROMPTS, second_prompts=other), expected)
+    with pytest.raises(ValueError, match="3 pictures came with 0 prompts"):
+        judge.logits(shown, shown, PROMPTS, second_prompts=[])
+    with pytest.raises(ValueError, match="1 first and 3 second"):
+        judge.compare(shown[:1], shown, PROMPTS[:1], second_prompts=PROMPTS)
+
+
+def test_a_general_preference_judge_compares_but_gives_no_scores() -> None:
+    judge, shown = load("llava", head="general_preference"), pictures_of("llava")
+    for ask in (judge.score, judge.score_all):
+        with pytest.raises(ValueError, match=r"'alignment' has a general-preference head.*Use compare\(first, second"):
+            ask(shown, PROMPTS)
+    judge.add(judge_folder("llava", perspective="safety"))
+    assert judge.score(shown, PROMPTS, perspective="safety").shape == (3,)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_pictures_and_prompts_that_do_not_match_are_refused() -> None:
+    judge, one = load("llava"), picture(28, 28)
+    with pytest.raises(ValueError, match="2 pictures came with 1 prompts"):
+        judge.score([one, one], ["a fox"])
+    with pytest.raises(ValueError, match="1 pictures came with 3 prompts"):
+        judge.compare([one], [one], PROMPTS)
+    with pytest.raises(TypeError, match=r"prompts is one text \('a fox'\)"):
+        judge.score([one] * 5, "a fox")
+    with pytest.raises(ValueError, match="no picture to score"):
+        judge.score([], [])
+    with pytest.raises(ValueError, match="no picture to score"):
+        judge.score(torch.zeros(0, 3, 8, 8), [])
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
+            judge.score([one], ["a fox"], batch_size=batch_size)
+
+
+def test_a_single_picture_in_place_of_a_list_is_refused(tmp_path: Path) -> None:
+    """A path has a length too, and would be taken for as many pictures as it has letters."""
+    judge = load("llava")
+    with pytest.raises(TypeError, match=r"images is one text \('fox\.png'\)"):
+        judge.score("fox.png", ["a fox"])
+    with pytest.raises(ValueError, match=r"shape \(28, 28\) is no picture"):
+        judge.score(picture(28, 28), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "torch.int64"),
+        (torch.full((3, 8, 8), torch.nan), "not finite"),
+        (torch.zeros(8, 8, 3), r"\(8, 8, 3\)"),
+        (np.zeros((8, 8, 4), dtype=np.uint8), r"\(8, 8, 4\)"),
+        (Path("/nowhere/fox.png"), "/nowhere/fox.png"),
+        (Path(__file__), "test_reward_model.py' is no picture"),
+    ],
+)
+def test_what_is_no_picture_is_named(given: Any, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load("llava").score([picture(28, 28), given], ["a fox"] * 2)
+
+
+def test_a_decompression_bomb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (20, 30)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 599)
+    with pytest.raises(ValueError, match=r"bomb\.png' has 20 x 30 pixels, more than 599"):
+        load("llava").score([tmp_path / "bomb.png"], ["a fox"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transparent_and_turned_files_score_as_what_one_sees(family: str, tmp_path: Path) -> None:
+    array = bytes_of(60, 57).permute(1, 2, 0).numpy()
+    rgba = np.dstack([array, np.full((60, 57), 255, dtype=np.uint8)])
+    rgba[:20, :, 3] = 0
+    Image.fromarray(rgba).save(tmp_path / "transparent.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(array)).save(tmp_path / "turned.png", exif=exif)
+    white = array.copy()
+    white[:20] = 255
+    files: Sequence[Any] = [tmp_path / "transparent.png", white, tmp_path / "turned.png", array]
+    scores = load(family).score(files, ["a red fox"] * 4)
+    assert_same(scores[::2], scores[1::2])
+    assert (scores[0] - scores[2]).abs() > 0.05
+
+
+def test_perspectives_that_are_not_there_are_refused_by_name() -> None:
+    judge = load("llava")
+    for ask in (judge.facts, lambda name: judge.score([picture(28, 28)], ["a fox"], perspective=name)):
+        with pytest.raises(KeyError, match="no perspective 'beauty' here; there are alignment"):
+            ask("beauty")
+    with pytest.raises(KeyError, match="no perspective 'beauty' here; there are none"):
+        RewardModel(fresh_backbone("llava")).use("beauty")

@@ -1,0 +1,327 @@
+"""The reward training: what is minimised, what learns, and that nothing is lost when it is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from reward_model.checkpoint import WEIGHTS, bundle_tensors, read_facts
+from reward_model.training import Collator, JudgeTrainer, Objective, newest_checkpoint, seal
+from reward_model.types import LabelledImage, PreferencePair, Record
+from tests.judges import backbone_folder, fresh_model
+
+ROOT = Path(__file__).parent.parent
+NO_TIES, NOTHING = torch.zeros(0, dtype=torch.bool), torch.zeros(0)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def draw(path: Path, colour: tuple[int, int, int], *, seed: int) -> None:
+    noise = np.random.default_rng(seed).integers(0, 60, (28, 28, 3))
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pairs.jsonl (bright beats dark), mixed.jsonl (also ties and labels) and published.json."""
+    folder = tmp_path_factory.mktemp("data")
+    rows: list[dict[str, Any]] = []
+    for i in range(24):
+        draw(folder / f"bright{i}.png", (190, 180, 170), seed=i)
+        draw(folder / f"dark{i}.png", (20, 10, 30), seed=100 + i)
+        rows.append({"prompt": f"a red fox {i % 6}", "winner": f"bright{i}.png", "loser": f"dark{i}.png"})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixed = [
+        *rows[:8],
+        *({"prompt": f"a tie {i}", "tie": [f"bright{i}.png", f"bright{i + 1}.png"]} for i in range(4)),
+        *({"prompt": f"a label {i}", "image": f"bright{i}.png", "label": 1} for i in range(4)),
+        *({"prompt": f"a label {i}", "image": f"dark{i}.png", "label": 0} for i in range(4)),
+    ]
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    published = [
+        {"prompt_id": str(i), "prompt": f"a red fox {i % 6}", "chosen_path": f"bright{i}.png", "c_rate": 6,
+         "reject_path": f"dark{i}.png", "r_rate": 2}
+        for i in range(24)
+    ]  # fmt: skip
+    (folder / "published.json").write_text(json.dumps(published))
+    return folder
+
+
+def command(data: Path, folder: Path, *, processes: int = 1, **values: Any) -> list[str]:
+    """The recipe on the tiny LLaVA."""
+    settings: dict[str, Any] = {
+        "backbone": backbone_folder("llava"), "training": data / "pairs.jsonl", "validation": data / "pairs.jsonl",
+        "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2, "pairs_per_batch": 4, "accumulation_steps": 1,
+        "max_steps": 8, "evaluate_every": 4, "early_stop_after": 0, "num_cpu_threads": 1, "run_folder": folder,
+        **values,
+    }  # fmt: skip
+    config = ROOT / "accelerate_configs" / ("ddp.yaml" if processes > 1 else "single.yaml")
+    launch = ["--config_file", str(config), "--num_processes", str(processes)]
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "accelerate.commands.launch", *launch, "recipes/train_reward_model.py", *flags]
+
+
+def run(arguments: list[str], *, fails: bool = False) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    result = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    assert (result.returncode != 0) == fails, output
+    return output
+
+
+def judge_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "judge" / WEIGHTS)
+
+
+# --- what is minimised ----------------------------------------------------------------------------
+
+
+def test_bradley_terry_over_a_batch_by_hand() -> None:
+    """Two pairs, of which one is judged rightly, and a bad picture called good."""
+    verdicts = torch.tensor([[0.3], [0.0], [0.1], [0.2], [2.0]])
+    loss, right = Objective()(verdicts, torch.tensor([False, False]), torch.zeros(2), torch.tensor([0.0]))
+    expected = [math.log1p(math.exp(-2.0)), math.log1p(math.exp(2.0)), math.log1p(math.exp(2.0))]
+    assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert right.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_cross_entropy_takes_a_pair_for_two_labels() -> None:
+    verdicts = torch.tensor([[1.0], [-0.5]])
+    loss, _ = Objective(loss="cross_entropy", temperature=1.0)(verdicts, torch.tensor([False]), torch.zeros(1), NOTHING)
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.5))) / 2)
+
+
+def test_general_preference_over_a_batch_by_hand() -> None:
+    verdicts = torch.tensor([[1.0, 0.0], [0.0, 0.1]])
+    loss, right = Objective(loss="general_preference")(verdicts, torch.tensor([False]), torch.zeros(1), NOTHING)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-1.0)))
+    assert right.tolist() == [1.0]
+
+
+def test_a_rating_gap_asks_for_a_lead() -> None:
+    """With a margin of 0.5 for each unit, a gap of 2 takes 1 off the log-odds."""
+    verdicts = torch.tensor([[0.3], [0.0]])
+    loss, _ = Objective(margin_per_rating=0.5)(verdicts, torch.tensor([False]), torch.tensor([2.0]), NOTHING)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-2.0)))
+
+
+def test_a_tie_is_neither_right_nor_wrong_and_pulls_scores_together() -> None:
+    verdicts = torch.tensor([[0.3], [0.0]], requires_grad=True)
+    loss, right = Objective(tie_width=0.5)(verdicts, torch.tensor([True]), torch.zeros(1), NOTHING)
+    loss.backward()
+    assert right.isnan().all()
+    assert verdicts.grad is not None
+    assert verdicts.grad[0] > 0 > verdicts.grad[1]
+
+
+PAIR = PreferencePair(Path("a.png"), Path("b.png"), "a fox", "a fox", where="data.jsonl:3")
+TIE = PreferencePair(Path("a.png"), Path("b.png"), "a fox", "a fox", tie=True, where="data.jsonl:4")
+LABEL = LabelledImage(Path("a.png"), "a fox", 1, where="data.jsonl:5")
+
+
+@pytest.mark.parametrize(
+    ("objective", "record", "words"),
+    [
+        (Objective(loss="general_preference"), LABEL, "data.jsonl:5 is a label"),
+        (Objective(loss="cross_entropy"), TIE, "data.jsonl:4 is a tie"),
+        (Objective(tie_width=0.0), TIE, "tie_width > 0"),
+    ],
+)
+def test_what_a_loss_cannot_learn_from_is_refused(objective: Objective, record: Record, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        objective.check([PAIR, record])
+
+
+def test_rows_are_winners_then_losers_then_labels(data: Path) -> None:
+    model = fresh_model("llava")
+    records: list[Record] = [
+        LabelledImage(data / "dark0.png", "dark", 0),
+        PreferencePair(data / "bright1.png", data / "dark1.png", "w", "l", rating_gap=2.0),
+    ]
+    batch = Collator(model, records)([{"record": 0}, {"record": 1}])
+    assert len(batch["input_ids"]) == 3
+    brightness = batch["pixel_values"].mean((1, 2, 3))
+    assert brightness[0] > brightness[1]
+    assert batch["tie"].tolist() == [False]
+    assert batch["gap"].tolist() == [2.0]
+    assert batch["label"].tolist() == [0.0]
+
+
+def test_a_picture_that_breaks_later_is_named(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    record = LabelledImage(tmp_path / "broken.png", "x", 1, where="data.jsonl:9")
+    with pytest.raises(ValueError, match=r"data\.jsonl:9: .*broken\.png"):
+        Collator(fresh_model("llava"), [record])([{"record": 0}])
+
+
+# --- the trainer ----------------------------------------------------------------------------------
+
+
+def trainer_of(data: Path, tmp_path: Path, **more: Any) -> JudgeTrainer:
+    from trl import RewardConfig
+
+    args = RewardConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_dropout=False, max_length=None,
+        remove_unused_columns=False, max_steps=3, per_device_train_batch_size=4, activation_checkpointing=False,
+        save_strategy="no", learning_rate=1e-2, bf16=False,
+    )  # fmt: skip
+    pairs = [PreferencePair(data / f"bright{i}.png", data / f"dark{i}.png", "x", "x") for i in range(8)]
+    rates = {"lora": 1e-2, "projector": 2e-3, "skip_ca": 3e-3, "head": 4e-3}
+    return JudgeTrainer(
+        fresh_model("llava"), objective=Objective(), training=pairs, validation=[], args=args, learning_rates=rates,
+        **more,
+    )  # fmt: skip
+
+
+def test_each_part_has_its_own_learning_rate(data: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(data, tmp_path)
+    groups = trainer.create_optimizer().param_groups
+    assert {g["name"]: g["lr"] for g in groups} == {"lora": 1e-2, "projector": 2e-3, "skip_ca": 3e-3, "head": 4e-3}
+    optimised = {id(p) for g in groups for p in g["params"]}
+    assert optimised == {id(p) for p in trainer.judge.parameters() if p.requires_grad}
+
+
+def test_all_parts_move_and_the_backbone_does_not(data: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(data, tmp_path)
+    judge = trainer.judge
+    trained = {id(p) for named in judge.groups(judge.active).values() for p in named.values()}
+    before = {name: p.detach().clone() for name, p in judge.named_parameters()}
+    trainer.train()
+    for name, parameter in judge.named_parameters():
+        assert torch.equal(parameter, before[name]) != (id(parameter) in trained), name
+
+
+def test_lora_only_leaves_the_rest_as_it_began(data: Path, tmp_path: Path) -> None:
+    """The published optimiser."""
+    trainer = trainer_of(data, tmp_path, lora_only=True)
+    before = {k: v.clone() for k, v in bundle_tensors(trainer.judge, trainer.judge.active).items()}
+    trainer.train()
+    for key, tensor in bundle_tensors(trainer.judge, trainer.judge.active).items():
+        assert torch.equal(tensor, before[key]) != key.startswith("lora."), key
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_was_not_finished_or_was_damaged_is_passed_over(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text(str(step))
+    for step in (2, 4, 6):
+        seal(tmp_path / f"checkpoint-{step}")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    (tmp_path / "checkpoint-6" / "weights").write_text("7")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    (tmp_path / "checkpoint-4" / "weights").unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_as_never_stopped(data: Path, tmp_path: Path) -> None:
+    """kill -9 at any moment, here after the second checkpoint; with dropout, so that its draws must resume too."""
+    steps = {"max_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2}
+    run(command(data, tmp_path / "whole", **steps))
+    killed = command(data, tmp_path / "killed", **steps)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    process = subprocess.Popen(
+        killed, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint-8" / "complete.json").exists():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "judge").exists(), "it had finished before it was killed"
+    output = run([*killed, "--resume", "true"])
+    assert "Resuming from" in output
+    whole, resumed = judge_of(tmp_path / "whole"), judge_of(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, resumed[key]), key
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_judge_that_one_does(data: Path, tmp_path: Path) -> None:
+    """Two processes of 4 pairs, or one that accumulates 2 batches of 4: the same update, up to rounding."""
+    same = {"lora_dropout": 0.0, "max_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3}
+    run(command(data, tmp_path / "one", accumulation_steps=2, **same))
+    run(command(data, tmp_path / "two", processes=2, **same))
+    two = judge_of(tmp_path / "two")
+    for key, tensor in judge_of(tmp_path / "one").items():
+        assert_close(tensor, two[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# --- the recipe -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_it_learns_says_what_it_does_and_keeps_the_best(data: Path, tmp_path: Path) -> None:
+    output = run(command(data, tmp_path / "run", max_steps=24, test=data / "published.json"))
+    for word in ("lora", "projector", "skip_ca", "head", "trained", "frozen", "published", "accuracy_ties_wrong"):
+        assert word in output
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["published"][0]["value"] == 1.0
+    facts = read_facts(tmp_path / "run" / "judge")
+    assert facts.score_std is not None
+    assert facts.score_std > 0
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    state = json.loads((newest / "trainer_state.json").read_text())
+    best = load_file(Path(state["best_model_checkpoint"]) / WEIGHTS)
+    assert all(torch.equal(tensor, best[key]) for key, tensor in judge_of(tmp_path / "run").items())
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lora_rank"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "loss", "more"),
+    [
+        ("published.json", "general_preference", {"margin_per_rating": 0.1}),
+        ("published.json", "cross_entropy", {"skip_ca": "false", "validation": ""}),
+        ("mixed.jsonl", "bradley_terry", {"gradient_checkpointing": "true", "skip_ca_heads": 4}),
+    ],
+)
+def test_every_format_and_loss_trains(data: Path, tmp_path: Path, file: str, loss: str, more: dict[str, Any]) -> None:
+    small = {"training": data / file, "loss": loss, "max_steps": 2, "evaluate_every": 2, **more}
+    if not small.get("validation", True):
+        small |= {"validation": "null", "validation_share": 0.3}
+    run(command(data, tmp_path / "run", **small))
+    facts = read_facts(tmp_path / "run" / "judge")
+    assert facts.head == ("general_preference" if loss == "general_preference" else "scalar")
+    assert (facts.tie_width > 0) == (file == "mixed.jsonl")
+
+
+@pytest.mark.slow
+def test_a_bad_record_stops_the_run_or_is_written_down(data: Path, tmp_path: Path) -> None:
+    lines = (data / "pairs.jsonl").read_text().splitlines()
+    lines[3] = lines[3].replace("bright3", "missing")
+    for picture in data.glob("*.png"):
+        shutil.copy(picture, tmp_path)
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    bad = {"training": tmp_path / "bad.jsonl", "max_steps": 1, "evaluate_every": 1}
+    output = run(command(data, tmp_path / "stopped", **bad), fails=True)
+    assert "bad.jsonl:4" in output
+    assert "missing.png" in output
+    run(command(data, tmp_path / "skipped", on_bad_record="skip", **bad))
+    (skipped,) = (tmp_path / "skipped" / "skipped.jsonl").read_text().splitlines()
+    assert "bad.jsonl:4" in json.loads(skipped)["where"]
