@@ -211,6 +211,7 @@ def main(config: Config) -> Path:
 
 def start(config: Config) -> tuple[RewardConfig, Path]:
     """Set up the processes, claim the run folder, and say to trl what the config says."""
+    from accelerate.utils import DistributedType
     from trl.trainer.reward_config import RewardConfig
 
     from rlhf_t2i.run import claim_folder, keep_trackers_quiet, share_cores, stop_with_the_launcher
@@ -257,6 +258,9 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
         report_to=trackers or "none",
         seed=config.seed,
     )
+    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if sharded or args.distributed_state.distributed_type == DistributedType.FSDP:
+        raise ValueError("The judge's weights cannot be spread over processes yet; launch with DDP, or ZeRO-1 or -2.")
     folder = claim_folder(
         {**asdict(config), "mixed_precision": precision}, recipe="judge", free_to_change=_FREE_TO_CHANGE
     )
@@ -278,7 +282,8 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     if training == BUILT_IN:
         with state.main_process_first():
             made = built_in_pairs(config.seed)
-        training, validation = str(made / "train.jsonl"), validation or str(made / "validation.jsonl")
+        training = f"{made / 'train_drawn.jsonl'},{made / 'train_painted.jsonl'}"
+        validation = validation or str(made / "validation.jsonl")
         test = test or f"{made / 'test_drawn.jsonl'},{made / 'test_painted.jsonl'}"
 
     def read(files: str) -> list[Record]:

@@ -83,7 +83,10 @@ def add_bundle(model: RewardModel, folder: Path, *, name: str | None = None) -> 
     Raises ValueError if the bundle was trained on another family or width of backbone, or shows it pictures otherwise.
     """
     facts = read_facts(folder)
-    facts = replace(facts, perspective=name or facts.perspective)
+    source = Path(backbone_source(facts, folder))
+    # In full, so that one backbone has one name, whichever bundle's folder it is seen from.
+    backbone = str(source.resolve()) if source.is_dir() else facts.backbone
+    facts = replace(facts, perspective=name or facts.perspective, backbone=backbone)
     own = model.backbone.model.config.model_type
     if facts.model_type != own:
         raise ValueError(f"{folder} was trained on a backbone of type {facts.model_type!r}; this one is {own!r}.")
@@ -94,8 +97,18 @@ def add_bundle(model: RewardModel, folder: Path, *, name: str | None = None) -> 
                     f"{folder} cannot share a backbone with {other.perspective!r}: its {shared} is "
                     f"{getattr(facts, shared)!r}, not {getattr(other, shared)!r}."
                 )
-    model.add(facts)
-    load_weights(model, facts.perspective, folder / WEIGHTS)
+    before = model.active
+    try:
+        model.add(facts)
+    except ValueError as error:
+        raise ValueError(f"{folder} does not fit: {error}") from error
+    try:
+        load_weights(model, facts.perspective, folder / WEIGHTS)
+    except ValueError:
+        if before:  # an untrained perspective must not stay among the others
+            model.use(before)
+            model.remove(facts.perspective)
+        raise
     return facts.perspective
 
 

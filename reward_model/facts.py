@@ -74,7 +74,9 @@ class Facts:
             raise ValueError(f"{where} is not a judge of format {FORMAT}, the one that this version reads.")
         if unknown := values.keys() - {field.name for field in fields(Facts)}:
             raise ValueError(f"{where} holds facts that this version does not know: {', '.join(sorted(unknown))}.")
+        if missing := {"backbone", "model_type", "width"} - values.keys():
+            raise ValueError(f"{where} lacks facts: {', '.join(sorted(missing))}.")
         try:
             return Facts(**values)
-        except TypeError as error:
-            raise ValueError(f"{where} lacks a fact: {error}.") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error

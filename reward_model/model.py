@@ -12,13 +12,14 @@ never change.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float
 from peft import LoraConfig, inject_adapter_in_model
-from peft.functional import set_adapter
+from peft.functional import delete_adapter, set_adapter
 from torch import Tensor, nn
 
 from reward_model.backbones.load import LORA_TARGETS
@@ -85,12 +86,21 @@ class RewardModel(nn.Module):
                 target_modules=list(LORA_TARGETS),
                 init_lora_weights="gaussian",
             )
-            inject_adapter_in_model(lora, self.backbone.language_model, adapter_name=name)
+            with warnings.catch_warnings():  # that there are several is the point
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(lora, self.backbone.language_model, adapter_name=name)
         self.facts[name] = facts
         for parameters in self.groups(name).values():
             for parameter in parameters.values():
                 parameter.data = parameter.data.float()
         self.use(name)
+
+    def remove(self, name: str) -> None:
+        """Take away a perspective that is not the one in use."""
+        assert name != self.active
+        delete_adapter(self.backbone.language_model, name, prefix="lora_")
+        del self.backbone.language_model.peft_config[name]
+        del self.perspectives[name], self.facts[name]
 
     def use(self, name: str) -> None:
         """Put one perspective's LoRA and projector in place; KeyError, naming those there are, for any other."""
@@ -135,9 +145,10 @@ class RewardModel(nn.Module):
         """The parameters that belong to a perspective, in the groups that learn; names as a bundle stores them."""
         part = self._perspective(name)
         lora = {
-            key.replace(f".{name}.", "."): parameter
+            key.replace(f"{half}{name}.", half): parameter
             for key, parameter in self.backbone.language_model.named_parameters()
-            if f".lora_A.{name}." in key or f".lora_B.{name}." in key
+            for half in (".lora_A.", ".lora_B.")
+            if f"{half}{name}." in key
         }
         skip_ca = dict(part.skip_ca.named_parameters()) if part.skip_ca is not None else {}
         found = [lora, dict(part.projector.named_parameters()), skip_ca, dict(part.head.named_parameters())]

@@ -112,8 +112,10 @@ class LlavaReward:
     ) -> Float[Tensor, " B"]:
         """The log-odds that each first picture is preferred to its second, ties left out."""
         name = self._name(perspective)
+        if len(first) != len(second):
+            raise ValueError(f"{len(first)} first and {len(second)} second pictures came; there must be as many.")
         one = self._verdicts(first, prompts, [name], batch_size)[name]
-        two = self._verdicts(second, second_prompts or prompts, [name], batch_size)[name]
+        two = self._verdicts(second, prompts if second_prompts is None else second_prompts, [name], batch_size)[name]
         facts = self.model.facts[name]
         return preference_logits(one, two, kind=facts.head, temperature=facts.temperature)
 
@@ -153,6 +155,10 @@ class LlavaReward:
         """What each head says, a batch at a time; without a graph unless a picture asks for its gradient."""
         if isinstance(prompts, str):
             raise TypeError(f"prompts is one text ({prompts[:40]!r}); give a list with one prompt for each picture.")
+        if isinstance(images, str):
+            raise TypeError(f"images is one text ({images[:40]!r}); give a list of pictures.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts; there must be as many.")
         if not len(prompts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,11 +12,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from reward_model.datasets import load_records
+from rlhf_t2i.shapes.pairs import write_pairs
+from rlhf_t2i.shapes.scenes import all_scenes
+from tests.judges import backbone_folder
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)\n```$", README, flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [text for language, text in BLOCKS if language == ""]
-(SNIPPET,) = [text for language, text in BLOCKS if language == "python"]
+SNIPPET, JUDGE_SNIPPET = [text for language, text in BLOCKS if language == "python"]
+(RECORDS,) = [text for language, text in BLOCKS if language == "json"]
 TINY = {
     "num_steps": 1, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 4,
     "num_evaluation_images": 4, "microbatch_size": 8,
@@ -29,6 +36,11 @@ def run(arguments: list[str], *, cwd: Path = ROOT) -> str:
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def shown(command: str) -> list[str]:
+    """A command of the README, without `accelerate launch`."""
+    return command.replace("\\\n", " ").removeprefix("accelerate launch ").split()
 
 
 def flags(**values: object) -> list[str]:
@@ -92,3 +104,84 @@ def test_weights_are_compared_on_the_same_pictures(tmp_path: Path) -> None:
     base, exported, checkpoint = (line.partition(": ")[2] for line in lines)
     assert exported == checkpoint != base
     assert len(list((tmp_path / "evaluation" / "pictures").glob("*.png"))) == 3
+
+
+def test_the_readme_scores_a_picture_in_three_lines() -> None:
+    result = subprocess.run([sys.executable, "-c", JUDGE_SNIPPET], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert re.match(r"tensor\(\[-?\d+\.\d+\]\)", result.stdout)
+
+
+def test_every_line_that_the_readme_shows_is_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (28, 28), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
+    (tmp_path / "pairs.jsonl").write_text(RECORDS)
+    records = load_records(tmp_path / "pairs.jsonl")
+    assert len(records) == len(RECORDS.splitlines()) == 5
+    assert records[1].rating_gap == 2.0
+    assert records[2].tie
+    assert records[4].label == 1
+
+
+@pytest.mark.slow
+def test_a_judge_is_trained_measured_and_used_as_the_readme_says(tmp_path: Path) -> None:
+    """With the published settings for Qwen2.5-VL, on a tiny one."""
+    train, measure, use = next(text for text in COMMANDS if "runs/my-judge" in text).replace("\\\n", " ").split("\n")
+    prompts = [scene.prompt for scene in all_scenes("one", "training")[:8]]
+    rows = []
+    for i, prompt in enumerate(prompts):
+        for name, colour in (("good", "white"), ("bad", "black")):
+            Image.new("RGB", (56, 56), colour).save(tmp_path / f"{name}{i}.png")
+        rows.append(json.dumps({"prompt": prompt, "winner": f"good{i}.png", "loser": f"bad{i}.png"}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[:4]))
+    tiny = flags(
+        backbone=backbone_folder("qwen2_5_vl"), lora_rank=2, max_steps=1, evaluate_every=1, validation_share=0.3,
+        min_pixels=784, max_pixels=3136, mixed_precision="no", num_workers=0, pairs_per_batch=2,
+    )  # fmt: skip
+    commands = {"recipes/": f"{ROOT}/recipes/"}
+
+    def arguments(command: str) -> list[str]:
+        for old, new in commands.items():
+            command = command.replace(old, new)
+        return shown(command)
+
+    output = run([*arguments(train), *tiny], cwd=tmp_path)
+    assert "accuracy_ties_wrong" in output
+    output = run(arguments(measure), cwd=tmp_path)
+    assert "accuracy_ties_wrong" in output
+    (page,) = tmp_path.glob("runs/judge-evaluation-*/report.html")
+    assert "test" in page.read_text()
+    output = run([*arguments(use), *flags(**TINY, run_folder="out")], cwd=tmp_path)
+    assert "judge:runs/my-judge/judge" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "configs").glob("reward_*.yaml")), ids=lambda c: c.stem)
+def test_every_reward_config_is_understood(config: Path) -> None:
+    """Without running it: at full size it takes four GPUs."""
+    code = (
+        "import sys; sys.path.insert(0, 'recipes')\nfrom train_reward_model import Config\n"
+        f"from rlhf_t2i.config import parse_config\nprint(parse_config(Config, description='', arguments=['--config', "
+        f"{str(config)!r}]).perspective)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() in ("alignment", "fidelity", "safety", "ranking")
+
+
+@pytest.mark.slow
+def test_the_built_in_judge_is_trained_by_the_command_without_arguments(tmp_path: Path) -> None:
+    """Here with fewer pairs, made beforehand where the recipe looks for them."""
+    write_pairs(
+        tmp_path / "runs" / "shapes-pairs-0",
+        num_drawn=24,
+        num_painted=8,
+        num_paintings=200,
+        num_validation=8,
+        num_test=8,
+    )
+    output = run(
+        [str(ROOT / "recipes" / "train_reward_model.py"), *flags(max_steps=2, evaluate_every=2, run_folder="out")],
+        cwd=tmp_path,
+    )
+    for word in ("validation", "test_drawn", "test_painted", str(Path("out") / "judge")):
+        assert word in output

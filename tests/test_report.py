@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rlhf_t2i.report import Chart, charts, compare, draw, headline, read_metrics, time_split, write_report
+from rlhf_t2i.report import (
+    Chart,
+    charts,
+    compare,
+    draw,
+    hacking,
+    headline,
+    read_metrics,
+    time_split,
+    write_report,
+)
 
 Row = dict[str, Any]
 
@@ -296,3 +306,48 @@ def test_the_command_line_writes_the_page_without_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"{run}; assert 'torch' not in sys.modules", str(folder)]
     output = subprocess.check_output(command, cwd=Path(__file__).parents[1], text=True)
     assert output.strip() == str(folder / "report.html")
+
+
+# --- reward hacking -------------------------------------------------------------------------------
+
+
+def judged(step: int, *, judge: float, oracle: float) -> Row:
+    """400 pictures whose standard deviations are 2 (judge) and 0.5 (oracle)."""
+    errors = {"judge/standard_error": 0.1, "oracle/standard_error": 0.025}
+    means = {"oracle": oracle, "judge": judge, "diversity": 0.3}
+    return {"kind": "evaluation", "step": step, "num_images": 400, **means, **errors, "elapsed": float(step)}
+
+
+HACKED = [
+    judged(0, judge=1.0, oracle=0.4),
+    {**train(1, elapsed=1.0), "rewards/judge": 1.0},
+    judged(10, judge=3.0, oracle=0.65),
+    judged(20, judge=5.0, oracle=0.5),
+]
+for _row in HACKED:
+    _row.pop("rewards/oracle", None)
+
+
+def test_gains_are_counted_in_standard_deviations_of_the_first_pictures() -> None:
+    gap = hacking(HACKED)
+    assert gap is not None
+    assert (gap.trained, gap.held_out) == ("judge", "oracle")
+    assert [row[:3] for row in gap.gains] == [
+        pytest.approx((0, 0, 0)), pytest.approx((10, 1.0, 0.5)), pytest.approx((20, 2.0, 0.2)),
+    ]  # fmt: skip
+    assert "gap of +1.80" in gap.sentence
+
+
+def test_the_gap_is_drawn_and_said(tmp_path: Path) -> None:
+    drawn = charts(HACKED)
+    assert [chart.title for chart in drawn[:2]] == ["gain of judge and oracle", "gap"]
+    assert [round(y, 6) for _, y, _ in drawn[1].evaluation] == [0.0, 0.5, 1.8]
+    page = write_report(run_folder(tmp_path, HACKED)).read_text()
+    assert "a gap of +1.80" in page
+
+
+@pytest.mark.parametrize("missing", ["judge", "oracle"])
+def test_without_both_kinds_of_reward_there_is_no_gap(missing: str) -> None:
+    rows = [{key: value for key, value in row.items() if not key.startswith(missing)} for row in HACKED]
+    assert hacking(rows) is None
+    assert all(chart.title != "gap" for chart in charts(rows))

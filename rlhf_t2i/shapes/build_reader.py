@@ -110,8 +110,8 @@ class Shown:
     wrong: list[list[str]]
 
 
-def reading_loss(backbone: Backbone, shown: Shown, *, seed: int) -> Callable[[int], Tensor]:
-    """Half captioning, half answering: the words of a true text, and, at its end, whether the text is true.
+def reading_loss(backbone: Backbone, shown: Shown, *, num_captioning: int, seed: int) -> Callable[[int], Tensor]:
+    """Captioning, and from update `num_captioning` on also answering: the words of a true text, and whether it is true.
 
     A true text is predicted word by word after its picture. After any text the next token is `y` or `n`, as an
     assistant would answer the question whether this is what the picture shows.
@@ -123,7 +123,7 @@ def reading_loss(backbone: Backbone, shown: Shown, *, seed: int) -> Callable[[in
         generator = seeded(seed, update)
         rows = torch.randint(len(shown.pictures), (64,), generator=generator)
         column = torch.randint(len(shown.right[0]), (64,), generator=generator).tolist()
-        true = torch.arange(64) < 32
+        true = torch.arange(64) < (64 if update < num_captioning else 32)
         texts = [
             (shown.right if is_true else shown.wrong)[int(row)][i]
             for row, i, is_true in zip(rows, column, true.tolist(), strict=True)
@@ -134,9 +134,8 @@ def reading_loss(backbone: Backbone, shown: Shown, *, seed: int) -> Callable[[in
         silent = ~mask | (ids == model.config.image_token_id)
         words = ids.masked_fill(silent | ~true[:, None], -100)[:, 1:]
         ends = logits[torch.arange(64), mask.sum(1) - 1]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), words.flatten()) + F.cross_entropy(
-            ends, answers[true.long()]
-        )
+        captioning = F.cross_entropy(logits[:, :-1].flatten(0, 1), words.flatten())
+        return captioning if true.all() else captioning + F.cross_entropy(ends, answers[true.long()])
 
     return loss_at
 
@@ -188,7 +187,7 @@ def build(output_folder: Path, *, num_updates: int, num_drawn: int, num_painted:
     train(
         "reader",
         nn.ModuleDict({"model": model}),
-        reading_loss(backbone, shown, seed=seed + 2),
+        reading_loss(backbone, shown, num_captioning=num_updates // 2, seed=seed + 2),
         num_updates=num_updates,
         learning_rate=1.5e-3,
         decay=True,

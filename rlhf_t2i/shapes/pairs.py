@@ -1,9 +1,10 @@
 """Preference pairs of the built-in world: `python -m rlhf_t2i.shapes.pairs --output-folder FOLDER`.
 
-A folder of pictures and four files in the format of `reward_model.datasets.jsonl`:
+A folder of pictures and five files in the format of `reward_model.datasets.jsonl`:
 
-    train.jsonl          drawn and painted pairs of training prompts
-    validation.jsonl     the same, from other pictures
+    train_drawn.jsonl    drawn pairs of training prompts
+    train_painted.jsonl  painted pairs of training prompts, labelled by the oracle
+    validation.jsonl     both, from other pictures
     test_drawn.jsonl     drawn pairs of held-out prompts
     test_painted.jsonl   painted pairs of held-out prompts, labelled by the oracle
 
@@ -154,7 +155,7 @@ def write_pairs(
     num_test: int = 1_500,
     seed: int = 0,
 ) -> Path:
-    """Draw, paint and write all four files; a folder that is there already is left alone.
+    """Draw, paint and write all five files; a folder that is there already is left alone.
 
     `num_test` pairs go into each of the two test files.
     """
@@ -178,7 +179,9 @@ def write_pairs(
         return rows
 
     fewer = max(num_paintings // 5, 200)
-    _write(folder / "train.jsonl", rows_of("train", "training", num_drawn, num_painted, num_paintings, 0))
+    rows = rows_of("train", "training", num_drawn, num_painted, num_paintings, 0)
+    _write(folder / "train_drawn.jsonl", rows[:num_drawn])
+    _write(folder / "train_painted.jsonl", rows[num_drawn:])
     half = num_validation // 2
     _write(folder / "validation.jsonl", rows_of("validation", "training", half, half, fewer, 1))
     _write(folder / "test_drawn.jsonl", rows_of("test_drawn", "held-out", num_test, 0, 0, 2))
