@@ -10,9 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reward_model.evaluation import order_consistency
 from reward_model.metrics import Metric, label_metrics, pair_metrics
 from reward_model.scoring import LlavaReward
 from reward_model.types import LabelledImage, PreferencePair, Record
+
+NUM_SWAPPED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class Answers:
     pairs: list[PreferencePair]
     logits: Float[Tensor, " P"]
     """Log-odds that the winner is preferred: negative where the judge is wrong."""
+    swapped: Float[Tensor, " S"]
+    """Of the first `NUM_SWAPPED` pairs, asked the other way round: log-odds that the loser is preferred."""
     labelled: list[LabelledImage]
     scores: Float[Tensor, " N"]
 
@@ -30,18 +35,23 @@ def ask(judge: LlavaReward, records: Sequence[Record], *, batch_size: int) -> An
     """The judge's answer to every record, by its first perspective."""
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     labelled = [record for record in records if isinstance(record, LabelledImage)]
-    logits, scores = torch.zeros(0), torch.zeros(0)
+    logits, swapped, scores = torch.zeros(0), torch.zeros(0), torch.zeros(0)
     if pairs:
-        logits = judge.logits(
-            [pair.winner for pair in pairs],
-            [pair.loser for pair in pairs],
-            [pair.winner_prompt for pair in pairs],
-            second_prompts=[pair.loser_prompt for pair in pairs],
-            batch_size=batch_size,
-        )
+        logits = _logits(judge, pairs, "winner", "loser", batch_size)
+        swapped = _logits(judge, pairs[:NUM_SWAPPED], "loser", "winner", batch_size)
     if labelled:
         scores = judge.score([one.image for one in labelled], [one.prompt for one in labelled], batch_size=batch_size)
-    return Answers(pairs, logits.cpu(), labelled, scores.cpu())
+    return Answers(pairs, logits.cpu(), swapped.cpu(), labelled, scores.cpu())
+
+
+def _logits(
+    judge: LlavaReward, pairs: Sequence[PreferencePair], first: str, second: str, batch_size: int
+) -> Float[Tensor, " P"]:
+    """Log-odds of one side of each pair, `winner` or `loser`, against the other."""
+    images, prompts = (
+        [[getattr(pair, side + kind) for pair in pairs] for side in (first, second)] for kind in ("", "_prompt")
+    )
+    return judge.logits(images[0], images[1], prompts[0], second_prompts=prompts[1], batch_size=batch_size)
 
 
 def metrics_of(answers: Answers) -> list[Metric]:
@@ -49,6 +59,10 @@ def metrics_of(answers: Answers) -> list[Metric]:
     found: list[Metric] = []
     if answers.pairs:
         found += pair_metrics(answers.logits.numpy(), [0 if pair.tie else 1 for pair in answers.pairs])
+        asked = len(answers.swapped)
+        both = order_consistency(torch.sigmoid(answers.logits[:asked]), torch.sigmoid(answers.swapped))
+        note = "largest |p(a beats b) + p(b beats a) - 1|, asked in both orders"
+        found.append(Metric("order_gap", both.largest_gap, None, None, asked, note))
     if answers.labelled:
         labels = [one.label for one in answers.labelled]
         found += label_metrics(answers.scores.numpy(), labels, torch.sigmoid(answers.scores).numpy())

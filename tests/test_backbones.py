@@ -208,8 +208,11 @@ def test_a_batch_is_prepared_as_its_pictures_one_by_one(family: str) -> None:
 
 
 def pictures_of(family: str) -> list[Tensor]:
-    """Pictures that need no resizing; for Qwen2.5-VL of 4, 16 and 6 tokens, in one, four and two windows."""
-    shapes = [(28, 28)] * 3 if family == "llava" else [(56, 56), (112, 112), (84, 56)]
+    """Pictures that need no resizing; for Qwen2.5-VL of 2 x 2, 2 x 8 and 3 x 3 tokens, in windows of 2 x 2.
+
+    The order of the last two within the tower is not its own inverse, as that of a square of 4 x 4 would be.
+    """
+    shapes = [(28, 28)] * 3 if family == "llava" else [(56, 56), (56, 224), (84, 84)]
     return [bytes_of(*shape, seed=i) for i, shape in enumerate(shapes)]
 
 

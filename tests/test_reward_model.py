@@ -144,6 +144,9 @@ def test_a_graph_is_kept_only_for_a_picture_that_asks_and_never_for_weights(fami
     judge.score(batch, ["a fox"] * 2).sum().backward()
     assert batch.grad.abs().amax(dim=(1, 2, 3)).min() > 0
     assert all(p.grad is None and not p.requires_grad for p in judge.model.parameters())
+    in_training = fresh_model(family)
+    in_training.learn()
+    assert not LlavaReward(in_training).score([plain], ["a fox"]).requires_grad
 
 
 # --- what a score must not depend on --------------------------------------------------------------
