@@ -15,6 +15,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -99,8 +100,8 @@ class RewardModel(nn.Module):
         """Take away a perspective that is not the one in use."""
         assert name != self.active
         delete_adapter(self.backbone.language_model, name, prefix="lora_")
-        del self.backbone.language_model.peft_config[name]
-        del self.perspectives[name], self.facts[name]
+        known: Any = self.backbone.language_model.peft_config
+        del known[name], self.perspectives[name], self.facts[name]
 
     def use(self, name: str) -> None:
         """Put one perspective's LoRA and projector in place; KeyError, naming those there are, for any other."""
