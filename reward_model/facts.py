@@ -8,6 +8,8 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from reward_model.heads import HeadKind
 
 FORMAT = 1
@@ -44,8 +46,8 @@ class Facts:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be, naming them."""
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.perspective):
-            raise ValueError(f"perspective is {self.perspective!r}; it must be lower-case letters, digits and _.")
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.perspective) or hasattr(nn.ModuleDict, self.perspective):
+            raise ValueError(f"perspective is {self.perspective!r}; it must be a-z, 0-9 and _, and no word of torch.")
         for name, works, rule in (
             ("head", self.head in get_args(HeadKind), "scalar or general_preference"),
             ("temperature", math.isfinite(self.temperature) and self.temperature > 0, "positive"),

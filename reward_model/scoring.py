@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_model.checkpoint import FACTS, WEIGHTS, add_bundle, load_judge
+from reward_model.checkpoint import add_bundle, load_judge
 from reward_model.facts import Facts
 from reward_model.heads import preference_logits
 from reward_model.images import Picture, to_tensor
@@ -188,7 +188,6 @@ def _folder(source: str | Path) -> Path:
         return folder
     if len(folder.parts) != 2 or folder.is_absolute() or str(source).startswith("."):
         raise FileNotFoundError(f"There is no judge in {str(source)!r}: no such folder, and it is no Hub id.")
-    from transformers.utils.hub import cached_file
+    from huggingface_hub import snapshot_download
 
-    found = [str(cached_file(str(source), name)) for name in (WEIGHTS, FACTS)]
-    return Path(found[0]).parent
+    return Path(snapshot_download(str(source)))

@@ -458,13 +458,18 @@ def test_a_broken_picture_is_refused(folder: Path, way: str, clue: str) -> None:
     assert clue in message
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK"])
+UNWRITABLE = {("jpg", "P"), ("jpg", "RGBA"), ("png", "CMYK"), ("gif", "CMYK"), ("bmp", "CMYK")}
+KINDS = [
+    (suffix, mode)
+    for suffix in ("png", "jpg", "webp", "gif", "bmp", "tiff")
+    for mode in ("RGB", "L", "P", "RGBA", "1", "CMYK")
+    if (suffix, mode) not in UNWRITABLE
+]
+
+
+@pytest.mark.parametrize(("suffix", "mode"), KINDS)
 def test_sound_pictures_of_every_common_kind_pass(folder: Path, suffix: str, mode: str) -> None:
-    try:
-        Image.new(mode, (9, 7)).save(folder / f"x.{suffix}")
-    except (OSError, ValueError):
-        pytest.skip(f"{suffix} has no {mode}")
+    Image.new(mode, (9, 7)).save(folder / f"x.{suffix}")
     assert len(load_records(write_lines(folder, POINT | {"image": f"x.{suffix}"}))) == 1
 
 

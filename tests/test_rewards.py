@@ -99,7 +99,7 @@ def test_a_weight_that_is_no_number_is_refused_and_shown(weight: str) -> None:
 
 @pytest.mark.parametrize("specification", ["", " ", ",,"])
 def test_no_reward_at_all_is_refused_and_the_known_ones_are_listed(specification: str) -> None:
-    with pytest.raises(ValueError, match="No reward was given; choose from oracle"):
+    with pytest.raises(ValueError, match="No reward was given; choose from judge, oracle"):
         load_rewards(specification)
 
 
