@@ -20,17 +20,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from reward_model.backbones.load import adapt
+from reward_model.images import normalise
 from reward_model.types import Backbone
 from rlhf_t2i.shapes.build import make_tokenizer, pick_scenes, seeded, train
 from rlhf_t2i.shapes.paintings import paint
 from rlhf_t2i.shapes.pairs import SHARES, a_near_miss
-from rlhf_t2i.shapes.scenes import Scene, all_prompts, render
+from rlhf_t2i.shapes.scenes import PALETTE, SHAPES, Scene, all_prompts, render
 
 SIZE, PATCH, WIDTH = 32, 4, 128
 CHAT_TEMPLATE = (
@@ -101,11 +102,42 @@ def distort(images: Float[Tensor, "B 3 Y X"], generator: torch.Generator) -> Flo
     return torch.where(kind < 0.5, images, torch.where(kind < 0.75, noisy, blurred)).clamp(0, 1)
 
 
+def patch_shapes(pictures: Float[Tensor, "N 3 Y X"], scenes: Sequence[Scene]) -> Int[Tensor, "N P"]:
+    """What lies in the middle of each patch: 0 for the background, else 1 + the number of its thing's shape.
+
+    A patch belongs to whatever of its own scene has the nearest colour.
+    """
+    middles = F.avg_pool2d(pictures[..., 1:-1, 1:-1], 2, stride=PATCH).flatten(2).mT
+    labels = torch.zeros(middles.shape[:2], dtype=torch.long)
+    for row, scene in enumerate(scenes):
+        colours = torch.tensor([PALETTE[name] for name in (scene.background, *(t.colour for t in scene.things))])
+        kinds = torch.tensor([0, *(1 + SHAPES.index(thing.shape) for thing in scene.things)])
+        labels[row] = kinds[torch.cdist(middles[row], colours).argmin(dim=1)]
+    return labels
+
+
+def seeing_loss(
+    tower: nn.Module, probe: nn.Module, pictures: Float[Tensor, "N 3 Y X"], labels: Int[Tensor, "N P"], *, seed: int
+) -> Callable[[int], Tensor]:
+    """Which shape each patch belongs to, by a linear probe: 64 answers a picture, where a caption has one."""
+    settings = make_image_processor()
+
+    def loss_at(update: int) -> Tensor:
+        generator = seeded(seed, update)
+        rows = torch.randint(len(pictures), (128,), generator=generator)
+        pixels = normalise(distort(pictures[rows], generator), mean=settings.image_mean, std=settings.image_std)
+        patches = tower(pixels).last_hidden_state[:, 1:]
+        return F.cross_entropy(probe(patches).flatten(0, 1), labels[rows].flatten())
+
+    return loss_at
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """Pictures, and for each some texts with whether they are true of it."""
 
     pictures: Float[Tensor, "N 3 Y X"]
+    scenes: list[Scene]
     right: list[list[str]]
     wrong: list[list[str]]
 
@@ -162,11 +194,16 @@ def look_at(pictures: Float[Tensor, "N 3 Y X"], scenes: Sequence[Scene], rng: np
     """Six true texts and six wrong ones for each picture."""
     texts = [[texts_of(scene, scenes, rng) for _ in range(6)] for scene in scenes]
     return Shown(
-        pictures, [[right for right, _ in row] for row in texts], [[wrong for _, wrong in row] for row in texts]
+        pictures,
+        list(scenes),
+        [[right for right, _ in row] for row in texts],
+        [[wrong for _, wrong in row] for row in texts],
     )
 
 
-def build(output_folder: Path, *, num_updates: int, num_drawn: int, num_painted: int, seed: int) -> None:
+def build(
+    output_folder: Path, *, num_eye_updates: int, num_updates: int, num_drawn: int, num_painted: int, seed: int
+) -> None:
     """Train the reader and write it, with tokenizer and image settings, in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
@@ -184,10 +221,21 @@ def build(output_folder: Path, *, num_updates: int, num_drawn: int, num_painted:
     painted = paint([str(rng.choice(all_prompts("training"))) for _ in range(num_painted)], seed=seed + 1)
     known = [i for i, scene in enumerate(painted.seen) if scene is not None]
     shown = look_at(torch.cat([drawn, painted.images[known]]), [*scenes, *filter(None, painted.seen)], rng)
+    tower = model.model.vision_tower
+    probe = nn.Linear(tower.config.hidden_size, 1 + len(SHAPES))
+    train(
+        "eyes",
+        nn.ModuleDict({"tower": tower, "probe": probe}),
+        seeing_loss(tower, probe, shown.pictures, patch_shapes(shown.pictures, shown.scenes), seed=seed + 3),
+        num_updates=num_eye_updates,
+        learning_rate=1.5e-3,
+        decay=True,
+        folder=work,
+    )
     train(
         "reader",
         nn.ModuleDict({"model": model}),
-        reading_loss(backbone, shown, num_captioning=num_updates // 2, seed=seed + 2),
+        reading_loss(backbone, shown, num_captioning=num_updates // 3, seed=seed + 2),
         num_updates=num_updates,
         learning_rate=1.5e-3,
         decay=True,
@@ -200,7 +248,8 @@ def main() -> None:
     """The command line of `build`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output-folder", type=Path, default=Path("runs/reader"))
-    parser.add_argument("--num-updates", type=int, default=3_000)
+    parser.add_argument("--num-eye-updates", type=int, default=1_200)
+    parser.add_argument("--num-updates", type=int, default=2_400)
     parser.add_argument("--num-drawn", type=int, default=16_000)
     parser.add_argument("--num-painted", type=int, default=8_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -115,9 +115,10 @@ def painted_pairs(count: int, paintings: Paintings, *, seed: int, save: Callable
     by_prompt: dict[str, list[int]] = {}
     for index, prompt in enumerate(paintings.prompts):
         by_prompt.setdefault(prompt, []).append(index)
-    prompts, graded = list(by_prompt), paintings.graded.tolist()
+    prompts = [prompt for prompt, indices in by_prompt.items() if len(indices) > 1]
+    graded = paintings.graded.tolist()
     seen: set[tuple[int, int]] = set()
-    for _ in range(50 * count):
+    for _ in range(50 * count if prompts else 0):
         if len(seen) == count:
             return
         prompt = prompts[rng.integers(len(prompts))]

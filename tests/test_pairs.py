@@ -1,0 +1,128 @@
+"""The built-in world's pairs: what is better really is better, and no held-out prompt is read in training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reward_model.datasets import load_records
+from reward_model.images import to_tensor
+from reward_model.types import PreferencePair
+from rlhf_t2i.shapes.oracle import judge, recognise
+from rlhf_t2i.shapes.pairs import MIN_GAP, a_near_miss, near_misses, write_pairs
+from rlhf_t2i.shapes.scenes import Scene, Thing, all_prompts, all_scenes, parse_prompt, render
+
+SMALL = {"num_drawn": 60, "num_painted": 20, "num_paintings": 220, "num_validation": 20, "num_test": 20}
+FILES = ("train_drawn", "train_painted", "validation", "test_drawn", "test_painted")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs", **SMALL)
+
+
+def pairs_of(folder: Path, name: str) -> list[PreferencePair]:
+    records = load_records(folder / f"{name}.jsonl")
+    assert all(isinstance(record, PreferencePair) for record in records)
+    return [record for record in records if isinstance(record, PreferencePair)]
+
+
+def differences(a: Scene, b: Scene) -> set[str]:
+    """In which respects two scenes differ."""
+    found = {"count"} if len(a.things) != len(b.things) else set()
+    found |= {"background"} if a.background != b.background else set()
+    found |= {"relation"} if a.relation != b.relation else set()
+    for mine, other in zip(a.things, b.things, strict=False):
+        found |= {"colour"} if mine.colour != other.colour else set()
+        found |= {"shape"} if mine.shape != other.shape else set()
+    return found
+
+
+@pytest.mark.parametrize("tier", ["one", "count", "relation"])
+def test_a_near_miss_differs_in_just_one_respect_and_can_be_asked_for(tier: Any) -> None:
+    for scene in all_scenes(tier)[::17]:
+        for respect, misses in near_misses(scene).items():
+            for miss in misses:
+                assert differences(scene, miss) == ({"colour"} if respect == "swap" else {respect})
+                assert parse_prompt(miss.prompt) == miss
+
+
+@pytest.mark.parametrize("tier", ["one", "count", "relation"])
+def test_the_oracle_passes_a_scene_and_not_its_near_miss(tier: Any) -> None:
+    rng = np.random.default_rng(3)
+    scenes = [all_scenes(tier)[i] for i in rng.integers(0, len(all_scenes(tier)), 100)]
+    prompts = [scene.prompt for scene in scenes]
+    right, wrong = render(scenes, rng=rng), render([a_near_miss(scene, rng) for scene in scenes], rng=rng)
+    assert judge(right, prompts).passed.float().mean() >= 0.97
+    assert judge(wrong, prompts).passed.float().mean() <= 0.02
+
+
+def test_what_is_recognised_is_what_was_drawn() -> None:
+    rng = np.random.default_rng(4)
+    scenes = all_scenes("one") + all_scenes("count")[::3]
+    seen = recognise(render(scenes, rng=rng))
+    assert np.mean([a == b for a, b in zip(scenes, seen, strict=True)]) >= 0.97
+
+
+def test_a_gray_shape_is_no_thing_of_the_grammar() -> None:
+    picture = render([Scene((Thing("red", "circle"),), "white")], rng=np.random.default_rng(0))
+    gray = torch.where(picture[:, 1:2] < 0.5, 0.5, picture)
+    assert recognise(picture) == [Scene((Thing("red", "circle"),), "white")]
+    assert recognise(gray) == [None]
+
+
+def test_every_file_has_as_many_pairs_as_asked_for(folder: Path) -> None:
+    found = {name: len(pairs_of(folder, name)) for name in FILES}
+    assert found == {"train_drawn": 60, "train_painted": 24, "validation": 22, "test_drawn": 20, "test_painted": 20}
+
+
+def test_no_held_out_prompt_is_read_in_training_and_no_other_in_the_tests(folder: Path) -> None:
+    held_out = set(all_prompts("held-out", ("one", "count", "relation")))
+    for name in ("train_drawn", "train_painted", "validation"):
+        for pair in pairs_of(folder, name):
+            assert not {pair.winner_prompt, pair.loser_prompt} & held_out
+    for name in ("test_drawn", "test_painted"):
+        assert {pair.winner_prompt for pair in pairs_of(folder, name)} <= held_out
+
+
+def test_training_and_test_share_no_picture(folder: Path) -> None:
+    used: dict[str, set[bytes]] = {}
+    for name in FILES:
+        used[name] = {path.read_bytes() for pair in pairs_of(folder, name) for path in (pair.winner, pair.loser)}
+    for name in ("validation", "test_drawn", "test_painted"):
+        assert not used[name] & (used["train_drawn"] | used["train_painted"])
+
+
+def test_the_winner_of_a_painted_pair_is_the_oracles(folder: Path) -> None:
+    for pair in pairs_of(folder, "test_painted"):
+        pictures = torch.stack([to_tensor(pair.winner), to_tensor(pair.loser)])
+        better, worse = judge(pictures, [pair.winner_prompt] * 2).graded.tolist()
+        assert better - worse > MIN_GAP
+        assert pair.rating_gap == pytest.approx(better - worse, abs=1e-3)
+
+
+def test_making_pairs_again_gives_the_same_and_leaves_a_finished_folder_alone(folder: Path, tmp_path: Path) -> None:
+    again = write_pairs(tmp_path / "pairs", **SMALL)
+    for name in FILES:
+        assert (again / f"{name}.jsonl").read_bytes() == (folder / f"{name}.jsonl").read_bytes()
+    for picture in folder.glob("pictures/*"):
+        assert picture.read_bytes() == (again / "pictures" / picture.name).read_bytes()
+    before = (again / "train_drawn.jsonl").stat().st_mtime_ns
+    write_pairs(again, **{**SMALL, "num_drawn": 1})
+    assert (again / "train_drawn.jsonl").stat().st_mtime_ns == before
+
+
+def test_too_few_paintings_for_the_pairs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="paintings do not hold 900 pairs"):
+        write_pairs(tmp_path / "pairs", **{**SMALL, "num_drawn": 1, "num_painted": 900, "num_paintings": 64})
+
+
+def test_rows_are_plain_json_that_people_can_write(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "train_painted.jsonl").read_text().splitlines()]
+    assert set(rows[0]) == {"prompt", "winner", "loser", "rating_gap"}
+    assert set(rows[-1]) == {"winner_prompt", "loser_prompt", "image"}
