@@ -1,7 +1,7 @@
 """What makes the built-in judge good? `python benchmarks/judge_ablation.py` trains every variant with every seed.
 
-Each row of the table changes one thing of recipes/configs/reward_shapes.yaml. Prints Markdown: the accuracy on held-out
-pairs, the mean of the seeds and the lowest and highest of them.
+Each row of the table changes one thing of recipes/configs/reward_shapes.yaml; all rows take as many steps. Prints
+Markdown: the accuracy on held-out pairs, the mean of the seeds and the lowest and highest of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "without painted pairs": {"training": "{pairs}/train_drawn.jsonl"},
     "without drawn pairs": {"training": "{pairs}/train_painted.jsonl"},
 }
-SETS = {"test_drawn": "drawings", "test_painted": "paintings"}
+SETS = {"test_drawn": "drawings", "test_painted": "paintings", "test_relation": "relations"}
 
 
 def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
@@ -35,8 +35,8 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, floa
         "config": ROOT / "recipes" / "configs" / "reward_shapes.yaml",
         "training": f"{pairs}/train_drawn.jsonl,{pairs}/train_painted.jsonl",
         "validation": f"{pairs}/validation.jsonl",
-        "test": f"{pairs}/test_drawn.jsonl,{pairs}/test_painted.jsonl",
-        "num_epochs": arguments.num_epochs,
+        "test": ",".join(f"{pairs}/{test}.jsonl" for test in SETS),
+        "max_steps": arguments.max_steps,
         "num_cpu_threads": 1,
         "seed": seed,
         "run_folder": folder,
@@ -47,10 +47,14 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, floa
     if not (folder / "metrics.json").is_file():
         command = [sys.executable, str(ROOT / "recipes" / "train_reward_model.py")]
         command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
+        command += ["--resume"] if (folder / "config.yaml").is_file() else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        arguments.output_folder.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("a") as log:
+            subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
     metrics = json.loads((folder / "metrics.json").read_text())
-    return {words: 100 * metrics[name][0]["value"] for name, words in SETS.items()}
+    values = {test: {row["name"]: row["value"] for row in rows} for test, rows in metrics.items()}
+    return {words: 100 * values[test]["accuracy_ties_wrong"] for test, words in SETS.items()}
 
 
 def main() -> None:
@@ -59,16 +63,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, default=Path("runs/shapes-pairs-0"))
     parser.add_argument("--backbone", default="", help="another backbone than the built-in one")
     parser.add_argument("--output-folder", type=Path, default=Path("runs/judge-ablation"))
-    parser.add_argument("--num-epochs", default="1")
+    parser.add_argument("--max-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of the rows, separated by semicolons")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args()
     if not (arguments.pairs / "test_painted.jsonl").is_file():
         from rlhf_t2i.shapes.pairs import write_pairs
 
         write_pairs(arguments.pairs)
-    chosen = [name for name in VARIANTS if name in arguments.variants]
+    chosen: list[str] = arguments.variants
     with ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = {(n, s): pool.submit(train, n, s, arguments) for s in range(arguments.seeds) for n in chosen}
     sys.stdout.write(f"| | {' | '.join(SETS.values())} |\n|---|{'---|' * len(SETS)}\n")

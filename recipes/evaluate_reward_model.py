@@ -35,7 +35,7 @@ class Config:
     on_bad_record: Literal["error", "skip"] = "error"
     """Stop at a bad record, or leave it out and write it to skipped.jsonl in the run folder."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the backbone; null takes what `accelerate launch` says. Scores are float32."""
+    """Of the backbone; null is what it had in training. Scores are float32."""
     batch_size: int = 64
     num_shown: int = 24
     """Pairs on the page: those that the judge got most wrong."""
@@ -68,7 +68,7 @@ def main(config: Config) -> dict[str, list[Metric]]:
     if run.num_processes > 1:
         raise ValueError(f"A judge is measured by one process; there are {run.num_processes}. Launch with single.yaml.")
     source = BUILT_IN_JUDGE if config.judge == "shapes" else config.judge
-    judge = LlavaReward.from_pretrained(source, dtype=run.dtype, device=run.device)
+    judge = LlavaReward.from_pretrained(source, dtype=run.dtype if config.mixed_precision else None, device=run.device)
     found: dict[str, list[Metric]] = {}
     wrong: dict[str, list[Mistake]] = {}
     for name, records in load(config, run.folder).items():
@@ -89,10 +89,10 @@ def load(config: Config, folder: Path) -> dict[str, list[Record]]:
 
     files = [Path(name) for name in names(config.data)]
     if config.data == "shapes":
-        from rlhf_t2i.shapes.pairs import write_pairs
+        from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 
         made = write_pairs(Path("runs") / f"shapes-pairs-{config.seed}", seed=config.seed)
-        files = [made / "test_drawn.jsonl", made / "test_painted.jsonl"]
+        files = [made / f"{name}.jsonl" for name in TESTS]
     root = Path(config.image_root) if config.image_root else None
     skipped = folder / "skipped.jsonl"
     if len({file.stem for file in files}) < len(files) or not files:

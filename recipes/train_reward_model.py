@@ -27,6 +27,7 @@ from rlhf_t2i.config import names, parse_config
 if TYPE_CHECKING:
     from trl.trainer.reward_config import RewardConfig
 
+    from reward_model.backbones.text import PromptReader
     from reward_model.scoring import LlavaReward
     from reward_model.types import Record
 
@@ -43,10 +44,10 @@ class Config:
     training: str = BUILT_IN
     """Comma-separated data files (.jsonl of our own, .json as published), or the built-in world's pairs (shapes)."""
     validation: str | None = None
-    """The same; null keeps validation_share of the training prompts back."""
+    """Data files to choose the best judge by; null keeps validation_share of the training prompts back."""
     validation_share: float = 0.05
     test: str | None = None
-    """The same, only measured at the end. Null is nothing, or of the built-in world the held-out prompts."""
+    """Data files that are only measured at the end; null is none, or those of the built-in world."""
     image_root: str | None = None
     """Where relative image paths start; null is each data file's own folder. No picture may lie outside of it."""
     on_bad_record: Literal["error", "skip"] = "error"
@@ -56,11 +57,11 @@ class Config:
     """What the judge looks at: alignment, fidelity, safety, ranking, or a name of your own."""
     loss: Literal["bradley_terry", "general_preference", "cross_entropy"] = "bradley_terry"
     temperature: float = 0.1
-    """Differences of scores are divided by it to become log-odds."""
+    """Differences of scores are divided by it to become log-odds; cross_entropy takes 1."""
     tie_width: float = 0.5
     """Used if the data has ties: in log-odds, how close two pictures must be to be called equal."""
     margin_per_rating: float = 0.0
-    """Log-odds by which a winner is asked to be ahead for each unit of rating_gap."""
+    """Not for cross_entropy: log-odds by which a winner is asked to be ahead for each unit of rating_gap."""
     skip_ca: bool = True
     """Let the last token look at the visual tokens once more; false is the paper's ablation."""
     skip_ca_heads: int = 1
@@ -138,6 +139,8 @@ class Config:
         ):
             if not works:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
+        if self.loss == "cross_entropy" and self.margin_per_rating:
+            raise ValueError(f"margin_per_rating is {self.margin_per_rating}, which cross_entropy has no use for.")
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -170,7 +173,10 @@ def main(config: Config) -> Path:
     objective.check([*training, *validation])
     source = str(built_in_judge() / "backbone") if config.backbone == BUILT_IN else config.backbone
     shown: Any = {"template": config.template, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    backbone = load_backbone(source, dtype=torch.bfloat16 if args.bf16 else torch.float32, **shown)
+    dtype = "bfloat16" if args.bf16 else "float32"
+    backbone = load_backbone(source, dtype=getattr(torch, dtype), **shown)
+    for records in (training, validation, *tests.values()):
+        records[:] = readable(records, backbone.reader, config, folder)
     judge = RewardModel(backbone)
     facts = Facts(
         perspective=config.perspective,
@@ -185,6 +191,7 @@ def main(config: Config) -> Path:
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        dtype=dtype,
         **shown,
     )
     judge.add(facts, seed=config.seed)
@@ -197,9 +204,9 @@ def main(config: Config) -> Path:
     if trainer.is_world_process_zero():
         tqdm.write(parameter_table(judge))
         tqdm.write(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(folder / "judge"))
+    trainer.train_from(checkpoint)
     if trainer.is_world_process_zero():
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
         finished = LlavaReward(judge)
         facts = replace(facts, **finished.unit(validation, batch_size=2 * config.pairs_per_batch))
         save_bundle(facts, bundle_tensors(judge, facts.perspective), folder / "judge")
@@ -211,6 +218,7 @@ def main(config: Config) -> Path:
 
 def start(config: Config) -> tuple[RewardConfig, Path]:
     """Set up the processes, claim the run folder, and say to trl what the config says."""
+    from accelerate import PartialState
     from accelerate.utils import DistributedType
     from trl.trainer.reward_config import RewardConfig
 
@@ -223,6 +231,8 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
     if on_cpu:
         share_cores(config.num_cpu_threads)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"mixed_precision {precision} is not supported; use no, fp16 or bf16.")
     args = RewardConfig(
         output_dir="runs",
         use_cpu=on_cpu,
@@ -252,6 +262,8 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
         save_steps=config.evaluate_every,
         save_total_limit=config.keep_checkpoints,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,
+        ddp_find_unused_parameters=False,
         metric_for_best_model="accuracy",
         greater_is_better=True,
         logging_steps=min(10, config.evaluate_every),
@@ -259,7 +271,7 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
         seed=config.seed,
     )
     sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if sharded or args.distributed_state.distributed_type == DistributedType.FSDP:
+    if sharded or PartialState().distributed_type == DistributedType.FSDP:
         raise ValueError("The judge's weights cannot be spread over processes yet; launch with DDP, or ZeRO-1 or -2.")
     folder = claim_folder(
         {**asdict(config), "mixed_precision": precision}, recipe="judge", free_to_change=_FREE_TO_CHANGE
@@ -280,11 +292,13 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     root = Path(config.image_root) if config.image_root else None
     training, validation, test = config.training, config.validation, config.test
     if training == BUILT_IN:
+        from rlhf_t2i.shapes.pairs import TESTS
+
         with state.main_process_first():
             made = built_in_pairs(config.seed)
         training = f"{made / 'train_drawn.jsonl'},{made / 'train_painted.jsonl'}"
         validation = validation or str(made / "validation.jsonl")
-        test = test or f"{made / 'test_drawn.jsonl'},{made / 'test_painted.jsonl'}"
+        test = test or ",".join(str(made / f"{name}.jsonl") for name in TESTS)
 
     def read(files: str) -> list[Record]:
         skipped = folder / f"skipped_{state.process_index}.jsonl" if state.process_index else folder / "skipped.jsonl"
@@ -299,9 +313,39 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
         held_out = read(validation)
     else:
         records, held_out = split_by_prompt(records, share=config.validation_share, seed=config.seed)
+    if state.is_main_process and config.backbone == BUILT_IN and config.training != BUILT_IN:
+        tqdm.write("The built-in backbone only knows the built-in world; for other pictures name a --backbone.")
     if state.is_main_process:
         tqdm.write(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
-    return records, held_out, {Path(name).stem: read(name) for name in names(test or "")}
+    tests = {Path(name).stem: name for name in names(test or "")}
+    if len(tests) < len(names(test or "")) or "validation" in tests:
+        raise ValueError(f"test is {test!r}; each file needs a name of its own, other than validation.")
+    return records, held_out, {stem: read(name) for stem, name in tests.items()}
+
+
+def readable(records: Sequence[Record], reader: PromptReader, config: Config, folder: Path) -> list[Record]:
+    """The records whose prompts the backbone can be shown; others stop the run, or go to skipped.jsonl."""
+    from reward_model.datasets.split import prompts_of
+
+    faults: dict[str, str | None] = {}
+    kept: list[Record] = []
+    for record in records:
+        for prompt in prompts_of(record):
+            if prompt not in faults:
+                try:
+                    reader.ids(prompt, 0)
+                    faults[prompt] = None
+                except ValueError as error:
+                    faults[prompt] = str(error)
+        reason = next(filter(None, (faults[prompt] for prompt in prompts_of(record))), None)
+        if reason is None:
+            kept.append(record)
+        elif config.on_bad_record == "error":
+            raise ValueError(f"{record.where}: {reason}")
+        else:
+            with (folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"where": record.where, "reason": reason}) + "\n")
+    return kept
 
 
 def measure(judge: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, batch_size: int) -> None:

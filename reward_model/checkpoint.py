@@ -57,6 +57,11 @@ def read_facts(folder: Path) -> Facts:
 def backbone_source(facts: Facts, folder: Path) -> str:
     """Where a bundle's backbone is: beside the bundle, or wherever its facts say."""
     beside = folder / facts.backbone
+    if not beside.is_dir() and Path(facts.backbone).is_absolute():
+        raise FileNotFoundError(
+            f"The backbone {facts.backbone} of the judge {folder} is gone. If it was moved, write its new place under "
+            f"'backbone' in {folder / FACTS}."
+        )
     return str(beside) if beside.is_dir() else facts.backbone
 
 
@@ -112,12 +117,16 @@ def add_bundle(model: RewardModel, folder: Path, *, name: str | None = None) -> 
     return facts.perspective
 
 
-def load_judge(folder: Path, *, dtype: torch.dtype = torch.float32) -> RewardModel:
-    """The backbone of a bundle with the bundle on it."""
+def load_judge(folder: Path, *, dtype: torch.dtype | None = None) -> RewardModel:
+    """The backbone of a bundle, by default in the precision that it had in training, with the bundle on it."""
     facts = read_facts(folder)
     source = backbone_source(facts, folder)
     backbone = load_backbone(
-        source, dtype=dtype, template=facts.template, min_pixels=facts.min_pixels, max_pixels=facts.max_pixels
+        source,
+        dtype=dtype or getattr(torch, facts.dtype),
+        template=facts.template,
+        min_pixels=facts.min_pixels,
+        max_pixels=facts.max_pixels,
     )
     model = RewardModel(backbone)
     add_bundle(model, folder)

@@ -37,6 +37,8 @@ class Facts:
     lora_rank: int = 128
     lora_alpha: float = 256.0
     lora_dropout: float = 0.05
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the backbone in training, and so in use unless one says otherwise."""
     template: Literal["family", "published"] = "family"
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -56,6 +58,7 @@ class Facts:
             ("lora_rank", self.lora_rank >= 1, "at least 1"),
             ("lora_alpha", self.lora_alpha > 0, "positive"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
+            ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("template", self.template in ("family", "published"), "family or published"),
         ):
             if not works:

@@ -62,7 +62,7 @@ class RewardModel(nn.Module):
         self.active = ""
 
     def add(self, facts: Facts, *, seed: int = 0) -> None:
-        """A new perspective, untrained: LoRA that changes nothing, the backbone's projector, random SkipCA and head.
+        """A new perspective, untrained: LoRA that changes nothing, the projector in use, random SkipCA and head.
 
         Its parts are float32, whatever the backbone is. It is then the one in use; `learn` lets it be trained.
         """
@@ -163,9 +163,11 @@ class RewardModel(nn.Module):
 
 def parameter_table(model: RewardModel) -> str:
     """How many parameters learn in each group of the perspective in use, and how many stay as they are."""
-    counts = {group: sum(p.numel() for p in named.values()) for group, named in model.groups(model.active).items()}
-    own = {id(p) for named in model.groups(model.active).values() for p in named.values()}
-    frozen = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    counts = {
+        group: sum(p.numel() for p in named.values() if p.requires_grad)
+        for group, named in model.groups(model.active).items()
+    }
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     total = sum(counts.values())
     rows = [*counts.items(), ("trained", total), ("frozen", frozen)]
     lines = [f"{name:12}{count:>16,}" for name, count in rows]

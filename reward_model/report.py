@@ -7,9 +7,11 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from reward_model.images import to_tensor
 from reward_model.measuring import Mistake
 from reward_model.metrics import Metric
 
@@ -23,8 +25,8 @@ def page(judge: str, found: Mapping[str, Sequence[Metric]], wrong: Mapping[str, 
 
 
 def _embedded(path: Path) -> str:
-    with Image.open(path) as picture:
-        small = picture.convert("RGB")
+    pixels = (to_tensor(path) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    small = Image.fromarray(pixels.numpy())
     small.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     small.save(buffer, format="PNG")

@@ -34,9 +34,11 @@ class LlavaReward:
 
     @staticmethod
     def from_pretrained(
-        source: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> LlavaReward:
-        """Load a judge from a folder or a Hub id; `dtype` is its backbone's, scores are always float32.
+        """Load a judge from a folder or a Hub id; scores are always float32.
+
+        `dtype` is the backbone's, by default what it had in training.
 
         Raises FileNotFoundError or ValueError, naming what is wrong with it.
         """
@@ -190,4 +192,9 @@ def _folder(source: str | Path) -> Path:
         raise FileNotFoundError(f"There is no judge in {str(source)!r}: no such folder, and it is no Hub id.")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(source)))
+    try:
+        return Path(snapshot_download(str(source)))
+    except (OSError, ValueError) as error:  # what a wrong id, a missing network or a refusal come as
+        raise FileNotFoundError(
+            f"There is no folder {str(source)!r}, and fetching it from the Hub failed: {error}"
+        ) from error

@@ -7,12 +7,13 @@ and checkpoints that hold the bundle instead of the frozen backbone.
 # transformers, trl and datasets have no usable types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportOptionalMemberAccess=false
-# pyright: reportReturnType=false
+# pyright: reportReturnType=false, reportOptionalSubscript=false
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import RewardConfig, RewardTrainer
 
 from reward_model.checkpoint import WEIGHTS, bundle_tensors, load_weights, save_bundle
@@ -111,8 +114,12 @@ class Collator:
         rows += [(pair.loser, pair.loser_prompt, pair.where) for pair in pairs]
         rows += [(one.image, one.prompt, one.where) for one in labelled]
         pictures = [_picture(path, where) for path, _, where in rows]
+        try:
+            inputs = self.model.backbone.prepare(pictures, [prompt for _, prompt, _ in rows])
+        except ValueError as error:
+            raise ValueError(f"One of {', '.join(dict.fromkeys(where for *_, where in rows))}: {error}") from error
         return {
-            **self.model.backbone.prepare(pictures, [prompt for _, prompt, _ in rows]),
+            **inputs,
             "tie": torch.tensor([pair.tie for pair in pairs], dtype=torch.bool),
             "gap": torch.tensor([pair.rating_gap for pair in pairs], dtype=torch.float32),
             "label": torch.tensor([one.label for one in labelled], dtype=torch.float32),
@@ -168,6 +175,8 @@ class JudgeTrainer(RewardTrainer):
     ) -> None:
         """`learning_rates` has one for each of `GROUPS`. With `lora_only` nothing but the LoRA learns, as published."""
         objective.check([*training, *validation])
+        if validation and all(isinstance(record, PreferencePair) and record.tie for record in validation):
+            raise ValueError(f"All {len(validation)} validation records are ties, by which no judge can be chosen.")
         judge.learn(("lora",) if lora_only else GROUPS)
         self.objective, self.learning_rates = objective, learning_rates
         records = [*training, *validation]
@@ -193,12 +202,14 @@ class JudgeTrainer(RewardTrainer):
         self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's loss on one batch; what it says of the judge is logged with it."""
-        said = [inputs.pop(key) for key in ("tie", "gap", "label")]
+        tie, gap, label = (inputs.pop(key) for key in ("tie", "gap", "label"))
         verdicts = model(**inputs)
-        loss, right = self.objective(verdicts, *said)
+        # DeepSpeed casts whatever floats a batch holds to its own precision.
+        loss, right = self.objective(verdicts, tie, gap.float(), label.float())
         metrics = self._metrics["train" if self.model.training else "eval"]
-        known = [value for value in gather_object(right.tolist()) if value == value]
-        metrics["accuracy"].extend(known)
+        known = [value for value in gather_object(right.tolist()) if not math.isnan(value)]
+        if known:
+            metrics["accuracy"].extend(known)
         if self.objective.head == "scalar":
             metrics["score"].extend(gather_object(verdicts.detach()[:, 0].tolist()))
         return (loss, {"verdicts": verdicts}) if return_outputs else loss
@@ -220,23 +231,25 @@ class JudgeTrainer(RewardTrainer):
 
     # --- checkpoints hold the bundle, not the backbone ---
 
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train, or go on from a checkpoint; from one at which training had ended, just take up the best judge."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+                self.state = state
+                return self._load_best_model()
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         judge = self.judge
         tensors = bundle_tensors(judge, judge.active)
-        if state_dict:  # gathered from processes that hold a part each
-            of = {id(p): name for name, p in self.model.named_parameters()}
-            names = {
-                f"{group}.{key}": of[id(p)]
-                for group, named in judge.groups(judge.active).items()
-                for key, p in named.items()
-            }
-            tensors = {key: state_dict[name] for key, name in names.items()}
         save_bundle(judge.facts[judge.active], tensors, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes a part
         if self.args.should_save:
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 

@@ -68,6 +68,8 @@ class Backbone(Protocol):
 
     model: Any
     """The whole model, as transformers has it."""
+    reader: Any
+    """How prompts become token ids: a `backbones.text.PromptReader`."""
 
     @property
     def width(self) -> int:

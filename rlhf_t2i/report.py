@@ -59,17 +59,23 @@ class Gap:
 
     trained: str
     held_out: str
-    gains: list[tuple[float, float, float, float]]
-    """(step, gain of the trained one, gain of the held-out one, standard error of either), in standard deviations that
-    the pictures of the first evaluation had."""
+    trained_gains: Points
+    held_out_gains: Points
+    """Of the same steps, in standard deviations that the pictures of the first evaluation had."""
+
+    @property
+    def points(self) -> Points:
+        """How much more the trained reward gained than the held-out one."""
+        both = zip(self.trained_gains, self.held_out_gains, strict=True)
+        return [(step, a - b, math.hypot(e, f)) for (step, a, e), (_, b, f) in both]
 
     @property
     def sentence(self) -> str:
         """The last gains in words."""
-        _, trained, held_out, _ = self.gains[-1]
+        trained, held_out = self.trained_gains[-1][1], self.held_out_gains[-1][1]
         return (
             f"{self.trained}, which is trained on, gained {trained:+.2f} standard deviations of the first pictures, "
-            f"{self.held_out}, which is not, {held_out:+.2f}: a gap of {trained - held_out:+.2f}"
+            f"{self.held_out}, which is not, {held_out:+.2f}: a gap of {self.points[-1][1]:+.2f}"
         )
 
 
@@ -162,24 +168,27 @@ def hacking(rows: Sequence[Row]) -> Gap | None:
     gain = (mean - first mean) / standard deviation of the first evaluation's pictures
     """
     evaluations = by_step(rows, "evaluation")
-    trained_on = {key.removeprefix("rewards/") for row in by_step(rows, "train")[:1] for key in row}
+    keys = [key for row in by_step(rows, "train")[:1] for key in row]
+    trained_on = {key.removeprefix("rewards/") for key in keys if key.startswith("rewards/")}
     evaluated = _reward_names(evaluations[:1])
     trained = next((name for name in evaluated if name in trained_on), None)
     held_out = next((name for name in evaluated if name not in trained_on), None)
     if trained is None or held_out is None:
         return None
 
-    def gain(name: str, row: Row) -> float:
+    def gains(name: str) -> Points:
         first = evaluations[0]
-        deviation = _number(first, name + _ERROR) * first["num_images"] ** 0.5
-        return (_number(row, name) - _number(first, name)) / deviation if deviation else math.nan
+        deviation = _number(first, name + _ERROR) * first["num_images"] ** 0.5 or math.nan
+        found: Points = [(float(first["step"]), 0.0, 0.0)]
+        for row in evaluations[1:]:
+            error = math.hypot(_number(first, name + _ERROR), _number(row, name + _ERROR))
+            found.append(
+                (float(row["step"]), (_number(row, name) - _number(first, name)) / deviation, error / deviation)
+            )
+        return found
 
-    gains = [
-        (float(row["step"]), gain(trained, row), gain(held_out, row), (2 / row["num_images"]) ** 0.5)
-        for row in evaluations
-        if trained in row and held_out in row
-    ]
-    return Gap(trained, held_out, gains) if all(map(math.isfinite, sum(gains, ()))) else None
+    gap = Gap(trained, held_out, gains(trained), gains(held_out))
+    return gap if all(math.isfinite(y) for _, y, _ in gap.points) else None
 
 
 def time_split(rows: Sequence[Row]) -> dict[str, float]:
@@ -215,12 +224,10 @@ def _gap_charts(gap: Gap) -> list[Chart]:
     """Both gains in one picture, and their difference."""
     unit = "in standard deviations of the first pictures"
     both = f"The first colour is {gap.trained}, which is trained on, the second {gap.held_out}, which is not; {unit}."
-    trained, held_out = ([(s, g[i], e) for s, *g, e in gap.gains] for i in (0, 1))
-    difference = [(s, t - h, e * 2**0.5) for s, t, h, e in gap.gains]
     note = f"How much more {gap.trained} rose than {gap.held_out}, {unit}: growth is reward hacking."
     return [
-        Chart(f"gain of {gap.trained} and {gap.held_out}", both, trained, held_out),
-        Chart("gap", note, [], difference),
+        Chart(f"gain of {gap.trained} and {gap.held_out}", both, gap.trained_gains, gap.held_out_gains),
+        Chart("gap", note, [], gap.points),
     ]
 
 

@@ -376,7 +376,7 @@ def keep_trackers_quiet(trackers: Sequence[str]) -> None:
 def _default_folder(recipe: str, *, resume: bool) -> Path:
     """A new folder under runs/, or the newest one of this recipe."""
     if resume:
-        earlier = sorted(Path("runs").glob(f"{recipe}-*/config.yaml"))
+        earlier = sorted(Path("runs").glob(f"{recipe}-[0-9]*/config.yaml"))
         if not earlier:
             raise FileNotFoundError(f"There is no run to resume: runs/{recipe}-* does not exist.")
         return earlier[-1].parent

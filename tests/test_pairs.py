@@ -18,7 +18,7 @@ from rlhf_t2i.shapes.pairs import MIN_GAP, a_near_miss, near_misses, write_pairs
 from rlhf_t2i.shapes.scenes import Scene, Thing, all_prompts, all_scenes, parse_prompt, render
 
 SMALL = {"num_drawn": 60, "num_painted": 20, "num_paintings": 220, "num_validation": 20, "num_test": 20}
-FILES = ("train_drawn", "train_painted", "validation", "test_drawn", "test_painted")
+FILES = ("train_drawn", "train_painted", "validation", "test_drawn", "test_relation", "test_painted")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,14 @@ def test_a_gray_shape_is_no_thing_of_the_grammar() -> None:
 
 def test_every_file_has_as_many_pairs_as_asked_for(folder: Path) -> None:
     found = {name: len(pairs_of(folder, name)) for name in FILES}
-    assert found == {"train_drawn": 60, "train_painted": 24, "validation": 22, "test_drawn": 20, "test_painted": 20}
+    assert found == {
+        "train_drawn": 60,
+        "train_painted": 24,
+        "validation": 22,
+        "test_drawn": 20,
+        "test_relation": 6,
+        "test_painted": 20,
+    }
 
 
 def test_no_held_out_prompt_is_read_in_training_and_no_other_in_the_tests(folder: Path) -> None:
@@ -86,7 +93,7 @@ def test_no_held_out_prompt_is_read_in_training_and_no_other_in_the_tests(folder
     for name in ("train_drawn", "train_painted", "validation"):
         for pair in pairs_of(folder, name):
             assert not {pair.winner_prompt, pair.loser_prompt} & held_out
-    for name in ("test_drawn", "test_painted"):
+    for name in ("test_drawn", "test_relation", "test_painted"):
         assert {pair.winner_prompt for pair in pairs_of(folder, name)} <= held_out
 
 

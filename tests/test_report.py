@@ -332,9 +332,9 @@ def test_gains_are_counted_in_standard_deviations_of_the_first_pictures() -> Non
     gap = hacking(HACKED)
     assert gap is not None
     assert (gap.trained, gap.held_out) == ("judge", "oracle")
-    assert [row[:3] for row in gap.gains] == [
-        pytest.approx((0, 0, 0)), pytest.approx((10, 1.0, 0.5)), pytest.approx((20, 2.0, 0.2)),
-    ]  # fmt: skip
+    error = 2**0.5 * 0.05  # of the mean of 400 pictures, in their standard deviations, against another such mean
+    assert gap.trained_gains == [(0, 0, 0), pytest.approx((10, 1.0, error)), pytest.approx((20, 2.0, error))]
+    assert gap.held_out_gains == [(0, 0, 0), pytest.approx((10, 0.5, error)), pytest.approx((20, 0.2, error))]
     assert "gap of +1.80" in gap.sentence
 
 

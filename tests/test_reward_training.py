@@ -65,7 +65,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(data: Path, folder: Path, *, processes: int = 1, **values: Any) -> list[str]:
+def zero2(folder: Path) -> Path:
+    """An accelerate config for DeepSpeed ZeRO-2 on the CPU."""
+    path = folder / "zero2.yaml"
+    settings = {"zero_stage": 2, "gradient_clipping": 1.0, "zero3_init_flag": False, "gradient_accumulation_steps": 1}
+    path.write_text(
+        yaml.safe_dump(
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": settings, "num_machines": 1, "mixed_precision": "no",
+             "use_cpu": True, "compute_environment": "LOCAL_MACHINE"}
+        )
+    )  # fmt: skip
+    return path
+
+
+def command(data: Path, folder: Path, *, processes: int = 1, launcher: Path | None = None, **values: Any) -> list[str]:
     """The recipe on the tiny LLaVA."""
     settings: dict[str, Any] = {
         "backbone": backbone_folder("llava"), "training": data / "pairs.jsonl", "validation": data / "pairs.jsonl",
@@ -73,7 +86,7 @@ def command(data: Path, folder: Path, *, processes: int = 1, **values: Any) -> l
         "max_steps": 8, "evaluate_every": 4, "early_stop_after": 0, "num_cpu_threads": 1, "run_folder": folder,
         **values,
     }  # fmt: skip
-    config = ROOT / "accelerate_configs" / ("ddp.yaml" if processes > 1 else "single.yaml")
+    config = launcher or ROOT / "accelerate_configs" / ("ddp.yaml" if processes > 1 else "single.yaml")
     launch = ["--config_file", str(config), "--num_processes", str(processes)]
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     return [sys.executable, "-m", "accelerate.commands.launch", *launch, "recipes/train_reward_model.py", *flags]
@@ -239,7 +252,7 @@ def test_a_checkpoint_that_was_not_finished_or_was_damaged_is_passed_over(tmp_pa
 @pytest.mark.slow
 def test_killed_and_resumed_is_as_never_stopped(data: Path, tmp_path: Path) -> None:
     """kill -9 at any moment, here after the second checkpoint; with dropout, so that its draws must resume too."""
-    steps = {"max_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2}
+    steps = {"max_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2, "early_stop_after": 4}
     run(command(data, tmp_path / "whole", **steps))
     killed = command(data, tmp_path / "killed", **steps)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -258,17 +271,23 @@ def test_killed_and_resumed_is_as_never_stopped(data: Path, tmp_path: Path) -> N
     assert whole.keys() == resumed.keys()
     for key, tensor in whole.items():
         assert torch.equal(tensor, resumed[key]), key
+    shutil.rmtree(tmp_path / "whole" / "judge")  # as if killed after the last checkpoint, before the judge was written
+    output = run([*command(data, tmp_path / "whole", **steps), "--resume", "true"])
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in judge_of(tmp_path / "whole").items())
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_judge_that_one_does(data: Path, tmp_path: Path) -> None:
-    """Two processes of 4 pairs, or one that accumulates 2 batches of 4: the same update, up to rounding."""
+    """Two processes of 4 pairs, with DDP or ZeRO-2, or one that accumulates 2 batches of 4: the same up to rounding."""
     same = {"lora_dropout": 0.0, "max_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3}
     run(command(data, tmp_path / "one", accumulation_steps=2, **same))
     run(command(data, tmp_path / "two", processes=2, **same))
     two = judge_of(tmp_path / "two")
+    run(command(data, tmp_path / "zero", processes=2, launcher=zero2(tmp_path), **same))
+    zero = judge_of(tmp_path / "zero")
     for key, tensor in judge_of(tmp_path / "one").items():
-        assert_close(tensor, two[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        for other in (two, zero):
+            assert_close(tensor, other[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 # --- the recipe -----------------------------------------------------------------------------------

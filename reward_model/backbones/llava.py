@@ -73,7 +73,8 @@ class Llava:
         layer, strategy = (getattr(self.model.config, f"vision_feature_{k}") for k in ("layer", "select_strategy"))
         layers = [layer] if isinstance(layer, int) else layer
         pixels = inputs["pixel_values"].to(self.model.model.vision_tower.dtype)
-        states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # nothing in it is trained
+            states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         chosen = [states[i][:, 1:] if strategy == "default" else states[i] for i in layers]
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": torch.cat(chosen, dim=-1)}

@@ -81,7 +81,8 @@ class Qwen25VL:
 
         tower, grids = self.model.model.visual, inputs["image_grid_thw"]
         patches = inputs["pixel_values"].to(tower.patch_embed.proj.weight.dtype)
-        states = tower(patches, grid_thw=grids).last_hidden_state
+        with torch.set_grad_enabled(torch.is_grad_enabled() and patches.requires_grad):  # nothing in it is trained
+            states = tower(patches, grid_thw=grids).last_hidden_state
         # The tower works in windows; its groups of patches go back into the order of the picture.
         order, _ = get_vision_window_index(
             grids, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size,

@@ -56,7 +56,11 @@ def _flaw_of_pixels(path: Path, *, max_pixels: int) -> str | None:
             if width * height > max_pixels:
                 return (
                     f"looks like a decompression bomb: {width} x {height} = {width * height} pixels, where max_pixels "
-                    f"is {max_pixels}. Shrink it, or raise max_pixels if it is genuine."
+                    f"is {max_pixels}. Shrink it if it is genuine."
+                )
+            if image.mode in ("I", "F"):
+                return (
+                    f"has 32-bit gray values ({image.mode}), of which none is known to be white; save it with 8 bits."
                 )
             if image.format == "PNG":
                 image.verify()  # the check sum of every chunk: as good as decoding and many times faster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from jaxtyping import Float
@@ -14,12 +15,18 @@ BUILT_IN_JUDGE = Path(__file__).parent.parent / "shapes" / "weights" / "judge"
 """What the reward name `judge` stands for."""
 
 
+@cache
+def _loaded(source: str) -> LlavaReward:
+    """One judge for everything that asks for it, so that training and evaluation hold it once."""
+    return LlavaReward.from_pretrained(source)
+
+
 class LearnedReward:
     """The scores of a LLaVA-Reward judge, on the device of the pictures; differentiable."""
 
     def __init__(self, source: str | Path, *, perspective: str | None = None, batch_size: int = 64) -> None:
         """Load a judge; FileNotFoundError or ValueError if there is none, or if its head has no scores."""
-        self.judge = LlavaReward.from_pretrained(source)
+        self.judge = _loaded(str(source))
         self.perspective, self.batch_size = perspective, batch_size
         head = self.judge.facts(perspective).head
         if head != "scalar":

@@ -30,10 +30,12 @@ from reward_model.images import normalise
 from reward_model.types import Backbone
 from rlhf_t2i.shapes.build import make_tokenizer, pick_scenes, seeded, train
 from rlhf_t2i.shapes.paintings import paint
-from rlhf_t2i.shapes.pairs import SHARES, a_near_miss
+from rlhf_t2i.shapes.pairs import a_near_miss
 from rlhf_t2i.shapes.scenes import PALETTE, SHAPES, Scene, all_prompts, render
 
 SIZE, PATCH, WIDTH = 32, 4, 128
+SHARES = {"one": 0.5, "count": 0.2, "relation": 0.3}
+"""Of the tiers among drawn pictures."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"

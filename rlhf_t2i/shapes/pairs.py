@@ -1,11 +1,12 @@
 """Preference pairs of the built-in world: `python -m rlhf_t2i.shapes.pairs --output-folder FOLDER`.
 
-A folder of pictures and five files in the format of `reward_model.datasets.jsonl`:
+A folder of pictures and six files in the format of `reward_model.datasets.jsonl`:
 
     train_drawn.jsonl    drawn pairs of training prompts
     train_painted.jsonl  painted pairs of training prompts, labelled by the oracle
     validation.jsonl     both, from other pictures
-    test_drawn.jsonl     drawn pairs of held-out prompts
+    test_drawn.jsonl     drawn pairs of held-out prompts, of one kind of thing
+    test_relation.jsonl  drawn pairs of held-out prompts that relate two things
     test_painted.jsonl   painted pairs of held-out prompts, labelled by the oracle
 
 Drawn pairs show a scene and a near miss: one word of the prompt is not what the loser shows. Painted pairs are two
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,12 @@ from rlhf_t2i.shapes.scenes import (
 
 MIN_GAP = 0.15
 """How far apart the oracle's scores of two paintings are, so that they make a pair."""
-SHARES: dict[Tier, float] = {"one": 0.5, "count": 0.2, "relation": 0.3}
-"""Of the tiers among drawn pairs."""
+TRAINING_SHARES: dict[Tier, float] = {"one": 0.6, "count": 0.25, "relation": 0.15}
+TEST_SHARES: dict[Tier, float] = {"one": 0.7, "count": 0.3}
+"""Of the tiers among drawn pairs. Relations, which the built-in painter does not know either, are tested apart."""
+
+TESTS = ("test_drawn", "test_painted", "test_relation")
+"""The files of held-out prompts."""
 
 Row = dict[str, Any]
 
@@ -82,13 +87,15 @@ def a_near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
     return chosen[rng.integers(len(chosen))]
 
 
-def drawn_pairs(count: int, split: Split, *, seed: int, save: Callable[[Tensor], str]) -> Iterator[Row]:
+def drawn_pairs(
+    count: int, split: Split, shares: Mapping[Tier, float], *, seed: int, save: Callable[[Tensor], str]
+) -> Iterator[Row]:
     """Right drawing against near miss for three pairs in four, right prompt against near miss for the rest."""
     rng = np.random.default_rng([seed, 1])
-    scenes = {tier: all_scenes(tier, split) for tier in SHARES}
-    tiers = list(SHARES)
+    scenes = {tier: all_scenes(tier, split) for tier in shares}
+    tiers = list(shares)
     while count:
-        tier = tiers[rng.choice(len(tiers), p=list(SHARES.values()))]
+        tier = tiers[rng.choice(len(tiers), p=list(shares.values()))]
         scene = scenes[tier][rng.integers(len(scenes[tier]))]
         miss = a_near_miss(scene, rng)
         right, wrong = roughened(render([scene, miss], rng=rng), rng)
@@ -156,9 +163,9 @@ def write_pairs(
     num_test: int = 1_500,
     seed: int = 0,
 ) -> Path:
-    """Draw, paint and write all five files; a folder that is there already is left alone.
+    """Draw, paint and write all six files; a folder that is there already is left alone.
 
-    `num_test` pairs go into each of the two test files.
+    `num_test` pairs go into test_drawn and test_painted each, a third of it into test_relation.
     """
     if (folder / "test_painted.jsonl").is_file():
         return folder
@@ -166,17 +173,26 @@ def write_pairs(
 
     def painted(split: Split, count: int, number: int) -> Paintings:
         prompts = all_prompts(split)
-        return paint([prompts[i % len(prompts)] for i in range(count)], seed=4 * seed + number)
+        return paint([prompts[i % len(prompts)] for i in range(count)], seed=5 * seed + number)
 
-    def rows_of(name: str, split: Split, drawn: int, pairs: int, paintings: int, number: int) -> list[Row]:
+    def rows_of(
+        name: str,
+        split: Split,
+        drawn: int,
+        pairs: int,
+        paintings: int,
+        number: int,
+        shares: Mapping[Tier, float] | None = None,
+    ) -> list[Row]:
         saver = _Saver(folder, name)
-        rows = list(drawn_pairs(drawn, split, seed=4 * seed + number, save=saver.new))
+        shares = shares or TRAINING_SHARES
+        rows = list(drawn_pairs(drawn, split, shares, seed=5 * seed + number, save=saver.new))
         if pairs:
             those = painted(split, paintings, number)
             keep = saver.of(those.images)
-            rows += painted_pairs(pairs, those, seed=4 * seed + number, save=keep)
+            rows += painted_pairs(pairs, those, seed=5 * seed + number, save=keep)
             if split == "training":
-                rows += misread_pairs(pairs // 5, those, seed=4 * seed + number, save=keep)
+                rows += misread_pairs(pairs // 5, those, seed=5 * seed + number, save=keep)
         return rows
 
     fewer = max(num_paintings // 5, 200)
@@ -185,8 +201,10 @@ def write_pairs(
     _write(folder / "train_painted.jsonl", rows[num_drawn:])
     half = num_validation // 2
     _write(folder / "validation.jsonl", rows_of("validation", "training", half, half, fewer, 1))
-    _write(folder / "test_drawn.jsonl", rows_of("test_drawn", "held-out", num_test, 0, 0, 2))
-    _write(folder / "test_painted.jsonl", rows_of("test_painted", "held-out", 0, num_test, fewer, 3))
+    _write(folder / "test_drawn.jsonl", rows_of("test_drawn", "held-out", num_test, 0, 0, 2, TEST_SHARES))
+    relations = rows_of("test_relation", "held-out", num_test // 3, 0, 0, 3, {"relation": 1.0})
+    _write(folder / "test_relation.jsonl", relations)
+    _write(folder / "test_painted.jsonl", rows_of("test_painted", "held-out", 0, num_test, fewer, 4))
     return folder
 
 
