@@ -252,8 +252,8 @@ def main() -> None:
     parser.add_argument("--output-folder", type=Path, default=Path("runs/reader"))
     parser.add_argument("--num-eye-updates", type=int, default=1_200)
     parser.add_argument("--num-updates", type=int, default=2_400)
-    parser.add_argument("--num-drawn", type=int, default=16_000)
-    parser.add_argument("--num-painted", type=int, default=8_000)
+    parser.add_argument("--num-drawn", type=int, default=18_000)
+    parser.add_argument("--num-painted", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=0)
     build(**vars(parser.parse_args()))
 
