@@ -27,7 +27,6 @@ from rlhf_t2i.config import names, parse_config
 if TYPE_CHECKING:
     from trl.trainer.reward_config import RewardConfig
 
-    from reward_model.backbones.text import PromptReader
     from reward_model.scoring import LlavaReward
     from reward_model.types import Record
 
@@ -156,10 +155,12 @@ def main(config: Config) -> Path:
 
     from reward_model.backbones.load import load_backbone
     from reward_model.checkpoint import bundle_tensors, save_bundle
+    from reward_model.datasets.readable import readable
     from reward_model.facts import Facts
     from reward_model.model import RewardModel, parameter_table
     from reward_model.scoring import LlavaReward
     from reward_model.training import JudgeTrainer, Objective, newest_checkpoint
+    from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
 
     args, folder = start(config)
     training, validation, tests = load_data(config, folder)
@@ -171,12 +172,12 @@ def main(config: Config) -> Path:
         margin_per_rating=config.margin_per_rating,
     )
     objective.check([*training, *validation])
-    source = str(built_in_judge() / "backbone") if config.backbone == BUILT_IN else config.backbone
+    source = str(BUILT_IN_JUDGE / "backbone") if config.backbone == BUILT_IN else config.backbone
     shown: Any = {"template": config.template, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     dtype = "bfloat16" if args.bf16 else "float32"
     backbone = load_backbone(source, dtype=getattr(torch, dtype), **shown)
     for records in (training, validation, *tests.values()):
-        records[:] = readable(records, backbone.reader, config, folder)
+        records[:] = readable(records, lambda prompt: backbone.reader.ids(prompt, 0), skipped=skip_file(config, folder))
     judge = RewardModel(backbone)
     facts = Facts(
         perspective=config.perspective,
@@ -292,21 +293,17 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     root = Path(config.image_root) if config.image_root else None
     training, validation, test = config.training, config.validation, config.test
     if training == BUILT_IN:
-        from rlhf_t2i.shapes.pairs import TESTS
+        from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 
         with state.main_process_first():
-            made = built_in_pairs(config.seed)
+            made = write_pairs(Path("runs") / f"shapes-pairs-{config.seed}", seed=config.seed)
         training = f"{made / 'train_drawn.jsonl'},{made / 'train_painted.jsonl'}"
         validation = validation or str(made / "validation.jsonl")
         test = test or ",".join(str(made / f"{name}.jsonl") for name in TESTS)
 
     def read(files: str) -> list[Record]:
-        skipped = folder / f"skipped_{state.process_index}.jsonl" if state.process_index else folder / "skipped.jsonl"
-        return [
-            record
-            for name in names(files)
-            for record in load_records(Path(name), image_root=root, on_bad_record=config.on_bad_record, skipped=skipped)
-        ]
+        options: Any = {"on_bad_record": config.on_bad_record, "skipped": skip_file(config, folder)}
+        return [record for name in names(files) for record in load_records(Path(name), image_root=root, **options)]
 
     records = read(training)
     if validation:
@@ -323,29 +320,12 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     return records, held_out, {stem: read(name) for stem, name in tests.items()}
 
 
-def readable(records: Sequence[Record], reader: PromptReader, config: Config, folder: Path) -> list[Record]:
-    """The records whose prompts the backbone can be shown; others stop the run, or go to skipped.jsonl."""
-    from reward_model.datasets.split import prompts_of
+def skip_file(config: Config, folder: Path) -> Path | None:
+    """Where this process writes bad records down; None if they stop the run."""
+    from accelerate import PartialState
 
-    faults: dict[str, str | None] = {}
-    kept: list[Record] = []
-    for record in records:
-        for prompt in prompts_of(record):
-            if prompt not in faults:
-                try:
-                    reader.ids(prompt, 0)
-                    faults[prompt] = None
-                except ValueError as error:
-                    faults[prompt] = str(error)
-        reason = next(filter(None, (faults[prompt] for prompt in prompts_of(record))), None)
-        if reason is None:
-            kept.append(record)
-        elif config.on_bad_record == "error":
-            raise ValueError(f"{record.where}: {reason}")
-        else:
-            with (folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"where": record.where, "reason": reason}) + "\n")
-    return kept
+    rank = PartialState().process_index
+    return folder / (f"skipped_{rank}.jsonl" if rank else "skipped.jsonl") if config.on_bad_record == "skip" else None
 
 
 def measure(judge: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, batch_size: int) -> None:
@@ -358,20 +338,6 @@ def measure(judge: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, 
         tqdm.write(f"\n{name}\n{table(metrics)}")
     rows = {name: [asdict(metric) for metric in metrics] for name, metrics in found.items()}
     (folder / "metrics.json").write_text(json.dumps(rows, indent=1))
-
-
-def built_in_judge() -> Path:
-    """The folder of the built-in judge, which holds its backbone too."""
-    from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
-
-    return BUILT_IN_JUDGE
-
-
-def built_in_pairs(seed: int) -> Path:
-    """The pairs of the built-in world, made at the first call."""
-    from rlhf_t2i.shapes.pairs import write_pairs
-
-    return write_pairs(Path("runs") / f"shapes-pairs-{seed}", seed=seed)
 
 
 def with_defaults(arguments: Sequence[str]) -> list[str]:

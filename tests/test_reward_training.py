@@ -341,6 +341,9 @@ def test_a_bad_record_stops_the_run_or_is_written_down(data: Path, tmp_path: Pat
     output = run(command(data, tmp_path / "stopped", **bad), fails=True)
     assert "bad.jsonl:4" in output
     assert "missing.png" in output
+    lines[7] = lines[7].replace("a red fox", "a red <image> fox")  # a special token of the backbone
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     run(command(data, tmp_path / "skipped", on_bad_record="skip", **bad))
-    (skipped,) = (tmp_path / "skipped" / "skipped.jsonl").read_text().splitlines()
-    assert "bad.jsonl:4" in json.loads(skipped)["where"]
+    skipped = [json.loads(line) for line in (tmp_path / "skipped" / "skipped.jsonl").read_text().splitlines()]
+    assert [row["where"].rpartition(":")[2] for row in skipped] == ["4", "8"]
+    assert "<image>" in skipped[1]["reason"]
