@@ -35,6 +35,11 @@ def win_probability(logits: Float[Tensor, "*P"], *, tie_width: float = 0.0) -> F
     return (1 + torch.sigmoid(logits - tie_width) - torch.sigmoid(-logits - tie_width)) / 2
 
 
+def decided_logits(logits: Float[Tensor, "*P"], *, tie_width: float) -> Float[Tensor, "*P"]:
+    """Log-odds that the first wins if it is no tie, log P(first wins) - log P(second wins); for width 0 unchanged."""
+    return F.logsigmoid(logits - tie_width) - F.logsigmoid(-logits - tie_width)
+
+
 def label_losses(scores: Float[Tensor, " N"], labels: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Binary cross-entropy of each picture, sigmoid(score) being the chance that it is good; labels 1 good, 0 bad."""
     return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")

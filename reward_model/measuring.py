@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_model.evaluation import order_consistency
-from reward_model.metrics import Metric, label_metrics, pair_metrics
+from reward_model.losses import decided_logits
+from reward_model.metrics import Metric, gap_metrics, label_metrics, pair_metrics
 from reward_model.scoring import LlavaReward
 from reward_model.types import LabelledImage, PreferencePair, Record
 
@@ -24,7 +25,7 @@ class Answers:
 
     pairs: list[PreferencePair]
     logits: Float[Tensor, " P"]
-    """Log-odds that the winner is preferred: negative where the judge is wrong."""
+    """Log-odds that the winner is preferred, if it is no tie: negative where the judge is wrong."""
     swapped: Float[Tensor, " S"]
     """Of the first `NUM_SWAPPED` pairs, asked the other way round: log-odds that the loser is preferred."""
     labelled: list[LabelledImage]
@@ -51,7 +52,8 @@ def _logits(
     images, prompts = (
         [[getattr(pair, side + kind) for pair in pairs] for side in (first, second)] for kind in ("", "_prompt")
     )
-    return judge.logits(images[0], images[1], prompts[0], second_prompts=prompts[1], batch_size=batch_size)
+    logits = judge.logits(images[0], images[1], prompts[0], second_prompts=prompts[1], batch_size=batch_size)
+    return decided_logits(logits, tie_width=judge.facts().tie_width)
 
 
 def metrics_of(answers: Answers) -> list[Metric]:
@@ -59,6 +61,9 @@ def metrics_of(answers: Answers) -> list[Metric]:
     found: list[Metric] = []
     if answers.pairs:
         found += pair_metrics(answers.logits.numpy(), [0 if pair.tie else 1 for pair in answers.pairs])
+        rated = [i for i, pair in enumerate(answers.pairs) if pair.rating_gap > 0]
+        if rated:
+            found += gap_metrics(answers.logits[rated].numpy(), [answers.pairs[i].rating_gap for i in rated])
         asked = len(answers.swapped)
         both = order_consistency(torch.sigmoid(answers.logits[:asked]), torch.sigmoid(answers.swapped))
         note = "largest |p(a beats b) + p(b beats a) - 1|, asked in both orders"

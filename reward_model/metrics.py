@@ -163,6 +163,17 @@ def rating_metrics(
     return [*metrics, measure(name, accuracy, np.arange(len(score)), note=note)]
 
 
+def gap_metrics(logits: ArrayLike, gaps: ArrayLike, *, num_resamples: int = 2000, seed: int = 0) -> list[Metric]:
+    """Whether a judge is surer of pairs whose ratings lie further apart: correlations of its log-odds with the gaps."""
+    logit, gap = columns_of(logits=logits, gaps=gaps)
+    measure = partial(_measured, num_resamples=num_resamples, seed=seed, note="of log-odds with rating gaps")
+    return [
+        measure("pearson", pearson, logit, gap),
+        measure("spearman", spearman, logit, gap),
+        measure("kendall_tau_b", kendall, logit, gap),
+    ]
+
+
 def table(metrics: Sequence[Metric]) -> str:
     """The metrics for a terminal, in aligned columns."""
     rows = [("metric", "value", "95 % interval", "count", "note")]

@@ -30,7 +30,7 @@ from reward_model.evaluation import (
     spearman,
     tie_optimised_accuracy,
 )
-from reward_model.metrics import Metric, label_metrics, pair_metrics, rating_metrics, table, to_csv
+from reward_model.metrics import Metric, gap_metrics, label_metrics, pair_metrics, rating_metrics, table, to_csv
 
 SEEDS = range(20)
 
@@ -656,3 +656,14 @@ def test_lists_arrays_and_tensors_are_the_same() -> None:
 def test_a_mistake_is_refused_by_name_and_value(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_gap_metrics_correlate_certainty_with_how_far_ratings_lie_apart() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=60)
+    gaps = logits + rng.normal(size=60)
+    found = {metric.name: metric for metric in gap_metrics(logits, gaps, num_resamples=50)}
+    assert found["pearson"].value == pytest.approx(slow_pearson(logits.tolist(), gaps.tolist()))
+    assert found["kendall_tau_b"].value == pytest.approx(stats.kendalltau(logits, gaps).statistic)
+    assert found["spearman"].value == pytest.approx(stats.spearmanr(logits, gaps).statistic)
+    assert all(metric.count == 60 for metric in found.values())

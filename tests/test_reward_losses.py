@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from reward_model.heads import Head, HeadKind, preference_logits
-from reward_model.losses import label_losses, preference_losses, win_probability
+from reward_model.losses import decided_logits, label_losses, preference_losses, win_probability
 
 LOGITS = [-3.0, -0.7, 0.0, 0.4, 2.5]
 
@@ -212,3 +212,12 @@ def test_the_gradient_of_a_label_loss_is_the_error_of_the_probability() -> None:
     losses.sum().backward()
     assert_close(losses.detach(), torch.tensor([math.log1p(math.exp(-0.4)), 1e4, 1e4]))
     assert_close(scores.grad, torch.tensor([sigmoid(0.4) - 1, -1.0, 1.0]))
+
+
+@pytest.mark.parametrize("tie_width", [0.0, 0.5, 2.0])
+def test_the_odds_of_a_decided_pair_leave_the_tie_out(tie_width: float) -> None:
+    logits = torch.tensor(LOGITS, dtype=torch.float64)
+    first, _, second = outcomes(logits, tie_width=tie_width)
+    assert_close(torch.sigmoid(decided_logits(logits, tie_width=tie_width)), first / (first + second))
+    if tie_width == 0:
+        assert_close(decided_logits(logits, tie_width=0.0), logits)
