@@ -32,6 +32,7 @@ def parse_config(config_class: type[ConfigT], *, description: str, arguments: Se
         usage="%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]",
         formatter_class=_Formatter,
         exit_on_error=False,
+        allow_abbrev=False,  # or a field cut short would be taken for the whole
     )
     parser.add_argument("--config", action="config", help="A YAML file with any of the fields below.")
     parser.add_class_arguments(config_class)

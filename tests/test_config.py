@@ -47,6 +47,7 @@ def test_a_flag_alone_is_true() -> None:
     ("arguments", "message"),
     [
         (["--lerning_rate", "3"], "Did you mean learning_rate?"),
+        (["--learning_rat", "3"], "Did you mean learning_rate?"),
         (["--num_steps", "many"], "num_steps"),
         (["--num_steps", "0"], "num_steps is 0; it must be at least 1."),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
