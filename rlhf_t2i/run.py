@@ -166,7 +166,8 @@ class Run:
         self._seconds.clear()
         self.log({"kind": "train", "step": self.done, **row, **seconds})
         rate = row["images"] / max(sum(seconds.values()), 1e-9)
-        self._bar.set_postfix_str(f"reward {row['reward']:.3f}, {rate:.0f} images/s")
+        shown = [f"{name} {row[name]:.3f}" for name in ("reward", "accuracy", "loss") if name in row]
+        self._bar.set_postfix_str(f"{shown[0]}, {rate:.0f} images/s")
 
     def record(self, evaluation: Evaluation) -> None:
         """Write down an evaluation: its row, a strip of its first pictures, and the report as it stands."""

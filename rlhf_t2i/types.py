@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -125,6 +126,10 @@ class Policy(Protocol):
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Pictures in [0, 1]; values beyond it are kept, so that a gradient survives."""
+        ...
+
+    def export(self, folder: Path) -> Path:
+        """Write what was learnt in a form that others load; returns where in `folder` it lies."""
         ...
 
     def as_reference(self) -> AbstractContextManager[None]:

@@ -351,7 +351,7 @@ def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images_per_prompt": 4, "num_minibatches": 3}, r"num_minibatches \(3\) must divide images_per_prompt \(4\)"),
+        ({"images_per_prompt": 4, "num_minibatches": 3}, r"num_minibatches is 3; it must be at least 1 and divide images_per_prompt \(4\)"),
         ({"eta": 0.0}, "eta is 0.0"),
         ({"trained_fraction": 0.0}, "trained_fraction is 0.0"),
         ({"window_start": 0.5}, r"window_end is 0\.5; it must be in \[0, 1\] and at least one step after"),

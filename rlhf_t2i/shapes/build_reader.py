@@ -31,11 +31,13 @@ from reward_model.types import Backbone
 from rlhf_t2i.shapes.build import make_tokenizer, pick_scenes, seeded, train
 from rlhf_t2i.shapes.paintings import paint
 from rlhf_t2i.shapes.pairs import a_near_miss
-from rlhf_t2i.shapes.scenes import PALETTE, SHAPES, Scene, all_prompts, render
+from rlhf_t2i.shapes.scenes import MIRRORED, PALETTE, RELATIONS, SHAPES, Scene, Thing, all_prompts, render
 
 SIZE, PATCH, WIDTH = 32, 4, 128
-SHARES = {"one": 0.5, "count": 0.2, "relation": 0.3}
+SHARES = {"one": 0.3, "count": 0.2, "relation": 0.5}
 """Of the tiers among drawn pictures."""
+STANDS = ("alone", "one of two", "one of three", *RELATIONS)
+"""How a thing stands to the others of its picture."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -104,32 +106,42 @@ def distort(images: Float[Tensor, "B 3 Y X"], generator: torch.Generator) -> Flo
     return torch.where(kind < 0.5, images, torch.where(kind < 0.75, noisy, blurred)).clamp(0, 1)
 
 
-def patch_shapes(pictures: Float[Tensor, "N 3 Y X"], scenes: Sequence[Scene]) -> Int[Tensor, "N P"]:
-    """What lies in the middle of each patch: 0 for the background, else 1 + the number of its thing's shape.
+def patch_labels(pictures: Float[Tensor, "N 3 Y X"], scenes: Sequence[Scene]) -> Int[Tensor, "N P 2"]:
+    """What lies in the middle of each patch: its shape, and how it stands to the others; each 0 for the background.
 
-    A patch belongs to whatever of its own scene has the nearest colour.
+    Else 1 + the number in `SHAPES` and in `STANDS`. A patch belongs to what has the nearest colour of its scene's own.
     """
-    middles = F.avg_pool2d(pictures[..., 1:-1, 1:-1], 2, stride=PATCH).flatten(2).mT
-    labels = torch.zeros(middles.shape[:2], dtype=torch.long)
+    middle = PATCH // 2 - 1
+    middles = F.avg_pool2d(pictures[..., middle : SIZE - middle, middle : SIZE - middle], 2, stride=PATCH)
+    middles = middles.flatten(2).mT
+    labels = torch.zeros(*middles.shape[:2], 2, dtype=torch.long)
     for row, scene in enumerate(scenes):
         colours = torch.tensor([PALETTE[name] for name in (scene.background, *(t.colour for t in scene.things))])
-        kinds = torch.tensor([0, *(1 + SHAPES.index(thing.shape) for thing in scene.things)])
-        labels[row] = kinds[torch.cdist(middles[row], colours).argmin(dim=1)]
+        kinds = [(1 + SHAPES.index(thing.shape), 1 + STANDS.index(stands)) for thing, stands in _standing(scene)]
+        labels[row] = torch.tensor([(0, 0), *kinds])[torch.cdist(middles[row], colours).argmin(dim=1)]
     return labels
 
 
+def _standing(scene: Scene) -> list[tuple[Thing, str]]:
+    """Each thing of a scene, with how it stands to the others."""
+    if scene.relation is not None:
+        first, last = scene.things
+        return [(first, scene.relation), (last, MIRRORED[scene.relation])]
+    return [(thing, STANDS[len(scene.things) - 1]) for thing in scene.things]
+
+
 def seeing_loss(
-    tower: nn.Module, probe: nn.Module, pictures: Float[Tensor, "N 3 Y X"], labels: Int[Tensor, "N P"], *, seed: int
+    tower: nn.Module, probe: nn.Module, pictures: Float[Tensor, "N 3 Y X"], labels: Int[Tensor, "N P 2"], *, seed: int
 ) -> Callable[[int], Tensor]:
-    """Which shape each patch belongs to, by a linear probe: 64 answers a picture, where a caption has one."""
+    """What each patch belongs to, by a linear probe: 64 answers a picture, where a caption has one."""
     settings = make_image_processor()
 
     def loss_at(update: int) -> Tensor:
         generator = seeded(seed, update)
         rows = torch.randint(len(pictures), (128,), generator=generator)
         pixels = normalise(distort(pictures[rows], generator), mean=settings.image_mean, std=settings.image_std)
-        patches = tower(pixels).last_hidden_state[:, 1:]
-        return F.cross_entropy(probe(patches).flatten(0, 1), labels[rows].flatten())
+        shapes, stands = probe(tower(pixels).last_hidden_state[:, 1:]).split((1 + len(SHAPES), 1 + len(STANDS)), dim=-1)
+        return F.cross_entropy(shapes.mT, labels[rows, :, 0]) + F.cross_entropy(stands.mT, labels[rows, :, 1])
 
     return loss_at
 
@@ -155,21 +167,23 @@ def reading_loss(backbone: Backbone, shown: Shown, *, num_captioning: int, seed:
 
     def loss_at(update: int) -> Tensor:
         generator = seeded(seed, update)
-        rows = torch.randint(len(shown.pictures), (64,), generator=generator)
-        column = torch.randint(len(shown.right[0]), (64,), generator=generator).tolist()
-        true = torch.arange(64) < (64 if update < num_captioning else 32)
-        texts = [
-            (shown.right if is_true else shown.wrong)[int(row)][i]
-            for row, i, is_true in zip(rows, column, true.tolist(), strict=True)
-        ]
-        inputs = backbone.prepare(list(distort(shown.pictures[rows], generator)), texts)
+        answering = update >= num_captioning
+        rows = torch.randint(len(shown.pictures), (32 if answering else 64,), generator=generator)
+        column = torch.randint(len(shown.right[0]), rows.shape, generator=generator).tolist()
+        pictures = distort(shown.pictures[rows], generator)
+        texts = [shown.right[row][i] for row, i in zip(rows.tolist(), column, strict=True)]
+        if answering:  # both texts of one picture: all that they share cancels
+            pictures = torch.cat([pictures, pictures])
+            texts += [shown.wrong[row][i] for row, i in zip(rows.tolist(), column, strict=True)]
+        true = torch.arange(64) < len(rows)
+        inputs = backbone.prepare(list(pictures), texts)
         logits = model(**inputs, use_cache=False).logits
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         silent = ~mask | (ids == model.config.image_token_id)
         words = ids.masked_fill(silent | ~true[:, None], -100)[:, 1:]
         ends = logits[torch.arange(64), mask.sum(1) - 1]
         captioning = F.cross_entropy(logits[:, :-1].flatten(0, 1), words.flatten())
-        return captioning if true.all() else captioning + F.cross_entropy(ends, answers[true.long()])
+        return captioning + F.cross_entropy(ends, answers[true.long()]) if answering else captioning
 
     return loss_at
 
@@ -177,9 +191,12 @@ def reading_loss(backbone: Backbone, shown: Shown, *, num_captioning: int, seed:
 def texts_of(scene: Scene, others: Sequence[Scene], rng: np.random.Generator) -> tuple[str, str]:
     """A text that is true of a picture of the scene, and one that is not, in the same form.
 
-    The whole prompt of a scene of the training half, or a part of it. No text is the prompt of a held-out scene.
+    The whole prompt of a scene of the training half, or a part of it. No text is the prompt of a held-out scene. Two
+    things are told from either side.
     """
     while True:
+        if rng.random() < 0.5:
+            scene = scene.mirrored
         miss = a_near_miss(scene, rng) if rng.random() < 0.7 else others[rng.integers(len(others))]
         part = rng.choice(["whole", "subject", "ground"], p=[0.7, 0.2, 0.1])
         right, wrong = _part(scene, part), _part(miss, part)
@@ -224,11 +241,11 @@ def build(
     known = [i for i, scene in enumerate(painted.seen) if scene is not None]
     shown = look_at(torch.cat([drawn, painted.images[known]]), [*scenes, *filter(None, painted.seen)], rng)
     tower = model.model.vision_tower
-    probe = nn.Linear(tower.config.hidden_size, 1 + len(SHAPES))
+    probe = nn.Linear(tower.config.hidden_size, 2 + len(SHAPES) + len(STANDS))
     train(
         "eyes",
         nn.ModuleDict({"tower": tower, "probe": probe}),
-        seeing_loss(tower, probe, shown.pictures, patch_shapes(shown.pictures, shown.scenes), seed=seed + 3),
+        seeing_loss(tower, probe, shown.pictures, patch_labels(shown.pictures, shown.scenes), seed=seed + 3),
         num_updates=num_eye_updates,
         learning_rate=1.5e-3,
         decay=True,

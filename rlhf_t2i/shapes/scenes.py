@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, get_args
 
@@ -48,6 +48,8 @@ RELATIONS: dict[str, tuple[int, int]] = {
     "below": (0, 1),
 }
 """Where the first object lies, seen from the second: (x, y) with y pointing down."""
+MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+"""The same told from the second object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +96,17 @@ class Scene:
         A Latin rule keeps a quarter of all combinations back so evenly that each pair of words
         (a colour with a shape, a shape with a background, ...) is still met in training.
         """
-        first, last = self.things[0], self.things[-1]
-        relation = self.relation
-        if relation in _MIRRORED:  # the same picture in other words belongs to the same half
-            first, last, relation = last, first, _MIRRORED[relation]
-        kind = len(self.things) - 1 if relation is None else list(_MIRRORED.values()).index(relation)
+        # The same picture in other words belongs to the same half.
+        scene = self.mirrored if self.relation in ("right of", "below") else self
+        first, last, relation = scene.things[0], scene.things[-1], scene.relation
+        kind = len(self.things) - 1 if relation is None else ("left of", "above").index(relation)
         words = _index(first) + (2 * _index(last) if relation else 0) + BACKGROUNDS.index(self.background)
         return (words + kind) % 4 == 0
 
-
-_MIRRORED = {"right of": "left of", "below": "above"}
+    @property
+    def mirrored(self) -> Scene:
+        """The same scene told from its other thing; itself if it has no relation."""
+        return replace(self, things=self.things[::-1], relation=MIRRORED[self.relation]) if self.relation else self
 
 
 def _index(thing: Thing) -> int:

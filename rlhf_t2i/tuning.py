@@ -1,0 +1,203 @@
+"""What every recipe that tunes a painter has in common: settings, and the work around its updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.ema import ExponentialMovingAverage
+from rlhf_t2i.evaluate import evaluate, evaluation_set
+from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.rewards.load import WeightedSum, load_rewards
+from rlhf_t2i.run import Run, start_run
+from rlhf_t2i.types import Policy, Sampler
+
+Rule = tuple[str, bool, str]
+"""A field, whether its value can work, and what it must be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """Settings that all recipes share, in the order of the flow. A recipe adds its own."""
+
+    prompts: str = "shapes"
+    """A UTF-8 file with one prompt a line (or .jsonl), or the built-in world's training prompts."""
+    evaluation_prompts: str = "shapes"
+    """The same for evaluation; of the built-in world the held-out prompts."""
+
+    model: str = "shapes"
+    """A StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    lora_rank: int | None = None
+    """Rank of the trained adapters; null trains the whole U-Net."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by alpha / rank; null stands for alpha = rank."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the networks; null takes what `accelerate launch` says. Densities are always float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations instead of keeping them: less memory, about a third slower."""
+
+    num_denoising_steps: int = 8
+    guidance_scale: float = 1.0
+    """Classifier-free guidance in rollout, update and evaluation; 1 is off and halves the cost."""
+    microbatch_size: int = 64
+    """Pictures in one forward pass. Changes memory and speed, never results."""
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from zero."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 1e-4
+    max_gradient_norm: float = 1.0
+    ema_decay: float = 0.0
+    """Evaluate and export an exponential moving average of the weights; 0 is off."""
+
+    num_steps: int = 40
+    evaluate_every: int = 10
+    """Steps between evaluations, which there always are before and after; 0 has no others."""
+    num_evaluation_images: int = 408
+    evaluation_rewards: str = "oracle,oracle_pass,judge"
+    """Comma-separated rewards. One that is not trained on shows how much of the gain is real; the report draws the
+    gap."""
+    evaluation_eta: float = 0.0
+    evaluation_seed: int = 1_000_000
+
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    resume: bool = False
+    """Go on with the newest whole checkpoint of run_folder, or of the newest run under runs/."""
+    run_folder: str | None = None
+    """Null is runs/RECIPE-DATE."""
+    trackers: str = ""
+    """Comma-separated, of wandb and tensorboard."""
+    num_cpu_threads: int = 0
+    """On a CPU; 0 shares all cores among the processes."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for name, works, rule in self.rules():
+            if not works:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
+
+    def rules(self) -> list[Rule]:
+        """What the values must be; a recipe adds its own."""
+        return [
+            ("num_denoising_steps", self.num_denoising_steps >= 1, "at least 1"),
+            ("guidance_scale", self.guidance_scale >= 1, "at least 1, which is off"),
+            ("microbatch_size", self.microbatch_size >= 1, "at least 1"),
+            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("max_gradient_norm", self.max_gradient_norm > 0, "positive"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
+            ("num_steps", self.num_steps >= 1, "at least 1"),
+            ("num_evaluation_images", self.num_evaluation_images >= 2, "at least 2"),
+            ("evaluation_eta", 0 <= self.evaluation_eta <= 1, "in [0, 1]"),
+            ("evaluation_seed", self.evaluation_seed >= 0, "at least 0"),
+            ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ]
+
+    def learning_rate_at(self, step: int) -> float:
+        """Rises over the first warmup_steps, then stays."""
+        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A policy that learns, and what is done around its updates: looking, saving, averaging, finishing."""
+
+    config: TuningConfig
+    run: Run
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    average: ExponentialMovingAverage
+    judges: WeightedSum
+    evaluation: tuple[list[str], list[int]]
+    """Prompts and seeds of the pictures that are looked at."""
+
+    def sampler(self, *, eta: float) -> Sampler:
+        """How this policy paints, with so much noise in each DDIM step."""
+        config = self.config
+        return Sampler(self.policy.schedule(config.num_denoising_steps), partial(ddim, eta=eta), config.guidance_scale)
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do, each with its learning rate set. Held-out prompts are looked at before the first."""
+        if self.run.done == 0:
+            self.look()
+        for step in self.run.steps(self.config.num_steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.learning_rate_at(step)
+            yield step
+
+    def descend(self) -> dict[str, float]:
+        """One optimiser step along the gradients that have gathered: their norm, and 1 if fp16 overflowed instead."""
+        accelerator, weights = self.run.accelerator, self.policy.trainable.values()
+        norm = float(accelerator.clip_grad_norm_(weights, self.config.max_gradient_norm) or 0)
+        self.optimizer.step()
+        skipped = float(accelerator.optimizer_step_was_skipped)
+        self.optimizer.zero_grad()
+        return {"gradient_norm": norm if math.isfinite(norm) else 0.0, "skipped_updates": skipped}
+
+    def finish_step(self, step: int, **row: float | int) -> None:
+        """Average the weights and write the step down; look and save where it is time."""
+        self.average.update(self.policy.trainable)
+        self.run.finish_step(step, **row)
+        finished = self.run.done == self.config.num_steps
+        if finished or (self.run.due(self.config.evaluate_every) and not self.run.stopping):
+            self.look()
+        if finished or self.run.due(self.config.checkpoint_every) or self.run.stopping:
+            self.run.save()
+
+    def look(self) -> None:
+        """Paint the held-out prompts, with averaged weights, and let every judge speak."""
+        prompts, seeds = self.evaluation
+        with self.average.applied(self.policy.trainable):
+            seen = evaluate(
+                self.policy, prompts, seeds, self.judges.rewards,
+                sampler=self.sampler(eta=self.config.evaluation_eta), batch_size=self.config.microbatch_size,
+                run=self.run,
+            )  # fmt: skip
+        self.run.record(seen)
+
+    def finish(self) -> Run:
+        """Write the weights for others and the last report."""
+        with self.average.applied(self.policy.trainable):
+            self.run.finish(export=self.policy.export, num_steps=self.config.num_steps)
+        return self.run
+
+
+def start_tuning(
+    config: TuningConfig, *, recipe: str, keep_reference: bool = False, extra: Sequence[Any] = ()
+) -> Tuning:
+    """Load everything, wrap it for this machine, and take up the run that is to be resumed, if any.
+
+    Checkpoints also hold each of `extra`, which have a state_dict. With `keep_reference` the policy can be asked what
+    it predicted before training. Raises what `load_rewards`, `load_prompts`, `start_run` and the model's loader do.
+    """
+    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion  # takes seconds
+
+    judges = load_rewards(config.evaluation_rewards)
+    held_out = load_prompts(config.evaluation_prompts, held_out=True)
+    evaluation = evaluation_set(held_out, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
+    run = start_run(asdict(config), recipe=recipe)
+    policy = load_stable_diffusion(config.model, device=run.device, dtype=run.dtype)
+    policy.learn(config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed)
+    if config.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    optimizer = torch.optim.AdamW(
+        policy.trainable.values(),
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    average = ExponentialMovingAverage(policy.trainable, decay=config.ema_decay)
+    policy.denoiser, optimizer = run.prepare(policy.denoiser, optimizer, extra=[average, *extra])
+    run.restore()
+    return Tuning(config, run, policy, optimizer, average, judges, evaluation)
