@@ -33,7 +33,7 @@ from rlhf_t2i.shapes.paintings import paint
 from rlhf_t2i.shapes.pairs import a_near_miss
 from rlhf_t2i.shapes.scenes import MIRRORED, PALETTE, RELATIONS, SHAPES, Scene, Thing, all_prompts, render
 
-SIZE, PATCH, WIDTH = 32, 4, 128
+SIZE, PATCH, WIDTH = 32, 8, 128
 SHARES = {"one": 0.3, "count": 0.2, "relation": 0.5}
 """Of the tiers among drawn pictures."""
 STANDS = ("alone", "one of two", "one of three", *RELATIONS)
@@ -54,7 +54,7 @@ def make_reader_tokenizer() -> CLIPTokenizer:
 
 
 def make_reader(tokenizer: CLIPTokenizer) -> LlavaForConditionalGeneration:
-    """64 patches of 4 x 4 pixels, three layers of width 96; a Llama of three layers of width 128."""
+    """16 patches of 8 x 8 pixels, three layers of width 96; a Llama of three layers of width 128."""
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -133,7 +133,7 @@ def _standing(scene: Scene) -> list[tuple[Thing, str]]:
 def seeing_loss(
     tower: nn.Module, probe: nn.Module, pictures: Float[Tensor, "N 3 Y X"], labels: Int[Tensor, "N P 2"], *, seed: int
 ) -> Callable[[int], Tensor]:
-    """What each patch belongs to, by a linear probe: 64 answers a picture, where a caption has one."""
+    """What each patch belongs to, by a linear probe: 32 answers a picture, where a caption has a few."""
     settings = make_image_processor()
 
     def loss_at(update: int) -> Tensor:
@@ -268,8 +268,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output-folder", type=Path, default=Path("runs/reader"))
     parser.add_argument("--num-eye-updates", type=int, default=1_200)
-    parser.add_argument("--num-updates", type=int, default=2_400)
-    parser.add_argument("--num-drawn", type=int, default=18_000)
+    parser.add_argument("--num-updates", type=int, default=6_000)
+    parser.add_argument("--num-drawn", type=int, default=30_000)
     parser.add_argument("--num-painted", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=0)
     build(**vars(parser.parse_args()))

@@ -5,7 +5,7 @@ A folder of pictures and six files in the format of `reward_model.datasets.jsonl
     train_drawn.jsonl    drawn pairs of training prompts
     train_painted.jsonl  painted pairs of training prompts, labelled by the oracle
     validation.jsonl     both, from other pictures
-    test_drawn.jsonl     drawn pairs of held-out prompts, of one kind of thing
+    test_drawn.jsonl     drawn pairs of held-out prompts
     test_relation.jsonl  drawn pairs of held-out prompts that relate two things
     test_painted.jsonl   painted pairs of held-out prompts, labelled by the oracle
 
@@ -46,9 +46,8 @@ from rlhf_t2i.shapes.scenes import (
 
 MIN_GAP = 0.15
 """How far apart the oracle's scores of two paintings are, so that they make a pair."""
-TRAINING_SHARES: dict[Tier, float] = {"one": 0.6, "count": 0.25, "relation": 0.15}
-TEST_SHARES: dict[Tier, float] = {"one": 0.7, "count": 0.3}
-"""Of the tiers among drawn pairs. Relations, which the built-in painter does not know either, are tested apart."""
+SHARES: dict[Tier, float] = {"one": 0.4, "count": 0.25, "relation": 0.35}
+"""Of the tiers among drawn pairs. Relations, the hardest, are tested apart as well, so that no average hides them."""
 
 TESTS = ("test_drawn", "test_painted", "test_relation")
 """The files of held-out prompts."""
@@ -182,10 +181,9 @@ def write_pairs(
         pairs: int,
         paintings: int,
         number: int,
-        shares: Mapping[Tier, float] | None = None,
+        shares: Mapping[Tier, float] = SHARES,
     ) -> list[Row]:
         saver = _Saver(folder, name)
-        shares = shares or TRAINING_SHARES
         rows = list(drawn_pairs(drawn, split, shares, seed=5 * seed + number, save=saver.new))
         if pairs:
             those = painted(split, paintings, number)
@@ -201,7 +199,7 @@ def write_pairs(
     _write(folder / "train_painted.jsonl", rows[num_drawn:])
     half = num_validation // 2
     _write(folder / "validation.jsonl", rows_of("validation", "training", half, half, fewer, 1))
-    _write(folder / "test_drawn.jsonl", rows_of("test_drawn", "held-out", num_test, 0, 0, 2, TEST_SHARES))
+    _write(folder / "test_drawn.jsonl", rows_of("test_drawn", "held-out", num_test, 0, 0, 2))
     relations = rows_of("test_relation", "held-out", num_test // 3, 0, 0, 3, {"relation": 1.0})
     _write(folder / "test_relation.jsonl", relations)
     _write(folder / "test_painted.jsonl", rows_of("test_painted", "held-out", 0, num_test, fewer, 4))
