@@ -1,0 +1,218 @@
+"""DDPO here and in trl 0.23.1, the last with a DDPOTrainer: `python benchmarks/ddpo_vs_trl.py`.
+
+Both train the same built-in model on the oracle: 192 pictures a step in batches of at most 64, 8 DDIM steps with eta 1,
+no guidance, two optimiser steps. First both replay one trajectory, to see that they compute the same; then their
+speed is measured in turns; then how long each trains until the pass rate on held-out prompts has risen by ten points,
+with the best of three learning rates. trl gets an environment of its own, with the packages it needs.
+"""
+
+# diffusers has no usable types.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from rlhf_t2i.diffusion.gaussian import mean_log_prob
+from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.evaluate import evaluate, evaluation_set
+from rlhf_t2i.losses import clipped_surrogate_loss
+from rlhf_t2i.policies.stable_diffusion import BUILT_IN, load_stable_diffusion
+from rlhf_t2i.rewards.load import load_reward
+from rlhf_t2i.sampling.rollout import rollout, transition_at
+from rlhf_t2i.shapes.scenes import all_prompts
+from rlhf_t2i.types import Sampler
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("trl==0.23.1", "diffusers==0.35.2", "transformers==4.57.1", "peft<0.18", "accelerate<1.12")
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+
+
+def say(line: str) -> None:
+    """Print at once, though the output may be a file."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def environment_for_trl(folder: Path) -> Path:
+    """The Python of an environment in which trl 0.23.1 runs; made at the first call."""
+    python = folder / "bin" / "python"
+    if not (folder / "ready").is_file():
+        venv.create(folder, with_pip=True)
+        torch_version = torch.__version__.split("+")[0]
+        own = ("jaxtyping", "scipy", f"torch=={torch_version}")
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES, *own], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def model_for_trl(folder: Path) -> Path:
+    """The built-in model with its fast tokenizer named, because older transformers cannot read it as a slow one."""
+    if not folder.is_dir():
+        shutil.copytree(BUILT_IN, folder, ignore=shutil.ignore_patterns("judge"))
+        index = json.loads((folder / "model_index.json").read_text())
+        index["tokenizer"] = ["transformers", "CLIPTokenizerFast"]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    return folder
+
+
+def run(command: list[str], threads: int) -> None:
+    """A process of its own, its output shown only if it fails."""
+    variables = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error",
+    }  # fmt: skip
+    result = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-4000:]}")
+
+
+def agreement(python: Path, model: Path, folder: Path) -> None:
+    """One trajectory of eight pictures, replayed by both: the largest difference of densities and of gradients."""
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = load_stable_diffusion("shapes", device=torch.device("cpu"))
+    policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
+    sampler = Sampler(policy.schedule(8), partial(ddim, eta=1.0))
+    prompts = all_prompts("training")[:8]
+    generators = [torch.Generator().manual_seed(i) for i in range(8)]
+    _, trajectory = rollout(policy, prompts, sampler=sampler, generators=generators, batch_size=8)
+    advantages = torch.linspace(-1, 1, 8)
+    given = {
+        "latents": trajectory.latents, "log_probs": trajectory.log_probs, "advantages": advantages,
+        "conditioning": trajectory.conditioning,
+    }  # fmt: skip
+    torch.save(given, folder / "trajectory.pt")
+    run([str(python), "benchmarks/trl_side.py", "replay", "--model", str(model), "--folder", str(folder)], 1)
+    theirs = torch.load(folder / "replayed.pt", weights_only=True)
+    for step in range(8):
+        transition = transition_at(
+            policy, trajectory.latents[:, step], torch.full((8,), step), trajectory.conditioning, sampler=sampler
+        )
+        log_prob = mean_log_prob(transition, trajectory.latents[:, step + 1])
+        (clipped_surrogate_loss(log_prob, trajectory.log_probs[:, step], advantages, clip_range=5e-4) / 8).backward()
+    torch.nn.utils.clip_grad_norm_(policy.trainable.values(), 1.0)
+    ours = {name: p.grad for name, p in policy.trainable.items() if p.grad is not None}
+    density = (theirs["log_probs"] - trajectory.log_probs).abs().max().item()
+    one, other = (torch.cat([g[name].flatten() for name in sorted(ours)]) for g in (ours, theirs["gradients"]))
+    gradient = ((one - other).norm() / one.norm()).item()
+    say(
+        f"largest difference of log-densities {density:.1e}; of the clipped first gradient {gradient:.1e} of its length"
+    )
+
+
+def trl_training(
+    python: Path, folder: Path, *, learning_rate: float, epochs: int, seconds: float, threads: int
+) -> None:
+    """Train by trl; a finished training is not repeated."""
+    if (folder / "seconds.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [str(python), "benchmarks/trl_side.py", "train", "--model", str(model), "--folder", str(folder)]
+    command += ["--learning-rate", str(learning_rate), "--max-epochs", str(epochs), "--max-seconds", str(seconds)]
+    run([*command, "--threads", str(threads)], threads)
+
+
+def own_training(folder: Path, *options: str, epochs: int, evaluate_every: int, threads: int) -> None:
+    """Train by recipes/ddpo.py; a finished training is not repeated."""
+    if (folder / "unet").is_dir():
+        return
+    fixed = ["--rewards", "oracle", "--evaluation_rewards", "oracle_pass", "--num_cpu_threads", str(threads)]
+    fixed += ["--num_steps", str(epochs), "--evaluate_every", str(evaluate_every), "--checkpoint_every", "0"]
+    looked = [] if evaluate_every else ["--num_evaluation_images", "2"]
+    run([sys.executable, "recipes/ddpo.py", *fixed, *looked, "--run_folder", str(folder), *options], threads)
+
+
+def own_seconds(folder: Path) -> list[float]:
+    """Seconds of each step: rollout, reward and update."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [sum(v for k, v in row.items() if k.startswith("seconds/")) for row in rows if row["kind"] == "train"]
+
+
+def own_curve(folder: Path) -> list[tuple[float, float]]:
+    """(seconds of training, pass rate) of each evaluation."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = own_seconds(folder)
+    return [(sum(seconds[: row["step"]]), row["oracle_pass"]) for row in rows if row["kind"] == "evaluation"]
+
+
+def trl_curve(folder: Path, base: float) -> list[tuple[float, float]]:
+    """The same of trl's snapshots, looked at by our evaluation."""
+    seconds = json.loads((folder / "seconds.json").read_text())
+    curve = [(0.0, base)]
+    for snapshot in sorted(folder.glob("step_*")):
+        policy = load_stable_diffusion("shapes", device=torch.device("cpu"), weights=snapshot)
+        prompts, seeds = evaluation_set(all_prompts("held-out"), num_images=408, seed=1_000_000)
+        seen = evaluate(
+            policy, prompts, seeds, [load_reward("oracle_pass")],
+            sampler=Sampler(policy.schedule(8), partial(ddim, eta=0.0)), batch_size=64,
+        )  # fmt: skip
+        curve.append((sum(seconds[: int(snapshot.name[5:])]), seen.scores["oracle_pass"].mean().item()))
+    return curve
+
+
+def time_until(curve: list[tuple[float, float]], rise: float) -> float:
+    """Seconds until the pass rate has risen so far, between evaluations in a straight line; inf if it never has."""
+    goal = curve[0][1] + rise
+    for (start, low), (end, high) in pairwise(curve):
+        if high >= goal:
+            return start + (end - start) * (goal - low) / (high - low)
+    return float("inf")
+
+
+def main() -> None:
+    """Agreement, speed, time to the same quality."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output-folder", type=Path, default=Path("runs/ddpo-vs-trl"))
+    parser.add_argument("--environment", type=Path, default=Path("runs/trl-0.23.1"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of the speed measurement")
+    parser.add_argument("--max-seconds", type=float, default=240, help="of training, for each learning rate")
+    arguments = parser.parse_args()
+    python, folder, threads = (
+        environment_for_trl(arguments.environment.absolute()),
+        arguments.output_folder.absolute(),
+        arguments.threads,
+    )
+    model = model_for_trl(folder / "model")
+    agreement(python, model, folder / "agreement")
+
+    ratios: list[str] = []
+    for turn in range(arguments.rounds):
+        theirs, same, default = (folder / f"speed-{name}-{turn}" for name in ("trl", "same", "default"))
+        trl_training(python, model, theirs, learning_rate=3e-4, epochs=4, seconds=1e9, threads=threads)
+        own_training(same, "--window_end", "1", epochs=4, evaluate_every=0, threads=threads)
+        own_training(default, epochs=4, evaluate_every=0, threads=threads)
+        slow = json.loads((theirs / "seconds.json").read_text())[1:]
+        rates = [192 * 3 / sum(s) for s in (slow, own_seconds(same)[1:], own_seconds(default)[1:])]
+        ratios.append(f"{rates[1] / rates[0]:.2f} and {rates[2] / rates[0]:.2f}")
+        say(f"turn {turn}, images/s: trl {rates[0]:.1f}, here {rates[1]:.1f}, here with its window {rates[2]:.1f}")
+    say(f"images/s here as a multiple of trl's, all steps trained and as by default: {'; '.join(ratios)}")
+
+    best = {"trl": float("inf"), "here": float("inf")}
+    for rate in LEARNING_RATES:
+        own_training(
+            folder / f"here-{rate}", "--learning_rate", str(rate), epochs=20, evaluate_every=2, threads=threads
+        )
+        curves = {"here": own_curve(folder / f"here-{rate}")}
+        theirs = folder / f"trl-{rate}"
+        limit = arguments.max_seconds
+        trl_training(python, model, theirs, learning_rate=rate, epochs=10**6, seconds=limit, threads=threads)
+        curves["trl"] = trl_curve(theirs, curves["here"][0][1])
+        for name, curve in curves.items():
+            seconds = time_until(curve, 0.1)
+            best[name] = min(best[name], seconds)
+            say(f"{name}, learning rate {rate:g}: +10 points after {seconds:.0f} s; at the end {curve[-1][1]:.3f}")
+    say(f"+10 points: trl {best['trl']:.0f} s, here {best['here']:.0f} s, a ratio of {best['trl'] / best['here']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
