@@ -1,0 +1,63 @@
+"""A painter whose every distribution is known in closed form: a picture is one number, drawn from a normal one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_t2i.diffusion.gaussian import randn
+from rlhf_t2i.types import Level, Prediction, Sampler, Schedule
+
+SCALE = 1000.0
+"""Latents of up to a few hundred are pictures in [0, 1]."""
+
+
+class GaussianPainter:
+    """Knows exactly what it sees: clean ~ Normal(mean, std^2), so E[clean | x] is linear in x."""
+
+    def __init__(self, *, mean: float = 0.5, std: float = 0.8) -> None:
+        self.mean, self.std = mean, std
+        self.rows: list[int] = []
+        """How many pictures each forward pass had."""
+
+    def schedule(self, num_steps: int) -> Schedule:
+        sigma = torch.linspace(0.995, 0.0, num_steps + 1, dtype=torch.float64)
+        return Schedule((1 - sigma**2).sqrt().float(), sigma.float(), torch.arange(num_steps + 1).float())
+
+    def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Tensor:
+        return randn((len(generators) * copies, 1, 1, 1), generators=generators, device=torch.device("cpu"))
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(prompts), 1, 1)
+
+    def predict(self, latents: Tensor, level: Level, conditioning: Tensor, *, guidance_scale: float) -> Prediction:
+        self.rows.append(len(latents))
+        alpha, sigma = (value[:, None, None, None] for value in (level.alpha, level.sigma))
+        total = alpha**2 * self.std**2 + sigma**2
+        clean = (self.mean * sigma**2 + self.std**2 * alpha * latents) / total
+        return Prediction(clean, (latents - alpha * clean) / sigma)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return (latents / SCALE + 0.5).expand(-1, 3, 1, 1)
+
+    def distribution(self, sampler: Sampler) -> tuple[float, float]:
+        """Mean and variance of what this sampler paints: every step is linear, so both can be followed exactly."""
+        mean, variance = 0.0, 1.0
+        for step in range(sampler.schedule.num_steps):
+            at = torch.tensor([step, step])
+            level, after = sampler.schedule.at(at), sampler.schedule.at(at + 1)
+            x = torch.tensor([0.0, 1.0])[:, None, None, None]
+            transition = sampler.dynamics(
+                x, self.predict(x, level, self.encode(["", ""]), guidance_scale=1), level, after
+            )
+            intercept, at_one = transition.mean.flatten().double().tolist()
+            slope = at_one - intercept
+            mean, variance = slope * mean + intercept, slope**2 * variance + float(transition.std[0]) ** 2
+        return mean, variance
+
+
+def number(images: Tensor) -> Tensor:
+    """The number that a picture stands for."""
+    return (images.mean(dim=(1, 2, 3)) - 0.5) * SCALE
