@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -114,3 +115,68 @@ def per_prompt_history(
                 advantages[index] = standardised(rewards[index], kept)
         result.append(advantages)
     return result
+
+
+def log_potentials(rewards: Sequence[float], *, potential: str, strength: float) -> list[float]:
+    """Those of one path, whose last reward is that of the finished picture (arXiv:2501.06848)."""
+    result = []
+    for t in range(len(rewards) - 1):
+        if potential == "difference":
+            value = rewards[t] - (rewards[t - 1] if t else 0.0)
+        elif potential == "max":
+            value = max(rewards[: t + 1])
+        else:
+            value = sum(rewards[: t + 1])
+        result.append(strength * value)
+    return [*result, strength * rewards[-1] - sum(result)]
+
+
+def effective_sample_size(log_weights: Sequence[float]) -> float:
+    """1 / sum of squared normalised weights."""
+    weights = [math.exp(value - max(log_weights)) for value in log_weights]
+    return sum(weights) ** 2 / sum(weight**2 for weight in weights)
+
+
+def systematic_resample(log_weights: Sequence[float], offset: float) -> list[int]:
+    """Walk along the particles and put a child at every offset + k of K times the running weight."""
+    weights = [math.exp(value - max(log_weights)) for value in log_weights]
+    parents, particle, upto = [], 0, weights[0]
+    for k in range(len(weights)):
+        while not (k + offset) / len(weights) * sum(weights) < upto:
+            particle += 1
+            upto += weights[particle]
+        parents.append(particle)
+    return parents
+
+
+def expected_best(scores: Sequence[float], values: Sequence[float], n: int) -> float:
+    """The mean, over all sets of n pictures, of the value of the one with the highest score."""
+    sets = list(itertools.combinations(range(len(scores)), n))
+    return sum(values[max(chosen, key=lambda i: scores[i])] for chosen in sets) / len(sets)
+
+
+def mean_squared_error(predicted: np.ndarray, target: np.ndarray) -> list[float]:
+    """The average over numbers of the squared difference, image by image."""
+    result = []
+    for p, q in zip(predicted, target, strict=True):
+        squares = [(float(a) - float(b)) ** 2 for a, b in zip(p.ravel(), q.ravel(), strict=True)]
+        result.append(math.fsum(squares) / len(squares))
+    return result
+
+
+def diffusion_dpo(
+    winner: Sequence[float],
+    loser: Sequence[float],
+    reference_winner: Sequence[float],
+    reference_loser: Sequence[float],
+    *,
+    beta: float,
+    winner_guard: float = 0.0,
+) -> float:
+    """Diffusion-DPO's loss (arXiv:2311.12908, Eq. 14, with the authors' half), and DPO-Positive's penalty."""
+    total = 0.0
+    for w, l, rw, rl in zip(winner, loser, reference_winner, reference_loser, strict=True):  # noqa: E741
+        penalty = winner_guard * max(0.0, w - rw)
+        inside = -0.5 * beta * (((w - l) - (rw - rl)) + penalty)
+        total += math.log(1 / (1 + math.exp(-inside)))
+    return -total / len(winner)

@@ -9,7 +9,7 @@ import reference
 import torch
 from torch.testing import assert_close
 
-from rlhf_t2i.losses import clipped_surrogate_loss
+from rlhf_t2i.losses import clipped_surrogate_loss, denoising_mse, diffusion_dpo_loss
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,74 @@ def test_gradients_reach_only_the_new_density() -> None:
     assert log_prob.grad is not None
     assert old_log_prob.grad is None
     assert advantage.grad is None
+
+
+# --- Diffusion-DPO ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("beta", "winner_guard"), [(0.5, 0.0), (50.0, 0.0), (2000.0, 0.0), (50.0, 2.5)])
+def test_diffusion_dpo_agrees_with_the_slow_reference(beta: float, winner_guard: float) -> None:
+    errors = (1 + 0.1 / beta**0.5 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))).double()
+
+    loss = diffusion_dpo_loss(*errors, beta=beta, winner_guard=winner_guard)
+
+    expected = reference.diffusion_dpo(*errors.tolist(), beta=beta, winner_guard=winner_guard)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("winner_guard", [0.0, 50.0])
+def test_diffusion_dpo_starts_at_log_two(winner_guard: float) -> None:
+    """A policy equal to its reference has no opinion yet, whatever the pair."""
+    winner, loser = torch.tensor([0.3, 1.0]), torch.tensor([0.1, 1.5])
+    loss = diffusion_dpo_loss(winner, loser, winner, loser, beta=5000.0, winner_guard=winner_guard)
+    assert loss.item() == torch.tensor(2.0).log().item()
+
+
+def test_diffusion_dpo_at_the_reference_moves_each_error_by_a_quarter_of_beta() -> None:
+    """d loss / d winner_error = beta / 2 * sigmoid(0) / B: down with the winner's error, up with the loser's."""
+    winner, loser, *reference_errors = (torch.ones(4, requires_grad=True) for _ in range(4))
+    diffusion_dpo_loss(winner, loser, *reference_errors, beta=8.0).backward()
+    assert_close(winner.grad, torch.full((4,), 8.0 / 2 / 2 / 4))
+    assert_close(loser.grad, -torch.full((4,), 8.0 / 2 / 2 / 4))
+    assert [errors.grad for errors in reference_errors] == [None, None]
+
+
+def test_the_logarithm_comes_before_the_mean() -> None:
+    """One pair far on the right side does not pay for one far on the wrong side."""
+    moved = torch.tensor([-1.0, 1.0])
+    loss = diffusion_dpo_loss(moved, torch.zeros(2), torch.zeros(2), torch.zeros(2), beta=20.0)
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-10)) + math.log1p(math.exp(10))) / 2)
+
+
+def test_the_winner_guard_turns_the_gradient_where_both_errors_rise() -> None:
+    """Plain DPO is content if the loser's error rises more; guarded, the winner's rise costs more than that earns."""
+    winner, loser = torch.tensor([0.1], requires_grad=True), torch.tensor([0.3])
+    zero = torch.zeros(1)
+    plain = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0)
+    guarded = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, winner_guard=5.0)
+    assert plain.item() < math.log(2) < guarded.item()
+    (slope,) = torch.autograd.grad(plain, winner)
+    (guarded_slope,) = torch.autograd.grad(guarded, winner)
+    assert guarded_slope.item() > 6 * slope.item()
+
+
+def test_the_winner_guard_does_nothing_where_the_winner_gained() -> None:
+    winner, loser, zero = torch.tensor([-0.1, 0.0]), torch.tensor([0.3, 0.2]), torch.zeros(2)
+    plain = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0)
+    assert diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, winner_guard=5.0).item() == plain.item()
+
+
+def test_a_margin_of_any_size_has_a_finite_loss() -> None:
+    far, zero = torch.tensor([1e4], requires_grad=True), torch.zeros(1)
+    diffusion_dpo_loss(far, zero, zero, zero, beta=5000.0).backward()
+    assert far.grad is not None
+    assert far.grad.item() == 2500.0
+
+
+def test_denoising_mse_is_a_mean_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = torch.randn(2, 3, 4, 8, 8, generator=generator).bfloat16()
+    found = denoising_mse(predicted, target)
+    assert found.dtype == torch.float32
+    expected = reference.mean_squared_error(predicted.float().numpy(), target.float().numpy())
+    assert_close(found, torch.tensor(expected), rtol=1e-5, atol=0)

@@ -1,0 +1,250 @@
+"""Diffusion-DPO: teach a diffusion model by pairs of pictures (Wallace et al., arXiv:2311.12908).
+
+    accelerate launch recipes/diffusion_dpo.py                      the built-in world, minutes on a laptop
+    accelerate launch recipes/diffusion_dpo.py --pairs pairs.jsonl \\
+        --config recipes/configs/diffusion_dpo_sd15.yaml            what people preferred; SD 1.5, as published
+
+A denoiser that likes a picture removes noise from it with a small error. So the errors of a preferred picture are
+lowered against those of the other one, both measured from the model before training. One step of training:
+
+    pairs      the next of a file; or paint images_per_prompt pictures of each prompt and let a reward choose two
+    disturb    the same noise, at the same level, on both pictures of a pair
+    compare    moved = error of the noise found by the model - that of the reference, of winner and of loser
+    move       raise log sigmoid(beta / 2 * (moved_loser - moved_winner))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_t2i.config import names, parse_config, whole_numbers
+from rlhf_t2i.diffusion.gaussian import randn
+from rlhf_t2i.losses import diffusion_dpo_loss
+from rlhf_t2i.preferences import (
+    PairBatch,
+    PicturePairs,
+    choose_pairs,
+    implicit_preference,
+    numbers_of_step,
+    save_pairs,
+    share_of,
+)
+from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.rewards.load import WeightedSum, load_rewards
+from rlhf_t2i.run import Run
+from rlhf_t2i.sampling.errors import denoising_errors
+from rlhf_t2i.sampling.rollout import rollout
+from rlhf_t2i.seeds import PAINT, PERTURB, PICK, generator_for, generators_for
+from rlhf_t2i.tuning import Rule, Tuning, TuningConfig, start_tuning
+from rlhf_t2i.types import Policy
+
+LoadPairs = Callable[[Sequence[int]], PairBatch]
+"""From the numbers of a step's pairs, as `share_of` deals them out, to what an update needs."""
+METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TuningConfig):
+    """Those of every recipe, and Diffusion-DPO's own. An update uses no guidance; only painting does."""
+
+    pairs: str = "judged"
+    """Comma-separated preference files (.jsonl, .json as published) or folders; judged makes pairs in each step."""
+    image_root: str | None = None
+    """Where relative image paths start; null is each file's own folder. No picture may lie outside of it."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """Stop at a record that is no pair of one prompt, or write it to skipped.jsonl in the run folder."""
+    pairs_per_step: int = 64
+    """Pairs of a file in one step, over all processes."""
+    cache_folder: str | None = None
+    """Where latents and text embeddings of a file's pairs are kept; null encodes them anew each time."""
+    prompts_per_step: int = 32
+    """Of judged pairs: different prompts in one step, over all processes."""
+    images_per_prompt: int = 8
+    """Of judged pairs: pictures of each, on one process."""
+    eta: float = 1.0
+    """Of judged pairs: noise of each DDIM step of painting, in [0, 1]."""
+    rewards: str = "judge"
+    """Of judged pairs: comma-separated NAME or NAME=WEIGHT: judge, judge:PATH (a LLaVA-Reward folder or Hub id),
+    oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
+    choice: Literal["best_worst", "all", "random"] = "best_worst"
+    """Of judged pairs: which of a prompt's pictures make pairs."""
+    keep_pairs: bool = True
+    """Write judged pairs to RUN_FOLDER/pairs, which --pairs can be given."""
+    loss: Literal["dpo", "sft"] = "dpo"
+    """sft trains on the winners alone, as if they were ordinary pictures: the baseline."""
+    beta: float = 50.0
+    """How firmly the reference is kept to: 2000 to 5000 for the 16,384 latent numbers of SD 1.5, less for fewer."""
+    winner_guard: float = 0.0
+    """Above 0: how often an error of the winner that rose counts again (DPO-Positive, arXiv:2402.13228)."""
+    times: str = "500-999"
+    """Levels of noise to learn at: a range (0-999 is all), or a list such as 249,499,749,999 for a turbo model."""
+    num_inner_epochs: int = 4
+    """Optimiser steps on each step's pairs, each with new noise."""
+    learning_rate: float = 1.5e-4
+    num_steps: int = 20
+
+    def rules(self) -> list[Rule]:
+        return [
+            *super().rules(),
+            ("pairs_per_step", self.pairs_per_step >= 1, "at least 1"),
+            ("prompts_per_step", self.prompts_per_step >= 1, "at least 1"),
+            ("images_per_prompt", self.images_per_prompt >= 2, "at least 2, to make a pair"),
+            ("eta", 0 <= self.eta <= 1, "in [0, 1]"),
+            ("beta", self.beta > 0, "positive"),
+            ("winner_guard", self.winner_guard >= 0, "at least 0, which is off"),
+            ("times", bool(whole_numbers(self.times)), "a range such as 0-999 or a list such as 249,499,749,999"),
+            ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
+            ("microbatch_size", self.microbatch_size >= 2, "at least 2: both pictures of a pair"),
+        ]
+
+
+def main(config: Config) -> Run:
+    """Take pairs, disturb, compare, move."""
+    judged = config.pairs == "judged"
+    reward, prompts = (load_rewards(config.rewards), load_prompts(config.prompts)) if judged else (None, [])
+    tuning = start_tuning(config, recipe="diffusion_dpo", keep_reference=config.loss == "dpo")
+    times = torch.tensor(whole_numbers(config.times))
+    tuning.policy.levels_at(times)  # refuses those that the model does not know
+    files = None if judged else load_pairs(tuning, config)
+    for step in tuning.steps():
+        if reward is not None:
+            asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+            load, row = paint_pairs(tuning, asked, reward, step=step, config=config)
+        else:
+            assert files is not None
+            numbers = numbers_of_step(len(files), step, num_pairs=config.pairs_per_step, seed=config.seed)
+            load, row = partial(files.load, numbers), {"images": 2 * len(numbers), "pairs": len(numbers)}
+        with tuning.run.timed("update"):
+            metrics = update(tuning, load, count=int(row["pairs"]), step=step, times=times, config=config)
+        tuning.finish_step(step, **row, **metrics)
+    return tuning.finish()
+
+
+def paint_pairs(
+    tuning: Tuning, prompts: Sequence[str], reward: WeightedSum, *, step: int, config: Config
+) -> tuple[LoadPairs, dict[str, float]]:
+    """Paint each prompt and let the reward choose: pairs by number, and metrics of all processes."""
+    run, copies = tuning.run, config.images_per_prompt
+    mine = run.my_share(len(prompts), name="prompts_per_step")
+    own = [prompts[i] for i in mine for _ in range(copies)]
+    with run.timed("rollout"):
+        images, trajectory = rollout(
+            tuning.policy, own, sampler=tuning.sampler(eta=config.eta), batch_size=config.microbatch_size,
+            generators=generators_for(config.seed, PAINT, step, mine),
+        )  # fmt: skip
+    with run.timed("reward"), torch.no_grad():
+        rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
+    scores = run.gather(rewards.view(len(mine), copies)).cpu()
+    generators = generators_for(config.seed, PICK, step, range(len(prompts)))
+    winners, losers = choose_pairs(scores, choice=config.choice, generators=generators)
+    if not len(winners):
+        run.say(f"WARNING: in step {step + 1} all pictures of each prompt earned the same: nothing could be learnt.")
+    if config.keep_pairs:
+        path = run.folder / "pairs" / f"step_{step + 1:06d}.jsonl"
+        save_pairs(path, images, prompts, scores, (winners, losers), first=mine.start * copies)
+    latents, conditioning = run.gather(trajectory.latents[:, -1]), tuning.policy.encode(prompts)
+
+    def load(rows: Sequence[int]) -> PairBatch:
+        winner, loser = winners[rows], losers[rows]
+        return PairBatch(latents[winner], latents[loser], conditioning[winner // copies])
+
+    return load, {
+        "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
+        **run.mean({f"rewards/{name}": seen.mean().item() for name, seen in verdicts.items()}),
+        "images": scores.numel(), "pairs": len(winners),
+        "denoiser_calls": scores.numel() * config.num_denoising_steps * (2 if config.guidance_scale > 1 else 1),
+    }  # fmt: skip
+
+
+def load_pairs(tuning: Tuning, config: Config) -> PicturePairs:
+    """The pairs of all files, without ties; other records are refused, or written down as skipped."""
+    from reward_model.datasets import load_pairs_of_one_prompt
+    from reward_model.images import to_tensor
+
+    run = tuning.run
+    log = run.folder / (f"skipped_{run.rank}.jsonl" if run.rank else "skipped.jsonl")
+    found = load_pairs_of_one_prompt(
+        [Path(name) for name in names(config.pairs)],
+        image_root=Path(config.image_root) if config.image_root else None,
+        skipped=log if config.on_bad_record == "skip" else None,
+    )
+    run.say(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")
+    files = PicturePairs(
+        found, policy=tuning.policy, read=to_tensor, batch_size=config.microbatch_size,
+        cache_folder=Path(config.cache_folder) if config.cache_folder else None,
+    )  # fmt: skip
+    files.fill_cache(rank=run.rank, num_processes=run.num_processes)
+    run.accelerator.wait_for_everyone()
+    return files
+
+
+def update(
+    tuning: Tuning, load: LoadPairs, *, count: int, step: int, times: Tensor, config: Config
+) -> dict[str, float]:
+    """Learn from `count` pairs, once in each inner epoch. Returns metrics of all processes.
+
+    `winner_error` and `loser_error` are how far the errors moved from the reference's: both above 0 is DPO's known
+    failing, for which there is winner_guard.
+    """
+    if not count:
+        return {}
+    policy, run = tuning.policy, tuning.run
+    share = share_of(count, rank=run.rank, num_processes=run.num_processes)
+    batch = load(share.rows)
+    microbatches = torch.arange(len(share.rows)).split(config.microbatch_size // 2)
+    seen, steps = list[Tensor](), list[dict[str, float]]()
+    for epoch in range(config.num_inner_epochs):
+        for own in microbatches:
+            draws = [generator_for(config.seed, PERTURB, step, epoch, share.rows[int(i)]) for i in own]
+            # Processes exchange gradients once, in the last backward pass.
+            with nullcontext() if own is microbatches[-1] else run.accelerator.no_sync(policy.denoiser):
+                loss, facts = loss_of_pairs(policy, batch.at(own), times=times, generators=draws, config=config)
+                run.accelerator.backward(loss * share.weight * len(own) / len(share.rows))
+            seen.append(share.weight * facts)
+        steps.append(tuning.descend())
+    sums = dict(
+        zip(METRICS, (torch.cat(seen).sum(0) / len(share.rows)).tolist(), strict=False)
+    )  # sft has but the first
+    return {
+        **{name: total / len(steps) for name, total in run.mean(sums).items()},
+        "gradient_norm": sum(s["gradient_norm"] for s in steps) / len(steps),
+        "skipped_updates": sum(s["skipped_updates"] for s in steps),
+    }
+
+
+def loss_of_pairs(
+    policy: Policy, pairs: PairBatch, *, times: Tensor, generators: Sequence[torch.Generator], config: Config
+) -> tuple[Float[Tensor, ""], Float[Tensor, "B metrics"]]:
+    """The mean loss of some pairs, and of each pair what METRICS names.
+
+    Winner and loser are disturbed by the same noise to the same level, drawn by the pair's own generator.
+    """
+    drawn = torch.cat([times[torch.randint(len(times), (1,), generator=generator)] for generator in generators])
+    noise = randn(pairs.winner.shape, generators=generators, device=pairs.winner.device)
+    if config.loss == "sft":
+        loss = denoising_errors(policy, pairs.winner, noise, policy.levels_at(drawn), pairs.conditioning).mean()
+        return loss, loss.detach().expand(len(noise), 1)
+    both = torch.cat([pairs.winner, pairs.loser]), noise.repeat(2, 1, 1, 1)
+    asked = *both, policy.levels_at(drawn.repeat(2)), pairs.conditioning.repeat(2, 1, 1)
+    with torch.no_grad(), policy.as_reference():
+        reference_winner, reference_loser = denoising_errors(policy, *asked).chunk(2)
+    winner, loser = denoising_errors(policy, *asked).chunk(2)
+    loss = diffusion_dpo_loss(
+        winner, loser, reference_winner, reference_loser, beta=config.beta, winner_guard=config.winner_guard
+    )
+    moved = torch.stack([winner - reference_winner, loser - reference_loser], dim=1).detach()
+    agrees = implicit_preference(moved[:, 1:] - moved[:, :1])
+    return loss, torch.cat([loss.detach().expand(len(moved), 1), moved, agrees], dim=1)
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__ or ""))

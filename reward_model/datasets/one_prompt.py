@@ -1,0 +1,63 @@
+"""What a painter can learn from: pairs of two pictures of one prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from reward_model.datasets.fields import BadRecordError, shortened
+from reward_model.datasets.load import load_records
+from reward_model.types import PreferencePair, Record
+
+
+def load_pairs_of_one_prompt(
+    paths: Sequence[Path], *, image_root: Path | None, skipped: Path | None
+) -> list[PreferencePair]:
+    """The pairs of data files, and of the .jsonl files of folders, without ties.
+
+    With a file `skipped`, whatever is no pair of one prompt is left out and written down there; else it raises
+    BadRecordError. Raises ValueError if no pair is left.
+    """
+    on_bad_record = "error" if skipped is None else "skip"
+    pairs: list[PreferencePair] = []
+    for path in paths:
+        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+            records = load_records(file, image_root=image_root, on_bad_record=on_bad_record, skipped=skipped)
+            pairs += pairs_of_one_prompt(records, skipped=skipped)
+    if not pairs:
+        given = ", ".join(map(str, paths))
+        raise ValueError(f"In {given} no picture is preferred to another of the same prompt: nothing can be learnt.")
+    return pairs
+
+
+def pairs_of_one_prompt(records: Iterable[Record], *, skipped: Path | None) -> list[PreferencePair]:
+    """The pairs among the records, without ties, which are no fault.
+
+    Labels, and pairs of two prompts, raise BadRecordError, or, if there is a file `skipped`, are left out and written
+    down there.
+    """
+    kept: list[PreferencePair] = []
+    for record in records:
+        flaw = _flaw_of(record)
+        if flaw is None:
+            assert isinstance(record, PreferencePair)
+            kept += [] if record.tie else [record]
+        elif skipped is None:
+            raise BadRecordError(f"{record.where}: {flaw}")
+        else:
+            skipped.parent.mkdir(parents=True, exist_ok=True)
+            with skipped.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"where": record.where, "reason": flaw}, ensure_ascii=False) + "\n")
+    return kept
+
+
+def _flaw_of(record: Record) -> str | None:
+    if not isinstance(record, PreferencePair):
+        return "this is a label of one picture; a painter learns from pairs of pictures."
+    if record.winner_prompt != record.loser_prompt:
+        prompts = f"{shortened(record.winner_prompt)} and {shortened(record.loser_prompt)}"
+        return f"the two sides have different prompts, {prompts}; a painter learns from two pictures of one prompt."
+    if record.winner == record.loser:
+        return f"both sides are the picture {record.winner}; a painter learns from two pictures of one prompt."
+    return None

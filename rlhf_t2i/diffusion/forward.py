@@ -1,0 +1,16 @@
+"""The forward process: from a finished picture to any level of noise."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_t2i.diffusion.gaussian import per_image
+from rlhf_t2i.types import Level
+
+
+def noise_to(
+    clean: Float[Tensor, "B C H W"], level: Level, noise: Float[Tensor, "B C H W"]
+) -> Float[Tensor, "B C H W"]:
+    """Latents at a level: alpha * clean + sigma * noise (arXiv:2006.11239, Eq. 4), each image at its own."""
+    return per_image(level.alpha) * clean + per_image(level.sigma) * noise

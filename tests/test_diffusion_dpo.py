@@ -1,0 +1,431 @@
+"""The Diffusion-DPO recipe end to end, on a tiny random pipeline: what it learns, what is the same, what survives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from recipes import diffusion_dpo
+from reward_model.datasets import BadRecordError
+from reward_model.images import to_tensor
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+from rlhf_t2i.preferences import PairBatch
+from rlhf_t2i.seeds import generator_for
+
+ROOT = Path(__file__).parent.parent
+REDNESS = "tests.test_ddpo:redness"
+
+
+@pytest.fixture
+def config(tiny_sd: Path, tmp_path: Path) -> diffusion_dpo.Config:
+    """A run of three steps on judged pairs that uses every part of the recipe."""
+    return diffusion_dpo.Config(
+        model=str(tiny_sd),
+        prompts_per_step=4,
+        images_per_prompt=3,
+        num_denoising_steps=4,
+        num_inner_epochs=2,
+        microbatch_size=8,
+        learning_rate=1e-3,
+        adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
+        ema_decay=0.5,
+        beta=500.0,
+        winner_guard=0.5,
+        times="0-999",
+        rewards=REDNESS,
+        evaluation_rewards=REDNESS,
+        num_steps=3,
+        evaluate_every=0,
+        num_evaluation_images=4,
+        checkpoint_every=1,
+        run_folder=str(tmp_path / "run"),
+        num_cpu_threads=1,
+    )
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> Path:
+    """A preference file: red pictures are preferred to blue ones, in sizes of their own."""
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for number in range(6):
+        pictures = torch.rand(2, 20 + number, 16, 3, generator=generator) / 3
+        pictures[0, ..., 0] += 0.6
+        pictures[1, ..., 2] += 0.6
+        for picture, name in zip(pictures, ("winner", "loser"), strict=True):
+            pixels = (picture * 255).to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / f"{name}_{number}.png")
+        prompt = ("a red circle", "a blue square", "a green star")[number % 3]
+        lines.append({"prompt": prompt, "winner": f"winner_{number}.png", "loser": f"loser_{number}.png"})
+    path = tmp_path / "people.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def train(config: diffusion_dpo.Config) -> Path:
+    """Run the recipe in this process; returns the run folder."""
+    return diffusion_dpo.main(config).folder
+
+
+def weights(folder: Path, step: int = 3) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "trainable.safetensors")
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, atol: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert_close(tensor, other[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- learning ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [None, 16])
+def test_judged_pairs_raise_the_reward(tmp_path: Path, lora_rank: int | None) -> None:
+    """The built-in model learns to paint red; prompts and seeds of the evaluation are others."""
+    folder = train(
+        diffusion_dpo.Config(
+            rewards=REDNESS, evaluation_rewards=REDNESS, prompts_per_step=8, images_per_prompt=8,
+            num_denoising_steps=4, num_steps=6, num_evaluation_images=34, evaluate_every=0,
+            lora_rank=lora_rank, learning_rate=1e-2 if lora_rank else 3e-4,
+            run_folder=str(tmp_path / "run"), num_cpu_threads=1,
+        )
+    )  # fmt: skip
+    before, after = rows(folder, "evaluation")
+    assert after[REDNESS] > before[REDNESS] + 0.02
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_the_first_step_finds_the_policy_at_its_reference(
+    config: diffusion_dpo.Config, people: Path, lora_rank: int | None
+) -> None:
+    """A frozen copy, or adapters that are switched off: to the bit what the policy still is."""
+    config = replace(config, pairs=str(people), lora_rank=lora_rank, num_inner_epochs=1, num_steps=2)
+    first, second = rows(train(config), "train")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["accuracy"] == 0.5
+    assert first["winner_error"] == first["loser_error"] == 0
+    assert second["winner_error"] != 0
+    assert second["loss"] != first["loss"]
+
+
+def test_pairs_from_people_are_learnt(config: diffusion_dpo.Config, people: Path) -> None:
+    config = replace(config, pairs=str(people), pairs_per_step=6, learning_rate=1e-2, winner_guard=0.0)
+    later = rows(train(replace(config, num_inner_epochs=1, num_steps=12)), "train")[-4:]
+    loss, accuracy, winner_error, loser_error = (
+        sum(row[name] for row in later) / 4 for name in ("loss", "accuracy", "winner_error", "loser_error")
+    )
+    assert loss < 0.6
+    assert accuracy > 0.75
+    assert winner_error < loser_error
+
+
+def test_sft_lowers_the_winners_error(config: diffusion_dpo.Config, people: Path) -> None:
+    config = replace(config, pairs=str(people), pairs_per_step=6, loss="sft", learning_rate=1e-2, num_steps=12)
+    folder = train(config)
+    losses = [row["loss"] for row in rows(folder, "train")]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert not {"accuracy", "winner_error", "loser_error"} & rows(folder, "train")[0].keys()
+
+
+# --- one loss ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd_v"])
+def test_winner_and_loser_are_disturbed_alike_and_each_pair_by_its_own_generator(
+    model: str, config: diffusion_dpo.Config, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_stable_diffusion(str(request.getfixturevalue(model)), device=torch.device("cpu"))
+    policy.learn(None, lora_alpha=None, keep_reference=True, seed=0)
+    winner, loser = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pairs = PairBatch(winner, loser, policy.encode(["a fox", "a cat", "a dog"]))
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+    predict = policy.predict
+
+    def remember(latents: torch.Tensor, level: Any, *rest: Any, **named: Any) -> Any:
+        noise = (latents - level.alpha[:, None, None, None] * torch.cat([winner, loser])) / level.sigma[
+            :, None, None, None
+        ]
+        asked.append((noise, level.model_time))
+        return predict(latents, level, *rest, **named)
+
+    monkeypatch.setattr(policy, "predict", remember)
+    times = torch.arange(100, 1000)
+    generators = [generator_for(0, 2, 0, 0, row) for row in range(3)]
+    diffusion_dpo.loss_of_pairs(policy, pairs, times=times, generators=generators, config=config)
+
+    (noise, time), (reference_noise, reference_time) = asked
+    assert torch.equal(time[:3], time[3:])
+    assert_close(noise[:3], noise[3:], rtol=0, atol=1e-4)
+    assert torch.equal(time, reference_time)
+    assert_close(noise, reference_noise, rtol=0, atol=1e-4)
+    for row in range(3):
+        generator = generator_for(0, 2, 0, 0, row)
+        expected_time = times[torch.randint(len(times), (1,), generator=generator)]
+        assert time[row] == expected_time
+        assert_close(noise[row], torch.randn(1, 4, 8, 8, generator=generator)[0], rtol=0, atol=1e-4)
+    assert len(set(time[:3].tolist())) == 3
+
+
+def test_times_are_drawn_from_those_that_were_asked_for(config: diffusion_dpo.Config, people: Path) -> None:
+    """A reference of the loss at a single time, far from what other times give."""
+    near, far = (
+        rows(train(replace(config, pairs=str(people), pairs_per_step=6, loss="sft", times=times, num_steps=1,
+                           run_folder=f"{config.run_folder}-{times}")), "train")[0]["loss"]
+        for times in ("1", "999")
+    )  # fmt: skip
+    assert near != pytest.approx(far, rel=1e-3)
+
+
+# --- the same numbers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["judged", "people"])
+def test_the_microbatch_size_changes_no_result(
+    config: diffusion_dpo.Config, people: Path, tmp_path: Path, source: str
+) -> None:
+    config = config if source == "judged" else replace(config, pairs=str(people), pairs_per_step=5)
+    whole = train(config)
+    parts = train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "parts")))
+    assert_same(weights(whole), weights(parts), atol=1e-4)
+    for one, other in zip(rows(whole, "train"), rows(parts, "train"), strict=True):
+        for name in ("loss", "winner_error", "loser_error", "gradient_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-2, abs=1e-5), name
+
+
+def test_a_cache_changes_no_result(config: diffusion_dpo.Config, people: Path, tmp_path: Path) -> None:
+    config = replace(config, pairs=str(people), pairs_per_step=4)
+    plain = train(config)
+    for name in ("filling", "filled"):
+        cached = train(replace(config, cache_folder=str(tmp_path / "cache"), run_folder=str(tmp_path / name)))
+        assert_same(weights(plain), weights(cached), atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_result(config: diffusion_dpo.Config, tmp_path: Path) -> None:
+    plain = train(config)
+    saved = train(replace(config, gradient_checkpointing=True, run_folder=str(tmp_path / "saved")))
+    assert_same(weights(plain), weights(saved), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize("source", ["judged", "people"])
+def test_two_processes_give_the_update_of_one(
+    config: diffusion_dpo.Config, people: Path, tmp_path: Path, lora_rank: int | None, source: str
+) -> None:
+    """The same pairs, noise and weights, whoever has them; three pairs cannot be halved."""
+    config = replace(config, lora_rank=lora_rank, max_gradient_norm=0.1, beta=50.0)
+    if source == "people":
+        config = replace(config, pairs=str(people), pairs_per_step=3, cache_folder=str(tmp_path / "cache"))
+    one = launch(replace(config, run_folder=str(tmp_path / "one")), "single.yaml")
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    two = launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    for first, second in zip(rows(one, "train"), rows(two, "train"), strict=True):
+        for name in ("loss", "winner_error", "loser_error", "accuracy", "gradient_norm"):
+            assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-5), name
+    assert_same(weights(one), weights(two), atol=5e-5)
+    if source == "judged":
+        for name, content in kept(one).items():
+            if name.endswith(".jsonl"):
+                assert pairs_in(content) == pairs_in(kept(two)[name])
+        assert kept(one).keys() == kept(two).keys()
+
+
+def pairs_in(content: bytes) -> list[tuple[str, str, str]]:
+    """A kept list without its scores, whose last digits may differ."""
+    found = map(json.loads, content.splitlines())
+    return [(row["prompt"], row["winner"], row["loser"]) for row in found]
+
+
+# --- surviving --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["judged", "people"])
+def test_a_resumed_run_equals_one_that_was_never_stopped(
+    config: diffusion_dpo.Config, people: Path, tmp_path: Path, source: str
+) -> None:
+    config = config if source == "judged" else replace(config, pairs=str(people), pairs_per_step=5)
+    uninterrupted = train(config)
+    stopped = replace(config, run_folder=str(tmp_path / "stopped"))
+    train(replace(stopped, num_steps=1))
+    folder = train(replace(stopped, resume=True))
+    assert_same(weights(uninterrupted), weights(folder))
+    names = ("step", "loss", "winner_error", "loser_error", "accuracy", "gradient_norm")
+    one, two = ([[row[name] for name in names] for row in rows(f, "train")] for f in (uninterrupted, folder))
+    assert one == two
+    if source == "judged":
+        assert kept(uninterrupted) == kept(folder)
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """All files of the pairs that a run wrote."""
+    root = folder / "pairs"
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+# --- what leaves it ---------------------------------------------------------------------------------
+
+
+def test_the_pairs_of_a_run_teach_another(config: diffusion_dpo.Config, tmp_path: Path) -> None:
+    """One file, or all of a run's; both pictures of each pair are those that the judge saw."""
+    first = train(config)
+    files = sorted((first / "pairs").glob("*.jsonl"))
+    assert [path.name for path in files] == [f"step_00000{i}.jsonl" for i in (1, 2, 3)]
+    pairs = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    assert len(pairs) == sum(row["pairs"] for row in rows(first, "train"))
+    for pair in pairs:
+        redness = []
+        for side in ("winner", "loser"):
+            with Image.open(first / "pairs" / pair[side]) as image:
+                red, green, blue = to_tensor(image).mean(dim=(1, 2)).tolist()
+            redness.append(red - (green + blue) / 2)
+        assert redness[0] - redness[1] == pytest.approx(pair["rating_gap"], abs=0.01)
+    for source in (files[1], first / "pairs"):
+        again = replace(config, pairs=str(source), pairs_per_step=3, run_folder=str(tmp_path / source.stem))
+        assert math.isfinite(rows(train(again), "train")[-1]["loss"])
+
+
+def test_nothing_is_kept_where_that_is_not_wished(config: diffusion_dpo.Config) -> None:
+    assert not (train(replace(config, keep_pairs=False, num_steps=1)) / "pairs").exists()
+
+
+def constant(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return torch.zeros(len(images))
+
+
+def test_a_judge_without_an_opinion_teaches_nothing_and_is_reported(
+    config: diffusion_dpo.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(replace(config, rewards="tests.test_diffusion_dpo:constant", num_steps=2))
+    assert "in step 2 all pictures of each prompt earned the same" in capsys.readouterr().out
+    assert [row["pairs"] for row in rows(folder, "train")] == [0, 0]
+    before = load_file(Path(config.model) / "unet" / "diffusion_pytorch_model.safetensors")
+    assert_same(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), before)
+
+
+def test_the_report_shows_accuracy_and_both_errors(config: diffusion_dpo.Config) -> None:
+    page = (train(config) / "report.html").read_text()
+    for title in ("implicit accuracy", "winner&#39;s error", "loser&#39;s error"):
+        assert title in page
+
+
+# --- bad input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, r"beta is 0\.0; it must be positive"),
+        ({"beta": -1.0}, r"beta is -1\.0; it must be positive"),
+        ({"winner_guard": -1.0}, r"winner_guard is -1\.0; it must be at least 0"),
+        ({"images_per_prompt": 1}, "images_per_prompt is 1; it must be at least 2, to make a pair"),
+        ({"prompts_per_step": 0}, "prompts_per_step is 0; it must be at least 1"),
+        ({"pairs_per_step": 0}, "pairs_per_step is 0; it must be at least 1"),
+        ({"eta": 1.5}, r"eta is 1\.5; it must be in \[0, 1\]"),
+        ({"times": "999-0"}, "times is 999-0; it must be a range such as 0-999 or a list"),
+        ({"times": "often"}, "times is often; it must be a range"),
+        ({"num_inner_epochs": 0}, "num_inner_epochs is 0; it must be at least 1"),
+        ({"microbatch_size": 1}, "microbatch_size is 1; it must be at least 2: both pictures of a pair"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(
+    config: diffusion_dpo.Config, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
+
+
+def test_times_beyond_the_models_are_refused_before_anything_is_painted(config: diffusion_dpo.Config) -> None:
+    with pytest.raises(ValueError, match="times go from 500 to 1000; the model knows 0 to 999"):
+        train(replace(config, times="500-1000"))
+    assert not rows(Path(str(config.run_folder)), "evaluation")
+
+
+def test_a_bad_record_stops_the_run_or_is_written_down(config: diffusion_dpo.Config, people: Path) -> None:
+    lines = people.read_text().splitlines()
+    lines[2] = json.dumps({"winner_prompt": "a fox", "loser_prompt": "a cat", "image": "winner_0.png"})
+    people.write_text("\n".join(lines))
+    config = replace(config, pairs=str(people), pairs_per_step=2, num_steps=1)
+    with pytest.raises(BadRecordError, match=r"people\.jsonl:3: the two sides have different prompts"):
+        train(config)
+    folder = train(replace(config, on_bad_record="skip", run_folder=f"{config.run_folder}-skip"))
+    (skipped,) = (folder / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["where"].endswith("people.jsonl:3")
+
+
+def test_a_preference_file_that_is_not_there_is_named(config: diffusion_dpo.Config) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no data file nowhere\.jsonl"):
+        train(replace(config, pairs="nowhere.jsonl"))
+
+
+def test_a_cache_of_another_autoencoder_stops_the_run(
+    config: diffusion_dpo.Config, people: Path, tmp_path: Path, tiny_sd_v: Path
+) -> None:
+    config = replace(
+        config, pairs=str(people), pairs_per_step=2, num_steps=1, cache_folder=str(tmp_path / "cache")
+    )  # fmt: skip
+    train(config)
+    other = shutil.copytree(tiny_sd_v, tmp_path / "other")
+    settings = json.loads((other / "vae" / "config.json").read_text())
+    (other / "vae" / "config.json").write_text(json.dumps({**settings, "scaling_factor": 0.5}))
+    with pytest.raises(ValueError, match="was made with another autoencoder"):
+        train(replace(config, model=str(other), run_folder=str(tmp_path / "again")))
+
+
+# --- its config -------------------------------------------------------------------------------------
+
+
+def test_the_published_settings_are_read_and_their_batches_are_worked_out_right() -> None:
+    path = ROOT / "recipes" / "configs" / "diffusion_dpo_sd15.yaml"
+    config = parse_config(diffusion_dpo.Config, description="", arguments=["--config", str(path)])
+    assert (config.pairs_per_step, config.beta, config.times) == (2048, 2000.0, "0-999")
+    assert config.learning_rate == pytest.approx(1e-8 * config.pairs_per_step)
+    header = path.read_text()
+    for gpus in (1, 4, 8):
+        passes = config.pairs_per_step // gpus // (config.microbatch_size // 2)
+        assert any(line.split()[1:3] == [str(gpus), "GPU" + "s" * (gpus > 1)] and str(passes) in line.split()
+                   for line in header.splitlines() if line.startswith("#  ")), gpus  # fmt: skip
+    assert yaml.safe_load(header).keys() <= {*vars(config)}
+
+
+# --- processes --------------------------------------------------------------------------------------
+
+
+def launch(config: diffusion_dpo.Config, accelerate_config: str) -> Path:
+    """The recipe by `accelerate launch`, to its end."""
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    arguments = [
+        part
+        for name, value in given.items()
+        for part in (f"--{name}", str(value).lower() if value is True or value is False else str(value))
+    ]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{accelerate_config}",
+        "recipes/diffusion_dpo.py", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return Path(str(config.run_folder))
