@@ -1,7 +1,7 @@
 """DDPO here and in trl 0.23.1, the last with a DDPOTrainer: `python benchmarks/ddpo_vs_trl.py`.
 
 Both train the same built-in model on the oracle: 192 pictures a step in batches of at most 64, 8 DDIM steps with eta 1,
-no guidance, two optimiser steps. First both replay one trajectory, to see that they compute the same; then their
+guidance 2, two optimiser steps. First both replay one trajectory, to see that they compute the same; then their
 speed is measured in turns; then how long each trains until the pass rate on held-out prompts has risen by ten points,
 with the best of three learning rates. trl gets an environment of its own, with the packages it needs.
 """
@@ -22,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import ddim
@@ -36,6 +37,8 @@ from rlhf_t2i.types import Sampler
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl==0.23.1", "diffusers==0.35.2", "transformers==4.57.1", "peft<0.18", "accelerate<1.12")
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+GUIDANCE = 2.0
+"""trl 0.23.1 cannot paint without guidance on the newest diffusers that it runs with."""
 
 
 def say(line: str) -> None:
@@ -57,12 +60,15 @@ def environment_for_trl(folder: Path) -> Path:
 
 
 def model_for_trl(folder: Path) -> Path:
-    """The built-in model with its fast tokenizer named, because older transformers cannot read it as a slow one."""
+    """The built-in model as older transformers read it: a fast tokenizer, and `text_model.` before all weights."""
     if not folder.is_dir():
         shutil.copytree(BUILT_IN, folder, ignore=shutil.ignore_patterns("judge"))
         index = json.loads((folder / "model_index.json").read_text())
         index["tokenizer"] = ["transformers", "CLIPTokenizerFast"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+        encoder = folder / "text_encoder" / "model.safetensors"
+        weights = {"text_model." + name.removeprefix("text_model."): w for name, w in load_file(encoder).items()}
+        save_file(weights, encoder, metadata={"format": "pt"})
     return folder
 
 
@@ -81,7 +87,7 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_stable_diffusion("shapes", device=torch.device("cpu"))
     policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
-    sampler = Sampler(policy.schedule(8), partial(ddim, eta=1.0))
+    sampler = Sampler(policy.schedule(8), partial(ddim, eta=1.0), GUIDANCE)
     prompts = all_prompts("training")[:8]
     generators = [torch.Generator().manual_seed(i) for i in range(8)]
     _, trajectory = rollout(policy, prompts, sampler=sampler, generators=generators, batch_size=8)
@@ -110,7 +116,7 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
 
 
 def trl_training(
-    python: Path, folder: Path, *, learning_rate: float, epochs: int, seconds: float, threads: int
+    python: Path, model: Path, folder: Path, *, learning_rate: float, epochs: int, seconds: float, threads: int
 ) -> None:
     """Train by trl; a finished training is not repeated."""
     if (folder / "seconds.json").is_file():
@@ -127,6 +133,7 @@ def own_training(folder: Path, *options: str, epochs: int, evaluate_every: int, 
         return
     fixed = ["--rewards", "oracle", "--evaluation_rewards", "oracle_pass", "--num_cpu_threads", str(threads)]
     fixed += ["--num_steps", str(epochs), "--evaluate_every", str(evaluate_every), "--checkpoint_every", "0"]
+    fixed += ["--guidance_scale", str(GUIDANCE)]
     looked = [] if evaluate_every else ["--num_evaluation_images", "2"]
     run([sys.executable, "recipes/ddpo.py", *fixed, *looked, "--run_folder", str(folder), *options], threads)
 
@@ -153,7 +160,7 @@ def trl_curve(folder: Path, base: float) -> list[tuple[float, float]]:
         prompts, seeds = evaluation_set(all_prompts("held-out"), num_images=408, seed=1_000_000)
         seen = evaluate(
             policy, prompts, seeds, [load_reward("oracle_pass")],
-            sampler=Sampler(policy.schedule(8), partial(ddim, eta=0.0)), batch_size=64,
+            sampler=Sampler(policy.schedule(8), partial(ddim, eta=0.0), GUIDANCE), batch_size=64,
         )  # fmt: skip
         curve.append((sum(seconds[: int(snapshot.name[5:])]), seen.scores["oracle_pass"].mean().item()))
     return curve
@@ -200,7 +207,7 @@ def main() -> None:
     best = {"trl": float("inf"), "here": float("inf")}
     for rate in LEARNING_RATES:
         own_training(
-            folder / f"here-{rate}", "--learning_rate", str(rate), epochs=20, evaluate_every=2, threads=threads
+            folder / f"here-{rate}", "--learning_rate", str(rate), epochs=10, evaluate_every=2, threads=threads
         )
         curves = {"here": own_curve(folder / f"here-{rate}")}
         theirs = folder / f"trl-{rate}"

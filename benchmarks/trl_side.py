@@ -18,11 +18,11 @@ from rlhf_t2i.shapes import oracle
 from rlhf_t2i.shapes.scenes import all_prompts
 
 SETTINGS = {
-    "seed": 0, "mixed_precision": "no", "sample_num_steps": 8, "sample_eta": 1.0, "sample_guidance_scale": 1.0,
-    "train_cfg": False, "train_clip_range": 5e-4, "per_prompt_stat_tracking": True,
+    "seed": 0, "mixed_precision": "no", "sample_num_steps": 8, "sample_eta": 1.0, "sample_guidance_scale": 2.0,
+    "train_cfg": True, "train_clip_range": 5e-4, "per_prompt_stat_tracking": True,
     "per_prompt_stat_tracking_buffer_size": 32, "per_prompt_stat_tracking_min_count": 16,
 }  # fmt: skip
-"""Those of recipes/ddpo.py on the built-in world."""
+"""Those of recipes/ddpo.py on the built-in world, with guidance: without it DDPOTrainer fails on this diffusers."""
 
 
 def trainer(model: str, learning_rate: float, **more: Any) -> DDPOTrainer:
@@ -70,15 +70,18 @@ def replay(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     learner.sd_pipeline.scheduler.set_timesteps(num_steps)
     times = learner.sd_pipeline.scheduler.timesteps
+    embeddings = torch.cat([learner.neg_prompt_embed.expand_as(given["conditioning"]), given["conditioning"]])
     found: list[torch.Tensor] = []
     for step, t in enumerate(times):
         latents, following, repeated = given["latents"][:, step], given["latents"][:, step + 1], t.repeat(count)
         with torch.no_grad():
-            noise = learner.sd_pipeline.unet(latents, repeated, given["conditioning"]).sample
+            both = learner.sd_pipeline.unet(torch.cat([latents] * 2), torch.cat([repeated] * 2), embeddings).sample
+            unconditional, conditional = both.chunk(2)
+            noise = unconditional + learner.config.sample_guidance_scale * (conditional - unconditional)
             output = learner.sd_pipeline.scheduler_step(noise, repeated, latents, eta=1.0, prev_sample=following)
         found.append(output.log_probs)
         loss, _, _ = learner.calculate_loss(
-            latents, repeated, following, given["log_probs"][:, step], given["advantages"], given["conditioning"]
+            latents, repeated, following, given["log_probs"][:, step], given["advantages"], embeddings
         )
         (loss / num_steps).backward()
     unet = learner.accelerator.unwrap_model(learner.sd_pipeline.unet)

@@ -36,12 +36,8 @@ class ExponentialMovingAverage:
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Within it the weights have their averages; afterwards their own values again, to the bit."""
-        own = {name: weights[name].detach().clone() for name in self.average}
-        _copy(self.average, into=weights)
-        try:
+        with exchanged(weights, self.average):
             yield
-        finally:
-            _copy(own, into=weights)
 
     def state_dict(self) -> dict[str, Tensor | int]:
         return {**self.average, "num_updates": self.num_updates}
@@ -50,6 +46,17 @@ class ExponentialMovingAverage:
         for name, average in self.average.items():
             average.copy_(state[name])
         self.num_updates = int(state["num_updates"])
+
+
+@contextmanager
+def exchanged(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it the weights that `values` names have those values; afterwards their own again, to the bit."""
+    own = {name: weights[name].detach().clone() for name in values}
+    _copy(values, into=weights)
+    try:
+        yield
+    finally:
+        _copy(own, into=weights)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def before_after(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(seen.sentence)
     painted = sum(row["images"] for row in rows if row["kind"] == "train")
     lines.append(
-        f"{last['num_images']} evaluation pictures; {last['step']} steps, {painted:,} pictures painted for training, "
+        f"{last['num_images']} evaluation pictures; {last['step']} steps, {painted:,} pictures for training, "
         f"{last['elapsed'] / 60:.1f} minutes"
     )
     return "\n".join(lines)

@@ -28,11 +28,28 @@ _ERROR = "/standard_error"
 _HEALTH = [
     ("KL divergence", "kl", "How far the model has moved away from the one before training."),
     (
+        "distance from the reference",
+        "reference_gap",
+        "How differently the model before training predicts the noise, squared.",
+    ),
+    (
+        "saturated share",
+        "saturated_share",
+        "Part of the pixel gradient that lies on pixels beyond black or white: growth is a way to fool a judge.",
+    ),
+    (
         "ratio spread",
         "ratio_std",
         "How differently the model sees its own strokes after it has learned from them.",
     ),
     ("clip fraction", "clip_fraction", "Share of strokes that were clipped: they had moved far enough."),
+    ("implicit accuracy", "accuracy", "Share of pairs that the model now sees as it was told to; 0.5 is no opinion."),
+    (
+        "winner's error",
+        "winner_error",
+        "Against the model before training: above 0, preferred pictures got unlikelier.",
+    ),
+    ("loser's error", "loser_error", "Against the model before training: above 0, rejected pictures got unlikelier."),
     (
         "diversity",
         "diversity",
@@ -231,7 +248,7 @@ def _gap_charts(gap: Gap) -> list[Chart]:
     ]
 
 
-def draw(chart: Chart) -> Markup:
+def draw(chart: Chart, unit: str = "update") -> Markup:
     """An inline SVG: lines, and at each evaluation a whisker of one standard error to both sides."""
     points = chart.training + chart.evaluation
     left, right = min(x for x, _, _ in points), max(x for x, _, _ in points)
@@ -244,13 +261,13 @@ def draw(chart: Chart) -> Markup:
     svg = [f'<svg viewBox="0 0 360 190" role="img" aria-label="{escape(chart.title)}">']
     for y in (low, low + height / 2, low + height):
         svg.append(f'<path d="M{at(left, y)}h300"/><text x="44" y="{at(left, y).split()[1]}">{y:.3g}</text>')
-    svg.append(f'<text x="58" y="180">{left:,.0f}</text><text x="350" y="180">update {left + width:,.0f}</text>')
+    svg.append(f'<text x="58" y="180">{left:,.0f}</text><text x="350" y="180">{unit} {left + width:,.0f}</text>')
     for kind, series in (("training", chart.training), ("evaluation", chart.evaluation)):
         line = "L".join(at(x, y) for x, y, _ in series)
         svg.append(f'<path class="{kind}" d="M{line}h0"/>' if line else "")
     for x, y, error in chart.evaluation:
         svg.append(f'<path class="evaluation" d="M{at(x, y - error)}L{at(x, y + error)}"/>')
-        hint = f"update {x:g}: {y:.4g} ± {error:.2g}" if error else f"update {x:g}: {y:.4g}"
+        hint = f"{unit} {x:g}: {y:.4g} ± {error:.2g}" if error else f"{unit} {x:g}: {y:.4g}"
         svg.append(f'<path class="evaluation dot" d="M{at(x, y)}h0"><title>{hint}</title></path>')
     return Markup("".join(svg) + "</svg>")
 
@@ -292,7 +309,7 @@ def _points(rows: Sequence[Row], key: str) -> Points:
     return [(x, y, e if math.isfinite(e) else 0.0) for x, y, e in found if math.isfinite(y)]
 
 
-_TEMPLATE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ run.recipe }}, {{ started }}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
 style-src 'unsafe-inline'"><meta name="viewport" content="width=device-width, initial-scale=1"><style>
@@ -315,7 +332,12 @@ path { fill: none; stroke: var(--rule); stroke-linecap: round; stroke-linejoin: 
 .training { stroke: var(--old) } .evaluation { stroke: var(--new) } .dot { stroke-width: 7 }
 .bar { display: flex; height: 1.5rem; border-radius: .5rem; overflow: hidden; margin-bottom: .75rem }
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em }
-{% if pictures %}.cells { display: flex; gap: 2px } .cells i { flex: 1; aspect-ratio: 1; background-size:
+"""
+"""How every report begins, up to styles of its own."""
+
+_TEMPLATE = (
+    HEAD
+    + """{% if pictures %}.cells { display: flex; gap: 2px } .cells i { flex: 1; aspect-ratio: 1; background-size:
   {{ 100 * pictures.columns }}% {{ 100 * pictures.rows }}%; print-color-adjust: exact;
   image-rendering: {{ "pixelated" if pictures.cell_width < 128 else "auto" }} }
 {% for strip in pictures.data %}.strip{{ loop.index }} { background-image: url(data:image/png;base64,
@@ -353,7 +375,7 @@ class="strip{{ loop.index }}" aria-label="{{ word }}" style="background-position
 var({{ loop.cycle("--old", "--third", "--new", "--rest") }})"></i>{{ name }}
 <span class="quiet">{{ "%.1f s, %.0f%%" | format(s, 100 * s / seconds) }}</span></div>{% endfor %}</div>
 <h2>What it cost</h2><div class="card"><table>{% set painted = total(rows, "images") %}{% for name, value in {
-  "pictures painted for training": painted, "and for evaluation": total(rows, "num_images"),
+  "pictures for training": painted, "and for evaluation": total(rows, "num_images"),
   "calls of the denoiser in training": total(rows, "denoiser_calls"), "minutes of wall time": seconds / 60,
   "training pictures per second of it": painted / seconds, "device": run.device, "processes": run.processes,
   "trainable parameters": run.trainable_parameters | default("not known yet")}.items() %}
@@ -364,6 +386,7 @@ var({{ loop.cycle("--old", "--third", "--new", "--rest") }})"></i>{{ name }}
 commit {{ run.git_commit or "unknown" }}{% for name, version in run.versions.items() %}
 {{ name }} {{ version }}{% endfor %}</pre></details></body></html>
 """
+)
 
 _PAGE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
     _TEMPLATE, {f.__name__: f for f in (by_step, headline, hacking, reward_changes, charts, draw, time_split, total)}

@@ -280,8 +280,8 @@ def _trainable_tensors(model: Any) -> dict[str, Tensor]:
 # --- starting -------------------------------------------------------------------------------------
 
 
-def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
-    """Set up the processes and the run folder; find the checkpoint to resume from.
+def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = True) -> Run:
+    """Set up the processes and the run folder; find the checkpoint to resume from, if it is a run that writes some.
 
     `config` is written down as it is; of its fields this reads run_folder, resume, mixed_precision, trackers,
     num_cpu_threads and keep_checkpoints. Raises ValueError for a run folder that holds another config, and
@@ -305,7 +305,7 @@ def start_run(config: Mapping[str, Any], *, recipe: str) -> Run:
         share_cores(config["num_cpu_threads"])
     folder = claim_folder(config, recipe=recipe, free_to_change=_FREE_TO_CHANGE)
     resumed_from = None
-    if resume:
+    if resume and checkpoints:
         resumed_from = checkpoint.newest_whole(folder / "checkpoints", report=accelerator.print)
         [resumed_from] = broadcast_object_list([resumed_from])
         if resumed_from is None:

@@ -10,14 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-PAINT, PICK = 0, 1
-"""What a generator is for: the noise of a rollout, or the order of an update."""
+PAINT, PICK, PERTURB, RESAMPLE, SPREAD = range(5)
+"""What a generator is for: the noise of a rollout, the order of an update, the noise put on finished pictures, which
+particles have children, or the pictures that a reward's spread is measured on."""
+
+
+def seed_for(*address: int) -> int:
+    """The seed that belongs to an address such as (seed, PAINT, step, prompt); numbers >= 0."""
+    state = np.random.SeedSequence([len(address), *address]).generate_state(2, np.uint32)
+    return int(state[0]) << 32 | int(state[1])
 
 
 def generator_for(*address: int) -> torch.Generator:
-    """The CPU generator that belongs to an address such as (seed, PAINT, step, prompt); numbers >= 0."""
-    state = np.random.SeedSequence([len(address), *address]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+    """The CPU generator that belongs to an address."""
+    return torch.Generator().manual_seed(seed_for(*address))
 
 
 def generators_for(seed: int, purpose: int, step: int, prompts: Sequence[int]) -> list[torch.Generator]:

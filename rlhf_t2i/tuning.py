@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from rlhf_t2i.config import names
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.ema import ExponentialMovingAverage
-from rlhf_t2i.evaluate import evaluate, evaluation_set
+from rlhf_t2i.early_stop import EarlyStop
+from rlhf_t2i.ema import ExponentialMovingAverage, exchanged
+from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.run import Run, start_run
@@ -68,6 +72,12 @@ class TuningConfig:
     gap."""
     evaluation_eta: float = 0.0
     evaluation_seed: int = 1_000_000
+    lora_scale_at_sampling: float = 1.0
+    """Adapters are so much weaker in evaluation and export than in training: below 1 is nearer to the base model."""
+    early_stop_reward: str | None = None
+    """One of evaluation_rewards, best one that is not trained on: export the weights with which it was highest ..."""
+    patience: int = 3
+    """... and stop once so many evaluations in a row were no better."""
 
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
@@ -100,6 +110,23 @@ class TuningConfig:
             ("num_evaluation_images", self.num_evaluation_images >= 2, "at least 2"),
             ("evaluation_eta", 0 <= self.evaluation_eta <= 1, "in [0, 1]"),
             ("evaluation_seed", self.evaluation_seed >= 0, "at least 0"),
+            ("lora_scale_at_sampling", self.lora_scale_at_sampling > 0, "positive"),
+            (
+                "lora_scale_at_sampling",
+                self.lora_scale_at_sampling == 1 or self.lora_rank is not None,
+                "1 where the whole U-Net is trained, which has no adapters to scale (lora_rank)",
+            ),
+            (
+                "early_stop_reward",
+                self.early_stop_reward in (None, *(part.split("=")[0] for part in names(self.evaluation_rewards))),
+                f"one of evaluation_rewards ({self.evaluation_rewards})",
+            ),
+            (
+                "evaluate_every",
+                self.early_stop_reward is None or self.evaluate_every >= 1,
+                "at least 1 for early_stop_reward to be looked at",
+            ),
+            ("patience", self.patience >= 1, "at least 1"),
             ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
             ("seed", self.seed >= 0, "at least 0"),
         ]
@@ -121,6 +148,9 @@ class Tuning:
     judges: WeightedSum
     evaluation: tuple[list[str], list[int]]
     """Prompts and seeds of the pictures that are looked at."""
+    early_stop: EarlyStop | None
+    initial: Mapping[str, Tensor]
+    """What the weights were before training, if that was to be kept."""
 
     def sampler(self, *, eta: float) -> Sampler:
         """How this policy paints, with so much noise in each DDIM step."""
@@ -132,6 +162,8 @@ class Tuning:
         if self.run.done == 0:
             self.look()
         for step in self.run.steps(self.config.num_steps):
+            if self.stopped_early:
+                break
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate_at(step)
             yield step
@@ -152,34 +184,71 @@ class Tuning:
         finished = self.run.done == self.config.num_steps
         if finished or (self.run.due(self.config.evaluate_every) and not self.run.stopping):
             self.look()
-        if finished or self.run.due(self.config.checkpoint_every) or self.run.stopping:
+        if finished or self.stopped_early or self.run.due(self.config.checkpoint_every) or self.run.stopping:
             self.run.save()
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the held-out reward has not risen for long enough."""
+        return self.early_stop is not None and self.early_stop.is_due
 
     def look(self) -> None:
         """Paint the held-out prompts, with averaged weights, and let every judge speak."""
-        prompts, seeds = self.evaluation
         with self.average.applied(self.policy.trainable):
-            seen = evaluate(
+            seen = self._evaluate()
+            self.run.record(seen)
+            if self.early_stop is not None:
+                value = seen.scores[self.early_stop.reward].mean().item()
+                self.early_stop.see(self.run.done, value, self.policy.trainable)
+
+    def _evaluate(self) -> Evaluation:
+        prompts, seeds = self.evaluation
+        with self._as_sampled():
+            return evaluate(
                 self.policy, prompts, seeds, self.judges.rewards,
                 sampler=self.sampler(eta=self.config.evaluation_eta), batch_size=self.config.microbatch_size,
                 run=self.run,
             )  # fmt: skip
-        self.run.record(seen)
+
+    @contextmanager
+    def _as_sampled(self) -> Iterator[None]:
+        """Within it adapters are as strong as in evaluation and export."""
+        from rlhf_t2i.policies.lora import lora_scaled  # takes seconds
+
+        weights, scale = self.policy.trainable, self.config.lora_scale_at_sampling
+        with exchanged(weights, lora_scaled(weights, scale) if scale != 1 else {}):
+            yield
 
     def finish(self) -> Run:
-        """Write the weights for others and the last report."""
-        with self.average.applied(self.policy.trainable):
-            self.run.finish(export=self.policy.export, num_steps=self.config.num_steps)
+        """Write the weights for others, the best if the run looked for them, and the last report."""
+        num_steps, best, weights = self.config.num_steps, self.early_stop, self.policy.trainable
+        whole = self.stopped_early or self.run.done == num_steps
+        chosen = self.average.average if best is None or not whole else best.weights
+        with exchanged(weights, chosen):
+            if whole and best is not None and best.best_step != self.run.done:
+                self.run.say(
+                    f"{best.reward} was best after {best.best_step} of {self.run.done} steps ({best.best:.3f}). Those "
+                    f"weights are exported, and evaluated once more for the report."
+                )
+                self.run.record(self._evaluate())
+            with self._as_sampled():
+                self.run.finish(export=self.policy.export, num_steps=self.run.done if whole else num_steps)
         return self.run
 
 
 def start_tuning(
-    config: TuningConfig, *, recipe: str, keep_reference: bool = False, extra: Sequence[Any] = ()
+    config: TuningConfig,
+    *,
+    recipe: str,
+    keep_reference: bool = False,
+    keep_initial: bool = False,
+    extra: Sequence[Any] = (),
 ) -> Tuning:
     """Load everything, wrap it for this machine, and take up the run that is to be resumed, if any.
 
     Checkpoints also hold each of `extra`, which have a state_dict. With `keep_reference` the policy can be asked what
-    it predicted before training. Raises what `load_rewards`, `load_prompts`, `start_run` and the model's loader do.
+    it predicted before training, with `keep_initial` the weights of that time are known. Raises what `load_rewards`,
+    `load_prompts`, `start_run` and the model's loader do.
     """
     from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion  # takes seconds
 
@@ -198,6 +267,9 @@ def start_tuning(
         weight_decay=config.weight_decay,
     )
     average = ExponentialMovingAverage(policy.trainable, decay=config.ema_decay)
-    policy.denoiser, optimizer = run.prepare(policy.denoiser, optimizer, extra=[average, *extra])
+    initial = {name: weight.detach().clone() for name, weight in policy.trainable.items() if keep_initial}
+    early_stop = EarlyStop(config.early_stop_reward, patience=config.patience) if config.early_stop_reward else None
+    stored = [average, *extra, *([early_stop] if early_stop else [])]
+    policy.denoiser, optimizer = run.prepare(policy.denoiser, optimizer, extra=stored)
     run.restore()
-    return Tuning(config, run, policy, optimizer, average, judges, evaluation)
+    return Tuning(config, run, policy, optimizer, average, judges, evaluation, early_stop, initial)

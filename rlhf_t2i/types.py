@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -126,6 +126,29 @@ class Policy(Protocol):
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Pictures in [0, 1]; values beyond it are kept, so that a gradient survives."""
+        ...
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures it paints."""
+        ...
+
+    def encode_images(
+        self, images: Float[Tensor, "B 3 Y X"], *, generators: Sequence[torch.Generator] | None = None
+    ) -> Float[Tensor, "B C H W"]:
+        """Clean latents of pictures in [0, 1]: what `decode` makes pictures of."""
+        ...
+
+    def levels_at(self, times: Int[Tensor, " B"]) -> Level:
+        """The levels of noise that the model was trained at, by their number: 0 is nearly clean."""
+        ...
+
+    def output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+        """A prediction in the model's own terms: the noise, or v = alpha noise - sigma clean."""
+        ...
+
+    def fingerprint(self, part: Literal["autoencoder", "text encoder"]) -> str:
+        """A hash of a frozen part: equal if it gives equal answers."""
         ...
 
     def export(self, folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,12 @@ def has_lora(denoiser: Any) -> bool:
 def lora_weights(denoiser: Any) -> dict[str, Tensor]:
     """The adapters' weights under the names that diffusers loads."""
     return {name: weight.detach().float().cpu() for name, weight in get_peft_model_state_dict(denoiser).items()}
+
+
+@torch.no_grad()
+def lora_scaled(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """What some of the trained weights must be for all adapters to contribute `scale` times as much."""
+    return {name: scale * weight for name, weight in weights.items() if "lora_B" in name}
 
 
 @contextmanager

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -42,6 +44,7 @@ class StableDiffusion:
         self.tokenizer: Any = pipeline.tokenizer
         self.text_encoder: Any = pipeline.text_encoder.requires_grad_(False).to(device, dtype).eval()
         self.vae: Any = pipeline.vae.requires_grad_(False).to(device, dtype).eval()
+        self._pixels_per_latent: int = pipeline.vae_scale_factor
         self.unet: Any = pipeline.unet.requires_grad_(False).to(device).eval()
         self.denoiser: nn.Module = self.unet
         self._reference: nn.Module | None = None
@@ -181,6 +184,61 @@ class StableDiffusion:
         """Pictures around [0, 1], not clamped."""
         scaled = latents / self.vae.config.scaling_factor
         return self.vae.decode(scaled.to(self.dtype), return_dict=False)[0].float() / 2 + 0.5
+
+    # --- learning from pictures that are there ---
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures it paints."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self._pixels_per_latent, width * self._pixels_per_latent
+
+    @torch.no_grad()
+    def encode_images(
+        self, images: Float[Tensor, "B 3 Y X"], *, generators: Sequence[torch.Generator] | None = None
+    ) -> Float[Tensor, "B C H W"]:
+        """The latents that `decode` makes pictures of, in float32.
+
+        Of a Gaussian autoencoder their mean or, with generators that share the images equally, a draw. A tiny
+        autoencoder has but one answer.
+        """
+        encoded = self.vae.encode((2 * images - 1).to(self.device, self.dtype), return_dict=False)[0]
+        if isinstance(encoded, Tensor):
+            return encoded.float() * self.vae.config.scaling_factor
+        latents = encoded.mean.float()
+        if generators is not None:
+            latents = latents + encoded.std.float() * randn(latents.shape, generators=generators, device=self.device)
+        return latents * self.vae.config.scaling_factor
+
+    def levels_at(self, times: Int[Tensor, " B"]) -> Level:
+        """The levels of noise that the model was trained at: 0 is nearly clean, 999 (for most models) nearly noise.
+
+        Raises ValueError for a time that it was not trained at.
+        """
+        times, total = times.cpu(), self.scheduler.config.num_train_timesteps
+        if not ((times >= 0) & (times < total)).all():
+            raise ValueError(f"times go from {times.min()} to {times.max()}; the model knows 0 to {total - 1}.")
+        kept = self.scheduler.alphas_cumprod[times].to(self.device, torch.float32)
+        return Level(kept.sqrt(), (1 - kept).sqrt(), times.to(self.device).float())
+
+    def output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+        """A prediction in the U-Net's own terms: the noise, or v = alpha noise - sigma clean (arXiv:2202.00512)."""
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return per_image(level.alpha) * prediction.noise - per_image(level.sigma) * prediction.clean
+        return prediction.noise
+
+    def fingerprint(self, part: Literal["autoencoder", "text encoder"]) -> str:
+        """A hash of all that the answers of a frozen part depend on: weights, scaling, tokenizer and precision."""
+        module, settings = {
+            "autoencoder": (self.vae, [self.vae.config.scaling_factor, self.picture_size]),
+            "text encoder": (self.text_encoder, [self.tokenizer.model_max_length, self.tokenizer.get_vocab()]),
+        }[part]
+        digest = hashlib.sha256(json.dumps([str(self.dtype), settings], sort_keys=True).encode())
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     # --- taking it elsewhere ---
 

@@ -26,6 +26,8 @@ class CheckedReward:
 
     name: str
     function: Reward
+    finite: bool = True
+    """Whether a number that is not finite is an error; a search lets such a picture lose instead."""
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """The rewards as float32; TypeError or ValueError, naming the reward and the prompt, if they are none."""
@@ -46,7 +48,7 @@ class CheckedReward:
                 f"{prompts[0]!r}."
             )
         scores = scores.float().to(images.device)
-        if not (finite := scores.isfinite()).all():
+        if self.finite and not (finite := scores.isfinite()).all():
             worst = int((~finite).nonzero()[0])
             raise ValueError(
                 f"The reward {self.name!r} returned {scores[worst].item()} for the prompt {prompts[worst]!r} "
@@ -79,12 +81,12 @@ class WeightedSum:
         return total, each
 
 
-def load_rewards(specification: str) -> WeightedSum:
+def load_rewards(specification: str, *, finite: bool = True) -> WeightedSum:
     """Build the weighted sum that `oracle,jpeg_compressibility=0.1` asks for.
 
     Each part is NAME or NAME=WEIGHT (1 if left out), NAME being a built-in reward, `judge:PATH` for a LLaVA-Reward
-    judge (a folder or Hub id), or `module:function`, found in the working directory or among installed packages. Raises
-    ValueError for anything else.
+    judge (a folder or Hub id), or `module:function`, found in the working directory or among installed packages. What
+    is not finite is an error unless `finite` is false. Raises ValueError for anything else.
     """
     specifications = names(specification)
     if not specifications:
@@ -95,13 +97,13 @@ def load_rewards(specification: str) -> WeightedSum:
         weight = _weight(number, part) if separator else 1.0
         if name in {reward.name for reward, _ in parts}:
             raise ValueError(f"The reward {name!r} was given twice.")
-        parts.append((load_reward(name), weight))
+        parts.append((load_reward(name, finite=finite), weight))
     return WeightedSum(tuple(parts))
 
 
-def load_reward(name: str) -> CheckedReward:
+def load_reward(name: str, *, finite: bool = True) -> CheckedReward:
     """One judge by name; heavy imports wait until their judge is asked for."""
-    return CheckedReward(name, _function(name))
+    return CheckedReward(name, _function(name), finite)
 
 
 def _function(name: str) -> Reward:

@@ -1,0 +1,232 @@
+"""Which method for what? `python benchmarks/methods.py` tunes the built-in model by every recipe for as long.
+
+Every method trains for the same seconds on one thread, painting and judging included, evaluation not; held-out pictures
+are looked at now and then. The judge is the reward; the oracle, which no method sees, counts. Best-of-N changes no
+weight: its rows say what each n costs instead. Prints Markdown, mean of the seeds with the lowest and highest; writes
+curves.json and curves.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+METHODS: dict[str, tuple[str, dict[str, str]]] = {
+    "DDPO": ("ddpo", {}),
+    "DRaFT, all steps": ("draft", {}),
+    "DRaFT-1": ("draft", {"backprop_steps": "1"}),
+    "DRaFT-LV": ("draft", {"method": "draft_lv"}),
+    "AlignProp": ("draft", {"method": "alignprop"}),
+    "ReFL": ("draft", {"method": "refl"}),
+    "Diffusion-DPO, judged pairs": ("diffusion_dpo", {}),
+    "SFT on winners": ("diffusion_dpo", {"loss": "sft"}),
+}
+LOOKS = 6
+"""Evaluations in the time that each has."""
+
+
+def train(name: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """Train until the seconds are over, looking now and then; a finished training is not repeated."""
+    recipe, options = METHODS[name]
+    folder = arguments.output_folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
+    done = folder.with_suffix(".json")
+    if done.is_file():
+        return done
+    pace = arguments.seconds / LOOKS
+    every = max(1, round(pace / seconds_of_a_step(name, arguments)))
+    start = time.monotonic()
+    memory = run(
+        recipe, folder, {**options, "seed": str(seed), "evaluate_every": str(every), "num_steps": "100000"},
+        until=lambda rows: trained(rows) >= arguments.seconds and rows[-1]["kind"] == "evaluation",
+    )  # fmt: skip
+    facts = {"rows": read(folder), "megabytes": memory, "wall": time.monotonic() - start, "every": every}
+    done.write_text(json.dumps(facts))
+    return done
+
+
+def seconds_of_a_step(name: str, arguments: argparse.Namespace) -> float:
+    """Of the third step of a short run."""
+    recipe, options = METHODS[name]
+    folder = arguments.output_folder / f"pace-{name.replace(' ', '_').replace(',', '')}"
+    if len(read(folder)) < 4:
+        some = {"num_steps": "3", "num_evaluation_images": "2", "evaluation_rewards": "oracle", "evaluate_every": "0"}
+        run(recipe, folder, {**options, **some}, until=lambda rows: False)
+    return max(0.05, trained(read(folder)[-2:]))
+
+
+def run(recipe: str, folder: Path, options: dict[str, str], *, until: Any) -> float:
+    """The recipe in a process of its own, stopped politely once `until` is true of its rows; its peak megabytes."""
+    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--run_folder", str(folder)]
+    fixed = {"num_cpu_threads": "1", "checkpoint_every": "0"}
+    command += [part for key, value in {**fixed, **options}.items() for part in (f"--{key}", value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".log").open("a") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            if (rows := read(folder)) and until(rows):
+                process.send_signal(signal.SIGTERM)
+                until = lambda rows: False  # noqa: E731
+            time.sleep(0.5)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed; see {folder.with_suffix('.log')}.")
+    return usage.ru_maxrss / 1024
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The whole rows of a run's metrics."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def trained(rows: Sequence[dict[str, Any]]) -> float:
+    """Seconds of training in these rows."""
+    return sum(v for row in rows if row["kind"] == "train" for k, v in row.items() if k.startswith("seconds/"))
+
+
+def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Each evaluation with the seconds of training before it, and the gap as the report draws it."""
+    looks = [i for i, row in enumerate(rows) if row["kind"] == "evaluation"]
+    first = rows[looks[0]]
+    spread = {name: first[f"{name}/standard_error"] * first["num_images"] ** 0.5 for name in ("judge", "oracle")}
+    points: list[dict[str, float]] = []
+    for i in looks:
+        gained = {name: (rows[i][name] - first[name]) / spread[name] for name in spread}
+        points.append({
+            "seconds": trained(rows[:i]), "pass": 100 * rows[i]["oracle_pass"], "judge": rows[i]["judge"],
+            "gap": gained["judge"] - gained["oracle"], "diversity": rows[i]["diversity"],
+        })  # fmt: skip
+    return points
+
+
+def at(points: Sequence[dict[str, float]], seconds: float) -> dict[str, float]:
+    """A curve's values after so many seconds, between evaluations in a straight line."""
+    times = [p["seconds"] for p in points]
+    return {name: float(np.interp(seconds, times, [p[name] for p in points])) for name in points[0]}
+
+
+def cell(values: Sequence[float], digits: int) -> str:
+    """Mean, lowest and highest."""
+    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
+    """Of the untouched model: for n = 1, 2, 4, 8, 16 the pass rate and the judge's score of what it picks."""
+    import torch
+
+    from rlhf_t2i.sampling.best_of_n import expected_best
+    from rlhf_t2i.shapes import oracle
+    from rlhf_t2i.shapes.scenes import all_prompts
+    from rlhf_t2i.steer import best_of_n as search
+
+    torch.set_num_threads(1)
+    prompts = all_prompts("held-out") * arguments.searches
+    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+
+    painter = load_stable_diffusion("shapes", device=torch.device("cpu"))
+    found = search(
+        painter, prompts, "judge", n=16, num_denoising_steps=8, guidance_scale=1.0, batch_size=64,
+        seed=10_000_000 * (seed + 1),
+    )  # fmt: skip
+    scores = found.verdict.reward
+    passed = oracle.judge(found.images.flatten(0, 1), [p for p in prompts for _ in range(16)]).passed
+    values = passed.float().view(scores.shape)
+    picked, liked = expected_best(scores, values).mean(0), expected_best(scores).mean(0)
+    return [[n, 100 * picked[n - 1].item(), liked[n - 1].item()] for n in (1, 2, 4, 8, 16)]
+
+
+def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path, *, seconds: float) -> None:
+    """The pass rate against seconds of training, each method the mean of its seeds."""
+    colours = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d5a97", "#00798c", "#9a6324", "#444444")
+    width, height, left, top = 760, 360, 50, 20
+    lines: list[str] = []
+    grid = np.linspace(0, seconds, 41)
+
+    def place(x: float, y: float) -> str:
+        return f"{left + (width - 260) * x / seconds:.1f},{top + (height - 60) * (1 - y / 100):.1f}"
+
+    for tick in range(0, 101, 20):
+        a, b = place(0, tick), place(seconds, tick)
+        (x1, y1), (x2, y2) = a.split(","), b.split(",")
+        lines.append(f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="#ddd"/>')
+        lines.append(f'<text x="{left - 8}" y="{float(y1) + 4}" text-anchor="end">{tick}</text>')
+    for tick in np.linspace(0, seconds, 5):
+        x, y = place(tick, 0).split(",")
+        lines.append(f'<text x="{x}" y="{float(y) + 18}" text-anchor="middle">{tick:.0f}</text>')
+    for number, ((name, runs), colour) in enumerate(zip(curves.items(), colours, strict=False)):
+        means = [np.mean([at(points, t)["pass"] for points in runs]) for t in grid]
+        path_points = " ".join(place(t, float(m)) for t, m in zip(grid, means, strict=True))
+        lines.append(f'<polyline points="{path_points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        y = top + 14 + 20 * number
+        lines.append(f'<rect x="{width - 195}" y="{y - 9}" width="12" height="12" fill="{colour}"/>')
+        lines.append(f'<text x="{width - 177}" y="{y + 2}">{name}</text>')
+    lines.append(f'<text x="{left}" y="12">oracle pass rate on held-out prompts, %</text>')
+    lines.append(f'<text x="{width - 260}" y="{height - 6}" text-anchor="end">seconds of training on one thread</text>')
+    body = "\n".join(lines)
+    style = 'font-family="sans-serif" font-size="12"'
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {style}>'
+        f'<rect width="{width}" height="{height}" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def main() -> None:
+    """Train all, or read what is finished, and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output-folder", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--seconds", type=float, default=120, help="of training, for each method and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--searches", type=int, default=4, help="of best-of-N, for each held-out prompt")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    arguments = parser.parse_args()
+    arguments.output_folder = arguments.output_folder.absolute()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(lambda name: seconds_of_a_step(name, arguments), arguments.methods))
+        started = {
+            name: [pool.submit(train, name, seed, arguments) for seed in arguments.seeds] for name in arguments.methods
+        }
+        facts = {name: [json.loads(f.result().read_text()) for f in those] for name, those in started.items()}
+    curves = {name: [curve(one["rows"]) for one in those] for name, those in facts.items()}
+    (arguments.output_folder / "curves.json").write_text(json.dumps(curves))
+    draw(curves, arguments.output_folder / "curves.svg", seconds=arguments.seconds)
+    say = sys.stdout.write
+    say("| method | pass, % | judge | gap | diversity | peak MB | pictures painted |\n|---|---|---|---|---|---|---|\n")
+    start = next(points[0] for runs in curves.values() for points in runs)
+    say(f"| before | {start['pass']:.1f} | {start['judge']:.2f} | 0 | {start['diversity']:.3f} | | |\n")
+    for name, runs in curves.items():
+        ends = [at(points, arguments.seconds) for points in runs]
+        painted = [
+            sum(row["images"] for row in one["rows"] if row["kind"] == "train")
+            * arguments.seconds / max(trained(one["rows"]), 1e-9)
+            for one in facts[name]
+        ]  # fmt: skip
+        say(
+            f"| {name} | {cell([e['pass'] for e in ends], 1)} | {cell([e['judge'] for e in ends], 2)} "
+            f"| {cell([e['gap'] for e in ends], 2)} | {np.mean([e['diversity'] for e in ends]):.3f} "
+            f"| {max(one['megabytes'] for one in facts[name]):.0f} | {np.mean(painted):.0f} |\n"
+        )
+    say("\n| best-of-n of the untouched model | pass, % | judge | denoiser calls a picture |\n|---|---|---|---|\n")
+    for rows in zip(*(best_of_n(seed, arguments) for seed in arguments.seeds), strict=True):
+        n = int(rows[0][0])
+        say(f"| n = {n} | {cell([r[1] for r in rows], 1)} | {cell([r[2] for r in rows], 2)} | {8 * n} |\n")
+
+
+if __name__ == "__main__":
+    main()

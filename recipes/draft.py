@@ -1,0 +1,228 @@
+"""DRaFT and its kin: teach a diffusion model by the gradient of a reward (Clark et al., arXiv:2309.17400).
+
+    accelerate launch recipes/draft.py                                           the built-in world, minutes on a laptop
+    accelerate launch recipes/draft.py --config recipes/configs/draft_sd15.yaml  Stable Diffusion 1.5
+
+Where a reward is differentiable, every pixel can be asked which way is better, and the answer led back through the
+decoder and the denoising steps into the weights. One step of training:
+
+    paint      images_per_step pictures of as many prompts; some denoising steps remember how they came about
+    judge      any differentiable reward: its value, and its gradient with respect to the pixels
+    move       one optimiser step up that gradient
+
+The methods differ only in the steps that remember:
+
+    draft      the last backprop_steps (DRaFT-K; all of them: DRaFT)
+    draft_lv   the last one, walked once more from num_renoisings noisy copies of each picture, for less variance
+    alignprop  the last K, with K drawn for each picture from 1 to backprop_steps (arXiv:2310.03739)
+    refl       a random one from late_start on, from which the picture is guessed at once (ReFL, arXiv:2304.05977)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.losses import reward_loss, weight_distance
+from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.rewards.gradient import Judgement, judge_with_gradient, require_gradient
+from rlhf_t2i.rewards.load import WeightedSum, load_rewards
+from rlhf_t2i.run import Run
+from rlhf_t2i.sampling.backprop import Kept, Painting, paint_with_gradient
+from rlhf_t2i.seeds import PAINT, PICK, generators_for
+from rlhf_t2i.tuning import Rule, Tuning, TuningConfig, start_tuning
+from rlhf_t2i.types import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TuningConfig):
+    """Those of every recipe, and the method's own."""
+
+    images_per_step: int = 64
+    """Pictures in one optimiser step, each of another prompt, over all processes."""
+    eta: float = 0.0
+    """Noise of each DDIM step, in [0, 1]."""
+    rewards: str = "judge"
+    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id), or
+    module:function. All must be differentiable; several make an ensemble, which is harder to fool."""
+
+    method: Literal["draft", "draft_lv", "alignprop", "refl"] = "refl"
+    """In the built-in world refl learns best: its gradient takes one short way, and meets steps that still decide what
+    is painted."""
+    backprop_steps: int | None = None
+    """K of draft and alignprop; null is num_denoising_steps."""
+    num_renoisings: int = 2
+    """Noisy copies of each picture (draft_lv)."""
+    late_start: float = 0.25
+    """Draw the step to learn from here (0 is pure noise; published 0.75) ..."""
+    late_end: float = 1.0
+    """... to here (1 is the picture) (refl)."""
+    checkpoint_steps: bool = False
+    """Run each remembered step, and the decoder, again in the backward pass: memory then hardly grows with
+    backprop_steps; about a third slower."""
+
+    reward_margin: float | None = None
+    """Minimise max(0, reward_margin - reward): what is good enough pulls no more. Null minimises -reward."""
+    reward_weight: float = 1.0
+    """Of that, beside the following two."""
+    kl_weight: float = 0.0
+    """Of the mean squared difference of noise predictions from the model before training, at the steps that remember.
+    """
+    weight_pull: float = 0.0
+    """Of half the squared distance of the weights from those before training (of adapters: which add nothing)."""
+
+    learning_rate: float = 2e-4
+    warmup_steps: int = 40
+    """Steps over which the learning rate rises from zero: the first gradients are mostly noise."""
+    ema_decay: float = 0.95
+    """Evaluate and export an exponential moving average of the weights; 0 is off."""
+    num_steps: int = 200
+    evaluate_every: int = 50
+    """Steps between evaluations, which there always are before and after; 0 has no others."""
+    checkpoint_every: int = 50
+
+    def rules(self) -> list[Rule]:
+        first, end = self.late_window
+        return [
+            *super().rules(),
+            ("images_per_step", self.images_per_step >= 1, "at least 1"),
+            ("eta", 0 <= self.eta <= 1, "in [0, 1]"),
+            (
+                "backprop_steps",
+                self.backprop_steps is None or 1 <= self.backprop_steps <= self.num_denoising_steps,
+                f"between 1 and num_denoising_steps ({self.num_denoising_steps})",
+            ),
+            (
+                "backprop_steps",
+                self.method in ("draft", "alignprop") or self.backprop_steps in (None, 1),
+                f"null or 1, because {self.method} remembers one step",
+            ),
+            ("num_renoisings", self.num_renoisings >= 1, "at least 1"),
+            ("late_start", self.late_start >= 0, "in [0, 1]"),
+            ("late_end", self.late_end <= 1 and first < end, "in [0, 1] and at least one step after late_start"),
+            ("reward_weight", self.reward_weight > 0, "positive"),
+            ("kl_weight", self.kl_weight >= 0, "at least 0"),
+            ("weight_pull", self.weight_pull >= 0, "at least 0"),
+        ]
+
+    @property
+    def late_window(self) -> tuple[int, int]:
+        """The first denoising step that refl may draw, and the one after the last."""
+        return round(self.late_start * self.num_denoising_steps), round(self.late_end * self.num_denoising_steps)
+
+
+def main(config: Config) -> Run:
+    """Paint, judge, move."""
+    reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
+    require_gradient(reward, prompt=prompts[0])
+    tuning = start_tuning(
+        config, recipe="draft", keep_reference=config.kl_weight > 0, keep_initial=config.weight_pull > 0
+    )
+    sampler = tuning.sampler(eta=config.eta)
+    mine = tuning.run.my_share(config.images_per_step, name="images_per_step")
+    for step in tuning.steps():
+        asked = prompts_of_step(prompts, step, num_prompts=config.images_per_step, seed=config.seed)
+        metrics = update(tuning, reward, asked, step=step, mine=mine, sampler=sampler, config=config)
+        tuning.finish_step(step, images=config.images_per_step, **metrics)
+    return tuning.finish()
+
+
+def kept_steps(config: Config, generators: Sequence[torch.Generator]) -> Kept:
+    """Which denoising steps remember, for one picture of each generator: where the methods part."""
+    total, count = config.num_denoising_steps, len(generators)
+    depth = config.backprop_steps or total
+
+    def drawn(first: int, end: int) -> Tensor:
+        return torch.cat([torch.randint(first, end, (1,), generator=generator) for generator in generators])
+
+    match config.method:
+        case "draft":
+            return Kept(torch.full((count,), total - depth))
+        case "draft_lv":
+            return Kept(torch.full((count,), total - 1), num_renoisings=config.num_renoisings)
+        case "alignprop":
+            return Kept(total - drawn(1, depth + 1))
+        case "refl":
+            return Kept(drawn(*config.late_window), jumps=True)
+
+
+def update(
+    tuning: Tuning,
+    reward: WeightedSum,
+    prompts: Sequence[str],
+    *,
+    step: int,
+    mine: range,
+    sampler: Sampler,
+    config: Config,
+) -> dict[str, float]:
+    """Paint and judge this process's share of the prompts, a microbatch at a time, and take one optimiser step.
+
+    Returns metrics of all processes. `saturated_share` is the part of the squared pixel gradient that lies on pixels
+    beyond [0, 1], which only a painter that keeps their gradient learns from.
+    """
+    run, policy = tuning.run, tuning.policy
+    variants = 1 + config.num_renoisings if config.method == "draft_lv" else 1
+    seen: list[Tensor] = []
+    calls = 0
+    microbatches = torch.tensor(mine).split(max(1, config.microbatch_size // variants))
+    for rows in microbatches:
+        indices: list[int] = rows.tolist()
+        own = [prompts[i] for i in indices]
+        # Processes exchange gradients once, in the last backward pass.
+        last = rows is microbatches[-1]
+        with nullcontext() if last else run.accelerator.no_sync(policy.denoiser):
+            with run.timed("rollout"):
+                painting = paint_with_gradient(
+                    policy, own, sampler=sampler,
+                    kept=kept_steps(config, generators_for(config.seed, PICK, step, indices)),
+                    generators=generators_for(config.seed, PAINT, step, indices),
+                    checkpointing=config.checkpoint_steps, ask_reference=config.kl_weight > 0,
+                )  # fmt: skip
+            with run.timed("reward"):
+                judgement = judge_with_gradient(reward, painting.images, own * variants)
+            loss = config.reward_weight * reward_loss(judgement.rewards, margin=config.reward_margin)
+            loss = loss + config.kl_weight * painting.reference_gap.mean()
+            if config.weight_pull:
+                loss = loss + config.weight_pull * weight_distance(policy.trainable, tuning.initial)
+        # A checkpointed step calls the denoiser once more, which must not begin another exchange.
+        with run.timed("update"), run.accelerator.no_sync(policy.denoiser):
+            run.accelerator.backward(loss * len(rows) / len(mine))
+        calls += painting.num_calls
+        seen.append(measured(painting, judgement, loss)[: len(rows)])
+    with run.timed("update"):
+        descent = tuning.descend()
+    rewards, loss, gap, saturated, pixels, *verdicts = run.gather(torch.cat(seen)).T
+    names = (f"rewards/{judge.name}" for judge in reward.rewards)
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        **dict(zip(names, (scores.mean().item() for scores in verdicts), strict=True)),
+        "loss": loss.mean().item(),
+        **({"reference_gap": gap.mean().item()} if config.kl_weight else {}),
+        "saturated_share": (saturated.sum() / pixels.sum().clamp_min(torch.finfo().tiny)).item(),
+        "denoiser_calls": int(run.gather(torch.tensor([calls], device=run.device)).sum()),
+        **descent,
+    }
+
+
+@torch.no_grad()
+def measured(painting: Painting, judgement: Judgement, loss: Tensor) -> Tensor:
+    """What is to be averaged over the pictures of all processes: a row for each picture."""
+    squared = judgement.slope.square()
+    beyond = (painting.images < 0) | (painting.images > 1)
+    numbers = [
+        judgement.rewards, loss.expand(len(squared)), painting.reference_gap,
+        (squared * beyond).flatten(1).sum(1), squared.flatten(1).sum(1), *judgement.verdicts.values(),
+    ]  # fmt: skip
+    return torch.stack(numbers, dim=1)
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__ or ""))

@@ -1,0 +1,448 @@
+"""The DRaFT recipe end to end, on a tiny random pipeline: what moves, what is the same, what survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from recipes import draft
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.evaluate import Evaluation
+from rlhf_t2i.losses import reward_loss, weight_distance
+from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+from rlhf_t2i.run import Run
+from rlhf_t2i.seeds import generator_for
+from tests.test_ddpo import PAINT, ROOT, assert_same, command_line, flat, rows, weights
+
+REDNESS = "tests.test_draft:redness"
+DARKNESS = "tests.test_draft:darkness"
+METHODS: list[dict[str, Any]] = [
+    {"method": "draft"},
+    {"method": "draft", "backprop_steps": 1},
+    {"method": "draft_lv", "num_renoisings": 2},
+    {"method": "alignprop"},
+    {"method": "refl"},
+]
+
+
+def redness(images: Tensor, prompts: list[str]) -> Tensor:
+    """A reward that any model can learn, in a name that a command line can give."""
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
+
+
+def darkness(images: Tensor, prompts: list[str]) -> Tensor:
+    return -images.mean(dim=(1, 2, 3))
+
+
+def rounded(images: Tensor, prompts: list[str]) -> Tensor:
+    return (images > 0.5).float().mean(dim=(1, 2, 3))
+
+
+def steep(images: Tensor, prompts: list[str]) -> Tensor:
+    """Its gradient is finite for the random picture of the first look, and infinite for those of the model."""
+    return redness(images, prompts) + 0 * (images - images.detach()).abs().sum(dim=(1, 2, 3)).sqrt()
+
+
+@pytest.fixture
+def config(tiny_sd: Path, tmp_path: Path) -> draft.Config:
+    """A run of three steps that uses every part of the recipe."""
+    return draft.Config(
+        model=str(tiny_sd),
+        method="draft",
+        images_per_step=6,
+        num_denoising_steps=4,
+        eta=0.5,
+        microbatch_size=8,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
+        ema_decay=0.5,
+        kl_weight=0.1,
+        weight_pull=0.1,
+        rewards=f"{REDNESS},{DARKNESS}=0.5",
+        evaluation_rewards=f"{REDNESS},{DARKNESS}",
+        num_steps=3,
+        evaluate_every=0,
+        num_evaluation_images=4,
+        checkpoint_every=1,
+        run_folder=str(tmp_path / "run"),
+        num_cpu_threads=1,
+    )
+
+
+def train(config: draft.Config) -> Path:
+    """Run the recipe in this process; returns the run folder."""
+    return draft.main(config).folder
+
+
+# --- the losses -------------------------------------------------------------------------------------
+
+
+def test_the_reward_loss_by_hand() -> None:
+    rewards = torch.tensor([0.5, -1.0, 3.0], requires_grad=True)
+    assert reward_loss(rewards, margin=None).item() == pytest.approx(-2.5 / 3)
+    hinged = reward_loss(rewards, margin=2.0)
+    assert hinged.item() == pytest.approx((1.5 + 3.0 + 0.0) / 3)
+    hinged.backward()
+    assert rewards.grad is not None
+    assert_close(rewards.grad, torch.tensor([-1 / 3, -1 / 3, 0.0]))
+
+
+def test_the_gradient_of_the_weight_distance_is_the_difference() -> None:
+    weights = {"a": torch.tensor([1.0, 2.0], requires_grad=True), "b": torch.tensor([[3.0]], requires_grad=True)}
+    distance = weight_distance(weights, {"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([[2.5]])})
+    assert distance.item() == pytest.approx(0.5 * (1 + 4 + 0.25))
+    slopes = torch.autograd.grad(distance, list(weights.values()))
+    assert_close(list(slopes), [torch.tensor([1.0, -2.0]), torch.tensor([[0.5]])])
+
+
+# --- learning ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", METHODS)
+def test_the_reward_rises(config: draft.Config, changes: dict[str, Any]) -> None:
+    """Whatever steps remember; the evaluation, with prompts and seeds of its own, sees it too."""
+    folder = train(
+        replace(
+            config, **changes, num_steps=12, learning_rate=3e-3, adam_epsilon=1e-8, kl_weight=0.0, weight_pull=0.0,
+            rewards=REDNESS, checkpoint_every=0,
+        )
+    )  # fmt: skip
+    before, after = rows(folder, "evaluation")
+    assert after[REDNESS] > before[REDNESS] + 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("reward", "changes"),
+    [("judge", {"learning_rate": 3e-4}), (REDNESS, {"learning_rate": 1e-2, "lora_rank": 16, "num_steps": 8})],
+)
+def test_the_built_in_model_learns(tmp_path: Path, reward: str, changes: dict[str, Any]) -> None:
+    """Wholly and by adapters, for one prompt, in a few steps."""
+    (tmp_path / "prompts.txt").write_text("a red circle on a blue background\n")
+    prompts = str(tmp_path / "prompts.txt")
+    folder = train(
+        draft.Config(
+            prompts=prompts, evaluation_prompts=prompts, rewards=reward, evaluation_rewards=reward, warmup_steps=0,
+            ema_decay=0.0, evaluate_every=0, num_evaluation_images=102, run_folder=str(tmp_path / "run"),
+            num_cpu_threads=1, **{"num_steps": 20, **changes},
+        )
+    )  # fmt: skip
+    before, after = rows(folder, "evaluation")
+    assert after[reward] > before[reward] + 3 * before[f"{reward}/standard_error"]
+
+
+def test_pulls_hold_the_weights_back(config: draft.Config, tmp_path: Path) -> None:
+    start = load_stable_diffusion(config.model, device=torch.device("cpu"))
+    start.learn(None, lora_alpha=None, keep_reference=False, seed=0)
+    free = replace(config, kl_weight=0.0, weight_pull=0.0, weight_decay=0.0, learning_rate=3e-3, adam_epsilon=1e-8)
+
+    def distance(name: str, **changes: Any) -> float:
+        after = weights(train(replace(free, **changes, num_steps=6, run_folder=str(tmp_path / name))), 6)
+        return sum((after[n] - p).square().sum().item() for n, p in start.trainable.items())
+
+    unhindered = distance("free")
+    assert distance("kl", kl_weight=1e4) < 0.7 * unhindered
+    assert distance("pull", weight_pull=1e4) < 0.7 * unhindered
+
+
+def test_a_reward_above_the_margin_teaches_nothing(config: draft.Config) -> None:
+    folder = train(replace(config, reward_margin=-9.0, kl_weight=0.0, weight_pull=0.0, num_steps=1))
+    (row,) = rows(folder, "train")
+    assert row["loss"] == 0
+    assert row["gradient_norm"] == 0
+
+
+def test_the_loss_is_the_weighted_hinge_plus_the_pulls(config: draft.Config) -> None:
+    """At the first step nothing has moved, so both pulls are 0 and every reward is below the margin."""
+    folder = train(replace(config, reward_margin=5.0, reward_weight=0.1, num_steps=2))
+    first, second = rows(folder, "train")
+    assert first["loss"] == pytest.approx(0.1 * (5 - first["reward"]), rel=1e-5)
+    assert first["reference_gap"] == 0
+    assert second["reference_gap"] > 0
+    assert second["loss"] > 0.1 * (5 - second["reward"]) + 0.1 * second["reference_gap"]
+
+
+def test_what_a_step_is_made_of_is_written_down(config: draft.Config) -> None:
+    (row,) = rows(train(replace(config, num_steps=1)), "train")
+    assert row["images"] == 6
+    assert row["denoiser_calls"] == 24
+    assert row["reward"] == pytest.approx(row[f"rewards/{REDNESS}"] + 0.5 * row[f"rewards/{DARKNESS}"], rel=1e-4)
+    assert 0 <= row["saturated_share"] < 1
+    assert {"reward_std", "gradient_norm", "seconds/rollout", "seconds/reward", "seconds/update"} <= row.keys()
+
+
+# --- which steps remember ---------------------------------------------------------------------------
+
+
+def drawn(config: draft.Config, count: int = 400) -> list[int]:
+    return draft.kept_steps(config, [generator_for(0, i) for i in range(count)]).first.tolist()
+
+
+def test_each_method_keeps_its_steps(config: draft.Config) -> None:
+    of = replace(config, num_denoising_steps=8)
+    assert set(drawn(of)) == {0}
+    assert set(drawn(replace(of, backprop_steps=3))) == {5}
+    assert set(drawn(replace(of, method="draft_lv"))) == {7}
+    assert draft.kept_steps(replace(of, method="draft_lv"), [generator_for(0)]).num_renoisings == 2
+    everything = drawn(replace(of, method="alignprop"))
+    assert set(everything) == set(range(8))
+    assert all(30 < everything.count(first) < 75 for first in range(8)), "uniform"
+    assert set(drawn(replace(of, method="alignprop", backprop_steps=2))) == {6, 7}
+    assert set(drawn(replace(of, method="refl", late_start=0.75))) == {6, 7}
+    assert draft.kept_steps(replace(of, method="refl"), [generator_for(0)]).jumps
+
+
+# --- the same numbers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", METHODS)
+def test_the_microbatch_size_changes_no_result(config: draft.Config, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = replace(config, **changes, microbatch_size=64)
+    whole = train(config)
+    parts = train(replace(config, microbatch_size=4, run_folder=str(tmp_path / "parts")))
+    assert_same(weights(whole), weights(parts), atol=1e-5)
+    first, *_ = zip(rows(whole, "train"), rows(parts, "train"), strict=True)
+    for name in ("reward", "loss", "gradient_norm", "saturated_share"):
+        assert first[0][name] == pytest.approx(first[1][name], rel=1e-3, abs=1e-6), name
+    assert first[0]["denoiser_calls"] == first[1]["denoiser_calls"]
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "checkpoint_steps"])
+def test_checkpointing_changes_no_result(config: draft.Config, tmp_path: Path, name: str) -> None:
+    plain = train(config)
+    saved = train(replace(config, **{name: True}, run_folder=str(tmp_path / "saved")))
+    assert_same(weights(plain), weights(saved), atol=1e-5)
+
+
+def launch(config: draft.Config, accelerate_config: str) -> None:
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+            f"accelerate_configs/{accelerate_config}", "recipes/draft.py", *command_line(config),  # pyright: ignore
+        ],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "alignprop", "checkpoint_steps": True},
+        {"method": "draft_lv", "lora_rank": 2},
+        {"method": "refl", "late_start": 0.0, "lora_rank": 2, "checkpoint_steps": True},
+    ],
+)
+def test_two_processes_give_the_update_of_one(config: draft.Config, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """ddp.yaml on the CPU, with two microbatches each: the same pictures and weights, whoever paints them."""
+    config = replace(config, **changes, microbatch_size=2, max_gradient_norm=0.1)
+    launch(replace(config, run_folder=str(tmp_path / "one")), "single.yaml")
+    launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    first, *_ = zip(rows(one, "train"), rows(two, "train"), strict=True)
+    for name in ("reward", "reward_std", "loss", "gradient_norm", "denoiser_calls"):
+        assert first[0][name] == pytest.approx(first[1][name], rel=1e-3, abs=1e-7), name
+    assert_same(weights(one), weights(two), atol=5e-5)
+
+
+def test_bfloat16_networks_learn_and_export_float32(config: draft.Config) -> None:
+    folder = train(replace(config, mixed_precision="bf16", lora_rank=2, checkpoint_steps=True))
+    assert rows(folder, "train")[-1]["gradient_norm"] > 0
+    exported = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+
+
+# --- surviving --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"method": "alignprop"}, {"method": "draft_lv", "lora_rank": 2}])
+def test_a_resumed_run_equals_one_that_was_never_stopped(
+    config: draft.Config, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Weights, optimiser and average to the bit, the pull towards the first weights included."""
+    config = replace(config, **changes, evaluate_every=1, early_stop_reward=DARKNESS, patience=9)
+    uninterrupted = train(config)
+    stopped = replace(config, run_folder=str(tmp_path / "stopped"))
+    train(replace(stopped, num_steps=1))
+    folder = train(replace(stopped, resume=True))
+    assert_same(weights(uninterrupted), weights(folder))
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+        states = [
+            torch.load(f / "checkpoints" / "step_000003" / name, weights_only=True) for f in (uninterrupted, folder)
+        ]
+        assert_close(*map(flat, states), rtol=0, atol=0)
+    kept = ("step", "reward", "loss", "reference_gap", "gradient_norm")
+    one, two = ([[row[name] for name in kept] for row in rows(f, "train")] for f in (uninterrupted, folder))
+    assert one == two
+
+
+@pytest.fixture
+def falling(config: draft.Config) -> draft.Config:
+    """A run whose held-out reward rises for a few steps and then falls."""
+    return replace(
+        config, rewards=REDNESS, early_stop_reward="tests.test_draft:peaked", patience=2,
+        evaluation_rewards=f"{REDNESS},tests.test_draft:peaked", evaluate_every=1, num_steps=12, ema_decay=0.0,
+        kl_weight=0.0, weight_pull=0.0, learning_rate=3e-3, adam_epsilon=1e-8,
+    )  # fmt: skip
+
+
+def peaked(images: Tensor, prompts: list[str]) -> Tensor:
+    """Highest a little redder than the model starts, so that it rises for a few steps and then falls."""
+    return -(redness(images, prompts) + 0.03).abs()
+
+
+def test_an_early_stop_exports_the_best_weights(falling: draft.Config, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train(falling)
+    evaluations = rows(folder, "evaluation")
+    done = rows(folder, "train")[-1]["step"]
+    assert done < 12
+    values = [row["tests.test_draft:peaked"] for row in evaluations[:-1]]
+    best = max(range(len(values)), key=values.__getitem__)
+    assert 0 < best == done - 2
+    assert values[best + 1 :] == sorted(values[best + 1 :], reverse=True)
+    assert f"was best after {best} of {done} steps" in capsys.readouterr().out
+    again = evaluations[-1]
+    assert (again["step"], again["tests.test_draft:peaked"]) == (done, values[best])
+    exported = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert_same(exported, weights(train(replace(falling, num_steps=best, run_folder=f"{folder}-short")), best))
+
+
+def test_an_early_stop_survives_a_resume(falling: draft.Config, tmp_path: Path) -> None:
+    """Stopped before, just after and long after the best evaluation: the same end."""
+    whole = train(falling)
+    done = rows(whole, "train")[-1]["step"]
+    exported = load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")
+    for stop in (1, done - 1, done):
+        short = replace(falling, run_folder=str(tmp_path / f"stop{stop}"))
+        train(replace(short, num_steps=stop))
+        folder = train(replace(short, resume=True))
+        assert rows(folder, "train")[-1]["step"] == done
+        assert_same(exported, load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+
+
+# --- what leaves it ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"lora_rank": 2, "lora_scale_at_sampling": 0.5}])
+def test_plain_diffusers_paints_the_pictures_of_the_last_evaluation(
+    config: draft.Config, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exported weights, the scale of their adapters included, loaded by a script that imports only diffusers."""
+    seen: list[Evaluation] = []
+    record = Run.record
+    monkeypatch.setattr(Run, "record", lambda run, evaluation: (seen.append(evaluation), record(run, evaluation)))
+    lora = "lora_rank" in changes
+    fast = replace(config, num_steps=6, ema_decay=0.0, kl_weight=0.0, weight_pull=0.0, adam_epsilon=1e-8)
+    folder = train(replace(fast, **changes, learning_rate=0.3 if lora else 3e-3))
+    name, out = "lora" if lora else "unet", tmp_path / "images.pt"
+    (tmp_path / "paint.py").write_text(PAINT)
+    command = [sys.executable, "paint.py", config.model, str(folder / name), str(out), *seen[-1].prompts]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True, capture_output=True)
+    painted = torch.load(out, weights_only=True)
+    assert (painted - seen[-1].images).abs().max() < 1e-3
+    assert (seen[-1].images - seen[0].images).abs().max() > 0.01, "the run must have changed the pictures"
+
+
+def test_scaled_adapters_are_exported_scaled_and_trained_unscaled(config: draft.Config, tmp_path: Path) -> None:
+    plain = replace(config, lora_rank=2, ema_decay=0.0)
+    one, half = train(plain), train(replace(plain, lora_scale_at_sampling=0.5, run_folder=str(tmp_path / "half")))
+    assert_same(weights(one), weights(half))
+    whole, scaled = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (one, half))
+    for name, tensor in whole.items():
+        assert_close(scaled[name], tensor * (0.5 if "lora_B" in name else 1.0), rtol=0, atol=0)
+    first, second = (rows(f, "evaluation")[-1][REDNESS] for f in (one, half))
+    assert first != second
+
+
+YAML = ROOT / "recipes" / "configs" / "draft_sd15.yaml"
+
+
+def test_the_published_settings_for_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
+    small = {
+        "num_steps": 1, "images_per_step": 2, "num_denoising_steps": 5, "num_evaluation_images": 2, "model": tiny_sd,
+        "rewards": REDNESS, "evaluation_rewards": REDNESS, "run_folder": tmp_path / "run", "num_cpu_threads": 1,
+    }  # fmt: skip
+    flags = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    (row,) = rows(train(parse_config(draft.Config, description="", arguments=["--config", str(YAML), *flags])), "train")
+    assert row["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize(("name", "method"), [("DRaFT-LV", "draft_lv"), ("AlignProp", "alignprop"), ("ReFL", "refl")])
+def test_the_flags_that_the_config_gives_for_the_other_methods_are_read(name: str, method: str) -> None:
+    _, _, after = YAML.read_text().partition(f"#   {name} ")
+    flags = re.findall(r"--\w+ \S+", re.split(r"\n(?:#   [A-Z]|\n)", after)[0])
+    assert flags
+    arguments = ["--config", str(YAML), *(part for flag in flags for part in flag.split())]
+    assert parse_config(draft.Config, description="", arguments=arguments).method == method
+
+
+# --- bad input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backprop_steps": 5}, r"backprop_steps is 5; it must be between 1 and num_denoising_steps \(4\)"),
+        ({"backprop_steps": 0}, r"backprop_steps is 0; it must be between 1 and num_denoising_steps \(4\)"),
+        ({"method": "refl", "backprop_steps": 2}, "backprop_steps is 2; it must be null or 1, because refl remembers"),
+        ({"method": "draft_lv", "backprop_steps": 3}, "because draft_lv remembers one step"),
+        ({"num_renoisings": 0}, "num_renoisings is 0; it must be at least 1"),
+        ({"late_start": 0.9, "late_end": 0.9}, "late_end is 0.9; it must be in .* at least one step after late_start"),
+        ({"late_end": 1.5}, r"late_end is 1\.5; it must be in \[0, 1\]"),
+        ({"late_start": -0.5}, r"late_start is -0\.5; it must be in \[0, 1\]"),
+        ({"images_per_step": 0}, "images_per_step is 0; it must be at least 1"),
+        ({"eta": 1.5}, r"eta is 1\.5; it must be in \[0, 1\]"),
+        ({"reward_weight": 0.0}, r"reward_weight is 0\.0; it must be positive"),
+        ({"kl_weight": -1.0}, r"kl_weight is -1\.0; it must be at least 0"),
+        ({"weight_pull": -1.0}, r"weight_pull is -1\.0; it must be at least 0"),
+        ({"early_stop_reward": "oracle"}, "early_stop_reward is oracle; it must be one of evaluation_rewards"),
+        ({"early_stop_reward": REDNESS}, "evaluate_every is 0; it must be at least 1 for early_stop_reward"),
+        ({"patience": 0}, "patience is 0; it must be at least 1"),
+        ({"lora_rank": 2, "lora_scale_at_sampling": 0.0}, r"lora_scale_at_sampling is 0\.0; it must be positive"),
+        ({"lora_scale_at_sampling": 0.5}, "lora_scale_at_sampling is 0.5; it must be 1 where the whole U-Net"),
+    ],
+)
+def test_impossible_settings_are_refused(config: draft.Config, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
+
+
+@pytest.mark.parametrize("reward", ["jpeg_compressibility", "oracle", "tests.test_draft:rounded"])
+def test_a_reward_without_a_gradient_is_refused_before_anything_is_loaded(config: draft.Config, reward: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{reward}' has no gradient .* recipes/ddpo\.py"):
+        train(replace(config, model="no/such/model", rewards=f"{REDNESS},{reward}"))
+    assert not Path(str(config.run_folder)).exists()
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_with_the_name_of_the_reward(
+    config: draft.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft, "require_gradient", lambda reward, prompt: None)
+    with pytest.raises(
+        ValueError, match=r"gradient of the reward 'tests.test_draft:steep' is not finite for the prompt"
+    ):
+        train(replace(config, rewards="tests.test_draft:steep"))
+
+
+def test_pictures_that_processes_cannot_share_are_refused(
+    config: draft.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "num_processes", 4)
+    with pytest.raises(ValueError, match=r"images_per_step \(6\) must be a multiple of the number of processes \(4\)"):
+        train(config)
