@@ -23,15 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.advantages import (
-    PerPromptHistory,
-    group_relative_advantages,
-    whole_batch_advantages,
-)
+from rlhf_t2i.advantages import PerPromptHistory, group_relative_advantages, whole_batch_advantages
 from rlhf_t2i.batching import minibatches
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
-from rlhf_t2i.losses import clipped_surrogate_loss
+from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.run import Run
@@ -68,8 +64,9 @@ class Config(TuningConfig):
     """... to here (1 is the picture). Early steps decide what is painted, late ones how cleanly."""
     trained_fraction: float = 1.0
     """Of these steps, the random share that each image trains."""
-    clip_range: float = 5e-4
-    """Of the ratio of densities averaged over latent numbers: 1e-4 for the 16,384 of SD 1.5, more for fewer."""
+    clip_range: float | None = None
+    """Of the ratio of densities averaged over latent numbers; null is 0.0113 / sqrt(latent numbers): 5e-4 for the 512
+    of the built-in model, 9e-5 for the 16,384 of SD 1.5, where 1e-4 was published."""
     kl_weight: float = 0.0
     """Of the KL divergence from the model before training, averaged over latent numbers."""
     num_inner_epochs: int = 1
@@ -88,7 +85,7 @@ class Config(TuningConfig):
             ("window_start", self.window_start >= 0, "in [0, 1]"),
             ("window_end", self.window_end <= 1 and first < end, "in [0, 1] and at least one step after window_start"),
             ("trained_fraction", 0 < self.trained_fraction <= 1, "in (0, 1]"),
-            ("clip_range", self.clip_range > 0, "positive"),
+            ("clip_range", self.clip_range is None or self.clip_range > 0, "positive"),
             ("kl_weight", self.kl_weight >= 0, "at least 0"),
             ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
             (
@@ -129,12 +126,8 @@ def main(config: Config) -> Run:
                 tuning, trajectory, advantages[mine.start : mine.stop].flatten(),
                 generators=generators_for(config.seed, PICK, step, mine), sampler=sampler, config=config,
             )  # fmt: skip
-        if step == 0 and metrics["replay_error"] > 0.1 * config.clip_range:
-            run.say(
-                f"WARNING: replaying an unchanged policy moves its log-densities by {metrics['replay_error']:.1e}; "
-                f"beside a clip_range of {config.clip_range} that is noise. Try the same microbatch_size on another "
-                f"device, or mixed_precision: no."
-            )
+        if step == 0:
+            warn_of_the_first_update(run, metrics)
         verdict = {f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}
         tuning.finish_step(
             step,
@@ -146,6 +139,26 @@ def main(config: Config) -> Run:
             **metrics,
         )
     return tuning.finish()
+
+
+def warn_of_the_first_update(run: Run, metrics: dict[str, float]) -> None:
+    """Say what the ratio tells of settings that will not learn."""
+    error, spread, clip_range = metrics["replay_error"], metrics["ratio_std"], metrics["clip_range"]
+    if error > 0.1 * clip_range:
+        run.say(
+            f"WARNING: replaying an unchanged policy moves its log-densities by {error:.1e}; beside a clip_range of "
+            f"{clip_range:.1e} that is noise. Try the same microbatch_size on another device, or mixed_precision: no."
+        )
+    if 0 < spread < 0.02 * clip_range:
+        run.say(
+            f"WARNING: the first update moved the ratio by {spread:.1e}, of a clip_range of {clip_range:.1e}; it will "
+            f"learn slowly. Raise learning_rate."
+        )
+    if spread > 10 * clip_range:
+        run.say(
+            f"WARNING: the first update moved the ratio by {spread:.1e}, far beyond a clip_range of {clip_range:.1e}; "
+            f"most strokes are clipped and teach nothing. Lower learning_rate, or use fewer num_inner_epochs."
+        )
 
 
 def compare(
@@ -180,6 +193,7 @@ def update(
     `replay_error` is the largest change of a log-density before the first optimiser step: 0 if all is well.
     """
     run, policy = tuning.run, tuning.policy
+    clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
     seen: list[Tensor] = []
     steps: list[dict[str, float]] = []
     replay_error = torch.zeros(1, device=run.device)
@@ -206,7 +220,7 @@ def update(
                     kl = mean_kl(transition, reference)
                 log_prob = mean_log_prob(transition, trajectory.latents[i, t + 1])
                 loss = clipped_surrogate_loss(
-                    log_prob, trajectory.log_probs[i, t], advantages[i], clip_range=config.clip_range
+                    log_prob, trajectory.log_probs[i, t], advantages[i], clip_range=clip_range
                 )
                 loss = loss + config.kl_weight * kl.mean()
                 run.accelerator.backward(loss * len(i) / len(image))
@@ -220,7 +234,8 @@ def update(
         "loss": loss.mean().item(),
         "ratio_mean": log_ratio.exp().mean().item(),
         "ratio_std": log_ratio.square().mean().sqrt().item(),
-        "clip_fraction": ((log_ratio.exp() - 1).abs() > config.clip_range).float().mean().item(),
+        "clip_range": clip_range,
+        "clip_fraction": ((log_ratio.exp() - 1).abs() > clip_range).float().mean().item(),
         **({"kl": kl.mean().item()} if config.kl_weight else {}),
         "gradient_norm": sum(s["gradient_norm"] for s in steps) / len(steps),
         "skipped_updates": sum(s["skipped_updates"] for s in steps),

@@ -96,10 +96,11 @@ def point(found: Sequence[Found], name: str, cost: str) -> tuple[float, float, f
 
 def summary(found: Sequence[Found]) -> str:
     """A table: one plain picture, plain best-of-n for n = 2, 4, 8 ..., and the search."""
-    header = f"{'':24}{'denoiser':>10}{'judge':>8}{'seconds':>9}" + "".join(f"{n:>22}" for n in reward_names(found))
+    columns = {name: max(22, len(name) + 2) for name in reward_names(found)}
+    header = f"{'':24}{'denoiser':>10}{'judge':>8}{'seconds':>9}" + "".join(f"{n:>{w}}" for n, w in columns.items())
     rows = [
         f"{row['name']:24}{row['denoiser_calls']:>10.0f}{row['judge_calls']:>8.0f}{row['seconds']:>9.2f}"
-        + "".join(f"{text:>22}" for text in row["texts"])
+        + "".join(f"{text:>{width}}" for text, width in zip(row["texts"], columns.values(), strict=True))
         for row in table(found)
     ]
     return "\n".join([header, *rows, f"{len(found)} searches; what follows ± is one standard error"])
@@ -218,8 +219,8 @@ for every n from the same pictures: it is the mean over all sets of n of them.{%
 {% for one in shown(found) %}<figure><div class="pair">
 {% if one.plain %}<img alt="plain" src="data:image/png;base64,{{ one.plain }}">{% endif %}
 <img alt="picked" src="data:image/png;base64,{{ one.picked }}"></div><figcaption>{{ one.prompt }}
-({% if one.plain %}{{ "%.2f" | format(one.before) }} → {% endif %}{{ "%.2f" | format(one.after) }})</figcaption></figure>
-{% endfor %}</div>
+({% if one.plain %}{{ "%.2f" | format(one.before) }} → {% endif %}{{ "%.2f" | format(one.after) }})</figcaption>
+</figure>{% endfor %}</div>
 <h2>Curves</h2><div class="many">{% for chart, unit in charts(found) %}<figure class="card"><figcaption>
 <b>{{ chart.title }}</b>: {{ chart.note }}</figcaption>{{ draw(chart, unit) }}</figure>{% endfor %}</div>
 {% endif %}<details><summary>Configuration</summary><pre>{{ config }}</pre></details>

@@ -351,7 +351,10 @@ def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images_per_prompt": 4, "num_minibatches": 3}, r"num_minibatches is 3; it must be at least 1 and divide images_per_prompt \(4\)"),
+        (
+            {"images_per_prompt": 4, "num_minibatches": 3},
+            r"num_minibatches is 3; it must be at least 1 and divide images_per_prompt \(4\)",
+        ),
         ({"eta": 0.0}, "eta is 0.0"),
         ({"trained_fraction": 0.0}, "trained_fraction is 0.0"),
         ({"window_start": 0.5}, r"window_end is 0\.5; it must be in \[0, 1\] and at least one step after"),
@@ -390,6 +393,23 @@ def test_prompts_that_processes_cannot_share_are_refused(monkeypatch: pytest.Mon
     run = object.__new__(Run)
     with pytest.raises(ValueError, match=r"prompts_per_step \(3\) must be a multiple of the number of processes \(2\)"):
         run.my_share(3, name="prompts_per_step")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-9}, "it will learn slowly. Raise learning_rate."),
+        ({"learning_rate": 1e-1}, "most strokes are clipped and teach nothing. Lower learning_rate"),
+        ({"learning_rate": 1e-4, "num_inner_epochs": 1}, None),
+    ],
+)
+def test_the_first_update_warns_of_a_ratio_that_hardly_or_wildly_moves(
+    config: ddpo.Config, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str | None
+) -> None:
+    folder = train(replace(config, num_steps=1, **changes))
+    output = capsys.readouterr().out
+    assert message in output if message else "WARNING" not in output
+    assert rows(folder, "train")[0]["clip_range"] == pytest.approx(5e-4 * (512 / 256) ** 0.5)  # 4 x 8 x 8 numbers
 
 
 def broken(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

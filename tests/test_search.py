@@ -352,7 +352,7 @@ def test_a_gradient_step_goes_as_far_as_by_hand() -> None:
 
 
 def test_the_gradient_is_cut_and_the_prior_pulls_back() -> None:
-    kept = {"num_rounds": 2, "learning_rate": 0.1, "generators": generators(4)}
+    kept: dict[str, Any] = {"num_rounds": 2, "learning_rate": 0.1, "generators": generators(4)}
     found = gradient_search(toy(eta=0.0), ["a"], prior_weight=0.0, max_gradient_norm=0.01, **kept)
     gained = found.verdict.reward[:, 4:] - found.verdict.reward[:, :4]
     assert (gained.abs() < 0.1 * 1.9 * 0.011).all()
