@@ -25,14 +25,16 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "DDPO": ("ddpo", {}),
-    "DRaFT, all steps": ("draft", {}),
-    "DRaFT-1": ("draft", {"backprop_steps": "1"}),
+    "ReFL, from a quarter on": ("draft", {}),
+    "ReFL, as published": ("draft", {"late_start": "0.75"}),
+    "DRaFT-1": ("draft", {"method": "draft", "backprop_steps": "1"}),
+    "DRaFT-4": ("draft", {"method": "draft", "backprop_steps": "4"}),
     "DRaFT-LV": ("draft", {"method": "draft_lv"}),
     "AlignProp": ("draft", {"method": "alignprop"}),
-    "ReFL": ("draft", {"method": "refl"}),
     "Diffusion-DPO, judged pairs": ("diffusion_dpo", {}),
-    "SFT on winners": ("diffusion_dpo", {"loss": "sft"}),
+    "SFT on winners": ("diffusion_dpo", {"loss": "sft", "times": "0-999", "learning_rate": "5e-5"}),
 }
+"""Each recipe's own defaults but for what is named. SFT has settings of its own: with those of DPO it collapses."""
 LOOKS = 6
 """Evaluations in the time that each has."""
 

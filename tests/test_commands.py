@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)\n```$", README, flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [text for language, text in BLOCKS if language == ""]
-SNIPPET, JUDGE_SNIPPET = [text for language, text in BLOCKS if language == "python"]
+SNIPPET, STEER_SNIPPET, JUDGE_SNIPPET = [text for language, text in BLOCKS if language == "python"]
 (RECORDS,) = [text for language, text in BLOCKS if language == "json"]
 TINY = {
     "num_steps": 1, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 4,
@@ -94,6 +94,19 @@ def test_the_published_settings_for_sd15_run(tiny_sd: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_the_settings_for_preferences_on_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (24, 24), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a fox", "winner": "a.png", "loser": "b.png"}\n')
+    small = {
+        "num_steps": 1, "num_denoising_steps": 4, "num_evaluation_images": 2, "pairs_per_step": 1, "microbatch_size": 2,
+        "pairs": tmp_path / "pairs.jsonl", "model": tiny_sd, "run_folder": tmp_path / "run",
+    }  # fmt: skip
+    output = run(["recipes/diffusion_dpo.py", "--config", "recipes/configs/diffusion_dpo_sd15.yaml", *flags(**small)])
+    assert "report.html" in output
+
+
+@pytest.mark.slow
 def test_weights_are_compared_on_the_same_pictures(tmp_path: Path) -> None:
     small = {**TINY, "learning_rate": 1e-3}
     run(["recipes/ddpo.py", *flags(**small, run_folder=tmp_path / "run")])
@@ -109,6 +122,29 @@ def test_weights_are_compared_on_the_same_pictures(tmp_path: Path) -> None:
     base, exported, checkpoint = (line.partition(": ")[2] for line in lines)
     assert exported == checkpoint != base
     assert len(list((tmp_path / "evaluation" / "pictures").glob("*.png"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["draft", "diffusion_dpo", "best_of_n", "fk_steering"])
+def test_the_other_recipes_run_as_the_readme_says(name: str, tmp_path: Path) -> None:
+    """On the built-in world without settings, but for their number."""
+    (line,) = [line for text in COMMANDS for line in text.splitlines() if f"recipes/{name}.py" in line]
+    searching = name in ("best_of_n", "fk_steering")
+    small = {"prompts": tmp_path / "prompts.txt", "searches_per_prompt": 1} if searching else {
+        "num_steps": 1, "num_evaluation_images": 4,
+        **({"images_per_step": 4} if name == "draft" else {"prompts_per_step": 2, "images_per_prompt": 2}),
+    }  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("a red circle on a blue background\n")
+    output = run([*shown(line.partition("#")[0]), *flags(**small, run_folder=tmp_path / "run")])
+    assert "report.html" in output
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_readme_searches_with_a_plain_pipeline(tmp_path: Path) -> None:
+    snippet = STEER_SNIPPET.replace("circle.png", str(tmp_path / "circle.png"))
+    subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, capture_output=True)
+    with Image.open(tmp_path / "circle.png") as picture:
+        assert picture.size == (32, 32)
 
 
 def test_the_readme_scores_a_picture_in_three_lines() -> None:
