@@ -61,7 +61,12 @@ class Config(SearchConfig):
             ("eta", 0 < self.eta <= 1, "in (0, 1]: FK steering needs steps with noise, or copies stay copies"),
             ("strength", self.strength >= 0, "at least 0"),
             ("spread", self.spread is None or self.spread > 0, "positive"),
-            ("resample_after", all(part.isdigit() for part in names(self.resample_after)), "whole numbers with commas"),
+            (
+                "resample_after",
+                bool(names(self.resample_after))
+                and all(p.isdigit() and 1 <= int(p) < self.num_denoising_steps for p in names(self.resample_after)),
+                f"whole numbers with commas, from 1 to {self.num_denoising_steps - 1}",
+            ),
             ("minimum_effective", 0 < self.minimum_effective <= 1, "in (0, 1]"),
         ]
 

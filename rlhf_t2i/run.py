@@ -44,6 +44,7 @@ from rlhf_t2i.report import read_metrics, write_report
 
 _FREE_TO_CHANGE = {
     "resume", "run_folder", "num_steps", "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads",
+    "batch_size", "prompts_at_once",
 }  # fmt: skip
 """Fields that may differ when a run is resumed; any other would make it another run."""
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -300,7 +300,11 @@ def test_two_processes_find_what_one_finds(name: str, tiny_sd: Path, tmp_path: P
         ("best_of_n", {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ("fk_steering", {"num_particles": 0}, "num_particles is 0; it must be at least 1"),
         ("fk_steering", {"eta": 0.0}, r"eta is 0\.0; it must be in \(0, 1\]: FK steering needs steps with noise"),
-        ("fk_steering", {"resample_after": "1,9"}, "cannot be resampled after 9 steps: painting takes 4"),
+        (
+            "fk_steering",
+            {"resample_after": "1,9"},
+            "resample_after is 1,9; it must be whole numbers with commas, from 1 to 3",
+        ),
         ("fk_steering", {"strength": -1.0}, r"strength is -1\.0; it must be at least 0"),
         ("fk_steering", {"spread": 0.0}, r"spread is 0\.0; it must be positive"),
     ],
