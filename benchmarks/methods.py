@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "SFT on winners": ("diffusion_dpo", {"loss": "sft", "times": "0-999", "learning_rate": "5e-5"}),
 }
 """Each recipe's own defaults but for what is named. SFT has settings of its own: with those of DPO it collapses."""
-LOOKS = 6
+LOOKS = 3
 """Evaluations in the time that each has."""
 
 
