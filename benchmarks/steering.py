@@ -24,10 +24,10 @@ from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.best_of_n import best_of_n, expected_best, pruned_best_of_n
 from rlhf_t2i.sampling.fk_steering import fk_steering, reward_spread
 from rlhf_t2i.sampling.noise_search import gradient_search, neighbourhood_search
-from rlhf_t2i.sampling.studio import Candidates, Judges, Painter, Studio
+from rlhf_t2i.sampling.studio import Candidates, Judges, Studio
 from rlhf_t2i.seeds import PAINT, RESAMPLE, SPREAD, generator_for
 from rlhf_t2i.shapes import oracle
-from rlhf_t2i.types import Sampler
+from rlhf_t2i.types import Painter, Sampler
 
 NUM_STEPS = 8
 RESAMPLE_AFTER = (2, 3, 4, 6)

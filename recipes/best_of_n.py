@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_t2i.config import names, parse_config
+from rlhf_t2i.config import Rule, names, parse_config
 from rlhf_t2i.sampling.best_of_n import best_of_n, check_pruning, halving, pruned_best_of_n
 from rlhf_t2i.search import SearchConfig, numbers, start_search
 from rlhf_t2i.search_report import Found
@@ -34,7 +34,7 @@ class Config(SearchConfig):
     compare: bool = True
     """Where there is pruning: also finish all pictures, for the report."""
 
-    def rules(self) -> list[tuple[str, bool, str]]:
+    def rules(self) -> list[Rule]:
         return [
             *super().rules(),
             ("n", self.n >= 1, "at least 1"),

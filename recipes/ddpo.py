@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf_t2i.advantages import PerPromptHistory, group_relative_advantages, whole_batch_advantages
 from rlhf_t2i.batching import minibatches
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
@@ -33,7 +33,7 @@ from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.run import Run
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.seeds import PAINT, PICK, generators_for
-from rlhf_t2i.tuning import Rule, Tuning, TuningConfig, start_tuning
+from rlhf_t2i.tuning import Tuning, TuningConfig, start_tuning
 from rlhf_t2i.types import Sampler, Trajectory
 
 

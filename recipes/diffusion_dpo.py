@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.config import names, parse_config, whole_numbers
+from rlhf_t2i.config import Rule, names, parse_config, whole_numbers
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import diffusion_dpo_loss
 from rlhf_t2i.preferences import (
@@ -44,7 +44,7 @@ from rlhf_t2i.run import Run
 from rlhf_t2i.sampling.errors import denoising_errors
 from rlhf_t2i.sampling.rollout import rollout
 from rlhf_t2i.seeds import PAINT, PERTURB, PICK, generator_for, generators_for
-from rlhf_t2i.tuning import Rule, Tuning, TuningConfig, start_tuning
+from rlhf_t2i.tuning import Tuning, TuningConfig, start_tuning
 from rlhf_t2i.types import Policy
 
 LoadPairs = Callable[[Sequence[int]], PairBatch]
@@ -211,9 +211,8 @@ def update(
                 run.accelerator.backward(loss * share.weight * len(own) / len(share.rows))
             seen.append(share.weight * facts)
         steps.append(tuning.descend())
-    sums = dict(
-        zip(METRICS, (torch.cat(seen).sum(0) / len(share.rows)).tolist(), strict=False)
-    )  # sft has but the first
+    totals = (torch.cat(seen).sum(0) / len(share.rows)).tolist()
+    sums = dict(zip(METRICS, totals, strict=False))  # sft has but the first
     return {
         **{name: total / len(steps) for name, total in run.mean(sums).items()},
         "gradient_norm": sum(s["gradient_norm"] for s in steps) / len(steps),

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.losses import reward_loss, weight_distance
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.gradient import Judgement, judge_with_gradient, require_gradient
@@ -36,7 +36,7 @@ from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.run import Run
 from rlhf_t2i.sampling.backprop import Kept, Painting, paint_with_gradient
 from rlhf_t2i.seeds import PAINT, PICK, generators_for
-from rlhf_t2i.tuning import Rule, Tuning, TuningConfig, start_tuning
+from rlhf_t2i.tuning import Tuning, TuningConfig, start_tuning
 from rlhf_t2i.types import Sampler
 
 

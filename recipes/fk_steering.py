@@ -23,7 +23,7 @@ import json
 from dataclasses import dataclass
 
 from rlhf_t2i.checkpoint import write_atomically
-from rlhf_t2i.config import names, parse_config
+from rlhf_t2i.config import Rule, names, parse_config
 from rlhf_t2i.particles import PotentialName
 from rlhf_t2i.sampling.best_of_n import best_of_n
 from rlhf_t2i.sampling.fk_steering import check_steering, fk_steering, reward_spread
@@ -54,7 +54,7 @@ class Config(SearchConfig):
     compare: bool = True
     """Also paint plain best-of-N of as many pictures, for the report."""
 
-    def rules(self) -> list[tuple[str, bool, str]]:
+    def rules(self) -> list[Rule]:
         return [
             *super().rules(),
             ("num_particles", self.num_particles >= 1, "at least 1"),

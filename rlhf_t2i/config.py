@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 ConfigT = TypeVar("ConfigT")
+Rule = tuple[str, bool, str]
+"""A field, whether its value can work, and what it must be."""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -65,6 +67,13 @@ def _suggestion(message: str, known: Sequence[str]) -> str:
         if close and word not in known:
             return f"\nDid you mean {close[0]}?"
     return ""
+
+
+def check(config: Any, rules: Sequence[Rule]) -> None:
+    """Refuse values that cannot work: ValueError, naming the first of them."""
+    for name, works, rule in rules:
+        if not works:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be {rule}.")
 
 
 def names(text: str) -> list[str]:

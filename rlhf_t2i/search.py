@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf_t2i.checkpoint import write_atomically
-from rlhf_t2i.config import names
+from rlhf_t2i.config import Rule, check, names
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.geneval import metadata_of, write_metadata
 from rlhf_t2i.metrics import save_pictures
@@ -76,12 +76,10 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming them."""
-        for name, works, rule in self.rules():
-            if not works:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
+        check(self, self.rules())
 
-    def rules(self) -> list[tuple[str, bool, str]]:
-        """A field, whether its value can work, and what it must be; a recipe adds its own."""
+    def rules(self) -> list[Rule]:
+        """What the values must be; a recipe adds its own."""
         return [
             ("searches_per_prompt", self.searches_per_prompt >= 1, "at least 1"),
             ("prompts_at_once", self.prompts_at_once >= 1, "at least 1"),

@@ -25,8 +25,8 @@ from rlhf_t2i.particles import PotentialName
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling import best_of_n as search
 from rlhf_t2i.sampling import fk_steering as steering
-from rlhf_t2i.sampling.studio import Candidates, Judges, Painter, Studio, Veto
-from rlhf_t2i.types import Sampler
+from rlhf_t2i.sampling.studio import Candidates, Judges, Studio, Veto
+from rlhf_t2i.types import Painter, Sampler
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_t2i.config import names
+from rlhf_t2i.config import Rule, check, names
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.early_stop import EarlyStop
 from rlhf_t2i.ema import ExponentialMovingAverage, exchanged
@@ -21,9 +21,6 @@ from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.run import Run, start_run
 from rlhf_t2i.types import Policy, Sampler
-
-Rule = tuple[str, bool, str]
-"""A field, whether its value can work, and what it must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +90,7 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming them."""
-        for name, works, rule in self.rules():
-            if not works:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
+        check(self, self.rules())
 
     def rules(self) -> list[Rule]:
         """What the values must be; a recipe adds its own."""

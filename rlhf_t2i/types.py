@@ -96,16 +96,8 @@ class Sampler:
 
 
 @runtime_checkable
-class Policy(Protocol):
-    """A text-to-image model seen as something that can be taught."""
-
-    denoiser: nn.Module
-    """The network that learns: the only part that is wrapped for several processes."""
-
-    @property
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name."""
-        ...
+class Painter(Protocol):
+    """A text-to-image model seen as something that paints."""
 
     def schedule(self, num_steps: int) -> Schedule: ...
 
@@ -126,6 +118,19 @@ class Policy(Protocol):
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Pictures in [0, 1]; values beyond it are kept, so that a gradient survives."""
+        ...
+
+
+@runtime_checkable
+class Policy(Painter, Protocol):
+    """A text-to-image model seen as something that can be taught."""
+
+    denoiser: nn.Module
+    """The network that learns: the only part that is wrapped for several processes."""
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
         ...
 
     @property

@@ -26,6 +26,7 @@ from rlhf_t2i.config import parse_config
 from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
 from rlhf_t2i.preferences import PairBatch
 from rlhf_t2i.seeds import generator_for
+from tests.test_ddpo import assert_same, rows, weights
 
 ROOT = Path(__file__).parent.parent
 REDNESS = "tests.test_ddpo:redness"
@@ -80,21 +81,6 @@ def people(tmp_path: Path) -> Path:
 def train(config: diffusion_dpo.Config) -> Path:
     """Run the recipe in this process; returns the run folder."""
     return diffusion_dpo.main(config).folder
-
-
-def weights(folder: Path, step: int = 3) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "trainable.safetensors")
-
-
-def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, atol: float = 0.0) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert_close(tensor, other[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # --- learning ---------------------------------------------------------------------------------------

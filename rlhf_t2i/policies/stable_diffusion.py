@@ -121,10 +121,7 @@ class StableDiffusion:
 
     def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Float[Tensor, "B C H W"]:
         """Pure noise, `copies` latents from each generator."""
-        config = self.unet.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (len(generators) * copies, config.in_channels, height, width)
+        shape = (len(generators) * copies, self.unet.config.in_channels, *self._latent_size)
         return randn(shape, generators=generators, device=self.device)
 
     @torch.no_grad()
@@ -190,9 +187,13 @@ class StableDiffusion:
     @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width of the pictures it paints."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = self._latent_size
         return height * self._pixels_per_latent, width * self._pixels_per_latent
+
+    @property
+    def _latent_size(self) -> tuple[int, int]:
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
 
     @torch.no_grad()
     def encode_images(

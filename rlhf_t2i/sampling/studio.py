@@ -13,31 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_t2i.diffusion.gaussian import sample
-from rlhf_t2i.types import Level, Prediction, Reward, Sampler, Schedule
+from rlhf_t2i.types import Painter, Prediction, Reward, Sampler
 
 PartT = TypeVar("PartT")
-
-
-@runtime_checkable
-class Painter(Protocol):
-    """What a search asks of a model: the part of a `Policy` that paints."""
-
-    def schedule(self, num_steps: int) -> Schedule: ...
-
-    def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Tensor: ...
-
-    def encode(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]: ...
-
-    def predict(
-        self,
-        latents: Float[Tensor, "B C H W"],
-        level: Level,
-        conditioning: Float[Tensor, "B L D"],
-        *,
-        guidance_scale: float,
-    ) -> Prediction: ...
-
-    def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]: ...
 
 
 @runtime_checkable
