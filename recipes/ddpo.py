@@ -15,7 +15,6 @@ earned more than others of its prompt. One step of training:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,7 +111,7 @@ def main(config: Config) -> Run:
     for step in tuning.steps():
         asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own = [asked[i] for i in mine for _ in range(config.images_per_prompt)]
-        with run.timed("rollout"):
+        with run.timed("rollout"), tuning.painting():
             images, trajectory = rollout(
                 tuning.policy, own, sampler=sampler, batch_size=config.microbatch_size,
                 generators=generators_for(config.seed, PAINT, step, mine),
@@ -211,7 +210,7 @@ def update(
             kl, reference = torch.zeros(len(i), device=run.device), None
             # Processes exchange gradients once, in the last backward pass.
             last = i is microbatches[-1][0]
-            with nullcontext() if last else run.accelerator.no_sync(policy.denoiser):
+            with tuning.learner.accumulating(last=last):
                 if config.kl_weight:
                     with torch.no_grad(), policy.as_reference():
                         reference = transition_at(policy, *strokes, sampler=sampler)
@@ -223,7 +222,7 @@ def update(
                     log_prob, trajectory.log_probs[i, t], advantages[i], clip_range=clip_range
                 )
                 loss = loss + config.kl_weight * kl.mean()
-                run.accelerator.backward(loss * len(i) / len(image))
+                tuning.learner.backward(loss * len(i) / len(image))
             log_ratio = log_prob.detach() - trajectory.log_probs[i, t]
             seen.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
             if not steps:

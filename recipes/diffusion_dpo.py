@@ -16,7 +16,6 @@ lowered against those of the other one, both measured from the model before trai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,7 +135,7 @@ def paint_pairs(
     run, copies = tuning.run, config.images_per_prompt
     mine = run.my_share(len(prompts), name="prompts_per_step")
     own = [prompts[i] for i in mine for _ in range(copies)]
-    with run.timed("rollout"):
+    with run.timed("rollout"), tuning.painting():
         images, trajectory = rollout(
             tuning.policy, own, sampler=tuning.sampler(eta=config.eta), batch_size=config.microbatch_size,
             generators=generators_for(config.seed, PAINT, step, mine),
@@ -200,18 +199,18 @@ def update(
     policy, run = tuning.policy, tuning.run
     share = share_of(count, rank=run.rank, num_processes=run.num_processes)
     batch = load(share.rows)
-    microbatches = torch.arange(len(share.rows)).split(config.microbatch_size // 2)
+    microbatches = share.microbatches(config.microbatch_size // 2)
     seen, steps = list[Tensor](), list[dict[str, float]]()
     for epoch in range(config.num_inner_epochs):
-        for own in microbatches:
+        for own, weight in microbatches:
             draws = [generator_for(config.seed, PERTURB, step, epoch, share.rows[int(i)]) for i in own]
             # Processes exchange gradients once, in the last backward pass.
-            with nullcontext() if own is microbatches[-1] else run.accelerator.no_sync(policy.denoiser):
+            with tuning.learner.accumulating(last=own is microbatches[-1][0]):
                 loss, facts = loss_of_pairs(policy, batch.at(own), times=times, generators=draws, config=config)
-                run.accelerator.backward(loss * share.weight * len(own) / len(share.rows))
-            seen.append(share.weight * facts)
+                tuning.learner.backward(loss * weight)
+            seen.append(facts * weight / len(own))
         steps.append(tuning.descend())
-    totals = (torch.cat(seen).sum(0) / len(share.rows)).tolist()
+    totals = torch.cat(seen).sum(0).tolist()
     sums = dict(zip(METRICS, totals, strict=False))  # sft has but the first
     return {
         **{name: total / len(steps) for name, total in run.mean(sums).items()},

@@ -21,7 +21,6 @@ The methods differ only in the steps that remember:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +43,7 @@ from rlhf_t2i.types import Sampler
 class Config(TuningConfig):
     """Those of every recipe, and the method's own."""
 
-    images_per_step: int = 64
+    images_per_step: int = 128
     """Pictures in one optimiser step, each of another prompt, over all processes."""
     eta: float = 0.0
     """Noise of each DDIM step, in [0, 1]."""
@@ -124,6 +123,11 @@ def main(config: Config) -> Run:
     tuning = start_tuning(
         config, recipe="draft", keep_reference=config.kl_weight > 0, keep_initial=config.weight_pull > 0
     )
+    if config.weight_pull and tuning.learner.in_parts:
+        raise ValueError(
+            "weight_pull needs all weights in one place, which ZeRO-3 and FSDP2 do not have; use kl_weight, or "
+            "accelerate_configs/deepspeed_zero2.yaml."
+        )
     sampler = tuning.sampler(eta=config.eta)
     mine = tuning.run.my_share(config.images_per_step, name="images_per_step")
     for step in tuning.steps():
@@ -177,13 +181,14 @@ def update(
         own = [prompts[i] for i in indices]
         # Processes exchange gradients once, in the last backward pass.
         last = rows is microbatches[-1]
-        with nullcontext() if last else run.accelerator.no_sync(policy.denoiser):
+        with tuning.learner.accumulating(last=last):
             with run.timed("rollout"):
                 painting = paint_with_gradient(
                     policy, own, sampler=sampler,
                     kept=kept_steps(config, generators_for(config.seed, PICK, step, indices)),
                     generators=generators_for(config.seed, PAINT, step, indices),
                     checkpointing=config.checkpoint_steps, ask_reference=config.kl_weight > 0,
+                    in_step=tuning.learner.in_parts,
                 )  # fmt: skip
             with run.timed("reward"):
                 judgement = judge_with_gradient(reward, painting.images, own * variants)
@@ -191,9 +196,8 @@ def update(
             loss = loss + config.kl_weight * painting.reference_gap.mean()
             if config.weight_pull:
                 loss = loss + config.weight_pull * weight_distance(policy.trainable, tuning.initial)
-        # A checkpointed step calls the denoiser once more, which must not begin another exchange.
-        with run.timed("update"), run.accelerator.no_sync(policy.denoiser):
-            run.accelerator.backward(loss * len(rows) / len(mine))
+            with run.timed("update"):
+                tuning.learner.backward(loss * len(rows) / len(mine))
         calls += painting.num_calls
         seen.append(measured(painting, judgement, loss)[: len(rows)])
     with run.timed("update"):

@@ -161,6 +161,7 @@ def main(config: Config) -> Path:
     from reward_model.scoring import LlavaReward
     from reward_model.training import JudgeTrainer, Objective, newest_checkpoint
     from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
+    from rlhf_t2i.run_folder import restarted
 
     args, folder = start(config)
     training, validation, tests = load_data(config, folder)
@@ -201,7 +202,7 @@ def main(config: Config) -> Path:
         learning_rates=config.learning_rates, lora_only=config.lora_only,
         callbacks=[EarlyStoppingCallback(config.early_stop_after)] if config.early_stop_after else [],
     )  # fmt: skip
-    checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume else None
+    checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume or restarted() else None
     if trainer.is_world_process_zero():
         tqdm.write(parameter_table(judge))
         tqdm.write(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
@@ -223,7 +224,8 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
     from accelerate.utils import DistributedType
     from trl.trainer.reward_config import RewardConfig
 
-    from rlhf_t2i.run import claim_folder, keep_trackers_quiet, share_cores, stop_with_the_launcher
+    from rlhf_t2i.run import keep_trackers_quiet, share_cores, stop_with_the_launcher
+    from rlhf_t2i.run_folder import claim_folder
 
     trackers = names(config.trackers)
     keep_trackers_quiet(trackers)

@@ -29,12 +29,11 @@ class EarlyStop:
         self.num_since += 1
         if value > self.best:
             self.best, self.best_step, self.num_since = value, step, 0
-            self.weights = {name: weight.detach().clone() for name, weight in weights.items()}
+            self.weights.update({name: weight.detach().clone() for name, weight in weights.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"best": self.best, "best_step": self.best_step, "num_since": self.num_since}
-        return {**counts, "weights": self.weights}
+        """Without the weights, which a checkpoint keeps beside the others."""
+        return {"best": self.best, "best_step": self.best_step, "num_since": self.num_since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best, self.best_step, self.num_since = state["best"], state["best_step"], state["num_since"]
-        self.weights = dict(state["weights"])

@@ -39,12 +39,11 @@ class ExponentialMovingAverage:
         with exchanged(weights, self.average):
             yield
 
-    def state_dict(self) -> dict[str, Tensor | int]:
-        return {**self.average, "num_updates": self.num_updates}
+    def state_dict(self) -> dict[str, int]:
+        """Without the average, which a checkpoint keeps beside the weights."""
+        return {"num_updates": self.num_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, average in self.average.items():
-            average.copy_(state[name])
         self.num_updates = int(state["num_updates"])
 
 

@@ -55,6 +55,17 @@ class Share(NamedTuple):
     """Which of all pairs it learns from."""
     weight: float
     """Of its mean loss, such that the mean over processes is the mean over all pairs; 0 if it only keeps in step."""
+    most: int
+    """How many rows the process with the most has."""
+
+    def microbatches(self, size: int) -> list[tuple[Tensor, float]]:
+        """Which of its rows go through the network at once, and their weight in its gradient; as many in each process.
+
+        A process that has fewer repeats its first row with weight 0: where weights are in parts, all must keep in step.
+        """
+        parts = torch.arange(len(self.rows)).split(size)
+        own = [(part, self.weight * len(part) / len(self.rows)) for part in parts]
+        return own + [(torch.arange(1), 0.0)] * (-(-self.most // size) - len(own))
 
 
 # --- which pairs ----------------------------------------------------------------------------------
@@ -67,7 +78,7 @@ def share_of(count: int, *, rank: int, num_processes: int) -> Share:
     weight 0.
     """
     own = range(count)[rank::num_processes]
-    return Share(own or range(1), num_processes * len(own) / count)
+    return Share(own or range(1), num_processes * len(own) / count, -(-count // num_processes))
 
 
 def numbers_of_step(count: int, step: int, *, num_pairs: int, seed: int) -> list[int]:

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
 import importlib.util
-import json
 import os
-import platform
-import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -40,15 +32,17 @@ from rlhf_t2i.metrics import (
     save_captions,
     save_pictures,
 )
+from rlhf_t2i.parallel.processes import DTYPES, Mode, learner_for, start_processes
+from rlhf_t2i.parallel.state import Copies, read_state, write_state
+from rlhf_t2i.parallel.types import Learner
 from rlhf_t2i.report import read_metrics, write_report
+from rlhf_t2i.run_folder import claim_folder, restarted
 
 _FREE_TO_CHANGE = {
     "resume", "run_folder", "num_steps", "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads",
     "batch_size", "prompts_at_once",
 }  # fmt: skip
 """Fields that may differ when a run is resumed; any other would make it another run."""
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_PACKAGES = ("rlhf-t2i", "torch", "diffusers", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy")
 
 
 @dataclass
@@ -56,6 +50,8 @@ class Run:
     """One training run: its processes, its folder, and where it stands."""
 
     accelerator: Accelerator
+    mode: Mode
+    """How the processes share what learns."""
     folder: Path
     metrics: MetricsFile | None
     """None on all but the main process."""
@@ -66,6 +62,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     _seconds: dict[str, float] = field(default_factory=dict)
     _signals: int = 0
+    _skipped: int = 0
     _stopping: bool = False
 
     @property
@@ -87,7 +84,7 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """What the networks compute in."""
-        return _DTYPES[self.accelerator.mixed_precision]
+        return DTYPES[self.accelerator.mixed_precision]
 
     @property
     def elapsed(self) -> float:
@@ -186,6 +183,17 @@ class Run:
             )
             self.say(f"after {self.done} steps, {len(evaluation.images)} held-out pictures: {verdict}")
 
+    def count_skipped(self, skipped: bool, *, most: int) -> None:
+        """Take note of whether an update was left out; RuntimeError if `most` in a row were."""
+        self._skipped = self._skipped + 1 if skipped else 0
+        if skipped:
+            self.say(f"WARNING: the gradient of step {self.done + 1} is not finite; the update was left out.")
+        if self._skipped >= most:
+            raise RuntimeError(
+                f"The last {most} updates, up to step {self.done + 1}, had gradients that are not finite. Try a lower "
+                f"learning_rate, or mixed_precision: no."
+            )
+
     def due(self, every: int) -> bool:
         """Whether something done every so many steps is to be done now."""
         return every > 0 and self.done % every == 0
@@ -204,60 +212,62 @@ class Run:
 
     # --- checkpoints ---
 
-    def save(self) -> None:
-        """Write a checkpoint, whole or not at all. Every process must call it."""
-        folder = self.folder / "checkpoints"
-        part = folder / (checkpoint.checkpoint_name(self.done) + ".part")
-        try:
-            if self.is_main:
-                checkpoint.begin(folder, self.done)
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(part))
-            self.accelerator.wait_for_everyone()
-            if self.is_main:
-                checkpoint.commit(part, keep=self.keep_checkpoints)
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
-            raise OSError(
-                f"The checkpoint after step {self.done} could not be written ({error}); the ones before are whole. "
-                f"Make room and go on with --resume --run_folder {self.folder}"
-            ) from error
+    def prepare(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_gradient_norm: float, microbatch_size: int
+    ) -> Learner:
+        """Spread what learns over the processes; ValueError if DeepSpeed's settings are not those of the recipe."""
+        self.learner = learner_for(
+            self.accelerator, self.mode, network, optimizer,
+            max_gradient_norm=max_gradient_norm, microbatch_size=microbatch_size, say=self.say,
+        )  # fmt: skip
+        return self.learner
 
-    def restore(self) -> None:
-        """Take up the checkpoint that this run resumes from, if there is one. Call it when all is prepared."""
+    def restore(self, copies: Copies, *, extra: Sequence[Any]) -> None:
+        """Take up the checkpoint that this run resumes from, if there is one.
+
+        Checkpoints hold the weights, what the optimiser remembers, further `copies` of the weights, and each of
+        `extra`, which have a small state_dict that is the same on all processes. Raises ValueError for a checkpoint of
+        another model.
+        """
+        scaler = self.accelerator.scaler
+        self.copies, self.extra = copies, [*extra, *([scaler] if scaler is not None else [])]
         if self.resumed_from is not None:
-            self.accelerator.load_state(str(self.resumed_from))
+            read_state(self.learner, copies, self.resumed_from)
+            states = torch.load(self.resumed_from / "extra.pt", weights_only=True)
+            for thing, state in zip(self.extra, states, strict=True):
+                thing.load_state_dict(state)
             self.done = checkpoint.checkpoint_step(self.resumed_from)
             self.say(f"Resumed after step {self.done} from {self.resumed_from}")
 
-    def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, extra: Sequence[Any]
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap what learns for this machine; checkpoints then hold its weights, the optimiser and `extra`."""
-        self.accelerator.register_save_state_pre_hook(self._save_weights)
-        self.accelerator.register_load_state_pre_hook(self._load_weights)
-        for thing in extra:
-            self.accelerator.register_for_checkpointing(thing)
-        if self.is_main:
-            count = sum(weight.numel() for weight in _trainable_tensors(model).values())
-            path = self.folder / "run.json"
-            facts = {**json.loads(path.read_text()), "trainable_parameters": count}
-            checkpoint.write_atomically(path, json.dumps(facts, indent=1))
-        return self.accelerator.prepare(model, optimizer)
+    def save(self) -> None:
+        """Write a checkpoint, whole or not at all, each process its share. Every process must call it."""
+        folder = self.folder / "checkpoints"
+        part = folder / (checkpoint.checkpoint_name(self.done) + ".part")
+        with self._all_or_none():
+            if self.is_main:
+                checkpoint.begin(folder, self.done)
+        with self._all_or_none():
+            write_state(self.learner, self.copies, part, rank=self.rank, num_processes=self.num_processes)
+            if self.is_main:
+                torch.save([thing.state_dict() for thing in self.extra], part / "extra.pt")
+        with self._all_or_none():
+            if self.is_main:
+                checkpoint.commit(part, keep=self.keep_checkpoints)
 
-    def _save_weights(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        weights.clear()  # accelerate would write the frozen weights too
-        if self.is_main:
-            save_file(_trainable_tensors(self.accelerator.unwrap_model(models[0])), f"{folder}/trainable.safetensors")
-
-    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
-        model = self.accelerator.unwrap_model(models.pop())
-        own, stored = _trainable_tensors(model), load_file(f"{folder}/trainable.safetensors")
-        if own.keys() != stored.keys():
-            raise ValueError(f"The checkpoint {folder} is of another model: other weights are trained.")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(stored[name])
+    @contextlib.contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Wait for all processes; if one of them could not write, all say so, and none waits for it."""
+        problem = None
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
+            problem = error
+        problems = [found for found in gather_object([problem]) if found is not None]
+        if problems:
+            raise OSError(
+                f"The checkpoint after step {self.done} could not be written ({problems[0]}); the ones before are "
+                f"whole. Make room and go on with --resume --run_folder {self.folder}"
+            ) from problem
 
     def finish(self, *, export: Callable[[Path], Path], num_steps: int) -> None:
         """Write the weights for others and the last report, say where all is, and close trackers and processes."""
@@ -274,10 +284,6 @@ class Run:
         self.accelerator.end_training()
 
 
-def _trainable_tensors(model: Any) -> dict[str, Tensor]:
-    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-
-
 # --- starting -------------------------------------------------------------------------------------
 
 
@@ -288,19 +294,10 @@ def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = Tru
     num_cpu_threads and keep_checkpoints. Raises ValueError for a run folder that holds another config, and
     FileExistsError for one that holds a run that was not asked to be resumed.
     """
-    resume, trackers = config["resume"], names(config["trackers"])
+    resume, trackers = config["resume"] or restarted(), names(config["trackers"])
     stop_with_the_launcher()
     keep_trackers_quiet(trackers)
-    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    gloo: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if several_on_cpu else []
-    accelerator = Accelerator(cpu=several_on_cpu, mixed_precision=config["mixed_precision"], kwargs_handlers=gloo)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported; launch with accelerate_configs/single.yaml or "
-            f"accelerate_configs/ddp.yaml."
-        )
-    if accelerator.mixed_precision not in _DTYPES:
-        raise ValueError(f"mixed_precision {accelerator.mixed_precision} is not supported; use {', '.join(_DTYPES)}.")
+    accelerator, mode = start_processes(config["mixed_precision"])
     config = {**config, "mixed_precision": accelerator.mixed_precision}
     if accelerator.device.type == "cpu":
         share_cores(config["num_cpu_threads"])
@@ -320,7 +317,7 @@ def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = Tru
         accelerator.log_with = filter_trackers(list[Any](trackers), str(folder))
         flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
         accelerator.init_trackers("rlhf-t2i", config=flat, init_kwargs={"wandb": {"dir": str(folder)}})
-    return Run(accelerator, folder, metrics, resumed_from, config["keep_checkpoints"])
+    return Run(accelerator, mode, folder, metrics, resumed_from, config["keep_checkpoints"])
 
 
 def share_cores(num_cpu_threads: int) -> None:
@@ -328,26 +325,6 @@ def share_cores(num_cpu_threads: int) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, remarks on it
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(num_cpu_threads or max(1, _num_cores() // local))
-
-
-def claim_folder(config: Mapping[str, Any], *, recipe: str, free_to_change: Set[str]) -> Path:
-    """Make a run's folder its own, for all processes, and write down in it what would be needed to do it again.
-
-    Reads run_folder and resume of `config`. Raises ValueError for a folder that holds another config (fields in
-    `free_to_change` may differ), and FileExistsError for one that holds a run that was not asked to be resumed.
-    """
-    state, resume, given = PartialState(), config["resume"], config["run_folder"]
-    folder = Path(given) if given else _default_folder(recipe, resume=resume)
-    [folder] = broadcast_object_list([folder])
-    problem = None
-    if state.is_main_process:
-        problem = _claim(folder, config, resume=resume, free_to_change=free_to_change)
-        if problem is None:
-            _describe(folder, recipe, state)
-    for found in gather_object([problem]):
-        if found is not None:
-            raise found
-    return folder
 
 
 def _num_cores() -> int:
@@ -373,70 +350,3 @@ def keep_trackers_quiet(trackers: Sequence[str]) -> None:
         netrc = Path.home() / ".netrc"
         if not (netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")):
             os.environ.setdefault("WANDB_MODE", "offline")
-
-
-def _default_folder(recipe: str, *, resume: bool) -> Path:
-    """A new folder under runs/, or the newest one of this recipe."""
-    if resume:
-        earlier = sorted(Path("runs").glob(f"{recipe}-[0-9]*/config.yaml"))
-        if not earlier:
-            raise FileNotFoundError(f"There is no run to resume: runs/{recipe}-* does not exist.")
-        return earlier[-1].parent
-    return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-
-
-def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool, free_to_change: Set[str]) -> Exception | None:
-    """Make the folder this run's own; returns what speaks against it."""
-    path = folder / "config.yaml"
-    if resume and not path.is_file():
-        return FileNotFoundError(f"There is no run to resume in {folder}: it has no config.yaml.")
-    if path.exists():
-        if not resume:
-            return FileExistsError(
-                f"{folder} already holds a run. Go on with it by --resume, or name another --run_folder."
-            )
-        stored: dict[str, Any] = yaml.safe_load(path.read_text())
-        changed = [
-            f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
-            for name in sorted((stored.keys() | config.keys()) - free_to_change)
-            if stored.get(name) != config.get(name)
-        ]
-        if changed:
-            return ValueError(f"{folder} holds a run with another config: {'; '.join(changed)}.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-    except OSError as error:
-        return error
-    return None
-
-
-def _describe(folder: Path, recipe: str, state: PartialState) -> None:
-    """Write run.json: what would be needed to do it again."""
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    device = cast(torch.device, state.device)
-    facts = {
-        "recipe": recipe,
-        "command": f"accelerate launch {shlex.join(sys.argv)}",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": commit,
-        "versions": {"python": platform.python_version(), **versions},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": state.num_processes,
-    }
-    path = folder / "run.json"
-    if path.is_file():  # a resumed run began with the first of its sessions
-        earlier = json.loads(path.read_text())
-        sessions = [
-            *earlier.get("sessions", []),
-            {k: facts[k] for k in ("command", "started", "git_commit", "versions")},
-        ]
-        facts = {**earlier, "sessions": sessions}
-    checkpoint.write_atomically(path, json.dumps(facts, indent=1))

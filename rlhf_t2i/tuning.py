@@ -17,6 +17,8 @@ from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.early_stop import EarlyStop
 from rlhf_t2i.ema import ExponentialMovingAverage, exchanged
 from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
+from rlhf_t2i.parallel.state import whole_weights
+from rlhf_t2i.parallel.types import Learner
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.run import Run, start_run
@@ -49,6 +51,10 @@ class TuningConfig:
     microbatch_size: int = 64
     """Pictures in one forward pass. Changes memory and speed, never results."""
 
+    gather_for_painting: bool = True
+    """Under ZeRO-3 and FSDP2: hold all weights while painting without gradient, which is fast; false gathers them layer
+    by layer, each time, in less memory."""
+
     learning_rate: float = 3e-4
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero."""
@@ -57,6 +63,8 @@ class TuningConfig:
     adam_epsilon: float = 1e-8
     weight_decay: float = 1e-4
     max_gradient_norm: float = 1.0
+    max_skipped_updates: int = 10
+    """An update whose gradient is not finite is left out; stop after so many in a row."""
     ema_decay: float = 0.0
     """Evaluate and export an exponential moving average of the weights; 0 is off."""
 
@@ -100,6 +108,7 @@ class TuningConfig:
             ("microbatch_size", self.microbatch_size >= 1, "at least 1"),
             ("learning_rate", self.learning_rate > 0, "positive"),
             ("max_gradient_norm", self.max_gradient_norm > 0, "positive"),
+            ("max_skipped_updates", self.max_skipped_updates >= 1, "at least 1"),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
             ("num_steps", self.num_steps >= 1, "at least 1"),
             ("num_evaluation_images", self.num_evaluation_images >= 2, "at least 2"),
@@ -138,7 +147,8 @@ class Tuning:
     config: TuningConfig
     run: Run
     policy: Policy
-    optimizer: torch.optim.Optimizer
+    learner: Learner
+    """What of the policy learns, as it is spread over the processes."""
     average: ExponentialMovingAverage
     judges: WeightedSum
     evaluation: tuple[list[str], list[int]]
@@ -153,28 +163,40 @@ class Tuning:
         return Sampler(self.policy.schedule(config.num_denoising_steps), partial(ddim, eta=eta), config.guidance_scale)
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do, each with its learning rate set. Held-out prompts are looked at before the first."""
+        """The steps still to do. Held-out prompts are looked at before the first."""
         if self.run.done == 0:
             self.look()
         for step in self.run.steps(self.config.num_steps):
             if self.stopped_early:
                 break
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.learning_rate_at(step)
             yield step
 
+    @contextmanager
+    def painting(self) -> Iterator[None]:
+        """Within it this process paints without gradient, as often as it likes, whatever the others do."""
+        if not self.config.gather_for_painting:
+            yield
+            return
+        with self.learner.whole_network() as network:
+            self.policy.denoiser = network
+            try:
+                yield
+            finally:
+                self.policy.denoiser = self.learner.network
+
     def descend(self) -> dict[str, float]:
-        """One optimiser step along the gradients that have gathered: their norm, and 1 if fp16 overflowed instead."""
-        accelerator, weights = self.run.accelerator, self.policy.trainable.values()
-        norm = float(accelerator.clip_grad_norm_(weights, self.config.max_gradient_norm) or 0)
-        self.optimizer.step()
-        skipped = float(accelerator.optimizer_step_was_skipped)
-        self.optimizer.zero_grad()
-        return {"gradient_norm": norm if math.isfinite(norm) else 0.0, "skipped_updates": skipped}
+        """One optimiser step along the gradients that have gathered.
+
+        Returns their norm, and 1 if they were not finite: then all processes leave the step out. RuntimeError after
+        max_skipped_updates of these in a row.
+        """
+        norm, skipped = self.learner.descend(self.config.learning_rate_at(self.run.done))
+        self.run.count_skipped(skipped, most=self.config.max_skipped_updates)
+        return {"gradient_norm": norm if math.isfinite(norm) else 0.0, "skipped_updates": float(skipped)}
 
     def finish_step(self, step: int, **row: float | int) -> None:
         """Average the weights and write the step down; look and save where it is time."""
-        self.average.update(self.policy.trainable)
+        self.average.update(self.learner.weights)
         self.run.finish_step(step, **row)
         finished = self.run.done == self.config.num_steps
         if finished or (self.run.due(self.config.evaluate_every) and not self.run.stopping):
@@ -189,16 +211,16 @@ class Tuning:
 
     def look(self) -> None:
         """Paint the held-out prompts, with averaged weights, and let every judge speak."""
-        with self.average.applied(self.policy.trainable):
+        with self.average.applied(self.learner.weights):
             seen = self._evaluate()
             self.run.record(seen)
             if self.early_stop is not None:
                 value = seen.scores[self.early_stop.reward].mean().item()
-                self.early_stop.see(self.run.done, value, self.policy.trainable)
+                self.early_stop.see(self.run.done, value, self.learner.weights)
 
     def _evaluate(self) -> Evaluation:
         prompts, seeds = self.evaluation
-        with self._as_sampled():
+        with self._as_sampled(), self.painting():
             return evaluate(
                 self.policy, prompts, seeds, self.judges.rewards,
                 sampler=self.sampler(eta=self.config.evaluation_eta), batch_size=self.config.microbatch_size,
@@ -210,16 +232,16 @@ class Tuning:
         """Within it adapters are as strong as in evaluation and export."""
         from rlhf_t2i.policies.lora import lora_scaled  # takes seconds
 
-        weights, scale = self.policy.trainable, self.config.lora_scale_at_sampling
+        weights, scale = self.learner.weights, self.config.lora_scale_at_sampling
         with exchanged(weights, lora_scaled(weights, scale) if scale != 1 else {}):
             yield
 
     def finish(self) -> Run:
         """Write the weights for others, the best if the run looked for them, and the last report."""
-        num_steps, best, weights = self.config.num_steps, self.early_stop, self.policy.trainable
+        num_steps, best = self.config.num_steps, self.early_stop
         whole = self.stopped_early or self.run.done == num_steps
         chosen = self.average.average if best is None or not whole else best.weights
-        with exchanged(weights, chosen):
+        with exchanged(self.learner.weights, chosen):
             if whole and best is not None and best.best_step != self.run.done:
                 self.run.say(
                     f"{best.reward} was best after {best.best_step} of {self.run.done} steps ({best.best:.3f}). Those "
@@ -227,7 +249,9 @@ class Tuning:
                 )
                 self.run.record(self._evaluate())
             with self._as_sampled():
-                self.run.finish(export=self.policy.export, num_steps=self.run.done if whole else num_steps)
+                weights = whole_weights(self.learner, keep=self.run.is_main)
+        export = partial(self.policy.export, weights=weights)
+        self.run.finish(export=export, num_steps=self.run.done if whole else num_steps)
         return self.run
 
 
@@ -261,10 +285,14 @@ def start_tuning(
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    average = ExponentialMovingAverage(policy.trainable, decay=config.ema_decay)
-    initial = {name: weight.detach().clone() for name, weight in policy.trainable.items() if keep_initial}
+    learner = run.prepare(
+        policy.denoiser, optimizer,
+        max_gradient_norm=config.max_gradient_norm, microbatch_size=config.microbatch_size,
+    )  # fmt: skip
+    policy.denoiser = learner.network
+    average = ExponentialMovingAverage(learner.weights, decay=config.ema_decay)
+    initial = {name: weight.detach().clone() for name, weight in learner.weights.items() if keep_initial}
     early_stop = EarlyStop(config.early_stop_reward, patience=config.patience) if config.early_stop_reward else None
-    stored = [average, *extra, *([early_stop] if early_stop else [])]
-    policy.denoiser, optimizer = run.prepare(policy.denoiser, optimizer, extra=stored)
-    run.restore()
-    return Tuning(config, run, policy, optimizer, average, judges, evaluation, early_stop, initial)
+    best = {"best": early_stop.weights} if early_stop else {}
+    run.restore({"average": average.average, **best}, extra=[average, *extra, *([early_stop] if early_stop else [])])
+    return Tuning(config, run, policy, learner, average, judges, evaluation, early_stop, initial)

@@ -7,7 +7,7 @@ All per-level numbers are tensors with one entry per image, so a batch may mix d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +156,8 @@ class Policy(Painter, Protocol):
         """A hash of a frozen part: equal if it gives equal answers."""
         ...
 
-    def export(self, folder: Path) -> Path:
-        """Write what was learnt in a form that others load; returns where in `folder` it lies."""
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
+        """Write trained weights, whole and by name, in a form that others load; returns where in `folder` they lie."""
         ...
 
     def as_reference(self) -> AbstractContextManager[None]:

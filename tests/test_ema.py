@@ -96,7 +96,8 @@ def test_a_restored_average_goes_on_as_if_nothing_had_happened(decay: float) -> 
     for step in range(1, 4):
         average.update(weights_at(step))
     restored = ExponentialMovingAverage(weights_at(9), decay=decay)
-    restored.load_state_dict({name: torch.as_tensor(value).clone() for name, value in average.state_dict().items()})
+    restored.average.update({name: value.clone() for name, value in average.average.items()})
+    restored.load_state_dict(average.state_dict())
     for step in range(4, 7):
         average.update(weights_at(step))
         restored.update(weights_at(step))

@@ -43,9 +43,9 @@ def has_lora(denoiser: Any) -> bool:
     return bool(getattr(denoiser, "peft_config", None))
 
 
-def lora_weights(denoiser: Any) -> dict[str, Tensor]:
-    """The adapters' weights under the names that diffusers loads."""
-    return {name: weight.detach().float().cpu() for name, weight in get_peft_model_state_dict(denoiser).items()}
+def lora_weights(denoiser: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters' weights, given by parameter name, under the names that diffusers loads."""
+    return get_peft_model_state_dict(denoiser, state_dict=dict(weights))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,11 +19,11 @@ import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from rlhf_t2i.diffusion.gaussian import per_image, randn
+from rlhf_t2i.parallel.state import stored_weights
 from rlhf_t2i.policies.lora import add_lora, has_lora, lora_disabled, lora_weights, trainable
 from rlhf_t2i.types import Level, Prediction, Schedule
 
@@ -243,17 +243,21 @@ class StableDiffusion:
 
     # --- taking it elsewhere ---
 
-    def export(self, folder: Path) -> Path:
-        """Write what was learnt so that plain diffusers loads it: `folder/lora` or `folder/unet`; returns which."""
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
+        """Write the trained weights so that plain diffusers loads them: `folder/lora` or `folder/unet`; returns which.
+
+        They are given, because this process may hold but a part of each.
+        """
         if has_lora(self.unet):
-            metadata = self.unet.peft_config["default"].to_dict()
             StableDiffusionPipeline.save_lora_weights(
                 folder / "lora",
-                unet_lora_layers=lora_weights(self.unet),
-                unet_lora_adapter_metadata=metadata,
+                unet_lora_layers=lora_weights(self.unet, weights),
+                unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
             )
             return folder / "lora"
-        self.unet.save_pretrained(folder / "unet")
+        unet = UNet2DConditionModel.from_config(self.unet.config)
+        unet.load_state_dict(weights)
+        unet.save_pretrained(folder / "unet")
         return folder / "unet"
 
 
@@ -315,8 +319,7 @@ def load_stable_diffusion(
 
 def _load_weights(pipeline: Any, path: Path) -> None:
     """Put what a run learnt into a pipeline, whichever of its folders is given."""
-    if (path / "trainable.safetensors").is_file():
-        stored = load_file(path / "trainable.safetensors")
+    if stored := stored_weights(path):
         config: dict[str, Any] = yaml.safe_load((path.parent.parent / "config.yaml").read_text())
         if config["lora_rank"] is not None:
             add_lora(

@@ -62,6 +62,7 @@ def paint_with_gradient(
     generators: Sequence[torch.Generator],
     checkpointing: bool = False,
     ask_reference: bool = False,
+    in_step: bool = False,
 ) -> Painting:
     """Denoise one picture for each prompt; its gradient passes the kept steps, and the decoder.
 
@@ -69,7 +70,9 @@ def paint_with_gradient(
     and the gradient that of the step's mean and std. Without gradient, the pictures are those of `rollout`.
 
     Steps before the kept ones store nothing. With `checkpointing` a kept step stores but its latents and is run again
-    in the backward pass, and so is the decoder. `ask_reference` fills `reference_gap`.
+    in the backward pass, and so is the decoder. `ask_reference` fills `reference_gap`. With `in_step` the denoiser is
+    called equally often whatever is kept, as processes must that have its weights in parts: where there is nothing to
+    do, for a picture that stays as it is.
     """
     num_steps, device = sampler.schedule.num_steps, sampler.schedule.alpha.device
     step = partial(_step, policy, sampler=sampler)
@@ -78,18 +81,23 @@ def paint_with_gradient(
     latents = policy.initial_noise(generators, copies=1)
     gaps, num_calls = latents.new_zeros(len(prompts)), 0
     for t in range(num_steps):
-        if kept.jumps and bool((first < t).all()):
+        if kept.jumps and bool((first < t).all()) and not in_step:
             break
         noise = randn(latents.shape, generators=generators, device=device)
         for keeps, chosen in ((False, first > t), (True, first == t if kept.jumps else first <= t)):
-            if not len(rows := chosen.nonzero()[:, 0].to(device)):
+            rows = chosen.nonzero()[:, 0].to(device)
+            idle = not len(rows)
+            if idle and not in_step:
                 continue
+            rows = rows.new_zeros(1) if idle else rows
             given = latents[rows], torch.full_like(rows, t), conditioning[rows], noise[rows]
             with torch.set_grad_enabled(keeps and torch.is_grad_enabled()):
                 run = again if keeps else _at_once
                 next_latents, gap = run(
                     partial(step, jumps=keeps and kept.jumps, ask_reference=keeps and ask_reference), *given
                 )
+            if idle:  # the backward pass must come by here too
+                next_latents, gap = latents[rows] + 0 * next_latents, 0 * gap
             latents = latents.index_copy(0, rows, next_latents)
             gaps = gaps.index_add(0, rows, gap)
             num_calls += len(rows)

@@ -1,0 +1,1 @@
+"""What learns, spread over processes: one copy each (DDP), or in parts (DeepSpeed ZeRO, FSDP2)."""

@@ -1,0 +1,109 @@
+"""Set up the processes as `accelerate launch` was told to, and spread a network over them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import nn
+
+from rlhf_t2i.parallel.replicated import Replicated
+from rlhf_t2i.parallel.types import Learner
+
+Mode = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
+    """The processes, and how they will share what learns: read from the environment that the launcher made.
+
+    Raises ValueError for a way that is not supported, naming it.
+    """
+    sharded = _wants_fsdp(os.environ)
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    on_cpu = not torch.cuda.is_available()
+    if deepspeed:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
+        _check_deepspeed(os.environ)
+    # Without a GPU, gloo: DeepSpeed would compile a library of its own.
+    gloo: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and (several or deepspeed) else []
+    accelerator = Accelerator(
+        cpu=on_cpu and (several or deepspeed), mixed_precision=mixed_precision, kwargs_handlers=gloo
+    )
+    if accelerator.mixed_precision not in DTYPES:
+        raise ValueError(f"mixed_precision {accelerator.mixed_precision} is not supported; use {', '.join(DTYPES)}.")
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        return accelerator, _zero_mode(accelerator)
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(f"{kind.value} is not supported; launch with one of accelerate_configs/.")
+    if sharded and accelerator.mixed_precision == "fp16":
+        raise ValueError("mixed_precision fp16 is not supported with FSDP2; use bf16 or no.")
+    if kind == DistributedType.NO:
+        return accelerator, "single"
+    return accelerator, "fsdp2" if sharded else "ddp"
+
+
+def learner_for(
+    accelerator: Accelerator,
+    mode: Mode,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_gradient_norm: float,
+    microbatch_size: int,
+    say: Callable[[str], None],
+) -> Learner:
+    """Spread a network over the processes; `optimizer` is AdamW and has not taken a step.
+
+    Raises ValueError if DeepSpeed's config and the recipe disagree.
+    """
+    if mode in ("single", "ddp"):
+        return Replicated(accelerator, network, optimizer, max_gradient_norm=max_gradient_norm)
+    if mode == "fsdp2":
+        from rlhf_t2i.parallel.fsdp import FullySharded
+
+        return FullySharded(network, optimizer, device=accelerator.device, max_gradient_norm=max_gradient_norm)
+    from rlhf_t2i.parallel.zero import Zero, reconciled
+
+    plugin: Any = accelerator.state.deepspeed_plugin
+    plugin.deepspeed_config, filled = reconciled(
+        plugin.deepspeed_config, max_gradient_norm=max_gradient_norm,
+        mixed_precision=accelerator.mixed_precision, microbatch_size=microbatch_size,
+    )  # fmt: skip
+    say("Filled into DeepSpeed's config: " + ", ".join(f"{name} {value}" for name, value in filled.items()))
+    return Zero(accelerator, network, optimizer)
+
+
+def _wants_fsdp(environment: Any) -> bool:
+    """Whether FSDP was asked for; accelerate, which refuses it on a CPU, is not told of it."""
+    if environment.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    if (version := environment.get("FSDP_VERSION", "1")) != "2":
+        raise ValueError(f"fsdp_version is {version}; only version 2 is supported (accelerate_configs/fsdp2.yaml).")
+    if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise ValueError("fsdp_offload_params is not supported; use accelerate_configs/deepspeed_zero3_offload.yaml.")
+    return True
+
+
+def _check_deepspeed(environment: Mapping[str, str]) -> None:
+    if environment.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true":
+        raise ValueError(
+            "zero3_init_flag is true, which would also cut the judge into parts while it is loaded; set it to false."
+        )
+
+
+def _zero_mode(accelerator: Accelerator) -> Mode:
+    plugin: Any = accelerator.state.deepspeed_plugin
+    stage: int = plugin.zero_stage
+    modes: dict[int, Mode] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    if stage not in modes:
+        raise ValueError(f"zero_stage is {stage}; use 1, 2 or 3, or DDP (accelerate_configs/ddp.yaml).")
+    return modes[stage]
