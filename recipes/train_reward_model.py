@@ -209,9 +209,9 @@ def main(config: Config) -> Path:
     trainer.train_from(checkpoint)
     if trainer.is_world_process_zero():
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-        finished = LlavaReward(judge)
+        finished = LlavaReward(trainer.finished())
         facts = replace(facts, **finished.unit(validation, batch_size=2 * config.pairs_per_batch))
-        save_bundle(facts, bundle_tensors(judge, facts.perspective), folder / "judge")
+        save_bundle(facts, bundle_tensors(finished.model, facts.perspective), folder / "judge")
         measure(finished, {"validation": validation, **tests}, folder, batch_size=2 * config.pairs_per_batch)
         tqdm.write(f"judge     {folder / 'judge'}")
     trainer.accelerator.end_training()
@@ -273,9 +273,8 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
         report_to=trackers or "none",
         seed=config.seed,
     )
-    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if sharded or PartialState().distributed_type == DistributedType.FSDP:
-        raise ValueError("The judge's weights cannot be spread over processes yet; launch with DDP, or ZeRO-1 or -2.")
+    if PartialState().distributed_type == DistributedType.FSDP:
+        raise ValueError("A judge is not trained with FSDP; use accelerate_configs/deepspeed_zero3.yaml, or DDP.")
     folder = claim_folder(
         {**asdict(config), "mixed_precision": precision}, recipe="judge", free_to_change=_FREE_TO_CHANGE
     )

@@ -15,7 +15,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +27,11 @@ from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import RewardConfig, RewardTrainer
 
-from reward_model.checkpoint import WEIGHTS, bundle_tensors, load_weights, save_bundle
+from reward_model.checkpoint import WEIGHTS, bundle_tensors, load_judge, load_weights, save_bundle
 from reward_model.heads import HeadKind, preference_logits
 from reward_model.images import to_tensor
 from reward_model.losses import label_losses, preference_losses
@@ -240,12 +242,29 @@ class JudgeTrainer(RewardTrainer):
                 return self._load_best_model()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         judge = self.judge
-        tensors = bundle_tensors(judge, judge.active)
-        save_bundle(judge.facts[judge.active], tensors, Path(output_dir or self.args.output_dir))
+        with self._whole_weights():
+            if self.args.should_save:
+                tensors = bundle_tensors(judge, judge.active)
+                save_bundle(judge.facts[judge.active], tensors, Path(output_dir or self.args.output_dir))
+
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Within it each process has whole what is trained, which under ZeRO-3 is in parts."""
+        if not self.in_parts:
+            yield
+            return
+        import deepspeed  # takes seconds
+
+        with deepspeed.zero.GatheredParameters([p for p in self.judge.parameters() if p.requires_grad]):
+            yield
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether no process has the whole judge, so that all of them must be asked whenever it is."""
+        plugin = self.args.deepspeed_plugin
+        return plugin is not None and plugin.zero_stage == 3
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -258,7 +277,15 @@ class JudgeTrainer(RewardTrainer):
             load_weights(self.judge, self.judge.active, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if not self.in_parts:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def finished(self) -> RewardModel:
+        """The best judge, whole; under ZeRO-3 read anew from its checkpoint."""
+        if not self.in_parts:
+            return self.judge
+        unset_hf_deepspeed_config()  # or transformers would cut this one into parts too
+        return load_judge(Path(self.state.best_model_checkpoint))
 
 
 def seal(folder: Path) -> None:
