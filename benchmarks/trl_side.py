@@ -1,4 +1,4 @@
-"""The half of `ddpo_vs_trl.py` that runs in trl's own environment: trains by `DDPOTrainer`, or replays a trajectory."""
+"""The half of `ddpo_vs_trl.py` and `draft_vs_alignprop.py` that runs in trl's own environment."""
 
 # trl 0.23.1 is not installed where the types are checked.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -8,11 +8,13 @@ import argparse
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from timed_reward import reward as timed_reward
+from trl import AlignPropConfig, AlignPropTrainer, DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 from rlhf_t2i.shapes import oracle
 from rlhf_t2i.shapes.scenes import all_prompts
@@ -90,10 +92,56 @@ def replay(arguments: argparse.Namespace) -> None:
     torch.save({"log_probs": torch.stack(found, dim=1), "gradients": gradients}, arguments.folder / "replayed.pt")
 
 
+def alignprop_trainer(arguments: argparse.Namespace, *, backprop_steps: int, batch_size: int) -> AlignPropTrainer:
+    """A trainer of the whole U-Net that climbs `timed_reward` through the last `backprop_steps` of 8; 0 is by chance.
+
+    The trainer always checkpoints each call of the U-Net; `--no-checkpointing` takes that away.
+    """
+    pipeline = DefaultDDPOStableDiffusionPipeline(arguments.model, use_lora=False)
+    painted = partial(pipeline.rgb_with_grad, gradient_checkpoint=arguments.checkpointing)
+    pipeline.rgb_with_grad = painted
+    prompts, chance = all_prompts("training"), random.Random(0)
+    config = AlignPropConfig(
+        seed=0, mixed_precision="no", sample_num_steps=8, sample_eta=0.0, sample_guidance_scale=2.0,
+        train_batch_size=batch_size, train_learning_rate=2e-4, logdir=str(arguments.folder / "logs"), save_freq=10**6,
+        truncated_backprop_rand=not backprop_steps, truncated_backprop_timestep=8 - backprop_steps,
+        truncated_rand_backprop_minmax=(0, 7),
+    )  # fmt: skip
+    learner = AlignPropTrainer(
+        config, lambda images, prompts, _: (timed_reward(images, prompts), {}), lambda: (chance.choice(prompts), {}),
+        pipeline, print,
+    )  # fmt: skip
+    learner.image_samples_callback = None  # as above
+    learner.sd_pipeline.set_progress_bar_config(disable=True)
+    return learner
+
+
+def alignprop(arguments: argparse.Namespace) -> None:
+    """Some steps; `timed_reward` takes the time."""
+    learner = alignprop_trainer(arguments, backprop_steps=arguments.backprop_steps, batch_size=arguments.batch_size)
+    for epoch in range(arguments.max_epochs):
+        learner.step(epoch, epoch)
+
+
+def gradient(arguments: argparse.Namespace) -> None:
+    """Pictures, rewards and gradient for noise and prompts that are given."""
+    given = torch.load(arguments.folder / "given.pt", weights_only=True)
+    learner = alignprop_trainer(arguments, backprop_steps=arguments.backprop_steps, batch_size=len(given["noise"]))
+    pipeline = learner.sd_pipeline
+    pipeline.rgb_with_grad = partial(pipeline.rgb_with_grad, latents=given["noise"])
+    pairs = learner._generate_samples(len(given["noise"]), prompts=given["prompts"])
+    rewards = learner.compute_rewards(pairs)
+    learner.calculate_loss(rewards).backward()
+    unet = learner.accelerator.unwrap_model(pipeline.unet)
+    gradients = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
+    found = {"images": pairs["images"].detach(), "rewards": rewards.detach(), "gradients": gradients}
+    torch.save(found, arguments.folder / f"gradient-{arguments.backprop_steps}.pt")
+
+
 def main() -> None:
-    """The command line that `ddpo_vs_trl.py` uses."""
+    """The command line that both use."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["train", "replay"])
+    parser.add_argument("what", choices=["train", "replay", "alignprop", "gradient"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
@@ -101,9 +149,13 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=float, default=1e9)
     parser.add_argument("--save-every", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backprop-steps", type=int, default=0, help="0 draws which")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    {"train": train, "replay": replay}[arguments.what](arguments)
+    known = {"train": train, "replay": replay, "alignprop": alignprop, "gradient": gradient}
+    known[arguments.what](arguments)
 
 
 if __name__ == "__main__":

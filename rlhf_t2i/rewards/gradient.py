@@ -37,7 +37,7 @@ def require_gradient(reward: WeightedSum, *, prompt: str) -> None:
     for judge, _ in reward.parts:
         if judge.name == "judge" or judge.name.startswith("judge:"):
             continue
-        if judge.name in _WITHOUT_GRADIENT:
+        if judge.name in _WITHOUT_GRADIENT or judge.name.startswith(("http://", "https://")):
             raise ValueError(_refusal(judge.name))
         _judge(judge, picture, [prompt])
 

@@ -85,8 +85,9 @@ def load_rewards(specification: str, *, finite: bool = True) -> WeightedSum:
     """Build the weighted sum that `oracle,jpeg_compressibility=0.1` asks for.
 
     Each part is NAME or NAME=WEIGHT (1 if left out), NAME being a built-in reward, `judge:PATH` for a LLaVA-Reward
-    judge (a folder or Hub id), or `module:function`, found in the working directory or among installed packages. What
-    is not finite is an error unless `finite` is false. Raises ValueError for anything else.
+    judge (a folder or Hub id), `clip:PATH` for the image-text similarity of a CLIP, or `module:function`, found in the
+    working directory or among installed packages. What is not finite is an error unless `finite` is false. Raises
+    ValueError for anything else.
     """
     specifications = names(specification)
     if not specifications:
@@ -103,10 +104,10 @@ def load_rewards(specification: str, *, finite: bool = True) -> WeightedSum:
 
 def load_reward(name: str, *, finite: bool = True) -> CheckedReward:
     """One judge by name; heavy imports wait until their judge is asked for."""
-    return CheckedReward(name, _function(name), finite)
+    return CheckedReward(name, _function(name, finite=finite), finite)
 
 
-def _function(name: str) -> Reward:
+def _function(name: str, *, finite: bool) -> Reward:
     from rlhf_t2i.rewards import builtin
 
     match name:
@@ -126,12 +127,20 @@ def _function(name: str) -> Reward:
             from rlhf_t2i.rewards.learned import LearnedReward
 
             return LearnedReward(name.removeprefix("judge:"))
+        case _ if name.startswith("clip:"):
+            from rlhf_t2i.rewards.similarity import SimilarityReward
+
+            return SimilarityReward(name.removeprefix("clip:"))
+        case _ if name.startswith(("http://", "https://")):
+            from rlhf_t2i.rewards.remote import RemoteReward
+
+            return RemoteReward(name, finite=finite)
         case _ if ":" in name:
             return _imported(name)
         case _:
             raise ValueError(
-                f"There is no reward {name!r}; choose from {', '.join(BUILT_IN)}, give a judge as judge:PATH, or your "
-                f"own as module:function."
+                f"There is no reward {name!r}; choose from {', '.join(BUILT_IN)}, give a judge as judge:PATH, a CLIP "
+                f"as clip:PATH, or your own as module:function."
             )
 
 

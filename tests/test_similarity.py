@@ -1,0 +1,259 @@
+"""The image-text similarity of a CLIP as a reward: transformers' own numbers, with a gradient to the pixels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from judges import bytes_of
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from rlhf_t2i.rewards.gradient import judge_with_gradient, require_gradient
+from rlhf_t2i.rewards.load import load_reward, load_rewards
+from rlhf_t2i.rewards.similarity import SimilarityReward, preprocess
+from rlhf_t2i.shapes.build import make_tokenizer
+from rlhf_t2i.shapes.scenes import parse_prompt, render
+
+SIZE = 16
+PROMPTS = ["a red circle on a blue background", "three squares", "a red circle on a blue background", "zebra"]
+PIXELS = torch.stack([bytes_of(SIZE, SIZE, seed=seed) for seed in range(4)])
+PICTURES = PIXELS.float() / 255
+
+
+def make_clip(folder: Path) -> Path:
+    """A random CLIP of 16 x 16 pixels in its ordinary format, whose weights are large enough for words to matter."""
+    tokenizer = make_tokenizer()
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        **small,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 12,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**small, "image_size": SIZE, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    square = {"height": SIZE, "width": SIZE}
+    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture
+def broken(clip: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(clip, tmp_path / "broken"))
+
+
+def pil(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def logits(folder: Path, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
+    """What transformers says, one pair at a time, without padding."""
+    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    found = []
+    for picture, prompt in zip(pictures, prompts, strict=True):
+        words = tokenizer([prompt], truncation=True, max_length=12, return_tensors="pt")
+        with torch.no_grad():
+            found.append(model(**words, **processor([picture], return_tensors="pt")).logits_per_image[0, 0])
+    return torch.stack(found)
+
+
+# --- the numbers ----------------------------------------------------------------------------------
+
+
+def test_it_is_the_logit_that_transformers_gives_each_pair(clip: Path) -> None:
+    scores = load_reward(f"clip:{clip}")(PICTURES, PROMPTS)
+    assert_close(scores, logits(clip, [pil(pixels) for pixels in PIXELS], PROMPTS), rtol=0, atol=1e-5)
+    assert scores.dtype == torch.float32
+    assert scores.unique().numel() == 4
+    assert scores.std() > 0.1
+
+
+def test_it_is_the_scaled_cosine(clip: Path) -> None:
+    """exp(2.6592) = 14.28, the scale of a CLIP that was never trained, times the cosine of both embeddings."""
+    reward = SimilarityReward(clip)
+    seen, read = reward.see(PICTURES).double(), reward.read(PROMPTS).double()
+    cosine = (seen * read).sum(1) / seen.norm(dim=1) / read.norm(dim=1)
+    assert_close(reward(PICTURES, PROMPTS).double(), 14.2849 * cosine, rtol=1e-5, atol=1e-5)
+
+
+def test_a_resized_picture_scores_as_the_processors_does(clip: Path) -> None:
+    """Drawings of another size and shape; the processor rounds them to 8 bits, which moves a score a little."""
+    prompts = ["a red circle on a blue background", "two green squares on a white background"]
+    drawn = render([parse_prompt(prompt) for prompt in prompts], rng=np.random.default_rng(0), size=32)[..., 4:28, :]
+    pixels = (drawn * 255).round().byte()
+    scores = SimilarityReward(clip)(pixels.float() / 255, prompts)
+    assert_close(scores, logits(clip, [pil(each) for each in pixels], prompts), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pictures_of_any_precision_are_scored_in_float32(clip: Path, dtype: torch.dtype) -> None:
+    pictures = PICTURES.to(dtype)
+    reward = SimilarityReward(clip)
+    assert torch.equal(reward(pictures, PROMPTS), reward(pictures.float(), PROMPTS))
+
+
+def test_a_score_does_not_depend_on_the_other_pictures_and_prompts(clip: Path) -> None:
+    together = SimilarityReward(clip)(PICTURES, PROMPTS)
+    alone = torch.cat([SimilarityReward(clip)(PICTURES[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
+    turned = SimilarityReward(clip, batch_size=3)(PICTURES.flip(0), PROMPTS[::-1]).flip(0)
+    assert_close(alone, together, rtol=0, atol=1e-5)
+    assert_close(turned, together, rtol=0, atol=1e-5)
+
+
+def test_a_prompt_is_cut_off_at_the_models_last_position(clip: Path) -> None:
+    """12 positions: the start, ten words, the end."""
+    reward = SimilarityReward(clip)
+    ten = "a red circle above a green square on a blue"
+    scores = reward(PICTURES[:1].expand(3, -1, -1, -1), [ten, f"{ten} background", "a red circle above a green square"])
+    assert torch.equal(scores[0], scores[1])
+    assert (scores[0] - scores[2]).abs() > 1e-3
+
+
+# --- the pixels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (24, 40), (41, 23), (9, 12)])
+def test_pixels_are_the_processors(size: tuple[int, int]) -> None:
+    """Exactly without a resize; else but for its rounding, for pictures that are smooth as paintings are."""
+    rough = bytes_of(5, 5).float()[None]
+    smooth = torch.nn.functional.interpolate(rough, size, mode="bilinear", align_corners=True).round().byte()
+    pixels = PIXELS if size == (16, 16) else smooth
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    expected = processor([pil(each) for each in pixels], return_tensors="pt").pixel_values
+    exact = 1e-6 if size == (16, 16) else 0.02
+    assert_close(preprocess(pixels.float() / 255, processor), expected, rtol=0, atol=exact)
+
+
+def test_a_fixed_size_without_cropping_or_normalising_is_the_processors_too() -> None:
+    processor = CLIPImageProcessorPil(size={"height": 20, "width": 12}, do_center_crop=False, do_normalize=False)
+    expected = processor([pil(each) for each in PIXELS], return_tensors="pt").pixel_values
+    assert_close(preprocess(PICTURES, processor), expected, rtol=0, atol=1.6 / 255)
+
+
+# --- the gradient ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [16, 24])
+def test_the_gradient_equals_finite_differences(clip: Path, size: int) -> None:
+    """Along random directions, with a resize and without; grey enough that nothing is cut off."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = 0.35 + 0.3 * torch.rand(2, 3, size, size, generator=generator)
+    reward, prompts = SimilarityReward(clip), PROMPTS[:2]
+    pictures.requires_grad_()
+    (slope,) = torch.autograd.grad(reward(pictures, prompts).sum(), pictures)
+    for _ in range(3):
+        step = torch.randn(pictures.shape, generator=generator)
+        with torch.no_grad():
+            ahead, behind = (reward(pictures + sign * 1e-3 * step, prompts) for sign in (1, -1))
+        expected = (slope * step).flatten(1).sum(1)
+        assert_close((ahead - behind) / 2e-3, expected, rtol=0.01, atol=0.01)
+
+
+def test_it_may_be_climbed_and_its_gradient_is_the_judgements(clip: Path) -> None:
+    reward = load_rewards(f"clip:{clip}=0.5")
+    require_gradient(reward, prompt=PROMPTS[0])
+    judgement = judge_with_gradient(reward, PICTURES, PROMPTS)
+    assert_close(judgement.rewards, 0.5 * SimilarityReward(clip)(PICTURES, PROMPTS))
+    assert (judgement.slope.abs().amax((1, 2, 3)) > 0).all()
+
+
+def test_a_saturated_pixel_keeps_its_gradient(clip: Path) -> None:
+    """It is seen as white or black, but can be led back."""
+    wild = (4 * PICTURES - 1.5).requires_grad_()
+    scores = SimilarityReward(clip)(wild, PROMPTS)
+    assert_close(scores, SimilarityReward(clip)(wild.detach().clamp(0, 1), PROMPTS))
+    (slope,) = torch.autograd.grad(scores.sum(), wild)
+    assert (slope[wild > 1].abs() > 0).all()
+
+
+def test_nothing_of_the_model_learns_and_dropout_is_off(clip: Path) -> None:
+    model = SimilarityReward(clip).model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert not SimilarityReward(clip)(PICTURES, PROMPTS).requires_grad
+
+
+def test_one_model_serves_all_that_ask_for_it(clip: Path) -> None:
+    assert SimilarityReward(clip).model is SimilarityReward(str(clip)).model
+
+
+# --- what cannot be used --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["nowhere", "no/such/folder", "./no/folder", "/no/folder"])
+def test_a_clip_that_is_not_there_is_named(path: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"no CLIP in '{path}'"):
+        load_reward(f"clip:{path}")
+
+
+def test_another_kind_of_model_is_refused_with_its_type_and_what_would_be_right(tmp_path: Path) -> None:
+    config = CLIPTextConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
+    )
+    CLIPTextModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"of type 'clip_text_model'; .* whole CLIPModel .*clip-vit-large-patch14"):
+        load_reward(f"clip:{tmp_path}")
+
+
+def test_a_folder_without_a_model_is_refused_and_the_other_judges_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no config.json .*judge:PATH"):
+        load_reward(f"clip:{tmp_path}")
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "model.safetensors"])
+def test_a_missing_file_is_said(broken: Path, file: str) -> None:
+    (broken / file).unlink()
+    with pytest.raises(ValueError, match="is not complete: "):
+        load_reward(f"clip:{broken}")
+
+
+def test_a_missing_tokenizer_is_said_rather_than_reading_nothing(broken: Path) -> None:
+    for file in broken.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"knows 2 tokens and its model \d+; are tokenizer.json"):
+        load_reward(f"clip:{broken}")
+
+
+def test_missing_weights_are_said_rather_than_drawn_at_random(broken: Path) -> None:
+    weights = load_file(broken / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights: text_projection.weight"):
+        load_reward(f"clip:{broken}")
+
+
+def test_another_filter_than_bicubic_is_refused(broken: Path) -> None:
+    settings = json.loads((broken / "preprocessor_config.json").read_text())
+    (broken / "preprocessor_config.json").write_text(json.dumps({**settings, "resample": 2}))
+    with pytest.raises(ValueError, match="filter 2; only bicubic"):
+        load_reward(f"clip:{broken}")
+
+
+def test_another_number_of_prompts_than_pictures_is_refused(clip: Path) -> None:
+    with pytest.raises(ValueError, match="4 pictures came with 1 prompts"):
+        SimilarityReward(clip)(PICTURES, PROMPTS[:1])
