@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/similarity"))
     parser.add_argument("--pairs", type=Path, default=Path("runs/shapes-pairs-0"), help="made if they are not there")
     parser.add_argument("--num-eye-updates", type=int, default=1_200)
-    parser.add_argument("--num-updates", type=int, default=6_000)
+    parser.add_argument("--num-updates", type=int, default=3_600)
     parser.add_argument("--num-drawn", type=int, default=30_000)
     parser.add_argument("--num-painted", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -24,9 +24,10 @@ class SimilarityReward:
 
         score = exp(logit_scale) * cos(image, text)
 
-    These are CLIP's logits (arXiv:2103.00020, Fig. 3): with openai/clip-vit-large-patch14 CLIPScore without its factor
-    (arXiv:2104.08718), with yuvalkirstain/PickScore_v1 PickScore (arXiv:2305.01569, Eq. 1). Differences between
-    pictures of one prompt are log-odds. Between prompts they mean little: some prompts score higher with any picture.
+    These are CLIP's logits (arXiv:2103.00020, Fig. 3). With openai/clip-vit-large-patch14 they are 100 * cos, where
+    CLIPScore is 2.5 * max(cos, 0) (arXiv:2104.08718, Eq. 1); with yuvalkirstain/PickScore_v1 they are PickScore
+    (arXiv:2305.01569, Eq. 1). Differences between pictures of one prompt are log-odds. Between prompts they mean
+    little: some prompts score higher with any picture.
     """
 
     def __init__(self, source: str | Path, *, batch_size: int = 64) -> None:

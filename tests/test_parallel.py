@@ -1,0 +1,96 @@
+"""Every way to spread what learns over processes is the same training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch.testing import assert_close
+
+from recipes import ddpo
+from rlhf_t2i.parallel.processes import _check_deepspeed, _wants_fsdp
+from rlhf_t2i.parallel.zero import reconciled
+from tests.test_ddpo import launch, rows, state
+
+MODES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
+TINY = ddpo.Config(
+    prompts_per_step=4, images_per_prompt=4, microbatch_size=8, num_minibatches=2, rewards="oracle",
+    lora_rank=4, kl_weight=0.1, ema_decay=0.5, num_steps=3, checkpoint_every=1, keep_checkpoints=3,
+    num_evaluation_images=8, evaluate_every=0, evaluation_rewards="oracle", num_cpu_threads=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(replace(TINY, run_folder=str(tmp_path_factory.mktemp("single") / "run")), "single.yaml")
+
+
+def assert_same_training(folder: Path, expected: Path, *, first: int = 0) -> None:
+    """Weights, Adam's memory and the average at the end, and the metrics of the steps from `first` on."""
+    (tensors, rest), (wanted, wanted_rest) = state(folder), state(expected)
+    assert_close(tensors, wanted, rtol=0, atol=1e-5)
+    assert rest == wanted_rest
+    for name in ("reward", "loss", "kl", "gradient_norm", "ratio_std"):
+        own, other = ([row[name] for row in rows(f, "train")][first:] for f in (folder, expected))
+        assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_are_the_training_of_one(one_process: Path, tmp_path: Path, mode: str) -> None:
+    folder = launch(replace(TINY, run_folder=str(tmp_path / "run")), f"{mode}.yaml")
+    assert_same_training(folder, one_process)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_mode_on_another_number_of_processes(one_process: Path, tmp_path: Path) -> None:
+    config = replace(TINY, run_folder=str(tmp_path / "run"))
+    launch(replace(config, num_steps=1), "deepspeed_zero3.yaml")
+    launch(replace(config, num_steps=2, resume=True), "single.yaml")
+    folder = launch(replace(config, resume=True), "fsdp2.yaml")
+    assert_same_training(folder, one_process)
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+RECIPE = {"max_gradient_norm": 0.5, "mixed_precision": "no", "microbatch_size": 8}
+
+
+def test_deepspeed_clips_as_the_recipe_does_and_not_as_its_auto_would() -> None:
+    config, filled = reconciled({"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}, **RECIPE)
+    assert config["gradient_clipping"] == 0.5
+    assert filled == {
+        "gradient_clipping": 0.5, "gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 8,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gradient_clipping": 1.0}, r"gradient_clipping: 1\.0.*max_gradient_norm: 0\.5"),
+        ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps: 4.*: 1"),
+        ({"train_micro_batch_size_per_gpu": 2}, r"train_micro_batch_size_per_gpu: 2.*microbatch_size: 8"),
+        ({"optimizer": {"type": "Adam"}}, "section 'optimizer'"),
+        ({"scheduler": {"type": "WarmupLR"}}, "section 'scheduler'"),
+    ],
+)
+def test_settings_that_disagree_are_refused_with_both_values(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reconciled({"zero_optimization": {"stage": 2}, **given}, **RECIPE)
+
+
+def test_what_no_mode_supports_is_refused_with_what_to_take() -> None:
+    with pytest.raises(ValueError, match="fp16 is not supported with DeepSpeed; use bf16 or no"):
+        reconciled({"zero_optimization": {"stage": 2}}, **{**RECIPE, "mixed_precision": "fp16"})
+    with pytest.raises(ValueError, match="zero3_init_flag is true"):
+        _check_deepspeed({"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"})
+    with pytest.raises(ValueError, match="fsdp_version is 1"):
+        _wants_fsdp({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})
+
+
+def test_accelerate_is_not_told_of_fsdp() -> None:
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    assert _wants_fsdp(environment)
+    assert "ACCELERATE_USE_FSDP" not in environment
+    assert not _wants_fsdp({})
