@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from torch.testing import assert_close
 
 from recipes import ddpo
 from rlhf_t2i.parallel.processes import _check_deepspeed, _wants_fsdp
 from rlhf_t2i.parallel.zero import reconciled
+from rlhf_t2i.rewards.builtin import oracle_graded
 from tests.test_ddpo import launch, rows, state
 
 MODES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
@@ -50,6 +56,33 @@ def test_a_run_goes_on_in_another_mode_on_another_number_of_processes(one_proces
     launch(replace(config, num_steps=2, resume=True), "single.yaml")
     folder = launch(replace(config, resume=True), "fsdp2.yaml")
     assert_same_training(folder, one_process)
+
+
+CALLS = count(1)
+
+
+def deadly(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The oracle, which kills the second process with its second verdict, once."""
+    died = Path(os.environ["DIED"])
+    if os.environ["RANK"] == "1" and next(CALLS) == 2 and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return oracle_graded(images, prompts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "deepspeed_zero2"])
+def test_a_run_that_lost_a_process_goes_on_by_itself_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("DIED", str(tmp_path / "died"))
+    config = replace(TINY, rewards="tests.test_parallel:deadly", microbatch_size=16, run_folder=str(tmp_path / "again"))
+    folder = launch(config, f"{mode}.yaml", "--max_restarts", "1")
+    assert (tmp_path / "died").exists()
+    whole = launch(replace(config, run_folder=str(tmp_path / "whole")), f"{mode}.yaml")
+    (tensors, _), (expected, _) = state(folder), state(whole)
+    assert_close(tensors, expected, rtol=0, atol=0)
+    assert [row["step"] for row in rows(folder, "train")] == [1, 2, 3]
 
 
 # --- settings -------------------------------------------------------------------------------------

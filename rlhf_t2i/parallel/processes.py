@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
@@ -31,6 +32,8 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
     if deepspeed:
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
         _check_deepspeed(os.environ)
+    if several and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        _meet_again(os.environ, on_cpu=on_cpu)
     # Without a GPU, gloo: DeepSpeed would compile a library of its own.
     gloo: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and (several or deepspeed) else []
     accelerator = Accelerator(
@@ -80,6 +83,24 @@ def learner_for(
     )  # fmt: skip
     say("Filled into DeepSpeed's config: " + ", ".join(f"{name} {value}" for name, value in filled.items()))
     return Zero(accelerator, network, optimizer)
+
+
+def _meet_again(environment: Mapping[str, str], *, on_cpu: bool) -> None:
+    """Connect processes that the launcher has restarted.
+
+    Its store still says where those before them could be reached, so they look for one another under other names.
+    """
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    if not on_cpu:
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+    prefix = f"restart_{environment['TORCHELASTIC_RESTART_COUNT']}"
+    dist.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        store=dist.PrefixStore(prefix, store),  # pyright: ignore[reportPrivateImportUsage]
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+    )
 
 
 def _wants_fsdp(environment: Any) -> bool:
