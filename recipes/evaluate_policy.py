@@ -88,7 +88,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             save_captions(run.folder / "pictures" / "captions.json", prompts, seeds)
             (run.folder / "table.json").write_text(json.dumps(table, indent=1))
     run.say(f"table     {run.folder / 'table.json'}\npictures  {run.folder / 'pictures'}")
-    run.accelerator.end_training()
+    run.close()
     return table
 
 

@@ -79,7 +79,7 @@ def main(config: Config) -> dict[str, list[Metric]]:
     report = run.folder / "report.html"
     report.write_text(page(str(source), found, wrong), encoding="utf-8")
     tqdm.write(f"tables    {run.folder}/*.csv\nreport    {report}")
-    run.accelerator.end_training()
+    run.close()
     return found
 
 

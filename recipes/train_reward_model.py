@@ -160,6 +160,7 @@ def main(config: Config) -> Path:
     from reward_model.model import RewardModel, parameter_table
     from reward_model.scoring import LlavaReward
     from reward_model.training import JudgeTrainer, Objective, newest_checkpoint
+    from rlhf_t2i.parallel.processes import end_processes
     from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
     from rlhf_t2i.run_folder import restarted
 
@@ -214,7 +215,7 @@ def main(config: Config) -> Path:
         save_bundle(facts, bundle_tensors(finished.model, facts.perspective), folder / "judge")
         measure(finished, {"validation": validation, **tests}, folder, batch_size=2 * config.pairs_per_batch)
         tqdm.write(f"judge     {folder / 'judge'}")
-    trainer.accelerator.end_training()
+    end_processes(trainer.accelerator)
     return folder / "judge"
 
 

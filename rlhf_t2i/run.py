@@ -32,7 +32,7 @@ from rlhf_t2i.metrics import (
     save_captions,
     save_pictures,
 )
-from rlhf_t2i.parallel.processes import DTYPES, Mode, learner_for, start_processes
+from rlhf_t2i.parallel.processes import DTYPES, Mode, end_processes, learner_for, start_processes
 from rlhf_t2i.parallel.state import Copies, read_state, write_state
 from rlhf_t2i.parallel.types import Learner
 from rlhf_t2i.report import read_metrics, write_report
@@ -269,6 +269,10 @@ class Run:
                 f"whole. Make room and go on with --resume --run_folder {self.folder}"
             ) from problem
 
+    def close(self) -> None:
+        """Close trackers and processes; the last thing that each does."""
+        end_processes(self.accelerator)
+
     def finish(self, *, export: Callable[[Path], Path], num_steps: int) -> None:
         """Write the weights for others and the last report, say where all is, and close trackers and processes."""
         if self.is_main:
@@ -281,7 +285,7 @@ class Run:
                 weights, report = export(self.folder), write_report(self.folder)
                 self.say(before_after(read_metrics(self.folder)))
                 self.say(f"report    {report}\npictures  {self.folder / 'pictures'}\nweights   {weights}")
-        self.accelerator.end_training()
+        self.close()
 
 
 # --- starting -------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ class Search:
             report = write_report(self.run.folder)
             self.run.say(summary(found))
             self.run.say(f"report    {report}\npictures  {self.pictures}")
-        self.run.accelerator.end_training()
+        self.run.close()
         return found
 
     def _folder(self, prompt: int) -> Path:

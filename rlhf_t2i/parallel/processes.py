@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -52,6 +53,17 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
     if kind == DistributedType.NO:
         return accelerator, "single"
     return accelerator, "fsdp2" if sharded else "ddp"
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """Close trackers and the connections between processes.
+
+    A thread of gloo may still be dropping the tensors of the last exchange, for which it needs the GIL; whoever takes
+    gloo apart meanwhile, holding the GIL, waits for that thread forever. So it is given time.
+    """
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        time.sleep(0.5)
+    accelerator.end_training()
 
 
 def learner_for(

@@ -5,18 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rlhf_t2i.parallel.types import MOMENTS
-
-_GROUPS: list[Any] = []
-"""The process groups of all DDP networks, kept until the process ends. Else the last to let go of a group might be
-DDP, which then waits, holding the GIL, for a thread of the group that may be waiting for the GIL."""
 
 
 class Replicated:
@@ -34,8 +28,6 @@ class Replicated:
     ) -> None:
         self._accelerator, self._module, self._max_norm = accelerator, network, max_gradient_norm
         self.network, self._optimizer = accelerator.prepare(network, optimizer)
-        if isinstance(self.network, DistributedDataParallel):
-            _GROUPS.append(self.network.process_group)
         self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.weights: Mapping[str, Tensor] = {name: p.data for name, p in self._parameters.items()}
 
