@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -216,6 +217,11 @@ class Run:
         self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_gradient_norm: float, microbatch_size: int
     ) -> Learner:
         """Spread what learns over the processes; ValueError if DeepSpeed's settings are not those of the recipe."""
+        if self.is_main:
+            path = self.folder / "run.json"
+            count = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+            facts = {**json.loads(path.read_text()), "mode": self.mode, "trainable_parameters": count}
+            checkpoint.write_atomically(path, json.dumps(facts, indent=1))
         self.learner = learner_for(
             self.accelerator, self.mode, network, optimizer,
             max_gradient_norm=max_gradient_norm, microbatch_size=microbatch_size, say=self.say,

@@ -137,7 +137,7 @@ def test_the_built_in_model_learns(tmp_path: Path, reward: str, changes: dict[st
         draft.Config(
             prompts=prompts, evaluation_prompts=prompts, rewards=reward, evaluation_rewards=reward, warmup_steps=0,
             ema_decay=0.0, evaluate_every=0, num_evaluation_images=102, run_folder=str(tmp_path / "run"),
-            num_cpu_threads=1, **{"num_steps": 20, **changes},
+            num_cpu_threads=1, images_per_step=64, **{"num_steps": 20, **changes},
         )
     )  # fmt: skip
     before, after = rows(folder, "evaluation")
