@@ -33,6 +33,7 @@ from rlhf_t2i.metrics import (
     save_captions,
     save_pictures,
 )
+from rlhf_t2i.parallel.placement import learning_of, placement_facts, placement_table
 from rlhf_t2i.parallel.processes import DTYPES, Mode, end_processes, learner_for, start_processes
 from rlhf_t2i.parallel.state import Copies, read_state, write_state
 from rlhf_t2i.parallel.types import Learner
@@ -216,11 +217,18 @@ class Run:
     def prepare(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_gradient_norm: float, microbatch_size: int
     ) -> Learner:
-        """Spread what learns over the processes; ValueError if DeepSpeed's settings are not those of the recipe."""
+        """Spread what learns over the processes; ValueError if DeepSpeed's settings are not those of the recipe.
+
+        Says first who will hold what, and writes it into run.json.
+        """
+        learning = learning_of(network, self.mode, processes=self.num_processes)
+        precision = self.accelerator.mixed_precision
+        self.say(placement_table(learning, precision=precision, microbatch_size=microbatch_size))
         if self.is_main:
             path = self.folder / "run.json"
-            count = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
-            facts = {**json.loads(path.read_text()), "mode": self.mode, "trainable_parameters": count}
+            placement = placement_facts(learning, precision=precision, microbatch_size=microbatch_size)
+            counts = {"trainable_parameters": learning.trainable, "placement": placement}
+            facts = {**json.loads(path.read_text()), **counts}
             checkpoint.write_atomically(path, json.dumps(facts, indent=1))
         self.learner = learner_for(
             self.accelerator, self.mode, network, optimizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ def assert_same_training(folder: Path, expected: Path, *, first: int = 0) -> Non
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_are_the_training_of_one(one_process: Path, tmp_path: Path, mode: str) -> None:
     folder = launch(replace(TINY, run_folder=str(tmp_path / "run")), f"{mode}.yaml")
+    placement = json.loads((folder / "run.json").read_text())["placement"]
+    assert (placement["mode"], placement["processes"]) == (mode.removeprefix("deepspeed_"), 2)
     assert_same_training(folder, one_process)
 
 

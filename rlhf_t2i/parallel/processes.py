@@ -37,15 +37,17 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
         _meet_again(os.environ, on_cpu=on_cpu)
     # Without a GPU, gloo: DeepSpeed would compile a library of its own.
     gloo: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and (several or deepspeed) else []
-    accelerator = Accelerator(
-        cpu=on_cpu and (several or deepspeed), mixed_precision=mixed_precision, kwargs_handlers=gloo
-    )
+    # accelerate forgets DeepSpeed where it is told to use the CPU; without a GPU it does that anyway.
+    use_cpu = on_cpu and several and not deepspeed
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision=mixed_precision, kwargs_handlers=gloo)
     if accelerator.mixed_precision not in DTYPES:
         raise ValueError(f"mixed_precision {accelerator.mixed_precision} is not supported; use {', '.join(DTYPES)}.")
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         return accelerator, _zero_mode(accelerator)
+    if deepspeed:
+        raise RuntimeError(f"DeepSpeed was asked for, and accelerate made the processes {kind.value} instead.")
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"{kind.value} is not supported; launch with one of accelerate_configs/.")
     if sharded and accelerator.mixed_precision == "fp16":
@@ -89,10 +91,12 @@ def learner_for(
     from rlhf_t2i.parallel.zero import Zero, reconciled
 
     plugin: Any = accelerator.state.deepspeed_plugin
-    plugin.deepspeed_config, filled = reconciled(
+    config, filled = reconciled(
         plugin.deepspeed_config, max_gradient_norm=max_gradient_norm,
         mixed_precision=accelerator.mixed_precision, microbatch_size=microbatch_size,
     )  # fmt: skip
+    plugin.deepspeed_config.clear()  # accelerate has the same dictionary elsewhere too
+    plugin.deepspeed_config.update(config)
     say("Filled into DeepSpeed's config: " + ", ".join(f"{name} {value}" for name, value in filled.items()))
     return Zero(accelerator, network, optimizer)
 
@@ -139,4 +143,5 @@ def _zero_mode(accelerator: Accelerator) -> Mode:
     modes: dict[int, Mode] = {1: "zero1", 2: "zero2", 3: "zero3"}
     if stage not in modes:
         raise ValueError(f"zero_stage is {stage}; use 1, 2 or 3, or DDP (accelerate_configs/ddp.yaml).")
+    plugin.dschf = None  # or transformers, which looks there, would load text encoder and judge in parts too
     return modes[stage]

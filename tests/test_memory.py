@@ -1,0 +1,162 @@
+"""Memory on paper: by hand, in the limits, and against tensors that are really kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from rlhf_t2i.parallel.memory import BUCKET, Learning, gathered_by_fsdp, memory_of, peak_bytes, saved_bytes
+from rlhf_t2i.parallel.placement import learning_of, placement_facts, placement_table
+from rlhf_t2i.parallel.processes import Mode
+
+MODES: tuple[Mode, ...] = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+TEN = Learning(mode="single", processes=2, trainable=10, frozen=4, frozen_width=2, bucket=6, block=3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "standing", "updating", "stepping"),
+    [
+        # 40 bytes of weights that learn, 8 frozen; moments 80; gradients 40
+        ("single", 48 + 80, 128 + 40, 128 + 80),
+        ("ddp", 48 + 80 + 40, 168 + 40, 168 + 80),
+        ("zero1", 48 + 20 + 40, 108 + 40 + 24, 108 + 60),
+        ("zero2", 48 + 20 + 40, 108 + 20 + 24 + 24, 108 + 60),
+        # all 14 weights gathered; bucket and gradients stay
+        ("zero3", 24 + 20 + 40 + 24 + 20, 128 + 24 + 48, 128 + 20),
+        ("fsdp2", 24 + 40, 64 + 40 + 3 * (3 * 48 / 14), 64 + 40),
+    ],
+)
+def test_bytes_by_hand(mode: Mode, standing: float, updating: float, stepping: float) -> None:
+    memory = memory_of(replace(TEN, mode=mode))
+    assert memory.standing == pytest.approx(standing)
+    assert memory.updating == pytest.approx(updating)
+    assert memory.stepping == pytest.approx(stepping)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_process_holds_what_a_single_one_does(mode: Mode) -> None:
+    own, single = memory_of(replace(TEN, mode=mode, processes=1)), memory_of(replace(TEN, processes=1))
+    for name in ("weights", "gradients", "moments"):
+        assert getattr(own, name) == getattr(single, name)
+    assert own.standing - own.master - own.standing_buffers == single.standing
+
+
+@pytest.mark.parametrize(
+    ("mode", "left"),
+    [("single", 208), ("ddp", 248), ("zero1", 48 + 40 + 24), ("zero2", 48 + 24 + 24), ("zero3", 24 + 24 + 48)],
+)
+def test_of_many_processes_only_what_each_needs_whole_remains(mode: Mode, left: float) -> None:
+    assert memory_of(replace(TEN, mode=mode, processes=10**9)).peak == pytest.approx(left, abs=1e-3)
+
+
+def test_fsdp_without_accumulation_shares_gradients_too() -> None:
+    whole = memory_of(replace(TEN, mode="fsdp2", processes=10**9, block=0))
+    parts = memory_of(replace(TEN, mode="fsdp2", processes=10**9, block=0, accumulates=False))
+    assert whole.updating == pytest.approx(40, abs=1e-3)
+    assert parts.updating == pytest.approx(0, abs=1e-3)
+
+
+def test_copies_and_activations_are_added() -> None:
+    plain = memory_of(TEN, activations=1000.0)
+    rich = memory_of(replace(TEN, average=True, reference=True), activations=1000.0, others=7.0)
+    assert plain.peak == 128 + 40 + 1000
+    assert rich.peak - plain.peak == 40 + 56 + 7
+
+
+def test_offloading_leaves_the_weights() -> None:
+    memory = memory_of(replace(TEN, mode="zero3", offload=True))
+    assert (memory.standing, memory.host) == (24 + 24, 80)
+
+
+def test_deepspeed_allocates_its_bucket_for_however_little_learns() -> None:
+    memory = memory_of(Learning(mode="zero2", processes=8, trainable=1))
+    assert memory.updating > 4 * BUCKET
+
+
+class Chain(nn.Module):
+    """Two layers without bias; `saved_bytes` can be counted on fingers."""
+
+    _no_split_modules = ("Linear",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 7, bias=False), nn.Linear(7, 3, bias=False)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).tanh()) * self.scale
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("batch", [2, 4])
+def test_saved_activations_by_hand(batch: int, fake: bool) -> None:
+    mode = FakeTensorMode() if fake else torch.enable_grad()
+    with mode:
+        network, x = Chain(), torch.zeros(batch, 5)
+        # the input, tanh's output, which the second layer keeps too, and the second layer's
+        assert saved_bytes(network, lambda: network(x)) == 4 * batch * (5 + 7 + 3)
+
+
+def test_of_a_checkpoint_only_the_input_is_kept() -> None:
+    network, x = Chain(), torch.zeros(2, 5)
+    assert saved_bytes(network, lambda: checkpoint(network, x, use_reentrant=False)) == 4 * 2 * 5
+
+
+def unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_fake_network_keeps_what_a_real_one_does(checkpointing: bool) -> None:
+    def measured() -> tuple[int, int]:
+        network = unet().train()
+        if checkpointing:
+            network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        inputs = torch.zeros(2, 4, 8, 8), torch.ones(2), torch.zeros(2, 6, 16)
+
+        def forward() -> torch.Tensor:
+            return network(*inputs, return_dict=False)[0]
+
+        return saved_bytes(network, forward), peak_bytes(network, lambda: forward().sum().backward())
+
+    with FakeTensorMode():
+        fake = measured()
+    real = measured()
+    assert fake[0] == real[0]
+    assert fake[1] == pytest.approx(real[1], rel=0.02)
+
+
+def test_the_peak_by_hand() -> None:
+    network, x = nn.Linear(5, 7, bias=False), torch.zeros(2, 5)
+    # the output, its sum, and the sum's gradient spread over the output; then the weight's gradient, 4 x 35
+    assert peak_bytes(network, lambda: network(x).sum().backward()) >= 4 * 35
+    assert peak_bytes(network, lambda: network(x).sum().backward()) <= 4 * (35 + 2 * 14 + 2 * 10)
+
+
+def test_fsdp_gathers_what_is_outside_and_two_blocks() -> None:
+    network = nn.Sequential(Chain(), nn.Linear(2, 2))
+    network._no_split_modules = ["Chain"]
+    assert gathered_by_fsdp(network) == 6 + (35 + 21 + 3)
+
+
+def test_a_run_says_who_holds_what() -> None:
+    network = Chain()
+    network.first.requires_grad_(False)
+    learning = learning_of(network, "zero2", processes=2)
+    text = placement_table(learning, precision="bf16", microbatch_size=8)
+    assert "DeepSpeed ZeRO-2 over 2 processes" in text
+    assert "8 x 2 = 16 pictures" in text
+    assert "24 of the denoiser's 59 parameters" in text
+    facts = placement_facts(learning, precision="bf16", microbatch_size=8)
+    assert facts["trainable_parameters"] == 24
+    assert facts["bytes_per_process"]["gradients"] == 48
