@@ -54,7 +54,7 @@ def exact_policy(model: Path) -> ExactDiffusion:
     policy.learn(None, lora_alpha=None, keep_reference=True, seed=0)
     policy.__class__ = ExactDiffusion
     assert isinstance(policy, ExactDiffusion)
-    for module in (policy.unet, policy.vae, policy._reference):
+    for module in (policy.unet, policy.vae, policy.reference):
         module.double()
     move(policy, directions(policy, seed=7), 0.02)
     return policy

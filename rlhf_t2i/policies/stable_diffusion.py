@@ -47,7 +47,7 @@ class StableDiffusion:
         self._pixels_per_latent: int = pipeline.vae_scale_factor
         self.unet: Any = pipeline.unet.requires_grad_(False).to(device).eval()
         self.denoiser: nn.Module = self.unet
-        self._reference: nn.Module | None = None
+        self.reference: nn.Module | None = None
         self._warned: set[str] = set()
         self._empty = self.encode([""])
 
@@ -65,7 +65,7 @@ class StableDiffusion:
             add_lora(self.unet, rank=lora_rank, alpha=float(lora_alpha or lora_rank), seed=seed)
             return
         if keep_reference:
-            self._reference = copy.deepcopy(self.unet)
+            self.reference = copy.deepcopy(self.unet)
         self.unet.float().requires_grad_(True)
 
     def checkpoint_gradients(self) -> None:
@@ -84,9 +84,9 @@ class StableDiffusion:
             with lora_disabled(self.unet):
                 yield
             return
-        if self._reference is None:
+        if self.reference is None:
             raise RuntimeError("No reference was kept: call learn(..., keep_reference=True).")
-        learner, self.denoiser = self.denoiser, self._reference
+        learner, self.denoiser = self.denoiser, self.reference
         try:
             yield
         finally:
