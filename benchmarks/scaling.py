@@ -7,7 +7,7 @@ system and computed by `rlhf_t2i.parallel.memory`. Prints Markdown.
 """
 
 # diffusers has no usable types.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
 import argparse
