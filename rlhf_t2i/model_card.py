@@ -72,8 +72,10 @@ def painter_snippet(base: Base, name: str, *, options: str, whole_pipeline: bool
 def again_snippet(run: FinishedRun, *, whole_pipeline: bool) -> str:
     """After the lines that load it: the first picture that the run shows, with the run's own DDIM."""
     scheduler = (
-        "from diffusers import DDIMScheduler\n\npipe.scheduler = DDIMScheduler.from_config(\n"
-        '    pipe.scheduler.config, clip_sample=False, timestep_spacing="leading"\n)\n'
+        "from diffusers import DDIMScheduler\n\n"
+        'spacing = pipe.scheduler.config.get("timestep_spacing", "leading").replace("linspace", "leading")\n'
+        "pipe.scheduler = DDIMScheduler.from_config(\n"
+        "    pipe.scheduler.config, clip_sample=False, timestep_spacing=spacing\n)\n"
     )
     generator = f"generator = torch.Generator().manual_seed({run.captions['seeds'][0]})\n"
     call = _call(run, more=f", eta={run.config['evaluation_eta']}, generator=generator")

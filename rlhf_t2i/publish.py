@@ -20,6 +20,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    ModelInfo,
     get_token,
 )
 from huggingface_hub.errors import (
@@ -196,38 +197,34 @@ def upload(
     A broken connection is tried again, and the whole can be: what the repository holds already is not sent twice.
     Raises PermissionError, FileExistsError, ConnectionError or OSError, saying what the Hub refused and what to do.
     """
-    user = _who(api, repo)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            parent = _prepare(repo, private=private, revision=revision, api=api)
-            return _commit(folder, repo, parent=parent, revision=revision, api=api, say=say)
+            _check_owner(repo, api)
+            there = _prepare(repo, private=private, revision=revision, api=api)
+            return _commit(folder, repo, there=there, revision=revision, api=api, say=say)
         except (HTTPError, RuntimeError, ValueError) as error:
-            problem = _problem(error, repo, user=user, largest=max((folder / f for f in files_of(folder)), key=_size))
+            problem = _problem(error, repo, folder)
             if not isinstance(problem, ConnectionError) or attempt == _ATTEMPTS:
-                raise problem from None  # what the Hub says may repeat what was sent
+                raise problem from None  # the Hub's own error may repeat what was sent
             say(f"{problem} Trying again ...")
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
 
 
-def _who(api: HfApi, repo: str) -> str:
-    """The name of the token's owner; PermissionError unless the repository would be theirs."""
+def _check_owner(repo: str, api: HfApi) -> None:
+    """PermissionError unless there is a token, of somebody whose the repository is or would be."""
     if get_token() is None:
         raise PermissionError("There is no token of the Hub: set HF_TOKEN, or run `hf auth login`.")
-    try:
-        me = api.whoami()
-    except HTTPError as error:
-        raise _problem(error, repo, user="this token", largest=None) from None
+    me = api.whoami()
     owners = [me["name"], *(one["name"] for one in me.get("orgs", []))]
     if repo.partition("/")[0] not in owners:
         raise PermissionError(
-            f"{repo} would not be yours: the token is {me['name']}'s, who publishes under {' or '.join(owners)}."
+            f"{repo} is not yours: the token is of {me['name']}, who can publish under {' or '.join(owners)}."
         )
-    return me["name"]
 
 
-def _prepare(repo: str, *, private: bool, revision: str | None, api: HfApi) -> str | None:
-    """Have a repository and a branch to commit to; returns the commit that they stand at.
+def _prepare(repo: str, *, private: bool, revision: str | None, api: HfApi) -> ModelInfo:
+    """Have a repository and a branch to commit to; returns what is there.
 
     FileExistsError for a repository whose files are not an earlier publication, or that is public although it must not.
     """
@@ -242,15 +239,15 @@ def _prepare(repo: str, *, private: bool, revision: str | None, api: HfApi) -> s
         try:
             info = api.model_info(repo, revision=revision)
         except RevisionNotFoundError:
-            _refuse_foreign(repo, _names(info))
+            _refuse_foreign(repo, info)
             api.create_branch(repo, branch=revision, exist_ok=True)
             info = api.model_info(repo, revision=revision)
-    _refuse_foreign(repo, _names(info))
-    return info.sha
+    _refuse_foreign(repo, info)
+    return info
 
 
-def _refuse_foreign(repo: str, present: Sequence[str]) -> None:
-    foreign = [name for name in present if name not in _HUBS_OWN]
+def _refuse_foreign(repo: str, info: ModelInfo) -> None:
+    foreign = sorted(_names(info) - _HUBS_OWN)
     if foreign and CHECKSUMS not in foreign:
         raise FileExistsError(
             f"The name {repo} is taken: the repository exists, and its files ({', '.join(foreign[:3])}, ...) are no "
@@ -258,16 +255,16 @@ def _refuse_foreign(repo: str, present: Sequence[str]) -> None:
         )
 
 
-def _names(info: Any) -> list[str]:
-    return [sibling.rfilename for sibling in info.siblings or []]
+def _names(info: ModelInfo) -> set[str]:
+    return {sibling.rfilename for sibling in info.siblings or []}
 
 
 def _commit(
-    folder: Path, repo: str, *, parent: str | None, revision: str | None, api: HfApi, say: Callable[[str], None]
+    folder: Path, repo: str, *, there: ModelInfo, revision: str | None, api: HfApi, say: Callable[[str], None]
 ) -> str:
-    """One commit, on top of `parent` or not at all. Not upload_folder, which may split a large folder into several."""
+    """One commit, on top of what is there or not at all. Not upload_folder, which may split a large folder."""
     files = files_of(folder)
-    gone = sorted(set(_names(api.model_info(repo, revision=revision))) - set(files) - _HUBS_OWN)
+    gone = sorted(_names(there) - _HUBS_OWN - set(files))
     if gone:
         say(f"removed from {repo}, because this publication does not have it: {', '.join(gone)}")
     commit = api.create_commit(
@@ -275,38 +272,34 @@ def _commit(
         [CommitOperationAdd(name, folder / name) for name in files] + [CommitOperationDelete(name) for name in gone],
         commit_message="Publish a model tuned with rlhf-t2i",
         revision=revision,
-        parent_commit=parent,
+        parent_commit=there.sha,
     )
     return commit.commit_url
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
-def _problem(error: BaseException, repo: str, *, user: str, largest: Path | None) -> OSError:
+def _problem(error: BaseException, repo: str, folder: Path) -> OSError:
     """What the Hub did, and what to do about it, without the token."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HTTPError):  # uploads wrap what went wrong
-        cause = cause.__cause__
-    response = cause.response if isinstance(cause, HfHubHTTPError) else None
-    said = (cause.server_message if isinstance(cause, HfHubHTTPError) else None) or str(cause or error)
-    said = " ".join(said.replace(get_token() or "\0", "***").split())[:300]
-    status = response.status_code if response is not None else None
-    nothing = "Nothing was published; the same command can be repeated."
+    while not isinstance(error, HTTPError) and error.__cause__ is not None:  # uploads wrap what went wrong
+        error = error.__cause__
+    refused = error if isinstance(error, HfHubHTTPError) else None
+    said = str((refused and refused.server_message) or error).replace(get_token() or "\0", "***")
+    said = " ".join(said.split())[:300]
+    status = refused.response.status_code if refused else None
+    again = "It is published whole or not at all; the same command can be repeated."
+    if isinstance(error, HTTPError) and (status is None or status >= 500):
+        return ConnectionError(f"The connection to the Hub broke ({status or 'no answer'}: {said}). {again}")
     match status:
-        case None if cause is not None:
-            return ConnectionError(f"The connection to the Hub broke: {said}. {nothing}")
-        case int() if status >= 500:
-            return ConnectionError(f"The Hub answered {status}: {said}. {nothing}")
         case 401:
             return PermissionError(f"The Hub does not know the token (401: {said}). Set HF_TOKEN, or `hf auth login`.")
         case 403:
-            return PermissionError(f"{user} may not write to {repo} (403: {said}). The token needs the right to write.")
+            return PermissionError(
+                f"The token may not write to {repo} (403: {said}). It needs the right to write there."
+            )
         case 409 | 412:
-            return FileExistsError(f"{repo} was changed by somebody else in the meantime ({status}: {said}). {nothing}")
-        case 413 if largest is not None:
-            size = f"{largest.name} has {_size(largest) / 1e6:,.1f} MB"
-            return OSError(f"A file is too large for {repo} (413: {said}); the largest, {size}. {nothing}")
+            return FileExistsError(f"{repo} was changed by somebody else in the meantime ({status}: {said}). {again}")
+        case 413:
+            size, name = max(((folder / name).stat().st_size, name) for name in files_of(folder))
+            largest = f"the largest is {name}, {size / 1e6:,.1f} MB"
+            return OSError(f"A file is too large for {repo} (413: {said}); {largest}.")
         case _:
-            return OSError(f"The Hub refused {repo} ({status or 'in its answer'}: {said}). {nothing}")
+            return OSError(f"The Hub refused {repo} ({status or 'in its answer'}: {said}). {again}")
