@@ -65,7 +65,7 @@ def painter_snippet(base: Base, name: str, *, options: str, whole_pipeline: bool
         source = 'str(files("rlhf_t2i") / "shapes/weights")'
     return (
         f"{imports}pipe = StableDiffusionPipeline.from_pretrained({source}, dtype=torch.float32)\n"
-        f'pipe.load_lora_weights("{name}"{options})\n'
+        f'pipe.load_lora_weights("{name}"{options}, weight_name="pytorch_lora_weights.safetensors")\n'
     )
 
 

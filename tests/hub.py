@@ -31,6 +31,12 @@ class Commit:
 
 
 @dataclass
+class Download:
+    data: bytes
+    commit: str
+
+
+@dataclass
 class Repository:
     private: bool = False
     branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": [Commit({".gitattributes": b""})]})
@@ -51,6 +57,10 @@ class Failure:
     after_work: bool = False
     """... after the work was done."""
     times: int = 1
+
+
+def git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class RefusedError(Exception):
@@ -84,39 +94,66 @@ class FakeHub:
 
     # --- what it answers ---
 
-    def answer(self, method: str, path: str, body: bytes, token: str | None) -> Any:
-        if method == "PUT" and path.startswith("/lfs/"):
-            if hashlib.sha256(body).hexdigest() != path[5:]:
-                raise RefusedError(400, "not what the hash says")
-            self.objects[path[5:]] = body
-            return {}
-        if path == "/api/validate-yaml":
-            return {"errors": [], "warnings": []}
-        if method == "GET" and (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)):
-            return self.info(found[1], found[2] or "main", token)
-        if token != TOKEN:
-            raise RefusedError(401, "Invalid credentials in Authorization header")
-        if path == "/api/whoami-v2":
-            return {"name": "me", "orgs": [{"name": "team"}]}
-        if path == "/api/repos/create":
-            return self.create(json.loads(body))
-        if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            return self.batch(json.loads(body))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/(.+)", path):
-            act = {"branch": self.branch, "preupload": self.preupload, "commit": self.commit}[found[2]]
-            return act(found[1], found[3], body)
-        raise RefusedError(404, f"no {method} {path} here")
+    def answer(self, request: str, body: bytes, token: str | None) -> Any:
+        """The first of these that fits; of those with a star only for who has the token."""
+        known = token == TOKEN
+        for pattern, act in {
+            r"PUT /lfs/(.+)": lambda oid: self.store(oid, body),
+            r"POST /api/validate-yaml": lambda: {"errors": [], "warnings": []},
+            r"GET /api/models/([^/]+/[^/]+)": lambda repo: self.info(repo, "main", known),
+            r"GET /api/models/([^/]+/[^/]+)/revision/(.+)": lambda repo, at: self.info(repo, at, known),
+            r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)": lambda repo, at: self.tree(repo, at, known),
+            r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)": lambda repo, at, name: self.file(
+                repo, at, name, known
+            ),
+            r"* GET /api/whoami-v2": lambda: {"name": "me", "orgs": [{"name": "team"}]},
+            r"* POST /api/repos/create": lambda: self.create(json.loads(body)),
+            r"* POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch": lambda repo: self.batch(json.loads(body)),
+            r"* POST /api/models/([^/]+/[^/]+)/branch/(.+)": self.branch,
+            r"* POST /api/models/([^/]+/[^/]+)/preupload/(.+)": lambda repo, at: self.preupload(
+                repo, at, json.loads(body)
+            ),
+            r"* POST /api/models/([^/]+/[^/]+)/commit/(.+)": lambda repo, at: self.commit(repo, at, body),
+        }.items():
+            if found := re.fullmatch(pattern.removeprefix("* "), request):
+                if pattern.startswith("* ") and not known:
+                    raise RefusedError(401, "Invalid credentials in Authorization header")
+                return act(*found.groups())
+        raise RefusedError(404, f"no {request} here")
 
-    def info(self, repo: str, revision: str, token: str | None) -> Any:
-        known = self.repos.get(repo)
-        if known is None or (known.private and token != TOKEN):
+    def store(self, oid: str, data: bytes) -> Any:
+        if hashlib.sha256(data).hexdigest() != oid:
+            raise RefusedError(400, "not what the hash says")
+        self.objects[oid] = data
+        return {}
+
+    def head(self, repo: str, revision: str, known: bool) -> Commit:
+        """The commit that a branch stands at, or that a hash names."""
+        if repo not in self.repos or (self.repos[repo].private and not known):
             raise RefusedError(404, "Repository not found", "RepoNotFound")
-        if revision not in known.branches:
+        branches = self.repos[repo].branches
+        named = {commit.sha: commit for commits in branches.values() for commit in commits}
+        named |= {branch: commits[-1] for branch, commits in branches.items()}
+        if revision not in named:
             raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        head = known.branches[revision][-1]
+        return named[revision]
+
+    def info(self, repo: str, revision: str, known: bool) -> Any:
+        head, own = self.head(repo, revision, known), self.repos[repo]
         siblings = [{"rfilename": name} for name in head.files]
-        private = known.private
-        return {"id": repo, "sha": head.sha, "private": private, "siblings": siblings, "cardData": known.card}
+        return {"id": repo, "sha": head.sha, "private": own.private, "siblings": siblings, "cardData": own.card}
+
+    def tree(self, repo: str, revision: str, known: bool) -> Any:
+        files = self.head(repo, revision, known).files
+        return [
+            {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)} for name, data in files.items()
+        ]
+
+    def file(self, repo: str, revision: str, name: str, known: bool) -> Download:
+        commit = self.head(repo, revision, known)
+        if name not in commit.files:
+            raise RefusedError(404, "Entry not found", "EntryNotFound")
+        return Download(commit.files[name], commit.sha)
 
     def create(self, asked: dict[str, Any]) -> Any:
         repo = f"{asked['organization']}/{asked['name']}"
@@ -125,40 +162,36 @@ class FakeHub:
         self.repos[repo] = Repository(private=asked.get("visibility") == "private")
         return {"url": f"{self.endpoint}/{repo}"}
 
-    def branch(self, name: str, branch: str, body: bytes) -> Any:
-        self.repos[name].branches[branch] = list(self.repos[name].branches["main"])
+    def branch(self, repo: str, branch: str) -> Any:
+        self.repos[repo].branches[branch] = list(self.repos[repo].branches["main"])
         return {}
 
-    def preupload(self, repo: str, revision: str, body: bytes) -> Any:
+    def preupload(self, repo: str, revision: str, asked: dict[str, Any]) -> Any:
         """How each file is to come, and by which hash it is there already."""
         answers: list[dict[str, Any]] = []
-        for file in json.loads(body)["files"]:
+        for file in asked["files"]:
             name, large = file["path"], file["path"].endswith(LARGE)
             here = self.repos[repo].files(revision).get(name)
             oid = None
             if here is not None:
-                git = hashlib.sha1(b"blob %d\0" % len(here) + here).hexdigest()
-                oid = hashlib.sha256(here).hexdigest() if large else git
+                oid = hashlib.sha256(here).hexdigest() if large else git_hash(here)
             mode = "lfs" if large else "regular"
             answers.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": answers}
 
     def batch(self, asked: dict[str, Any]) -> Any:
         def action(one: dict[str, Any]) -> dict[str, Any]:
-            upload = {} if one["oid"] in self.objects else {
-                "actions": {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}
-            }  # fmt: skip
-            return {**one, **upload}
+            href = {"href": f"{self.endpoint}/lfs/{one['oid']}"}
+            return one if one["oid"] in self.objects else {**one, "actions": {"upload": href}}
 
         return {"transfer": "basic", "objects": [action(one) for one in asked["objects"]]}
 
-    def commit(self, name: str, revision: str, body: bytes) -> Any:
-        repo = self.repos[name]
+    def commit(self, repo: str, revision: str, body: bytes) -> Any:
         head, *operations = [json.loads(line) for line in body.splitlines()]
-        tip = repo.branches[revision][-1]
-        if head["value"].get("parentCommit", tip.sha) != tip.sha:
+        commits = self.repos[repo].branches[revision]
+        if head["value"].get("parentCommit", commits[-1].sha) != commits[-1].sha:
             raise RefusedError(412, "A commit has happened since")
-        files = dict(tip.files)
+        files = dict(commits[-1].files)
         for operation in operations:
             value = operation["value"]
             match operation["key"]:
@@ -170,9 +203,8 @@ class FakeHub:
                     del files[value["path"]]
                 case other:
                     raise RefusedError(400, f"unknown operation {other}")
-        repo.branches[revision].append(Commit(files, head["value"]["summary"]))
-        sha = repo.branches[revision][-1].sha
-        return {"commitUrl": f"{self.endpoint}/{name}/commit/{sha}", "commitOid": sha}
+        commits.append(Commit(files, head["value"]["summary"]))
+        return {"commitUrl": f"{self.endpoint}/{repo}/commit/{commits[-1].sha}", "commitOid": commits[-1].sha}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -191,30 +223,33 @@ class _Handler(BaseHTTPRequestHandler):
             if failure is not None and failure.status is not None:
                 raise RefusedError(failure.status, failure.message)
             if failure is None or failure.after_work:
-                answer = hub.answer(self.command, path, body, token)
+                answer = hub.answer(request, body, token)
             if failure is not None:
                 self.close_connection = True
                 return
-            self._send(200, answer)
+            if isinstance(answer, Download):
+                headers = {"X-Repo-Commit": answer.commit, "ETag": f'"{git_hash(answer.data)}"'}
+                self._send(200, answer.data, headers)
+            else:
+                self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
         except RefusedError as refusal:
-            self._send(refusal.status, {"error": refusal.message}, code=refusal.code)
+            message = json.dumps({"error": refusal.message}).encode()
+            self._send(refusal.status, message, {"X-Error-Code": refusal.code} if refusal.code else {})
 
-    do_GET = do_POST = do_PUT = _handle  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815
 
     def _chunk(self) -> bytes:
         data = self.rfile.read(int(self.rfile.readline(), 16))
         self.rfile.readline()
         return data
 
-    def _send(self, status: int, answer: Any, *, code: str = "") -> None:
-        data = json.dumps(answer).encode()
+    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if code:
-            self.send_header("X-Error-Code", code)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

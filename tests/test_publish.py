@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from rlhf_t2i import publish
 from rlhf_t2i.finished_run import FinishedRun, read_run
 from rlhf_t2i.model_card import reward_rows, verdict
 from rlhf_t2i.publication import files_of
-from tests.hub import TOKEN, FakeHub, Repository, running_hub
+from tests.hub import TOKEN, Commit, FakeHub, Repository, running_hub
 from tests.judges import backbone_folder
 
 # huggingface_hub hands files to its client as that no longer likes.
@@ -113,18 +114,24 @@ def copy(lora_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(lora_run, tmp_path / "run")
 
 
-@pytest.fixture(autouse=True)
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    """The only Hub that these tests can reach, with a token of it in the environment."""
+@contextmanager
+def only_hub(login: Path) -> Iterator[FakeHub]:
+    """The only Hub within it, with a token of it in the environment, and another place for that of a login."""
     constants = huggingface_hub.constants
-    with running_hub() as hub:
+    with running_hub() as hub, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_login"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(login))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("time.sleep", lambda seconds: None)
+        yield hub
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    with only_hub(tmp_path / "login") as hub:
         yield hub
 
 
@@ -260,31 +267,43 @@ def blocks(folder: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)\n```", (folder / "README.md").read_text(), flags=re.DOTALL)
 
 
+def elsewhere(lines: list[str], *, hub: FakeHub, cwd: Path) -> str:
+    """What lines print in a fresh process, without a token, that can ask nobody but the Hub."""
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(cwd / "home"), "HF_HUB_DISABLE_XET": "1"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=cwd, env={**kept, **settings, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="session")
 def painted(
     lora_run: Path, unet_run: Path, built_in_run: Path, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """What the cards' own lines paint in a fresh process that knows only diffusers."""
+    """What the cards' own lines paint where there is only diffusers, and all else comes from the Hub."""
     out, lines = tmp_path_factory.mktemp("painted"), ["import sys"]
-    for name, run, more in (
-        ("lora", lora_run, {"base": BASE}),
-        ("merged", lora_run, {"merge_lora": True}),
-        ("unet", unet_run, {}),
-        ("built_in", built_in_run, {}),
-    ):
-        folder = recipe.main(recipe.Config(run=str(run), folder=str(out / name), license="mit", **more))
-        usage, again = (text.replace(f'"{BASE}"', repr(str(tiny_sd))) for text in blocks(folder))
-        lines += [usage, again, f"image.save({name + '.png'!r})"]
-        if name != "built_in":
-            lines.append('assert not {"rlhf_t2i", "reward_model",} & set(sys.modules)')
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], cwd=out, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    with only_hub(out / "login") as hub:
+        hub.repos[BASE] = Repository(branches={"main": [Commit(contents(tiny_sd))]}, card={"license": "mit"})
+        for name, run, more in (
+            ("lora", lora_run, {"base": BASE, "revision": "v2"}),
+            ("merged", lora_run, {"base": BASE, "merge_lora": True}),
+            ("unet", unet_run, {"revision": "v2"}),
+            ("built_in", built_in_run, {}),
+        ):
+            config = recipe.Config(run=str(run), folder=str(out / name), repo=f"me/{name}", **more)
+            usage, again = blocks(recipe.main(config))
+            lines += [usage, again, f"image.save({name + '.png'!r})"]
+            if name != "built_in":
+                lines.append('assert not {"rlhf_t2i", "reward_model"} & set(sys.modules)')
+        elsewhere(lines, hub=hub, cwd=out)
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "most"), [("lora", 0), ("merged", 1), ("unet", 0), ("built_in", 0)])
 def test_strangers_paint_the_picture_that_the_run_painted(name: str, most: int, painted: Path) -> None:
     """In 8 bits; a merged LoRA rounds once more."""
@@ -298,6 +317,7 @@ def test_strangers_paint_the_picture_that_the_run_painted(name: str, most: int, 
     assert abs(after - before).max() > 3 * max(most, 1), "the training must have moved it"
 
 
+@pytest.mark.slow
 def test_a_whole_pipeline_keeps_all_parts_of_its_base_but_the_tuned_one(tiny_sd: Path, painted: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -313,23 +333,24 @@ def test_a_whole_pipeline_keeps_all_parts_of_its_base_but_the_tuned_one(tiny_sd:
     assert str(tiny_sd) not in texts
 
 
-def test_strangers_get_the_judges_own_scores(judge_run: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_strangers_get_the_judges_own_scores(
+    revision: str | None, judge_run: Path, tmp_path: Path, hub: FakeHub
+) -> None:
     """With its backbone, which they have nowhere else."""
-    folder = recipe.main(recipe.Config(run=str(judge_run), folder=str(tmp_path / "there" / "judge"), license="mit"))
+    config = recipe.Config(run=str(judge_run), folder=str(tmp_path / "out"), repo="me/judge", revision=revision)
+    folder = recipe.main(config)
     assert not list(folder.rglob("*.bin"))
     assert json.loads((folder / "llava_reward.json").read_text())["backbone"] == "backbone"
-    Image.new("RGB", (28, 28), "red").save(tmp_path / "there" / "picture.png")
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "picture.png")
     (usage,) = blocks(folder)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    check = '\nimport sys\nassert not {"rlhf_t2i", "diffusers"} & set(sys.modules)'
-    done = subprocess.run(
-        [sys.executable, "-c", usage.replace("print(", "print(*").replace("))", ").tolist())") + check],
-        cwd=tmp_path / "there", env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    usage = usage.replace("print(judge", "print(*judge").replace("])", "]).tolist()")
+    check = 'import sys\nassert not {"rlhf_t2i", "diffusers"} & set(sys.modules)'
+    printed = elsewhere([usage, check], hub=hub, cwd=tmp_path)
     prompt = "a red circle on a blue background"
-    own = LlavaReward.from_pretrained(judge_run / "judge").score([tmp_path / "there" / "picture.png"], [prompt])
-    assert float(done.stdout) == pytest.approx(own.item(), abs=1e-5)
+    own = LlavaReward.from_pretrained(judge_run / "judge").score([tmp_path / "picture.png"], [prompt])
+    assert float(printed) == pytest.approx(own.item(), abs=1e-5)
 
 
 def test_a_judge_of_a_backbone_on_the_hub_is_published_without_it(judge_run: Path, tmp_path: Path) -> None:
@@ -617,7 +638,7 @@ def test_the_token_of_a_login_is_used(
     hub: FakeHub, publication: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    (tmp_path / "no_login").write_text(TOKEN)
+    (tmp_path / "login").write_text(TOKEN)
     upload(publication)
     assert "README.md" in hub.repos["me/tuned"].files()
 
