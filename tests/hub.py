@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,6 +57,8 @@ class Failure:
     after_work: bool = False
     """... after the work was done."""
     times: int = 1
+    meanwhile: Callable[[], object] | None = None
+    """No failure then, but something that happens just before the work."""
 
 
 def git_hash(data: bytes) -> str:
@@ -219,6 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {path}"
         hub.requests.append(request)
         failure = hub.failure_of(request)
+        if failure is not None and failure.meanwhile is not None:
+            failure.meanwhile()
+            failure = None
         try:
             if failure is not None and failure.status is not None:
                 raise RefusedError(failure.status, failure.message)

@@ -605,6 +605,14 @@ def test_a_refusal_is_explained_without_the_token(
     assert all(repo.files() == {".gitattributes": b""} for repo in hub.repos.values())
 
 
+def test_what_somebody_else_commits_in_the_meantime_is_not_overwritten(hub: FakeHub, publication: Path) -> None:
+    theirs = Commit({".gitattributes": b"", "theirs.txt": b"hello"})
+    hub.fail("POST .*/commit/", meanwhile=lambda: hub.repos["me/tuned"].branches["main"].append(theirs))
+    with pytest.raises(FileExistsError, match="changed by somebody else in the meantime"):
+        upload(publication)
+    assert hub.repos["me/tuned"].files() == theirs.files
+
+
 @pytest.mark.parametrize("repo", ["somebody/tuned", "me/other"])
 def test_a_repository_that_is_not_ours_is_left_alone(repo: str, hub: FakeHub, publication: Path) -> None:
     """Neither one of others, nor one of our own that something else is in."""
