@@ -18,7 +18,7 @@ from PIL import Image
 from rlhf_t2i.report import HEAD, Points, Row, by_step, compare, read_metrics, time_split, total
 
 _ERROR = "/standard_error"
-_COLOURS = ("#23716b", "#a8722f", "#7567a8", "#b8475d", "#3f7fb5", "#6f7f2f", "#8a5a44", "#666c74")
+_COLOURS = ("#2a9d8f", "#d08a2e", "#8f7fd6", "#d6566c", "#4f97d0", "#8fa53a", "#b07a5e", "#8a929c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,8 @@ def _sheet(entry: Entry) -> dict[str, Any]:
 
 _TEMPLATE = (
     HEAD
-    + """.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, {{
+    + """td .quiet { display: inline-block; max-width: 9rem; white-space: normal }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, {{
   entries | length * 5 }}rem), 1fr)) } .cells { display: flex; gap: 2px } .cells i { flex: 1; aspect-ratio: 1 }
 {% for sheet in sheets %}.sheet{{ loop.index }} { background-size: {{ 100 * sheet.columns }}% {{ 100 * sheet.rows }}%;
   image-rendering: {{ "pixelated" if sheet.side < 128 else "auto" }}; print-color-adjust: exact;

@@ -147,7 +147,7 @@ def standalone(svg: str) -> str:
     )
     opening = f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>'
     head, _, rest = svg.partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{opening}{rest}\n'
+    return f'{head} width="480" xmlns="http://www.w3.org/2000/svg">{opening}{rest}\n'
 
 
 # --- the folder ---

@@ -5,6 +5,7 @@ The token is that of the environment (HF_TOKEN) or of `hf auth login`; nothing h
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -25,7 +26,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # whichever client it uses
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever client it uses
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -68,15 +69,11 @@ class Licence:
 
 def licence_of(base: Base, *, named: str | None, api: HfApi) -> Licence:
     """The licence of a base: as named, or as the card of its repository or in its folder says."""
-    if named is not None:
-        return Licence(named)
-    data: Any = None
-    if base.hub_id is not None:
-        try:
+    data: Any = {"license": named} if named is not None else None
+    if named is None and base.hub_id is not None:
+        with contextlib.suppress(HTTPError, OSError):  # not there, no network, or not for us: then it is not known
             data = api.model_info(base.hub_id).card_data
-        except (HTTPError, OSError):  # not there, no network, or not for us: then it is not known
-            data = None
-    elif (Path(base.source) / "README.md").is_file():
+    elif named is None and (Path(base.source) / "README.md").is_file():
         data = ModelCard.load(Path(base.source) / "README.md", ignore_metadata_errors=True).data
     return Licence(*(data.get(key) for key in ("license", "license_name", "license_link"))) if data else Licence()
 
@@ -97,11 +94,8 @@ def write_card(
     datasets: Sequence[str],
 ) -> None:
     """Write the model card, README.md: what the Hub reads of it, and what people do."""
-    name = repo or folder.name
-    judge = run.kind == "judge"
-    own = ["reward-model", "llava-reward"] if judge else ["text-to-image", "stable-diffusion", "reinforcement-learning"]
-    adapter = run.kind == "lora" and not whole_pipeline
-    relation = "adapter" if judge or adapter else "finetune"
+    name, judge, lora = repo or folder.name, run.kind == "judge", run.kind == "lora" and not whole_pipeline
+    kind = ["reward-model", "llava-reward"] if judge else ["stable-diffusion", "reinforcement-learning"]
     results = judge_results(run) if judge else painter_results(run)
     data = ModelCardData(
         license=licence.id,
@@ -110,14 +104,14 @@ def write_card(
         library_name="rlhf-t2i" if judge else "diffusers",
         pipeline_tag="image-text-to-text" if judge else "text-to-image",
         base_model=base.hub_id,
-        tags=["rlhf-t2i", run.facts["recipe"], *own, *(["lora"] if adapter else [])],
+        tags=["rlhf-t2i", run.facts["recipe"], *kind, *(["lora"] if lora else [])],
         datasets=list(datasets) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=name.rpartition("/")[2],
         eval_results=results,
     )
     if base.hub_id is not None:
-        data["base_model_relation"] = relation
+        data["base_model_relation"] = "adapter" if judge or lora else "finetune"
     body = card_text(
         run, base,
         name=name, revision=revision, whole_pipeline=whole_pipeline, curves=curves, warnings=licence.warnings,
@@ -127,8 +121,7 @@ def write_card(
 
 def painter_results(run: FinishedRun) -> list[EvalResult]:
     """The rewards of the last evaluation, in the Hub's form."""
-    asked = run.config["evaluation_prompts"]
-    last = run.evaluations[-1]
+    asked, last = run.config["evaluation_prompts"], run.evaluations[-1]
     return [
         EvalResult(
             task_type="text-to-image",

@@ -420,6 +420,13 @@ def test_what_a_run_lacks_is_named(how: str, error: type[Exception], message: st
     assert not (copy / "publication").exists()
 
 
+def test_a_judge_that_was_not_measured_is_not_finished(judge_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(judge_run, tmp_path / "run")
+    (run / "metrics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no metrics.json. Its run is not finished: .*--resume"):
+        recipe.main(recipe.Config(run=str(run)))
+
+
 def test_a_base_that_is_gone_or_named_twice_is_refused(lora_run: Path) -> None:
     from rlhf_t2i.publication import base_of
 
