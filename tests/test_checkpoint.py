@@ -177,7 +177,7 @@ def test_a_fault_at_any_moment_of_a_commit_leaves_the_older_checkpoint_whole(
 ) -> None:
     older = save(tmp_path, 10, keep=1)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint if moment.startswith("_") else Path, moment, no_space)
+        patched.setattr(checkpoint if hasattr(checkpoint, moment) else Path, moment, no_space)
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path, 20, keep=1)
     assert found(tmp_path) == (older, [])
