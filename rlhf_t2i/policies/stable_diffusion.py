@@ -60,7 +60,7 @@ class StableDiffusion:
         asked for; adapters can just be switched off.
         """
         if lora_rank is not None:
-            with _only_errors():
+            with only_errors():
                 self.unet.to(self.dtype)
             add_lora(self.unet, rank=lora_rank, alpha=float(lora_alpha or lora_rank), seed=seed)
             return
@@ -262,7 +262,7 @@ class StableDiffusion:
 
 
 @contextmanager
-def _only_errors() -> Iterator[None]:
+def only_errors() -> Iterator[None]:
     """Keep diffusers from remarks and progress bars that tell a user nothing."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
@@ -296,7 +296,7 @@ def load_stable_diffusion(
             f"StableDiffusionPipeline, or a Hub id such as 'owner/name'."
         )
     source = str(path) if path.exists() else model
-    with _only_errors():
+    with only_errors():
         try:
             declared = StableDiffusionPipeline.load_config(source)["_class_name"]
             if declared != "StableDiffusionPipeline":
