@@ -125,6 +125,26 @@ def test_weights_are_compared_on_the_same_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_is_published_and_compared_as_the_readme_says(tmp_path: Path) -> None:
+    """All but the upload, for which tests/test_publish.py has a Hub."""
+    run(["recipes/ddpo.py", *flags(**TINY, run_folder=tmp_path / "ddpo")])
+    run(["recipes/ddpo.py", *flags(**TINY, run_folder=tmp_path / "draft", seed=1)])
+    (block,) = [text for text in COMMANDS if "recipes/publish.py" in text]
+    dry, _, side_by_side = (line.partition("#")[0].strip() for line in block.splitlines())
+    for command in (dry, f"{side_by_side} --output {tmp_path / 'comparison.html'}"):
+        command = command.replace("runs/ddpo-DATE", str(tmp_path / "ddpo")).replace(
+            "runs/draft-DATE", str(tmp_path / "draft")
+        )
+        subprocess.run(
+            [sys.executable, *command.split()[1:]], cwd=ROOT, check=True, capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    card = (tmp_path / "ddpo" / "publication" / "README.md").read_text()
+    assert "StableDiffusionPipeline.from_pretrained" in card
+    assert (tmp_path / "comparison.html").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["draft", "diffusion_dpo", "best_of_n", "fk_steering"])
 def test_the_other_recipes_run_as_the_readme_says(name: str, tmp_path: Path) -> None:
     """On the built-in world without settings, but for their number."""
