@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -47,6 +48,10 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Of DeepSpeed's own calls, in every process, and for nobody here to change.
+        warnings.filterwarnings(
+            "ignore", message=r".*is deprecated", category=FutureWarning, module="torch.distributed"
+        )
         return accelerator, _zero_mode(accelerator)
     if deepspeed:
         raise RuntimeError(f"DeepSpeed was asked for, and accelerate made the processes {kind.value} instead.")
