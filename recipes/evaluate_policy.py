@@ -65,7 +65,7 @@ class Config:
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Paint the same pictures with each of the weights, judge them, print and write the table."""
-    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion  # takes seconds
+    from rlhf_t2i.policies.load import load_policy  # takes seconds
 
     rewards = load_rewards(config.rewards).rewards
     prompts, seeds = evaluation_set(
@@ -74,7 +74,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     run = start_run({**asdict(config), "resume": False, "trackers": "", "keep_checkpoints": 0}, recipe="evaluation")
     table: dict[str, dict[str, float]] = {}
     for index, name in enumerate(names(config.weights)):
-        policy = load_stable_diffusion(
+        policy = load_policy(
             config.model, device=run.device, dtype=run.dtype, weights=None if name == "base" else Path(name)
         )
         sampler = Sampler(

@@ -224,7 +224,7 @@ class Search:
 
 def start_search(config: SearchConfig, *, recipe: str, eta: float) -> Search:
     """Load everything. Raises what `load_rewards`, `load_prompts`, `start_run` and the model's loader do."""
-    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion  # takes seconds
+    from rlhf_t2i.policies.load import load_policy  # takes seconds
 
     rewards = load_rewards(config.rewards, finite=False)
     veto = Veto(load_reward(config.veto, finite=False), config.veto_below) if config.veto else None
@@ -232,7 +232,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> Search:
     prompts = load_prompts(config.prompts, held_out=True)
     metadata = metadata_of(config.prompts, prompts)
     run = start_run({**asdict(config), "trackers": "", "keep_checkpoints": 0}, recipe=recipe, checkpoints=False)
-    policy = load_stable_diffusion(
+    policy = load_policy(
         config.model, device=run.device, dtype=run.dtype, weights=Path(config.weights) if config.weights else None
     )
     sampler = Sampler(policy.schedule(config.num_denoising_steps), partial(ddim, eta=eta), config.guidance_scale)

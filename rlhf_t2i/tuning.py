@@ -269,13 +269,13 @@ def start_tuning(
     it predicted before training, with `keep_initial` the weights of that time are known. Raises what `load_rewards`,
     `load_prompts`, `start_run` and the model's loader do.
     """
-    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion  # takes seconds
+    from rlhf_t2i.policies.load import load_policy  # takes seconds
 
     judges = load_rewards(config.evaluation_rewards)
     held_out = load_prompts(config.evaluation_prompts, held_out=True)
     evaluation = evaluation_set(held_out, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
     run = start_run(asdict(config), recipe=recipe)
-    policy = load_stable_diffusion(config.model, device=run.device, dtype=run.dtype)
+    policy = load_policy(config.model, device=run.device, dtype=run.dtype)
     policy.learn(config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed)
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
