@@ -45,7 +45,7 @@ class Config(TuningConfig):
     images_per_prompt: int = 12
     """Pictures of each, on one process."""
     eta: float = 1.0
-    """Noise of each DDIM step, in (0, 1]."""
+    """Noise of each step, in (0, 1]: 1 is as much as the forward process has."""
     rewards: str = "judge"
     """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id),
     oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""

@@ -70,7 +70,7 @@ class Config(TuningConfig):
     images_per_prompt: int = 8
     """Of judged pairs: pictures of each, on one process."""
     eta: float = 1.0
-    """Of judged pairs: noise of each DDIM step of painting, in [0, 1]."""
+    """Of judged pairs: noise of each step of painting, in [0, 1]."""
     rewards: str = "judge"
     """Of judged pairs: comma-separated NAME or NAME=WEIGHT: judge, judge:PATH (a LLaVA-Reward folder or Hub id),
     oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from rlhf_t2i.config import names, parse_config
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
 from rlhf_t2i.metrics import save_captions, save_pictures
 from rlhf_t2i.prompts import load_prompts
@@ -28,7 +27,7 @@ class Config:
     """Fields in the order of the flow."""
 
     model: str = "shapes"
-    """A StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    """A pipeline folder of diffusers, a Hub id, or the built-in model."""
     weights: str = "base"
     """Comma-separated: base (the model itself), and folders of runs, of their lora or unet, or of checkpoints. A run's
     own weights are the average if it kept one (ema_decay); a checkpoint's are the last."""
@@ -77,9 +76,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         policy = load_policy(
             config.model, device=run.device, dtype=run.dtype, weights=None if name == "base" else Path(name)
         )
-        sampler = Sampler(
-            policy.schedule(config.num_denoising_steps), partial(ddim, eta=config.eta), config.guidance_scale
-        )
+        schedule = policy.schedule(config.num_denoising_steps)
+        sampler = Sampler(schedule, stochastic(schedule, eta=config.eta), config.guidance_scale)
         evaluation = evaluate(policy, prompts, seeds, rewards, sampler=sampler, batch_size=config.batch_size, run=run)
         table[name] = evaluation.summary()
         run.say(row(name, evaluation))

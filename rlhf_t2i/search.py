@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from rlhf_t2i.checkpoint import write_atomically
 from rlhf_t2i.config import Rule, check, names
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.geneval import metadata_of, write_metadata
 from rlhf_t2i.metrics import save_pictures
 from rlhf_t2i.prompts import load_prompts
@@ -45,7 +44,7 @@ class SearchConfig:
     """Searches in one batch: what a kill can cost."""
 
     model: str = "shapes"
-    """A StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    """A pipeline folder of diffusers, a Hub id, or the built-in model."""
     weights: str | None = None
     """Trained weights for it: the folder of a run, of its lora or unet, or of a checkpoint."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -235,7 +234,8 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> Search:
     policy = load_policy(
         config.model, device=run.device, dtype=run.dtype, weights=Path(config.weights) if config.weights else None
     )
-    sampler = Sampler(policy.schedule(config.num_denoising_steps), partial(ddim, eta=eta), config.guidance_scale)
+    schedule = policy.schedule(config.num_denoising_steps)
+    sampler = Sampler(schedule, stochastic(schedule, eta=eta), config.guidance_scale)
     studio = Studio(policy, rewards, sampler=sampler, batch_size=config.batch_size, veto=veto)
     return Search(config, run, studio, watched, prompts, metadata)
 

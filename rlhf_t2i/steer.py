@@ -11,7 +11,6 @@ function of pictures in [0, 1] and prompts. What all candidates scored and what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.particles import PotentialName
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling import best_of_n as search
@@ -132,4 +131,5 @@ def as_judges(reward: Judges | str) -> Judges:
 def _sampler(painter: Painter, num_steps: int, *, eta: float, guidance_scale: float) -> Sampler:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must be in [0, 1].")
-    return Sampler(painter.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
+    schedule = painter.schedule(num_steps)
+    return Sampler(schedule, stochastic(schedule, eta=eta), guidance_scale)

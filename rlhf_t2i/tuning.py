@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.config import Rule, check, names
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.early_stop import EarlyStop
 from rlhf_t2i.ema import ExponentialMovingAverage, exchanged
 from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
@@ -35,9 +35,9 @@ class TuningConfig:
     """The same for evaluation; of the built-in world the held-out prompts."""
 
     model: str = "shapes"
-    """A StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    """A pipeline folder of diffusers, a Hub id, or the built-in model."""
     lora_rank: int | None = None
-    """Rank of the trained adapters; null trains the whole U-Net."""
+    """Rank of the trained adapters; null trains the whole denoiser."""
     lora_alpha: float | None = None
     """Adapters are scaled by alpha / rank; null stands for alpha = rank."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -118,7 +118,7 @@ class TuningConfig:
             (
                 "lora_scale_at_sampling",
                 self.lora_scale_at_sampling == 1 or self.lora_rank is not None,
-                "1 where the whole U-Net is trained, which has no adapters to scale (lora_rank)",
+                "1 where the whole denoiser is trained, which has no adapters to scale (lora_rank)",
             ),
             (
                 "early_stop_reward",
@@ -158,9 +158,9 @@ class Tuning:
     """What the weights were before training, if that was to be kept."""
 
     def sampler(self, *, eta: float) -> Sampler:
-        """How this policy paints, with so much noise in each DDIM step."""
-        config = self.config
-        return Sampler(self.policy.schedule(config.num_denoising_steps), partial(ddim, eta=eta), config.guidance_scale)
+        """How this policy paints, with so much noise in each step."""
+        schedule = self.policy.schedule(self.config.num_denoising_steps)
+        return Sampler(schedule, stochastic(schedule, eta=eta), self.config.guidance_scale)
 
     def steps(self) -> Iterator[int]:
         """The steps still to do. Held-out prompts are looked at before the first."""

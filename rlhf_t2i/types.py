@@ -35,6 +35,8 @@ class Schedule:
     alpha: Float[Tensor, " levels"]
     sigma: Float[Tensor, " levels"]
     model_time: Float[Tensor, " levels"]
+    kind: Literal["diffusion", "flow"] = "diffusion"
+    """What a picture turns into noise by: alpha^2 + sigma^2 = 1, or alpha + sigma = 1."""
 
     @property
     def num_steps(self) -> int:

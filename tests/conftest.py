@@ -19,6 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # with "AST constructor recursion depth mismatch" (python/cpython#106905). So all of them are imported here, at once.
 gc.disable()
 import rlhf_t2i.policies.load  # noqa: E402
+import rlhf_t2i.policies.sd3  # noqa: E402
 import rlhf_t2i.policies.sdxl  # noqa: E402
 import rlhf_t2i.policies.stable_diffusion  # noqa: E402
 import rlhf_t2i.shapes.build  # noqa: E402, F401
@@ -126,3 +127,14 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sdxl_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_sdxl(tmp_path_factory.mktemp("models") / "sdxl_v", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_sd3(tmp_path_factory.mktemp("models") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without T5, and with a schedule that depends on the size of the picture."""
+    return tiny.save_sd3(tmp_path_factory.mktemp("models") / "sd3_lean", with_t5=False, dynamic_shift=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.evaluate import evaluate
 from rlhf_t2i.policies.load import as_policy, load_policy
 from rlhf_t2i.policies.pipeline import PipelinePolicy
@@ -25,7 +24,8 @@ from rlhf_t2i.types import Sampler
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle on a blue background", "a blue square on a red background"]
 DIFFUSION = ["tiny_sdxl", "tiny_sdxl_v"]
-FAMILIES = [*DIFFUSION]
+FLOW = ["tiny_sd3", "tiny_sd3_lean"]
+FAMILIES = [*DIFFUSION, *FLOW]
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def pipeline_of(folder: Path) -> Any:
     """Plain diffusers, with the deterministic sampler that policies have."""
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+    declared = json.loads((folder / "model_index.json").read_text())
+    pipeline = DiffusionPipeline.from_pretrained(folder, **{n: None for n, p in declared.items() if p == [None, None]})
     if "beta_schedule" in pipeline.scheduler.config:
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -49,7 +50,8 @@ def pipeline_of(folder: Path) -> Any:
 
 
 def sampler_of(policy: PipelinePolicy, *, eta: float = 0.0, guidance_scale: float = 1.0, num_steps: int = 4) -> Sampler:
-    return Sampler(policy.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
+    schedule = policy.schedule(num_steps)
+    return Sampler(schedule, stochastic(schedule, eta=eta), guidance_scale)
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

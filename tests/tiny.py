@@ -48,6 +48,59 @@ def save_sdxl(folder: Path, *, prediction_type: str = "epsilon") -> Path:
     return folder
 
 
+def save_sd3(folder: Path, *, with_t5: bool = True, dynamic_shift: bool = False) -> Path:
+    """Like SD 3.5: two CLIPs, a T5, dual attention in some blocks, normalised queries and keys; a flow with a shift."""
+    import diffusers
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=36,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    shifting = {"use_dynamic_shifting": True, "max_shift": 1.16} if dynamic_shift else {"shift": 3.0}
+    diffusers.StableDiffusion3Pipeline(
+        vae=autoencoder(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModelWithProjection, hidden_size=16, projection_dim=16),
+        text_encoder_2=clip(CLIPTextModelWithProjection, hidden_size=24, projection_dim=20),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(width=48) if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shifting),
+    ).save_pretrained(folder)
+    return folder
+
+
+def t5(*, width: int) -> Any:
+    """An encoder of two layers."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    )
+
+
+def t5_tokenizer() -> Any:
+    """Letter by letter."""
+    from transformers import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
+    return T5Tokenizer(vocab=[*special, *((letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz")], extra_ids=0)
+
+
 def autoencoder(*, latent_channels: int = 4, **settings: Any) -> Any:
     """Two pixels a latent."""
     import diffusers

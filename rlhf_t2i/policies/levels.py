@@ -2,13 +2,13 @@
 
 # diffusers has no usable types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportReturnType=false
+# pyright: reportReturnType=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -73,6 +73,71 @@ class DiffusionLevels:
         if self.scheduler.config.prediction_type == "v_prediction":
             return per_image(level.alpha) * prediction.noise - per_image(level.sigma) * prediction.clean
         return prediction.noise
+
+
+class FlowLevels:
+    """alpha + sigma = 1, and a network that finds the velocity = noise - clean (arXiv:2209.03003)."""
+
+    def __init__(self, config: Any, *, device: torch.device, shift: float, even: bool = False) -> None:
+        """From a scheduler's config.
+
+        `shift` is that of a picture's size, for a scheduler that asks for it (`shift_for`). With `even` a schedule's
+        levels are, before any shift, 1, 1 - 1/T, ..., 1/T; else as the scheduler itself spaces them.
+        Raises ValueError for a scheduler that is none of a flow, and for one whose time runs backwards.
+        """
+        name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if not name.startswith("FlowMatch"):
+            raise ValueError(f"The model's scheduler, {name}, is not one of a flow model (FlowMatchEulerDiscrete).")
+        if config.get("invert_sigmas", False):
+            raise ValueError("The model's scheduler sets invert_sigmas, which is not supported; set it to false.")
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+        self.device, self.shift, self.even = device, shift, even
+        sigmas = self.scheduler.sigmas.flip(0)
+        is_dynamic = self.scheduler.config.use_dynamic_shifting
+        self._trained: Tensor = self.scheduler.time_shift(shift, 1.0, sigmas) if is_dynamic else sigmas
+
+    def schedule(self, num_steps: int) -> Schedule:
+        """The levels that the stock pipeline passes in `num_steps` steps, from pure noise to clean.
+
+        Raises ValueError for less than one step.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_denoising_steps is {num_steps}; it must be at least 1.")
+        even = [1 - i / num_steps for i in range(num_steps)] if self.even else None
+        self.scheduler.set_timesteps(num_steps, sigmas=even, mu=self.shift)
+        sigma = self.scheduler.sigmas.to(self.device, torch.float32)
+        times = self.scheduler.timesteps.to(self.device, torch.float32)
+        return Schedule(1 - sigma, sigma, torch.cat([times, times.new_zeros(1)]), kind="flow")
+
+    def at(self, times: Int[Tensor, " B"]) -> Level:
+        """The levels that the model's own schedule has: 0 is nearly clean, 999 (for most models) pure noise.
+
+        Raises ValueError for a time that it does not have.
+        """
+        times, total = times.cpu(), len(self._trained)
+        check_times(times, total)
+        sigma = self._trained[times].to(self.device, torch.float32)
+        return Level(1 - sigma, sigma, sigma * total)
+
+    def prediction(
+        self, latents: Float[Tensor, "B C H W"], output: Float[Tensor, "B C H W"], level: Level
+    ) -> Prediction:
+        alpha, sigma = per_image(level.alpha), per_image(level.sigma)
+        return Prediction(latents - sigma * output, latents + alpha * output)
+
+    def output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+        return prediction.noise - prediction.clean
+
+
+def shift_for(num_patches: int, config: Any) -> float:
+    """How far a scheduler with dynamic shifting moves its levels towards noise, for a picture of so many patches.
+
+    A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as in the stock pipelines.
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (most - base) / (high - low)
+    return slope * num_patches + base - slope * low
 
 
 def check_times(times: Int[Tensor, " B"], total: int) -> None:

@@ -1,7 +1,7 @@
 """From a pipeline folder to a policy; the one place that knows which families there are."""
 
 # diffusers has no usable types.
-# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportAssignmentType=false
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,10 +32,14 @@ def family_of(pipeline_class: str) -> FamilyClass:
             from rlhf_t2i.policies.sdxl import StableDiffusionXL
 
             return StableDiffusionXL
+        case "StableDiffusion3Pipeline":
+            from rlhf_t2i.policies.sd3 import StableDiffusion3
+
+            return StableDiffusion3
         case _:
             raise ValueError(
-                f"The model is a {pipeline_class}; those that can be trained are StableDiffusionPipeline (1.x and 2.x) "
-                f"and StableDiffusionXLPipeline."
+                f"The model is a {pipeline_class}; those that can be trained are StableDiffusionPipeline "
+                f"(1.x and 2.x), StableDiffusionXLPipeline and StableDiffusion3Pipeline (3 and 3.5)."
             )
 
 
@@ -71,8 +75,9 @@ def load_policy(
     source = str(path) if path.exists() else model
     with only_errors():
         try:
-            family = family_of(DiffusionPipeline.load_config(source)["_class_name"])
-            pipeline: Any = family.pipeline_class.from_pretrained(source, dtype=torch.float32, **_left_out(family))
+            declared: dict[str, Any] = DiffusionPipeline.load_config(source)
+            family = family_of(declared["_class_name"])
+            pipeline: Any = family.pipeline_class.from_pretrained(source, dtype=torch.float32, **_left_out(declared))
         except OSError as error:
             raise FileNotFoundError(
                 f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {error}"
@@ -82,11 +87,12 @@ def load_policy(
         return PipelinePolicy(family(pipeline, device=device, dtype=dtype), device=device, dtype=dtype)
 
 
-def _left_out(family: FamilyClass) -> dict[str, Any]:
-    """Parts of a pipeline that nobody here asks."""
-    if family.pipeline_class.__name__ == "StableDiffusionPipeline":
-        return {"safety_checker": None, "requires_safety_checker": False}
-    return {}
+def _left_out(declared: dict[str, Any]) -> dict[str, Any]:
+    """Parts that a pipeline lacks (T5 of an SD 3), of which diffusers wants to be told, and those that nobody asks."""
+    lacking = {name: None for name, part in declared.items() if part == [None, None]}
+    if declared["_class_name"] == "StableDiffusionPipeline":
+        return {**lacking, "safety_checker": None, "requires_safety_checker": False}
+    return lacking
 
 
 def _load_weights(pipeline: Any, family: FamilyClass, path: Path) -> None:

@@ -181,6 +181,7 @@ class PipelinePolicy:
             )
             return folder / "lora"
         network: Any = self._network_class.from_config(self.network.config)
-        network.load_state_dict(weights)
+        expected = network.state_dict()
+        network.load_state_dict({**{n: b for n, b in self.network.named_buffers() if n in expected}, **weights})
         network.save_pretrained(folder / component)
         return folder / component

@@ -21,7 +21,7 @@ class TextEncoder:
     ) -> None:
         """Prompts are padded or cut to `max_length` tokens; None is as many as the tokenizer says."""
         self.tokenizer = tokenizer
-        self.model: Any = model.requires_grad_(False).to(device, dtype).eval()
+        self.model: Any = _in_precision(model.requires_grad_(False).to(device).eval(), dtype)
         self.device = device
         self.max_length: int = max_length or tokenizer.model_max_length
 
@@ -40,6 +40,14 @@ class TextEncoder:
         """The states before a CLIP's last layer, and what it gives first: the summary, if it has a projection."""
         found = self.model(self.tokens(prompts)[0], output_hidden_states=True)
         return found.hidden_states[-2], found[0]
+
+
+def _in_precision(model: Any, dtype: torch.dtype) -> Any:
+    """A network in `dtype`, but for layers that say they overflow in half precision (of T5)."""
+    in_float32 = (getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if {*in_float32} & {*name.split(".")} else dtype)
+    return model
 
 
 class Memory:
