@@ -155,7 +155,7 @@ def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
 
 def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path, *, seconds: float) -> None:
     """The pass rate against seconds of training, each method the mean of its seeds."""
-    colours = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d5a97", "#00798c", "#9a6324", "#444444")
+    colours = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d5a97", "#00798c", "#9a6324", "#444444", "#b59fd6")
     width, height, left, top = 760, 360, 50, 20
     lines: list[str] = []
     grid = np.linspace(0, seconds, 41)
@@ -171,7 +171,7 @@ def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path, *, seconds
     for tick in np.linspace(0, seconds, 5):
         x, y = place(tick, 0).split(",")
         lines.append(f'<text x="{x}" y="{float(y) + 18}" text-anchor="middle">{tick:.0f}</text>')
-    for number, ((name, runs), colour) in enumerate(zip(curves.items(), colours, strict=False)):
+    for number, ((name, runs), colour) in enumerate(zip(curves.items(), colours, strict=True)):
         means = [np.mean([at(points, t)["pass"] for points in runs]) for t in grid]
         path_points = " ".join(place(t, float(m)) for t, m in zip(grid, means, strict=True))
         lines.append(f'<polyline points="{path_points}" fill="none" stroke="{colour}" stroke-width="2"/>')

@@ -27,8 +27,10 @@ from rlhf_t2i.batching import minibatches
 from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
+from rlhf_t2i.policy_gradient import update_metrics
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.overlap import Overlap
 from rlhf_t2i.run import Run
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.seeds import PAINT, PICK, generators_for
@@ -48,7 +50,9 @@ class Config(TuningConfig):
     """Noise of each step, in (0, 1]: 1 is as much as the forward process has."""
     rewards: str = "judge"
     """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id),
-    oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
+    oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, module:function, or http://HOST:PORT."""
+    async_reward: bool = False
+    """Judge what is painted while the rest is still being painted: for a judge on another machine or device."""
 
     advantages: Literal["per_prompt_history", "group_relative", "whole_batch"] = "per_prompt_history"
     history_size: int = 32
@@ -111,13 +115,17 @@ def main(config: Config) -> Run:
     for step in tuning.steps():
         asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own = [asked[i] for i in mine for _ in range(config.images_per_prompt)]
-        with run.timed("rollout"), tuning.painting():
-            images, trajectory = rollout(
-                tuning.policy, own, sampler=sampler, batch_size=config.microbatch_size,
-                generators=generators_for(config.seed, PAINT, step, mine),
-            )  # fmt: skip
-        with run.timed("reward"), torch.no_grad():
-            rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
+        with Overlap(reward, batch_size=config.microbatch_size) as judges:
+            with run.timed("rollout"), tuning.painting():
+                images, trajectory = rollout(
+                    tuning.policy, own, sampler=sampler, batch_size=config.microbatch_size,
+                    generators=generators_for(config.seed, PAINT, step, mine),
+                    painted=judges.submit if config.async_reward else None,
+                )  # fmt: skip
+            with run.timed("reward"), torch.no_grad():
+                rewards, verdicts = (
+                    judges.results() if config.async_reward else reward(images, own, batch_size=config.microbatch_size)
+                )
         groups = run.gather(rewards.view(len(mine), -1)).cpu()
         advantages = compare(asked, groups, history=history, config=config).to(run.device)
         with run.timed("update"):
@@ -126,7 +134,7 @@ def main(config: Config) -> Run:
                 generators=generators_for(config.seed, PICK, step, mine), sampler=sampler, config=config,
             )  # fmt: skip
         if step == 0:
-            warn_of_the_first_update(run, metrics)
+            tuning.warn_of_the_first_update(metrics)
         verdict = {f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}
         tuning.finish_step(
             step,
@@ -138,26 +146,6 @@ def main(config: Config) -> Run:
             **metrics,
         )
     return tuning.finish()
-
-
-def warn_of_the_first_update(run: Run, metrics: dict[str, float]) -> None:
-    """Say what the ratio tells of settings that will not learn."""
-    error, spread, clip_range = metrics["replay_error"], metrics["ratio_std"], metrics["clip_range"]
-    if error > 0.1 * clip_range:
-        run.say(
-            f"WARNING: replaying an unchanged policy moves its log-densities by {error:.1e}; beside a clip_range of "
-            f"{clip_range:.1e} that is noise. Try the same microbatch_size on another device, or mixed_precision: no."
-        )
-    if 0 < spread < 0.02 * clip_range:
-        run.say(
-            f"WARNING: the first update moved the ratio by {spread:.1e}, of a clip_range of {clip_range:.1e}; it will "
-            f"learn slowly. Raise learning_rate."
-        )
-    if spread > 10 * clip_range:
-        run.say(
-            f"WARNING: the first update moved the ratio by {spread:.1e}, far beyond a clip_range of {clip_range:.1e}; "
-            f"most strokes are clipped and teach nothing. Lower learning_rate, or use fewer num_inner_epochs."
-        )
 
 
 def compare(
@@ -228,18 +216,9 @@ def update(
             if not steps:
                 replay_error = torch.maximum(replay_error, log_ratio.abs().max())
         steps.append(tuning.descend())
-    loss, log_ratio, kl = run.gather(torch.cat(seen)).T
-    return {
-        "loss": loss.mean().item(),
-        "ratio_mean": log_ratio.exp().mean().item(),
-        "ratio_std": log_ratio.square().mean().sqrt().item(),
-        "clip_range": clip_range,
-        "clip_fraction": ((log_ratio.exp() - 1).abs() > clip_range).float().mean().item(),
-        **({"kl": kl.mean().item()} if config.kl_weight else {}),
-        "gradient_norm": sum(s["gradient_norm"] for s in steps) / len(steps),
-        "skipped_updates": sum(s["skipped_updates"] for s in steps),
-        "replay_error": run.gather(replay_error).max().item(),
-    }
+    return update_metrics(
+        run, torch.cat(seen), steps, clip_range=clip_range, replay_error=replay_error, with_kl=config.kl_weight > 0
+    )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class Config:
 
     model: str = "shapes"
     """A pipeline folder of diffusers, a Hub id, or the built-in model."""
+    resolution: int | None = None
+    """Height and width of pictures, in pixels; null is what the model was made for."""
     weights: str = "base"
     """Comma-separated: base (the model itself), and folders of runs, of their lora or unet, or of checkpoints. A run's
     own weights are the average if it kept one (ema_decay); a checkpoint's are the last."""
@@ -74,7 +76,11 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for index, name in enumerate(names(config.weights)):
         policy = load_policy(
-            config.model, device=run.device, dtype=run.dtype, weights=None if name == "base" else Path(name)
+            config.model,
+            device=run.device,
+            dtype=run.dtype,
+            weights=None if name == "base" else Path(name),
+            resolution=config.resolution,
         )
         schedule = policy.schedule(config.num_denoising_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.eta), config.guidance_scale)

@@ -215,13 +215,21 @@ class Run:
     # --- checkpoints ---
 
     def prepare(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_gradient_norm: float, microbatch_size: int
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_gradient_norm: float,
+        microbatch_size: int,
+        average: bool = False,
+        reference: bool = False,
     ) -> Learner:
         """Spread what learns over the processes; ValueError if DeepSpeed's settings are not those of the recipe.
 
-        Says first who will hold what, and writes it into run.json.
+        Says first who will hold what, and writes it into run.json: also an `average` of what learns and a frozen
+        `reference`, where there will be these.
         """
-        learning = learning_of(network, self.mode, processes=self.num_processes)
+        learning = learning_of(network, self.mode, processes=self.num_processes, average=average, reference=reference)
         precision = self.accelerator.mixed_precision
         self.say(placement_table(learning, precision=precision, microbatch_size=microbatch_size))
         if self.is_main:

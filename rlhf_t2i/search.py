@@ -45,6 +45,8 @@ class SearchConfig:
 
     model: str = "shapes"
     """A pipeline folder of diffusers, a Hub id, or the built-in model."""
+    resolution: int | None = None
+    """Height and width of pictures, in pixels; null is what the model was made for."""
     weights: str | None = None
     """Trained weights for it: the folder of a run, of its lora or unet, or of a checkpoint."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -85,6 +87,7 @@ class SearchConfig:
             ("num_denoising_steps", self.num_denoising_steps >= 1, "at least 1"),
             ("guidance_scale", self.guidance_scale >= 1, "at least 1, which is off"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("resolution", self.resolution is None or self.resolution >= 1, "at least 1"),
             ("seed", self.seed >= 0, "at least 0"),
         ]
 
@@ -232,7 +235,11 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> Search:
     metadata = metadata_of(config.prompts, prompts)
     run = start_run({**asdict(config), "trackers": "", "keep_checkpoints": 0}, recipe=recipe, checkpoints=False)
     policy = load_policy(
-        config.model, device=run.device, dtype=run.dtype, weights=Path(config.weights) if config.weights else None
+        config.model,
+        device=run.device,
+        dtype=run.dtype,
+        weights=Path(config.weights) if config.weights else None,
+        resolution=config.resolution,
     )
     schedule = policy.schedule(config.num_denoising_steps)
     sampler = Sampler(schedule, stochastic(schedule, eta=eta), config.guidance_scale)

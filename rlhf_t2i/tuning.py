@@ -36,6 +36,8 @@ class TuningConfig:
 
     model: str = "shapes"
     """A pipeline folder of diffusers, a Hub id, or the built-in model."""
+    resolution: int | None = None
+    """Height and width of pictures, in pixels; null is what the model was made for."""
     lora_rank: int | None = None
     """Rank of the trained adapters; null trains the whole denoiser."""
     lora_alpha: float | None = None
@@ -75,6 +77,8 @@ class TuningConfig:
     evaluation_rewards: str = "oracle,oracle_pass,judge"
     """Comma-separated rewards. One that is not trained on shows how much of the gain is real; the report draws the
     gap."""
+    num_evaluation_steps: int | None = None
+    """Denoising steps in evaluation; null is num_denoising_steps."""
     evaluation_eta: float = 0.0
     evaluation_seed: int = 1_000_000
     lora_scale_at_sampling: float = 1.0
@@ -112,6 +116,8 @@ class TuningConfig:
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
             ("num_steps", self.num_steps >= 1, "at least 1"),
             ("num_evaluation_images", self.num_evaluation_images >= 2, "at least 2"),
+            ("resolution", self.resolution is None or self.resolution >= 1, "at least 1"),
+            ("num_evaluation_steps", self.num_evaluation_steps is None or self.num_evaluation_steps >= 1, "at least 1"),
             ("evaluation_eta", 0 <= self.evaluation_eta <= 1, "in [0, 1]"),
             ("evaluation_seed", self.evaluation_seed >= 0, "at least 0"),
             ("lora_scale_at_sampling", self.lora_scale_at_sampling > 0, "positive"),
@@ -157,9 +163,9 @@ class Tuning:
     initial: Mapping[str, Tensor]
     """What the weights were before training, if that was to be kept."""
 
-    def sampler(self, *, eta: float) -> Sampler:
-        """How this policy paints, with so much noise in each step."""
-        schedule = self.policy.schedule(self.config.num_denoising_steps)
+    def sampler(self, *, eta: float, num_steps: int | None = None) -> Sampler:
+        """How this policy paints, with so much noise in each step; None is num_denoising_steps."""
+        schedule = self.policy.schedule(num_steps or self.config.num_denoising_steps)
         return Sampler(schedule, stochastic(schedule, eta=eta), self.config.guidance_scale)
 
     def steps(self) -> Iterator[int]:
@@ -194,6 +200,27 @@ class Tuning:
         self.run.count_skipped(skipped, most=self.config.max_skipped_updates)
         return {"gradient_norm": norm if math.isfinite(norm) else 0.0, "skipped_updates": float(skipped)}
 
+    def warn_of_the_first_update(self, metrics: Mapping[str, float]) -> None:
+        """Say what replay_error, ratio_std and clip_range tell of settings that will not learn."""
+        error, spread, clip_range = metrics["replay_error"], metrics["ratio_std"], metrics["clip_range"]
+        if error > 0.1 * clip_range:
+            self.run.say(
+                f"WARNING: replaying an unchanged policy moves its log-densities by {error:.1e}; beside a clip_range "
+                f"of {clip_range:.1e} that is noise. Try the same microbatch_size on another device, or "
+                f"mixed_precision: no."
+            )
+        if 0 < spread < 0.02 * clip_range:
+            self.run.say(
+                f"WARNING: the first update moved the ratio by {spread:.1e}, of a clip_range of {clip_range:.1e}; it "
+                f"will learn slowly. Raise learning_rate."
+            )
+        if spread > 10 * clip_range:
+            self.run.say(
+                f"WARNING: the first update moved the ratio by {spread:.1e}, far beyond a clip_range of "
+                f"{clip_range:.1e}; most strokes are clipped and teach nothing. Lower learning_rate, or use fewer "
+                f"num_inner_epochs."
+            )
+
     def finish_step(self, step: int, **row: float | int) -> None:
         """Average the weights and write the step down; look and save where it is time."""
         self.average.update(self.learner.weights)
@@ -223,8 +250,8 @@ class Tuning:
         with self._as_sampled(), self.painting():
             return evaluate(
                 self.policy, prompts, seeds, self.judges.rewards,
-                sampler=self.sampler(eta=self.config.evaluation_eta), batch_size=self.config.microbatch_size,
-                run=self.run,
+                sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
+                batch_size=self.config.microbatch_size, run=self.run,
             )  # fmt: skip
 
     @contextmanager
@@ -275,7 +302,7 @@ def start_tuning(
     held_out = load_prompts(config.evaluation_prompts, held_out=True)
     evaluation = evaluation_set(held_out, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
     run = start_run(asdict(config), recipe=recipe)
-    policy = load_policy(config.model, device=run.device, dtype=run.dtype)
+    policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
     policy.learn(config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed)
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
@@ -288,8 +315,11 @@ def start_tuning(
     learner = run.prepare(
         policy.denoiser, optimizer,
         max_gradient_norm=config.max_gradient_norm, microbatch_size=config.microbatch_size,
+        average=config.ema_decay > 0, reference=policy.reference is not None,
     )  # fmt: skip
     policy.denoiser = learner.network
+    if policy.reference is not None:
+        policy.reference = learner.spread(policy.reference)
     average = ExponentialMovingAverage(learner.weights, decay=config.ema_decay)
     initial = {name: weight.detach().clone() for name, weight in learner.weights.items() if keep_initial}
     early_stop = EarlyStop(config.early_stop_reward, patience=config.patience) if config.early_stop_reward else None

@@ -128,7 +128,9 @@ class Policy(Painter, Protocol):
     """A text-to-image model seen as something that can be taught."""
 
     denoiser: nn.Module
-    """The network that learns: the only part that is wrapped for several processes."""
+    """The network that learns, as it is spread over several processes."""
+    reference: nn.Module | None
+    """A frozen copy of it, if one is needed and was kept; spread in the same way."""
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

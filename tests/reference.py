@@ -248,3 +248,11 @@ def cps(
             mean[(b, *index)] = (1 - next_sigma[b]) * clean + math.sqrt(next_sigma[b] ** 2 - std**2) * noise
         stds.append(std)
     return mean, stds
+
+
+def globally_scaled(rewards: Rows) -> list[list[float]]:
+    """Distance from the mean of a row, in standard deviations of everything; a row of equals gets zeros."""
+    everything = [r for row in rewards for r in row]
+    middle = sum(everything) / len(everything)
+    std = math.sqrt(sum((r - middle) ** 2 for r in everything) / len(everything))
+    return [[0.0 if len({*row}) == 1 else (r - sum(row) / len(row)) / std for r in row] for row in rewards]

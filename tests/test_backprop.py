@@ -62,7 +62,7 @@ def exact_policy(model: Path) -> ExactDiffusion:
     policy.learn(None, lora_alpha=None, keep_reference=True, seed=0)
     policy.__class__, policy.family.__class__ = ExactDiffusion, ExactFamily
     assert isinstance(policy, ExactDiffusion)
-    for module in (policy.network, policy.family.autoencoder.vae, policy._reference):
+    for module in (policy.network, policy.family.autoencoder.vae, policy.reference):
         module.double()
     move(policy, directions(policy, seed=7), 0.02)
     return policy

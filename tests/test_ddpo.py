@@ -22,6 +22,7 @@ from recipes import ddpo
 from rlhf_t2i.evaluate import Evaluation
 from rlhf_t2i.parallel.state import stored_weights
 from rlhf_t2i.run import Run
+from rlhf_t2i.tuning import TuningConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,6 +163,15 @@ def test_the_microbatch_size_changes_no_result(config: ddpo.Config, tmp_path: Pa
     parts = train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "parts")))
     assert_same(weights(whole), weights(parts), atol=1e-4)
     assert rows(whole, "train")[0]["reward"] == pytest.approx(rows(parts, "train")[0]["reward"], abs=1e-6)
+
+
+def test_judging_while_painting_changes_no_result(config: ddpo.Config, tmp_path: Path) -> None:
+    """Nine parts of eight pictures, each judged while the next is painted: the same advantages, so the same weights."""
+    config = replace(config, prompts_per_step=9, images_per_prompt=8, num_steps=2)
+    (at_once, rest) = state(train(config), 2)
+    overlapped, same = state(train(replace(config, async_reward=True, run_folder=str(tmp_path / "overlapped"))), 2)
+    assert_same(overlapped, at_once)
+    assert same == rest
 
 
 def test_gradient_checkpointing_changes_no_result(config: ddpo.Config, tmp_path: Path) -> None:
@@ -429,7 +439,7 @@ def test_a_reward_that_is_no_number_stops_the_run_with_its_name(config: ddpo.Con
 # --- processes --------------------------------------------------------------------------------------
 
 
-def command_line(config: ddpo.Config) -> list[str]:
+def command_line(config: TuningConfig) -> list[str]:
     given = {name: value for name, value in vars(config).items() if value is not None}
     return [
         part
@@ -450,13 +460,18 @@ def start(config: ddpo.Config, *launcher: str) -> subprocess.Popen[str]:
     )
 
 
-def launch(config: ddpo.Config, accelerate_config: str = "single.yaml", *options: str) -> Path:
-    """The recipe by `accelerate launch`, to its end."""
-    command = [
+def launch_command(config: TuningConfig, accelerate_config: str, *options: str) -> list[str]:
+    """`accelerate launch` of the recipe whose config this is."""
+    recipe = type(config).__module__.replace(".", "/")
+    return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{accelerate_config}",
-        *options, "recipes/ddpo.py", *command_line(config),
+        *options, f"{recipe}.py", *command_line(config),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def launch(config: TuningConfig, accelerate_config: str = "single.yaml", *options: str) -> Path:
+    """The recipe by `accelerate launch`, to its end."""
+    command, environment = launch_command(config, accelerate_config, *options), {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return Path(str(config.run_folder))

@@ -288,3 +288,17 @@ def test_a_distilled_unet_is_refused(tiny_sdxl: Path) -> None:
     pipeline.unet.register_to_config(time_cond_proj_dim=8)
     with pytest.raises(ValueError, match="told of its guidance"):
         as_policy(pipeline)
+
+
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+def test_pictures_of_another_size_are_those_of_the_stock_pipeline(model: Path) -> None:
+    policy = load_policy(str(model), device=CPU, resolution=8)
+    assert policy.picture_size == (8, 8)
+    images = painted_by_diffusers(pipeline_of(model), height=8, width=8)
+    assert_close(painted(policy), images, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "multiple"), [("tiny_sdxl", 2), ("tiny_sd3", 4)])
+def test_a_size_that_no_latents_have_is_refused(name: str, multiple: int, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(ValueError, match=f"resolution is 9; for this model it must be a multiple of {multiple}"):
+        load_policy(str(request.getfixturevalue(name)), device=CPU, resolution=9)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
 from torch.testing import assert_close
 
-from recipes import ddpo
+from recipes import ddpo, diffusion_dpo, draft
 from rlhf_t2i.parallel.processes import _check_deepspeed, _wants_fsdp
 from rlhf_t2i.parallel.zero import reconciled
 from rlhf_t2i.rewards.builtin import oracle_graded
-from tests.test_ddpo import launch, rows, state
+from tests.test_ddpo import ROOT, launch, launch_command, rows, state
+from tests.test_remote import free_port
 
 MODES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
 TINY = ddpo.Config(
@@ -61,6 +64,59 @@ def test_a_run_goes_on_in_another_mode_on_another_number_of_processes(one_proces
     assert_same_training(folder, one_process)
 
 
+SHARED: dict[str, Any] = {
+    "adam_epsilon": 1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
+    "ema_decay": 0.5, "num_steps": 2, "checkpoint_every": 1, "evaluate_every": 0, "evaluation_rewards": "oracle",
+    "num_evaluation_images": 7, "microbatch_size": 8, "num_cpu_threads": 1, "learning_rate": 1e-3, "warmup_steps": 0,
+}  # fmt: skip
+OTHERS = {
+    "whole network, layer by layer": replace(
+        TINY, **{**SHARED, "gather_for_painting": False}, lora_rank=None, async_reward=True
+    ),
+    "draft": draft.Config(**SHARED, method="draft", backprop_steps=2, images_per_step=16, kl_weight=0.1),
+    "diffusion_dpo": diffusion_dpo.Config(
+        **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, num_inner_epochs=2
+    ),
+    "diffusion_dpo, adapters": diffusion_dpo.Config(
+        **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, num_inner_epochs=2, lora_rank=4
+    ),
+}
+"""With a frozen copy as the reference, and a number of pictures for evaluation that two processes cannot share."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_recipes_and_whole_networks_learn_the_same_in_parts(tmp_path: Path, name: str) -> None:
+    config = OTHERS[name]
+    single = launch(replace(config, run_folder=str(tmp_path / "single")))
+    expected, _ = state(single, 2)
+    for mode in ("deepspeed_zero3", "fsdp2"):
+        folder = launch(replace(config, run_folder=str(tmp_path / mode)), f"{mode}.yaml")
+        tensors, _ = state(folder, 2)
+        assert_close(tensors, expected, rtol=0, atol=1e-5, msg=lambda text, mode=mode: f"{mode}: {text}")
+        for kind, score in (("evaluation", "oracle"), ("train", "loss")):
+            own, other = ([row[score] for row in rows(f, kind)] for f in (folder, single))
+            assert own == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_machines_are_the_training_of_one(one_process: Path, tmp_path: Path) -> None:
+    """Two launchers that meet at a port of this machine, each with one process."""
+    config = replace(TINY, run_folder=str(tmp_path / "run"))
+    meeting = ["--num_processes", "2", "--main_process_port", str(free_port())]
+    machines = [
+        subprocess.Popen(
+            launch_command(config, "multi_node.yaml", *meeting, "--machine_rank", str(rank)),
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for machine in machines:
+        _, problem = machine.communicate(timeout=300)
+        assert machine.returncode == 0, problem
+    assert_same_training(tmp_path / "run", one_process)
+
+
 CALLS = count(1)
 
 
@@ -74,7 +130,7 @@ def deadly(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "deepspeed_zero2"])
+@pytest.mark.parametrize("mode", ["ddp", "deepspeed_zero2", "fsdp2"])
 def test_a_run_that_lost_a_process_goes_on_by_itself_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:

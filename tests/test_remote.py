@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from recipes import ddpo
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.rewards.batcher import Batcher
 from rlhf_t2i.rewards.gradient import require_gradient
@@ -43,6 +44,7 @@ from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_
 from rlhf_t2i.rewards.remote import RemoteReward
 from rlhf_t2i.rewards.serve import Config, Service, create_app, listen
 from rlhf_t2i.rewards.wire import JSON, SAFETENSORS, TOKEN_VARIABLE, pack
+from tests.test_ddpo import rows, state
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a fox number {i}" for i in range(7)]
@@ -824,3 +826,21 @@ def test_the_command_serves_several_trainers_and_finishes_its_work_when_it_is_st
     text = (tmp_path / "log").read_text()
     assert "Finished server process" in text
     assert TOKEN not in text
+
+
+def test_a_painter_learns_from_a_judge_behind_http_what_it_learns_from_one_here(tiny_sd: Path, tmp_path: Path) -> None:
+    """Each part of a rollout is judged there while the next is painted here; weights and rewards are the same bits."""
+    config = ddpo.Config(
+        model=str(tiny_sd), prompts_per_step=6, images_per_prompt=4, microbatch_size=8, num_denoising_steps=4,
+        rewards=f"{__name__}:redness", evaluation_rewards=f"{__name__}:redness", num_steps=2, evaluate_every=0,
+        num_evaluation_images=2, num_cpu_threads=1, run_folder=str(tmp_path / "here"),
+    )  # fmt: skip
+    here = ddpo.main(config).folder
+    with serving(redness) as server:
+        there = ddpo.main(
+            replace(config, rewards=server.address, async_reward=True, run_folder=str(tmp_path / "there"))
+        ).folder
+    (weights, rest), (expected, expected_rest) = state(there, 2), state(here, 2)
+    assert rest == expected_rest
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert [r["reward"] for r in rows(there, "train")] == [r["reward"] for r in rows(here, "train")]

@@ -10,11 +10,28 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlhf_t2i.parallel.types import MOMENTS
+
+
+def fully_sharded(network: nn.Module) -> Any:
+    """Shard every block that diffusers names as not to be split, then the rest; returns the same network.
+
+    Every process must call it, and then each forward pass as often as the others.
+    """
+    mesh = _mesh(network)
+    blocks = set(getattr(network, "_no_split_modules", None) or ())
+    for module in reversed(list(network.modules())):  # those inside before those around them
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(network, mesh=mesh)
+
+
+def _mesh(network: nn.Module) -> DeviceMesh:
+    return init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
 
 
 class FullySharded:
@@ -22,25 +39,19 @@ class FullySharded:
 
     in_parts = True
 
-    def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, *, device: torch.device, max_gradient_norm: float
-    ) -> None:
-        """Shard every block that diffusers names as not to be split, then the rest.
-
-        `optimizer` must not have taken a step; it is given the sharded weights.
-        """
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_gradient_norm: float) -> None:
+        """`optimizer` must not have taken a step; it is given the sharded weights."""
         self._max_norm = max_gradient_norm
-        self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        blocks = set(getattr(network, "_no_split_modules", None) or ())
-        for module in reversed(list(network.modules())):  # those inside before those around them
-            if type(module).__name__ in blocks:
-                fully_shard(module, mesh=self._mesh)
-        self.network: Any = fully_shard(network, mesh=self._mesh)
+        self._mesh = _mesh(network)
+        self.network: Any = fully_sharded(network)
         self._parameters = {n: cast(DTensor, p) for n, p in network.named_parameters() if p.requires_grad}
         self.weights: Mapping[str, Tensor] = {name: p._local_tensor for name, p in self._parameters.items()}
         self._optimizer = optimizer
         [group] = optimizer.param_groups
         group["params"] = list(self._parameters.values())
+
+    def spread(self, frozen: nn.Module) -> nn.Module:
+        return fully_sharded(frozen)
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:

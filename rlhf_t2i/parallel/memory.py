@@ -40,7 +40,7 @@ class Learning:
     average: bool = False
     """An exponential moving average of what learns."""
     reference: bool = False
-    """A frozen copy of the whole network in float32, on each process."""
+    """A frozen copy of the whole network in float32."""
     accumulates: bool = True
     """Several microbatches make one optimiser step."""
     gather_for_painting: bool = True
@@ -147,7 +147,7 @@ def memory_of(
         gradients=gradients,
         moments=2 * share * device,
         average=(t / n if in_parts else t) if learning.average else 0.0,
-        reference=float(FLOAT32 * (learning.trainable + learning.frozen)) if learning.reference else 0.0,
+        reference=FLOAT32 * (learning.trainable + learning.frozen) / (n if in_parts else 1) * learning.reference,
         buffers=buffers,
         gathered=gathered,
         gathered_for_painting=whole if in_parts else 0.0,

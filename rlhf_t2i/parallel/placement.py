@@ -15,7 +15,9 @@ _NAMES = {
 }  # fmt: skip
 
 
-def learning_of(network: nn.Module, mode: Mode, *, processes: int) -> Learning:
+def learning_of(
+    network: nn.Module, mode: Mode, *, processes: int, average: bool = False, reference: bool = False
+) -> Learning:
     """How a network, before it is spread, will be held."""
     frozen = [p for p in network.parameters() if not p.requires_grad]
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -26,6 +28,8 @@ def learning_of(network: nn.Module, mode: Mode, *, processes: int) -> Learning:
         frozen=sum(p.numel() for p in frozen),
         frozen_width=max((p.element_size() for p in frozen), default=4),
         block=gathered_by_fsdp(network) if mode == "fsdp2" else 0,
+        average=average,
+        reference=reference,
     )
 
 
@@ -63,6 +67,8 @@ def placement_table(learning: Learning, *, precision: str, microbatch_size: int)
 def _parts(memory: Memory) -> dict[str, float]:
     return {
         "weights": memory.weights + memory.master,
+        "average": memory.average,
+        "reference": memory.reference,
         "gradients": memory.gradients,
         "optimizer": memory.moments,
         "buffers": memory.buffers,

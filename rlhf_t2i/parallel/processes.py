@@ -33,6 +33,8 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
     if deepspeed:
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
         _check_deepspeed(os.environ)
+        if on_cpu:
+            _compile_nothing()
     if several and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         _meet_again(os.environ, on_cpu=on_cpu)
     # Without a GPU, gloo: DeepSpeed would compile a library of its own.
@@ -87,7 +89,7 @@ def learner_for(
     if mode == "fsdp2":
         from rlhf_t2i.parallel.fsdp import FullySharded
 
-        return FullySharded(network, optimizer, device=accelerator.device, max_gradient_norm=max_gradient_norm)
+        return FullySharded(network, optimizer, max_gradient_norm=max_gradient_norm)
     from rlhf_t2i.parallel.zero import Zero, reconciled
 
     plugin: Any = accelerator.state.deepspeed_plugin
@@ -128,6 +130,13 @@ def _wants_fsdp(environment: Any) -> bool:
     if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         raise ValueError("fsdp_offload_params is not supported; use accelerate_configs/deepspeed_zero3_offload.yaml.")
     return True
+
+
+def _compile_nothing() -> None:
+    """DeepSpeed on a CPU begins by compiling a library for exchanges in inference, which takes a minute of a core."""
+    import deepspeed  # takes seconds
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _check_deepspeed(environment: Mapping[str, str]) -> None:

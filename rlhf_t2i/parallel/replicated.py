@@ -31,6 +31,9 @@ class Replicated:
         self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.weights: Mapping[str, Tensor] = {name: p.data for name, p in self._parameters.items()}
 
+    def spread(self, frozen: nn.Module) -> nn.Module:
+        return frozen
+
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
         if last:

@@ -26,6 +26,10 @@ class Learner(Protocol):
     in_parts: bool
     """Whether a process holds only a part of the weights."""
 
+    def spread(self, frozen: nn.Module) -> nn.Module:
+        """Another network, which does not learn, held as this one is: whole, or in parts."""
+        ...
+
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward passes: only after the last one before `descend` are gradients exchanged."""
         ...

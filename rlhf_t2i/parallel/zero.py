@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from rlhf_t2i.parallel.fsdp import fully_sharded
 from rlhf_t2i.parallel.types import MOMENTS
 
 _AUTO = (None, "auto")
@@ -75,6 +76,10 @@ class Zero:
         self.weights: Mapping[str, Tensor] = {
             name: p.ds_tensor.data if self.in_parts else p.data for name, p in self._parameters.items()
         }
+
+    def spread(self, frozen: nn.Module) -> nn.Module:
+        # DeepSpeed has one optimiser for one network; torch cuts a frozen one as well.
+        return fully_sharded(frozen) if self.in_parts else frozen
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:

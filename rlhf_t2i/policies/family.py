@@ -81,4 +81,19 @@ class FamilyClass(Protocol):
     @property
     def lora_targets(self) -> Sequence[str]: ...
 
-    def __call__(self, pipeline: Any, *, device: torch.device, dtype: torch.dtype) -> Family: ...
+    def __call__(
+        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
+    ) -> Family: ...
+
+
+def latent_size(resolution: int | None, own: int | Sequence[int], *, scale: int, patch: int = 1) -> tuple[int, int]:
+    """Height and width of latents for square pictures of so many pixels; None is the model's `own` size.
+
+    `scale` is how many pixels a latent has, `patch` how many latents the network takes at once. Raises ValueError for
+    a resolution that cannot be cut into them.
+    """
+    if resolution is None:
+        return (own, own) if isinstance(own, int) else (own[0], own[1])
+    if resolution < 1 or resolution % (scale * patch):
+        raise ValueError(f"resolution is {resolution}; for this model it must be a multiple of {scale * patch}.")
+    return resolution // scale, resolution // scale

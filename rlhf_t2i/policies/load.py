@@ -54,10 +54,16 @@ def as_policy(pipeline: Any) -> PipelinePolicy:
 
 
 def load_policy(
-    model: str, *, device: torch.device, dtype: torch.dtype = torch.float32, weights: Path | None = None
+    model: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    weights: Path | None = None,
+    resolution: int | None = None,
 ) -> PipelinePolicy:
     """Load `shapes` (the built-in model), a pipeline folder or a Hub id, and put trained `weights` into it.
 
+    It paints squares of `resolution` pixels; None is what the model was made for.
     Raises FileNotFoundError or ValueError, saying what is missing, for a path that is no pipeline of a known family,
     and for weights that are none of what a run writes: its folder, what it exported or one of its checkpoints.
     """
@@ -84,7 +90,9 @@ def load_policy(
             ) from error
         if weights is not None:
             _load_weights(pipeline, family, weights)
-        return PipelinePolicy(family(pipeline, device=device, dtype=dtype), device=device, dtype=dtype)
+        return PipelinePolicy(
+            family(pipeline, device=device, dtype=dtype, resolution=resolution), device=device, dtype=dtype
+        )
 
 
 def _left_out(declared: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class PipelinePolicy:
         self.network: Any = family.network.requires_grad_(False).to(device).eval()
         self.denoiser: nn.Module = self.network
         self._network_class = type(self.network)
-        self._reference: nn.Module | None = None
+        self.reference: nn.Module | None = None
         self._memory, self._cut = Memory(), CutWarnings()
 
     # --- what learns ---
@@ -51,7 +51,7 @@ class PipelinePolicy:
             )  # fmt: skip
             return
         if keep_reference:
-            self._reference = copy.deepcopy(self.network)
+            self.reference = copy.deepcopy(self.network)
         self.network.float().requires_grad_(True)
 
     def checkpoint_gradients(self) -> None:
@@ -70,9 +70,9 @@ class PipelinePolicy:
             with lora_disabled(self.network):
                 yield
             return
-        if self._reference is None:
+        if self.reference is None:
             raise RuntimeError("No reference was kept: call learn(..., keep_reference=True).")
-        learner, self.denoiser = self.denoiser, self._reference
+        learner, self.denoiser = self.denoiser, self.reference
         try:
             yield
         finally:

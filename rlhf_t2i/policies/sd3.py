@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.policies.autoencoder import Autoencoder
+from rlhf_t2i.policies.family import latent_size
 from rlhf_t2i.policies.guidance import classifier_free
 from rlhf_t2i.policies.levels import FlowLevels, shift_for
 from rlhf_t2i.policies.lora import JOINT_ATTENTION
@@ -31,15 +32,20 @@ class StableDiffusion3:
     component: ClassVar[Literal["unet", "transformer"]] = "transformer"
     lora_targets: ClassVar[Sequence[str]] = JOINT_ATTENTION
 
-    def __init__(self, pipeline: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
+    ) -> None:
         """Take a loaded pipeline's parts. Text encoders and autoencoder are held in `dtype`.
 
         Raises ValueError for a scheduler that `FlowLevels` refuses.
         """
         self.network: Any = pipeline.transformer
         config, encoder_of = self.network.config, partial(TextEncoder, device=device, dtype=dtype)
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
-        num_patches = (config.sample_size // config.patch_size) ** 2
+        height, width = latent_size(
+            resolution, config.sample_size, scale=pipeline.vae_scale_factor, patch=config.patch_size
+        )
+        self.latent_shape = (config.in_channels, height, width)
+        num_patches = (height // config.patch_size) * (width // config.patch_size)
         self.levels = FlowLevels(
             pipeline.scheduler.config, device=device, shift=shift_for(num_patches, pipeline.scheduler.config)
         )

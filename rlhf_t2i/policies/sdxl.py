@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.policies.autoencoder import Autoencoder
+from rlhf_t2i.policies.family import latent_size
 from rlhf_t2i.policies.guidance import classifier_free
 from rlhf_t2i.policies.levels import DiffusionLevels
 from rlhf_t2i.policies.lora import ATTENTION
-from rlhf_t2i.policies.stable_diffusion import unet_latent_shape
 from rlhf_t2i.policies.text import TextEncoder, with_summary, without_summary
 
 
@@ -28,7 +28,9 @@ class StableDiffusionXL:
     component: ClassVar[Literal["unet", "transformer"]] = "unet"
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
 
-    def __init__(self, pipeline: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
+    ) -> None:
         """Take a loaded pipeline's parts. Text encoders and autoencoder are held in `dtype`.
 
         In float16 the autoencoder is held in float32 if its config says that it overflows, as the stock pipeline does.
@@ -50,7 +52,8 @@ class StableDiffusionXL:
             pipeline.vae, pixels_per_latent=pipeline.vae_scale_factor, device=device,
             dtype=torch.float32 if overflows else dtype,
         )  # fmt: skip
-        self.latent_shape = unet_latent_shape(self.network)
+        size = latent_size(resolution, self.network.config.sample_size, scale=pipeline.vae_scale_factor)
+        self.latent_shape = (self.network.config.in_channels, *size)
         with torch.no_grad():
             empty = self.read([""])
         self._empty = torch.zeros_like(empty) if pipeline.config.force_zeros_for_empty_prompt else empty

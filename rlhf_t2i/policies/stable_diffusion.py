@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.policies.autoencoder import Autoencoder
+from rlhf_t2i.policies.family import latent_size
 from rlhf_t2i.policies.guidance import classifier_free
 from rlhf_t2i.policies.levels import DiffusionLevels
 from rlhf_t2i.policies.lora import ATTENTION
@@ -27,7 +28,9 @@ class StableDiffusion:
     component: ClassVar[Literal["unet", "transformer"]] = "unet"
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
 
-    def __init__(self, pipeline: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
+    ) -> None:
         """Take a loaded pipeline's parts. Text encoder and autoencoder are held in `dtype`.
 
         Raises ValueError for a scheduler that `DiffusionLevels` refuses.
@@ -38,7 +41,8 @@ class StableDiffusion:
             pipeline.vae, pixels_per_latent=pipeline.vae_scale_factor, device=device, dtype=dtype
         )
         self.network: Any = pipeline.unet
-        self.latent_shape = unet_latent_shape(self.network)
+        size = latent_size(resolution, self.network.config.sample_size, scale=pipeline.vae_scale_factor)
+        self.latent_shape = (self.network.config.in_channels, *size)
         with torch.no_grad():
             self._empty = self.read([""])
 
@@ -67,10 +71,3 @@ class StableDiffusion:
         """What the U-Net puts out, without guidance."""
         sample, text = latents.to(self.network.dtype), conditioning.to(self.network.dtype)
         return network(sample, model_time, text, return_dict=False)[0].float()
-
-
-def unet_latent_shape(unet: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the latents that a U-Net was made for."""
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet.config.in_channels, height, width

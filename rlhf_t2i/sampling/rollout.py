@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf_t2i.diffusion.gaussian import mean_log_prob, sample
+from rlhf_t2i.diffusion.gaussian import mean_log_prob, randn, sample
 from rlhf_t2i.types import Policy, Sampler, Trajectory, Transition
 
 
@@ -20,30 +21,52 @@ def rollout(
     sampler: Sampler,
     generators: Sequence[torch.Generator],
     batch_size: int,
+    painted: Callable[[Float[Tensor, "N 3 Y X"], Sequence[str]], None] | None = None,
 ) -> tuple[Float[Tensor, "B 3 Y X"], Trajectory]:
     """Denoise one picture for each prompt, drawing each step from the policy's own transition.
 
     Each generator serves an equal share of the prompts, in order. At most `batch_size` pictures go through the
     networks at once, which changes memory and not the pictures. Pictures are clamped to [0, 1]; latents and densities
-    are float32.
+    are float32. With `painted` the pictures are finished in parts of about `batch_size`, those of a generator together,
+    and it is called with each part and its prompts while the others are still to come.
     """
     copies, rest = divmod(len(prompts), len(generators))
     if rest:
         raise ValueError(f"{len(generators)} generators cannot share {len(prompts)} prompts equally.")
     conditioning = policy.encode(prompts)
+    num_parts = 1 if painted is None else min(len(generators), math.ceil(len(prompts) / batch_size))
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for groups in torch.arange(len(generators)).tensor_split(num_parts):
+        first, last = copies * int(groups[0]), copies * (int(groups[-1]) + 1)
+        part = _paint(
+            policy, conditioning[first:last], sampler=sampler, batch_size=batch_size, copies=copies,
+            generators=generators[int(groups[0]) : int(groups[-1]) + 1],
+        )  # fmt: skip
+        if painted is not None:
+            painted(part[0], prompts[first:last])
+        parts.append(part)
+    images, log_probs, latents = (torch.cat(each) for each in zip(*parts, strict=True))
+    return images, Trajectory(conditioning, log_probs, latents)
+
+
+def _paint(
+    policy: Policy,
+    conditioning: Float[Tensor, "B L D"],
+    *,
+    sampler: Sampler,
+    generators: Sequence[torch.Generator],
+    copies: int,
+    batch_size: int,
+) -> tuple[Float[Tensor, "B 3 Y X"], Float[Tensor, "B T"], Float[Tensor, "B T+1 C H W"]]:
+    """Pictures, log-densities and latents of a part."""
+    count = len(conditioning)
     latents = [policy.initial_noise(generators, copies=copies)]
     log_probs: list[Tensor] = []
-    chunks = torch.arange(len(prompts)).split(batch_size)
+    chunks = torch.arange(count).split(batch_size)
     for step in range(sampler.schedule.num_steps):
-        steps = torch.full((len(prompts),), step)
+        steps = torch.full((count,), step)
         parts = [
-            transition_at(
-                policy,
-                latents[-1][rows],
-                steps[rows],
-                conditioning[rows],
-                sampler=sampler,
-            )
+            transition_at(policy, latents[-1][rows], steps[rows], conditioning[rows], sampler=sampler)
             for rows in chunks
         ]
         transition = Transition(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
@@ -52,7 +75,20 @@ def rollout(
         log_probs.append(mean_log_prob(transition, x_next))
         latents.append(x_next)
     images = torch.cat([policy.decode(latents[-1][rows]) for rows in chunks]).clamp(0, 1)
-    return images, Trajectory(conditioning, torch.stack(log_probs, dim=1), torch.stack(latents, dim=1))
+    return images, torch.stack(log_probs, dim=1), torch.stack(latents, dim=1)
+
+
+def noise_of_rollout(
+    policy: Policy, trajectory: Trajectory, *, generators: Sequence[torch.Generator]
+) -> Float[Tensor, "B T C H W"]:
+    """The noise that each step of a rollout drew, drawn once more: `generators` are as the rollout's were before it.
+
+    Of a step to x' with a std, x' - std * noise is the mean that the policy had.
+    """
+    num_images, num_steps = trajectory.log_probs.shape
+    policy.initial_noise(generators, copies=num_images // len(generators))
+    shape, device = trajectory.latents[:, 0].shape, trajectory.latents.device
+    return torch.stack([randn(shape, generators=generators, device=device) for _ in range(num_steps)], dim=1)
 
 
 def transition_at(

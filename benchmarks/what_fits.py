@@ -1,0 +1,248 @@
+"""What fits on which GPUs? `python benchmarks/what_fits.py` computes it for full-size models; nothing is measured.
+
+Weights are counted and activations followed through the real networks of diffusers on fake tensors, in bfloat16, with
+gradient checkpointing and the smallest microbatch (a pair for DPO); then `rlhf_t2i.parallel.memory` adds up what one
+GPU holds. Judge, text encoders and autoencoder are there too, in bfloat16. Prints Markdown: the simplest way that fits
+with a tenth to spare, and its GB on each GPU, or in brackets the least that would be needed.
+"""
+
+# diffusers has no usable types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rlhf_t2i.parallel.memory import Learning, Memory, gathered_by_fsdp, memory_of, peak_bytes
+from rlhf_t2i.policies.lora import add_lora
+
+GPUS = {"1 x 24 GB": (1, 24), "1 x 80 GB": (1, 80), "8 x 80 GB": (8, 80)}
+SPARE = 0.9
+"""Of a GPU's memory: kernels, the allocator's gaps and the driver take the rest."""
+BILLION = 1e9
+JUDGES = {"Qwen2.5-VL-3B": 3.75, "Phi-3.5-vision": 4.15, "Qwen2.5-VL-7B": 8.29}
+"""Billions of parameters."""
+CLIP_L, CLIP_G, T5, AUTOENCODER = 0.123, 0.695, 4.762, 0.084
+RANK = 16
+say = partial(print, flush=True)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser, what goes into it, and the parameters (billions) of what stands beside it."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], dict[str, Tensor]]
+    beside: float
+    latent: tuple[int, int]
+    """Channels and side of the latents."""
+
+
+def sd15() -> nn.Module:
+    """Stable Diffusion 1.5."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+def sdxl() -> nn.Module:
+    """Stable Diffusion XL."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+
+
+def sd35_large() -> nn.Module:
+    """Stable Diffusion 3.5 Large."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=128, in_channels=16, out_channels=16, num_layers=38, num_attention_heads=38, attention_head_dim=64,
+        joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    )  # fmt: skip
+
+
+def flux() -> nn.Module:
+    """FLUX.1 dev."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def for_unet(batch: int, *, side: int, width: int, **extra: Any) -> dict[str, Any]:
+    """77 tokens of text."""
+    return {
+        "sample": torch.zeros(batch, 4, side, side),
+        "timestep": torch.zeros(batch),
+        "encoder_hidden_states": torch.zeros(batch, 77, width),
+        **extra,
+    }
+
+
+def for_sdxl(batch: int) -> dict[str, Any]:
+    """1024 x 1024 pixels."""
+    added = {"text_embeds": torch.zeros(batch, 1280), "time_ids": torch.zeros(batch, 6)}
+    return for_unet(batch, side=128, width=2048, added_cond_kwargs=added)
+
+
+def for_sd3(batch: int) -> dict[str, Any]:
+    """1024 x 1024 pixels, 77 tokens of CLIP and 256 of T5."""
+    return {
+        "hidden_states": torch.zeros(batch, 16, 128, 128),
+        "encoder_hidden_states": torch.zeros(batch, 77 + 256, 4096),
+        "pooled_projections": torch.zeros(batch, 2048),
+        "timestep": torch.zeros(batch),
+    }
+
+
+def for_flux(batch: int) -> dict[str, Any]:
+    """1024 x 1024 pixels in 4,096 packed places, 512 tokens of T5."""
+    return {
+        "hidden_states": torch.zeros(batch, 64 * 64, 64),
+        "encoder_hidden_states": torch.zeros(batch, 512, 4096),
+        "pooled_projections": torch.zeros(batch, 768),
+        "timestep": torch.zeros(batch),
+        "guidance": torch.zeros(batch),
+        "img_ids": torch.zeros(64 * 64, 3),
+        "txt_ids": torch.zeros(512, 3),
+    }
+
+
+MODELS = {
+    "SD 1.5": Model(sd15, partial(for_unet, side=64, width=768), CLIP_L + AUTOENCODER, (4, 64)),
+    "SDXL": Model(sdxl, for_sdxl, CLIP_L + CLIP_G + AUTOENCODER, (4, 128)),
+    "SD 3.5 Large": Model(sd35_large, for_sd3, CLIP_L + CLIP_G + T5 + AUTOENCODER, (16, 128)),
+    "FLUX.1": Model(flux, for_flux, CLIP_L + T5 + AUTOENCODER, (16, 128)),
+}
+
+
+def on_paper(network: nn.Module, *, frozen: torch.dtype) -> Any:
+    """A network of the meta device as one of fake tensors: adapters in float32, what does not learn in `frozen`."""
+    for module in network.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                dtype = torch.float32 if old.requires_grad else frozen
+                module._parameters[name] = nn.Parameter(torch.empty(old.shape, dtype=dtype), old.requires_grad)
+        for name, old in module._buffers.items():
+            if old is not None:
+                module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
+    return network.train()
+
+
+def followed(model: Model, *, adapters: bool, batch: int) -> tuple[nn.Module, int]:
+    """The network on fake tensors, and the bytes of one pass forward and back."""
+    with torch.device("meta"):
+        network = model.build()
+        if adapters:
+            add_lora(network, rank=RANK, alpha=RANK, seed=0)
+    with FakeTensorMode():
+        network = on_paper(network, frozen=torch.bfloat16)
+        network.enable_gradient_checkpointing()
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16):
+                answer = network(**model.inputs(batch), return_dict=False)[0]
+            answer.float().square().mean().backward()
+
+        return network, peak_bytes(network, step)
+
+
+def decoding(model: Model) -> int:
+    """Bytes of decoding a picture in bfloat16 and the way back, for DRaFT."""
+    from diffusers import AutoencoderKL
+
+    channels, side = model.latent
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL(
+            latent_channels=channels, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        ).requires_grad_(False)  # fmt: skip
+    with FakeTensorMode():
+        autoencoder = on_paper(autoencoder, frozen=torch.bfloat16)
+        autoencoder.enable_gradient_checkpointing()
+        latents = torch.zeros(1, channels, side, side, dtype=torch.bfloat16, requires_grad=True)
+        return peak_bytes(autoencoder, lambda: autoencoder.decode(latents, return_dict=False)[0].sum().backward())
+
+
+def ways(learning: Learning, num_gpus: int) -> dict[str, Learning]:
+    """From the simplest to the most sparing."""
+    one = replace(learning, processes=num_gpus)
+    offload = {"ZeRO-3 offload": replace(one, mode="zero3", offload=True, gather_for_painting=False)}
+    if num_gpus == 1:
+        return {"as it is": replace(one, mode="single"), **offload}
+    return {
+        "DDP": replace(one, mode="ddp"), "ZeRO-2": replace(one, mode="zero2"), "ZeRO-3": replace(one, mode="zero3"),
+        "FSDP2": replace(one, mode="fsdp2", gather_for_painting=False), **offload,
+    }  # fmt: skip
+
+
+def cell(learning: Learning, *, activations: float, others: float, num_gpus: int, size: float) -> str:
+    """The first way that fits."""
+
+    def gigabytes(memory: Memory) -> float:
+        return memory.peak / BILLION
+
+    needed = {
+        name: gigabytes(memory_of(way, activations=activations, others=others))
+        for name, way in ways(learning, num_gpus).items()
+    }
+    fitting = next((name for name, peak in needed.items() if peak <= SPARE * size), None)
+    return f"{fitting}, {needed[fitting]:.0f}" if fitting else f"no ({min(needed.values()):.0f})"
+
+
+def main() -> None:
+    """Follow every model and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--judge", choices=list(JUDGES), default="Qwen2.5-VL-3B")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    say(f"With {arguments.judge} as the judge, {2 * JUDGES[arguments.judge]:.1f} GB.\n")
+    say(f"| model | what learns | recipe | {' | '.join(GPUS)} |\n|{'---|' * (3 + len(GPUS))}")
+    for name in arguments.models:
+        model = MODELS[name]
+        others = 2 * BILLION * (model.beside + JUDGES[arguments.judge])
+        decoder = decoding(model)
+        for adapters in (True, False):
+            network, one = followed(model, adapters=adapters, batch=1)
+            _, pair = followed(model, adapters=adapters, batch=2)
+            trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            total = sum(p.numel() for p in network.parameters())
+            learning = Learning(
+                mode="single", processes=1, trainable=trainable, frozen=total - trainable, frozen_width=2,
+                block=gathered_by_fsdp(network),
+            )  # fmt: skip
+            for recipe, activations, reference in (
+                ("DDPO", one, False), ("DRaFT-1", one + decoder, False), ("DPO", pair, not adapters),
+            ):  # fmt: skip
+                cells = [
+                    cell(
+                        replace(learning, reference=reference),
+                        activations=activations,
+                        others=others,
+                        num_gpus=count,
+                        size=size,
+                    )
+                    for count, size in GPUS.values()
+                ]
+                what = f"LoRA of rank {RANK}" if adapters else "all"
+                say(f"| {name} | {what} ({trainable / 1e6:,.0f} M) | {recipe} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
