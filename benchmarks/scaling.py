@@ -7,7 +7,7 @@ system and computed by `rlhf_t2i.parallel.memory`. Prints Markdown.
 """
 
 # diffusers has no usable types.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
 import argparse
@@ -82,7 +82,7 @@ def print_speed(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def larger_unet() -> nn.Module:
-    """63 million parameters, and latents so small that they hardly count."""
+    """68 million parameters, and latents so small that they hardly count."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)

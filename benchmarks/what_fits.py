@@ -187,7 +187,8 @@ def ways(learning: Learning, num_gpus: int) -> dict[str, Learning]:
         return {"as it is": replace(one, mode="single"), **offload}
     return {
         "DDP": replace(one, mode="ddp"), "ZeRO-2": replace(one, mode="zero2"), "ZeRO-3": replace(one, mode="zero3"),
-        "FSDP2": replace(one, mode="fsdp2", gather_for_painting=False), **offload,
+        "ZeRO-3, layer by layer": replace(one, mode="zero3", gather_for_painting=False),
+        "FSDP2, layer by layer": replace(one, mode="fsdp2", gather_for_painting=False), **offload,
     }  # fmt: skip
 
 

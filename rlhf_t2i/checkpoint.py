@@ -49,7 +49,7 @@ def begin(folder: Path, step: int) -> Path:
 def commit(part: Path, *, keep: int) -> Path:
     """Make a written folder a checkpoint, and remove all but the `keep` newest."""
     files = sorted(path for path in part.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(part)): _sha256(path) for path in files}
+    manifest = {str(path.relative_to(part)): sha256_of(path) for path in files}
     (part / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*part.rglob("*"), part]:
         _flush(path)
@@ -92,12 +92,13 @@ def _fault(path: Path) -> str | None:
     for name, checksum in manifest.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != checksum:
+        if sha256_of(path / name) != checksum:
             return f"{name} is not what was written"
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

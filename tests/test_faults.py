@@ -135,9 +135,12 @@ def test_a_reward_that_is_no_number_on_one_process_ends_all_with_its_prompt(
     assert "The reward 'tests.test_faults:not_a_number' returned nan for the prompt 'a" in said
 
 
-def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+def test_a_port_in_use_of_several_machines_is_named(tmp_path: Path) -> None:
+    """On one machine a free port is taken."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port := free_port()))
         taken.listen()
-        said = failed(replace(TINY, run_folder=str(tmp_path / "run")), "ddp.yaml", "--main_process_port", str(port))
-    assert f"port {port}, but another process is utilizing it" in " ".join(said.split())
+        said = failed(
+            replace(TINY, run_folder=str(tmp_path / "run")), "multi_node.yaml", "--main_process_port", str(port)
+        )
+    assert f"port `{port}`, but another process is utilizing it" in " ".join(said.split())

@@ -828,15 +828,20 @@ def test_the_command_serves_several_trainers_and_finishes_its_work_when_it_is_st
     assert TOKEN not in text
 
 
+def one_pixel(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward that rounds alike whatever is judged beside a picture."""
+    return images[:, 0, 3, 3].clone()
+
+
 def test_a_painter_learns_from_a_judge_behind_http_what_it_learns_from_one_here(tiny_sd: Path, tmp_path: Path) -> None:
     """Each part of a rollout is judged there while the next is painted here; weights and rewards are the same bits."""
     config = ddpo.Config(
         model=str(tiny_sd), prompts_per_step=6, images_per_prompt=4, microbatch_size=8, num_denoising_steps=4,
-        rewards=f"{__name__}:redness", evaluation_rewards=f"{__name__}:redness", num_steps=2, evaluate_every=0,
+        rewards=f"{__name__}:one_pixel", evaluation_rewards=f"{__name__}:one_pixel", num_steps=2, evaluate_every=0,
         num_evaluation_images=2, num_cpu_threads=1, run_folder=str(tmp_path / "here"),
     )  # fmt: skip
     here = ddpo.main(config).folder
-    with serving(redness) as server:
+    with serving(one_pixel) as server:
         there = ddpo.main(
             replace(config, rewards=server.address, async_reward=True, run_folder=str(tmp_path / "there"))
         ).folder

@@ -18,6 +18,9 @@ from rlhf_t2i.types import Level, Prediction, Schedule
 class Levels(Protocol):
     """The levels of noise that a model knows, and what its output says at each of them."""
 
+    scheduler: Any
+    """What steps along them in diffusers."""
+
     def schedule(self, num_steps: int) -> Schedule: ...
 
     def at(self, times: Int[Tensor, " B"]) -> Level:

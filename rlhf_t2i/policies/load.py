@@ -95,12 +95,16 @@ def load_policy(
         )
 
 
+def lacking_parts(declared: dict[str, Any]) -> dict[str, Any]:
+    """Parts that a pipeline lacks (T5 of an SD 3), of which diffusers wants to be told, from its model_index.json."""
+    return {name: None for name, part in declared.items() if part == [None, None]}
+
+
 def _left_out(declared: dict[str, Any]) -> dict[str, Any]:
-    """Parts that a pipeline lacks (T5 of an SD 3), of which diffusers wants to be told, and those that nobody asks."""
-    lacking = {name: None for name, part in declared.items() if part == [None, None]}
+    """Those, and what nobody here asks."""
     if declared["_class_name"] == "StableDiffusionPipeline":
-        return {**lacking, "safety_checker": None, "requires_safety_checker": False}
-    return lacking
+        return {**lacking_parts(declared), "safety_checker": None, "requires_safety_checker": False}
+    return lacking_parts(declared)
 
 
 def _load_weights(pipeline: Any, family: FamilyClass, path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Publish what a run has learnt: a folder, or a Hub repository, that strangers can use.
+
+    python recipes/publish.py --run runs/ddpo-DATE                                   only a folder, to look at
+    python recipes/publish.py --run runs/ddpo-DATE --repo OWNER/NAME --private       the same, and its upload
+
+A LoRA, a tuned U-Net in its pipeline, or a judge, as safetensors; with a model card that says how to load it, what it
+is worth and how it was made, pictures before and after, curves, and checksums. The upload is one commit. Its token is
+HF_TOKEN's or that of `hf auth login`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rlhf_t2i.config import check, names, parse_config
+from rlhf_t2i.finished_run import read_run
+from rlhf_t2i.publication import (
+    base_of,
+    files_of,
+    is_whole_pipeline,
+    new_folder,
+    pack_story,
+    pack_weights,
+    write_checksums,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields in the order of the flow."""
+
+    run: str
+    """The folder of a finished run: of ddpo, draft, diffusion_dpo or train_reward_model."""
+    folder: str | None = None
+    """What to write; null is RUN/publication. It must be new, empty, or hold an earlier publication."""
+    repo: str | None = None
+    """OWNER/NAME on the Hub; nothing is uploaded without it."""
+    private: bool = False
+    """Make the repository a private one."""
+    revision: str | None = None
+    """A branch to publish to; null is main."""
+    dry_run: bool = False
+    """Write the folder for `repo`, say what would be uploaded, and upload nothing."""
+
+    merge_lora: bool = False
+    """Publish a LoRA as a whole pipeline, with the LoRA in its weights."""
+    base: str | None = None
+    """OWNER/NAME on the Hub of the model that was tuned, where the run names a folder of this machine."""
+    license: str | None = None
+    """As the Hub abbreviates it, such as openrail; null carries over what the card of the base says."""
+    datasets: str = ""
+    """Comma-separated Hub ids of the data that it learnt from, for the card."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        for name in ("private", "dry_run", "revision"):
+            check(self, [(name, self.repo is not None or not getattr(self, name), "used with a repo")])
+
+
+def main(config: Config) -> Path:
+    """Read the run, write the folder, upload it."""
+    from rlhf_t2i.publish import check_repo, hub, licence_of, refuse_tokens, upload, write_card  # takes half a second
+
+    for repo in (config.repo, config.base):
+        if repo is not None:
+            check_repo(repo)
+    run, api = read_run(Path(config.run)), hub()
+    base, whole = base_of(run, named=config.base), is_whole_pipeline(run, merge_lora=config.merge_lora)
+    licence = licence_of(base, named=config.license, api=api)
+    for warning in licence.warnings:
+        tqdm.write(f"WARNING: {warning}{' Name it by --license.' if licence.id is None else ''}")
+    target = Path(config.folder) if config.folder else run.folder / "publication"
+    with new_folder(target) as part:
+        pack_weights(run, base, part, merge_lora=config.merge_lora)
+        write_card(
+            run, base, licence, part,
+            repo=config.repo, revision=config.revision, whole_pipeline=whole, curves=pack_story(run, part),
+            datasets=names(config.datasets),
+        )  # fmt: skip
+        refuse_tokens(part)
+        write_checksums(part)
+    for name in files_of(target):
+        tqdm.write(f"{(target / name).stat().st_size:>13,}  {name}")
+    tqdm.write(f"folder    {target}")
+    if config.repo and config.dry_run:
+        tqdm.write(f"These files would be one commit to {config.repo}; nothing was uploaded.")
+    elif config.repo:
+        commit = upload(target, config.repo, private=config.private, revision=config.revision, api=api, say=tqdm.write)
+        tqdm.write(f"published {commit}")
+    return target
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__ or ""))
