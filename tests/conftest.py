@@ -18,6 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Parsing a module for the shape checks must not be interrupted by the garbage collector: on Python 3.11 that can fail
 # with "AST constructor recursion depth mismatch" (python/cpython#106905). So all of them are imported here, at once.
 gc.disable()
+import rlhf_t2i.policies.flux  # noqa: E402
 import rlhf_t2i.policies.load  # noqa: E402
 import rlhf_t2i.policies.sd3  # noqa: E402
 import rlhf_t2i.policies.sdxl  # noqa: E402
@@ -138,3 +139,13 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sd3_lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Without T5, and with a schedule that depends on the size of the picture."""
     return tiny.save_sd3(tmp_path_factory.mktemp("models") / "sd3_lean", with_t5=False, dynamic_shift=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_flux(tmp_path_factory.mktemp("models") / "flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_flux(tmp_path_factory.mktemp("models") / "schnell", is_distilled=False)

@@ -84,6 +84,37 @@ def save_sd3(folder: Path, *, with_t5: bool = True, dynamic_shift: bool = False)
     return folder
 
 
+def save_flux(folder: Path, *, is_distilled: bool = True) -> Path:
+    """Like FLUX.1 dev, which is told of its guidance and whose schedule depends on the picture's size; or schnell."""
+    import diffusers
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=is_distilled,
+        axes_dims_rope=(4, 6, 6),
+    )
+    shifting = {"use_dynamic_shifting": True, "shift": 3.0} if is_distilled else {"shift": 1.0}
+    diffusers.FluxPipeline(
+        vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModel, hidden_size=16),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(width=24),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shifting),
+    ).save_pretrained(folder)
+    return folder
+
+
 def t5(*, width: int) -> Any:
     """An encoder of two layers."""
     from transformers import T5Config, T5EncoderModel

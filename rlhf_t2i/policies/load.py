@@ -36,21 +36,27 @@ def family_of(pipeline_class: str) -> FamilyClass:
             from rlhf_t2i.policies.sd3 import StableDiffusion3
 
             return StableDiffusion3
+        case "FluxPipeline":
+            from rlhf_t2i.policies.flux import Flux
+
+            return Flux
         case _:
             raise ValueError(
                 f"The model is a {pipeline_class}; those that can be trained are StableDiffusionPipeline "
-                f"(1.x and 2.x), StableDiffusionXLPipeline and StableDiffusion3Pipeline (3 and 3.5)."
+                f"(1.x and 2.x), StableDiffusionXLPipeline, StableDiffusion3Pipeline (3 and 3.5) and FluxPipeline."
             )
 
 
-def as_policy(pipeline: Any) -> PipelinePolicy:
+def as_policy(pipeline: Any, *, resolution: int | None = None) -> PipelinePolicy:
     """A loaded diffusers pipeline as a policy, on its device and in its precision; its networks are shared, not copied.
 
+    It paints squares of `resolution` pixels; None is what the model was made for.
     Raises ValueError for a pipeline of a family that is not known.
     """
     family = family_of(type(pipeline).__name__)
     device, dtype = pipeline.device, getattr(pipeline, family.component).dtype
-    return PipelinePolicy(family(pipeline, device=device, dtype=dtype), device=device, dtype=dtype)
+    parts = family(pipeline, device=device, dtype=dtype, resolution=resolution)
+    return PipelinePolicy(parts, device=device, dtype=dtype)
 
 
 def load_policy(
