@@ -141,7 +141,7 @@ def main(config: Config) -> Run:
             reward=groups.mean().item(),
             reward_std=groups.std(correction=0).item(),
             images=groups.numel(),
-            denoiser_calls=groups.numel() * config.num_denoising_steps * (2 if config.guidance_scale > 1 else 1),
+            denoiser_calls=groups.numel() * config.num_denoising_steps * tuning.policy.num_calls(config.guidance_scale),
             **run.mean(verdict),
             **metrics,
         )

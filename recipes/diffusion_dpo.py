@@ -160,7 +160,7 @@ def paint_pairs(
         "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
         **run.mean({f"rewards/{name}": seen.mean().item() for name, seen in verdicts.items()}),
         "images": scores.numel(), "pairs": len(winners),
-        "denoiser_calls": scores.numel() * config.num_denoising_steps * (2 if config.guidance_scale > 1 else 1),
+        "denoiser_calls": scores.numel() * config.num_denoising_steps * tuning.policy.num_calls(config.guidance_scale),
     }  # fmt: skip
 
 

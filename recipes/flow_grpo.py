@@ -163,7 +163,7 @@ def main(config: Config) -> Run:
             degenerate_groups=num_degenerate_groups(groups),
             window_first=window[0],
             images=groups.numel(),
-            denoiser_calls=groups.numel() * config.num_denoising_steps * (2 if config.guidance_scale > 1 else 1),
+            denoiser_calls=groups.numel() * config.num_denoising_steps * policy.num_calls(config.guidance_scale),
             **run.mean({f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}),
             **metrics,
         )

@@ -118,6 +118,10 @@ class Painter(Protocol):
         guidance_scale: float,
     ) -> Prediction: ...
 
+    def num_calls(self, guidance_scale: float) -> int:
+        """How often the denoiser is asked for one prediction: twice with classifier-free guidance."""
+        ...
+
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Pictures in [0, 1]; values beyond it are kept, so that a gradient survives."""
         ...

@@ -270,6 +270,25 @@ def test_latents_with_a_mean_of_their_own_are_scaled_as_in_diffusers(tiny_sdxl: 
     assert_close(policy.encode_images(images), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+def test_the_calls_of_the_denoiser_are_counted_right(model: Path) -> None:
+    """Pictures that went through it, for one prediction with guidance: twice as many unless it is told the scale."""
+    policy, rows = policy_of(model), list[int]()
+    policy.network.register_forward_pre_hook(
+        lambda _, given, named: rows.append(len(named.get("hidden_states", given[0] if given else None))),
+        with_kwargs=True,
+    )
+    for guidance_scale in (1.0,) if "schnell" in str(model) else (1.0, 4.0):
+        rows.clear()
+        sampler = sampler_of(policy, guidance_scale=guidance_scale)
+        with torch.no_grad():
+            transition_at(
+                policy, policy.initial_noise(seeded(0), copies=2), torch.tensor([0, 1]), policy.encode(PROMPTS),
+                sampler=sampler,
+            )  # fmt: skip
+        assert sum(rows) == 2 * policy.num_calls(guidance_scale)
+
+
 def test_flux_takes_latents_as_the_stock_pipeline_packs_them(tiny_flux: Path) -> None:
     from rlhf_t2i.policies.flux import packed, unpacked
 

@@ -48,6 +48,8 @@ class Family(Protocol):
     """What the pipeline calls its denoiser."""
     lora_targets: ClassVar[Sequence[str]]
     """How the names of layers end that adapters are put on."""
+    is_told_guidance: ClassVar[bool]
+    """Whether the network takes the scale as an input, where others are asked a second time without a prompt."""
     network: Any
     """The denoiser itself."""
     text_encoders: Sequence[TextEncoder]

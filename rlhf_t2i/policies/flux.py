@@ -30,6 +30,7 @@ class Flux:
     pipeline_class: ClassVar[type[Any]] = FluxPipeline
     component: ClassVar[Literal["unet", "transformer"]] = "transformer"
     lora_targets: ClassVar[Sequence[str]] = JOINT_ATTENTION
+    is_told_guidance: ClassVar[bool] = True
 
     def __init__(
         self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None

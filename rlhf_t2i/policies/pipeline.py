@@ -114,6 +114,10 @@ class PipelinePolicy:
             )
         return self.family.levels.prediction(latents, output, level)
 
+    def num_calls(self, guidance_scale: float) -> int:
+        """How often the denoiser is asked for one prediction."""
+        return 2 if guidance_scale > 1 and not self.family.is_told_guidance else 1
+
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Pictures around [0, 1], not clamped."""
         return self.family.autoencoder.decode(latents)

@@ -31,6 +31,7 @@ class StableDiffusion3:
     pipeline_class: ClassVar[type[Any]] = StableDiffusion3Pipeline
     component: ClassVar[Literal["unet", "transformer"]] = "transformer"
     lora_targets: ClassVar[Sequence[str]] = JOINT_ATTENTION
+    is_told_guidance: ClassVar[bool] = False
 
     def __init__(
         self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None

@@ -27,6 +27,7 @@ class StableDiffusionXL:
     pipeline_class: ClassVar[type[Any]] = StableDiffusionXLPipeline
     component: ClassVar[Literal["unet", "transformer"]] = "unet"
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
+    is_told_guidance: ClassVar[bool] = False
 
     def __init__(
         self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None

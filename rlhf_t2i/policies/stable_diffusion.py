@@ -27,6 +27,7 @@ class StableDiffusion:
     pipeline_class: ClassVar[type[Any]] = StableDiffusionPipeline
     component: ClassVar[Literal["unet", "transformer"]] = "unet"
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
+    is_told_guidance: ClassVar[bool] = False
 
     def __init__(
         self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
