@@ -9,7 +9,7 @@ import torch
 
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.evaluate import evaluate, evaluation_set
-from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.shapes.oracle import judge, shows_something
@@ -21,7 +21,7 @@ NUM_IMAGES = 408
 
 def main() -> None:
     """Print a table of samplers, and the autoencoder's pass rate."""
-    base = load_stable_diffusion("shapes", device=torch.device("cpu"))
+    base = load_policy("shapes", device=torch.device("cpu"))
     rewards = load_rewards("oracle,oracle_pass").rewards
     lines = ["| prompts | steps | eta | guidance | graded | pass | sharp | diversity |", "|---" * 8 + "|"]
     for split, num_steps, eta, guidance_scale in [
@@ -48,7 +48,7 @@ def main() -> None:
         every = all_scenes(tier)
         scenes = [every[i] for i in rng.integers(len(every), size=1_000)]
         with torch.no_grad():
-            restored = base.decode(base.vae.encode(render(scenes, rng=rng) * 2 - 1).latents)
+            restored = base.decode(base.family.autoencoder.vae.encode(render(scenes, rng=rng) * 2 - 1).latents)
         passed = judge(restored, [scene.prompt for scene in scenes]).passed.float().mean()
         lines.append(f"\nautoencoder, tier {tier}: {passed:.3f} of 1,000 reconstructions pass")
     print("\n".join(lines))  # noqa: T201

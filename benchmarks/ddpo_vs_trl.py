@@ -24,7 +24,7 @@ from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.evaluate import evaluate, evaluation_set
 from rlhf_t2i.losses import clipped_surrogate_loss
-from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
 from rlhf_t2i.rewards.load import load_reward
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.shapes.scenes import all_prompts
@@ -36,7 +36,7 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 def agreement(python: Path, model: Path, folder: Path) -> None:
     """One trajectory of eight pictures, replayed by both: the largest difference of densities and of gradients."""
     folder.mkdir(parents=True, exist_ok=True)
-    policy = load_stable_diffusion("shapes", device=torch.device("cpu"))
+    policy = load_policy("shapes", device=torch.device("cpu"))
     policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler = Sampler(policy.schedule(8), partial(ddim, eta=1.0), GUIDANCE)
     prompts = all_prompts("training")[:8]
@@ -107,7 +107,7 @@ def trl_curve(folder: Path, base: float) -> list[tuple[float, float]]:
     seconds = json.loads((folder / "seconds.json").read_text())
     curve = [(0.0, base)]
     for snapshot in sorted(folder.glob("step_*")):
-        policy = load_stable_diffusion("shapes", device=torch.device("cpu"), weights=snapshot)
+        policy = load_policy("shapes", device=torch.device("cpu"), weights=snapshot)
         prompts, seeds = evaluation_set(all_prompts("held-out"), num_images=408, seed=1_000_000)
         seen = evaluate(
             policy, prompts, seeds, [load_reward("oracle_pass")],

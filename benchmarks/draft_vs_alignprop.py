@@ -24,7 +24,7 @@ import torch
 from trl_environment import GUIDANCE, environment_for_trl, model_for_trl, run, say
 
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
 from rlhf_t2i.rewards.gradient import judge_with_gradient
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.backprop import Kept, paint_with_gradient
@@ -56,7 +56,7 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
     At pixels beyond [0, 1] the gradient would differ: trl clamps them, and it with them. These pictures have none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    policy = load_stable_diffusion("shapes", device=torch.device("cpu"))
+    policy = load_policy("shapes", device=torch.device("cpu"))
     policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler, prompts = Sampler(policy.schedule(8), partial(ddim, eta=0.0), GUIDANCE), all_prompts("training")[:8]
     judges = load_rewards("timed_reward:reward")

@@ -139,9 +139,9 @@ def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
 
     torch.set_num_threads(1)
     prompts = all_prompts("held-out") * arguments.searches
-    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+    from rlhf_t2i.policies.load import load_policy
 
-    painter = load_stable_diffusion("shapes", device=torch.device("cpu"))
+    painter = load_policy("shapes", device=torch.device("cpu"))
     found = search(
         painter, prompts, "judge", n=16, num_denoising_steps=8, guidance_scale=1.0, batch_size=64,
         seed=10_000_000 * (seed + 1),

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from rlhf_t2i.policies.stable_diffusion import BUILT_IN
+from rlhf_t2i.policies.load import BUILT_IN
 
 
 def train_on_the_fly(

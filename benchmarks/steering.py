@@ -18,7 +18,7 @@ import torch
 
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.particles import PotentialName
-from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.best_of_n import best_of_n, expected_best, pruned_best_of_n
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=["methods", "guidance"], choices=["methods", "guidance"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    painter = load_stable_diffusion("shapes", device=torch.device("cpu"))
+    painter = load_policy("shapes", device=torch.device("cpu"))
     prompts = load_prompts("shapes", held_out=True)[: arguments.prompts] * arguments.searches_per_prompt
     seeds = range(arguments.seeds)
     if "methods" in arguments.tables:

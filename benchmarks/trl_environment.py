@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_t2i.policies.stable_diffusion import BUILT_IN
+from rlhf_t2i.policies.load import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl==0.23.1", "diffusers==0.35.2", "transformers==4.57.1", "peft<0.18", "accelerate<1.12")

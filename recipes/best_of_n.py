@@ -28,7 +28,7 @@ class Config(SearchConfig):
     n: int = 16
     """Pictures of which one is kept."""
     eta: float = 0.0
-    """Noise of each DDIM step, in [0, 1]."""
+    """Noise of each step, in [0, 1]."""
     prune_after: str = ""
     """Comma-separated numbers of denoising steps after each of which the worse half is given up; empty never does."""
     compare: bool = True

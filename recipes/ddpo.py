@@ -27,6 +27,7 @@ from rlhf_t2i.batching import minibatches
 from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
+from rlhf_t2i.policy_gradient import update_metrics
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.overlap import Overlap
@@ -46,7 +47,7 @@ class Config(TuningConfig):
     images_per_prompt: int = 12
     """Pictures of each, on one process."""
     eta: float = 1.0
-    """Noise of each DDIM step, in (0, 1]."""
+    """Noise of each step, in (0, 1]: 1 is as much as the forward process has."""
     rewards: str = "judge"
     """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id),
     oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, module:function, or http://HOST:PORT."""
@@ -140,7 +141,7 @@ def main(config: Config) -> Run:
             reward=groups.mean().item(),
             reward_std=groups.std(correction=0).item(),
             images=groups.numel(),
-            denoiser_calls=groups.numel() * config.num_denoising_steps * (2 if config.guidance_scale > 1 else 1),
+            denoiser_calls=groups.numel() * config.num_denoising_steps * tuning.policy.num_calls(config.guidance_scale),
             **run.mean(verdict),
             **metrics,
         )
@@ -215,18 +216,9 @@ def update(
             if not steps:
                 replay_error = torch.maximum(replay_error, log_ratio.abs().max())
         steps.append(tuning.descend())
-    loss, log_ratio, kl = run.gather(torch.cat(seen)).T
-    return {
-        "loss": loss.mean().item(),
-        "ratio_mean": log_ratio.exp().mean().item(),
-        "ratio_std": log_ratio.square().mean().sqrt().item(),
-        "clip_range": clip_range,
-        "clip_fraction": ((log_ratio.exp() - 1).abs() > clip_range).float().mean().item(),
-        **({"kl": kl.mean().item()} if config.kl_weight else {}),
-        "gradient_norm": sum(s["gradient_norm"] for s in steps) / len(steps),
-        "skipped_updates": sum(s["skipped_updates"] for s in steps),
-        "replay_error": run.gather(replay_error).max().item(),
-    }
+    return update_metrics(
+        run, torch.cat(seen), steps, clip_range=clip_range, replay_error=replay_error, with_kl=config.kl_weight > 0
+    )
 
 
 if __name__ == "__main__":

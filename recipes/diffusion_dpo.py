@@ -70,7 +70,7 @@ class Config(TuningConfig):
     images_per_prompt: int = 8
     """Of judged pairs: pictures of each, on one process."""
     eta: float = 1.0
-    """Of judged pairs: noise of each DDIM step of painting, in [0, 1]."""
+    """Of judged pairs: noise of each step of painting, in [0, 1]."""
     rewards: str = "judge"
     """Of judged pairs: comma-separated NAME or NAME=WEIGHT: judge, judge:PATH (a LLaVA-Reward folder or Hub id),
     oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
@@ -160,7 +160,7 @@ def paint_pairs(
         "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
         **run.mean({f"rewards/{name}": seen.mean().item() for name, seen in verdicts.items()}),
         "images": scores.numel(), "pairs": len(winners),
-        "denoiser_calls": scores.numel() * config.num_denoising_steps * (2 if config.guidance_scale > 1 else 1),
+        "denoiser_calls": scores.numel() * config.num_denoising_steps * tuning.policy.num_calls(config.guidance_scale),
     }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class Config(TuningConfig):
     images_per_step: int = 128
     """Pictures in one optimiser step, each of another prompt, over all processes."""
     eta: float = 0.0
-    """Noise of each DDIM step, in [0, 1]."""
+    """Noise of each step, in [0, 1]."""
     rewards: str = "judge"
     """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id), or
     module:function. All must be differentiable; several make an ensemble, which is harder to fool."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from rlhf_t2i.config import names, parse_config
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
 from rlhf_t2i.metrics import save_captions, save_pictures
 from rlhf_t2i.prompts import load_prompts
@@ -28,7 +27,9 @@ class Config:
     """Fields in the order of the flow."""
 
     model: str = "shapes"
-    """A StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    """A pipeline folder of diffusers, a Hub id, or the built-in model."""
+    resolution: int | None = None
+    """Height and width of pictures, in pixels; null is what the model was made for."""
     weights: str = "base"
     """Comma-separated: base (the model itself), and folders of runs, of their lora or unet, or of checkpoints. A run's
     own weights are the average if it kept one (ema_decay); a checkpoint's are the last."""
@@ -65,7 +66,7 @@ class Config:
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Paint the same pictures with each of the weights, judge them, print and write the table."""
-    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion  # takes seconds
+    from rlhf_t2i.policies.load import load_policy  # takes seconds
 
     rewards = load_rewards(config.rewards).rewards
     prompts, seeds = evaluation_set(
@@ -74,12 +75,15 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     run = start_run({**asdict(config), "resume": False, "trackers": "", "keep_checkpoints": 0}, recipe="evaluation")
     table: dict[str, dict[str, float]] = {}
     for index, name in enumerate(names(config.weights)):
-        policy = load_stable_diffusion(
-            config.model, device=run.device, dtype=run.dtype, weights=None if name == "base" else Path(name)
+        policy = load_policy(
+            config.model,
+            device=run.device,
+            dtype=run.dtype,
+            weights=None if name == "base" else Path(name),
+            resolution=config.resolution,
         )
-        sampler = Sampler(
-            policy.schedule(config.num_denoising_steps), partial(ddim, eta=config.eta), config.guidance_scale
-        )
+        schedule = policy.schedule(config.num_denoising_steps)
+        sampler = Sampler(schedule, stochastic(schedule, eta=config.eta), config.guidance_scale)
         evaluation = evaluate(policy, prompts, seeds, rewards, sampler=sampler, batch_size=config.batch_size, run=run)
         table[name] = evaluation.summary()
         run.say(row(name, evaluation))

@@ -40,7 +40,7 @@ class Config(SearchConfig):
     num_particles: int = 16
     """Pictures of each prompt that are painted together."""
     eta: float = 1.0
-    """Noise of each DDIM step, in (0, 1]."""
+    """Noise of each step, in (0, 1]: 1 is as much as the forward process has."""
     strength: float = 2.0
     """How much reward counts against being likely; 0 is plain sampling."""
     spread: float | None = None

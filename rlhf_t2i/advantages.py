@@ -27,6 +27,22 @@ def whole_batch_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P K"
     return _standardise(rewards, flat.double().mean(dim=1), _std(flat, dim=1)[0])
 
 
+def globally_scaled_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
+    """How much better each image is than its K siblings, in standard deviations of all rewards of this step.
+
+    Groups that differ little then count little (Flow-GRPO's `global_std`, arXiv:2505.05470). A group whose images all
+    earn the same reward gets exact zeros.
+    """
+    std = _std(rewards.flatten()[None], dim=1)[0]
+    scaled = _standardise(rewards, rewards.double().mean(dim=1, keepdim=True), std)
+    return torch.where(_std(rewards, dim=1) > _FLAT, scaled, 0.0)
+
+
+def num_degenerate_groups(rewards: Float[Tensor, "P K"]) -> int:
+    """How many groups teach nothing, because their images all earn the same reward."""
+    return int((_std(rewards, dim=1) <= _FLAT).sum())
+
+
 class PerPromptHistory:
     """DDPO's advantages (arXiv:2305.13301, appendix): better than what this prompt earned of late.
 

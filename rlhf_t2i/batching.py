@@ -9,6 +9,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 
+def window_of_step(
+    step: int, *, within: tuple[int, int], size: int | None, moves_every: int | None, generator: torch.Generator
+) -> tuple[int, int]:
+    """Which denoising steps a training step paints with noise: the first, and the one after the last.
+
+    `size` of those `within` (first, end); None is all of them. The window moves on by one after every `moves_every`
+    training steps, and from the end to the start again; None draws its place.
+    """
+    first, end = within
+    size = size or end - first
+    num_places = end - first - size + 1
+    if moves_every is None:
+        place = int(torch.randint(num_places, (), generator=generator))
+    else:
+        place = step // moves_every % num_places
+    return first + place, first + place + size
+
+
 def minibatches(
     *,
     generators: Sequence[torch.Generator],

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from rlhf_t2i.checkpoint import write_atomically
 from rlhf_t2i.config import Rule, check, names
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.geneval import metadata_of, write_metadata
 from rlhf_t2i.metrics import save_pictures
 from rlhf_t2i.prompts import load_prompts
@@ -45,7 +44,9 @@ class SearchConfig:
     """Searches in one batch: what a kill can cost."""
 
     model: str = "shapes"
-    """A StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    """A pipeline folder of diffusers, a Hub id, or the built-in model."""
+    resolution: int | None = None
+    """Height and width of pictures, in pixels; null is what the model was made for."""
     weights: str | None = None
     """Trained weights for it: the folder of a run, of its lora or unet, or of a checkpoint."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -86,6 +87,7 @@ class SearchConfig:
             ("num_denoising_steps", self.num_denoising_steps >= 1, "at least 1"),
             ("guidance_scale", self.guidance_scale >= 1, "at least 1, which is off"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("resolution", self.resolution is None or self.resolution >= 1, "at least 1"),
             ("seed", self.seed >= 0, "at least 0"),
         ]
 
@@ -224,7 +226,7 @@ class Search:
 
 def start_search(config: SearchConfig, *, recipe: str, eta: float) -> Search:
     """Load everything. Raises what `load_rewards`, `load_prompts`, `start_run` and the model's loader do."""
-    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion  # takes seconds
+    from rlhf_t2i.policies.load import load_policy  # takes seconds
 
     rewards = load_rewards(config.rewards, finite=False)
     veto = Veto(load_reward(config.veto, finite=False), config.veto_below) if config.veto else None
@@ -232,10 +234,15 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> Search:
     prompts = load_prompts(config.prompts, held_out=True)
     metadata = metadata_of(config.prompts, prompts)
     run = start_run({**asdict(config), "trackers": "", "keep_checkpoints": 0}, recipe=recipe, checkpoints=False)
-    policy = load_stable_diffusion(
-        config.model, device=run.device, dtype=run.dtype, weights=Path(config.weights) if config.weights else None
+    policy = load_policy(
+        config.model,
+        device=run.device,
+        dtype=run.dtype,
+        weights=Path(config.weights) if config.weights else None,
+        resolution=config.resolution,
     )
-    sampler = Sampler(policy.schedule(config.num_denoising_steps), partial(ddim, eta=eta), config.guidance_scale)
+    schedule = policy.schedule(config.num_denoising_steps)
+    sampler = Sampler(schedule, stochastic(schedule, eta=eta), config.guidance_scale)
     studio = Studio(policy, rewards, sampler=sampler, batch_size=config.batch_size, veto=veto)
     return Search(config, run, studio, watched, prompts, metadata)
 

@@ -1,6 +1,6 @@
 """Better pictures from a model as it is, in three lines:
 
-    pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
+    pipe = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
     found = best_of_n(pipe, ["a fox in the snow"], "judge:path/to/judge", n=16)
     to_pil(found.best[0]).save("fox.png")
 
@@ -11,7 +11,6 @@ function of pictures in [0, 1] and prompts. What all candidates scored and what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.particles import PotentialName
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling import best_of_n as search
@@ -29,11 +28,11 @@ from rlhf_t2i.sampling.studio import Candidates, Judges, Studio, Veto
 from rlhf_t2i.types import Painter, Sampler
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
 
 def best_of_n(  # noqa: PLR0913  # a caller without a config wants a keyword for each
-    model: Painter | StableDiffusionPipeline,
+    model: Painter | DiffusionPipeline,
     prompts: Sequence[str],
     reward: Judges | str,
     *,
@@ -63,7 +62,7 @@ def best_of_n(  # noqa: PLR0913  # a caller without a config wants a keyword for
 
 
 def fk_steering(  # noqa: PLR0913
-    model: Painter | StableDiffusionPipeline,
+    model: Painter | DiffusionPipeline,
     prompts: Sequence[str],
     reward: Judges | str,
     *,
@@ -115,13 +114,13 @@ def to_pil(image: Float[Tensor, "3 Y X"]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def as_painter(model: Painter | StableDiffusionPipeline) -> Painter:
+def as_painter(model: Painter | DiffusionPipeline) -> Painter:
     """A diffusers pipeline as something that paints; its networks are shared, not copied."""
     if isinstance(model, Painter):
         return model
-    from rlhf_t2i.policies.stable_diffusion import StableDiffusion  # takes seconds
+    from rlhf_t2i.policies.load import as_policy  # takes seconds
 
-    return StableDiffusion(model, device=model.device, dtype=model.unet.dtype)
+    return as_policy(model)
 
 
 def as_judges(reward: Judges | str) -> Judges:
@@ -132,4 +131,5 @@ def as_judges(reward: Judges | str) -> Judges:
 def _sampler(painter: Painter, num_steps: int, *, eta: float, guidance_scale: float) -> Sampler:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must be in [0, 1].")
-    return Sampler(painter.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
+    schedule = painter.schedule(num_steps)
+    return Sampler(schedule, stochastic(schedule, eta=eta), guidance_scale)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.config import Rule, check, names
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.early_stop import EarlyStop
 from rlhf_t2i.ema import ExponentialMovingAverage, exchanged
 from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
@@ -35,9 +35,11 @@ class TuningConfig:
     """The same for evaluation; of the built-in world the held-out prompts."""
 
     model: str = "shapes"
-    """A StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    """A pipeline folder of diffusers, a Hub id, or the built-in model."""
+    resolution: int | None = None
+    """Height and width of pictures, in pixels; null is what the model was made for."""
     lora_rank: int | None = None
-    """Rank of the trained adapters; null trains the whole U-Net."""
+    """Rank of the trained adapters; null trains the whole denoiser."""
     lora_alpha: float | None = None
     """Adapters are scaled by alpha / rank; null stands for alpha = rank."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -75,6 +77,8 @@ class TuningConfig:
     evaluation_rewards: str = "oracle,oracle_pass,judge"
     """Comma-separated rewards. One that is not trained on shows how much of the gain is real; the report draws the
     gap."""
+    num_evaluation_steps: int | None = None
+    """Denoising steps in evaluation; null is num_denoising_steps."""
     evaluation_eta: float = 0.0
     evaluation_seed: int = 1_000_000
     lora_scale_at_sampling: float = 1.0
@@ -112,13 +116,15 @@ class TuningConfig:
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
             ("num_steps", self.num_steps >= 1, "at least 1"),
             ("num_evaluation_images", self.num_evaluation_images >= 2, "at least 2"),
+            ("resolution", self.resolution is None or self.resolution >= 1, "at least 1"),
+            ("num_evaluation_steps", self.num_evaluation_steps is None or self.num_evaluation_steps >= 1, "at least 1"),
             ("evaluation_eta", 0 <= self.evaluation_eta <= 1, "in [0, 1]"),
             ("evaluation_seed", self.evaluation_seed >= 0, "at least 0"),
             ("lora_scale_at_sampling", self.lora_scale_at_sampling > 0, "positive"),
             (
                 "lora_scale_at_sampling",
                 self.lora_scale_at_sampling == 1 or self.lora_rank is not None,
-                "1 where the whole U-Net is trained, which has no adapters to scale (lora_rank)",
+                "1 where the whole denoiser is trained, which has no adapters to scale (lora_rank)",
             ),
             (
                 "early_stop_reward",
@@ -157,10 +163,10 @@ class Tuning:
     initial: Mapping[str, Tensor]
     """What the weights were before training, if that was to be kept."""
 
-    def sampler(self, *, eta: float) -> Sampler:
-        """How this policy paints, with so much noise in each DDIM step."""
-        config = self.config
-        return Sampler(self.policy.schedule(config.num_denoising_steps), partial(ddim, eta=eta), config.guidance_scale)
+    def sampler(self, *, eta: float, num_steps: int | None = None) -> Sampler:
+        """How this policy paints, with so much noise in each step; None is num_denoising_steps."""
+        schedule = self.policy.schedule(num_steps or self.config.num_denoising_steps)
+        return Sampler(schedule, stochastic(schedule, eta=eta), self.config.guidance_scale)
 
     def steps(self) -> Iterator[int]:
         """The steps still to do. Held-out prompts are looked at before the first."""
@@ -244,8 +250,8 @@ class Tuning:
         with self._as_sampled(), self.painting():
             return evaluate(
                 self.policy, prompts, seeds, self.judges.rewards,
-                sampler=self.sampler(eta=self.config.evaluation_eta), batch_size=self.config.microbatch_size,
-                run=self.run,
+                sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
+                batch_size=self.config.microbatch_size, run=self.run,
             )  # fmt: skip
 
     @contextmanager
@@ -290,13 +296,13 @@ def start_tuning(
     it predicted before training, with `keep_initial` the weights of that time are known. Raises what `load_rewards`,
     `load_prompts`, `start_run` and the model's loader do.
     """
-    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion  # takes seconds
+    from rlhf_t2i.policies.load import load_policy  # takes seconds
 
     judges = load_rewards(config.evaluation_rewards)
     held_out = load_prompts(config.evaluation_prompts, held_out=True)
     evaluation = evaluation_set(held_out, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
     run = start_run(asdict(config), recipe=recipe)
-    policy = load_stable_diffusion(config.model, device=run.device, dtype=run.dtype)
+    policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
     policy.learn(config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed)
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()

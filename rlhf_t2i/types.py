@@ -35,6 +35,8 @@ class Schedule:
     alpha: Float[Tensor, " levels"]
     sigma: Float[Tensor, " levels"]
     model_time: Float[Tensor, " levels"]
+    kind: Literal["diffusion", "flow"] = "diffusion"
+    """What a picture turns into noise by: alpha^2 + sigma^2 = 1, or alpha + sigma = 1."""
 
     @property
     def num_steps(self) -> int:
@@ -115,6 +117,10 @@ class Painter(Protocol):
         *,
         guidance_scale: float,
     ) -> Prediction: ...
+
+    def num_calls(self, guidance_scale: float) -> int:
+        """How often the denoiser is asked for one prediction: twice with classifier-free guidance."""
+        ...
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Pictures in [0, 1]; values beyond it are kept, so that a gradient survives."""

@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny
+
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # Parsing a module for the shape checks must not be interrupted by the garbage collector: on Python 3.11 that can fail
 # with "AST constructor recursion depth mismatch" (python/cpython#106905). So all of them are imported here, at once.
 gc.disable()
+import rlhf_t2i.policies.flux  # noqa: E402
+import rlhf_t2i.policies.load  # noqa: E402
+import rlhf_t2i.policies.sd3  # noqa: E402
+import rlhf_t2i.policies.sdxl  # noqa: E402
 import rlhf_t2i.policies.stable_diffusion  # noqa: E402
 import rlhf_t2i.shapes.build  # noqa: E402, F401
 
@@ -112,3 +118,34 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like SD 2.1: v-prediction, saved with a DDIM scheduler."""
     folder = tmp_path_factory.mktemp("models") / "sd21"
     return save_tiny_pipeline(folder, prediction_type="v_prediction", scheduler="DDIMScheduler")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_sdxl(tmp_path_factory.mktemp("models") / "sdxl_v", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_sd3(tmp_path_factory.mktemp("models") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without T5, and with a schedule that depends on the size of the picture."""
+    return tiny.save_sd3(tmp_path_factory.mktemp("models") / "sd3_lean", with_t5=False, dynamic_shift=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_flux(tmp_path_factory.mktemp("models") / "flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_flux(tmp_path_factory.mktemp("models") / "schnell", is_distilled=False)

@@ -180,3 +180,79 @@ def diffusion_dpo(
         inside = -0.5 * beta * (((w - l) - (rw - rl)) + penalty)
         total += math.log(1 / (1 + math.exp(-inside)))
     return -total / len(winner)
+
+
+def ancestral(
+    clean: np.ndarray,
+    noise: np.ndarray,
+    alpha: Sequence[float],
+    sigma: Sequence[float],
+    next_alpha: Sequence[float],
+    next_sigma: Sequence[float],
+    *,
+    eta: float,
+) -> tuple[np.ndarray, list[float]]:
+    """Mean and std of a step with eta times the noise of q(x' | x, clean), from that posterior's own variance."""
+    mean, stds = np.zeros(clean.shape, dtype=np.float64), []
+    for b in range(len(clean)):
+        step_alpha = alpha[b] / next_alpha[b]
+        added = sigma[b] ** 2 - step_alpha**2 * next_sigma[b] ** 2
+        # Precision of x' is that of its own level and that of x, which is step_alpha x' + noise.
+        variance = 1 / (1 / next_sigma[b] ** 2 + step_alpha**2 / added) if next_sigma[b] else 0.0
+        std = eta * math.sqrt(variance)
+        direction = math.sqrt(max(next_sigma[b] ** 2 - std**2, 0.0))
+        for index in np.ndindex(clean.shape[1:]):
+            mean[(b, *index)] = next_alpha[b] * float(clean[(b, *index)]) + direction * float(noise[(b, *index)])
+        stds.append(std)
+    return mean, stds
+
+
+def flow_sde(
+    x: np.ndarray,
+    velocity: np.ndarray,
+    sigma: Sequence[float],
+    next_sigma: Sequence[float],
+    *,
+    noise_scale: float,
+    sigma_cap: float,
+) -> tuple[np.ndarray, list[float]]:
+    """Mean and std of Flow-GRPO's step as its authors' code has it: std_t a number, dt negative."""
+    mean, stds = np.zeros(x.shape, dtype=np.float64), []
+    for b in range(len(x)):
+        dt = next_sigma[b] - sigma[b]
+        std_t = noise_scale * math.sqrt(sigma[b] / (1 - (sigma_cap if sigma[b] == 1 else sigma[b])))
+        for index in np.ndindex(x.shape[1:]):
+            at, v = float(x[(b, *index)]), float(velocity[(b, *index)])
+            mean[(b, *index)] = (
+                at * (1 + std_t**2 / (2 * sigma[b]) * dt) + v * (1 + std_t**2 * (1 - sigma[b]) / (2 * sigma[b])) * dt
+            )
+        stds.append(std_t * math.sqrt(-dt))
+    return mean, stds
+
+
+def cps(
+    x: np.ndarray,
+    velocity: np.ndarray,
+    sigma: Sequence[float],
+    next_sigma: Sequence[float],
+    *,
+    noise_scale: float,
+) -> tuple[np.ndarray, list[float]]:
+    """Mean and std of a coefficients-preserving step, from latents and velocity."""
+    mean, stds = np.zeros(x.shape, dtype=np.float64), []
+    for b in range(len(x)):
+        std = next_sigma[b] * math.sin(noise_scale * math.pi / 2)
+        for index in np.ndindex(x.shape[1:]):
+            at, v = float(x[(b, *index)]), float(velocity[(b, *index)])
+            clean, noise = at - sigma[b] * v, at + (1 - sigma[b]) * v
+            mean[(b, *index)] = (1 - next_sigma[b]) * clean + math.sqrt(next_sigma[b] ** 2 - std**2) * noise
+        stds.append(std)
+    return mean, stds
+
+
+def globally_scaled(rewards: Rows) -> list[list[float]]:
+    """Distance from the mean of a row, in standard deviations of everything; a row of equals gets zeros."""
+    everything = [r for row in rewards for r in row]
+    middle = sum(everything) / len(everything)
+    std = math.sqrt(sum((r - middle) ** 2 for r in everything) / len(everything))
+    return [[0.0 if len({*row}) == 1 else (r - sum(row) / len(row)) / std for r in row] for row in rewards]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.policies.stable_diffusion import StableDiffusion, load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.policies.pipeline import PipelinePolicy
+from rlhf_t2i.policies.stable_diffusion import StableDiffusion
 from rlhf_t2i.sampling.backprop import Kept, Painting, paint_with_gradient
 from rlhf_t2i.sampling.rollout import rollout
 from rlhf_t2i.types import Sampler
@@ -30,17 +33,22 @@ CHOICES = {
 """Of four steps."""
 
 
-class ExactDiffusion(StableDiffusion):
+class ExactFamily(StableDiffusion):
     """The same in float64, for which finite differences are good to eight digits."""
+
+    def denoise(self, network: Any, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
+        return network(latents, model_time, conditioning.double(), return_dict=False)[0]
+
+
+class ExactDiffusion(PipelinePolicy):
+    """A policy of it."""
 
     def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Tensor:
         return super().initial_noise(generators, copies=copies).double()
 
-    def _denoise(self, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
-        return self.denoiser(latents, model_time, conditioning.double(), return_dict=False)[0]
-
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+        vae = self.family.autoencoder.vae
+        return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
 
 
 @pytest.fixture
@@ -50,30 +58,28 @@ def policy(tiny_sd_v: Path) -> ExactDiffusion:
 
 
 def exact_policy(model: Path) -> ExactDiffusion:
-    policy = load_stable_diffusion(str(model), device=torch.device("cpu"))
+    policy = load_policy(str(model), device=torch.device("cpu"))
     policy.learn(None, lora_alpha=None, keep_reference=True, seed=0)
-    policy.__class__ = ExactDiffusion
+    policy.__class__, policy.family.__class__ = ExactDiffusion, ExactFamily
     assert isinstance(policy, ExactDiffusion)
-    for module in (policy.unet, policy.vae, policy.reference):
+    for module in (policy.network, policy.family.autoencoder.vae, policy.reference):
         module.double()
     move(policy, directions(policy, seed=7), 0.02)
     return policy
 
 
-def directions(policy: StableDiffusion, *, seed: int) -> dict[str, Tensor]:
+def directions(policy: PipelinePolicy, *, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in policy.trainable.items()}
 
 
 @torch.no_grad()
-def move(policy: StableDiffusion, direction: dict[str, Tensor], length: float) -> None:
+def move(policy: PipelinePolicy, direction: dict[str, Tensor], length: float) -> None:
     for name, weight in policy.trainable.items():
         weight.add_(direction[name], alpha=length)
 
 
-def sampler_of(
-    policy: StableDiffusion, *, eta: float = 0.0, num_steps: int = 4, guidance_scale: float = 1.0
-) -> Sampler:
+def sampler_of(policy: PipelinePolicy, *, eta: float = 0.0, num_steps: int = 4, guidance_scale: float = 1.0) -> Sampler:
     return Sampler(policy.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
 
 
@@ -88,13 +94,13 @@ def number(painting: Painting) -> Tensor:
     return (weights * painting.images).sum() + (30 * gaps * painting.reference_gap).sum()
 
 
-def gradient(policy: StableDiffusion, value: Tensor) -> dict[str, Tensor]:
+def gradient(policy: PipelinePolicy, value: Tensor) -> dict[str, Tensor]:
     found = torch.autograd.grad(value, list(policy.trainable.values()))
     return dict(zip(policy.trainable, found, strict=True))
 
 
 def written_out(
-    policy: ExactDiffusion, before: StableDiffusion, *, kept: Kept, sampler: Sampler, prompts: Sequence[str] = PROMPTS
+    policy: ExactDiffusion, before: PipelinePolicy, *, kept: Kept, sampler: Sampler, prompts: Sequence[str] = PROMPTS
 ) -> Painting:
     """The slow way: one picture at a time, the steps before the kept ones painted by `before`, all in one graph."""
     schedule, last = sampler.schedule, sampler.schedule.num_steps - 1
@@ -107,7 +113,7 @@ def written_out(
             return torch.randn(x.shape, generator=generator).to(x.dtype)
 
         def step(
-            x: Tensor, t: int, noise: Tensor, *, by: StableDiffusion = policy, jump: bool = False, text: Tensor = text
+            x: Tensor, t: int, noise: Tensor, *, by: PipelinePolicy = policy, jump: bool = False, text: Tensor = text
         ) -> tuple[Tensor, Tensor]:
             at = torch.tensor([t])
             level, following = schedule.at(at), schedule.at(at + 1)
@@ -168,8 +174,8 @@ def frozen_copy(policy: ExactDiffusion) -> ExactDiffusion:
     """The policy as it is now."""
 
     kept = copy.copy(policy)
-    kept.unet = copy.deepcopy(policy.unet).requires_grad_(False)
-    kept.denoiser = kept.unet
+    kept.network = copy.deepcopy(policy.network).requires_grad_(False)
+    kept.denoiser = kept.network
     return kept
 
 
@@ -204,7 +210,7 @@ def test_checkpointing_changes_nothing(policy: ExactDiffusion, choice: str) -> N
 
 def test_checkpointing_keeps_adapters_on_and_the_reference_off(tiny_sd: Path) -> None:
     """The reference is painted with adapters switched off, in the backward pass once more."""
-    policy = load_stable_diffusion(str(tiny_sd), device=torch.device("cpu"))
+    policy = load_policy(str(tiny_sd), device=torch.device("cpu"))
     policy.learn(2, lora_alpha=None, keep_reference=True, seed=0)
     move(policy, directions(policy, seed=3), 0.1)
     found: list[dict[str, Tensor]] = []
@@ -231,7 +237,7 @@ def test_without_a_reference_the_gap_is_zero(policy: ExactDiffusion) -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("choice", ["draft-1", "draft", "draft-lv", "alignprop"])
 def test_the_pictures_are_those_of_a_rollout(tiny_sd: Path, choice: str, eta: float) -> None:
-    policy = load_stable_diffusion(str(tiny_sd), device=torch.device("cpu"))
+    policy = load_policy(str(tiny_sd), device=torch.device("cpu"))
     policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler = sampler_of(policy, eta=eta)
     painting = paint_with_gradient(policy, PROMPTS, sampler=sampler, kept=CHOICES[choice], generators=seeded())
@@ -261,7 +267,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(policy: ExactDiffusion) -> 
 
 
 def test_pixels_beyond_black_and_white_are_kept_with_their_gradient(policy: ExactDiffusion) -> None:
-    policy.vae.decoder.conv_out.weight.data *= 30
+    policy.family.autoencoder.vae.decoder.conv_out.weight.data *= 30
     painting = paint_with_gradient(
         policy, PROMPTS, sampler=sampler_of(policy), kept=CHOICES["draft-1"], generators=seeded()
     )
@@ -278,9 +284,9 @@ def test_pixels_beyond_black_and_white_are_kept_with_their_gradient(policy: Exac
 )
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_calls_of_the_denoiser_are_counted(tiny_sd: Path, choice: str, calls: int, guidance_scale: float) -> None:
-    policy = load_stable_diffusion(str(tiny_sd), device=torch.device("cpu"))
+    policy = load_policy(str(tiny_sd), device=torch.device("cpu"))
     counted: list[int] = []
-    policy.unet.register_forward_pre_hook(lambda module, given: counted.append(len(given[0])))
+    policy.network.register_forward_pre_hook(lambda module, given: counted.append(len(given[0])))
     painting = paint_with_gradient(
         policy, PROMPTS, sampler=sampler_of(policy, guidance_scale=guidance_scale), kept=CHOICES[choice],
         generators=seeded(),
@@ -288,10 +294,10 @@ def test_calls_of_the_denoiser_are_counted(tiny_sd: Path, choice: str, calls: in
     assert painting.num_calls == sum(counted) == calls * int(guidance_scale)
 
 
-def stored_bytes(policy: StableDiffusion, *, num_steps: int, kept_steps: int, checkpointing: bool) -> int:
+def stored_bytes(policy: PipelinePolicy, *, num_steps: int, kept_steps: int, checkpointing: bool) -> int:
     """What the graph of a painting holds, the weights left out."""
     storages: dict[int, Tensor] = {}
-    weights = {p.data_ptr() for p in [*policy.unet.parameters(), *policy.vae.parameters()]}
+    weights = {p.data_ptr() for p in [*policy.network.parameters(), *policy.family.autoencoder.vae.parameters()]}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in weights:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
-from rlhf_t2i.policies.stable_diffusion import BUILT_IN, StableDiffusion, load_stable_diffusion
+from rlhf_t2i.policies.load import BUILT_IN, load_policy
+from rlhf_t2i.policies.pipeline import PipelinePolicy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.shapes.oracle import judge, shows_something
@@ -22,29 +23,29 @@ from rlhf_t2i.types import Sampler
 
 
 @pytest.fixture(scope="module")
-def base() -> StableDiffusion:
-    return load_stable_diffusion("shapes", device=torch.device("cpu"))
+def base() -> PipelinePolicy:
+    return load_policy("shapes", device=torch.device("cpu"))
 
 
-def painted(base: StableDiffusion, *, guidance_scale: float) -> Evaluation:
+def painted(base: PipelinePolicy, *, guidance_scale: float) -> Evaluation:
     prompts, seeds = evaluation_set(load_prompts("shapes", held_out=True), num_images=204, seed=5)
     sampler = Sampler(base.schedule(8), partial(ddim, eta=0.0), guidance_scale)
     return evaluate(base, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, batch_size=68)
 
 
-def test_it_is_sharp_but_does_not_listen_well(base: StableDiffusion) -> None:
+def test_it_is_sharp_but_does_not_listen_well(base: PipelinePolicy) -> None:
     evaluation = painted(base, guidance_scale=1.0)
     assert shows_something(evaluation.images).float().mean() >= 0.9
     assert 0.25 <= evaluation.scores["oracle_pass"].mean() <= 0.5
 
 
-def test_guidance_makes_it_listen_better(base: StableDiffusion) -> None:
+def test_guidance_makes_it_listen_better(base: PipelinePolicy) -> None:
     """So there is something to be learnt: the words are in it."""
     plain, guided = (painted(base, guidance_scale=scale).scores["oracle_pass"].mean() for scale in (1.0, 3.0))
     assert guided > plain + 0.1
 
 
-def test_its_autoencoder_keeps_what_the_oracle_sees(base: StableDiffusion) -> None:
+def test_its_autoencoder_keeps_what_the_oracle_sees(base: PipelinePolicy) -> None:
     rng = np.random.default_rng(3)
     scenes = [scene for scene in all_scenes("one") for _ in range(6)]
     pictures = render(scenes, rng=rng)

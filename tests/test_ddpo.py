@@ -112,37 +112,40 @@ def test_the_reward_rises(tmp_path: Path, lora_rank: int | None) -> None:
 def test_what_is_trainable_moves_and_what_is_frozen_does_not(
     config: ddpo.Config, lora_rank: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_t2i.policies import stable_diffusion
+    from rlhf_t2i.policies import load
+    from rlhf_t2i.policies.pipeline import PipelinePolicy
 
-    loaded: list[stable_diffusion.StableDiffusion] = []
-    original = stable_diffusion.load_stable_diffusion
+    loaded: list[PipelinePolicy] = []
+    original = load.load_policy
 
-    def remember(*arguments: Any, **keywords: Any) -> stable_diffusion.StableDiffusion:
+    def remember(*arguments: Any, **keywords: Any) -> PipelinePolicy:
         loaded.append(original(*arguments, **keywords))
         return loaded[0]
 
-    monkeypatch.setattr(stable_diffusion, "load_stable_diffusion", remember)
+    monkeypatch.setattr(load, "load_policy", remember)
     before = original(config.model, device=torch.device("cpu"))
     before.learn(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
     frozen = {
-        **{f"unet.{n}": p for n, p in before.unet.named_parameters() if not p.requires_grad},
-        **{f"vae.{n}": p for n, p in before.vae.named_parameters()},
-        **{f"text.{n}": p for n, p in before.text_encoder.named_parameters()},
+        **{f"unet.{n}": p for n, p in before.network.named_parameters() if not p.requires_grad},
+        **{f"vae.{n}": p for n, p in before.family.autoencoder.vae.named_parameters()},
+        **{f"text.{n}": p for n, p in before.family.text_encoders[0].model.named_parameters()},
     }
     torch.manual_seed(0)
     train(replace(config, lora_rank=lora_rank, num_steps=2, weight_decay=0.0))
     after = loaded[0]
     now = {
-        **{f"unet.{n}": p for n, p in after.unet.named_parameters()},
-        **{f"vae.{n}": p for n, p in after.vae.named_parameters()},
-        **{f"text.{n}": p for n, p in after.text_encoder.named_parameters()},
+        **{f"unet.{n}": p for n, p in after.network.named_parameters()},
+        **{f"vae.{n}": p for n, p in after.family.autoencoder.vae.named_parameters()},
+        **{f"text.{n}": p for n, p in after.family.text_encoders[0].model.named_parameters()},
     }
     for name, parameter in frozen.items():
         assert torch.equal(parameter, now[name]), name
     still = [name for name, p in after.trainable.items() if torch.equal(p, before.trainable[name])]
     assert not still
     learning = "lora_A", "lora_B"
-    expected = [n for n, _ in after.unet.named_parameters() if lora_rank is None or any(kind in n for kind in learning)]
+    expected = [
+        n for n, _ in after.network.named_parameters() if lora_rank is None or any(kind in n for kind in learning)
+    ]
     assert list(after.trainable) == expected
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,17 +132,6 @@ def test_a_step_that_stays_at_its_level_changes_nothing() -> None:
 # --- against diffusers ----------------------------------------------------------------------------
 
 
-class Denoiser(torch.nn.Module):
-    """A network that always gives the same output, so that only the arithmetic around it is looked at."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *_: object, **__: object) -> tuple[Tensor]:
-        return (self.output,)
-
-
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
@@ -156,7 +144,7 @@ def test_every_step_is_the_one_of_diffusers(
     """From the first to the last step, each image of one batch at its own."""
     from diffusers import DDIMScheduler
 
-    from rlhf_t2i.policies.stable_diffusion import StableDiffusion
+    from rlhf_t2i.policies.levels import DiffusionLevels
 
     num_steps = 5
     latents, output, noise = torch.randn(3, num_steps, 4, 8, 8, generator=seeded(0))
@@ -170,14 +158,11 @@ def test_every_step_is_the_one_of_diffusers(
         set_alpha_to_one=set_alpha_to_one,
         clip_sample=False,
     )
-    policy = object.__new__(StableDiffusion)
-    policy.scheduler, policy.device, policy.dtype = scheduler, CPU, torch.float32
-    policy.denoiser, policy.unet = Denoiser(output), SimpleNamespace(dtype=torch.float32)
-    schedule, steps = policy.schedule(num_steps), torch.arange(num_steps)
+    levels = DiffusionLevels(scheduler.config, device=CPU)
+    schedule, steps = levels.schedule(num_steps), torch.arange(num_steps)
     level, next_level = schedule.at(steps), schedule.at(steps + 1)
 
-    prediction = policy.predict(latents, level, torch.zeros(num_steps, 1, 1), guidance_scale=1.0)
-    transition = ddim(latents, prediction, level, next_level, eta=eta)
+    transition = ddim(latents, levels.prediction(latents, output, level), level, next_level, eta=eta)
     drawn = transition.mean + per_image(transition.std) * noise
 
     scheduler.set_timesteps(num_steps)

@@ -23,7 +23,7 @@ from recipes import diffusion_dpo
 from reward_model.datasets import BadRecordError
 from reward_model.images import to_tensor
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
 from rlhf_t2i.preferences import PairBatch
 from rlhf_t2i.seeds import generator_for
 from tests.test_ddpo import assert_same, rows, weights
@@ -142,7 +142,7 @@ def test_sft_lowers_the_winners_error(config: diffusion_dpo.Config, people: Path
 def test_winner_and_loser_are_disturbed_alike_and_each_pair_by_its_own_generator(
     model: str, config: diffusion_dpo.Config, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = load_stable_diffusion(str(request.getfixturevalue(model)), device=torch.device("cpu"))
+    policy = load_policy(str(request.getfixturevalue(model)), device=torch.device("cpu"))
     policy.learn(None, lora_alpha=None, keep_reference=True, seed=0)
     winner, loser = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pairs = PairBatch(winner, loser, policy.encode(["a fox", "a cat", "a dog"]))

@@ -21,7 +21,7 @@ from recipes import draft
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.evaluate import Evaluation
 from rlhf_t2i.losses import reward_loss, weight_distance
-from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
 from rlhf_t2i.run import Run
 from rlhf_t2i.seeds import generator_for
 from tests.test_ddpo import PAINT, ROOT, assert_same, command_line, rows, state, weights
@@ -145,7 +145,7 @@ def test_the_built_in_model_learns(tmp_path: Path, reward: str, changes: dict[st
 
 
 def test_pulls_hold_the_weights_back(config: draft.Config, tmp_path: Path) -> None:
-    start = load_stable_diffusion(config.model, device=torch.device("cpu"))
+    start = load_policy(config.model, device=torch.device("cpu"))
     start.learn(None, lora_alpha=None, keep_reference=False, seed=0)
     free = replace(config, kl_weight=0.0, weight_pull=0.0, weight_decay=0.0, learning_rate=3e-3, adam_epsilon=1e-8)
 

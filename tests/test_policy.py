@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.evaluate import evaluate
-from rlhf_t2i.policies.stable_diffusion import StableDiffusion, load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.policies.pipeline import PipelinePolicy
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.types import Sampler
 
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 PROMPTS = ["a red circle on a blue background", "a blue square on a red background"]
 
 
-def sampler_of(policy: StableDiffusion, *, eta: float, guidance_scale: float = 1.0, num_steps: int = 5) -> Sampler:
+def sampler_of(policy: PipelinePolicy, *, eta: float, guidance_scale: float = 1.0, num_steps: int = 5) -> Sampler:
     return Sampler(policy.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
 
 
@@ -38,7 +39,7 @@ def test_replaying_a_fresh_rollout_gives_ratio_one(
     model: str, lora_rank: int | None, dtype: torch.dtype, guidance_scale: float, request: pytest.FixtureRequest
 ) -> None:
     """An unchanged policy assigns its own strokes the very density it recorded, even where a batch mixes steps."""
-    policy = load_stable_diffusion(str(request.getfixturevalue(model)), device=CPU, dtype=dtype)
+    policy = load_policy(str(request.getfixturevalue(model)), device=CPU, dtype=dtype)
     policy.learn(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
     sampler = sampler_of(policy, eta=1.0, guidance_scale=guidance_scale)
     _, trajectory = rollout(policy, PROMPTS * 2, sampler=sampler, generators=seeded(1, 2), batch_size=4)
@@ -62,7 +63,7 @@ def test_pictures_are_those_of_the_stock_pipeline(
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     folder = request.getfixturevalue(model)
-    policy = load_stable_diffusion(str(folder), device=CPU)
+    policy = load_policy(str(folder), device=CPU)
     evaluation = evaluate(
         policy, PROMPTS, [7, 8], [],
         sampler=sampler_of(policy, eta=eta, guidance_scale=guidance_scale), batch_size=2,
@@ -77,7 +78,7 @@ def test_pictures_are_those_of_the_stock_pipeline(
 
 
 def test_pictures_do_not_depend_on_their_neighbours_or_on_the_batch_size(tiny_sd: Path) -> None:
-    policy = load_stable_diffusion(str(tiny_sd), device=CPU)
+    policy = load_policy(str(tiny_sd), device=CPU)
     look = partial(evaluate, policy, rewards=[], sampler=sampler_of(policy, eta=1.0))
     together = look(PROMPTS * 2, [1, 2, 3, 4], batch_size=4).images
     assert_close(look(PROMPTS * 2, [1, 2, 3, 4], batch_size=1).images, together, rtol=0, atol=1e-5)
@@ -86,7 +87,7 @@ def test_pictures_do_not_depend_on_their_neighbours_or_on_the_batch_size(tiny_sd
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_the_reference_is_the_model_before_training(tiny_sd: Path, lora_rank: int | None) -> None:
-    policy = load_stable_diffusion(str(tiny_sd), device=CPU)
+    policy = load_policy(str(tiny_sd), device=CPU)
     sampler = sampler_of(policy, eta=1.0)
     noise = policy.initial_noise(seeded(0), copies=2)
     asked = noise, torch.tensor([0, 3]), policy.encode(PROMPTS)
@@ -105,7 +106,7 @@ def test_the_reference_is_the_model_before_training(tiny_sd: Path, lora_rank: in
 
 
 def test_a_long_prompt_is_reported_once_and_not_silently_cut(tiny_sd: Path) -> None:
-    policy = load_stable_diffusion(str(tiny_sd), device=CPU)
+    policy = load_policy(str(tiny_sd), device=CPU)
     long = "a red circle " * 20
     with pytest.warns(UserWarning, match="reads 24 tokens and this prompt has 62") as caught:
         _ = policy.encode([long, PROMPTS[0]]), policy.encode([long])
@@ -118,18 +119,18 @@ def test_a_long_prompt_is_reported_once_and_not_silently_cut(tiny_sd: Path) -> N
 
 def test_a_missing_model_folder_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"no model folder './nowhere'"):
-        load_stable_diffusion("./nowhere", device=CPU)
+        load_policy("./nowhere", device=CPU)
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a diffusers pipeline: it has no model_index\.json"):
-        load_stable_diffusion(str(tmp_path), device=CPU)
+        load_policy(str(tmp_path), device=CPU)
 
 
 def test_a_pipeline_of_another_family_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="is a FluxPipeline"):
-        load_stable_diffusion(str(tmp_path), device=CPU)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(ValueError, match="is a KandinskyPipeline"):
+        load_policy(str(tmp_path), device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_schedulers_without_an_exact_density_are_refused(
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
-        load_stable_diffusion(str(folder), device=CPU)
+        load_policy(str(folder), device=CPU)
 
 
 def test_a_scheduler_without_betas_is_refused(tiny_sd_v: Path, tmp_path: Path) -> None:
@@ -159,15 +160,15 @@ def test_a_scheduler_without_betas_is_refused(tiny_sd_v: Path, tmp_path: Path) -
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler, has no beta schedule"):
-        load_stable_diffusion(str(folder), device=CPU)
+        load_policy(str(folder), device=CPU)
 
 
 def test_a_number_of_steps_that_the_schedule_cannot_be_cut_into_is_refused(tiny_sd: Path) -> None:
-    policy = load_stable_diffusion(str(tiny_sd), device=CPU)
+    policy = load_policy(str(tiny_sd), device=CPU)
     with pytest.raises(ValueError, match="num_denoising_steps is 1001; it must be between 1 and 1000"):
         policy.schedule(1001)
 
 
 def test_weights_that_are_none_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no trained weights"):
-        load_stable_diffusion(str(tiny_sd), device=CPU, weights=tmp_path)
+        load_policy(str(tiny_sd), device=CPU, weights=tmp_path)

@@ -18,7 +18,8 @@ from reward_model.images import to_tensor
 from reward_model.types import PreferencePair
 from rlhf_t2i.cache import TensorCache
 from rlhf_t2i.config import whole_numbers
-from rlhf_t2i.policies.stable_diffusion import StableDiffusion, load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.policies.pipeline import PipelinePolicy
 from rlhf_t2i.preferences import (
     PicturePairs,
     choose_pairs,
@@ -209,15 +210,15 @@ def test_saved_pairs_are_a_preference_file_like_any_other(tmp_path: Path) -> Non
 # --- the cache --------------------------------------------------------------------------------------
 
 
-def policy_of(folder: Path, dtype: torch.dtype = torch.float32) -> StableDiffusion:
-    return load_stable_diffusion(str(folder), device=CPU, dtype=dtype)
+def policy_of(folder: Path, dtype: torch.dtype = torch.float32) -> PipelinePolicy:
+    return load_policy(str(folder), device=CPU, dtype=dtype)
 
 
 def pair_of(prompt: str, winner: Path, loser: Path) -> PreferencePair:
     return PreferencePair(winner, loser, prompt, prompt)
 
 
-def three_pairs(folder: Path, *, policy: StableDiffusion, cache_folder: Path | None) -> PicturePairs:
+def three_pairs(folder: Path, *, policy: PipelinePolicy, cache_folder: Path | None) -> PicturePairs:
     sizes = [(16, 16), (40, 20), (16, 16), (9, 30)]
     a, b, c, d = (save_picture_once(folder / f"{i}.png", i, size) for i, size in enumerate(sizes))
     pairs = [pair_of("a fox", a, b), pair_of("a red cat", c, d), pair_of("a fox", b, c)]
@@ -250,8 +251,8 @@ def test_a_full_cache_encodes_nothing_again(tiny_sd: Path, tmp_path: Path, monke
     def refuse(*_: object, **__: object) -> torch.Tensor:
         raise AssertionError("nothing is to be encoded")
 
-    monkeypatch.setattr(StableDiffusion, "encode_images", refuse)
-    monkeypatch.setattr(StableDiffusion, "encode", refuse)
+    monkeypatch.setattr(PipelinePolicy, "encode_images", refuse)
+    monkeypatch.setattr(PipelinePolicy, "encode", refuse)
     again.fill_cache(rank=0, num_processes=1)
     assert again.load([0], [0]).winner.shape == (1, 4, 8, 8)
 
@@ -325,7 +326,7 @@ def test_encoding_undoes_decoding_in_the_built_in_world() -> None:
     """A drawn picture survives the way through latents, and its latents survive the way through the picture."""
     from rlhf_t2i.shapes.scenes import all_scenes, render
 
-    policy = load_stable_diffusion("shapes", device=CPU)
+    policy = load_policy("shapes", device=CPU)
     pictures = render(all_scenes("one", "training")[:8], rng=np.random.default_rng(0))
     assert policy.picture_size == pictures.shape[-2:]
     latents = policy.encode_images(pictures)
@@ -369,7 +370,7 @@ def test_the_error_is_that_of_the_unets_own_output(model: str, request: pytest.F
     text = policy.encode(["a fox", "a cat", "a dog"])
     with torch.no_grad():
         found = denoising_errors(policy, clean, noise, policy.levels_at(times), text)
-        output = policy.unet(scheduler.add_noise(clean, noise, times), times, text).sample
+        output = policy.network(scheduler.add_noise(clean, noise, times), times, text).sample
     is_v = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(clean, noise, times) if is_v else noise
     assert_close(found, (output - target).square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-5)

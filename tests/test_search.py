@@ -17,7 +17,8 @@ from torch.testing import assert_close
 from rlhf_t2i import steer
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.particles import PotentialName
-from rlhf_t2i.policies.stable_diffusion import StableDiffusion, load_stable_diffusion
+from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.policies.pipeline import PipelinePolicy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.best_of_n import best_of_n, expected_best, halving, pruned_best_of_n
@@ -59,11 +60,11 @@ def distribution_of(studio: Studio) -> tuple[float, float]:
 
 
 @pytest.fixture
-def tiny(tiny_sd: Path) -> StableDiffusion:
-    return load_stable_diffusion(str(tiny_sd), device=torch.device("cpu"))
+def tiny(tiny_sd: Path) -> PipelinePolicy:
+    return load_policy(str(tiny_sd), device=torch.device("cpu"))
 
 
-def studio_of(policy: StableDiffusion, *, eta: float, batch_size: int = 64, num_steps: int = 4) -> Studio:
+def studio_of(policy: PipelinePolicy, *, eta: float, batch_size: int = 64, num_steps: int = 4) -> Studio:
     return Studio(
         policy, redness, sampler=Sampler(policy.schedule(num_steps), partial(ddim, eta=eta)), batch_size=batch_size
     )
@@ -113,7 +114,7 @@ def test_best_of_n_on_the_toy_has_the_mean_of_the_highest_of_n_normal_numbers() 
     assert number(found.best).mean().item() == pytest.approx(mean + 1.0294 * variance**0.5, abs=0.03)
 
 
-def test_one_seed_is_one_picture(tiny: StableDiffusion) -> None:
+def test_one_seed_is_one_picture(tiny: PipelinePolicy) -> None:
     """Best of 6 holds the pictures of best of 3, and those that `rollout` paints."""
     many = best_of_n(studio_of(tiny, eta=1.0), ["a fox"], generators=generators(6))
     few = best_of_n(studio_of(tiny, eta=1.0), ["a fox"], generators=generators(3))
@@ -124,7 +125,7 @@ def test_one_seed_is_one_picture(tiny: StableDiffusion) -> None:
     assert torch.equal(painted, many.images[0])
 
 
-def test_all_scores_of_a_weighted_set_are_kept(tiny: StableDiffusion) -> None:
+def test_all_scores_of_a_weighted_set_are_kept(tiny: PipelinePolicy) -> None:
     rewards = load_rewards("tests.test_search:redness=2,jpeg_compressibility=0.1", finite=False)
     found = steer.best_of_n(tiny, ["a fox", "a cat"], rewards, n=3, num_denoising_steps=4, guidance_scale=1.0)
     scores = found.verdict.scores
@@ -155,7 +156,7 @@ def test_the_veto_is_asked_about_finished_pictures() -> None:
 # --- pruning -----------------------------------------------------------------------------------------
 
 
-def test_pruning_costs_what_is_left_and_keeps_the_very_pictures(tiny: StableDiffusion) -> None:
+def test_pruning_costs_what_is_left_and_keeps_the_very_pictures(tiny: PipelinePolicy) -> None:
     whole = best_of_n(studio_of(tiny, eta=0.0), ["a fox", "a cat"], generators=generators(16))
     pruned = pruned_best_of_n(
         studio_of(tiny, eta=0.0), ["a fox", "a cat"], keep=halving(8, after=[1, 2]), generators=generators(16)
@@ -248,7 +249,7 @@ def test_adaptive_resampling_skips_and_resamples() -> None:
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
-def test_strength_zero_is_plain_sampling_to_the_bit(tiny: StableDiffusion, potential: PotentialName) -> None:
+def test_strength_zero_is_plain_sampling_to_the_bit(tiny: PipelinePolicy, potential: PotentialName) -> None:
     studio = studio_of(tiny, eta=1.0)
     found = fk_steering(
         studio, ["a fox", "a cat"], strength=0.0, spread=1.0, potential=potential, resample_after=[1, 2, 3],
@@ -301,7 +302,7 @@ def test_prompts_in_one_batch_do_not_see_each_other() -> None:
     assert up > down + 0.5
 
 
-def test_the_cost_is_counted_and_guidance_counts_twice(tiny: StableDiffusion) -> None:
+def test_the_cost_is_counted_and_guidance_counts_twice(tiny: PipelinePolicy) -> None:
     studio = studio_of(tiny, eta=1.0)
     studio.sampler = Sampler(studio.sampler.schedule, studio.sampler.dynamics, guidance_scale=3.0)
     found = fk_steering(
@@ -386,7 +387,7 @@ def test_the_last_round_keeps_no_graph() -> None:
 
 
 def test_the_judge_is_climbed_through_the_built_in_model() -> None:
-    policy = load_stable_diffusion("shapes", device=torch.device("cpu"))
+    policy = load_policy("shapes", device=torch.device("cpu"))
     judge = load_rewards("judge", finite=False)
     studio = Studio(policy, judge, sampler=Sampler(policy.schedule(1), partial(ddim, eta=0.0)))
     prompts = load_prompts("shapes", held_out=True)[:8]
@@ -399,7 +400,7 @@ def test_the_judge_is_climbed_through_the_built_in_model() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [3, 5])
-def test_the_batch_size_changes_nothing(tiny: StableDiffusion, batch_size: int) -> None:
+def test_the_batch_size_changes_nothing(tiny: PipelinePolicy, batch_size: int) -> None:
     settings: dict[str, Any] = {"strength": 3.0, "spread": 0.05, "resample_after": [1, 2]}
     results = [
         fk_steering(
@@ -471,7 +472,7 @@ def test_a_plain_pipeline_is_searched_and_diffusers_paints_the_pick(tiny_sd: Pat
     assert_close(painted[0], found.best[1], rtol=0, atol=1e-3)
 
 
-def test_a_plain_pipeline_is_steered_and_pruned(tiny: StableDiffusion) -> None:
+def test_a_plain_pipeline_is_steered_and_pruned(tiny: PipelinePolicy) -> None:
     small: dict[str, Any] = {"num_denoising_steps": 4, "guidance_scale": 1.0}
     found = steer.fk_steering(tiny, ["a fox"], redness, num_particles=4, resample_after=(1, 2), **small)
     assert found.candidates.images.shape == (1, 4, 3, 16, 16)

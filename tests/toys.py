@@ -39,6 +39,9 @@ class GaussianPainter:
         clean = (self.mean * sigma**2 + self.std**2 * alpha * latents) / total
         return Prediction(clean, (latents - alpha * clean) / sigma)
 
+    def num_calls(self, guidance_scale: float) -> int:
+        return 2 if guidance_scale > 1 else 1
+
     def decode(self, latents: Tensor) -> Tensor:
         return (latents / SCALE + 0.5).expand(-1, 3, 1, 1)
 

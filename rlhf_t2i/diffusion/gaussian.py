@@ -51,6 +51,24 @@ def mean_log_prob(transition: Transition, latents: Float[Tensor, "B C H W"]) -> 
     return torch.where(random, density.mean(dim=(1, 2, 3)), 0.0)
 
 
+def normalised_log_ratio(
+    log_ratio: Float[Tensor, " B"], transition: Transition, old_mean: Float[Tensor, "B C H W"]
+) -> Float[Tensor, " B"]:
+    """A log-ratio of densities without its bias, on one scale for all steps (GRPO-Guard, arXiv:2510.22319, Eq. 8).
+
+        std * (log_ratio + (mean - old_mean)^2 / (2 std^2))      the square averaged over latent numbers
+
+    For what the old policy drew, log_ratio is lower on average the farther the mean has moved, and the more so the less
+    noise a step has: ratios then pass below a clip range and hardly above. With x = old_mean + std noise this is the
+    average of (mean - old_mean) * noise, whose average is zero. `log_ratio` is of `mean_log_prob`s; deterministic steps
+    get 0.
+    """
+    random = transition.std > 0
+    moved = (transition.mean.float() - old_mean.float()).square().mean(dim=(1, 2, 3))
+    bias = moved / (2 * torch.where(random, transition.std, 1.0) ** 2)
+    return torch.where(random, transition.std * (log_ratio + bias), 0.0)
+
+
 def mean_kl(policy: Transition, reference: Transition) -> Float[Tensor, " B"]:
     """KL(policy || reference) of two steps with equal std, averaged over latent numbers.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.diffusion.gaussian import per_image
-from rlhf_t2i.types import Level, Prediction, Transition
+from rlhf_t2i.types import Dynamics, Level, Prediction, Schedule, Transition
 
 
 def ddim(
@@ -23,11 +27,116 @@ def ddim(
         mean = alpha' clean + sqrt(sigma'^2 - std^2) noise
 
     Primes mark the next level. eta = 0 is the deterministic sampler, eta = 1 the ancestral one.
-    A schedule that ends at sigma' = 0 ends with a deterministic step whatever eta is.
+    A schedule that ends at sigma' = 0 ends with a deterministic step whatever eta is. For a flow, eta = 0 is the Euler
+    step; its noisy step is `ancestral`.
     """
     del latents  # both parts of them are in the prediction
     shrink = (1 - (level.alpha / next_level.alpha) ** 2).clamp_min(0).sqrt()
-    std = eta * next_level.sigma / level.sigma * shrink
+    return _renoised(prediction, next_level, eta * next_level.sigma / level.sigma * shrink)
+
+
+def ancestral(
+    latents: Float[Tensor, "B C H W"],
+    prediction: Prediction,
+    level: Level,
+    next_level: Level,
+    *,
+    eta: float,
+) -> Transition:
+    """The same for any alpha and sigma: eta times the noise of the forward process's posterior.
+
+        std  = eta * (sigma' / sigma) * sqrt(sigma^2 - (alpha / alpha')^2 sigma'^2)
+        mean = alpha' clean + sqrt(sigma'^2 - std^2) noise
+
+    Where alpha^2 + sigma^2 = 1 it is `ddim`. Of a flow cut into small steps it is `flow_sde` with noise_scale =
+    sqrt(2) eta, but the noise of latents stays what the schedule says with few steps too, and the last step is
+    deterministic.
+    """
+    del latents
+    kept = level.alpha / next_level.alpha * next_level.sigma
+    added = (level.sigma**2 - kept**2).clamp_min(0).sqrt()
+    return _renoised(prediction, next_level, eta * next_level.sigma / level.sigma * added)
+
+
+def flow_sde(
+    latents: Float[Tensor, "B C H W"],
+    prediction: Prediction,
+    level: Level,
+    next_level: Level,
+    *,
+    noise_scale: float,
+    sigma_cap: float,
+) -> Transition:
+    """Noisy flow step with the marginals of the Euler ODE (Flow-GRPO, arXiv:2505.05470, Eq. 9).
+
+        dt   = sigma' - sigma                                  (negative: from noise to image)
+        g    = noise_scale * sqrt(sigma / (1 - min(sigma, sigma_cap)))
+        mean = x + [v + g^2 / (2 sigma) * (x + (1 - sigma) v)] dt      with v = noise - clean
+        std  = g * sqrt(-dt)
+
+    noise_scale = 0 is the Euler step, 0.7 was published. `sigma_cap` (below 1) keeps g finite at sigma = 1; the paper's
+    code uses the second sigma of the schedule. The noise of a step to sigma' = 0 would stay in the picture, where the
+    model cannot take it out again.
+    """
+    sigma, dt = level.sigma, next_level.sigma - level.sigma
+    g = noise_scale * (sigma / (1 - sigma.clamp_max(sigma_cap))).sqrt()
+    velocity = prediction.noise - prediction.clean
+    # x + (1 - sigma) v is the predicted noise.
+    drift = velocity + per_image(g**2 / (2 * sigma)) * prediction.noise
+    return Transition(latents + drift * per_image(dt), g * (-dt).sqrt())
+
+
+def cps(
+    latents: Float[Tensor, "B C H W"],
+    prediction: Prediction,
+    level: Level,
+    next_level: Level,
+    *,
+    noise_scale: float,
+) -> Transition:
+    """Coefficients-preserving sampling (arXiv:2509.05952): some of the noise is replaced, none is added.
+
+        std  = sigma' sin(noise_scale pi / 2)
+        mean = alpha' clean + sigma' cos(noise_scale pi / 2) noise
+
+    noise_scale = 0 is the Euler step, 1 replaces all noise in every step, 0.8 is common. Latents are never noisier than
+    the schedule says, and the last step is deterministic. But the noise does not depend on the length of a step: with
+    many steps pictures lose variance, which an SDE's do not.
+    """
+    del latents, level
+    return _renoised(prediction, next_level, next_level.sigma * math.sin(noise_scale * math.pi / 2))
+
+
+def windowed(
+    latents: Float[Tensor, "B C H W"],
+    prediction: Prediction,
+    level: Level,
+    next_level: Level,
+    *,
+    dynamics: Dynamics,
+    first: float,
+    end: float,
+) -> Transition:
+    """`dynamics` where end < sigma <= first, and the deterministic step elsewhere (MixGRPO, arXiv:2507.21802)."""
+    noisy = dynamics(latents, prediction, level, next_level)
+    plain = ddim(latents, prediction, level, next_level, eta=0.0)
+    inside = (level.sigma > end) & (level.sigma <= first)
+    return Transition(
+        torch.where(inside[:, None, None, None], noisy.mean, plain.mean), torch.where(inside, noisy.std, plain.std)
+    )
+
+
+def stochastic(schedule: Schedule, *, eta: float) -> Dynamics:
+    """The step that paints along a schedule with eta times the noise of its forward process; 0 is deterministic."""
+    match schedule.kind:
+        case "diffusion":
+            return partial(ddim, eta=eta)
+        case "flow":
+            return partial(ancestral, eta=eta)
+
+
+def _renoised(prediction: Prediction, next_level: Level, std: Float[Tensor, " B"]) -> Transition:
+    """The next level's clean and noise, of which noise `std` is new."""
     direction = (next_level.sigma**2 - std**2).clamp_min(0).sqrt()
     return Transition(
         per_image(next_level.alpha) * prediction.clean + per_image(direction) * prediction.noise,

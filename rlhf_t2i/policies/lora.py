@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections that DDPO and most LoRAs of Stable Diffusion train."""
+JOINT_ATTENTION = (
+    *(f"attn.{name}" for name in ATTENTION),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+)
+"""Those of transformers in which text and picture attend to each other, as Flow-GRPO (arXiv:2505.05470) trains them."""
 
 
 def add_lora(denoiser: Any, *, rank: int, alpha: float, seed: int, targets: Sequence[str] = ATTENTION) -> None:

@@ -1,7 +1,7 @@
 """A tuned painter as one pipeline that needs nothing else."""
 
 # diffusers has no usable types.
-# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import json
@@ -9,25 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-from rlhf_t2i.policies.stable_diffusion import BUILT_IN, load_stable_diffusion, only_errors
+from rlhf_t2i.policies.load import BUILT_IN, lacking_parts, load_policy
+from rlhf_t2i.policies.quiet import only_errors
 
 
 def save_tuned_pipeline(model: str, weights: Path, folder: Path) -> None:
-    """Write all of `model` with a run's `lora` (merged) or `unet` in it, in float32 and as safetensors.
+    """Write all of `model` with a run's `lora` (merged) or whole denoiser in it, in float32 and as safetensors.
 
-    Its scheduler is the DDIM that the run painted with; all other parts are the model's own. Raises what
-    `load_stable_diffusion` does.
+    Its scheduler is the one that the run painted with (of a diffusion model DDIM); all other parts are the model's own.
+    Raises what `load_policy` does.
     """
-    policy = load_stable_diffusion(model, device=torch.device("cpu"), weights=weights)
-    source = str(BUILT_IN) if model == "shapes" else model
+    policy = load_policy(model, device=torch.device("cpu"), weights=weights)
+    source, component = str(BUILT_IN) if model == "shapes" else model, policy.family.component
     with only_errors():
-        pipeline: Any = StableDiffusionPipeline.from_pretrained(source, unet=policy.unet, dtype=torch.float32)
+        parts = {**lacking_parts(DiffusionPipeline.load_config(source)), component: policy.network}
+        pipeline: Any = policy.family.pipeline_class.from_pretrained(source, dtype=torch.float32, **parts)
         if (weights / "pytorch_lora_weights.safetensors").is_file():
-            pipeline.fuse_lora(components=["unet"])
+            pipeline.fuse_lora(components=[component])
             pipeline.unload_lora_weights()
-        pipeline.scheduler = policy.scheduler
+        pipeline.scheduler = policy.family.levels.scheduler
         pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
         facts = json.loads(path.read_text(encoding="utf-8"))

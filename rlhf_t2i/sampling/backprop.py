@@ -110,7 +110,7 @@ def paint_with_gradient(
         variants, more_gaps = again(partial(step, jumps=False, ask_reference=ask_reference), *given)
         latents, gaps = torch.cat([latents, variants]), torch.cat([gaps, more_gaps])
         num_calls += len(noisy)
-    return Painting(again(policy.decode, latents), gaps, num_calls * (2 if sampler.guidance_scale > 1 else 1))
+    return Painting(again(policy.decode, latents), gaps, num_calls * policy.num_calls(sampler.guidance_scale))
 
 
 def _at_once(function: Callable[..., Any], *given: Any) -> Any:

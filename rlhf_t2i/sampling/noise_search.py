@@ -98,7 +98,7 @@ def gradient_search(
             gradients.append(gradient)
         passes = 1 if last else 2
         studio.denoiser_calls += (
-            len(noise) * studio.num_steps * passes * (2 if studio.sampler.guidance_scale > 1 else 1)
+            len(noise) * studio.num_steps * passes * studio.painter.num_calls(studio.sampler.guidance_scale)
         )
         found.append(studio.judge(torch.cat(latents), prompts))
         if last:

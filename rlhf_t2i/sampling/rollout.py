@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf_t2i.diffusion.gaussian import mean_log_prob, sample
+from rlhf_t2i.diffusion.gaussian import mean_log_prob, randn, sample
 from rlhf_t2i.types import Policy, Sampler, Trajectory, Transition
 
 
@@ -76,6 +76,19 @@ def _paint(
         latents.append(x_next)
     images = torch.cat([policy.decode(latents[-1][rows]) for rows in chunks]).clamp(0, 1)
     return images, torch.stack(log_probs, dim=1), torch.stack(latents, dim=1)
+
+
+def noise_of_rollout(
+    policy: Policy, trajectory: Trajectory, *, generators: Sequence[torch.Generator]
+) -> Float[Tensor, "B T C H W"]:
+    """The noise that each step of a rollout drew, drawn once more: `generators` are as the rollout's were before it.
+
+    Of a step to x' with a std, x' - std * noise is the mean that the policy had.
+    """
+    num_images, num_steps = trajectory.log_probs.shape
+    policy.initial_noise(generators, copies=num_images // len(generators))
+    shape, device = trajectory.latents[:, 0].shape, trajectory.latents.device
+    return torch.stack([randn(shape, generators=generators, device=device) for _ in range(num_steps)], dim=1)
 
 
 def transition_at(

@@ -40,7 +40,8 @@ class Cost:
     """What was spent, counted alike for every search."""
 
     denoiser_calls: int = 0
-    """Pictures that went through the denoiser: with guidance each counts twice, and a gradient once more."""
+    """Pictures that went through the denoiser: each counts twice with classifier-free guidance, and once more with a
+    gradient."""
     judge_calls: int = 0
     """Pictures that were judged, by each judge."""
     seconds: float = 0.0
@@ -141,7 +142,7 @@ class Studio:
             return self.painter.predict(latents[rows], level, conditioning[rows], guidance_scale=guidance_scale)
 
         parts = self.in_batches(len(latents), work)
-        self.denoiser_calls += len(latents) * (2 if self.sampler.guidance_scale > 1 else 1)
+        self.denoiser_calls += len(latents) * self.painter.num_calls(self.sampler.guidance_scale)
         return Prediction(torch.cat([part.clean for part in parts]), torch.cat([part.noise for part in parts]))
 
     def step(

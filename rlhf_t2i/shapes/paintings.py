@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.policies.stable_diffusion import BUILT_IN, load_stable_diffusion
+from rlhf_t2i.policies.load import BUILT_IN, load_policy
 from rlhf_t2i.sampling.rollout import rollout
 from rlhf_t2i.shapes.oracle import judge, recognise
 from rlhf_t2i.shapes.scenes import Scene
@@ -41,7 +41,7 @@ def paint(prompts: Sequence[str], *, seed: int) -> Paintings:
 
     Pictures are rounded to 8 bits, as files will hold them.
     """
-    policy = load_stable_diffusion(str(BUILT_IN), device=torch.device("cpu"), dtype=torch.float32)
+    policy = load_policy(str(BUILT_IN), device=torch.device("cpu"), dtype=torch.float32)
     schedule = policy.schedule(NUM_STEPS)
     chunks: list[Tensor] = []
     rows = torch.arange(len(prompts)).split(64)

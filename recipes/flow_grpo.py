@@ -1,0 +1,250 @@
+"""Flow-GRPO: teach a flow model by comparing pictures of one prompt (Liu et al., arXiv:2505.05470).
+
+    accelerate launch recipes/flow_grpo.py --config recipes/configs/flow_grpo_sd35m_pickscore.yaml    SD 3.5 medium
+
+A flow paints without chance; some of its steps are made noisy so that every stroke has a density, which can be raised
+if the picture earned more than others of its prompt. One step of training:
+
+    paint      images_per_prompt pictures of each of prompts_per_step prompts; only the steps of a window are noisy
+    judge      any reward: pictures and prompts in, numbers out
+    compare    advantage = (reward - mean of its group) / spread
+    move       raise ratio * advantage, ratio = new / old density of a noisy stroke, clipped to 1 +- clip_range
+
+All pictures of a step share its window, or those of a prompt would differ by it. Few denoising steps are enough to tell
+good from bad; evaluation takes more. Without guidance a step costs half, and the model learns to do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_t2i.advantages import globally_scaled_advantages, group_relative_advantages, num_degenerate_groups
+from rlhf_t2i.batching import minibatches, window_of_step
+from rlhf_t2i.config import Rule, parse_config
+from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_ratio, per_image
+from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
+from rlhf_t2i.losses import clipped_surrogate_loss
+from rlhf_t2i.policy_gradient import update_metrics
+from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.run import Run
+from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout, transition_at
+from rlhf_t2i.seeds import PAINT, PICK, generator_for, generators_for
+from rlhf_t2i.tuning import Tuning, TuningConfig, start_tuning
+from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TuningConfig):
+    """Those of every recipe, and Flow-GRPO's own. A microbatch holds pictures, or strokes of an update."""
+
+    prompts_per_step: int = 48
+    """Different prompts in one rollout, over all processes."""
+    images_per_prompt: int = 24
+    """Pictures of each, on one process: a group."""
+    model: str = "stabilityai/stable-diffusion-3.5-medium"
+    """A pipeline folder of diffusers or a Hub id, of a flow model."""
+    num_denoising_steps: int = 10
+    num_evaluation_steps: int | None = 40
+    rewards: str = "judge"
+    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id),
+    oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
+
+    dynamics: Literal["flow_sde", "cps"] = "flow_sde"
+    """The noisy step: Flow-GRPO's SDE, or coefficients-preserving sampling (arXiv:2509.05952)."""
+    noise_scale: float = 0.7
+    """Published are 0.7 with flow_sde and 0.8 with cps, which goes up to 1."""
+    window_size: int | None = None
+    """Noisy steps, which are the trained ones; null is as many as fit."""
+    window_start: float = 0.0
+    """The window lies between here (0 is pure noise) ..."""
+    window_end: float = 1.0
+    """... and here (1 is the picture). The very last step is never noisy: its noise would stay in the picture."""
+    window_moves_every: int | None = None
+    """Training steps after which the window moves on by one, from noise to picture and round again (MixGRPO); null
+    draws its place anew in each."""
+
+    advantages: Literal["global_std", "group_std"] = "global_std"
+    """In standard deviations of all rewards of a step, or of a group's own."""
+    max_advantage: float = 5.0
+    clip_range: float = 1e-4
+    """Of the ratio of densities averaged over latent numbers; 1e-5 was published for a small window."""
+    ratio_normalisation: bool = False
+    """Take the bias out of ratios, scale them alike in all steps, and weigh steps by 1 / their length (GRPO-Guard,
+    arXiv:2510.22319)."""
+    kl_weight: float = 0.004
+    """Of the KL divergence from the model before training, averaged over latent numbers. It is exact: about ten times
+    what the authors' code computes, with which 0.04 was published."""
+    num_inner_epochs: int = 1
+    """Times that each rollout is learnt from."""
+    num_minibatches: int = 2
+    """Optimiser steps in one inner epoch."""
+
+    def rules(self) -> list[Rule]:
+        first, end = self.noisy_steps
+        fits = self.window_size is None or 1 <= self.window_size <= end - first
+        divides = self.num_minibatches >= 1 and self.images_per_prompt % self.num_minibatches == 0
+        return [
+            *super().rules(),
+            ("prompts_per_step", self.prompts_per_step >= 1, "at least 1"),
+            ("images_per_prompt", self.images_per_prompt >= 2, "at least 2, to be compared"),
+            ("num_denoising_steps", self.num_denoising_steps >= 2, "at least 2: the last step has no noise"),
+            ("noise_scale", self.noise_scale > 0, "positive: a step without noise has no density"),
+            ("noise_scale", self.dynamics == "flow_sde" or self.noise_scale <= 1, "at most 1 with cps"),
+            ("window_start", self.window_start >= 0, "in [0, 1]"),
+            ("window_end", self.window_end <= 1 and first < end, "in [0, 1], with a step that may be noisy before it"),
+            ("window_size", fits, f"between 1 and the {end - first} steps that may be noisy"),
+            ("window_moves_every", self.window_moves_every is None or self.window_moves_every >= 1, "at least 1"),
+            ("max_advantage", self.max_advantage > 0, "positive"),
+            ("clip_range", self.clip_range > 0, "positive"),
+            ("kl_weight", self.kl_weight >= 0, "at least 0"),
+            ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
+            ("num_minibatches", divides, f"at least 1 and divide images_per_prompt ({self.images_per_prompt})"),
+        ]
+
+    @property
+    def noisy_steps(self) -> tuple[int, int]:
+        """The first denoising step that may be noisy, and the one after the last."""
+        total = self.num_denoising_steps
+        return round(self.window_start * total), min(round(self.window_end * total), total - 1)
+
+    def window(self, step: int) -> tuple[int, int]:
+        """The first noisy denoising step of a training step, and the one after the last."""
+        return window_of_step(
+            step, within=self.noisy_steps, size=self.window_size, moves_every=self.window_moves_every,
+            generator=generator_for(self.seed, PICK, step),
+        )  # fmt: skip
+
+
+def main(config: Config) -> Run:
+    """Paint, judge, compare, move."""
+    reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
+    tuning = start_tuning(config, recipe="flow_grpo", keep_reference=config.kl_weight > 0)
+    run, policy, schedule = tuning.run, tuning.policy, tuning.policy.schedule(config.num_denoising_steps)
+    dynamics = noisy_step(schedule, config)
+    mine = run.my_share(config.prompts_per_step, name="prompts_per_step")
+    for step in tuning.steps():
+        asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+        own = [asked[i] for i in mine for _ in range(config.images_per_prompt)]
+        window = config.window(step)
+        first, end = (float(schedule.sigma[index]) for index in window)
+        sampler = Sampler(schedule, partial(windowed, dynamics=dynamics, first=first, end=end), config.guidance_scale)
+        with run.timed("rollout"), tuning.painting():
+            images, trajectory = rollout(
+                policy, own, sampler=sampler, batch_size=config.microbatch_size,
+                generators=generators_for(config.seed, PAINT, step, mine),
+            )  # fmt: skip
+        with run.timed("reward"), torch.no_grad():
+            rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
+        groups = run.gather(rewards.view(len(mine), -1)).cpu()
+        scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
+        advantages = scaled(groups).clamp(-config.max_advantage, config.max_advantage).to(run.device)
+        drawn = None
+        if config.ratio_normalisation:
+            drawn = noise_of_rollout(policy, trajectory, generators=generators_for(config.seed, PAINT, step, mine))
+        with run.timed("update"):
+            metrics = update(
+                tuning, trajectory, advantages[mine.start : mine.stop].flatten(), drawn=drawn, window=window,
+                generators=generators_for(config.seed, PICK, step, mine), sampler=sampler, config=config,
+            )  # fmt: skip
+        if step == 0:
+            tuning.warn_of_the_first_update(metrics)
+        tuning.finish_step(
+            step,
+            reward=groups.mean().item(),
+            reward_std=groups.std(correction=0).item(),
+            degenerate_groups=num_degenerate_groups(groups),
+            window_first=window[0],
+            images=groups.numel(),
+            denoiser_calls=groups.numel() * config.num_denoising_steps * policy.num_calls(config.guidance_scale),
+            **run.mean({f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}),
+            **metrics,
+        )
+    return tuning.finish()
+
+
+def noisy_step(schedule: Schedule, config: Config) -> Dynamics:
+    """The step with noise. Raises ValueError for a model that is no flow."""
+    if schedule.kind != "flow":
+        raise ValueError(
+            f"flow_grpo teaches flow models, and {config.model!r} is none. What compares groups of pictures of a "
+            f"diffusion model is recipes/ddpo.py --advantages group_relative."
+        )
+    match config.dynamics:
+        case "flow_sde":
+            return partial(flow_sde, noise_scale=config.noise_scale, sigma_cap=float(schedule.sigma[1]))
+        case "cps":
+            return partial(cps, noise_scale=config.noise_scale)
+
+
+def update(
+    tuning: Tuning,
+    trajectory: Trajectory,
+    advantages: Float[Tensor, " B"],
+    *,
+    drawn: Float[Tensor, "B T C H W"] | None,
+    window: tuple[int, int],
+    generators: Sequence[torch.Generator],
+    sampler: Sampler,
+    config: Config,
+) -> dict[str, float]:
+    """Learn from one rollout: num_inner_epochs x num_minibatches optimiser steps. Returns metrics of all processes.
+
+    `drawn` is the noise of the rollout, if ratios are to be normalised. `replay_error` is the largest change of a
+    log-density before the first optimiser step: 0 if all is well.
+    """
+    run, policy, sigma = tuning.run, tuning.policy, sampler.schedule.sigma
+    seen: list[Tensor] = []
+    steps: list[dict[str, float]] = []
+    replay_error = torch.zeros(1, device=run.device)
+    for image, step in minibatches(
+        generators=generators, images_per_prompt=config.images_per_prompt, window=window, fraction=1.0,
+        num_minibatches=config.num_minibatches, num_epochs=config.num_inner_epochs,
+    ):  # fmt: skip
+        microbatches = list(zip(image.split(config.microbatch_size), step.split(config.microbatch_size), strict=True))
+        for i, t in microbatches:
+            strokes = trajectory.latents[i, t], t, trajectory.conditioning[i]
+            kl, reference = torch.zeros(len(i), device=run.device), None
+            # Processes exchange gradients once, in the last backward pass.
+            with tuning.learner.accumulating(last=i is microbatches[-1][0]):
+                if config.kl_weight:
+                    with torch.no_grad(), policy.as_reference():
+                        reference = transition_at(policy, *strokes, sampler=sampler)
+                transition = transition_at(policy, *strokes, sampler=sampler)
+                if reference is not None:
+                    kl = mean_kl(transition, reference)
+                log_ratio = mean_log_prob(transition, trajectory.latents[i, t + 1]) - trajectory.log_probs[i, t]
+                advantage = advantages[i]
+                if drawn is not None:
+                    old_mean = trajectory.latents[i, t + 1] - per_image(transition.std) * drawn[i, t]
+                    log_ratio = normalised_log_ratio(log_ratio, transition, old_mean)
+                    advantage = advantage / (sigma[t] - sigma[t + 1])
+                loss = clipped_surrogate_loss(
+                    log_ratio, torch.zeros_like(log_ratio), advantage, clip_range=config.clip_range
+                )
+                loss = loss + config.kl_weight * kl.mean()
+                tuning.learner.backward(loss * len(i) / len(image))
+            log_ratio = log_ratio.detach()
+            seen.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
+            if not steps:
+                replay_error = torch.maximum(replay_error, log_ratio.abs().max())
+        steps.append(tuning.descend())
+    return update_metrics(
+        run,
+        torch.cat(seen),
+        steps,
+        clip_range=config.clip_range,
+        replay_error=replay_error,
+        with_kl=config.kl_weight > 0,
+    )
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__ or ""))

@@ -1,0 +1,269 @@
+"""Flow-GRPO on a tiny random Stable Diffusion 3."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from recipes import flow_grpo
+from rlhf_t2i.advantages import globally_scaled_advantages, num_degenerate_groups
+from rlhf_t2i.batching import window_of_step
+from rlhf_t2i.diffusion.gaussian import mean_log_prob, normalised_log_ratio, per_image, sample
+from rlhf_t2i.diffusion.transitions import flow_sde, windowed
+from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout
+from rlhf_t2i.types import Sampler, Transition
+from tests import reference
+
+CPU = torch.device("cpu")
+
+
+def redness(images: Tensor, prompts: list[str]) -> Tensor:
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
+
+
+def indifferent(images: Tensor, prompts: list[str]) -> Tensor:
+    """Only pictures of one of the prompts differ."""
+    return torch.tensor(
+        [r if "circle" in p else 0.5 for r, p in zip(redness(images, prompts).tolist(), prompts, strict=True)]
+    )
+
+
+@pytest.fixture
+def config(tiny_sd3: Path, tmp_path: Path) -> flow_grpo.Config:
+    """A run of two steps that uses every part of the recipe."""
+    return flow_grpo.Config(
+        model=str(tiny_sd3),
+        prompts_per_step=2,
+        images_per_prompt=4,
+        num_denoising_steps=4,
+        num_evaluation_steps=6,
+        lora_rank=2,
+        num_minibatches=2,
+        num_inner_epochs=2,
+        microbatch_size=8,
+        learning_rate=1e-3,
+        adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
+        rewards="tests.test_flow_grpo:redness",
+        evaluation_rewards="tests.test_flow_grpo:redness",
+        num_steps=2,
+        evaluate_every=0,
+        num_evaluation_images=4,
+        checkpoint_every=1,
+        run_folder=str(tmp_path / "run"),
+        num_cpu_threads=1,
+    )
+
+
+def train(config: flow_grpo.Config) -> Path:
+    return flow_grpo.main(config).folder
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in lines if row["kind"] == kind]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+
+# --- learning ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ratio_normalisation": True, "clip_range": 1e-3},
+        {"dynamics": "cps", "noise_scale": 0.8},
+    ],
+)
+@pytest.mark.slow
+def test_the_reward_rises(config: flow_grpo.Config, changes: dict[str, Any]) -> None:
+    learning = {
+        "lora_rank": None, "images_per_prompt": 8, "num_steps": 12, "learning_rate": 3e-3, "adam_epsilon": 1e-8,
+        "clip_range": 1e-2, "kl_weight": 0.0, "window_end": 0.5, "num_evaluation_images": 16, "checkpoint_every": 100,
+    }  # fmt: skip
+    folder = train(replace(config, **{**learning, **changes}))
+    before, after = rows(folder, "evaluation")
+    name = "tests.test_flow_grpo:redness"
+    assert after[name] > before[name] + 0.01
+
+
+@pytest.mark.parametrize("dynamics", ["flow_sde", "cps"])
+@pytest.mark.parametrize("ratio_normalisation", [False, True])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_first_replay_has_ratio_one_and_later_ones_move(
+    config: flow_grpo.Config, dynamics: Any, ratio_normalisation: bool, mixed_precision: Any
+) -> None:
+    changes = {"dynamics": dynamics, "ratio_normalisation": ratio_normalisation, "mixed_precision": mixed_precision}
+    [first, *_] = rows(train(replace(config, **changes, num_steps=1)), "train")
+    # Normalised, the old mean is what is left of a stroke without its noise: right to the last bit of a float32.
+    assert first["replay_error"] <= (1e-12 if ratio_normalisation else 0)
+    assert first["ratio_std"] > 1e-7
+    assert first["kl"] > 0
+
+
+def test_the_microbatch_size_changes_no_result(config: flow_grpo.Config, tmp_path: Path) -> None:
+    one = train(replace(config, ratio_normalisation=True))
+    other = train(replace(config, ratio_normalisation=True, microbatch_size=3, run_folder=str(tmp_path / "other")))
+    for name, weight in weights(one).items():
+        assert_close(weights(other)[name], weight, rtol=0, atol=2e-5)
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(config: flow_grpo.Config, tmp_path: Path) -> None:
+    whole = train(config)
+    part = replace(config, run_folder=str(tmp_path / "part"))
+    train(replace(part, num_steps=1))
+    again = train(replace(part, resume=True))
+    for name, weight in weights(whole).items():
+        assert_close(weights(again)[name], weight, rtol=0, atol=0)
+
+
+def test_evaluation_takes_its_own_number_of_steps(config: flow_grpo.Config, tmp_path: Path) -> None:
+    few = train(replace(config, num_steps=1, num_evaluation_steps=None))
+    many = train(replace(config, num_steps=1, run_folder=str(tmp_path / "many")))
+    name = "tests.test_flow_grpo:redness"
+    assert rows(few, "train")[0]["reward"] == rows(many, "train")[0]["reward"]
+    assert rows(few, "evaluation")[0][name] != rows(many, "evaluation")[0][name]
+
+
+def test_groups_without_a_difference_are_counted_and_pull_nothing(config: flow_grpo.Config, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\na red square\n")
+    half = replace(
+        config, prompts=str(tmp_path / "prompts.txt"), rewards="tests.test_flow_grpo:indifferent", num_steps=1
+    )
+    [row] = rows(train(half), "train")
+    assert row["degenerate_groups"] == 1
+    none = {"rewards": "tests.test_flow_grpo:flat", "kl_weight": 0.0, "run_folder": str(tmp_path / "flat")}
+    [row] = rows(train(replace(half, **none)), "train")
+    assert row["degenerate_groups"] == 2
+    assert row["gradient_norm"] == 0
+
+
+def flat(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.new_full((len(images),), 0.1)
+
+
+# --- advantages -------------------------------------------------------------------------------------
+
+
+def test_globally_scaled_advantages_agree_with_the_slow_reference() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [0.1, 0.1, 0.1], [-1.0, 0.0, -1.0]])
+    expected = torch.tensor(reference.globally_scaled(rewards.tolist()))
+    found = globally_scaled_advantages(rewards)
+    assert_close(found, expected)
+    assert found[1].eq(0).all()
+    assert_close(found.sum(dim=1), torch.zeros(3), rtol=0, atol=1e-6)
+    assert num_degenerate_groups(rewards) == 1
+
+
+# --- windows ----------------------------------------------------------------------------------------
+
+
+def test_a_drawn_window_lies_within_its_bounds_and_reaches_them() -> None:
+    draw = partial(window_of_step, 0, within=(1, 6), size=2, moves_every=None)
+    found = {draw(generator=torch.Generator().manual_seed(seed)) for seed in range(60)}
+    assert found == {(1, 3), (2, 4), (3, 5), (4, 6)}
+    assert window_of_step(3, within=(1, 6), size=None, moves_every=None, generator=torch.Generator()) == (1, 6)
+
+
+def test_a_moving_window_goes_from_noise_to_picture_and_round() -> None:
+    found = [
+        window_of_step(step, within=(0, 4), size=2, moves_every=2, generator=torch.Generator()) for step in range(8)
+    ]
+    assert found == [(0, 2), (0, 2), (1, 3), (1, 3), (2, 4), (2, 4), (0, 2), (0, 2)]
+
+
+def test_the_last_step_is_never_noisy(config: flow_grpo.Config) -> None:
+    assert config.window(0) == (0, 3)
+    assert {replace(config, window_size=1).window(step) for step in range(40)} == {(0, 1), (1, 2), (2, 3)}
+    assert replace(config, window_start=0.5, window_end=0.75).window(7) == (2, 3)
+
+
+@torch.no_grad()
+def test_a_rollout_has_densities_in_its_window_only_and_its_noise_can_be_drawn_again(tiny_sd3: Path) -> None:
+    """So the means that the old policy had are known without having been stored."""
+    policy = load_policy(str(tiny_sd3), device=CPU)
+    schedule = policy.schedule(4)
+    first, end = float(schedule.sigma[1]), float(schedule.sigma[3])
+    step = partial(flow_sde, noise_scale=0.7, sigma_cap=first)
+    sampler = Sampler(schedule, partial(windowed, dynamics=step, first=first, end=end))
+    seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    _, trajectory = rollout(policy, ["a", "a", "b", "b"], sampler=sampler, generators=seeds, batch_size=3)
+    assert trajectory.log_probs.ne(0).tolist() == [[False, True, True, False]] * 4
+    seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    drawn = noise_of_rollout(policy, trajectory, generators=seeds)
+    for t in (1, 2):
+        level, after = (schedule.at(torch.full((4,), t + i)) for i in (0, 1))
+        latents = trajectory.latents[:, t]
+        prediction = policy.predict(latents, level, trajectory.conditioning, guidance_scale=1.0)
+        transition = step(latents, prediction, level, after)
+        old_mean = trajectory.latents[:, t + 1] - per_image(transition.std) * drawn[:, t]
+        assert_close(old_mean, transition.mean, rtol=0, atol=1e-5)
+
+
+# --- ratios -----------------------------------------------------------------------------------------
+
+
+def test_a_normalised_log_ratio_is_the_way_of_the_mean_along_the_noise() -> None:
+    """mean((mean - old_mean) * noise), by hand: of another std, the same way has the same ratio."""
+    old_mean, noise = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    way = 0.01 * torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    std = torch.tensor([0.1, 0.9, 0.0])
+    drawn = old_mean + per_image(std) * noise
+    old, new = Transition(old_mean, std), Transition(old_mean + way, std)
+    log_ratio = mean_log_prob(new, drawn) - mean_log_prob(old, drawn)
+    expected = (way * noise).mean(dim=(1, 2, 3)) * torch.tensor([1.0, 1.0, 0.0])
+    assert_close(normalised_log_ratio(log_ratio, new, old_mean), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_log_ratios_are_biased_and_normalised_ones_are_not() -> None:
+    """Over many strokes of an old policy."""
+    std, way, count = torch.full((4000,), 0.2), 0.1, 4000
+    old = Transition(torch.zeros(count, 1, 2, 2), std)
+    new = Transition(torch.full((count, 1, 2, 2), way), std)
+    drawn = sample(old, generators=[torch.Generator().manual_seed(0)])
+    log_ratio = mean_log_prob(new, drawn) - mean_log_prob(old, drawn)
+    assert log_ratio.mean().item() == pytest.approx(-(way**2) / (2 * 0.2**2), rel=0.1)
+    assert normalised_log_ratio(log_ratio, new, old.mean).mean().item() == pytest.approx(0, abs=2e-3)
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images_per_prompt": 1, "num_minibatches": 1}, "images_per_prompt is 1; it must be at least 2"),
+        ({"num_denoising_steps": 1}, "num_denoising_steps is 1; it must be at least 2"),
+        ({"noise_scale": 0.0}, "noise_scale is 0.0; it must be positive"),
+        ({"noise_scale": 1.2, "dynamics": "cps"}, "at most 1 with cps"),
+        ({"window_size": 4}, "between 1 and the 3 steps that may be noisy"),
+        ({"window_start": 0.9}, "with a step that may be noisy"),
+        ({"window_moves_every": 0}, "window_moves_every is 0"),
+        ({"num_minibatches": 3}, r"divide images_per_prompt \(4\)"),
+        ({"resolution": 0}, "resolution is 0; it must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(config: flow_grpo.Config, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
+
+
+def test_a_diffusion_model_is_sent_to_ddpo(config: flow_grpo.Config, tiny_sd: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"none\. What compares groups .* recipes/ddpo\.py --advantages group_relative"
+    ):
+        train(replace(config, model=str(tiny_sd)))

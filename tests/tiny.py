@@ -1,0 +1,173 @@
+"""Tiny random pipelines of every family, in the ordinary format of the model they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_sdxl(folder: Path, *, prediction_type: str = "epsilon") -> Path:
+    """Like SDXL: two CLIPs, size conditioning, noise prediction, saved with an Euler scheduler."""
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=40,
+        attention_head_dim=(2, 4),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+    diffusers.StableDiffusionXLPipeline(
+        vae=autoencoder(scaling_factor=0.13025, force_upcast=True),
+        text_encoder=clip(CLIPTextModel, hidden_size=16),
+        text_encoder_2=clip(CLIPTextModelWithProjection, hidden_size=24, projection_dim=20),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+            prediction_type=prediction_type,
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_sd3(folder: Path, *, with_t5: bool = True, dynamic_shift: bool = False) -> Path:
+    """Like SD 3.5: two CLIPs, a T5, dual attention in some blocks, normalised queries and keys; a flow with a shift."""
+    import diffusers
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=36,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    shifting = {"use_dynamic_shifting": True, "max_shift": 1.16} if dynamic_shift else {"shift": 3.0}
+    diffusers.StableDiffusion3Pipeline(
+        vae=autoencoder(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModelWithProjection, hidden_size=16, projection_dim=16),
+        text_encoder_2=clip(CLIPTextModelWithProjection, hidden_size=24, projection_dim=20),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(width=48) if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shifting),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_flux(folder: Path, *, is_distilled: bool = True) -> Path:
+    """Like FLUX.1 dev, which is told of its guidance and whose schedule depends on the picture's size; or schnell."""
+    import diffusers
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=is_distilled,
+        axes_dims_rope=(4, 6, 6),
+    )
+    shifting = {"use_dynamic_shifting": True, "shift": 3.0} if is_distilled else {"shift": 1.0}
+    diffusers.FluxPipeline(
+        vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(CLIPTextModel, hidden_size=16),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(width=24),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shifting),
+    ).save_pretrained(folder)
+    return folder
+
+
+def t5(*, width: int) -> Any:
+    """An encoder of two layers."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    )
+
+
+def t5_tokenizer() -> Any:
+    """Letter by letter."""
+    from transformers import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
+    return T5Tokenizer(vocab=[*special, *((letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz")], extra_ids=0)
+
+
+def autoencoder(*, latent_channels: int = 4, **settings: Any) -> Any:
+    """Two pixels a latent."""
+    import diffusers
+
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+        **settings,
+    )
+
+
+def clip_tokenizer() -> Any:
+    """Of the built-in world."""
+    from rlhf_t2i.shapes.build import make_tokenizer
+
+    return make_tokenizer()
+
+
+def clip(kind: Any, *, hidden_size: int, projection_dim: int = 16) -> Any:
+    """A text encoder with two layers, so that the last but one has states of its own."""
+    from transformers import CLIPTextConfig
+
+    tokenizer = clip_tokenizer()
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=projection_dim,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
