@@ -414,7 +414,7 @@ def test_the_flags_that_the_config_gives_for_the_other_methods_are_read(name: st
         ({"early_stop_reward": REDNESS}, "evaluate_every is 0; it must be at least 1 for early_stop_reward"),
         ({"patience": 0}, "patience is 0; it must be at least 1"),
         ({"lora_rank": 2, "lora_scale_at_sampling": 0.0}, r"lora_scale_at_sampling is 0\.0; it must be positive"),
-        ({"lora_scale_at_sampling": 0.5}, "lora_scale_at_sampling is 0.5; it must be 1 where the whole U-Net"),
+        ({"lora_scale_at_sampling": 0.5}, "lora_scale_at_sampling is 0.5; it must be 1 where the whole denoiser"),
     ],
 )
 def test_impossible_settings_are_refused(config: draft.Config, changes: dict[str, Any], message: str) -> None:
