@@ -16,6 +16,7 @@ from reward_model.datasets import load_records
 from rlhf_t2i.shapes.pairs import write_pairs
 from rlhf_t2i.shapes.scenes import all_scenes
 from tests.judges import backbone_folder
+from tests.test_matrix import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,6 +59,10 @@ def test_the_readme_and_ci_give_the_same_commands() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert "-e '.[dev]' -c constraints.txt" in ci
     assert "\npytest\n" in ci
+
+
+def test_the_table_of_models_and_recipes_is_what_is_tested() -> None:
+    assert table() in README
 
 
 @pytest.mark.slow
