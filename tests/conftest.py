@@ -17,6 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # with "AST constructor recursion depth mismatch" (python/cpython#106905). So all of them are imported here, at once.
 gc.disable()
 import rlhf_t2i.policies.stable_diffusion  # noqa: E402
+import rlhf_t2i.rewards.builtin  # noqa: E402
 import rlhf_t2i.shapes.build  # noqa: E402, F401
 
 gc.enable()
