@@ -42,6 +42,8 @@ from rlhf_t2i.run_folder import claim_folder
 from rlhf_t2i.seeds import SHOW, generator_for
 
 _FREE_TO_CHANGE = {"run_folder", "resume", "judge", "batch_size", "host", "port"}
+_NUM_PAINTED = 100
+"""Pairs, unless it is said how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +70,8 @@ class Config:
     num_denoising_steps: int = 8
     eta: float = 0.0
     guidance_scale: float = 1.0
-    num_pairs: int = 100
-    """Painted, or drawn at random if there are more; 0 is all there are, or one of each prompt."""
+    num_pairs: int | None = None
+    """Painted (null is 100: the prompts in turn), or drawn at random from all that there are (null is all)."""
     judge: str | None = None
     """What the results page compares people with: comma-separated NAME or NAME=WEIGHT, as the rewards of any recipe."""
     batch_size: int = 64
@@ -93,7 +95,7 @@ class Config:
                 ("weights", self.weights is None or len(names(self.weights)) == 2, "two of them, such as base,FOLDER"),
                 ("num_denoising_steps", self.num_denoising_steps >= 1, "at least 1"),
                 ("eta", 0 <= self.eta <= 1, "in [0, 1]"),
-                ("num_pairs", self.num_pairs >= 0, "at least 0, which is all"),
+                ("num_pairs", self.num_pairs is None or self.num_pairs >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("host", is_loopback(self.host) or token() is not None, alone),
                 ("port", 0 <= self.port < 2**16, "in 0..65535"),
@@ -146,7 +148,7 @@ def candidates(config: Config, folder: Path, device: torch.device) -> Iterator[C
     if config.pairs:
         return from_files(config, folder, generator)
     folders = [Path(name) for name in names(config.runs or "")]
-    return from_runs(folders, num_pairs=config.num_pairs or None, generator=generator)
+    return from_runs(folders, num_pairs=config.num_pairs, generator=generator)
 
 
 def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iterator[Candidate]:
@@ -160,7 +162,7 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
         skipped=folder / "skipped.jsonl" if config.on_bad_record == "skip" else None,
         keep_ties=True,
     )
-    for pair in some(found, config.num_pairs or None, generator=generator):
+    for pair in some(found, config.num_pairs, generator=generator):
         sources = ("not judged", "not judged") if pair.tie else ("preferred in the file", "the other one")
         yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)
 
@@ -173,8 +175,8 @@ def painted(config: Config, device: torch.device) -> Iterator[Candidate]:
     from rlhf_t2i.prompts import load_prompts
     from rlhf_t2i.types import Sampler
 
-    asked = load_prompts(config.prompts, held_out=True)
-    prompts, seeds = evaluation_set(asked, num_images=config.num_pairs or len(asked), seed=config.evaluation_seed)
+    asked, count = load_prompts(config.prompts, held_out=True), config.num_pairs or _NUM_PAINTED
+    prompts, seeds = evaluation_set(asked, num_images=count, seed=config.evaluation_seed)
     images: list[torch.Tensor] = []
     first, second = names(config.weights or "")
     for name in (first, second):

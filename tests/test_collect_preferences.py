@@ -53,6 +53,7 @@ from rlhf_t2i.collect.questions import (
 )
 from rlhf_t2i.collect.serve import Service, create_app
 from rlhf_t2i.config import parse_config
+from rlhf_t2i.preferences import save_pairs
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
 from rlhf_t2i.rewards.serve import listen
 from rlhf_t2i.rewards.wire import TOKEN_VARIABLE
@@ -117,9 +118,9 @@ def collecting(folder: Path, questions: Sequence[Question], *, seed: int = 0) ->
 
 
 @contextmanager
-def serving(answers: Answers, **options: Any) -> Iterator[str]:
+def serving(answers: Answers, *, port: int = 0, **options: Any) -> Iterator[str]:
     """A real server in a thread of this process; its address."""
-    listener = listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", port)
     app = create_app(Service(answers, **{"secret": None, **options}))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -188,6 +189,7 @@ def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
         server.communicate()
 
 
+@pytest.mark.slow
 def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> None:
     """None is lost, none is doubled, and each is what was pressed."""
     port, run = free_port(), tmp_path / "run"
@@ -272,6 +274,7 @@ def test_a_double_click_counts_once_and_a_stale_tab_changes_nothing(tmp_path: Pa
             assert (nothing.status_code, nothing.json()) == (422, {"error": "There is nothing to undo."})
             unknown = ann.post("/answer", shown=undone[0]["shown"], answer="best")
             assert unknown.status_code == 422
+            assert "answer: Input should be 'left', 'right', 'tie', 'bad' or 'undo'" in unknown.json()["error"]
         assert [row["key"] for row in lines_of(tmp_path / "answers.jsonl")] == ["left", "undo"]
         assert answers.standing() == {"ann": []}
 
@@ -459,9 +462,10 @@ def test_another_host_needs_a_token(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert Config(runs="a", host="0.0.0.0").host == "0.0.0.0"
 
 
-def test_without_the_token_only_the_empty_page_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("secret", [TOKEN, 'a;b="c",d\\e'])
+def test_without_the_token_only_the_empty_page_is_seen(secret: str, tmp_path: Path) -> None:
     questions = asked(tmp_path)
-    with collecting(tmp_path, questions) as answers, serving(answers, secret=TOKEN) as address:
+    with collecting(tmp_path, questions) as answers, serving(answers, secret=secret) as address:
         with person("ann", address) as ann:
             assert "The token that you were given" in ann.client.get("/").text
             for token in ("", "wrong", "ö"):
@@ -470,7 +474,7 @@ def test_without_the_token_only_the_empty_page_is_seen(tmp_path: Path) -> None:
                 assert ann.client.get(path).status_code == 401
             shown = answers.showing("ann").token
             assert ann.post("/answer", shown=shown, answer="left").status_code == 401
-            entered = ann.post("/enter", token=TOKEN)
+            entered = ann.post("/enter", token=secret)
             assert "HttpOnly" in entered.headers["set-cookie"]
             assert "SameSite=strict" in entered.headers["set-cookie"]
             ann.enter()  # a reload: the cookie is enough
@@ -478,10 +482,10 @@ def test_without_the_token_only_the_empty_page_is_seen(tmp_path: Path) -> None:
             assert ann.client.get(f"/picture/{ann.pair['left']}").status_code == 200
             assert ann.client.get("/results").status_code == 200
         with person("bob", address) as script:
-            script.client.headers["Authorization"] = f"Bearer {TOKEN}"
+            script.client.headers["Authorization"] = f"Bearer {secret}"
             script.enter()
             script.press("right")
-    assert TOKEN not in "".join(path.read_text() for path in tmp_path.glob("*.jsonl"))
+    assert secret not in "".join(path.read_text() for path in tmp_path.glob("*.jsonl"))
 
 
 # --- where the pictures come from -----------------------------------------------------------------
@@ -493,7 +497,7 @@ def test_without_the_token_only_the_empty_page_is_seen(tmp_path: Path) -> None:
         ({}, "exactly one of runs, pairs and weights; given is none of them"),
         ({"runs": "a", "pairs": "b"}, "given is runs and pairs"),
         ({"weights": "base"}, "weights is base; it must be two of them"),
-        ({"pairs": "a", "num_pairs": -1}, "num_pairs is -1"),
+        ({"pairs": "a", "num_pairs": 0}, "num_pairs is 0"),
         ({"pairs": "a", "port": 65536}, "port is 65536"),
     ],
 )
@@ -530,6 +534,17 @@ def test_pairs_that_nobody_has_judged_are_asked_and_the_same_picture_twice_is_no
         write_questions(tmp_path / "run", [Candidate("a hen", (colour(0), colour(0)), ("a", "b"))])
 
 
+def test_the_pairs_that_diffusion_dpo_keeps_are_asked_about(tmp_path: Path) -> None:
+    images, scores = torch.stack([colour(i) for i in range(4)]), torch.tensor([[0.1, 0.9], [0.7, 0.2]])
+    chosen = torch.tensor([1, 2]), torch.tensor([0, 3])
+    save_pairs(tmp_path / "pairs" / "step_000001.jsonl", images, ["a fox", "a hen"], scores, chosen, first=0)
+    fox, hen = from_files(Config(pairs=str(tmp_path / "pairs")), tmp_path, GENERATOR)
+    for found, prompt, winner, loser in ((fox, "a fox", 1, 0), (hen, "a hen", 2, 3)):
+        assert found.prompt == prompt
+        assert found.sources == ("preferred in the file", "the other one")
+        torch.testing.assert_close(found.pictures, (colour(winner), colour(loser)))
+
+
 def test_of_many_pairs_some_are_drawn(tmp_path: Path) -> None:
     source = preference_file(tmp_path / "pictures", 20)
     config = Config(pairs=str(source), num_pairs=7)
@@ -544,7 +559,7 @@ def test_a_run_is_asked_about_by_its_first_and_last_pictures(tmp_path: Path) -> 
     with Image.open(after) as strip:
         last = Image.fromarray(255 - np.asarray(strip))
     last.save(after)
-    config = Config(runs=str(run), num_pairs=0)
+    config = Config(runs=str(run))
     found = list(candidates(config, tmp_path, torch.device("cpu")))
     assert [one.prompt for one in found] == [prompt for prompt, _ in CELLS[:4]]
     for i, one in enumerate(found):
@@ -566,7 +581,7 @@ def test_two_checkpoints_paint_the_same_prompts_from_the_same_seeds(tiny_sd: Pat
     (tmp_path / "prompts.txt").write_text("a fox\na hen\n")
     options: Any = {"model": str(tiny_sd), "prompts": str(tmp_path / "prompts.txt"), "num_denoising_steps": 2}
     found = list(painted(Config(weights=f"base,{tmp_path}", num_pairs=3, **options), cpu))
-    swapped = list(painted(Config(weights=f"{tmp_path}/unet,base", num_pairs=0, **options), cpu))
+    swapped = list(painted(Config(weights=f"{tmp_path}/unet,base", num_pairs=2, **options), cpu))
     assert [one.prompt for one in found] == ["a fox", "a hen", "a fox"]
     assert [one.prompt for one in swapped] == ["a fox", "a hen"]
     assert found[0].sources == ("base", str(tmp_path))
@@ -735,3 +750,21 @@ def test_keys_buttons_and_reloads_work_in_chromium(tmp_path: Path) -> None:
         keys = [row["key"] for row in lines_of(tmp_path / "answers.jsonl")]
         assert keys == ["left", "right", "tie", "undo", "bad", "left", "right"]
         assert list(answers.standing()) == ["ann"]
+
+
+@pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason=browser.MISSING)
+def test_the_page_sends_an_answer_until_a_server_takes_it(tmp_path: Path) -> None:
+    port = free_port()
+    with collecting(tmp_path, asked(tmp_path, 3)) as answers, browser.chromium(free_port) as page:
+        with serving(answers, port=port) as address:
+            page.open(address)
+            page.press(*"ann", "enter")
+            page.until("document.getElementById('count').textContent === '0 of 3'")
+            page.until("!document.querySelector('.busy')")
+        page.press("t")
+        page.until("document.getElementById('message').textContent.startsWith('The server does not reply')")
+        page.press("1")  # not about anything: the answer before it is on its way
+        with serving(answers, port=port):
+            page.until("document.getElementById('count').textContent === '1 of 3'")
+            page.until("document.getElementById('message').textContent === ''")
+    assert [row["key"] for row in lines_of(tmp_path / "answers.jsonl")] == ["tie"]

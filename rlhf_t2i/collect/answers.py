@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from rlhf_t2i.checkpoint import write_atomically
+from rlhf_t2i.checkpoint import flush, write_atomically
 from rlhf_t2i.collect.questions import PICTURES, Question
 from rlhf_t2i.seeds import SHOW, seed_for
 
@@ -86,6 +86,7 @@ class Answers:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flush(folder)  # a new file is only found again once its folder is on the disk
             self.torn = _cut_torn_line(self.path, self._file)
             for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
                 self._replay(line, where=f"{self.path}:{number}")

@@ -45,7 +45,7 @@ async function show(next) {
   at("count").textContent = `${pair.answered} of ${pair.total}`;
   at("progress").max = pair.total;
   at("progress").value = pair.answered;
-  for (const id of ["asking", "pictures"]) at(id).hidden = !open;
+  at("prompt").hidden = at("pictures").hidden = !open;
   at("done").hidden = open;
   at("prompt").textContent = pair.prompt;
   for (const button of document.querySelectorAll("[data-answer]")) {
@@ -64,10 +64,14 @@ async function exchange(path, body) {
   try {
     const reply = await post(path, body);
     say(reply.error ?? "");
-    if (reply.status === 401) at("entrance").hidden = !(at("questions").hidden = true);
+    if (reply.status === 401) {
+      at("questions").hidden = true;
+      at("entrance").hidden = false;
+    }
     const next = reply.status === 200 ? reply : reply.pair;
     if (next) await show(next);
   } catch {
+    pair = null; // nobody should answer to what they do not see
     say("A picture could not be loaded. Reload the page.");
   } finally {
     busy = false;

@@ -26,9 +26,11 @@ from rlhf_t2i.collect.questions import picture_path
 from rlhf_t2i.report import HEAD, STYLES
 
 try:
-    from fastapi import FastAPI, HTTPException, Request, Response
+    from fastapi import FastAPI, Request, Response
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
     from pydantic import BaseModel, ConfigDict
+    from starlette.exceptions import HTTPException
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; the page needs: pip install 'rlhf-t2i[serve]'") from error
 
@@ -157,7 +159,8 @@ class Service:
 
 def create_app(service: Service) -> FastAPI:
     """The server as an ASGI application."""
-    app = FastAPI(openapi_url=None, exception_handlers={HTTPException: _refuse, ValueError: _refuse, OSError: _refuse})
+    kinds = (HTTPException, RequestValidationError, ValueError, OSError)
+    app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(kinds, _refuse))
     app.add_api_route("/", service.page, response_model=None)
     app.add_api_route("/page.js", service.script, response_model=None)
     app.add_api_route("/enter", service.enter, methods=["POST"], response_model=None)
@@ -171,6 +174,9 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
     match error:
         case HTTPException():
             return JSONResponse({"error": error.detail}, error.status_code)
+        case RequestValidationError():
+            flaws = "; ".join(f"{flaw['loc'][-1]}: {flaw['msg']}" for flaw in error.errors())
+            return JSONResponse({"error": f"The request cannot be understood: {flaws}."}, 422)
         case ValueError():
             return JSONResponse({"error": str(error)}, 422)
         case _:
