@@ -641,7 +641,7 @@ def test_agreement_with_a_judge_is_of_what_both_decided() -> None:
     }
     assert majority(choices) == {0: "first", 2: "first", 3: "second", 4: "second"}
     ann, bob, both = with_judge(choices, scores, judge="oracle")
-    assert [one.names for one in (ann, bob, both)] == [("ann", "oracle"), ("bob", "oracle"), ("majority", "oracle")]
+    assert [one.names for one in (ann, bob, both)] == [("ann", "oracle"), ("bob", "oracle"), ("the majority", "oracle")]
     assert (ann.count, ann.raw.value) == (3, pytest.approx(2 / 3))
     assert (bob.count, bob.raw.value) == (3, pytest.approx(2 / 3))
     assert (both.count, both.raw.value) == (3, pytest.approx(2 / 3))

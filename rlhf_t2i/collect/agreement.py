@@ -103,9 +103,9 @@ def with_judge(choices: Mapping[str, Choices], scores: Float[Tensor, "N 2"], *, 
     Ties and "both bad" of people, and equal scores, are left out, and so is a majority without a lead.
     """
     gaps = (scores[:, 0] - scores[:, 1]).tolist()
-    columns = {**choices, "majority": majority(choices)} if len(choices) > 1 else choices
+    everyone = [("the majority", majority(choices))] if len(choices) > 1 else []
     found: list[Agreement] = []
-    for name, own in columns.items():
+    for name, own in [*choices.items(), *everyone]:
         table = np.zeros((2, 2), dtype=np.int64)
         for question, choice in own.items():
             if choice in ("first", "second") and gaps[question]:
