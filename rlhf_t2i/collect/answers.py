@@ -78,6 +78,7 @@ class Answers:
         """
         self.folder, self.questions, self.seed = folder, questions, seed
         self._standing: dict[str, list[Given]] = {}
+        self._lines: dict[str, list[str]] = {}
         self._num_events: dict[str, int] = {}
         self._accepted: dict[str, Key] = {}
         self._plans: dict[str, tuple[list[int], list[bool]]] = {}
@@ -197,11 +198,15 @@ class Answers:
     def _take(self, row: Mapping[str, Any]) -> None:
         """What a line of the file changes."""
         annotator: str = row["annotator"]
-        standing = self._standing.setdefault(annotator, [])
+        standing, lines = self._standing.setdefault(annotator, []), self._lines.setdefault(annotator, [])
         if row["key"] == "undo":
             standing.pop()
+            lines.pop()
         else:
-            standing.append(Given(row["question"], row["key"], row["first_on_left"]))
+            given = Given(row["question"], row["key"], row["first_on_left"])
+            standing.append(given)
+            preferred = preference(self.questions[given.question], given, annotator=annotator)
+            lines.append(json.dumps(preferred, ensure_ascii=False) + "\n" if preferred else "")
         self._num_events[annotator] = self._num_events.get(annotator, 0) + 1
         self._accepted[row["shown"]] = row["key"]
 
@@ -213,13 +218,8 @@ class Answers:
             return {annotator: list(given) for annotator, given in self._standing.items()}
 
     def _write_pairs(self) -> None:
-        lines = [
-            json.dumps(row, ensure_ascii=False) + "\n"
-            for annotator, standing in self._standing.items()
-            for given in standing
-            if (row := preference(self.questions[given.question], given, annotator=annotator)) is not None
-        ]
-        write_atomically(self.folder / "pairs.jsonl", "".join(lines))
+        text = "".join(line for lines in self._lines.values() for line in lines)
+        write_atomically(self.folder / "pairs.jsonl", text)
 
 
 def preference(question: Question, given: Given, *, annotator: str) -> dict[str, object] | None:
