@@ -30,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file's text; whoever reads it, or is killed while writing, finds the old text or the new one, whole."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
-    _flush(part)
+    flush(part)
     part.replace(path)
 
 
@@ -52,11 +52,11 @@ def commit(part: Path, *, keep: int) -> Path:
     manifest = {str(path.relative_to(part)): sha256_of(path) for path in files}
     (part / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*part.rglob("*"), part]:
-        _flush(path)
+        flush(path)
     target = part.with_suffix("")
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
-    _flush(target.parent)
+    flush(target.parent)
     others = [path for path in _checkpoints(target.parent) if path != target]
     for old in others[keep - 1 :]:
         shutil.rmtree(old)
@@ -103,7 +103,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -309,11 +309,7 @@ def _points(rows: Sequence[Row], key: str) -> Points:
     return [(x, y, e if math.isfinite(e) else 0.0) for x, y, e in found if math.isfinite(y)]
 
 
-HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ run.recipe }}, {{ started }}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
-style-src 'unsafe-inline'"><meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark; --page: #faf9f6; --card: #fff; --ink: #24282d; --quiet: #62676f;
+STYLES = """:root { color-scheme: light dark; --page: #faf9f6; --card: #fff; --ink: #24282d; --quiet: #62676f;
   --rule: #e5e2db; --new: #23716b; --old: #a8722f; --third: #7567a8; --rest: #a3a8ae }
 @media (prefers-color-scheme: dark) { :root { --page: #15171a; --card: #1d2024; --ink: #e7e4de;
   --quiet: #9ca1a9; --rule: #32363c; --new: #6fc7be; --old: #d9a465; --third: #a99ddf; --rest: #666c74 } }
@@ -333,6 +329,16 @@ path { fill: none; stroke: var(--rule); stroke-linecap: round; stroke-linejoin: 
 .bar { display: flex; height: 1.5rem; border-radius: .5rem; overflow: hidden; margin-bottom: .75rem }
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em }
 """
+"""The colours and shapes of every page, light and dark."""
+
+HEAD = (
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ run.recipe }}, {{ started }}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+style-src 'unsafe-inline'"><meta name="viewport" content="width=device-width, initial-scale=1"><style>
+"""
+    + STYLES
+)
 """How every report begins, up to styles of its own."""
 
 _TEMPLATE = (

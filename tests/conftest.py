@@ -23,6 +23,7 @@ import rlhf_t2i.policies.load  # noqa: E402
 import rlhf_t2i.policies.sd3  # noqa: E402
 import rlhf_t2i.policies.sdxl  # noqa: E402
 import rlhf_t2i.policies.stable_diffusion  # noqa: E402
+import rlhf_t2i.rewards.builtin  # noqa: E402
 import rlhf_t2i.shapes.build  # noqa: E402, F401
 
 gc.enable()

@@ -171,7 +171,7 @@ def test_a_full_disk_while_writing_leaves_the_older_checkpoint_whole(tmp_path: P
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_000020"]
 
 
-@pytest.mark.parametrize("moment", ["_flush", "sha256_of", "write_text", "rename"])
+@pytest.mark.parametrize("moment", ["flush", "sha256_of", "write_text", "rename"])
 def test_a_fault_at_any_moment_of_a_commit_leaves_the_older_checkpoint_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -198,7 +198,7 @@ def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(
         named.append(len(flushed))
         return rename(path, target)
 
-    monkeypatch.setattr(checkpoint, "_flush", note_flush)
+    monkeypatch.setattr(checkpoint, "flush", note_flush)
     monkeypatch.setattr(Path, "rename", note_rename)
     save(tmp_path, 10)
     before, after = flushed[: named[0]], flushed[named[0] :]

@@ -12,9 +12,9 @@ from reward_model.types import PreferencePair, Record
 
 
 def load_pairs_of_one_prompt(
-    paths: Sequence[Path], *, image_root: Path | None, skipped: Path | None
+    paths: Sequence[Path], *, image_root: Path | None, skipped: Path | None, keep_ties: bool = False
 ) -> list[PreferencePair]:
-    """The pairs of data files, and of the .jsonl files of folders, without ties.
+    """The pairs of data files, and of the .jsonl files of folders, without ties unless they are to be kept.
 
     With a file `skipped`, whatever is no pair of one prompt is left out and written down there; else it raises
     BadRecordError. Raises ValueError if no pair is left.
@@ -24,15 +24,17 @@ def load_pairs_of_one_prompt(
     for path in paths:
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
             records = load_records(file, image_root=image_root, on_bad_record=on_bad_record, skipped=skipped)
-            pairs += pairs_of_one_prompt(records, skipped=skipped)
+            pairs += pairs_of_one_prompt(records, skipped=skipped, keep_ties=keep_ties)
     if not pairs:
         given = ", ".join(map(str, paths))
         raise ValueError(f"In {given} no picture is preferred to another of the same prompt: nothing can be learnt.")
     return pairs
 
 
-def pairs_of_one_prompt(records: Iterable[Record], *, skipped: Path | None) -> list[PreferencePair]:
-    """The pairs among the records, without ties, which are no fault.
+def pairs_of_one_prompt(
+    records: Iterable[Record], *, skipped: Path | None, keep_ties: bool = False
+) -> list[PreferencePair]:
+    """The pairs among the records; ties are no fault, and left out unless they are to be kept.
 
     Labels, and pairs of two prompts, raise BadRecordError, or, if there is a file `skipped`, are left out and written
     down there.
@@ -42,7 +44,7 @@ def pairs_of_one_prompt(records: Iterable[Record], *, skipped: Path | None) -> l
         flaw = _flaw_of(record)
         if flaw is None:
             assert isinstance(record, PreferencePair)
-            kept += [] if record.tie else [record]
+            kept += [] if record.tie and not keep_ties else [record]
         elif skipped is None:
             raise BadRecordError(f"{record.where}: {flaw}")
         else:

@@ -73,7 +73,7 @@ class Config:
         check(
             self,
             [
-                ("host", _is_loopback(self.host) or token() is not None, alone),
+                ("host", is_loopback(self.host) or token() is not None, alone),
                 ("port", 0 <= self.port < 2**16, "in 0..65535"),
                 ("max_wait_ms", self.max_wait_ms >= 0, "at least 0"),
                 *(
@@ -230,7 +230,8 @@ def main(config: Config) -> None:
     server.run(sockets=[listener])
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

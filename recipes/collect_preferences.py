@@ -1,0 +1,193 @@
+"""Ask people: a page that shows two pictures of a prompt, and keeps who preferred which.
+
+    python recipes/collect_preferences.py --runs runs/ddpo-DATE            before and after, as its evaluations painted
+    python recipes/collect_preferences.py --pairs runs/diffusion_dpo-DATE/pairs     what a judge chose, asked anew
+    python recipes/collect_preferences.py --weights base,runs/ddpo-DATE --prompts mine.txt    painted on the spot
+
+Open the address that it prints; http://ADDRESS/results shows who agrees. Every answer is on the disk before the next
+pair appears, and RUN_FOLDER/pairs.jsonl always holds what stands, for `train_reward_model.py --training` and
+`diffusion_dpo.py --pairs`. After a stop the same command with --resume and --run_folder goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from socket import socket
+from typing import Literal
+
+import torch
+import uvicorn
+from tqdm import tqdm
+
+from rlhf_t2i.collect.answers import Answers
+from rlhf_t2i.collect.questions import (
+    Candidate,
+    from_images,
+    from_runs,
+    judge_questions,
+    read_questions,
+    some,
+    write_questions,
+)
+from rlhf_t2i.collect.serve import Service, create_app
+from rlhf_t2i.config import check, names, parse_config
+from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.serve import is_loopback, listen
+from rlhf_t2i.rewards.wire import TOKEN_VARIABLE, token
+from rlhf_t2i.run_folder import claim_folder
+from rlhf_t2i.seeds import SHOW, generator_for
+
+_FREE_TO_CHANGE = {"run_folder", "resume", "judge", "batch_size", "host", "port"}
+_NUM_PAINTED = 100
+"""Pairs, unless it is said how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields in the order of the flow. Exactly one of runs, pairs and weights says where the pictures come from."""
+
+    runs: str | None = None
+    """Comma-separated folders of runs that tuned a painter, or of recipes/evaluate_policy.py."""
+    pairs: str | None = None
+    """Comma-separated preference files, or folders of them, in the format of diffusion_dpo.py --pairs; {"prompt",
+    "tie"} is a pair that nobody has judged. What they say of a pair is shown on the results page only."""
+    image_root: str | None = None
+    """Of pairs: where relative image paths start; null is each file's own folder."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """Of pairs: stop at a record that cannot be asked, or write it to skipped.jsonl in the run folder."""
+    weights: str | None = None
+    """Two, as evaluate_policy.py takes them: base, and folders of runs, of their lora or unet, or checkpoints."""
+    model: str = "shapes"
+    """Of weights: a StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    prompts: str = "shapes"
+    """Of weights: a UTF-8 file with one prompt a line (or .jsonl), or the built-in world's held-out prompts."""
+    evaluation_seed: int = 1_000_000
+    """Of weights: the seed of the first pair, the same for both pictures; the next ones follow."""
+    num_denoising_steps: int = 8
+    eta: float = 0.0
+    guidance_scale: float = 1.0
+    num_pairs: int | None = None
+    """Painted (null is 100: the prompts in turn), or drawn at random from all that there are (null is all)."""
+    judge: str | None = None
+    """What the results page compares people with: comma-separated NAME or NAME=WEIGHT, as the rewards of any recipe."""
+    batch_size: int = 64
+    """Pictures that are painted or judged at once."""
+    host: str = "127.0.0.1"
+    """The address to listen at; another than this machine's own needs a token."""
+    port: int = 8000
+    """0 is any that is free."""
+    seed: int = 0
+    """Of the order and the sides in which each annotator sees the pairs."""
+    run_folder: str | None = None
+    """Null is runs/preferences-DATE."""
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        alone = f"127.0.0.1, ::1 or localhost unless the environment variable {TOKEN_VARIABLE} has a token"
+        check(
+            self,
+            [
+                ("weights", self.weights is None or len(names(self.weights)) == 2, "two of them, such as base,FOLDER"),
+                ("num_denoising_steps", self.num_denoising_steps >= 1, "at least 1"),
+                ("eta", 0 <= self.eta <= 1, "in [0, 1]"),
+                ("num_pairs", self.num_pairs is None or self.num_pairs >= 1, "at least 1"),
+                ("batch_size", self.batch_size >= 1, "at least 1"),
+                ("host", is_loopback(self.host) or token() is not None, alone),
+                ("port", 0 <= self.port < 2**16, "in 0..65535"),
+                ("seed", self.seed >= 0, "at least 0"),
+            ],
+        )
+        sources = [name for name in ("runs", "pairs", "weights") if names(getattr(self, name) or "")]
+        if len(sources) != 1:
+            given = " and ".join(sources) or "none of them"
+            raise ValueError(f"Pictures come from exactly one of runs, pairs and weights; given is {given}.")
+
+
+def main(config: Config) -> Path:
+    """Gather the questions, take up earlier answers, serve the page until Ctrl-C or SIGTERM; returns the run folder."""
+    reward = load_rewards(config.judge) if config.judge else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with listen(config.host, config.port) as listener:
+        folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE)
+        questions = read_questions(folder) or write_questions(folder, candidates(config, folder, device))
+        judge = None
+        if reward and config.judge:
+            scores = judge_questions(reward, folder, questions, device=device, batch_size=config.batch_size)
+            judge = config.judge, scores
+        with closing(Answers(folder, questions, seed=config.seed)) as answers:
+            if answers.torn:
+                tqdm.write(f"A crash had cut off the last line of {answers.path}; it was removed: {answers.torn!r}")
+            serve(Service(answers, secret=token(), judge=judge), listener)
+    return folder
+
+
+def serve(service: Service, listener: socket) -> None:
+    """Say where the page is, and serve it."""
+    folder, (host, port) = service.answers.folder, listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    needs = f" (it asks for the token in {TOKEN_VARIABLE})" if service.secret else ""
+    tqdm.write(
+        f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {folder / 'pairs.jsonl'}\n"
+        f"page      {address}{needs}\nresults   {address}/results"
+    )
+    settings = uvicorn.Config(create_app(service), access_log=False, ws="none", log_level="warning")
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def candidates(config: Config, folder: Path, device: torch.device) -> Iterator[Candidate]:
+    """The pairs of pictures that the config names."""
+    if config.weights:
+        return painted(config, device)
+    generator = generator_for(config.seed, SHOW)
+    if config.pairs:
+        return from_files(config, folder, generator)
+    folders = [Path(name) for name in names(config.runs or "")]
+    return from_runs(folders, num_pairs=config.num_pairs, generator=generator)
+
+
+def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iterator[Candidate]:
+    """The pairs of one prompt in preference files, ties among them; what they prefer becomes the name of a source."""
+    from reward_model.datasets import load_pairs_of_one_prompt
+    from reward_model.images import to_tensor
+
+    found = load_pairs_of_one_prompt(
+        [Path(name) for name in names(config.pairs or "")],
+        image_root=Path(config.image_root) if config.image_root else None,
+        skipped=folder / "skipped.jsonl" if config.on_bad_record == "skip" else None,
+        keep_ties=True,
+    )
+    for pair in some(found, config.num_pairs, generator=generator):
+        sources = ("not judged", "not judged") if pair.tie else ("preferred in the file", "the other one")
+        yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)
+
+
+def painted(config: Config, device: torch.device) -> Iterator[Candidate]:
+    """What two checkpoints make of the same prompts and seeds."""
+    from rlhf_t2i.diffusion.transitions import ddim  # with the model's library, these take seconds
+    from rlhf_t2i.evaluate import evaluate, evaluation_set
+    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+    from rlhf_t2i.prompts import load_prompts
+    from rlhf_t2i.types import Sampler
+
+    asked, count = load_prompts(config.prompts, held_out=True), config.num_pairs or _NUM_PAINTED
+    prompts, seeds = evaluation_set(asked, num_images=count, seed=config.evaluation_seed)
+    images: list[torch.Tensor] = []
+    first, second = names(config.weights or "")
+    for name in (first, second):
+        tqdm.write(f"painting  {len(prompts)} pictures with {name}")
+        weights = None if name == "base" else Path(name)
+        policy = load_stable_diffusion(config.model, device=device, weights=weights)
+        dynamics = partial(ddim, eta=config.eta)
+        sampler = Sampler(policy.schedule(config.num_denoising_steps), dynamics, config.guidance_scale)
+        images.append(evaluate(policy, prompts, seeds, [], sampler=sampler, batch_size=config.batch_size).images)
+    return from_images(prompts, images[0], images[1], sources=(first, second))
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__ or ""))

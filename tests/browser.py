@@ -1,0 +1,99 @@
+"""Headless Chromium, driven through chromedriver's own protocol (W3C WebDriver): no library for it is needed."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+DRIVER = shutil.which("chromedriver")
+MISSING = "no browser: chromium and chromedriver are not installed (apt-get install chromium chromium-driver)"
+KEYS = {"left": "\ue012", "right": "\ue014", "enter": "\ue007"}
+
+
+@dataclass
+class Browser:
+    client: httpx.Client
+    session: str
+
+    def call(self, path: str, **body: Any) -> Any:
+        reply = self.client.post(f"/session/{self.session}/{path}", json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["value"]
+
+    def open(self, address: str) -> None:
+        self.call("url", url=address)
+
+    def run(self, script: str) -> Any:
+        return self.call("execute/sync", script=script, args=[])
+
+    def press(self, *keys: str) -> None:
+        """Each key down and up, at once."""
+        strokes = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
+        self.call("actions", actions=[{"type": "key", "id": "keyboard", "actions": strokes}])
+
+    def until(self, script: str, *, seconds: float = 20.0) -> None:
+        """Wait until an expression is true on the page."""
+        deadline = time.monotonic() + seconds
+        while not self.run(f"return Boolean({script})"):
+            assert time.monotonic() < deadline, (
+                f"{script} on a page that says: {self.run('return document.body.innerText')}"
+            )
+            time.sleep(0.05)
+
+    def emulate(self, *, width: int, height: int, dark: bool = False) -> None:
+        """A screen of this size, and what its owner prefers."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": width < 600}
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.call("goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=size)
+        self.call("goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params={"features": features})
+
+    def screenshot(self, path: Path) -> None:
+        reply = self.client.get(f"/session/{self.session}/screenshot")
+        path.write_bytes(base64.b64decode(reply.json()["value"]))
+
+    def console(self) -> list[str]:
+        """Warnings and errors since it was last asked."""
+        return [entry["message"] for entry in self.call("se/log", type="browser")]
+
+
+@contextmanager
+def chromium(port: Callable[[], int]) -> Iterator[Browser]:
+    """A browser of its own, closed at the end; only where CHROMIUM and DRIVER are there."""
+    assert CHROMIUM
+    assert DRIVER
+    number = port()
+    driver = subprocess.Popen([DRIVER, f"--port={number}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options = {
+        "binary": CHROMIUM,
+        "args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-proxy-server"],
+    }
+    wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{number}", trust_env=False, timeout=60) as client:
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    reply = client.post("/session", json={"capabilities": wanted})
+                    break
+                except httpx.ConnectError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            assert reply.status_code == 200, reply.text
+            session = reply.json()["value"]["sessionId"]
+            yield Browser(client, session)
+            client.delete(f"/session/{session}")
+    finally:
+        driver.terminate()
+        driver.wait()

@@ -1,0 +1,770 @@
+"""No answer is lost or doubled, nothing tells where a picture came from, and what stands is what the trainers read."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from recipes import collect_preferences as recipe
+from recipes.collect_preferences import Config, candidates, from_files, painted
+from reward_model.datasets import BadRecordError, load_pairs_of_one_prompt, load_records
+from reward_model.types import PreferencePair
+from rlhf_t2i.collect import answers as answers_module
+from rlhf_t2i.collect.agreement import (
+    between_annotators,
+    cohens_kappa,
+    duels,
+    kappa_estimate,
+    majority,
+    wilson,
+    with_judge,
+)
+from rlhf_t2i.collect.answers import Answers, Given, StaleError, annotator_name
+from rlhf_t2i.collect.questions import (
+    Candidate,
+    Question,
+    from_runs,
+    judge_questions,
+    picture_path,
+    read_picture,
+    read_questions,
+    write_questions,
+)
+from rlhf_t2i.collect.serve import Service, create_app
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.preferences import save_pairs
+from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
+from rlhf_t2i.rewards.serve import listen
+from rlhf_t2i.rewards.wire import TOKEN_VARIABLE
+from rlhf_t2i.seeds import generator_for
+from tests import browser
+from tests.test_compare import CELLS, tuned
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "open-sesame-0123456789"
+GENERATOR = generator_for(0)
+
+
+def colour(number: int) -> Tensor:
+    """A picture of one colour, another for each number."""
+    return torch.tensor([number % 251, number // 251, 100])[:, None, None].expand(3, 8, 8) / 255
+
+
+def asked(folder: Path, count: int = 6) -> list[Question]:
+    """Pairs of pictures of one colour: those of pair i are 2i and 2i + 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [(colour(2 * i), colour(2 * i + 1)) for i in range(count)]
+    return write_questions(
+        folder, [Candidate(f"a fox {i}", pair, ("before", "after")) for i, pair in enumerate(pictures)]
+    )
+
+
+def preference_file(folder: Path, count: int) -> Path:
+    """The same as a file that diffusion_dpo.py reads, the one with the even number preferred."""
+    folder.mkdir(parents=True)
+    lines: list[str] = []
+    for i in range(count):
+        for number in (2 * i, 2 * i + 1):
+            pixels = (colour(number) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            remark = PngImagePlugin.PngInfo()
+            remark.add_text("parameters", "painted by the secret model")
+            Image.fromarray(pixels).save(folder / f"secret_{number}.png", pnginfo=remark)
+        row = {"prompt": f"a fox {i}", "winner": f"secret_{2 * i}.png", "loser": f"secret_{2 * i + 1}.png"}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "asked.jsonl").write_text("".join(lines))
+    return folder / "asked.jsonl"
+
+
+def give(answers: Answers, annotator: str, *keys: Any) -> None:
+    for key in keys:
+        answers.give(annotator, shown=answers.showing(annotator).token, key=key)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def collecting(folder: Path, questions: Sequence[Question], *, seed: int = 0) -> Iterator[Answers]:
+    answers = Answers(folder, questions, seed=seed)
+    try:
+        yield answers
+    finally:
+        answers.close()
+
+
+# --- a page, and those who answer -----------------------------------------------------------------
+
+
+@contextmanager
+def serving(answers: Answers, *, port: int = 0, **options: Any) -> Iterator[str]:
+    """A real server in a thread of this process; its address."""
+    listener = listen("127.0.0.1", port)
+    app = create_app(Service(answers, **{"secret": None, **options}))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@dataclass
+class Person:
+    """Someone with a browser; `said` is what they pressed, by what they saw."""
+
+    name: str
+    client: httpx.Client
+    pair: dict[str, Any] = field(default_factory=dict)
+    said: dict[tuple[str, str, str], str] = field(default_factory=dict)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        """As the page does: the same once more until there is a reply."""
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                return self.client.post(path, json={"annotator": self.name, **body})
+            except httpx.TransportError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    def enter(self) -> None:
+        self.pair = self.post("/enter").json()
+
+    def press(self, key: str) -> None:
+        seen = self.pair["prompt"], self.pair.get("left", ""), self.pair.get("right", "")
+        reply = self.post("/answer", shown=self.pair["shown"], answer=key)
+        assert reply.status_code == 200, reply.text
+        self.said[seen] = key
+        self.pair = reply.json()
+
+
+@contextmanager
+def person(name: str, address: str) -> Iterator[Person]:
+    with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
+        yield Person(name, client)
+
+
+def free_port() -> int:
+    with listen("127.0.0.1", 0) as listener:
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """The recipe as a user starts it."""
+    command = [sys.executable, str(ROOT / "recipes/collect_preferences.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield server
+    finally:
+        if server.poll() is None:
+            server.kill()
+        server.communicate()
+
+
+@pytest.mark.slow
+def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> None:
+    """None is lost, none is doubled, and each is what was pressed."""
+    port, run = free_port(), tmp_path / "run"
+    source = preference_file(tmp_path / "pictures", 50)
+    arguments = ["--pairs", source, "--run_folder", run, "--port", port]
+    log = run / "answers.jsonl"
+
+    def answer_all(name: str) -> Person:
+        with person(name, f"http://127.0.0.1:{port}") as someone:
+            someone.enter()
+            for number in range(50):
+                someone.press(("left", "right", "tie", "right", "bad")[(number + len(name)) % 5])
+                time.sleep(0.01)
+            assert someone.pair["prompt"] is None
+            return someone
+
+    with ThreadPoolExecutor(4) as pool:
+        with process(*arguments) as first:
+            people = [pool.submit(answer_all, "x" * length) for length in (1, 2, 3, 4)]
+            while not log.is_file() or log.read_bytes().count(b"\n") < 70:
+                assert first.poll() is None
+                time.sleep(0.01)
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+        assert log.read_bytes().count(b"\n") < 190
+        with log.open("ab") as file:  # as if the power had failed while a line was written
+            file.write(b'{"annotator": "x", "ques')
+        with process(*arguments, "--resume") as second:
+            done = [future.result() for future in people]
+            second.send_signal(signal.SIGTERM)
+            output, _ = second.communicate(timeout=30)
+    assert "it was removed: b'{" in output
+
+    rows = lines_of(log)
+    assert len(rows) == 200
+    assert len({(row["annotator"], row["question"]) for row in rows}) == 200
+    pairs = lines_of(run / "pairs.jsonl")
+    assert len(pairs) == 160  # a fifth is "both bad"
+    for someone in done:
+        expected: dict[str, Any] = {}
+        for (prompt, left, right), key in someone.said.items():
+            match key:
+                case "left" | "right":
+                    expected[prompt] = [left, right] if key == "left" else [right, left]
+                case "tie":
+                    expected[prompt] = {left, right}
+        found: dict[str, Any] = {}
+        for row in pairs:
+            if row["comment"] == someone.name:
+                files = row.get("tie") or [row["winner"], row["loser"]]
+                names = [Path(file).stem for file in files]
+                found[row["prompt"]] = set(names) if "tie" in row else names
+        assert found == expected
+    records = load_records(run / "pairs.jsonl")
+    assert sum(record.tie for record in records if isinstance(record, PreferencePair)) == 40
+    assert len(load_pairs_of_one_prompt([run / "pairs.jsonl"], image_root=None, skipped=None)) == 120
+
+
+def test_a_double_click_counts_once_and_a_stale_tab_changes_nothing(tmp_path: Path) -> None:
+    with collecting(tmp_path, asked(tmp_path)) as answers, serving(answers) as address:
+        with person("Ann", address) as ann, person("ann ", address) as other_tab:
+            ann.enter()
+            other_tab.enter()
+            assert other_tab.pair == ann.pair  # a name is the same with other capitals and blanks
+            shown = ann.pair["shown"]
+            replies = [ann.post("/answer", shown=shown, answer="left").json() for _ in range(2)]
+            assert replies[0] == replies[1]
+            assert replies[0]["answered"] == 1
+
+            stale = other_tab.post("/answer", shown=shown, answer="right")
+            assert stale.status_code == 409
+            assert "not open any more" in stale.json()["error"]
+            assert stale.json()["pair"] == replies[0]
+
+            ann.enter()  # a reload
+            assert ann.pair == replies[0]
+            undone = [ann.post("/answer", shown=ann.pair["shown"], answer="undo").json() for _ in range(2)]
+            assert undone[0] == undone[1]
+            assert (undone[0]["answered"], undone[0]["prompt"]) == (0, other_tab.pair["prompt"])
+            assert undone[0]["left"] == other_tab.pair["left"]
+            nothing = ann.post("/answer", shown=undone[0]["shown"], answer="undo")
+            assert (nothing.status_code, nothing.json()) == (422, {"error": "There is nothing to undo."})
+            unknown = ann.post("/answer", shown=undone[0]["shown"], answer="best")
+            assert unknown.status_code == 422
+            assert "answer: Input should be 'left', 'right', 'tie', 'bad' or 'undo'" in unknown.json()["error"]
+        assert [row["key"] for row in lines_of(tmp_path / "answers.jsonl")] == ["left", "undo"]
+        assert answers.standing() == {"ann": []}
+
+
+@pytest.mark.parametrize("name", ["", "  ", "x" * 41, "a\x00b"])
+def test_who_gives_no_name_is_asked_for_one(name: str, tmp_path: Path) -> None:
+    with collecting(tmp_path, asked(tmp_path)) as answers, serving(answers) as address, person(name, address) as nobody:
+        reply = nobody.post("/enter")
+        assert (reply.status_code, reply.json()) == (422, {"error": "Please give a name of 1 to 40 letters."})
+    assert annotator_name("  ANN\tB ") == "ann b"
+
+
+# --- what stands ----------------------------------------------------------------------------------
+
+
+def test_undo_and_another_answer_leave_one_preference(tmp_path: Path) -> None:
+    questions = asked(tmp_path, 3)
+    with collecting(tmp_path, questions) as answers:
+        give(answers, "ann", "left", "undo", "right", "tie", "undo", "bad", "undo", "undo", "left")
+        (row,) = lines_of(tmp_path / "pairs.jsonl")
+        (given,) = answers.standing()["ann"]
+    question = questions[given.question]
+    left, right = question.pictures if given.first_on_left else reversed(question.pictures)
+    assert (row["winner"], row["loser"]) == (f"pictures/{left}.png", f"pictures/{right}.png")
+    assert (row["prompt"], row["comment"]) == (question.prompt, "ann")
+
+
+def test_a_tie_is_a_tie_and_both_bad_is_no_preference(tmp_path: Path) -> None:
+    with collecting(tmp_path, asked(tmp_path, 3)) as answers:
+        give(answers, "ann", "tie", "bad", "left")
+        with pytest.raises(ValueError, match="All pairs are answered"):
+            give(answers, "ann", "left")
+    records = load_records(tmp_path / "pairs.jsonl")
+    assert [record.tie for record in records if isinstance(record, PreferencePair)] == [True, False]
+    assert len(load_pairs_of_one_prompt([tmp_path / "pairs.jsonl"], image_root=None, skipped=None)) == 1
+
+
+def test_order_and_sides_are_random_for_each_annotator_and_the_same_again(tmp_path: Path) -> None:
+    questions = asked(tmp_path, 100)
+
+    def seen(name: str, *, seed: int) -> tuple[list[int], list[bool]]:
+        with collecting(tmp_path, questions, seed=seed) as answers:
+            while answers.showing(name).question is not None:
+                give(answers, name, "left")
+            given = answers.standing()[name]
+        (tmp_path / "answers.jsonl").unlink()
+        return [one.question for one in given], [one.first_on_left for one in given]
+
+    ann = seen("ann", seed=0)
+    assert seen("ann", seed=0) == ann
+    for others in (seen("bob", seed=0), seen("ann", seed=1)):
+        assert sorted(others[0]) == list(range(100))
+        assert others[0] != ann[0]
+        assert 30 < sum(others[1]) < 70  # a fair coin leaves this once in 16,000 times
+        of_ann = dict(zip(*ann, strict=True))
+        assert 30 < sum(of_ann[q] == side for q, side in zip(*others, strict=True)) < 70
+
+
+def test_answers_survive_a_restart_and_a_line_cut_off_by_a_crash(tmp_path: Path) -> None:
+    questions = asked(tmp_path)
+    with collecting(tmp_path, questions) as answers:
+        give(answers, "ann", "left", "right")
+        before, pairs = answers.showing("ann"), (tmp_path / "pairs.jsonl").read_bytes()
+        shown = before.token
+    with (tmp_path / "answers.jsonl").open("ab") as file:
+        file.write(b'{"annotator": "ann", "question": 3, "key": "left"}')  # whole, but never confirmed
+    (tmp_path / "pairs.jsonl").unlink()
+    with collecting(tmp_path, questions) as answers:
+        assert answers.torn.startswith(b'{"annotator"')
+        assert answers.showing("ann") == before
+        assert (tmp_path / "pairs.jsonl").read_bytes() == pairs
+        answers.give("ann", shown=shown, key="left")
+        answers.give("ann", shown=shown, key="left")  # it was taken before the crash, and its reply was lost
+    with collecting(tmp_path, questions) as answers:
+        answers.give("ann", shown=shown, key="left")
+        with pytest.raises(StaleError):
+            answers.give("ann", shown=shown, key="right")
+        assert len(answers.standing()["ann"]) == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no JSON", "[]", "{}",
+        '{"annotator": "a", "question": 6, "key": "left", "first_on_left": true, "shown": "x"}',
+        '{"annotator": "a", "question": 0, "key": "best", "first_on_left": true, "shown": "x"}',
+        '{"annotator": "a", "question": 0, "key": "undo", "first_on_left": true, "shown": "x"}',
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
+    questions = asked(tmp_path)
+    (tmp_path / "answers.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"answers\.jsonl:1 is no answer to one of 6 questions"):
+        Answers(tmp_path, questions, seed=0)
+
+
+def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
+    questions = asked(tmp_path)
+    with collecting(tmp_path, questions), pytest.raises(BlockingIOError, match="Another server collects answers"):
+        Answers(tmp_path, questions, seed=0)
+    with collecting(tmp_path, questions):
+        pass
+
+
+def test_a_full_disk_takes_nothing_and_the_answer_can_be_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with collecting(tmp_path, asked(tmp_path)) as answers, serving(answers) as address, person("ann", address) as ann:
+        ann.enter()
+        write = os.write
+        with monkeypatch.context() as patched:
+            patched.setattr(answers_module.os, "write", lambda file, line: write(file, line[:9]))
+            refused = ann.post("/answer", shown=ann.pair["shown"], answer="left")
+        assert refused.status_code == 507
+        assert "The answer could not be kept: The disk of" in refused.json()["error"]
+        assert (tmp_path / "answers.jsonl").read_bytes() == b""
+        ann.press("left")
+        assert len(lines_of(tmp_path / "answers.jsonl")) == 1
+
+
+# --- who may see what -----------------------------------------------------------------------------
+
+
+def test_nothing_in_a_browser_tells_where_a_picture_came_from(tmp_path: Path) -> None:
+    source = preference_file(tmp_path / "pictures", 8)
+    config = Config(pairs=str(source))
+    (tmp_path / "run").mkdir()
+    questions = write_questions(tmp_path / "run", from_files(config, tmp_path / "run", GENERATOR))
+    assert {question.sources for question in questions} == {("preferred in the file", "the other one")}
+    preferred_on_left, preferred_fetched_first = 0, 0
+    with (
+        collecting(tmp_path / "run", questions) as answers,
+        serving(answers) as address,
+        person("ann", address) as ann,
+    ):
+        ann.enter()
+        received = [ann.client.get("/").text, ann.client.get("/page.js").text]
+        for number in range(8):
+            received.append(json.dumps(ann.pair))
+            (question,) = [one for one in questions if one.prompt == ann.pair["prompt"]]
+            preferred_on_left += ann.pair["left"] == question.pictures[0]
+            for side in ("left", "right"):
+                file = ann.client.get(f"/picture/{ann.pair[side]}").content
+                received.append(file.decode("latin-1"))
+                with Image.open(io.BytesIO(file)) as picture:
+                    assert picture.info == {}
+            if number < 7:
+                (following,) = [q for q in questions if set(q.pictures) == set(ann.pair["following"])]
+                preferred_fetched_first += following.pictures[0] == ann.pair["following"][0]
+            ann.press("left")
+    for word in ("secret", "preferred", "other one", str(tmp_path)):
+        assert not [text for text in received if word in text]
+    assert 0 < preferred_on_left < 8
+    assert 0 < preferred_fetched_first < 7
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/picture/../config.yaml", "/picture/..%2fconfig.yaml", "/picture/%2e%2e/config.yaml",
+        "/picture/..%5cconfig.yaml",
+        "/picture//etc/passwd", "/picture/%2fetc%2fpasswd", "/picture/questions.jsonl", "/picture/..", "/picture/%00",
+        "/../config.yaml", "/config.yaml", "/page.html", "/docs",
+    ],
+)  # fmt: skip
+def test_a_path_in_a_pictures_address_leads_nowhere(path: str, tmp_path: Path) -> None:
+    questions = asked(tmp_path)
+    (tmp_path / "config.yaml").write_text("the secret")
+    with collecting(tmp_path, questions) as answers, serving(answers) as address:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+        connection.request("GET", path)  # as it is: other clients would tidy it up
+        reply = connection.getresponse()
+        assert reply.status == 404
+        assert b"secret" not in reply.read()
+        connection.close()
+
+
+def test_another_host_needs_a_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    for host in ("0.0.0.0", "::", "192.168.1.7", "annotate.example"):
+        with pytest.raises(SystemExit):
+            parse_config(Config, description="", arguments=["--runs", "a", "--host", host])
+        assert f"error: host is {host}; it must be 127.0.0.1, ::1 or localhost unless" in capsys.readouterr().err
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    assert Config(runs="a", host="0.0.0.0").host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("secret", [TOKEN, 'a;b="c",d\\e'])
+def test_without_the_token_only_the_empty_page_is_seen(secret: str, tmp_path: Path) -> None:
+    questions = asked(tmp_path)
+    with collecting(tmp_path, questions) as answers, serving(answers, secret=secret) as address:
+        with person("ann", address) as ann:
+            assert "The token that you were given" in ann.client.get("/").text
+            for token in ("", "wrong", "ö"):
+                assert ann.post("/enter", token=token).status_code == 401
+            for path in (f"/picture/{questions[0].pictures[0]}", "/results"):
+                assert ann.client.get(path).status_code == 401
+            shown = answers.showing("ann").token
+            assert ann.post("/answer", shown=shown, answer="left").status_code == 401
+            entered = ann.post("/enter", token=secret)
+            assert "HttpOnly" in entered.headers["set-cookie"]
+            assert "SameSite=strict" in entered.headers["set-cookie"]
+            ann.enter()  # a reload: the cookie is enough
+            ann.press("left")
+            assert ann.client.get(f"/picture/{ann.pair['left']}").status_code == 200
+            assert ann.client.get("/results").status_code == 200
+        with person("bob", address) as script:
+            script.client.headers["Authorization"] = f"Bearer {secret}"
+            script.enter()
+            script.press("right")
+    assert secret not in "".join(path.read_text() for path in tmp_path.glob("*.jsonl"))
+
+
+# --- where the pictures come from -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "exactly one of runs, pairs and weights; given is none of them"),
+        ({"runs": "a", "pairs": "b"}, "given is runs and pairs"),
+        ({"weights": "base"}, "weights is base; it must be two of them"),
+        ({"pairs": "a", "num_pairs": 0}, "num_pairs is 0"),
+        ({"pairs": "a", "port": 65536}, "port is 65536"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**given)
+
+
+def test_a_picture_that_cannot_be_read_is_named_or_left_out(tmp_path: Path) -> None:
+    source = preference_file(tmp_path / "pictures", 3)
+    (source.parent / "secret_2.png").write_bytes(b"no picture")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(BadRecordError, match=r"asked\.jsonl:2: the image 'secret_2.png'.* cannot be read as a picture"):
+        list(from_files(Config(pairs=str(source)), tmp_path / "run", GENERATOR))
+    skip = Config(pairs=str(source.parent), on_bad_record="skip")
+    questions = write_questions(tmp_path / "run", from_files(skip, tmp_path / "run", GENERATOR))
+    assert [question.prompt for question in questions] == ["a fox 0", "a fox 2"]
+    (skipped,) = lines_of(tmp_path / "run" / "skipped.jsonl")
+    assert "secret_2.png" in skipped["reason"]
+
+
+def test_pairs_that_nobody_has_judged_are_asked_and_the_same_picture_twice_is_not(tmp_path: Path) -> None:
+    source = preference_file(tmp_path / "pictures", 3)
+    (source.parent / "copy.png").write_bytes((source.parent / "secret_0.png").read_bytes())
+    rows = [["secret_0.png", "secret_3.png"], ["secret_0.png", "copy.png"]]
+    source.write_text("".join(json.dumps({"prompt": "a hen", "tie": row}) + "\n" for row in rows))
+    (tmp_path / "run").mkdir()
+    (question,) = write_questions(tmp_path / "run", from_files(Config(pairs=str(source)), tmp_path, GENERATOR))
+    assert question.sources == ("not judged", "not judged")
+    assert read_questions(tmp_path / "run") == [question]
+    for name, number in zip(question.pictures, (0, 3), strict=True):
+        torch.testing.assert_close(read_picture(picture_path(tmp_path / "run", name)), colour(number), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="of 1 pairs both pictures are the same"):
+        write_questions(tmp_path / "run", [Candidate("a hen", (colour(0), colour(0)), ("a", "b"))])
+
+
+def test_the_pairs_that_diffusion_dpo_keeps_are_asked_about(tmp_path: Path) -> None:
+    images, scores = torch.stack([colour(i) for i in range(4)]), torch.tensor([[0.1, 0.9], [0.7, 0.2]])
+    chosen = torch.tensor([1, 2]), torch.tensor([0, 3])
+    save_pairs(tmp_path / "pairs" / "step_000001.jsonl", images, ["a fox", "a hen"], scores, chosen, first=0)
+    fox, hen = from_files(Config(pairs=str(tmp_path / "pairs")), tmp_path, GENERATOR)
+    for found, prompt, winner, loser in ((fox, "a fox", 1, 0), (hen, "a hen", 2, 3)):
+        assert found.prompt == prompt
+        assert found.sources == ("preferred in the file", "the other one")
+        torch.testing.assert_close(found.pictures, (colour(winner), colour(loser)))
+
+
+def test_of_many_pairs_some_are_drawn(tmp_path: Path) -> None:
+    source = preference_file(tmp_path / "pictures", 20)
+    config = Config(pairs=str(source), num_pairs=7)
+    drawn = [[one.prompt for one in from_files(config, tmp_path, generator_for(seed))] for seed in (0, 0, 1)]
+    assert len(set(drawn[0])) == 7
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_run_is_asked_about_by_its_first_and_last_pictures(tmp_path: Path) -> None:
+    run = tuned(tmp_path / "ddpo", after=0.8)
+    after = run / "pictures" / "step_000002.png"
+    with Image.open(after) as strip:
+        last = Image.fromarray(255 - np.asarray(strip))
+    last.save(after)
+    config = Config(runs=str(run))
+    found = list(candidates(config, tmp_path, torch.device("cpu")))
+    assert [one.prompt for one in found] == [prompt for prompt, _ in CELLS[:4]]
+    for i, one in enumerate(found):
+        assert one.sources == ("before ddpo", "ddpo")
+        drawn = torch.tensor((40 * i, 255 - 40 * i, 7 * i)) / 255
+        torch.testing.assert_close(one.pictures[0], drawn[:, None, None].expand(3, 8, 8))
+        torch.testing.assert_close(one.pictures[1], 1 - one.pictures[0])
+    with pytest.raises(FileNotFoundError, match="shows no pictures"):
+        list(from_runs([tmp_path], num_pairs=None, generator=GENERATOR))
+
+
+def test_two_checkpoints_paint_the_same_prompts_from_the_same_seeds(tiny_sd: Path, tmp_path: Path) -> None:
+    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+
+    cpu = torch.device("cpu")
+    policy = load_stable_diffusion(str(tiny_sd), device=cpu)
+    policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.export(tmp_path, {name: 1.05 * tensor for name, tensor in policy.unet.state_dict().items()})
+    (tmp_path / "prompts.txt").write_text("a fox\na hen\n")
+    options: Any = {"model": str(tiny_sd), "prompts": str(tmp_path / "prompts.txt"), "num_denoising_steps": 2}
+    found = list(painted(Config(weights=f"base,{tmp_path}", num_pairs=3, **options), cpu))
+    swapped = list(painted(Config(weights=f"{tmp_path}/unet,base", num_pairs=2, **options), cpu))
+    assert [one.prompt for one in found] == ["a fox", "a hen", "a fox"]
+    assert [one.prompt for one in swapped] == ["a fox", "a hen"]
+    assert found[0].sources == ("base", str(tmp_path))
+    assert not torch.equal(*found[0].pictures)
+    assert not torch.equal(found[0].pictures[0], found[2].pictures[0])  # the same prompt, another seed
+    for one, other in zip(found, swapped, strict=False):
+        torch.testing.assert_close(one.pictures, other.pictures[::-1])
+
+
+# --- who agrees -----------------------------------------------------------------------------------
+
+
+def test_cohens_kappa_by_hand() -> None:
+    """Cohen's example: 20 and 15 of 50 the same; expected 0.5 x 0.6 + 0.5 x 0.4 = 0.5; (0.7 - 0.5) / 0.5 = 0.4."""
+    table = np.array([[20, 5], [10, 15]])
+    assert cohens_kappa(table) == pytest.approx(0.4)
+    estimate = kappa_estimate(table)
+    assert estimate.value == pytest.approx(0.4)
+    # The delta method's standard error is 0.13 (Fleiss, Cohen, Everitt 1969).
+    assert estimate.low == pytest.approx(0.4 - 1.96 * 0.13, abs=0.04)
+    assert estimate.high == pytest.approx(0.4 + 1.96 * 0.13, abs=0.04)
+    assert cohens_kappa(np.array([[5, 0], [0, 5]])) == pytest.approx(1)
+    assert cohens_kappa(np.array([[0, 5], [5, 0]])) == pytest.approx(-1)
+    assert str(kappa_estimate(np.array([[7, 0], [0, 0]]))) == "undefined"
+
+
+def test_wilsons_interval_by_hand() -> None:
+    """(p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with z = 1.95996, n = 10, p = 0.8."""
+    z, n, p = 1.959964, 10, 0.8
+    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    estimate = wilson(8, 10)
+    assert estimate.value == 0.8
+    assert estimate.low == pytest.approx((centre - half) / (1 + z**2 / n), abs=1e-6)
+    assert estimate.high == pytest.approx((centre + half) / (1 + z**2 / n), abs=1e-6)
+    assert str(estimate) == "0.80 [0.49, 0.94]"
+    assert str(wilson(0, 0)) == "undefined"
+
+
+def test_agreement_is_of_what_both_answered() -> None:
+    choices: dict[str, Any] = {
+        "ann": {0: "first", 1: "second", 2: "tie", 3: "bad"},
+        "bob": {1: "second", 2: "first", 3: "bad", 4: "first"},
+        "cem": {5: "first"},
+    }
+    (both,) = between_annotators(choices)
+    assert (both.names, both.count) == (("ann", "bob"), 3)
+    assert both.raw.value == pytest.approx(2 / 3)
+    # Expected: second 1/9, bad 1/9, tie and first 0; (2/3 - 2/9) / (7/9) = 4/7.
+    assert both.kappa.value == pytest.approx(4 / 7)
+
+
+def test_agreement_with_a_judge_is_of_what_both_decided() -> None:
+    scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [2.0, 1.0]])
+    choices: dict[str, Any] = {
+        "ann": {0: "first", 1: "second", 2: "first", 3: "second", 4: "tie"},
+        "bob": {0: "first", 1: "first", 3: "bad", 4: "second"},
+    }
+    assert majority(choices) == {0: "first", 2: "first", 3: "second", 4: "second"}
+    ann, bob, both = with_judge(choices, scores, judge="oracle")
+    assert [one.names for one in (ann, bob, both)] == [("ann", "oracle"), ("bob", "oracle"), ("the majority", "oracle")]
+    assert (ann.count, ann.raw.value) == (3, pytest.approx(2 / 3))
+    assert (bob.count, bob.raw.value) == (3, pytest.approx(2 / 3))
+    assert (both.count, both.raw.value) == (3, pytest.approx(2 / 3))
+
+
+def test_duels_count_preferences_by_source() -> None:
+    questions = [Question("a", ("1", "2"), ("base", "tuned")), Question("b", ("3", "4"), ("base", "tuned"))]
+    standing = {
+        "ann": [Given(0, "left", first_on_left=True), Given(1, "left", first_on_left=False)],
+        "bob": [Given(0, "right", first_on_left=False), Given(1, "bad", first_on_left=True)],
+    }
+    (duel,) = duels(standing, questions)
+    assert (duel.sources, duel.wins, duel.losses, duel.ties, duel.bad) == (("base", "tuned"), 2, 1, 0, 1)
+    assert duel.share.value == pytest.approx(2 / 3)
+
+
+def test_the_judge_scores_each_picture_with_its_prompt_whatever_its_size(tmp_path: Path) -> None:
+    def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images[:, 0].mean((1, 2)) + 10 * torch.tensor([float(prompt) for prompt in prompts])
+
+    shades = torch.tensor([[0.2, 0.4], [0.6, 0.0], [0.8, 1.0]])
+    sizes = [(8, 8), (8, 16), (4, 4)]
+    pairs = [
+        (torch.full((3, *sizes[i]), float(shades[i, 0])), torch.full((3, *sizes[-1 - i]), float(shades[i, 1])))
+        for i in range(3)
+    ]
+    found = [Candidate(str(i), pair, ("a", "b")) for i, pair in enumerate(pairs)]
+    questions = write_questions(tmp_path, found)
+    reward = WeightedSum(((CheckedReward("redness", redness), 1.0),))
+    scores = judge_questions(reward, tmp_path, questions, device=torch.device("cpu"), batch_size=2)
+    torch.testing.assert_close(scores, shades + 10 * torch.arange(3.0)[:, None])
+
+
+def test_the_results_page_says_what_the_numbers_say(tmp_path: Path) -> None:
+    questions = asked(tmp_path, 4)
+    scores = torch.tensor([[1.0, 0.0]] * 4)
+    with (
+        collecting(tmp_path, questions) as answers,
+        serving(answers, judge=("redness", scores)) as address,
+        person("<b>ann", address) as ann,
+        person("bob", address) as bob,
+    ):
+        assert "Nothing is answered yet." in ann.client.get("/results").text
+        for someone in (ann, bob):
+            someone.enter()
+            while someone.pair["prompt"] is not None:
+                (question,) = [one for one in questions if one.prompt == someone.pair["prompt"]]
+                first = "left" if someone.pair["left"] == question.pictures[0] else "right"
+                someone.press("tie" if (someone, question) == (bob, questions[0]) else first)
+        page = " ".join(ann.client.get("/results").text.split())
+    assert "2 annotators, 8 answers to 4 pairs" in page
+    assert "<td>before</td><td>after</td> <td>7</td><td>0</td><td>1</td><td>0</td><td>1.00 [0.65, 1.00]</td>" in page
+    assert "<td>&lt;b&gt;ann</td><td>bob</td><td>4</td> <td>0.75 [0.30, 0.95]</td><td>0.00 [0.00, 0.00]</td>" in page
+    assert "<td>bob</td><td>redness</td><td>3</td> <td>1.00 [0.44, 1.00]</td><td>undefined</td>" in page
+    assert "<b>ann" not in page
+
+
+def test_a_folder_is_gone_on_with_only_if_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = preference_file(tmp_path / "pictures", 3)
+    served: list[Any] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: served.append(sockets[0].close()))
+    options: Any = {"pairs": str(source), "run_folder": str(tmp_path / "run"), "port": 0}
+    folder = recipe.main(Config(**options))
+    (source.parent / "secret_0.png").unlink()  # what was gathered is not gathered again
+    with pytest.raises(FileExistsError, match="Go on with it by --resume"):
+        recipe.main(Config(**options))
+    assert recipe.main(Config(**options, resume=True, judge="jpeg_compressibility")) == folder
+    with pytest.raises(ValueError, match="seed was 0 and is now 1"):
+        recipe.main(Config(**options, resume=True, seed=1))
+    assert len(served) == 2
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason=browser.MISSING)
+def test_keys_buttons_and_reloads_work_in_chromium(tmp_path: Path) -> None:
+    questions = asked(tmp_path, 5)
+    shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    answered = "document.getElementById('count').textContent.startsWith('{} of 5') && !document.querySelector('.busy')"
+    with collecting(tmp_path, questions) as answers, serving(answers, secret=TOKEN) as address:
+        with browser.chromium(free_port) as page:
+            page.emulate(width=390, height=844, dark=True)
+            page.open(address)
+            page.screenshot(shots / "entrance.png")
+            page.press(*"Ann")
+            page.run(f"document.getElementById('token').value = '{TOKEN}'")
+            page.press("enter")
+            page.until(answered.format(0))
+            page.screenshot(shots / "phone_dark.png")
+            for count, key in enumerate(["left", "2", "t", "u", "b", "1"], start=1):
+                count = count if count < 4 else count - 2
+                page.press(key)
+                page.until(answered.format(count))
+            page.emulate(width=1200, height=800)
+            page.open(address)  # a reload, in the same tab
+            page.until(answered.format(4))
+            page.screenshot(shots / "wide_light.png")
+            page.run("const one = document.querySelector('[data-answer=right]'); one.click(); one.click()")
+            page.until("!document.getElementById('done').hidden")
+            page.screenshot(shots / "done.png")
+            page.run("document.querySelector('#done a').click()")
+            page.until("document.body.innerText.includes('1 annotator, 5 answers to 5 pairs')")
+            page.screenshot(shots / "results.png")
+            assert page.console() == []
+        keys = [row["key"] for row in lines_of(tmp_path / "answers.jsonl")]
+        assert keys == ["left", "right", "tie", "undo", "bad", "left", "right"]
+        assert list(answers.standing()) == ["ann"]
+
+
+@pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason=browser.MISSING)
+def test_the_page_sends_an_answer_until_a_server_takes_it(tmp_path: Path) -> None:
+    port = free_port()
+    with collecting(tmp_path, asked(tmp_path, 3)) as answers, browser.chromium(free_port) as page:
+        with serving(answers, port=port) as address:
+            page.open(address)
+            page.press(*"ann", "enter")
+            page.until("document.getElementById('count').textContent === '0 of 3'")
+            page.until("!document.querySelector('.busy')")
+        page.press("t")
+        page.until("document.getElementById('message').textContent.startsWith('The server does not reply')")
+        page.press("1")  # not about anything: the answer before it is on its way
+        with serving(answers, port=port):
+            page.until("document.getElementById('count').textContent === '1 of 3'")
+            page.until("document.getElementById('message').textContent === ''")
+    assert [row["key"] for row in lines_of(tmp_path / "answers.jsonl")] == ["tie"]
