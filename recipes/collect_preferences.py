@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import Literal
@@ -60,9 +59,11 @@ class Config:
     on_bad_record: Literal["error", "skip"] = "error"
     """Of pairs: stop at a record that cannot be asked, or write it to skipped.jsonl in the run folder."""
     weights: str | None = None
-    """Two, as evaluate_policy.py takes them: base, and folders of runs, of their lora or unet, or checkpoints."""
+    """Two, as evaluate_policy.py takes them: base, and folders of runs, of what they exported, or checkpoints."""
     model: str = "shapes"
-    """Of weights: a StableDiffusionPipeline folder, a Hub id, or the built-in model."""
+    """Of weights: a pipeline folder of diffusers, a Hub id, or the built-in model."""
+    resolution: int | None = None
+    """Of weights: the side of the pictures in pixels; null is what the model was made for."""
     prompts: str = "shapes"
     """Of weights: a UTF-8 file with one prompt a line (or .jsonl), or the built-in world's held-out prompts."""
     evaluation_seed: int = 1_000_000
@@ -169,9 +170,9 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
 
 def painted(config: Config, device: torch.device) -> Iterator[Candidate]:
     """What two checkpoints make of the same prompts and seeds."""
-    from rlhf_t2i.diffusion.transitions import ddim  # with the model's library, these take seconds
+    from rlhf_t2i.diffusion.transitions import stochastic  # with the model's library, these take seconds
     from rlhf_t2i.evaluate import evaluate, evaluation_set
-    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+    from rlhf_t2i.policies.load import load_policy
     from rlhf_t2i.prompts import load_prompts
     from rlhf_t2i.types import Sampler
 
@@ -182,9 +183,9 @@ def painted(config: Config, device: torch.device) -> Iterator[Candidate]:
     for name in (first, second):
         tqdm.write(f"painting  {len(prompts)} pictures with {name}")
         weights = None if name == "base" else Path(name)
-        policy = load_stable_diffusion(config.model, device=device, weights=weights)
-        dynamics = partial(ddim, eta=config.eta)
-        sampler = Sampler(policy.schedule(config.num_denoising_steps), dynamics, config.guidance_scale)
+        policy = load_policy(config.model, device=device, weights=weights, resolution=config.resolution)
+        schedule = policy.schedule(config.num_denoising_steps)
+        sampler = Sampler(schedule, stochastic(schedule, eta=config.eta), config.guidance_scale)
         images.append(evaluate(policy, prompts, seeds, [], sampler=sampler, batch_size=config.batch_size).images)
     return from_images(prompts, images[0], images[1], sources=(first, second))
 

@@ -572,12 +572,12 @@ def test_a_run_is_asked_about_by_its_first_and_last_pictures(tmp_path: Path) -> 
 
 
 def test_two_checkpoints_paint_the_same_prompts_from_the_same_seeds(tiny_sd: Path, tmp_path: Path) -> None:
-    from rlhf_t2i.policies.stable_diffusion import load_stable_diffusion
+    from rlhf_t2i.policies.load import load_policy
 
     cpu = torch.device("cpu")
-    policy = load_stable_diffusion(str(tiny_sd), device=cpu)
+    policy = load_policy(str(tiny_sd), device=cpu)
     policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
-    policy.export(tmp_path, {name: 1.05 * tensor for name, tensor in policy.unet.state_dict().items()})
+    policy.export(tmp_path, {name: 1.05 * tensor for name, tensor in policy.network.state_dict().items()})
     (tmp_path / "prompts.txt").write_text("a fox\na hen\n")
     options: Any = {"model": str(tiny_sd), "prompts": str(tmp_path / "prompts.txt"), "num_denoising_steps": 2}
     found = list(painted(Config(weights=f"base,{tmp_path}", num_pairs=3, **options), cpu))
