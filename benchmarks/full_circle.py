@@ -111,7 +111,8 @@ def page(*arguments: object) -> Iterator[str]:
 def answer_all(address: str) -> dict[str, int]:
     """What a browser does, with the oracle in the chair: look at both pictures, press a key, until no pair is left."""
     pressed: dict[str, int] = {}
-    with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
+    patient = httpx.HTTPTransport(retries=8)  # the address is printed before the server listens
+    with httpx.Client(base_url=address, transport=patient, timeout=30) as client:
         pair = client.post("/enter", json={"annotator": "oracle"}).raise_for_status().json()
         while pair["prompt"] is not None:
             seen = [

@@ -50,7 +50,7 @@ def test_its_autoencoder_keeps_what_the_oracle_sees(base: PipelinePolicy) -> Non
     scenes = [scene for scene in all_scenes("one") for _ in range(6)]
     pictures = render(scenes, rng=rng)
     with torch.no_grad():
-        restored = base.decode(base.vae.encode(pictures * 2 - 1).latents)
+        restored = base.decode(base.family.autoencoder.vae.encode(pictures * 2 - 1).latents)
     assert judge(restored, [scene.prompt for scene in scenes]).passed.float().mean() >= 0.98
 
 
