@@ -195,12 +195,14 @@ def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> No
     port, run = free_port(), tmp_path / "run"
     source = preference_file(tmp_path / "pictures", 50)
     arguments = ["--pairs", source, "--run_folder", run, "--port", port]
-    log = run / "answers.jsonl"
+    log, killed = run / "answers.jsonl", threading.Event()
 
     def answer_all(name: str) -> Person:
         with person(name, f"http://127.0.0.1:{port}") as someone:
             someone.enter()
             for number in range(50):
+                if number == 25:  # however busy the machine is, it dies in the middle
+                    assert killed.wait(120)
                 someone.press(("left", "right", "tie", "right", "bad")[(number + len(name)) % 5])
                 time.sleep(0.01)
             assert someone.pair["prompt"] is None
@@ -214,7 +216,8 @@ def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> No
                 time.sleep(0.01)
             first.send_signal(signal.SIGKILL)
             first.wait()
-        assert log.read_bytes().count(b"\n") < 190
+            killed.set()
+        assert log.read_bytes().count(b"\n") <= 100
         with log.open("ab") as file:  # as if the power had failed while a line was written
             file.write(b'{"annotator": "x", "ques')
         with process(*arguments, "--resume") as second:
