@@ -163,6 +163,23 @@ class Person:
         self.said[seen] = key
         self.pair = reply.json()
 
+    @property
+    def meant(self) -> dict[str, Any]:
+        """By prompt: the pictures, better one first; as a set where they are equally good; nothing of two bad ones."""
+        means = {"left": lambda a, b: [a, b], "right": lambda a, b: [b, a], "tie": lambda a, b: {a, b}}
+        return {prompt: means[key](a, b) for (prompt, a, b), key in self.said.items() if key in means}
+
+
+def written_of(pairs: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The same, as somebody's lines of pairs.jsonl say it."""
+    own = [row for row in pairs if row["comment"] == name]
+    return {
+        row["prompt"]: {Path(file).stem for file in row["tie"]}
+        if "tie" in row
+        else [Path(row["winner"]).stem, Path(row["loser"]).stem]
+        for row in own
+    }
+
 
 @contextmanager
 def person(name: str, address: str) -> Iterator[Person]:
@@ -232,20 +249,7 @@ def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> No
     pairs = lines_of(run / "pairs.jsonl")
     assert len(pairs) == 160  # a fifth is "both bad"
     for someone in done:
-        expected: dict[str, Any] = {}
-        for (prompt, left, right), key in someone.said.items():
-            match key:
-                case "left" | "right":
-                    expected[prompt] = [left, right] if key == "left" else [right, left]
-                case "tie":
-                    expected[prompt] = {left, right}
-        found: dict[str, Any] = {}
-        for row in pairs:
-            if row["comment"] == someone.name:
-                files = row.get("tie") or [row["winner"], row["loser"]]
-                names = [Path(file).stem for file in files]
-                found[row["prompt"]] = set(names) if "tie" in row else names
-        assert found == expected
+        assert written_of(pairs, someone.name) == someone.meant
     records = load_records(run / "pairs.jsonl")
     assert sum(record.tie for record in records if isinstance(record, PreferencePair)) == 40
     assert len(load_pairs_of_one_prompt([run / "pairs.jsonl"], image_root=None, skipped=None)) == 120
