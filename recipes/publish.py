@@ -3,9 +3,9 @@
     python recipes/publish.py --run runs/ddpo-DATE                                   only a folder, to look at
     python recipes/publish.py --run runs/ddpo-DATE --repo OWNER/NAME --private       the same, and its upload
 
-A LoRA, a tuned U-Net in its pipeline, or a judge, as safetensors; with a model card that says how to load it, what it
-is worth and how it was made, pictures before and after, curves, and checksums. The upload is one commit. Its token is
-HF_TOKEN's or that of `hf auth login`.
+A LoRA, a tuned denoiser in its pipeline, or a judge, as safetensors; with a model card that says how to load it, what
+it is worth and how it was made, pictures before and after, curves, and checksums. The upload is one commit. Its token
+is HF_TOKEN's or that of `hf auth login`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Config:
     """Fields in the order of the flow."""
 
     run: str
-    """The folder of a finished run: of ddpo, draft, diffusion_dpo or train_reward_model."""
+    """The folder of a finished run: of ddpo, flow_grpo, draft, diffusion_dpo or train_reward_model."""
     folder: str | None = None
     """What to write; null is RUN/publication. It must be new, empty, or hold an earlier publication."""
     repo: str | None = None

@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf_t2i.report import Row, by_step, read_metrics
 
-Kind = Literal["lora", "unet", "judge"]
+Kind = Literal["lora", "unet", "transformer", "judge"]
 WEIGHTS: dict[Kind, str] = {
     "lora": "pytorch_lora_weights.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
+    "transformer": "diffusion_pytorch_model.safetensors",
     "judge": "llava_reward.safetensors",
 }
-"""What each kind of run leaves, in a folder that is called like the kind."""
+"""What each kind of run leaves, in a folder that is called like the kind; large ones lie in parts, with an index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,21 @@ class FinishedRun:
     def weights(self) -> Path:
         """The folder of what was learnt."""
         return self.folder / self.kind
+
+    @property
+    def is_whole_denoiser(self) -> bool:
+        """Whether all of the painter's network was trained, and not only adapters."""
+        return self.kind in ("unet", "transformer")
+
+    @property
+    def num_evaluation_steps(self) -> int:
+        """Denoising steps of the pictures that were looked at. Older runs have no setting of their own for it."""
+        return self.config.get("num_evaluation_steps") or self.config["num_denoising_steps"]
+
+    @property
+    def resolution(self) -> int | None:
+        """Height and width of its pictures, if not what the model was made for; older runs have no such setting."""
+        return self.config.get("resolution")
 
     @property
     def evaluations(self) -> list[Row]:
@@ -79,13 +95,14 @@ def read_run(folder: Path) -> FinishedRun:
     facts, config = _json(folder / "run.json"), yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     _check_version(folder, facts)
     unfinished = f"Its run is not finished: go on with it by --resume --run_folder {folder}"
-    kind = next((kind for kind in get_args(Kind) if (folder / kind / WEIGHTS[kind]).is_file()), None)
+    kind = next((kind for kind in get_args(Kind) if _weights(folder, kind)), None)
     if kind is None:
         raise FileNotFoundError(
-            f"{folder} holds no weights, of the three that can be published: lora, unet and judge. {unfinished}, or "
-            f"name the folder of a run that trains."
+            f"{folder} holds no weights of the kinds that can be published: {', '.join(get_args(Kind))}. {unfinished}, "
+            f"or name the folder of a run that trains."
         )
-    check_safetensors(folder / kind / WEIGHTS[kind])
+    for path in _weights(folder, kind):
+        check_safetensors(path)
     _check_config(folder, config, kind)
     if kind == "judge":
         _check_files(folder, ["judge/llava_reward.json", "metrics.json", "history.json"], unfinished)
@@ -101,6 +118,15 @@ def read_run(folder: Path) -> FinishedRun:
     files = [str(path.relative_to(folder)) for path in run.strips]
     _check_files(folder, [*files, "pictures/captions.json", "report.html"], unfinished)
     return run
+
+
+def _weights(folder: Path, kind: Kind) -> list[Path]:
+    """The one file of what was learnt, or the parts that its index names; none if the run left nothing of the kind."""
+    whole = folder / kind / WEIGHTS[kind]
+    index = whole.with_name(f"{whole.name}.index.json")
+    if index.is_file():
+        return sorted({whole.with_name(part) for part in _json(index)["weight_map"].values()})
+    return [whole] if whole.is_file() else []
 
 
 def check_safetensors(path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from rlhf_t2i.finished_run import FinishedRun
+from rlhf_t2i.policies.family import FamilyClass
 from rlhf_t2i.publication import Base
 from rlhf_t2i.report import Chart, Row, hacking, headline, reward_changes
 
@@ -29,18 +30,18 @@ def card_text(
     warnings: Sequence[str],
 ) -> str:
     """The body of the model card; `name` is what strangers load, a Hub id or a folder."""
-    judge = run.kind == "judge"
-    options = f', revision="{revision}"' if revision else ""
-    if judge:
+    judge, family = run.kind == "judge", base.family
+    if family is None:
         usage, again = judge_snippet(run, name, revision=revision), None
     else:
-        loading = painter_snippet(base, name, options=options, whole_pipeline=whole_pipeline)
-        usage, again = loading + _call(run), again_snippet(run, whole_pipeline=whole_pipeline)
+        loading = painter_snippet(base, family, name, revision=revision, whole_pipeline=whole_pipeline)
+        usage, again = loading + _call(run), again_snippet(run, family, whole_pipeline=whole_pipeline)
     return _CARD.render(
         name=name.rpartition("/")[2],
         run=run,
         base=base,
         judge=judge,
+        family=family,
         summary=_judge_summary(run) if judge else headline(run.rows),
         usage=usage,
         again=again,
@@ -54,23 +55,25 @@ def card_text(
     )
 
 
-def painter_snippet(base: Base, name: str, *, options: str, whole_pipeline: bool) -> str:
+def painter_snippet(base: Base, family: FamilyClass, name: str, *, revision: str | None, whole_pipeline: bool) -> str:
     """Plain diffusers, up to the loaded pipeline `pipe`."""
-    imports = "import torch\nfrom diffusers import StableDiffusionPipeline\n\n"
+    pipeline, options = family.pipeline_class.__name__, f', revision="{revision}"' if revision else ""
+    imports = f"import torch\nfrom diffusers import {pipeline}\n\n"
+    settings = ", ".join([*(f"{part}=None" for part in base.lacking), "dtype=torch.float32"])
     if whole_pipeline:
-        return f'{imports}pipe = StableDiffusionPipeline.from_pretrained("{name}"{options}, dtype=torch.float32)\n'
+        return f'{imports}pipe = {pipeline}.from_pretrained("{name}"{options}, {settings})\n'
     source = f'"{base.hub_id}"'
     if base.hub_id is None:
         imports = f"from importlib.resources import files\n\n{imports}"
         source = 'str(files("rlhf_t2i") / "shapes/weights")'
     return (
-        f"{imports}pipe = StableDiffusionPipeline.from_pretrained({source}, dtype=torch.float32)\n"
+        f"{imports}pipe = {pipeline}.from_pretrained({source}, {settings})\n"
         f'pipe.load_lora_weights("{name}"{options}, weight_name="pytorch_lora_weights.safetensors")\n'
     )
 
 
-def again_snippet(run: FinishedRun, *, whole_pipeline: bool) -> str:
-    """After the lines that load it: the first picture that the run shows, with the run's own DDIM."""
+def again_snippet(run: FinishedRun, family: FamilyClass, *, whole_pipeline: bool) -> str:
+    """After the lines that load it: the first picture that the run shows, with the run's own DDIM if it is no flow."""
     scheduler = (
         "from diffusers import DDIMScheduler\n\n"
         'spacing = pipe.scheduler.config.get("timestep_spacing", "leading").replace("linspace", "leading")\n'
@@ -78,12 +81,15 @@ def again_snippet(run: FinishedRun, *, whole_pipeline: bool) -> str:
         "    pipe.scheduler.config, clip_sample=False, timestep_spacing=spacing\n)\n"
     )
     generator = f"generator = torch.Generator().manual_seed({run.captions['seeds'][0]})\n"
-    call = _call(run, more=f", eta={run.config['evaluation_eta']}, generator=generator")
-    return ("" if whole_pipeline else scheduler) + generator + call
+    eta = "" if family.is_flow else f", eta={run.config['evaluation_eta']}"
+    call = _call(run, more=f"{eta}, generator=generator")
+    return ("" if whole_pipeline or family.is_flow else scheduler) + generator + call
 
 
 def _call(run: FinishedRun, *, more: str = "") -> str:
-    settings = f"num_inference_steps={run.config['num_denoising_steps']}, guidance_scale={run.config['guidance_scale']}"
+    settings = f"num_inference_steps={run.num_evaluation_steps}, guidance_scale={run.config['guidance_scale']}"
+    if run.resolution is not None:
+        settings += f", height={run.resolution}, width={run.resolution}"
     prompt = json.dumps(run.captions["prompts"][0], ensure_ascii=False)
     return f"image = pipe(\n    {prompt},\n    {settings}{more},\n).images[0]"
 
@@ -152,7 +158,7 @@ _TEMPLATE = """# {{ name }}
 
 {% if judge %}{{ summary }}.
 {% else %}{% if base.hub_id %}[{{ base.hub_id }}](https://huggingface.co/{{ base.hub_id }}){% elif base.built_in %}\
-The built-in Stable Diffusion of rlhf-t2i{% else %}A Stable Diffusion{% endif %}, tuned by `{{ run.facts.recipe }}`:
+The built-in Stable Diffusion of rlhf-t2i{% else %}A {{ family.title }}{% endif %}, tuned by `{{ run.facts.recipe }}`:
 {{ summary }}.
 {% endif %}
 {% for warning in warnings %}> **{{ warning }}**
@@ -172,7 +178,9 @@ It needs rlhf-t2i (`pip install -e .` in its repository){{ "" if judge else ", w
 ![after](pictures/after.png)
 
 Above before, below after; `pictures/captions.json` says what was asked for, picture by picture. After the lines above,
-the first of them again{{ "" if run.config.mixed_precision in (none, "no") else ", up to the rounding of float32" }}:
+the first of them again{{ "" if run.config.mixed_precision in (none, "no") else ", up to the rounding of float32" }}\
+{% if family.is_flow and run.config.evaluation_eta %}, but for the noise in each step (`evaluation_eta`) that this \
+pipeline has none of{% endif %}:
 
 ```python
 {{ again }}
@@ -220,7 +228,8 @@ another the pictures of one prompt are, warns of a collapse.
 - Only differences of scores mean something, and only among pictures of one prompt.
 {% else %}- A learned reward is not what people prefer but a guess at it. The part of the gain that no held-out reward
   confirms may be nothing that anybody would see.
-- The numbers hold for the evaluation prompts, at {{ run.config.num_denoising_steps }} denoising steps and a guidance
+- The numbers hold for the evaluation prompts, at {{ run.num_evaluation_steps }} denoising steps\
+{{ "" if run.resolution is none else ", %d x %d pixels" | format(run.resolution, run.resolution) }} and a guidance
   scale of {{ run.config.guidance_scale }}; elsewhere they may differ.
 - What the base does badly, unfairly or unsafely, this does too: nothing here was trained against it.
 {% endif %}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf_t2i.checkpoint import sha256_of, write_atomically
 from rlhf_t2i.finished_run import FinishedRun, check_safetensors
+from rlhf_t2i.policies.family import FamilyClass
 from rlhf_t2i.report import Chart, charts, draw
 
 CHECKSUMS = "SHA256SUMS"
@@ -29,13 +30,28 @@ class Base:
     """What loads it elsewhere; None if it is not on the Hub."""
     built_in: bool
     """Whether it comes with this package."""
+    family: FamilyClass | None = None
+    """Of a painter: what kind of model it is."""
+    lacking: Sequence[str] = ()
+    """Parts that a painter goes without, and that diffusers wants to be told of."""
 
 
 def base_of(run: FinishedRun, *, named: str | None) -> Base:
     """What a run tuned; `named` is the Hub id of what lies in a folder here.
 
-    Raises FileNotFoundError where a folder is gone, and ValueError for a name beside one that the run knows.
+    Raises FileNotFoundError where it is gone, and ValueError for a name beside one that the run knows.
     """
+    base = _named_base(run, named=named)
+    if run.kind == "judge":
+        return base
+    from rlhf_t2i.policies.packaging import family_and_lack  # takes seconds
+
+    family, lacking = family_and_lack(base.source)
+    return replace(base, family=family, lacking=lacking)
+
+
+def _named_base(run: FinishedRun, *, named: str | None) -> Base:
+    """What it is called, here and elsewhere."""
     if run.kind == "judge":
         from reward_model.checkpoint import backbone_source, read_facts  # takes seconds
 
@@ -61,9 +77,9 @@ def is_whole_pipeline(run: FinishedRun, *, merge_lora: bool) -> bool:
     Raises ValueError for merge_lora where there is no painter's LoRA.
     """
     if merge_lora and run.kind != "lora":
-        what = "a judge" if run.kind == "judge" else "the whole U-Net, which is published as a pipeline anyway"
+        what = "a judge" if run.kind == "judge" else "the whole denoiser, which is published as a pipeline anyway"
         raise ValueError(f"merge_lora is for a painter's LoRA; {run.folder} trained {what}.")
-    return merge_lora or run.kind == "unet"
+    return merge_lora or run.is_whole_denoiser
 
 
 def pack_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: bool) -> None:

@@ -95,7 +95,7 @@ def write_card(
 ) -> None:
     """Write the model card, README.md: what the Hub reads of it, and what people do."""
     name, judge, lora = repo or folder.name, run.kind == "judge", run.kind == "lora" and not whole_pipeline
-    kind = ["reward-model", "llava-reward"] if judge else ["stable-diffusion", "reinforcement-learning"]
+    kind = ["reward-model", "llava-reward"] if base.family is None else [base.family.tag, "reinforcement-learning"]
     results = judge_results(run) if judge else painter_results(run)
     data = ModelCardData(
         license=licence.id,

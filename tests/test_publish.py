@@ -24,7 +24,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from recipes import ddpo, train_reward_model
+from recipes import ddpo, flow_grpo, train_reward_model
 from recipes import publish as recipe
 from reward_model import LlavaReward
 from rlhf_t2i import publish
@@ -52,14 +52,14 @@ def reset_processes() -> None:
     GradientState._reset_state()
 
 
-def tuned(folder: Path, **settings: Any) -> Path:
+def tuned(folder: Path, teacher: Any = ddpo, **settings: Any) -> Path:
     """A run whose weights moved far enough to be seen in its pictures."""
     tiny: dict[str, Any] = {
         "num_steps": 1, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 4, "learning_rate": 0.1,
         "num_evaluation_images": 4, "evaluate_every": 0, "rewards": "oracle", "num_cpu_threads": 1,
         "evaluation_rewards": "oracle,jpeg_compressibility",
     }  # fmt: skip
-    ddpo.main(ddpo.Config(**{**tiny, **settings}, run_folder=str(folder)))
+    teacher.main(teacher.Config(**{**tiny, **settings}, run_folder=str(folder)))
     reset_processes()
     return folder
 
@@ -77,6 +77,42 @@ def unet_run(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def built_in_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tuned(tmp_path_factory.mktemp("runs") / "built_in", lora_rank=2)
+
+
+@pytest.fixture(scope="session")
+def family_runs(
+    tiny_sdxl: Path, tiny_sd3: Path, tiny_sd3_lean: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Of each other family a LoRA and a whole denoiser; among them what a card must say more of than of SD 1.5."""
+    folder, few = tmp_path_factory.mktemp("runs"), {"num_denoising_steps": 2}
+    flow = {**few, "num_evaluation_steps": 3, "resolution": 16}
+    runs = {
+        "sdxl_lora": tuned(
+            folder / "sdxl_lora", model=str(tiny_sdxl), lora_rank=2, resolution=24, evaluation_eta=1.0, **few
+        ),
+        "sdxl_unet": tuned(folder / "sdxl_unet", model=str(tiny_sdxl), guidance_scale=2.0, **few),
+        "sd3_lora": tuned(
+            folder / "sd3_lora", flow_grpo, model=str(tiny_sd3), lora_rank=2, guidance_scale=2.0, learning_rate=1.0,
+            **flow,
+        ),
+        "sd3_transformer": tuned(folder / "sd3_transformer", flow_grpo, model=str(tiny_sd3_lean), **flow),
+        "flux_lora": tuned(
+            folder / "flux_lora", flow_grpo, model=str(tiny_flux), lora_rank=2, guidance_scale=3.5, learning_rate=1.0,
+            **flow,
+        ),
+        "flux_transformer": tuned(folder / "flux_transformer", model=str(tiny_flux), **flow),
+    }  # fmt: skip
+    in_parts(runs["sd3_transformer"] / "transformer")
+    return runs
+
+
+def in_parts(folder: Path) -> None:
+    """Save a denoiser as diffusers does a large one."""
+    from diffusers import AutoModel
+
+    network = AutoModel.from_pretrained(str(folder))
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    network.save_pretrained(folder, max_shard_size="20KB")
 
 
 @pytest.fixture(scope="session")
@@ -282,16 +318,22 @@ def elsewhere(lines: list[str], *, hub: FakeHub, cwd: Path) -> str:
 
 @pytest.fixture(scope="session")
 def painted(
-    lora_run: Path, unet_run: Path, built_in_run: Path, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+    lora_run: Path, unet_run: Path, built_in_run: Path, family_runs: dict[str, Path], tiny_sd: Path, tiny_sdxl: Path,
+    tiny_sd3: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory,
+) -> Path:  # fmt: skip
     """What the cards' own lines paint where there is only diffusers, and all else comes from the Hub."""
     out, lines = tmp_path_factory.mktemp("painted"), ["import sys"]
     with only_hub(out / "login") as hub:
-        hub.repos[BASE] = Repository(branches={"main": [Commit(contents(tiny_sd))]}, card={"license": "mit"})
+        models = {BASE: tiny_sd, "some/sdxl": tiny_sdxl, "some/sd3": tiny_sd3, "some/flux": tiny_flux}
+        for base, model in models.items():
+            hub.repos[base] = Repository(branches={"main": [Commit(contents(model))]}, card={"license": "mit"})
         for name, run, more in (
             ("lora", lora_run, {"base": BASE, "revision": "v2"}),
             ("merged", lora_run, {"base": BASE, "merge_lora": True}),
             ("unet", unet_run, {"revision": "v2"}),
+            *((name, run, {"base": f"some/{name.partition('_')[0]}"}) for name, run in family_runs.items()),
+            ("sd3_merged", family_runs["sd3_lora"], {"merge_lora": True}),
+            ("flux_merged", family_runs["flux_lora"], {"merge_lora": True}),
             ("built_in", built_in_run, {}),
         ):
             config = recipe.Config(run=str(run), folder=str(out / name), repo=f"me/{name}", **more)
@@ -304,7 +346,13 @@ def painted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "most"), [("lora", 0), ("merged", 1), ("unet", 0), ("built_in", 0)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("lora", 0), ("merged", 1), ("unet", 0), ("built_in", 0), ("sdxl_lora", 0), ("sdxl_unet", 0), ("sd3_lora", 0),
+        ("sd3_transformer", 0), ("sd3_merged", 1), ("flux_lora", 0), ("flux_transformer", 0), ("flux_merged", 1),
+    ],
+)  # fmt: skip
 def test_strangers_paint_the_picture_that_the_run_painted(name: str, most: int, painted: Path) -> None:
     """In 8 bits; a merged LoRA rounds once more."""
     image = np.asarray(Image.open(painted / f"{name}.png")).astype(int)
@@ -331,6 +379,34 @@ def test_a_whole_pipeline_keeps_all_parts_of_its_base_but_the_tuned_one(tiny_sd:
         assert same == (name != "unet")
     texts = "".join(path.read_text() for path in (painted / "unet").rglob("*config.json"))
     assert str(tiny_sd) not in texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "pipeline", "tag"),
+    [
+        ("sdxl", "StableDiffusionXLPipeline", "stable-diffusion-xl"),
+        ("sd3", "StableDiffusion3Pipeline", "stable-diffusion-3"),
+        ("flux", "FluxPipeline", "flux"),
+    ],
+)
+def test_a_card_names_the_pipeline_and_is_found_by_the_family(
+    family: str, pipeline: str, tag: str, painted: Path
+) -> None:
+    for path in painted.glob(f"{family}_*/README.md"):
+        assert {tag, "rlhf-t2i"} <= set(ModelCard.load(path).data.tags)
+        usage, again = blocks(path.parent)
+        assert f"from diffusers import {pipeline}\n" in usage
+        assert ("eta=" in again) == (family == "sdxl")
+
+
+@pytest.mark.slow
+def test_a_card_says_what_noise_a_flows_pipeline_does_not_add(family_runs: dict[str, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(family_runs["flux_lora"], tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "evaluation_eta": 0.5}))
+    folder = recipe.main(recipe.Config(run=str(run), base="some/flux"))
+    assert "again, but for the noise in each step (`evaluation_eta`)" in (folder / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -437,8 +513,46 @@ def test_a_base_that_is_gone_or_named_twice_is_refused(lora_run: Path) -> None:
         base_of(replace(run, config={**run.config, "model": BASE}), named="some/other")
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")  # of diffusers
+def test_what_kind_of_model_a_base_on_the_hub_is_is_asked_there(
+    hub: FakeHub, lora_run: Path, tiny_sd3_lean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_t2i.publication import base_of
+
+    where = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", where)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    run = read_run(lora_run)
+    run = replace(run, config={**run.config, "model": "some/sd3"})
+    with pytest.raises(FileNotFoundError, match="'some/sd3' could not be loaded, neither as a folder nor from the Hub"):
+        base_of(run, named=None)
+    hub.repos["some/sd3"] = Repository(branches={"main": [Commit(contents(tiny_sd3_lean))]})
+    base = base_of(run, named=None)
+    assert base.family is not None
+    assert base.family.title == "Stable Diffusion 3"
+    assert list(base.lacking) == ["text_encoder_3", "tokenizer_3"]
+
+
+def test_a_denoiser_in_parts_is_read_and_a_part_that_is_missing_is_named(unet_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(unet_run, tmp_path / "run")
+    in_parts(run / "unet")
+    assert read_run(run).kind == "unet"
+    part = sorted((run / "unet").glob("*.safetensors"))[1]
+    part.unlink()
+    with pytest.raises(ValueError, match=f"{part.name} are damaged"):
+        read_run(run)
+
+
+def test_an_older_run_was_evaluated_as_it_was_trained() -> None:
+    """It has no settings for the size of pictures and for steps of evaluation."""
+    run = replace(two_evaluations(trained=0.3, held_out=0.0), config={"num_denoising_steps": 8})
+    assert (run.num_evaluation_steps, run.resolution) == (8, None)
+    more = replace(run, config={"num_denoising_steps": 8, "num_evaluation_steps": 40, "resolution": 512})
+    assert (more.num_evaluation_steps, more.resolution) == (40, 512)
+
+
 def test_only_a_painters_lora_is_merged(unet_run: Path, judge_run: Path) -> None:
-    for run, words in ((unet_run, "the whole U-Net"), (judge_run, "a judge")):
+    for run, words in ((unet_run, "the whole denoiser"), (judge_run, "a judge")):
         with pytest.raises(ValueError, match=f"merge_lora is for a painter's LoRA; .* trained {words}"):
             recipe.main(recipe.Config(run=str(run), merge_lora=True))
 

@@ -82,6 +82,21 @@ class FamilyClass(Protocol):
     @property
     def pipeline_class(self) -> type[Any]: ...
     @property
+    def title(self) -> str:
+        """What people call such models."""
+        ...
+
+    @property
+    def tag(self) -> str:
+        """What the Hub finds them by."""
+        ...
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether diffusers paints with a flow's scheduler, which is the run's own; otherwise DDIM is the run's."""
+        ...
+
+    @property
     def component(self) -> Literal["unet", "transformer"]: ...
     @property
     def lora_targets(self) -> Sequence[str]: ...

@@ -28,6 +28,9 @@ class Flux:
     """A CLIP for a summary, a T5 for states, and a transformer that is told of both, and of guidance if distilled."""
 
     pipeline_class: ClassVar[type[Any]] = FluxPipeline
+    title: ClassVar[str] = "FLUX.1"
+    tag: ClassVar[str] = "flux"
+    is_flow: ClassVar[bool] = True
     component: ClassVar[Literal["unet", "transformer"]] = "transformer"
     lora_targets: ClassVar[Sequence[str]] = JOINT_ATTENTION
     is_told_guidance: ClassVar[bool] = True

@@ -1,7 +1,7 @@
 """From a pipeline folder to a policy; the one place that knows which families there are."""
 
 # diffusers has no usable types.
-# pyright: reportPrivateImportUsage=false, reportAssignmentType=false
+# pyright: reportPrivateImportUsage=false, reportAssignmentType=false, reportReturnType=false
 from __future__ import annotations
 
 from pathlib import Path
@@ -73,6 +73,25 @@ def load_policy(
     Raises FileNotFoundError or ValueError, saying what is missing, for a path that is no pipeline of a known family,
     and for weights that are none of what a run writes: its folder, what it exported or one of its checkpoints.
     """
+    source, declared = declaration(model)
+    with only_errors():
+        family = family_of(declared["_class_name"])
+        try:
+            pipeline: Any = family.pipeline_class.from_pretrained(source, dtype=torch.float32, **_left_out(declared))
+        except OSError as error:
+            raise _not_loaded(model, error) from error
+        if weights is not None:
+            _load_weights(pipeline, family, weights)
+        return PipelinePolicy(
+            family(pipeline, device=device, dtype=dtype, resolution=resolution), device=device, dtype=dtype
+        )
+
+
+def declaration(model: str) -> tuple[str, dict[str, Any]]:
+    """What diffusers loads `model` from, and its model_index.json: the class of the pipeline, and its parts.
+
+    Raises FileNotFoundError or ValueError, saying what is missing, for a path that is no pipeline.
+    """
     path = BUILT_IN if model == "shapes" else Path(model)
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(
@@ -87,18 +106,13 @@ def load_policy(
     source = str(path) if path.exists() else model
     with only_errors():
         try:
-            declared: dict[str, Any] = DiffusionPipeline.load_config(source)
-            family = family_of(declared["_class_name"])
-            pipeline: Any = family.pipeline_class.from_pretrained(source, dtype=torch.float32, **_left_out(declared))
+            return source, DiffusionPipeline.load_config(source)
         except OSError as error:
-            raise FileNotFoundError(
-                f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {error}"
-            ) from error
-        if weights is not None:
-            _load_weights(pipeline, family, weights)
-        return PipelinePolicy(
-            family(pipeline, device=device, dtype=dtype, resolution=resolution), device=device, dtype=dtype
-        )
+            raise _not_loaded(model, error) from error
+
+
+def _not_loaded(model: str, error: OSError) -> FileNotFoundError:
+    return FileNotFoundError(f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {error}")
 
 
 def lacking_parts(declared: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
-from rlhf_t2i.policies.load import BUILT_IN, lacking_parts, load_policy
+from rlhf_t2i.policies.family import FamilyClass
+from rlhf_t2i.policies.load import declaration, family_of, lacking_parts, load_policy
 from rlhf_t2i.policies.quiet import only_errors
+
+
+def family_and_lack(model: str) -> tuple[FamilyClass, list[str]]:
+    """Of which family a model is, and the parts that it lacks and that diffusers wants to be told of (T5 of an SD 3).
+
+    Raises FileNotFoundError or ValueError for one that is no pipeline of a known family.
+    """
+    _, declared = declaration(model)
+    family = family_of(declared["_class_name"])
+    return family, [name for name in lacking_parts(declared) if name not in family.pipeline_class._optional_components]
 
 
 def save_tuned_pipeline(model: str, weights: Path, folder: Path) -> None:
@@ -22,9 +32,9 @@ def save_tuned_pipeline(model: str, weights: Path, folder: Path) -> None:
     Raises what `load_policy` does.
     """
     policy = load_policy(model, device=torch.device("cpu"), weights=weights)
-    source, component = str(BUILT_IN) if model == "shapes" else model, policy.family.component
+    (source, declared), component = declaration(model), policy.family.component
     with only_errors():
-        parts = {**lacking_parts(DiffusionPipeline.load_config(source)), component: policy.network}
+        parts = {**lacking_parts(declared), component: policy.network}
         pipeline: Any = policy.family.pipeline_class.from_pretrained(source, dtype=torch.float32, **parts)
         if (weights / "pytorch_lora_weights.safetensors").is_file():
             pipeline.fuse_lora(components=[component])

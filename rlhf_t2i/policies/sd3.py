@@ -29,6 +29,9 @@ class StableDiffusion3:
     """Two CLIPs and, if the folder has it, a T5; and a transformer that is told of their states and of a summary."""
 
     pipeline_class: ClassVar[type[Any]] = StableDiffusion3Pipeline
+    title: ClassVar[str] = "Stable Diffusion 3"
+    tag: ClassVar[str] = "stable-diffusion-3"
+    is_flow: ClassVar[bool] = True
     component: ClassVar[Literal["unet", "transformer"]] = "transformer"
     lora_targets: ClassVar[Sequence[str]] = JOINT_ATTENTION
     is_told_guidance: ClassVar[bool] = False

@@ -25,6 +25,9 @@ class StableDiffusionXL:
     """Two text encoders, and a U-Net that is told of their states, of a summary, and of the picture's size."""
 
     pipeline_class: ClassVar[type[Any]] = StableDiffusionXLPipeline
+    title: ClassVar[str] = "Stable Diffusion XL"
+    tag: ClassVar[str] = "stable-diffusion-xl"
+    is_flow: ClassVar[bool] = False
     component: ClassVar[Literal["unet", "transformer"]] = "unet"
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
     is_told_guidance: ClassVar[bool] = False

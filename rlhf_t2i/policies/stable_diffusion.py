@@ -25,6 +25,9 @@ class StableDiffusion:
     """One text encoder, and a U-Net that is told of its states."""
 
     pipeline_class: ClassVar[type[Any]] = StableDiffusionPipeline
+    title: ClassVar[str] = "Stable Diffusion"
+    tag: ClassVar[str] = "stable-diffusion"
+    is_flow: ClassVar[bool] = False
     component: ClassVar[Literal["unet", "transformer"]] = "unet"
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
     is_told_guidance: ClassVar[bool] = False
