@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import Literal
 
 import torch
 import uvicorn
-from tqdm import tqdm
 
 from rlhf_t2i.collect.answers import Answers
 from rlhf_t2i.collect.questions import (
@@ -41,6 +41,7 @@ from rlhf_t2i.run_folder import claim_folder
 from rlhf_t2i.seeds import SHOW, generator_for
 
 _FREE_TO_CHANGE = {"run_folder", "resume", "judge", "batch_size", "host", "port"}
+say = partial(print, flush=True)  # who starts this through a pipe waits for the address
 _NUM_PAINTED = 100
 """Pairs, unless it is said how many."""
 
@@ -122,7 +123,7 @@ def main(config: Config) -> Path:
             judge = config.judge, scores
         with closing(Answers(folder, questions, seed=config.seed)) as answers:
             if answers.torn:
-                tqdm.write(f"A crash had cut off the last line of {answers.path}; it was removed: {answers.torn!r}")
+                say(f"A crash had cut off the last line of {answers.path}; it was removed: {answers.torn!r}")
             serve(Service(answers, secret=token(), judge=judge), listener)
     return folder
 
@@ -132,7 +133,7 @@ def serve(service: Service, listener: socket) -> None:
     folder, (host, port) = service.answers.folder, listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     needs = f" (it asks for the token in {TOKEN_VARIABLE})" if service.secret else ""
-    tqdm.write(
+    say(
         f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {folder / 'pairs.jsonl'}\n"
         f"page      {address}{needs}\nresults   {address}/results"
     )
@@ -181,7 +182,7 @@ def painted(config: Config, device: torch.device) -> Iterator[Candidate]:
     images: list[torch.Tensor] = []
     first, second = names(config.weights or "")
     for name in (first, second):
-        tqdm.write(f"painting  {len(prompts)} pictures with {name}")
+        say(f"painting  {len(prompts)} pictures with {name}")
         weights = None if name == "base" else Path(name)
         policy = load_policy(config.model, device=device, weights=weights, resolution=config.resolution)
         schedule = policy.schedule(config.num_denoising_steps)
