@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from recipes import ddpo, diffusion_dpo, draft
-from rlhf_t2i.parallel.processes import _check_deepspeed, _wants_fsdp
+from rlhf_t2i.parallel.processes import _check_deepspeed, _wants_fsdp, start_processes
+from rlhf_t2i.parallel.replicated import Replicated
+from rlhf_t2i.parallel.state import read_state, write_state
 from rlhf_t2i.parallel.zero import reconciled
 from rlhf_t2i.rewards.builtin import oracle_graded
 from tests.test_ddpo import ROOT, launch, launch_command, rows, state
@@ -176,6 +181,27 @@ def test_what_no_mode_supports_is_refused_with_what_to_take() -> None:
         _check_deepspeed({"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"})
     with pytest.raises(ValueError, match="fsdp_version is 1"):
         _wants_fsdp({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})
+
+
+def test_another_type_of_processes_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Megatron:
+        mixed_precision = "no"
+        distributed_type = DistributedType.MEGATRON_LM
+
+    monkeypatch.setattr("rlhf_t2i.parallel.processes.Accelerator", lambda **settings: Megatron())
+    with pytest.raises(ValueError, match=r"MEGATRON_LM is not supported; launch with one of accelerate_configs/"):
+        start_processes(None)
+
+
+def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    def learner(network: nn.Module) -> Replicated:
+        optimizer = torch.optim.AdamW(network.parameters())
+        return Replicated(Accelerator(cpu=True), network, optimizer, max_gradient_norm=1.0)
+
+    write_state(learner(nn.Linear(2, 3)), {}, tmp_path, rank=0, num_processes=1)
+    read_state(learner(nn.Linear(2, 3)), {}, tmp_path)
+    with pytest.raises(ValueError, match="is of another model: other weights are trained"):
+        read_state(learner(nn.Linear(2, 3, bias=False)), {}, tmp_path)
 
 
 def test_accelerate_is_not_told_of_fsdp() -> None:
