@@ -27,7 +27,7 @@ from rlhf_t2i.batching import minibatches
 from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
-from rlhf_t2i.policy_gradient import update_metrics
+from rlhf_t2i.policy_gradient import update_metrics, warn_of_the_first_update
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.overlap import Overlap
@@ -134,7 +134,7 @@ def main(config: Config) -> Run:
                 generators=generators_for(config.seed, PICK, step, mine), sampler=sampler, config=config,
             )  # fmt: skip
         if step == 0:
-            tuning.warn_of_the_first_update(metrics)
+            warn_of_the_first_update(run, metrics)
         verdict = {f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}
         tuning.finish_step(
             step,

@@ -31,7 +31,7 @@ class Config:
     resolution: int | None = None
     """Height and width of pictures, in pixels; null is what the model was made for."""
     weights: str = "base"
-    """Comma-separated: base (the model itself), and folders of runs, of their lora or unet, or of checkpoints. A run's
+    """Comma-separated: base (the model itself), and folders of runs, of what they exported, or of checkpoints. A run's
     own weights are the average if it kept one (ema_decay); a checkpoint's are the last."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the networks; null takes what `accelerate launch` says."""

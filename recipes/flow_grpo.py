@@ -31,7 +31,7 @@ from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_ratio, per_image
 from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
 from rlhf_t2i.losses import clipped_surrogate_loss
-from rlhf_t2i.policy_gradient import update_metrics
+from rlhf_t2i.policy_gradient import update_metrics, warn_of_the_first_update
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.run import Run
@@ -155,7 +155,7 @@ def main(config: Config) -> Run:
                 generators=generators_for(config.seed, PICK, step, mine), sampler=sampler, config=config,
             )  # fmt: skip
         if step == 0:
-            tuning.warn_of_the_first_update(metrics)
+            warn_of_the_first_update(run, metrics)
         tuning.finish_step(
             step,
             reward=groups.mean().item(),

@@ -200,27 +200,6 @@ class Tuning:
         self.run.count_skipped(skipped, most=self.config.max_skipped_updates)
         return {"gradient_norm": norm if math.isfinite(norm) else 0.0, "skipped_updates": float(skipped)}
 
-    def warn_of_the_first_update(self, metrics: Mapping[str, float]) -> None:
-        """Say what replay_error, ratio_std and clip_range tell of settings that will not learn."""
-        error, spread, clip_range = metrics["replay_error"], metrics["ratio_std"], metrics["clip_range"]
-        if error > 0.1 * clip_range:
-            self.run.say(
-                f"WARNING: replaying an unchanged policy moves its log-densities by {error:.1e}; beside a clip_range "
-                f"of {clip_range:.1e} that is noise. Try the same microbatch_size on another device, or "
-                f"mixed_precision: no."
-            )
-        if 0 < spread < 0.02 * clip_range:
-            self.run.say(
-                f"WARNING: the first update moved the ratio by {spread:.1e}, of a clip_range of {clip_range:.1e}; it "
-                f"will learn slowly. Raise learning_rate."
-            )
-        if spread > 10 * clip_range:
-            self.run.say(
-                f"WARNING: the first update moved the ratio by {spread:.1e}, far beyond a clip_range of "
-                f"{clip_range:.1e}; most strokes are clipped and teach nothing. Lower learning_rate, or use fewer "
-                f"num_inner_epochs."
-            )
-
     def finish_step(self, step: int, **row: float | int) -> None:
         """Average the weights and write the step down; look and save where it is time."""
         self.average.update(self.learner.weights)

@@ -60,6 +60,7 @@ from rlhf_t2i.rewards.wire import TOKEN_VARIABLE
 from rlhf_t2i.seeds import generator_for
 from tests import browser
 from tests.test_compare import CELLS, tuned
+from tests.test_remote import free_port
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "open-sesame-0123456789"
@@ -185,11 +186,6 @@ def written_of(pairs: list[dict[str, Any]], name: str) -> dict[str, Any]:
 def person(name: str, address: str) -> Iterator[Person]:
     with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
         yield Person(name, client)
-
-
-def free_port() -> int:
-    with listen("127.0.0.1", 0) as listener:
-        return listener.getsockname()[1]
 
 
 @contextmanager

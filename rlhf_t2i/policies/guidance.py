@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,3 +36,31 @@ def classifier_free(
     )
     unconditional, conditional = both.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+class ClassifierFree(ABC):
+    """What families of models share whose guidance is classifier-free."""
+
+    is_told_guidance: ClassVar[bool] = False
+    empty: Tensor
+    """What the network is told without a prompt, (1, L, D)."""
+
+    @abstractmethod
+    def denoise(self, network: Any, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
+        """What `network` puts out, without guidance, in float32."""
+        ...
+
+    def output(
+        self,
+        network: Any,
+        latents: Float[Tensor, "B C H W"],
+        model_time: Float[Tensor, " B"],
+        conditioning: Float[Tensor, "B L D"],
+        *,
+        guidance_scale: float,
+    ) -> Float[Tensor, "B C H W"]:
+        """What `network` puts out, guided."""
+        return classifier_free(
+            partial(self.denoise, network), latents, model_time, conditioning,
+            empty=self.empty, guidance_scale=guidance_scale,
+        )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_t2i.policies.autoencoder import Autoencoder
 from rlhf_t2i.policies.family import latent_size
-from rlhf_t2i.policies.guidance import classifier_free
+from rlhf_t2i.policies.guidance import ClassifierFree
 from rlhf_t2i.policies.levels import FlowLevels, shift_for
 from rlhf_t2i.policies.lora import JOINT_ATTENTION
 from rlhf_t2i.policies.text import TextEncoder, with_summary, without_summary
@@ -25,7 +25,7 @@ T5_TOKENS = 256
 """What the stock pipeline gives to T5, which could read more."""
 
 
-class StableDiffusion3:
+class StableDiffusion3(ClassifierFree):
     """Two CLIPs and, if the folder has it, a T5; and a transformer that is told of their states and of a summary."""
 
     pipeline_class: ClassVar[type[Any]] = StableDiffusion3Pipeline
@@ -34,7 +34,6 @@ class StableDiffusion3:
     is_flow: ClassVar[bool] = True
     component: ClassVar[Literal["unet", "transformer"]] = "transformer"
     lora_targets: ClassVar[Sequence[str]] = JOINT_ATTENTION
-    is_told_guidance: ClassVar[bool] = False
 
     def __init__(
         self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
@@ -69,7 +68,7 @@ class StableDiffusion3:
             pipeline.vae, pixels_per_latent=pipeline.vae_scale_factor, device=device, dtype=dtype
         )
         with torch.no_grad():
-            self._empty = self.read([""])
+            self.empty = self.read([""])
 
     def read(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
         """Both CLIPs' states side by side, T5's after them (zeros without it), and the CLIPs' summaries."""
@@ -82,20 +81,6 @@ class StableDiffusion3:
         else:
             more = self._t5.model(self._t5.tokens(prompts)[0])[0].to(clips.dtype)
         return with_summary(torch.cat([clips, more], dim=1), torch.cat([summary, other], dim=-1))
-
-    def output(
-        self,
-        network: Any,
-        latents: Float[Tensor, "B C H W"],
-        model_time: Float[Tensor, " B"],
-        conditioning: Float[Tensor, "B L D"],
-        *,
-        guidance_scale: float,
-    ) -> Float[Tensor, "B C H W"]:
-        return classifier_free(
-            partial(self.denoise, network), latents, model_time, conditioning,
-            empty=self._empty, guidance_scale=guidance_scale,
-        )  # fmt: skip
 
     def denoise(self, network: Any, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
         """The velocity, without guidance."""

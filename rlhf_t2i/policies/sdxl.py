@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from rlhf_t2i.policies.autoencoder import Autoencoder
 from rlhf_t2i.policies.family import latent_size
-from rlhf_t2i.policies.guidance import classifier_free
+from rlhf_t2i.policies.guidance import ClassifierFree
 from rlhf_t2i.policies.levels import DiffusionLevels
 from rlhf_t2i.policies.lora import ATTENTION
 from rlhf_t2i.policies.text import TextEncoder, with_summary, without_summary
 
 
-class StableDiffusionXL:
+class StableDiffusionXL(ClassifierFree):
     """Two text encoders, and a U-Net that is told of their states, of a summary, and of the picture's size."""
 
     pipeline_class: ClassVar[type[Any]] = StableDiffusionXLPipeline
@@ -30,7 +29,6 @@ class StableDiffusionXL:
     is_flow: ClassVar[bool] = False
     component: ClassVar[Literal["unet", "transformer"]] = "unet"
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
-    is_told_guidance: ClassVar[bool] = False
 
     def __init__(
         self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
@@ -60,27 +58,13 @@ class StableDiffusionXL:
         self.latent_shape = (self.network.config.in_channels, *size)
         with torch.no_grad():
             empty = self.read([""])
-        self._empty = torch.zeros_like(empty) if pipeline.config.force_zeros_for_empty_prompt else empty
+        self.empty = torch.zeros_like(empty) if pipeline.config.force_zeros_for_empty_prompt else empty
 
     def read(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
         """Both encoders' states side by side, as many rows as there are tokens; and the second one's summary."""
         first, _ = self.text_encoders[0].penultimate(prompts)
         second, summary = self.text_encoders[1].penultimate(prompts)
         return with_summary(torch.cat([first, second], dim=-1), summary)
-
-    def output(
-        self,
-        network: Any,
-        latents: Float[Tensor, "B C H W"],
-        model_time: Float[Tensor, " B"],
-        conditioning: Float[Tensor, "B L D"],
-        *,
-        guidance_scale: float,
-    ) -> Float[Tensor, "B C H W"]:
-        return classifier_free(
-            partial(self.denoise, network), latents, model_time, conditioning,
-            empty=self._empty, guidance_scale=guidance_scale,
-        )  # fmt: skip
 
     def denoise(self, network: Any, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
         """What the U-Net puts out, without guidance."""

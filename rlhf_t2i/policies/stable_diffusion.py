@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from rlhf_t2i.policies.autoencoder import Autoencoder
 from rlhf_t2i.policies.family import latent_size
-from rlhf_t2i.policies.guidance import classifier_free
+from rlhf_t2i.policies.guidance import ClassifierFree
 from rlhf_t2i.policies.levels import DiffusionLevels
 from rlhf_t2i.policies.lora import ATTENTION
 from rlhf_t2i.policies.text import TextEncoder
 
 
-class StableDiffusion:
+class StableDiffusion(ClassifierFree):
     """One text encoder, and a U-Net that is told of its states."""
 
     pipeline_class: ClassVar[type[Any]] = StableDiffusionPipeline
@@ -30,7 +29,6 @@ class StableDiffusion:
     is_flow: ClassVar[bool] = False
     component: ClassVar[Literal["unet", "transformer"]] = "unet"
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
-    is_told_guidance: ClassVar[bool] = False
 
     def __init__(
         self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
@@ -48,7 +46,7 @@ class StableDiffusion:
         size = latent_size(resolution, self.network.config.sample_size, scale=pipeline.vae_scale_factor)
         self.latent_shape = (self.network.config.in_channels, *size)
         with torch.no_grad():
-            self._empty = self.read([""])
+            self.empty = self.read([""])
 
     def read(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
         """The text encoder's states."""
@@ -56,20 +54,6 @@ class StableDiffusion:
         tokens, mask = encoder.tokens(prompts)
         uses_mask = getattr(encoder.model.config, "use_attention_mask", False)
         return encoder.model(tokens, attention_mask=mask if uses_mask else None)[0]
-
-    def output(
-        self,
-        network: Any,
-        latents: Float[Tensor, "B C H W"],
-        model_time: Float[Tensor, " B"],
-        conditioning: Float[Tensor, "B L D"],
-        *,
-        guidance_scale: float,
-    ) -> Float[Tensor, "B C H W"]:
-        return classifier_free(
-            partial(self.denoise, network), latents, model_time, conditioning,
-            empty=self._empty, guidance_scale=guidance_scale,
-        )  # fmt: skip
 
     def denoise(self, network: Any, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
         """What the U-Net puts out, without guidance."""
