@@ -1,26 +1,41 @@
-"""An exponential moving average of what learns."""
+"""Moving averages of what learns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Decay = Callable[[int], float]
+"""What share of an average stays at its n-th update, n from 1."""
 
-class ExponentialMovingAverage:
-    """average <- decay * average + (1 - decay) * weights, at every `update`.
 
-    A decay of 0 is off: the average is the weights. While few updates have been seen the decay is lower,
-    (1 + n) / (10 + n), so that the start is forgotten.
+def decay_after_a_start(most: float) -> Decay | None:
+    """A decay that is lower while few updates have been seen, min(most, (1 + n) / (10 + n)): the start is forgotten.
+
+    0 is off. ValueError for a decay outside [0, 1).
+    """
+    if not 0 <= most < 1:
+        raise ValueError(f"The decay of the average is {most}; it must be in [0, 1).")
+    return (lambda n: min(most, (1 + n) / (10 + n))) if most else None
+
+
+def rising_decay(*, start: int, rise: float, most: float) -> Decay:
+    """0 up to update `start`, then `rise` more with each, up to `most`."""
+    return lambda n: min(max(n - start, 0) * rise, most)
+
+
+class MovingAverage:
+    """average <- decay(n) * average + (1 - decay(n)) * weights, at the n-th `update`.
+
+    Without a decay it is off, and holds nothing: the average is the weights.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], *, decay: float) -> None:
-        """Start from the weights; ValueError for a decay outside [0, 1)."""
-        if not 0 <= decay < 1:
-            raise ValueError(f"The decay of the average is {decay}; it must be in [0, 1).")
+    def __init__(self, weights: Mapping[str, Tensor], *, decay: Decay | None) -> None:
+        """Start from the weights."""
         self.decay, self.num_updates = decay, 0
         kept = weights if decay else {}
         self.average = {name: weight.detach().clone() for name, weight in kept.items()}
@@ -29,7 +44,9 @@ class ExponentialMovingAverage:
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Move the average towards the weights."""
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        if self.decay is None:
+            return
+        decay = self.decay(self.num_updates)
         for name, average in self.average.items():
             average.lerp_(weights[name].detach(), 1 - decay)
 

@@ -58,7 +58,9 @@ class FinishedRun:
     @property
     def resolution(self) -> int | None:
         """Height and width of its pictures, if not what the model was made for; older runs have no such setting."""
-        return self.config.get("resolution")
+        from rlhf_t2i.policies.load import own_resolution  # takes seconds
+
+        return self.config.get("resolution") or own_resolution(self.config.get("model", ""))
 
     @property
     def evaluations(self) -> list[Row]:

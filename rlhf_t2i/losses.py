@@ -67,6 +67,35 @@ def diffusion_dpo_loss(
     return -F.logsigmoid(beta / 2 * margin).mean()
 
 
+def negative_aware_loss(
+    found: Float[Tensor, "B C H W"],
+    old: Float[Tensor, "B C H W"],
+    clean: Float[Tensor, "B C H W"],
+    goodness: Float[Tensor, " B"],
+    *,
+    beta: float,
+) -> Float[Tensor, ""]:
+    """DiffusionNFT (Zheng et al., arXiv:2509.16117, Eq. 5), in clean latents and averaged over pictures.
+
+        positive = beta * found + (1 - beta) * old              negative = (1 + beta) * old - beta * found
+        error(x) = mean((x - clean)^2) / mean(|x - clean|)
+        loss     = mean(goodness * error(positive) + (1 - goodness) * error(negative)) / beta
+
+    `found` is what the model that learns takes for the clean latents, `old` what the one that painted them did;
+    `goodness`, in [0, 1], is how likely the picture is one of the good ones. The positive is drawn towards a good
+    picture, and the negative, which mirrors it at `old`, towards a bad one: so the model is driven away from that. The
+    divisor, the authors' own, is taken as a number. Gradients reach `found` only.
+    """
+    old, clean = old.detach().float(), clean.detach().float()
+    positive = beta * found.float() + (1 - beta) * old
+    negative = (1 + beta) * old - beta * found.float()
+    errors = [
+        denoising_mse(guess, clean) / (guess.detach() - clean).abs().mean(dim=(1, 2, 3)).clamp_min(1e-5)
+        for guess in (positive, negative)
+    ]
+    return (goodness * errors[0] + (1 - goodness) * errors[1]).mean() / beta
+
+
 def denoising_mse(predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
     """The squared error of each image, averaged over its numbers, in float32."""
     return (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))

@@ -35,7 +35,7 @@ def card_text(
         usage, again = judge_snippet(run, name, revision=revision), None
     else:
         loading = painter_snippet(base, family, name, revision=revision, whole_pipeline=whole_pipeline)
-        usage, again = loading + _call(run), again_snippet(run, family, whole_pipeline=whole_pipeline)
+        usage, again = loading + _call(run, family), again_snippet(run, family, whole_pipeline=whole_pipeline)
     return _CARD.render(
         name=name.rpartition("/")[2],
         run=run,
@@ -65,7 +65,8 @@ def painter_snippet(base: Base, family: FamilyClass, name: str, *, revision: str
     source = f'"{base.hub_id}"'
     if base.hub_id is None:
         imports = f"from importlib.resources import files\n\n{imports}"
-        source = 'str(files("rlhf_t2i") / "shapes/weights")'
+        folder = "shapes/weights/flow" if base.source == "shapes-flow" else "shapes/weights"
+        source = f'str(files("rlhf_t2i") / "{folder}")'
     return (
         f"{imports}pipe = {pipeline}.from_pretrained({source}, {settings})\n"
         f'pipe.load_lora_weights("{name}"{options}, weight_name="pytorch_lora_weights.safetensors")\n'
@@ -82,12 +83,13 @@ def again_snippet(run: FinishedRun, family: FamilyClass, *, whole_pipeline: bool
     )
     generator = f"generator = torch.Generator().manual_seed({run.captions['seeds'][0]})\n"
     eta = "" if family.is_flow else f", eta={run.config['evaluation_eta']}"
-    call = _call(run, more=f"{eta}, generator=generator")
+    call = _call(run, family, more=f"{eta}, generator=generator")
     return ("" if whole_pipeline or family.is_flow else scheduler) + generator + call
 
 
-def _call(run: FinishedRun, *, more: str = "") -> str:
-    settings = f"num_inference_steps={run.num_evaluation_steps}, guidance_scale={run.config['guidance_scale']}"
+def _call(run: FinishedRun, family: FamilyClass, *, more: str = "") -> str:
+    guidance_scale = run.config["guidance_scale"] - 1 + family.guidance_when_off
+    settings = f"num_inference_steps={run.num_evaluation_steps}, guidance_scale={guidance_scale}"
     if run.resolution is not None:
         settings += f", height={run.resolution}, width={run.resolution}"
     prompt = json.dumps(run.captions["prompts"][0], ensure_ascii=False)

@@ -59,7 +59,7 @@ def _named_base(run: FinishedRun, *, named: str | None) -> Base:
         folder, built_in = Path(source) if Path(source).is_dir() else None, run.config["backbone"] == "shapes"
     else:
         source = run.config["model"]
-        folder, built_in = Path(source) if Path(source).is_dir() else None, source == "shapes"
+        folder, built_in = Path(source) if Path(source).is_dir() else None, source in ("shapes", "shapes-flow")
     if built_in or folder is not None:
         return Base(source, named, built_in)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):

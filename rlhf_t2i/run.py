@@ -221,15 +221,17 @@ class Run:
         *,
         max_gradient_norm: float,
         microbatch_size: int,
-        average: bool = False,
+        num_averages: int = 0,
         reference: bool = False,
     ) -> Learner:
         """Spread what learns over the processes; ValueError if DeepSpeed's settings are not those of the recipe.
 
-        Says first who will hold what, and writes it into run.json: also an `average` of what learns and a frozen
+        Says first who will hold what, and writes it into run.json: also averages of what learns and a frozen
         `reference`, where there will be these.
         """
-        learning = learning_of(network, self.mode, processes=self.num_processes, average=average, reference=reference)
+        learning = learning_of(
+            network, self.mode, processes=self.num_processes, num_averages=num_averages, reference=reference
+        )
         precision = self.accelerator.mixed_precision
         self.say(placement_table(learning, precision=precision, microbatch_size=microbatch_size))
         if self.is_main:

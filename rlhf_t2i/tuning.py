@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_t2i.config import Rule, check, names
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.early_stop import EarlyStop
-from rlhf_t2i.ema import ExponentialMovingAverage, exchanged
+from rlhf_t2i.ema import Decay, MovingAverage, decay_after_a_start, exchanged
 from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
 from rlhf_t2i.parallel.state import whole_weights
 from rlhf_t2i.parallel.types import Learner
@@ -155,7 +155,9 @@ class Tuning:
     policy: Policy
     learner: Learner
     """What of the policy learns, as it is spread over the processes."""
-    average: ExponentialMovingAverage
+    average: MovingAverage
+    follower: MovingAverage
+    """Weights that follow those that learn, for a recipe that paints with them."""
     judges: WeightedSum
     evaluation: tuple[list[str], list[int]]
     """Prompts and seeds of the pictures that are looked at."""
@@ -203,6 +205,7 @@ class Tuning:
     def finish_step(self, step: int, **row: float | int) -> None:
         """Average the weights and write the step down; look and save where it is time."""
         self.average.update(self.learner.weights)
+        self.follower.update(self.learner.weights)
         self.run.finish_step(step, **row)
         finished = self.run.done == self.config.num_steps
         if finished or (self.run.due(self.config.evaluate_every) and not self.run.stopping):
@@ -267,12 +270,14 @@ def start_tuning(
     recipe: str,
     keep_reference: bool = False,
     keep_initial: bool = False,
+    follow: Decay | None = None,
     extra: Sequence[Any] = (),
 ) -> Tuning:
     """Load everything, wrap it for this machine, and take up the run that is to be resumed, if any.
 
     Checkpoints also hold each of `extra`, which have a state_dict. With `keep_reference` the policy can be asked what
-    it predicted before training, with `keep_initial` the weights of that time are known. Raises what `load_rewards`,
+    it predicted before training, with `keep_initial` the weights of that time are known; with `follow` there is a
+    follower. Raises what `load_rewards`,
     `load_prompts`, `start_run` and the model's loader do.
     """
     from rlhf_t2i.policies.load import load_policy  # takes seconds
@@ -294,14 +299,19 @@ def start_tuning(
     learner = run.prepare(
         policy.denoiser, optimizer,
         max_gradient_norm=config.max_gradient_norm, microbatch_size=config.microbatch_size,
-        average=config.ema_decay > 0, reference=policy.reference is not None,
+        num_averages=(config.ema_decay > 0) + (follow is not None), reference=policy.reference is not None,
     )  # fmt: skip
     policy.denoiser = learner.network
     if policy.reference is not None:
         policy.reference = learner.spread(policy.reference)
-    average = ExponentialMovingAverage(learner.weights, decay=config.ema_decay)
+    average = MovingAverage(learner.weights, decay=decay_after_a_start(config.ema_decay))
+    follower = MovingAverage(learner.weights, decay=follow)
     initial = {name: weight.detach().clone() for name, weight in learner.weights.items() if keep_initial}
     early_stop = EarlyStop(config.early_stop_reward, patience=config.patience) if config.early_stop_reward else None
     best = {"best": early_stop.weights} if early_stop else {}
-    run.restore({"average": average.average, **best}, extra=[average, *extra, *([early_stop] if early_stop else [])])
-    return Tuning(config, run, policy, learner, average, judges, evaluation, early_stop, initial)
+    following = {"follower": follower.average} if follow else {}
+    run.restore(
+        {"average": average.average, **following, **best},
+        extra=[average, *([follower] if follow else []), *extra, *([early_stop] if early_stop else [])],
+    )
+    return Tuning(config, run, policy, learner, average, follower, judges, evaluation, early_stop, initial)

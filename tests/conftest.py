@@ -23,8 +23,9 @@ import rlhf_t2i.policies.load  # noqa: E402
 import rlhf_t2i.policies.sd3  # noqa: E402
 import rlhf_t2i.policies.sdxl  # noqa: E402
 import rlhf_t2i.policies.stable_diffusion  # noqa: E402
+import rlhf_t2i.policies.zimage  # noqa: E402
 import rlhf_t2i.rewards.builtin  # noqa: E402
-import rlhf_t2i.shapes.build  # noqa: E402, F401
+import rlhf_t2i.shapes.build_flow  # noqa: E402, F401
 
 gc.enable()
 
@@ -140,6 +141,11 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sd3_lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Without T5, and with a schedule that depends on the size of the picture."""
     return tiny.save_sd3(tmp_path_factory.mktemp("models") / "sd3_lean", with_t5=False, dynamic_shift=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_zimage(tmp_path_factory.mktemp("models") / "zimage")
 
 
 @pytest.fixture(scope="session")

@@ -256,3 +256,16 @@ def globally_scaled(rewards: Rows) -> list[list[float]]:
     middle = sum(everything) / len(everything)
     std = math.sqrt(sum((r - middle) ** 2 for r in everything) / len(everything))
     return [[0.0 if len({*row}) == 1 else (r - sum(row) / len(row)) / std for r in row] for row in rewards]
+
+
+def negative_aware(
+    found: np.ndarray, old: np.ndarray, clean: np.ndarray, goodness: Sequence[float], *, beta: float
+) -> float:
+    """DiffusionNFT (arXiv:2509.16117, Eq. 5), each error divided by its mean absolute value."""
+    total = 0.0
+    for f, o, c, good in zip(found, old, clean, goodness, strict=True):
+        for guess, weight in ((beta * f + (1 - beta) * o, good), ((1 + beta) * o - beta * f, 1 - good)):
+            off = [float(a) - float(b) for a, b in zip(guess.ravel(), c.ravel(), strict=True)]
+            squared, absolute = (sum(g(d) for d in off) / len(off) for g in (lambda d: d * d, abs))
+            total += weight * squared / max(absolute, 1e-5) / beta
+    return total / len(found)

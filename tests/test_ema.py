@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_t2i.ema import ExponentialMovingAverage
+from rlhf_t2i.ema import MovingAverage, decay_after_a_start, rising_decay
 
 
 def weights_at(step: int) -> dict[str, Tensor]:
@@ -23,7 +23,7 @@ def weights_at(step: int) -> dict[str, Tensor]:
 def test_agrees_with_a_loop(decay: float) -> None:
     """decay is held at (1 + n) / (10 + n) while n updates have been seen: 2/11, 3/12, 4/13, ..."""
     weights = weights_at(0)
-    average = ExponentialMovingAverage(weights, decay=decay)
+    average = MovingAverage(weights, decay=decay_after_a_start(decay))
     expected = {name: weight.tolist() for name, weight in weights.items()}
     expected["matrix"] = [number for row in expected["matrix"] for number in row]
     for n in range(1, 30):
@@ -39,7 +39,7 @@ def test_agrees_with_a_loop(decay: float) -> None:
 
 def test_constant_weights_are_their_own_average() -> None:
     weights = weights_at(0)
-    average = ExponentialMovingAverage(weights, decay=0.9)
+    average = MovingAverage(weights, decay=decay_after_a_start(0.9))
     for _ in range(20):
         average.update(weights)
     assert_close(average.average["bias"], weights["bias"].detach())
@@ -47,7 +47,7 @@ def test_constant_weights_are_their_own_average() -> None:
 
 def test_applied_shows_the_averages_and_restores_to_the_bit() -> None:
     weights = weights_at(0)
-    average = ExponentialMovingAverage(weights, decay=0.9)
+    average = MovingAverage(weights, decay=decay_after_a_start(0.9))
     with torch.no_grad():
         weights["bias"].add_(1.7)
         weights["matrix"].mul_(1 / 3)
@@ -66,7 +66,7 @@ def test_applied_shows_the_averages_and_restores_to_the_bit() -> None:
 
 def test_applied_restores_after_an_error() -> None:
     weights = weights_at(0)
-    average = ExponentialMovingAverage(weights_at(1), decay=0.9)
+    average = MovingAverage(weights_at(1), decay=decay_after_a_start(0.9))
     with pytest.raises(RuntimeError, match="evaluation"), average.applied(weights):
         raise RuntimeError("evaluation failed")
     assert torch.equal(weights["bias"], weights_at(0)["bias"])
@@ -74,7 +74,7 @@ def test_applied_restores_after_an_error() -> None:
 
 def test_a_decay_of_zero_is_off() -> None:
     weights = weights_at(0)
-    average = ExponentialMovingAverage(weights, decay=0.0)
+    average = MovingAverage(weights, decay=decay_after_a_start(0.0))
     average.update(weights_at(1))
     with average.applied(weights):
         assert torch.equal(weights["bias"], weights_at(0)["bias"])
@@ -83,7 +83,7 @@ def test_a_decay_of_zero_is_off() -> None:
 
 def test_the_average_is_not_the_weights_themselves() -> None:
     weights = weights_at(0)
-    average = ExponentialMovingAverage(weights, decay=0.9)
+    average = MovingAverage(weights, decay=decay_after_a_start(0.9))
     with torch.no_grad():
         weights["bias"].zero_()
     assert torch.equal(average.average["bias"], weights_at(0)["bias"])
@@ -92,10 +92,10 @@ def test_the_average_is_not_the_weights_themselves() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_a_restored_average_goes_on_as_if_nothing_had_happened(decay: float) -> None:
-    average = ExponentialMovingAverage(weights_at(0), decay=decay)
+    average = MovingAverage(weights_at(0), decay=decay_after_a_start(decay))
     for step in range(1, 4):
         average.update(weights_at(step))
-    restored = ExponentialMovingAverage(weights_at(9), decay=decay)
+    restored = MovingAverage(weights_at(9), decay=decay_after_a_start(decay))
     restored.average.update({name: value.clone() for name, value in average.average.items()})
     restored.load_state_dict(average.state_dict())
     for step in range(4, 7):
@@ -107,7 +107,20 @@ def test_a_restored_average_goes_on_as_if_nothing_had_happened(decay: float) -> 
         assert torch.equal(restored.average[name], value)
 
 
+def test_a_rising_decay_by_hand() -> None:
+    """Before its start the average is the weights."""
+    decay = rising_decay(start=2, rise=0.2, most=0.5)
+    assert [decay(n) for n in range(1, 7)] == pytest.approx([0, 0, 0.2, 0.4, 0.5, 0.5])
+    average = MovingAverage(weights_at(0), decay=decay)
+    for step in (1, 2):
+        average.update(weights_at(step))
+        assert torch.equal(average.average["bias"], weights_at(step)["bias"])
+    average.update(weights_at(3))
+    expected = 0.2 * weights_at(2)["bias"] + 0.8 * weights_at(3)["bias"]
+    assert_close(average.average["bias"], expected.detach())
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
 def test_a_decay_that_cannot_work_is_refused_with_its_value(decay: float) -> None:
     with pytest.raises(ValueError, match=rf"{decay}.*\[0, 1\)"):
-        ExponentialMovingAverage(weights_at(0), decay=decay)
+        MovingAverage(weights_at(0), decay=decay_after_a_start(decay))

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.evaluate import evaluate
-from rlhf_t2i.policies.load import as_policy, load_policy
+from rlhf_t2i.policies.load import as_policy, family_of, load_policy
 from rlhf_t2i.policies.pipeline import PipelinePolicy
 from rlhf_t2i.policies.text import Memory, with_summary, without_summary
 from rlhf_t2i.sampling.rollout import rollout, transition_at
@@ -24,7 +24,7 @@ from rlhf_t2i.types import Sampler
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle on a blue background", "a blue square on a red background"]
 DIFFUSION = ["tiny_sdxl", "tiny_sdxl_v"]
-FLOW = ["tiny_sd3", "tiny_sd3_lean", "tiny_flux", "tiny_schnell"]
+FLOW = ["tiny_sd3", "tiny_sd3_lean", "tiny_flux", "tiny_schnell", "tiny_zimage"]
 FAMILIES = [*DIFFUSION, *FLOW]
 GUIDED = [(name, scale) for name in FAMILIES for scale in (1.0, 4.0) if (name, scale) != ("tiny_schnell", 4.0)]
 SIZE = 16
@@ -67,8 +67,9 @@ def painted(policy: PipelinePolicy, *, guidance_scale: float = 1.0, eta: float =
 
 
 def painted_by_diffusers(pipeline: Any, *, guidance_scale: float = 1.0, **settings: Any) -> Tensor:
+    stock_scale = guidance_scale - 1 + family_of(type(pipeline).__name__).guidance_when_off
     return pipeline(
-        PROMPTS, num_inference_steps=4, guidance_scale=guidance_scale, generator=seeded(7, 8), output_type="pt",
+        list(PROMPTS), num_inference_steps=4, guidance_scale=stock_scale, generator=seeded(7, 8), output_type="pt",
         **{"height": SIZE, "width": SIZE, **settings},
     ).images  # fmt: skip
 

@@ -9,7 +9,7 @@ import reference
 import torch
 from torch.testing import assert_close
 
-from rlhf_t2i.losses import clipped_surrogate_loss, denoising_mse, diffusion_dpo_loss
+from rlhf_t2i.losses import clipped_surrogate_loss, denoising_mse, diffusion_dpo_loss, negative_aware_loss
 
 
 @pytest.mark.parametrize(
@@ -150,3 +150,25 @@ def test_denoising_mse_is_a_mean_in_float32() -> None:
     assert found.dtype == torch.float32
     expected = reference.mean_squared_error(predicted.float().numpy(), target.float().numpy())
     assert_close(found, torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+def test_the_negative_aware_loss_agrees_with_the_slow_reference(beta: float) -> None:
+    found, old, clean = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    goodness = torch.tensor([0.0, 0.3, 0.8, 1.0])
+    expected = reference.negative_aware(
+        *(latents.double().numpy() for latents in (found, old, clean)), goodness.tolist(), beta=beta
+    )
+    loss = negative_aware_loss(found, old, clean, goodness, beta=beta)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+def test_where_the_model_painted_the_negative_aware_gradient_is_the_advantage(beta: float) -> None:
+    """There the errors of positive and negative are one: what is left is (2 goodness - 1) times its gradient."""
+    old, clean = torch.randn(2, 3, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    found, goodness = old.clone().requires_grad_(), torch.tensor([0.1, 0.5, 0.9])
+    negative_aware_loss(found, old, clean, goodness, beta=beta).backward()
+    scale = 2 / 18 / (old - clean).abs().mean(dim=(1, 2, 3)) / 3
+    expected = ((2 * goodness - 1) * scale)[:, None, None, None] * (old - clean)
+    assert_close(found.grad, expected, rtol=1e-4, atol=1e-6)

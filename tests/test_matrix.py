@@ -14,15 +14,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recipes import best_of_n, ddpo, diffusion_dpo, draft, fk_steering, flow_grpo
+from recipes import best_of_n, ddpo, diffusion_dpo, diffusion_nft, draft, fk_steering, flow_grpo
 
 MODELS = {
     "Stable Diffusion 1.x, 2.x": "tiny_sd",
     "Stable Diffusion XL": "tiny_sdxl",
     "Stable Diffusion 3, 3.5": "tiny_sd3",
     "FLUX.1": "tiny_flux",
+    "Z-Image": "tiny_zimage",
 }
-TEACHING = {"ddpo": ddpo, "flow_grpo": flow_grpo, "draft": draft, "diffusion_dpo": diffusion_dpo}
+TEACHING = {
+    "ddpo": ddpo, "flow_grpo": flow_grpo, "diffusion_nft": diffusion_nft, "draft": draft, "diffusion_dpo": diffusion_dpo
+}  # fmt: skip
 SEARCHING = {"best_of_n": best_of_n, "fk_steering": fk_steering}
 REFUSED = {(name, model): "recipes/ddpo.py" for name in ("flow_grpo",) for model in ("tiny_sd", "tiny_sdxl")}
 """Pairs that make no sense, and the recipe that the refusal names."""
@@ -30,6 +33,7 @@ REDNESS = "tests.test_matrix:redness"
 SIZES = {
     "ddpo": {"prompts_per_step": 2, "images_per_prompt": 4},
     "flow_grpo": {"prompts_per_step": 2, "images_per_prompt": 4, "num_evaluation_steps": 4},
+    "diffusion_nft": {"prompts_per_step": 2, "images_per_prompt": 4},
     "draft": {"images_per_step": 2},
     "diffusion_dpo": {"prompts_per_step": 2, "images_per_prompt": 2},
 }
@@ -60,7 +64,7 @@ def test_a_step_is_learnt_resumed_and_taken_to_plain_diffusers(
     """The run goes on after a stop, and the LoRA that it leaves paints in diffusers what its last evaluation saw."""
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    from rlhf_t2i.policies.load import load_policy
+    from rlhf_t2i.policies.load import family_of, load_policy
 
     folder = request.getfixturevalue(model)
     config, main = small(recipe, folder, tmp_path / "run"), TEACHING[recipe].main
@@ -78,8 +82,9 @@ def test_a_step_is_learnt_resumed_and_taken_to_plain_diffusers(
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(run.folder / "lora")
+    unguided = family_of(type(pipeline).__name__).guidance_when_off
     images = pipeline(
-        ["a red circle"], num_inference_steps=4, guidance_scale=1.0, height=16, width=16, output_type="pt",
+        ["a red circle"], num_inference_steps=4, guidance_scale=unguided, height=16, width=16, output_type="pt",
         generator=[torch.Generator().manual_seed(3)],
     ).images  # fmt: skip
     base, tuned = (

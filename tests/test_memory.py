@@ -63,7 +63,7 @@ def test_fsdp_without_accumulation_shares_gradients_too() -> None:
 
 def test_copies_and_activations_are_added() -> None:
     plain = memory_of(TEN, activations=1000.0)
-    rich = memory_of(replace(TEN, average=True, reference=True), activations=1000.0, others=7.0)
+    rich = memory_of(replace(TEN, num_averages=1, reference=True), activations=1000.0, others=7.0)
     assert plain.peak == 128 + 40 + 1000
     assert rich.peak - plain.peak == 40 + 56 + 7
 

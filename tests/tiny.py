@@ -115,6 +115,32 @@ def save_flux(folder: Path, *, is_distilled: bool = True) -> Path:
     return folder
 
 
+def save_zimage(folder: Path) -> Path:
+    """Like Z-Image: a Qwen3 that reads a chat, one stream of picture and words; a flow with a shift."""
+    import diffusers
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    tokenizer.chat_template = "a {{ messages[0]['content'] }}{% if add_generation_prompt %} thing{% endif %}"
+    diffusers.ZImagePipeline(
+        vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3Model(
+            Qwen3Config(
+                vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+                num_attention_heads=2, num_key_value_heads=1,
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=diffusers.ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+            axes_dims=[4, 6, 6], axes_lens=[128, 64, 64],
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 def t5(*, width: int) -> Any:
     """An encoder of two layers."""
     from transformers import T5Config, T5EncoderModel

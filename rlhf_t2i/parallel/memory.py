@@ -37,8 +37,8 @@ class Learning:
     """Elements that FSDP2 holds gathered at once: `gathered_by_fsdp`."""
     offload: bool = False
     """ZeRO-3 with float32 weights, gradients and moments in main memory (deepspeed_zero3_offload.yaml)."""
-    average: bool = False
-    """An exponential moving average of what learns."""
+    num_averages: int = 0
+    """Moving averages of what learns."""
     reference: bool = False
     """A frozen copy of the whole network in float32."""
     accumulates: bool = True
@@ -57,7 +57,9 @@ class Memory:
     """DeepSpeed's own float32 copy of this process's part: also of weights that are float32."""
     gradients: float
     moments: float
-    average: float
+    averages: float
+    set_aside: float
+    """The trained weights, while an average paints in their place."""
     reference: float
     buffers: float
     """To exchange gradients: DDP's second copy of them, DeepSpeed's bucket and its flat copy, FSDP2's blocks."""
@@ -78,13 +80,13 @@ class Memory:
     @property
     def standing(self) -> float:
         """What is there at all times, from the first optimiser step on."""
-        state = self.weights + self.master + self.moments + self.average + self.reference
+        state = self.weights + self.master + self.moments + self.averages + self.reference
         return state + self.standing_buffers + self.others
 
     @property
     def painting(self) -> float:
-        """While painting; with averaged weights, the trained ones are put aside."""
-        return self.standing + self.gathered_for_painting + self.painting_activations + self.average
+        """While painting."""
+        return self.standing + self.gathered_for_painting + self.painting_activations + self.set_aside
 
     @property
     def updating(self) -> float:
@@ -141,12 +143,14 @@ def memory_of(
         "zero3": width * min(learning.trainable + learning.frozen, LIVE), "fsdp2": width * learning.block,
     }.get(mode, 0.0)  # fmt: skip
     whole = t + f if learning.gather_for_painting else gathered
+    own = t / n if in_parts else t
     return Memory(
         weights=(t + f) / n if in_parts else t + f,
         master=share * device if zero else 0.0,
         gradients=gradients,
         moments=2 * share * device,
-        average=(t / n if in_parts else t) if learning.average else 0.0,
+        averages=own * learning.num_averages,
+        set_aside=own * min(learning.num_averages, 1),
         reference=FLOAT32 * (learning.trainable + learning.frozen) / (n if in_parts else 1) * learning.reference,
         buffers=buffers,
         gathered=gathered,

@@ -16,7 +16,7 @@ _NAMES = {
 
 
 def learning_of(
-    network: nn.Module, mode: Mode, *, processes: int, average: bool = False, reference: bool = False
+    network: nn.Module, mode: Mode, *, processes: int, num_averages: int = 0, reference: bool = False
 ) -> Learning:
     """How a network, before it is spread, will be held."""
     frozen = [p for p in network.parameters() if not p.requires_grad]
@@ -28,7 +28,7 @@ def learning_of(
         frozen=sum(p.numel() for p in frozen),
         frozen_width=max((p.element_size() for p in frozen), default=4),
         block=gathered_by_fsdp(network) if mode == "fsdp2" else 0,
-        average=average,
+        num_averages=num_averages,
         reference=reference,
     )
 
@@ -67,7 +67,7 @@ def placement_table(learning: Learning, *, precision: str, microbatch_size: int)
 def _parts(memory: Memory) -> dict[str, float]:
     return {
         "weights": memory.weights + memory.master,
-        "average": memory.average,
+        "averages": memory.averages,
         "reference": memory.reference,
         "gradients": memory.gradients,
         "optimizer": memory.moments,

@@ -31,6 +31,7 @@ class Flux:
     title: ClassVar[str] = "FLUX.1"
     tag: ClassVar[str] = "flux"
     is_flow: ClassVar[bool] = True
+    guidance_when_off: ClassVar[float] = 1.0
     component: ClassVar[Literal["unet", "transformer"]] = "transformer"
     lora_targets: ClassVar[Sequence[str]] = JOINT_ATTENTION
     is_told_guidance: ClassVar[bool] = True

@@ -42,6 +42,7 @@ class ClassifierFree(ABC):
     """What families of models share whose guidance is classifier-free."""
 
     is_told_guidance: ClassVar[bool] = False
+    guidance_when_off: ClassVar[float] = 1.0
     empty: Tensor
     """What the network is told without a prompt, (1, L, D)."""
 

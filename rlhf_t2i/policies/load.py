@@ -19,6 +19,8 @@ from rlhf_t2i.policies.quiet import only_errors
 
 BUILT_IN = Path(__file__).parent.parent / "shapes" / "weights"
 """What the model name `shapes` stands for."""
+BUILT_IN_FLOW = BUILT_IN / "flow"
+"""What `shapes-flow` stands for."""
 
 
 def family_of(pipeline_class: str) -> FamilyClass:
@@ -40,10 +42,15 @@ def family_of(pipeline_class: str) -> FamilyClass:
             from rlhf_t2i.policies.flux import Flux
 
             return Flux
+        case "ZImagePipeline":
+            from rlhf_t2i.policies.zimage import ZImage
+
+            return ZImage
         case _:
             raise ValueError(
                 f"The model is a {pipeline_class}; those that can be trained are StableDiffusionPipeline "
-                f"(1.x and 2.x), StableDiffusionXLPipeline, StableDiffusion3Pipeline (3 and 3.5) and FluxPipeline."
+                f"(1.x and 2.x), StableDiffusionXLPipeline, StableDiffusion3Pipeline (3 and 3.5), FluxPipeline and "
+                f"ZImagePipeline."
             )
 
 
@@ -69,9 +76,9 @@ def load_policy(
 ) -> PipelinePolicy:
     """Load `shapes` (the built-in model), a pipeline folder or a Hub id, and put trained `weights` into it.
 
-    It paints squares of `resolution` pixels; None is what the model was made for.
-    Raises FileNotFoundError or ValueError, saying what is missing, for a path that is no pipeline of a known family,
-    and for weights that are none of what a run writes: its folder, what it exported or one of its checkpoints.
+    `shapes-flow` is the built-in flow model. It paints squares of `resolution` pixels; None is what the model was made
+    for. Raises FileNotFoundError or ValueError, saying what is missing, for a path that is no pipeline of a known
+    family, and for weights that are none of what a run writes: its folder, what it exported or one of its checkpoints.
     """
     source, declared = declaration(model)
     with only_errors():
@@ -82,9 +89,15 @@ def load_policy(
             raise _not_loaded(model, error) from error
         if weights is not None:
             _load_weights(pipeline, family, weights)
+        pixels = resolution or own_resolution(model)
         return PipelinePolicy(
-            family(pipeline, device=device, dtype=dtype, resolution=resolution), device=device, dtype=dtype
+            family(pipeline, device=device, dtype=dtype, resolution=pixels), device=device, dtype=dtype
         )
+
+
+def own_resolution(model: str) -> int | None:
+    """What `model` was made for, where neither its folder nor the stock pipeline says so."""
+    return 32 if model == "shapes-flow" else None
 
 
 def declaration(model: str) -> tuple[str, dict[str, Any]]:
@@ -92,7 +105,7 @@ def declaration(model: str) -> tuple[str, dict[str, Any]]:
 
     Raises FileNotFoundError or ValueError, saying what is missing, for a path that is no pipeline.
     """
-    path = BUILT_IN if model == "shapes" else Path(model)
+    path = {"shapes": BUILT_IN, "shapes-flow": BUILT_IN_FLOW}.get(model, Path(model))
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"{str(path)!r} is not a diffusers pipeline: it has no model_index.json. Give the folder that "
@@ -100,7 +113,7 @@ def declaration(model: str) -> tuple[str, dict[str, Any]]:
         )
     if not path.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise FileNotFoundError(
-            f"There is no model folder {model!r}. Give 'shapes' for the built-in model, the folder of a "
+            f"There is no model folder {model!r}. Give 'shapes' or 'shapes-flow' for a built-in model, the folder of a "
             f"diffusers pipeline, or a Hub id such as 'owner/name'."
         )
     source = str(path) if path.exists() else model

@@ -17,23 +17,35 @@ class TextEncoder:
     """A tokenizer and the frozen network that reads its tokens."""
 
     def __init__(
-        self, tokenizer: Any, model: Any, *, device: torch.device, dtype: torch.dtype, max_length: int | None = None
+        self,
+        tokenizer: Any,
+        model: Any,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_length: int | None = None,
+        wrap: Callable[[str], str] = str,
     ) -> None:
-        """Prompts are padded or cut to `max_length` tokens; None is as many as the tokenizer says."""
+        """Prompts are padded or cut to `max_length` tokens; None is as many as the tokenizer says.
+
+        `wrap` makes of a prompt what is read, such as the turn of a chat.
+        """
         self.tokenizer = tokenizer
         self.model: Any = _in_precision(model.requires_grad_(False).to(device).eval(), dtype)
         self.device = device
         self.max_length: int = max_length or tokenizer.model_max_length
+        self._wrap = wrap
 
     def num_tokens(self, prompt: str) -> int:
         """How many tokens a prompt has, uncut."""
-        return len(self.tokenizer(prompt, verbose=False).input_ids)
+        return len(self.tokenizer(self._wrap(prompt), verbose=False).input_ids)
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
         """Token numbers and attention mask, on the network's device."""
         found = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
+            [self._wrap(prompt) for prompt in prompts],
+            padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt",
+        )  # fmt: skip
         return found.input_ids.to(self.device), found.attention_mask.to(self.device)
 
     def penultimate(self, prompts: Sequence[str]) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B ..."]]:

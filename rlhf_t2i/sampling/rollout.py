@@ -30,9 +30,7 @@ def rollout(
     are float32. With `painted` the pictures are finished in parts of about `batch_size`, those of a generator together,
     and it is called with each part and its prompts while the others are still to come.
     """
-    copies, rest = divmod(len(prompts), len(generators))
-    if rest:
-        raise ValueError(f"{len(generators)} generators cannot share {len(prompts)} prompts equally.")
+    copies = _copies(prompts, generators)
     conditioning = policy.encode(prompts)
     num_parts = 1 if painted is None else min(len(generators), math.ceil(len(prompts) / batch_size))
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -59,23 +57,54 @@ def _paint(
     batch_size: int,
 ) -> tuple[Float[Tensor, "B 3 Y X"], Float[Tensor, "B T"], Float[Tensor, "B T+1 C H W"]]:
     """Pictures, log-densities and latents of a part."""
-    count = len(conditioning)
     latents = [policy.initial_noise(generators, copies=copies)]
     log_probs: list[Tensor] = []
-    chunks = torch.arange(count).split(batch_size)
     for step in range(sampler.schedule.num_steps):
-        steps = torch.full((count,), step)
-        parts = [
-            transition_at(policy, latents[-1][rows], steps[rows], conditioning[rows], sampler=sampler)
-            for rows in chunks
-        ]
-        transition = Transition(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
+        transition = _next(policy, latents[-1], step, conditioning, sampler=sampler, batch_size=batch_size)
         # What is stored is what was drawn, in float32: the density is of the very bits that an update reads.
         x_next = sample(transition, generators=generators)
         log_probs.append(mean_log_prob(transition, x_next))
         latents.append(x_next)
-    images = torch.cat([policy.decode(latents[-1][rows]) for rows in chunks]).clamp(0, 1)
+    images = torch.cat([policy.decode(part) for part in latents[-1].split(batch_size)]).clamp(0, 1)
     return images, torch.stack(log_probs, dim=1), torch.stack(latents, dim=1)
+
+
+@torch.no_grad()
+def paint(
+    policy: Policy,
+    prompts: Sequence[str],
+    *,
+    sampler: Sampler,
+    generators: Sequence[torch.Generator],
+    batch_size: int,
+) -> tuple[Float[Tensor, "B 3 Y X"], Float[Tensor, "B C H W"]]:
+    """The pictures of a `rollout` and their latents, without the memory of how they came to be."""
+    conditioning = policy.encode(prompts)
+    latents = policy.initial_noise(generators, copies=_copies(prompts, generators))
+    for step in range(sampler.schedule.num_steps):
+        transition = _next(policy, latents, step, conditioning, sampler=sampler, batch_size=batch_size)
+        latents = sample(transition, generators=generators)
+    return torch.cat([policy.decode(part) for part in latents.split(batch_size)]).clamp(0, 1), latents
+
+
+def _copies(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> int:
+    """How many prompts each generator serves."""
+    copies, rest = divmod(len(prompts), len(generators))
+    if rest:
+        raise ValueError(f"{len(generators)} generators cannot share {len(prompts)} prompts equally.")
+    return copies
+
+
+def _next(
+    policy: Policy, latents: Tensor, step: int, conditioning: Tensor, *, sampler: Sampler, batch_size: int
+) -> Transition:
+    """Where the policy steps from latents that have all taken `step` steps."""
+    steps = torch.full((len(latents),), step)
+    parts = [
+        transition_at(policy, latents[rows], steps[rows], conditioning[rows], sampler=sampler)
+        for rows in torch.arange(len(latents)).split(batch_size)
+    ]
+    return Transition(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
 
 
 def noise_of_rollout(

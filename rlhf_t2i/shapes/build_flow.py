@@ -1,0 +1,189 @@
+"""Train the built-in flow model from scratch: `python -m rlhf_t2i.shapes.build_flow --output-folder FOLDER`.
+
+A `ZImagePipeline` of 2 million parameters over the latents of the built-in Stable Diffusion, so that recipes for flow
+models learn on a laptop too. Its stages are those of `build.py`, without the autoencoder, which is that model's own:
+
+    flow            Qwen3 text encoder and transformer together, by flow matching (arXiv:2209.03003)
+    misalign_flow   the same two, a little longer, on partly wrong captions
+"""
+
+# diffusers and transformers have no usable types.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportReturnType=false
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTokenizer, Qwen3Config, Qwen3Model
+
+from rlhf_t2i.shapes.build import (
+    MAX_TOKENS,
+    full_or_partial_caption,
+    make_tokenizer,
+    mistaken,
+    pick_scenes,
+    seeded,
+    tokenize,
+    train,
+)
+from rlhf_t2i.shapes.scenes import render
+
+WEIGHTS = Path(__file__).parent / "weights"
+WIDTH = 96
+"""Of the text encoder's states."""
+
+
+def make_transformer() -> ZImageTransformer2DModel:
+    """One stream of 16 squares of latents and the words; 2 million parameters."""
+    return ZImageTransformer2DModel(
+        in_channels=8,
+        dim=128,
+        n_layers=4,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 12, 12],
+        axes_lens=[128, 32, 32],
+    )
+
+
+def make_flow_text_encoder(tokenizer: CLIPTokenizer) -> Qwen3Model:
+    """The states before its last layer are asked for, so one of the two layers reads."""
+    encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=24,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+    )
+    nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
+    return encoder
+
+
+def make_chat_tokenizer() -> CLIPTokenizer:
+    """The built-in one, for which a chat is nothing but what the user says."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return tokenizer
+
+
+def make_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Z-Image's own, with a smaller shift towards noise: the pictures are small."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=2.0)
+
+
+def flow_matching_loss(
+    modules: nn.ModuleDict,
+    tokenizer: CLIPTokenizer,
+    latents: Tensor,
+    captions: Sequence[Sequence[str]],
+    *,
+    seed: int,
+) -> Callable[[int], Tensor]:
+    """The error in the velocity at a random level of noise, with one of a picture's captions or, one in ten, none.
+
+    Levels are logit-normal (arXiv:2403.03206, Eq. 19).
+    """
+    vocabulary = sorted({caption for row in captions for caption in row} | {""})
+    ids = tokenize(tokenizer, vocabulary)
+    lengths = [len(tokenizer(caption).input_ids) for caption in vocabulary]
+    index = {caption: i for i, caption in enumerate(vocabulary)}
+    rows = torch.tensor([[index[caption] for caption in row] for row in captions])
+
+    def loss_at(update: int) -> Tensor:
+        generator = seeded(seed, update)
+        batch = torch.randint(len(latents), (64,), generator=generator)
+        column = torch.randint(rows.shape[1], (64,), generator=generator)
+        words = rows[batch, column]
+        words[torch.rand(64, generator=generator) < 0.1] = index[""]
+        sigma = torch.sigmoid(0.4 + torch.randn(64, generator=generator))
+        clean = latents[batch]
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
+        states = modules["text_encoder"](ids[words], output_hidden_states=True).hidden_states[-2]
+        read = [states[i, : lengths[word]] for i, word in enumerate(words.tolist())]
+        found = modules["transformer"](list(noisy.unsqueeze(2)), 1 - sigma, read, return_dict=False)[0]
+        return F.mse_loss(torch.stack(found).squeeze(2), clean - noise)
+
+    return loss_at
+
+
+def build_flow(
+    output_folder: Path,
+    *,
+    num_flow_updates: int = 3_000,
+    num_misalign_updates: int = 1_000,
+    num_pictures: int = 16_000,
+    seed: int = 0,
+) -> None:
+    """Train both stages and write a `ZImagePipeline` folder in half precision."""
+    work = output_folder.with_name(output_folder.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    vae: Any = AutoencoderTiny.from_pretrained(WEIGHTS / "vae", dtype=torch.float32).eval().requires_grad_(False)
+    rng = np.random.default_rng(seed + 1)
+    scenes = pick_scenes(num_pictures, rng, shares={"one": 1.0})
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(chunk).latents for chunk in (render(scenes, rng=rng) * 2 - 1).split(500)])
+    torch.manual_seed(seed)
+    tokenizer = make_chat_tokenizer()
+    modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_flow_text_encoder(tokenizer)})
+    for name, seen, updates, rate in (
+        ("flow", lambda scene: scene, num_flow_updates, 2e-3),
+        ("misalign_flow", lambda scene: mistaken(scene, rng), num_misalign_updates, 1e-3),
+    ):
+        captions = [[full_or_partial_caption(seen(scene), rng) for _ in range(8)] for scene in scenes]
+        train(
+            name,
+            modules,
+            flow_matching_loss(modules, tokenizer, latents, captions, seed=seed + 4),
+            num_updates=updates,
+            learning_rate=rate,
+            decay=name == "misalign_flow",
+            folder=work,
+        )
+    pipeline = ZImagePipeline(
+        vae=vae,
+        text_encoder=modules["text_encoder"],
+        tokenizer=tokenizer,
+        transformer=modules["transformer"],
+        scheduler=make_flow_scheduler(),
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(output_folder, safe_serialization=True)
+    # diffusers writes a key into the autoencoder's config that it then remarks on when it loads.
+    path = output_folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> None:
+    """The command line of `build_flow`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output-folder", type=Path, default=Path("runs/shapes-flow"))
+    parser.add_argument("--num-flow-updates", type=int, default=3_000)
+    parser.add_argument("--num-misalign-updates", type=int, default=1_000)
+    parser.add_argument("--num-pictures", type=int, default=16_000)
+    parser.add_argument("--seed", type=int, default=0)
+    build_flow(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
