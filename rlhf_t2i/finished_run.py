@@ -13,6 +13,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from rlhf_t2i.report import Row, by_step, read_metrics
+from rlhf_t2i.shapes.scenes import PIXELS
 
 Kind = Literal["lora", "unet", "transformer", "judge"]
 WEIGHTS: dict[Kind, str] = {
@@ -58,9 +59,8 @@ class FinishedRun:
     @property
     def resolution(self) -> int | None:
         """Height and width of its pictures, if not what the model was made for; older runs have no such setting."""
-        from rlhf_t2i.policies.load import own_resolution  # takes seconds
-
-        return self.config.get("resolution") or own_resolution(self.config.get("model", ""))
+        chosen = self.config.get("resolution")
+        return PIXELS if chosen is None and self.config.get("model") == "shapes-flow" else chosen
 
     @property
     def evaluations(self) -> list[Row]:

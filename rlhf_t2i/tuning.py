@@ -53,6 +53,8 @@ class TuningConfig:
     microbatch_size: int = 64
     """Pictures in one forward pass. Changes memory and speed, never results."""
 
+    offload_text_encoders: bool = False
+    """Keep them in main memory; they are on the device only while they read prompts that are new."""
     gather_for_painting: bool = True
     """Under ZeRO-3 and FSDP2: hold all weights while painting without gradient, which is fast; false gathers them layer
     by layer, each time, in less memory."""
@@ -288,6 +290,8 @@ def start_tuning(
     run = start_run(asdict(config), recipe=recipe)
     policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
     policy.learn(config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed)
+    if config.offload_text_encoders:
+        policy.offload_text_encoders()
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
     optimizer = torch.optim.AdamW(

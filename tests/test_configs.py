@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from recipes import ddpo, diffusion_dpo, fk_steering, flow_grpo
+from recipes import ddpo, diffusion_dpo, diffusion_nft, fk_steering, flow_grpo
 from rlhf_t2i.config import parse_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "configs"
 FLOW_GRPO = sorted(CONFIGS.glob("flow_grpo_*.yaml"))
+NFT = CONFIGS / "diffusion_nft_sd35m.yaml"
 REDNESS = "tests.test_ddpo:redness"
 
 
@@ -30,31 +32,50 @@ def last_row(folder: Path) -> dict[str, Any]:
     return [row for row in rows if row["kind"] == "train"][-1]
 
 
-@pytest.mark.parametrize("path", FLOW_GRPO, ids=lambda path: path.stem)
-def test_flow_grpo_runs(path: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+def changed_by(recipe: Any, path: Path, flags: Sequence[str]) -> Any:
+    """The config with the flags of one of its variants."""
+    return read(recipe, path, **{name[2:]: value for name, value in zip(flags[::2], flags[1::2], strict=True)})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "path"), [*((flow_grpo, path) for path in FLOW_GRPO), (diffusion_nft, NFT)],
+    ids=lambda value: getattr(value, "stem", ""),
+)  # fmt: skip
+def test_group_recipes_run(recipe: Any, path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    model = request.getfixturevalue("tiny_flux" if "flux" in path.stem else "tiny_sd3")
     small = {
-        "model": tiny_sd3, "resolution": 8, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 3,
+        "model": model, "resolution": 8, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 3,
         "num_evaluation_steps": 4, "num_steps": 1, "num_evaluation_images": 2, "rewards": REDNESS,
         "evaluation_rewards": REDNESS, "run_folder": tmp_path / "run", "num_cpu_threads": 1,
     }  # fmt: skip
-    assert last_row(flow_grpo.main(read(flow_grpo, path, **small)).folder)["gradient_norm"] > 0
+    assert last_row(recipe.main(read(recipe, path, **small)).folder)["gradient_norm"] > 0
 
 
-@pytest.mark.parametrize("path", FLOW_GRPO, ids=lambda path: path.stem)
-def test_flow_grpos_are_as_published_and_their_variants_are_read(path: Path) -> None:
+@pytest.mark.parametrize("path", [path for path in FLOW_GRPO if "sd35m" in path.stem], ids=lambda path: path.stem)
+def test_flow_grpos_are_as_published(path: Path) -> None:
     config = read(flow_grpo, path)
     assert (config.prompts_per_step, config.images_per_prompt, config.num_minibatches) == (48, 24, 2)
     assert (config.lora_rank, config.lora_alpha, config.clip_range, config.noise_scale) == (32, 64, 1e-4, 0.7)
     assert config.window(0) == (0, 9)
+
+
+def test_diffusion_nft_is_as_published() -> None:
+    config = read(diffusion_nft, NFT)
+    assert (config.prompts_per_step, config.images_per_prompt, config.num_minibatches) == (48, 24, 1)
+    assert (config.beta, config.kl_weight, config.max_advantage, config.guidance_scale) == (1.0, 1e-4, 5.0, 1.0)
+    assert (config.follow_start, config.follow_rise, config.follow_most) == (0, 1e-3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "path", "count"), [*((flow_grpo, path, 5) for path in FLOW_GRPO), (diffusion_nft, NFT, 3)],
+    ids=lambda value: getattr(value, "stem", ""),
+)  # fmt: skip
+def test_variants_are_read(recipe: Any, path: Path, count: int) -> None:
     variants = re.findall(r"^#   \S.*?(--.*)$", path.read_text(), flags=re.MULTILINE)
     variants = [variant for variant in variants if "--config" not in variant and "num_processes" not in variant]
-    assert len(variants) == 5
+    assert len(variants) == count
     for variant in variants:
-        flags = variant.split()
-        changed = read(
-            flow_grpo, path, **{name[2:]: value for name, value in zip(flags[::2], flags[1::2], strict=True)}
-        )
-        assert changed != config
+        assert changed_by(recipe, path, variant.split()) != read(recipe, path)
 
 
 def test_ddpo_on_sdxl_runs(tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -100,7 +121,7 @@ def test_fk_steering_of_sdxl_runs_on_genevals_prompts(tiny_sdxl: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "path", [*FLOW_GRPO, *(CONFIGS / f"{n}.yaml" for n in ("ddpo_sdxl", "diffusion_dpo_sdxl", "fk_sdxl_geneval"))],
+    "path", [*FLOW_GRPO, NFT, *(CONFIGS / f"{n}.yaml" for n in ("ddpo_sdxl", "diffusion_dpo_sdxl", "fk_sdxl_geneval"))],
     ids=lambda path: path.stem,
 )  # fmt: skip
 def test_each_opens_with_its_command_hardware_and_what_is_untested(path: Path) -> None:

@@ -185,9 +185,8 @@ def test_gradient_checkpointing_changes_no_result(config: ddpo.Config, tmp_path:
 def test_two_processes_give_the_update_of_one(config: ddpo.Config, tmp_path: Path, lora_rank: int | None) -> None:
     """ddp.yaml on the CPU: the same prompts, pictures, advantages and weights, whoever paints them."""
     config = replace(config, lora_rank=lora_rank, max_gradient_norm=0.1)
-    launch(replace(config, run_folder=str(tmp_path / "one")), "single.yaml")
-    launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
-    one, two = tmp_path / "one", tmp_path / "two"
+    one = train(replace(config, run_folder=str(tmp_path / "one")))
+    two = launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     first, *_ = zip(rows(one, "train"), rows(two, "train"), strict=True)
     for name in ("reward", "reward_std", "loss", "ratio_std", "kl", "gradient_norm"):

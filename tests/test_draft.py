@@ -243,14 +243,13 @@ def launch(config: draft.Config, accelerate_config: str) -> None:
     "changes",
     [
         {"method": "alignprop", "checkpoint_steps": True},
-        {"method": "draft_lv", "lora_rank": 2},
         {"method": "refl", "late_start": 0.0, "lora_rank": 2, "checkpoint_steps": True},
     ],
 )
 def test_two_processes_give_the_update_of_one(config: draft.Config, tmp_path: Path, changes: dict[str, Any]) -> None:
     """ddp.yaml on the CPU, with two microbatches each: the same pictures and weights, whoever paints them."""
     config = replace(config, **changes, microbatch_size=2, max_gradient_norm=0.1)
-    launch(replace(config, run_folder=str(tmp_path / "one")), "single.yaml")
+    train(replace(config, run_folder=str(tmp_path / "one")))
     launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
     one, two = tmp_path / "one", tmp_path / "two"
     assert json.loads((two / "run.json").read_text())["processes"] == 2

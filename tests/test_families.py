@@ -218,6 +218,22 @@ def test_a_prompt_is_read_once(model: Path) -> None:
     assert counts == [2] * len(counts)
 
 
+def test_text_encoders_are_on_the_device_only_while_they_read(tiny_sd3: Path) -> None:
+    policy = policy_of(tiny_sd3)
+    expected, policy = policy.encode(PROMPTS), policy_of(tiny_sd3)
+    places: list[str] = []
+    for encoder in policy.family.text_encoders:
+        encoder.model.to = lambda device: places.append(str(device))
+        encoder.model.register_forward_pre_hook(lambda *_: places.append("reads"))
+    policy.device = torch.device("meta")  # in place of a GPU: its name is what is looked at
+    policy.offload_text_encoders()
+    policy.encode(PROMPTS)
+    assert places == ["cpu"] * 3 + ["meta"] * 3 + ["reads"] * 6 + ["cpu"] * 3
+    policy.device = torch.device("cpu")
+    assert_close(policy.encode(PROMPTS), expected, rtol=0, atol=0)
+    assert len(places) == 15
+
+
 def test_the_memory_of_prompts_is_bounded_and_forgets_the_oldest() -> None:
     asked: list[str] = []
 

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recipes import ddpo, diffusion_dpo, draft
+from recipes import ddpo, diffusion_dpo, diffusion_nft, draft
 from rlhf_t2i.parallel.processes import _check_deepspeed, _wants_fsdp, start_processes
 from rlhf_t2i.parallel.replicated import Replicated
 from rlhf_t2i.parallel.state import read_state, write_state
@@ -82,6 +82,15 @@ OTHERS = {
     "diffusion_dpo": diffusion_dpo.Config(
         **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, num_inner_epochs=2
     ),
+    "diffusion_nft": diffusion_nft.Config(
+        **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, follow_rise=0.5
+    ),
+}
+RECIPES = {
+    ddpo.Config: ddpo,
+    draft.Config: draft,
+    diffusion_dpo.Config: diffusion_dpo,
+    diffusion_nft.Config: diffusion_nft,
 }
 """With a frozen copy as the reference, and a number of pictures for evaluation that two processes cannot share."""
 
@@ -90,9 +99,9 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_recipes_and_whole_networks_learn_the_same_in_parts(tmp_path: Path, name: str) -> None:
     config = OTHERS[name]
-    single = launch(replace(config, run_folder=str(tmp_path / "single")))
+    single = RECIPES[type(config)].main(replace(config, run_folder=str(tmp_path / "single"))).folder
     expected, _ = state(single, 2)
-    for mode in MODES[2:] if name.startswith("whole") else MODES[3:]:
+    for mode in MODES[3:]:
         folder = launch(replace(config, run_folder=str(tmp_path / mode)), f"{mode}.yaml")
         tensors, _ = state(folder, 2)
         assert_close(tensors, expected, rtol=0, atol=1e-5, msg=lambda text, mode=mode: f"{mode}: {text}")

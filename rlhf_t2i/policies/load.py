@@ -16,6 +16,7 @@ from rlhf_t2i.policies.family import FamilyClass
 from rlhf_t2i.policies.lora import add_lora
 from rlhf_t2i.policies.pipeline import PipelinePolicy
 from rlhf_t2i.policies.quiet import only_errors
+from rlhf_t2i.shapes.scenes import PIXELS
 
 BUILT_IN = Path(__file__).parent.parent / "shapes" / "weights"
 """What the model name `shapes` stands for."""
@@ -89,15 +90,11 @@ def load_policy(
             raise _not_loaded(model, error) from error
         if weights is not None:
             _load_weights(pipeline, family, weights)
-        pixels = resolution or own_resolution(model)
+        if resolution is None and model == "shapes-flow":
+            resolution = PIXELS  # neither its folder nor the stock pipeline says so
         return PipelinePolicy(
-            family(pipeline, device=device, dtype=dtype, resolution=pixels), device=device, dtype=dtype
+            family(pipeline, device=device, dtype=dtype, resolution=resolution), device=device, dtype=dtype
         )
-
-
-def own_resolution(model: str) -> int | None:
-    """What `model` was made for, where neither its folder nor the stock pipeline says so."""
-    return 32 if model == "shapes-flow" else None
 
 
 def declaration(model: str) -> tuple[str, dict[str, Any]]:

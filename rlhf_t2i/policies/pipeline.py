@@ -33,6 +33,7 @@ class PipelinePolicy:
         self._network_class = type(self.network)
         self.reference: nn.Module | None = None
         self._memory, self._cut = Memory(), CutWarnings()
+        self._offloads_text_encoders = False
 
     # --- what learns ---
 
@@ -57,6 +58,17 @@ class PipelinePolicy:
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.network.enable_gradient_checkpointing()
+
+    def offload_text_encoders(self) -> None:
+        """Keep the text encoders in main memory from now on, but for the time in which they read something new."""
+        self._offloads_text_encoders = True
+        self._place_text_encoders(torch.device("cpu"))
+
+    def _place_text_encoders(self, device: torch.device) -> None:
+        for encoder in self.family.text_encoders:
+            encoder.model.to(device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -96,6 +108,11 @@ class PipelinePolicy:
     def encode(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
         """What the denoiser is told of prompts, each different one read once; warns once of each that is cut."""
         self._cut.look(prompts, self.family.text_encoders)
+        if self._offloads_text_encoders and not self._memory.knows(prompts):
+            self._place_text_encoders(self.device)
+            states = self._memory.read(prompts, self.family.read)
+            self._place_text_encoders(torch.device("cpu"))
+            return states.to(self.device)
         return self._memory.read(prompts, self.family.read).to(self.device)
 
     def predict(

@@ -72,6 +72,10 @@ class Memory:
         self.max_bytes = max_bytes
         self._states: OrderedDict[str, Tensor] = OrderedDict()
 
+    def knows(self, prompts: Sequence[str]) -> bool:
+        """Whether nothing of this has to be read."""
+        return all(prompt in self._states for prompt in prompts)
+
     def read(self, prompts: Sequence[str], by: Callable[[Sequence[str]], Tensor]) -> Float[Tensor, "B L D"]:
         """States of prompts, on the CPU; those that are new are read by `by`."""
         asked: dict[str, Tensor] = {}

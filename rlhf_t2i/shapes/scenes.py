@@ -26,6 +26,9 @@ from torch import Tensor
 Tier = Literal["one", "count", "relation"]
 Split = Literal["training", "held-out", "all"]
 
+PIXELS = 32
+"""Height and width of the pictures that the built-in models paint."""
+
 PALETTE: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.12, 0.12),
     "green": (0.10, 0.62, 0.20),
@@ -212,7 +215,9 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
             raise ValueError(f"Unknown shape {shape!r}; there are {', '.join(SHAPES)}.")
 
 
-def render(scenes: Sequence[Scene], *, rng: np.random.Generator, size: int = 32) -> Float[Tensor, "B 3 {size} {size}"]:
+def render(
+    scenes: Sequence[Scene], *, rng: np.random.Generator, size: int = PIXELS
+) -> Float[Tensor, "B 3 {size} {size}"]:
     """Draw each scene once, at a random place and size, anti-aliased; RGB in [0, 1]."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     y, x = np.meshgrid(grid, grid, indexing="ij")
