@@ -62,7 +62,7 @@ class Config:
     weights: str | None = None
     """Two, as evaluate_policy.py takes them: base, and folders of runs, of what they exported, or checkpoints."""
     model: str = "shapes"
-    """Of weights: a pipeline folder of diffusers, a Hub id, or the built-in model."""
+    """Of weights: a pipeline folder of diffusers, a Hub id, or a built-in model: shapes, or shapes-flow."""
     resolution: int | None = None
     """Of weights: the side of the pictures in pixels; null is what the model was made for."""
     prompts: str = "shapes"

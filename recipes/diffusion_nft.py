@@ -1,7 +1,7 @@
 """DiffusionNFT: learn from good and bad pictures on the way to noise (Zheng et al., arXiv:2509.16117).
 
-    accelerate launch recipes/diffusion_nft.py --model shapes-flow                                     a laptop
-    accelerate launch recipes/diffusion_nft.py --config recipes/configs/diffusion_nft_sd35m.yaml       SD 3.5 medium
+    accelerate launch recipes/diffusion_nft.py                                                        a laptop
+    accelerate launch recipes/diffusion_nft.py --config recipes/configs/diffusion_nft_sd35m.yaml      SD 3.5 medium
 
 Nothing of how a picture was painted is needed but the picture: no density, no noisy steps, any sampler and any model.
 One step of training:
@@ -46,10 +46,11 @@ METRICS: Sequence[str] = ("loss", "moved", "reference_gap")
 class Config(TuningConfig):
     """Those of every recipe, and DiffusionNFT's own. A microbatch holds pictures, or noisy pictures of an update."""
 
-    prompts_per_step: int = 24
+    prompts_per_step: int = 16
     """Different prompts in one step, over all processes."""
-    images_per_prompt: int = 8
+    images_per_prompt: int = 12
     """Pictures of each, on one process: a group."""
+    model: str = "shapes-flow"
     rewards: str = "judge"
     """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id),
     oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""

@@ -27,7 +27,7 @@ class Config:
     """Fields in the order of the flow."""
 
     model: str = "shapes"
-    """A pipeline folder of diffusers, a Hub id, or the built-in model."""
+    """A pipeline folder of diffusers, a Hub id, or a built-in model: shapes, or shapes-flow."""
     resolution: int | None = None
     """Height and width of pictures, in pixels; null is what the model was made for."""
     weights: str = "base"

@@ -1,5 +1,6 @@
 """Flow-GRPO: teach a flow model by comparing pictures of one prompt (Liu et al., arXiv:2505.05470).
 
+    accelerate launch recipes/flow_grpo.py                                                            a laptop
     accelerate launch recipes/flow_grpo.py --config recipes/configs/flow_grpo_sd35m_pickscore.yaml    SD 3.5 medium
 
 A flow paints without chance; some of its steps are made noisy so that every stroke has a density, which can be raised
@@ -30,7 +31,7 @@ from rlhf_t2i.batching import minibatches, window_of_step
 from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_ratio, per_image
 from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
-from rlhf_t2i.losses import clipped_surrogate_loss
+from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
 from rlhf_t2i.policy_gradient import update_metrics, warn_of_the_first_update
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import load_rewards
@@ -45,14 +46,12 @@ from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
 class Config(TuningConfig):
     """Those of every recipe, and Flow-GRPO's own. A microbatch holds pictures, or strokes of an update."""
 
-    prompts_per_step: int = 48
+    prompts_per_step: int = 16
     """Different prompts in one rollout, over all processes."""
-    images_per_prompt: int = 24
+    images_per_prompt: int = 12
     """Pictures of each, on one process: a group."""
-    model: str = "stabilityai/stable-diffusion-3.5-medium"
-    """A pipeline folder of diffusers or a Hub id, of a flow model."""
-    num_denoising_steps: int = 10
-    num_evaluation_steps: int | None = 40
+    model: str = "shapes-flow"
+    """A pipeline folder of diffusers, a Hub id, or a built-in model; of a flow model."""
     rewards: str = "judge"
     """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id),
     oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
@@ -65,7 +64,7 @@ class Config(TuningConfig):
     """Noisy steps, which are the trained ones; null is as many as fit."""
     window_start: float = 0.0
     """The window lies between here (0 is pure noise) ..."""
-    window_end: float = 1.0
+    window_end: float = 0.5
     """... and here (1 is the picture). The very last step is never noisy: its noise would stay in the picture."""
     window_moves_every: int | None = None
     """Training steps after which the window moves on by one, from noise to picture and round again (MixGRPO); null
@@ -74,12 +73,13 @@ class Config(TuningConfig):
     advantages: Literal["global_std", "group_std"] = "global_std"
     """In standard deviations of all rewards of a step, or of a group's own."""
     max_advantage: float = 5.0
-    clip_range: float = 1e-4
-    """Of the ratio of densities averaged over latent numbers; 1e-5 was published for a small window."""
+    clip_range: float | None = None
+    """Of the ratio of densities averaged over latent numbers; null is 0.0113 / sqrt(latent numbers). Published are 1e-4
+    for the 65,536 of SD 3.5 at 512 pixels, and 1e-5 for a small window."""
     ratio_normalisation: bool = False
     """Take the bias out of ratios, scale them alike in all steps, and weigh steps by 1 / their length (GRPO-Guard,
     arXiv:2510.22319)."""
-    kl_weight: float = 0.004
+    kl_weight: float = 0.0
     """Of the KL divergence from the model before training, averaged over latent numbers. It is exact: about ten times
     what the authors' code computes, with which 0.04 was published."""
     num_inner_epochs: int = 1
@@ -103,7 +103,7 @@ class Config(TuningConfig):
             ("window_size", fits, f"between 1 and the {end - first} steps that may be noisy"),
             ("window_moves_every", self.window_moves_every is None or self.window_moves_every >= 1, "at least 1"),
             ("max_advantage", self.max_advantage > 0, "positive"),
-            ("clip_range", self.clip_range > 0, "positive"),
+            ("clip_range", self.clip_range is None or self.clip_range > 0, "positive"),
             ("kl_weight", self.kl_weight >= 0, "at least 0"),
             ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
             ("num_minibatches", divides, f"at least 1 and divide images_per_prompt ({self.images_per_prompt})"),
@@ -201,6 +201,7 @@ def update(
     log-density before the first optimiser step: 0 if all is well.
     """
     run, policy, sigma = tuning.run, tuning.policy, sampler.schedule.sigma
+    clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
     seen: list[Tensor] = []
     steps: list[dict[str, float]] = []
     replay_error = torch.zeros(1, device=run.device)
@@ -226,9 +227,7 @@ def update(
                     old_mean = trajectory.latents[i, t + 1] - per_image(transition.std) * drawn[i, t]
                     log_ratio = normalised_log_ratio(log_ratio, transition, old_mean)
                     advantage = advantage / (sigma[t] - sigma[t + 1])
-                loss = clipped_surrogate_loss(
-                    log_ratio, torch.zeros_like(log_ratio), advantage, clip_range=config.clip_range
-                )
+                loss = clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), advantage, clip_range=clip_range)
                 loss = loss + config.kl_weight * kl.mean()
                 tuning.learner.backward(loss * len(i) / len(image))
             log_ratio = log_ratio.detach()
@@ -237,12 +236,7 @@ def update(
                 replay_error = torch.maximum(replay_error, log_ratio.abs().max())
         steps.append(tuning.descend())
     return update_metrics(
-        run,
-        torch.cat(seen),
-        steps,
-        clip_range=config.clip_range,
-        replay_error=replay_error,
-        with_kl=config.kl_weight > 0,
+        run, torch.cat(seen), steps, clip_range=clip_range, replay_error=replay_error, with_kl=config.kl_weight > 0
     )
 
 

@@ -44,7 +44,7 @@ class SearchConfig:
     """Searches in one batch: what a kill can cost."""
 
     model: str = "shapes"
-    """A pipeline folder of diffusers, a Hub id, or the built-in model."""
+    """A pipeline folder of diffusers, a Hub id, or a built-in model: shapes, or shapes-flow."""
     resolution: int | None = None
     """Height and width of pictures, in pixels; null is what the model was made for."""
     weights: str | None = None

@@ -35,7 +35,7 @@ class TuningConfig:
     """The same for evaluation; of the built-in world the held-out prompts."""
 
     model: str = "shapes"
-    """A pipeline folder of diffusers, a Hub id, or the built-in model."""
+    """A pipeline folder of diffusers, a Hub id, or a built-in model: shapes, or shapes-flow."""
     resolution: int | None = None
     """Height and width of pictures, in pixels; null is what the model was made for."""
     lora_rank: int | None = None
