@@ -1,4 +1,4 @@
-"""Which method for what? `python benchmarks/methods.py` tunes the built-in model by every recipe for as long.
+"""Which method for what? `python benchmarks/methods.py` tunes a built-in model by every recipe for as long.
 
 Every method trains for the same seconds on one thread, painting and judging included, evaluation not; held-out pictures
 are looked at now and then. The judge is the reward; the oracle, which no method sees, counts. Best-of-N changes no
@@ -33,15 +33,30 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "AlignProp": ("draft", {"method": "alignprop"}),
     "Diffusion-DPO, judged pairs": ("diffusion_dpo", {}),
     "SFT on winners": ("diffusion_dpo", {"loss": "sft", "times": "0-999", "learning_rate": "5e-5"}),
+    "DiffusionNFT": ("diffusion_nft", {"model": "shapes"}),
 }
 """Each recipe's own defaults but for what is named. SFT has settings of its own: with those of DPO it collapses."""
+FLOW_METHODS: dict[str, tuple[str, dict[str, str]]] = {
+    "Flow-GRPO": ("flow_grpo", {}),
+    "Flow-GRPO, CPS": ("flow_grpo", {"dynamics": "cps", "noise_scale": "0.8"}),
+    "DiffusionNFT": ("diffusion_nft", {}),
+    "DDPO": ("ddpo", {"model": "shapes-flow"}),
+    "Diffusion-DPO, judged pairs": ("diffusion_dpo", {"model": "shapes-flow"}),
+    "ReFL, from a quarter on": ("draft", {"model": "shapes-flow"}),
+}
+"""Of the built-in flow model."""
 LOOKS = 3
 """Evaluations in the time that each has."""
 
 
+def methods_of(model: str) -> dict[str, tuple[str, dict[str, str]]]:
+    """The recipes and options for a built-in model."""
+    return FLOW_METHODS if model == "shapes-flow" else METHODS
+
+
 def train(name: str, seed: int, arguments: argparse.Namespace) -> Path:
     """Train until the seconds are over, looking now and then; a finished training is not repeated."""
-    recipe, options = METHODS[name]
+    recipe, options = methods_of(arguments.model)[name]
     folder = arguments.output_folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
     done = folder.with_suffix(".json")
     if done.is_file():
@@ -60,7 +75,7 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> Path:
 
 def seconds_of_a_step(name: str, arguments: argparse.Namespace) -> float:
     """Of the third step of a short run."""
-    recipe, options = METHODS[name]
+    recipe, options = methods_of(arguments.model)[name]
     folder = arguments.output_folder / f"pace-{name.replace(' ', '_').replace(',', '')}"
     if len(read(folder)) < 4:
         some = {"num_steps": "3", "num_evaluation_images": "2", "evaluation_rewards": "oracle", "evaluate_every": "0"}
@@ -141,7 +156,7 @@ def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
     prompts = all_prompts("held-out") * arguments.searches
     from rlhf_t2i.policies.load import load_policy
 
-    painter = load_policy("shapes", device=torch.device("cpu"))
+    painter = load_policy(arguments.model, device=torch.device("cpu"))
     found = search(
         painter, prompts, "judge", n=16, num_denoising_steps=8, guidance_scale=1.0, batch_size=64,
         seed=10_000_000 * (seed + 1),
@@ -155,7 +170,18 @@ def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
 
 def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path, *, seconds: float) -> None:
     """The pass rate against seconds of training, each method the mean of its seeds."""
-    colours = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d5a97", "#00798c", "#9a6324", "#444444", "#b59fd6")
+    colours = (
+        "#1b6ca8",
+        "#d1495b",
+        "#edae49",
+        "#66a182",
+        "#8d5a97",
+        "#00798c",
+        "#9a6324",
+        "#444444",
+        "#b59fd6",
+        "#e377c2",
+    )
     width, height, left, top = 760, 360, 50, 20
     lines: list[str] = []
     grid = np.linspace(0, seconds, 41)
@@ -171,7 +197,7 @@ def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path, *, seconds
     for tick in np.linspace(0, seconds, 5):
         x, y = place(tick, 0).split(",")
         lines.append(f'<text x="{x}" y="{float(y) + 18}" text-anchor="middle">{tick:.0f}</text>')
-    for number, ((name, runs), colour) in enumerate(zip(curves.items(), colours, strict=True)):
+    for number, ((name, runs), colour) in enumerate(zip(curves.items(), colours, strict=False)):
         means = [np.mean([at(points, t)["pass"] for points in runs]) for t in grid]
         path_points = " ".join(place(t, float(m)) for t, m in zip(grid, means, strict=True))
         lines.append(f'<polyline points="{path_points}" fill="none" stroke="{colour}" stroke-width="2"/>')
@@ -196,8 +222,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--searches", type=int, default=4, help="of best-of-N, for each held-out prompt")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--model", choices=["shapes", "shapes-flow"], default="shapes")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *FLOW_METHODS], help="all of the model if not given")
     arguments = parser.parse_args()
+    arguments.methods = arguments.methods or list(methods_of(arguments.model))
     arguments.output_folder = arguments.output_folder.absolute()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda name: seconds_of_a_step(name, arguments), arguments.methods))
