@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf_t2i.parallel.memory import Learning, Memory, gathered_by_fsdp, memory_of, peak_bytes
@@ -30,18 +30,18 @@ SPARE = 0.9
 BILLION = 1e9
 JUDGES = {"Qwen2.5-VL-3B": 3.75, "Phi-3.5-vision": 4.15, "Qwen2.5-VL-7B": 8.29}
 """Billions of parameters."""
-CLIP_L, CLIP_G, T5, AUTOENCODER = 0.123, 0.695, 4.762, 0.084
+CLIP_L, CLIP_G, T5, QWEN3, AUTOENCODER = 0.123, 0.695, 4.762, 4.022, 0.084
 RANK = 16
 say = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser, what goes into it, and the parameters (billions) of what stands beside it."""
+    """A denoiser, what goes into it, and the parameters (billions) of its text encoders."""
 
     build: Callable[[], nn.Module]
-    inputs: Callable[[int], dict[str, Tensor]]
-    beside: float
+    inputs: Callable[[int], dict[str, Any]]
+    text_encoders: float
     latent: tuple[int, int]
     """Channels and side of the latents."""
 
@@ -66,14 +66,14 @@ def sdxl() -> nn.Module:
     )  # fmt: skip
 
 
-def sd35_large() -> nn.Module:
-    """Stable Diffusion 3.5 Large."""
+def sd35(*, depth: int, **settings: Any) -> nn.Module:
+    """Stable Diffusion 3.5, as many heads wide as layers deep."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
-        sample_size=128, in_channels=16, out_channels=16, num_layers=38, num_attention_heads=38, attention_head_dim=64,
-        joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192,
-        qk_norm="rms_norm",
+        sample_size=128, in_channels=16, out_channels=16, num_layers=depth, num_attention_heads=depth,
+        attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=64 * depth, pooled_projection_dim=2048,
+        qk_norm="rms_norm", **settings,
     )  # fmt: skip
 
 
@@ -82,6 +82,13 @@ def flux() -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def zimage() -> nn.Module:
+    """Z-Image."""
+    from diffusers import ZImageTransformer2DModel
+
+    return ZImageTransformer2DModel()
 
 
 def for_unet(batch: int, *, side: int, width: int, **extra: Any) -> dict[str, Any]:
@@ -100,35 +107,51 @@ def for_sdxl(batch: int) -> dict[str, Any]:
     return for_unet(batch, side=128, width=2048, added_cond_kwargs=added)
 
 
-def for_sd3(batch: int) -> dict[str, Any]:
-    """1024 x 1024 pixels, 77 tokens of CLIP and 256 of T5."""
+def for_sd3(batch: int, *, side: int) -> dict[str, Any]:
+    """77 tokens of CLIP and 256 of T5."""
     return {
-        "hidden_states": torch.zeros(batch, 16, 128, 128),
+        "hidden_states": torch.zeros(batch, 16, side, side),
         "encoder_hidden_states": torch.zeros(batch, 77 + 256, 4096),
         "pooled_projections": torch.zeros(batch, 2048),
         "timestep": torch.zeros(batch),
     }
 
 
-def for_flux(batch: int) -> dict[str, Any]:
-    """1024 x 1024 pixels in 4,096 packed places, 512 tokens of T5."""
+def for_flux(batch: int, *, side: int) -> dict[str, Any]:
+    """Four latents in each place, 512 tokens of T5."""
+    places = (side // 2) ** 2
     return {
-        "hidden_states": torch.zeros(batch, 64 * 64, 64),
+        "hidden_states": torch.zeros(batch, places, 64),
         "encoder_hidden_states": torch.zeros(batch, 512, 4096),
         "pooled_projections": torch.zeros(batch, 768),
         "timestep": torch.zeros(batch),
         "guidance": torch.zeros(batch),
-        "img_ids": torch.zeros(64 * 64, 3),
+        "img_ids": torch.zeros(places, 3),
         "txt_ids": torch.zeros(512, 3),
     }
 
 
+def for_zimage(batch: int) -> dict[str, Any]:
+    """1024 x 1024 pixels, 128 tokens of Qwen3."""
+    return {
+        "x": [torch.zeros(16, 1, 128, 128)] * batch,
+        "t": torch.zeros(batch),
+        "cap_feats": [torch.zeros(128, 2560)] * batch,
+    }
+
+
+medium = partial(sd35, depth=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)))
+large = partial(sd35, depth=38, pos_embed_max_size=192)
 MODELS = {
-    "SD 1.5": Model(sd15, partial(for_unet, side=64, width=768), CLIP_L + AUTOENCODER, (4, 64)),
-    "SDXL": Model(sdxl, for_sdxl, CLIP_L + CLIP_G + AUTOENCODER, (4, 128)),
-    "SD 3.5 Large": Model(sd35_large, for_sd3, CLIP_L + CLIP_G + T5 + AUTOENCODER, (16, 128)),
-    "FLUX.1": Model(flux, for_flux, CLIP_L + T5 + AUTOENCODER, (16, 128)),
+    "SD 1.5, 512 px": Model(sd15, partial(for_unet, side=64, width=768), CLIP_L, (4, 64)),
+    "SDXL": Model(sdxl, for_sdxl, CLIP_L + CLIP_G, (4, 128)),
+    "SD 3.5 medium, 512 px": Model(medium, partial(for_sd3, side=64), CLIP_L + CLIP_G + T5, (16, 64)),
+    "SD 3.5 Large": Model(large, partial(for_sd3, side=128), CLIP_L + CLIP_G + T5, (16, 128)),
+    "Z-Image": Model(zimage, for_zimage, QWEN3, (16, 128)),
+    "FLUX.1, 512 px": Model(flux, partial(for_flux, side=64), CLIP_L + T5, (16, 64)),
+    "FLUX.1": Model(flux, partial(for_flux, side=128), CLIP_L + T5, (16, 128)),
 }
+"""At 1024 x 1024 pixels, if not said otherwise."""
 
 
 def on_paper(network: nn.Module, *, frozen: torch.dtype) -> Any:
@@ -210,16 +233,22 @@ def main() -> None:
     """Follow every model and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--judge", choices=list(JUDGES), default="Qwen2.5-VL-3B")
+    parser.add_argument("--judge", choices=[*JUDGES, "elsewhere"], default="Qwen2.5-VL-3B")
+    parser.add_argument("--offload-text-encoders", action="store_true")
+    parser.add_argument("--only-adapters", action="store_true")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    say(f"With {arguments.judge} as the judge, {2 * JUDGES[arguments.judge]:.1f} GB.\n")
+    say(
+        f"The judge: {arguments.judge}; text encoders: {'offloaded' if arguments.offload_text_encoders else 'there'}.\n"
+    )
     say(f"| model | what learns | recipe | {' | '.join(GPUS)} |\n|{'---|' * (3 + len(GPUS))}")
     for name in arguments.models:
         model = MODELS[name]
-        others = 2 * BILLION * (model.beside + JUDGES[arguments.judge])
+        encoders = 0.0 if arguments.offload_text_encoders else model.text_encoders
+        judge = 0.0 if arguments.judge == "elsewhere" else JUDGES[arguments.judge]
+        others = 2 * BILLION * (encoders + AUTOENCODER + judge)
         decoder = decoding(model)
-        for adapters in (True, False):
+        for adapters in (True,) if arguments.only_adapters else (True, False):
             network, one = followed(model, adapters=adapters, batch=1)
             _, pair = followed(model, adapters=adapters, batch=2)
             trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)

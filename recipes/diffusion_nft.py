@@ -61,7 +61,7 @@ class Config(TuningConfig):
     """In standard deviations of all rewards of a step, or of a group's own."""
     max_advantage: float = 5.0
     """An advantage of so much makes a picture wholly good."""
-    levels_fraction: float = 1.0
+    levels_fraction: float = 0.5
     """Share of the sampler's levels of noise that each picture learns at."""
     beta: float = 1.0
     """How far good and bad lie from the weights that painted; 1 or, for several rewards, 0.1 were published."""

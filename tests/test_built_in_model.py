@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_t2i.diffusion.transitions import ddim
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
-from rlhf_t2i.policies.load import BUILT_IN, load_policy
+from rlhf_t2i.policies.load import BUILT_IN, BUILT_IN_FLOW, load_policy
 from rlhf_t2i.policies.pipeline import PipelinePolicy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
@@ -27,9 +26,15 @@ def base() -> PipelinePolicy:
     return load_policy("shapes", device=torch.device("cpu"))
 
 
+@pytest.fixture(scope="module")
+def flow() -> PipelinePolicy:
+    return load_policy("shapes-flow", device=torch.device("cpu"))
+
+
 def painted(base: PipelinePolicy, *, guidance_scale: float) -> Evaluation:
     prompts, seeds = evaluation_set(load_prompts("shapes", held_out=True), num_images=204, seed=5)
-    sampler = Sampler(base.schedule(8), partial(ddim, eta=0.0), guidance_scale)
+    schedule = base.schedule(8)
+    sampler = Sampler(schedule, stochastic(schedule, eta=0.0), guidance_scale)
     return evaluate(base, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, batch_size=68)
 
 
@@ -45,6 +50,13 @@ def test_guidance_makes_it_listen_better(base: PipelinePolicy) -> None:
     assert guided > plain + 0.1
 
 
+def test_the_flow_model_is_as_sharp_and_as_deaf(flow: PipelinePolicy) -> None:
+    plain, guided = (painted(flow, guidance_scale=scale) for scale in (1.0, 3.0))
+    assert shows_something(plain.images).float().mean() >= 0.8
+    assert 0.2 <= plain.scores["oracle_pass"].mean() <= 0.5
+    assert guided.scores["oracle_pass"].mean() > plain.scores["oracle_pass"].mean() + 0.1
+
+
 def test_its_autoencoder_keeps_what_the_oracle_sees(base: PipelinePolicy) -> None:
     rng = np.random.default_rng(3)
     scenes = [scene for scene in all_scenes("one") for _ in range(6)]
@@ -55,9 +67,11 @@ def test_its_autoencoder_keeps_what_the_oracle_sees(base: PipelinePolicy) -> Non
 
 
 def test_it_is_small_and_holds_nothing_but_weights() -> None:
-    files = [path for path in BUILT_IN.rglob("*") if path.is_file() and BUILT_IN / "judge" not in path.parents]
+    others = {BUILT_IN / "judge", BUILT_IN_FLOW}
+    files = [path for path in BUILT_IN.rglob("*") if path.is_file() and others.isdisjoint(path.parents)]
     assert sum(path.stat().st_size for path in files) <= 8_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in BUILT_IN_FLOW.rglob("*") if path.is_file()) <= 6_000_000
     weights = [tensor for path in files if path.suffix == ".safetensors" for tensor in load_file(path).values()]
     assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} == {torch.float16}
 
@@ -68,6 +82,31 @@ def test_it_is_a_genuine_stable_diffusion_pipeline() -> None:
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+
+
+def test_the_flow_model_is_a_genuine_z_image_with_the_same_autoencoder() -> None:
+    index = json.loads((BUILT_IN_FLOW / "model_index.json").read_text())
+    assert index["_class_name"] == "ZImagePipeline"
+    assert index["transformer"] == ["diffusers", "ZImageTransformer2DModel"]
+    one, other = (load_file(f / "vae" / "diffusion_pytorch_model.safetensors") for f in (BUILT_IN, BUILT_IN_FLOW))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_building_the_flow_model_is_deterministic_and_resumes(tmp_path: Path) -> None:
+    from rlhf_t2i.shapes import build_flow
+
+    sizes = {"num_misalign_updates": 1, "num_pictures": 16}
+    build_flow.build_flow(tmp_path / "whole", num_flow_updates=2, **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_flow, "mistaken", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build_flow.build_flow(tmp_path / "stopped", num_flow_updates=2, **sizes)
+    build_flow.build_flow(tmp_path / "stopped", num_flow_updates=2, **sizes)
+    whole, stopped = (
+        load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
 
 
 def test_building_is_deterministic_and_resumes(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_run_is_published_and_compared_as_the_readme_says(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["draft", "diffusion_dpo", "best_of_n", "fk_steering"])
+@pytest.mark.parametrize("name", ["draft", "diffusion_dpo", "diffusion_nft", "flow_grpo", "best_of_n", "fk_steering"])
 def test_the_other_recipes_run_as_the_readme_says(name: str, tmp_path: Path) -> None:
     """On the built-in world without settings, but for their number."""
     (line,) = [line for text in COMMANDS for line in text.splitlines() if f"recipes/{name}.py" in line]
