@@ -159,7 +159,7 @@ def standalone(svg: str) -> str:
     style = (
         "path{fill:none;stroke:#e5e2db;stroke-linecap:round;stroke-linejoin:round;stroke-width:1.5}"
         "text{font:11px sans-serif;fill:#62676f;text-anchor:end;dominant-baseline:middle}"
-        ".training{stroke:#a8722f}.evaluation{stroke:#23716b}.dot{stroke-width:7}"
+        ".training{stroke:#8d9299}.evaluation{stroke:#1f6f69}.dot{stroke-width:7}"
     )
     opening = f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>'
     head, _, rest = svg.partition(">")
