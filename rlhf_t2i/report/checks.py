@@ -59,7 +59,7 @@ def held_out_falls(rows: Sequence[Row], config: Config) -> Finding:
             f"{one} went from {text(best, one)} to {text(last, one)}" for one in (name, kept or trained[0])
         )
         seen = f"From update {best['step']} to {last['step']} {both}."
-        return Finding(check, "warning", seen, *_about_a_fall(kept, name, config))
+        return Finding(f"{name} falls, which is not trained on", "warning", seen, *_about_a_fall(kept, name, config))
     gaps = ", ".join(f"{n} {text(evaluations[0], n)} to {text(last, n)}" for n in (*trained, *held_out))
     return Finding(check, "fine", f"No held-out reward has fallen by more than {bound:.1f} standard errors: {gaps}.")
 
@@ -98,7 +98,7 @@ def diversity_collapses(rows: Sequence[Row], config: Config) -> Finding:
     if not COLLAPSE * first[0] - last[0] > NUM_ERRORS * math.hypot(COLLAPSE * first[1], last[1]):
         return Finding(check, "fine", f"{seen} Under {COLLAPSE:.0%} would be called a collapse.")
     return Finding(
-        check, "warning", seen,
+        "Diversity has collapsed", "warning", seen,
         "The model paints much the same picture of a prompt whatever the seed: a collapse. Some loss is usual, as "
         "wrong pictures disappear; this is more.",
         advice(
@@ -128,7 +128,7 @@ def groups_are_flat(rows: Sequence[Row], config: Config) -> Finding:
     if not bad:
         return Finding(check, "fine", seen)
     return Finding(
-        check, "warning", seen,
+        "Most groups have no variance", "warning", seen,
         "Without a difference there is no better and worse: such pictures cost as much as others and teach nothing.",
         advice(
             config,

@@ -25,7 +25,8 @@ _MIN_RECENT = 4
 class Finding:
     """What one check saw."""
 
-    check: str
+    title: str
+    """What is so where it is fine, or what is wrong where it is a warning."""
     state: Literal["warning", "fine", "unknown"]
     seen: str
     meaning: str = ""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from rlhf_t2i.report.changes import diversity_of, hacking, headline, reward_changes, with_error
 from rlhf_t2i.report.charts import charts, draw, grouped
@@ -33,7 +34,7 @@ def write_report(folder: Path) -> Path:
         rows=rows,
         train=by_step(rows, "train"),
         evaluations=by_step(rows, "evaluation"),
-        found=findings(rows, yaml.safe_load(config)),
+        found=findings(rows, yaml.safe_load(config) or {}),
         through=through_training(folder / "pictures", rows),
         utmost=best_and_worst(folder / "pictures", rows),
         num_pairs=NUM_PAIRS,
@@ -49,13 +50,18 @@ def typeset(text: str) -> str:
     return re.sub(r"(?<!\w)-(?=[\d.])", "\N{MINUS SIGN}", text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
+def flags(text: str) -> Markup:
+    """With the names of settings set apart, so that none is broken at its dashes."""
+    return Markup(re.sub(r"--[a-z_]+", r"<code>\g<0></code>", escape(text)))
+
+
 _FUNCTIONS = (
     headline, hacking, reward_changes, diversity_of, with_error, charts, grouped, draw, time_split, total,
 )  # fmt: skip
 """What the template calls."""
 _SCRIPT = (HERE / "page.js").read_text(encoding="utf-8")
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-_ENVIRONMENT.filters["typeset"] = typeset
+_ENVIRONMENT.filters |= {"typeset": typeset, "flags": flags}
 _PAGE = _ENVIRONMENT.from_string(
     head(script=_SCRIPT) + (HERE / "page.html").read_text(encoding="utf-8"),
     {f.__name__: f for f in _FUNCTIONS},

@@ -35,7 +35,7 @@ def ratios_are_off(rows: Sequence[Row], config: Config) -> Finding:
     if not error <= REPLAY_NOISE * clip_range:
         coarse = config.get("mixed_precision") in ("fp16", "bf16")
         return Finding(
-            check, "warning",
+            "Ratios do not begin at one", "warning",
             f"Replaying the unchanged policy moved its log-densities by up to {error:.1g} (update {worst['step']}), "
             f"with a clip range of {clip_range:.2g}.",
             "Painting and update do not compute the same, mostly because of a coarse number format, so that noise "
@@ -46,11 +46,11 @@ def ratios_are_off(rows: Sequence[Row], config: Config) -> Finding:
                 ("microbatch_size", "the same --microbatch_size on another device"),
             ),
         )  # fmt: skip
-    replayed = f"Replay is exact{f' to {error:.1g}' if error else ''}, with a clip range of {clip_range:.2g}"
-    moved = f"the first update moved the ratio by {spread:.2g} times as much"
+    replayed = f"Replay is exact{f' to {error:.1g}' if error else ''}"
+    moved = f"the first update moved the ratios by {_times(spread)} the clip range ({clip_range:.2g})"
     if first["step"] == 1 and spread > FAST:
         return Finding(
-            check, "warning", f"{replayed}, but {moved}.",
+            "The first update went too far", "warning", f"{replayed}, but {moved}.",
             "Most strokes are clipped at once and teach nothing.",
             advice(
                 config,
@@ -64,15 +64,16 @@ def ratios_are_off(rows: Sequence[Row], config: Config) -> Finding:
 def clipping_is_stuck(rows: Sequence[Row], config: Config) -> Finding:
     """Whether almost all strokes are clipped, or none, while the ratio hardly moves and nothing is learnt."""
     check = "Some strokes are clipped, most are not"
-    train = [row for row in by_step(rows, "train") if "clip_fraction" in row]
+    train = [row for row in by_step(rows, "train") if {"clip_fraction", "clip_range"} <= row.keys()]
     clipped = recent([number(row, "clip_fraction") for row in train])
     if not clipped:
         return Finding(check, "unknown", "This recipe clips nothing, or there are too few steps.")
     moved = fmean(recent([number(row, "ratio_std") / number(row, "clip_range") for row in train]))
-    seen = f"Lately {fmean(clipped):.1%} of the strokes were clipped; ratios moved by {moved:.2g} times the clip range."
+    seen = f"Lately {fmean(clipped):.1%} of the strokes were clipped; ratios moved by {_times(moved)} the clip range."
     if surely_above(clipped, MOSTLY_CLIPPED):
         return Finding(
-            check, "warning", seen, "The updates are too large: what lies beyond the clip range teaches nothing more.",
+            "Most strokes are clipped", "warning", seen,
+            "The updates are too large: what lies beyond the clip range teaches nothing more.",
             advice(
                 config,
                 setting(config, "a lower", "learning_rate"),
@@ -82,7 +83,7 @@ def clipping_is_stuck(rows: Sequence[Row], config: Config) -> Finding:
     looked_twice = len(by_step(rows, "evaluation")) > 1
     if max(clipped) == 0 and 0 < moved < SLOW and looked_twice and not has_learnt(rows):
         return Finding(
-            check, "warning", f"{seen} No reward has risen beyond noise.",
+            "Nothing is clipped, and nothing is learnt", "warning", f"{seen} No reward has risen beyond noise.",
             "The updates are so small that the model hardly changes.",
             advice(config, setting(config, "a higher", "learning_rate")),
         )  # fmt: skip
@@ -105,7 +106,7 @@ def gradients_break(rows: Sequence[Row], config: Config) -> Finding:
         norms = [number(row, "gradient_norm") for row in train if row not in broken] or [math.nan]
         return Finding(check, "fine", f"Their norm was between {min(norms):.2g} and {max(norms):.2g}{few}.")
     return Finding(
-        check, "warning",
+        "Gradients are not finite", "warning",
         f"{num} updates were left out because their gradient was not finite, the last in step {late[-1]['step']}.",
         "Numbers overflow: the learning rate is too high, or the number format too small.",
         advice(
@@ -115,3 +116,8 @@ def gradients_break(rows: Sequence[Row], config: Config) -> Finding:
             setting(config, "a lower", "max_gradient_norm"),
         ),
     )  # fmt: skip
+
+
+def _times(factor: float) -> str:
+    """To two digits, and as a number that is no count."""
+    return f"{factor:.1f} times" if factor >= 0.95 else f"{factor:.2g} times"
