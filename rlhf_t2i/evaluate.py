@@ -158,5 +158,5 @@ def _save_extremes(evaluation: Evaluation, folder: Path, *, step: int) -> None:
         "worst": {name: worst for name, (_, worst) in found.items()},
     }
     write_atomically(folder / "extremes.json", json.dumps(facts))
-    for earlier in set(folder.glob("extremes_*.png")) - {strip}:
+    for earlier in set(folder.glob("extremes_*")) - {strip}:
         earlier.unlink()

@@ -56,7 +56,7 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_a_warning(
 
 def test_the_warning_names_both_rewards_with_their_numbers() -> None:
     found = held_out_falls(looked_at((1.0, 0.4), (3.0, 0.85), (5.0, 0.6)), DDPO)
-    assert found.title == "oracle falls, which is not trained on"
+    assert found.title == "oracle, which is not trained on, falls"
     assert "From update 10 to 20 oracle went from 0.850 ± 0.025 to 0.600 ± 0.025" in found.seen
     assert "judge went from 3.00 ± 0.10 to 5.00 ± 0.10" in found.seen
     assert "reward hacking" in found.meaning

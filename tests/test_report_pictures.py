@@ -17,7 +17,7 @@ from PIL import Image
 
 from rlhf_t2i.evaluate import Evaluation, diversity, extremes, save_evaluation
 from rlhf_t2i.report.charts import Chart, draw, ticks
-from rlhf_t2i.report.page import typeset, write_report
+from rlhf_t2i.report.page import flags, typeset, write_report
 from rlhf_t2i.report.pictures import MAX_STRIPS, best_and_worst, read_sheet, spread, through_training
 from tests import browser
 from tests.test_remote import free_port
@@ -107,11 +107,17 @@ def test_each_strip_has_the_step_and_the_means_of_its_evaluation(tmp_path: Path)
     assert len(through.cells) == 32
 
 
-def test_large_pictures_become_thumbnails_that_do_not_run_into_one_another(tmp_path: Path) -> None:
+def strip_of_large_pictures(path: Path, *, step: int) -> None:
+    """Four of 400 pixels in rows of three; the red of a picture is `step` times its number."""
     strip = Image.new("RGB", (3 * 400, 2 * 400), "white")
     for cell in range(4):
-        strip.paste((50 * cell, 0, 0), (cell % 3 * 400, cell // 3 * 400, cell % 3 * 400 + 400, cell // 3 * 400 + 400))
-    strip.save(tmp_path / "strip.png")
+        left, top = cell % 3 * 400, cell // 3 * 400
+        strip.paste((step * cell, 0, 0), (left, top, left + 400, top + 400))
+    strip.save(path)
+
+
+def test_large_pictures_become_thumbnails_that_do_not_run_into_one_another(tmp_path: Path) -> None:
+    strip_of_large_pictures(tmp_path / "strip.png", step=50)
     sheet = read_sheet(tmp_path / "strip.png", columns=3, num_cells=4)
     assert (sheet.columns, sheet.rows, sheet.side, sheet.place(3)) == (3, 2, 192, (0.0, 100.0))
     data = sheet.url.removeprefix("data:image/webp;base64,")
@@ -121,6 +127,21 @@ def test_large_pictures_become_thumbnails_that_do_not_run_into_one_another(tmp_p
             for corner in (8, 184):
                 pixel = small.convert("RGB").getpixel((cell % 3 * 192 + corner, cell // 3 * 192 + corner))
                 assert pixel == pytest.approx((50 * cell, 0, 0), abs=6)
+
+
+def test_thumbnails_are_made_once_for_each_strip(tmp_path: Path) -> None:
+    """A resumed run writes a strip anew, and its pictures may be others."""
+    path, kept = tmp_path / "strip.png", tmp_path / "strip.webp"
+    strip_of_large_pictures(path, step=50)
+    first = read_sheet(path, columns=3, num_cells=4)
+    made = kept.stat().st_mtime_ns
+    assert read_sheet(path, columns=3, num_cells=4) == first
+    assert kept.stat().st_mtime_ns == made
+    strip_of_large_pictures(path, step=20)
+    os.utime(path, ns=(made + 1, made + 1))
+    os.utime(kept, ns=(made, made))
+    assert read_sheet(path, columns=3, num_cells=4) != first
+    assert {one.name for one in tmp_path.iterdir()} == {"strip.png", "strip.webp"}
 
 
 def test_the_best_and_the_worst_are_those_pictures_with_their_scores(tmp_path: Path) -> None:
@@ -166,6 +187,17 @@ def test_warnings_come_first_and_what_is_fine_is_said(tmp_path: Path) -> None:
     assert text.index("Diversity has collapsed") < text.index("Also checked") < text.index("Before and after")
 
 
+def test_settings_are_set_apart_and_all_else_is_escaped() -> None:
+    assert flags("a lower --kl_weight <b>") == "a lower <code>--kl_weight</code> &lt;b&gt;"
+
+
+@pytest.mark.parametrize(("value", "middle"), [(0.4, "91.0"), (-2.0, "91.0"), (0.0, "166.0")])
+def test_a_flat_line_lies_on_an_axis_with_zero(value: float, middle: str) -> None:
+    """The plot spans y from 166 up to 16: [0, 0.8], [-4, 0], and [0, 1] for zero itself."""
+    drawn = draw(Chart("flat", "", training=[(0.0, value, 0.0), (1.0, value, 0.0)], evaluation=[]))
+    assert f'd="M50.0 {middle}L350.0 {middle}h0"' in drawn
+
+
 def test_numbers_are_typeset_and_words_are_not() -> None:
     assert typeset("held-out a-1: -0.5 ± 0.1, 1e-05") == "held-out a-1: \N{MINUS SIGN}0.5\xa0±\xa00.1, 1e-05"
 
@@ -175,6 +207,7 @@ def test_numbers_are_typeset_and_words_are_not() -> None:
     [
         (0.0, 1.0, ["0.0", "0.5", "1.0"]),
         (0.437, 0.81, ["0.5", "0.6", "0.7", "0.8"]),
+        (0.0002, 0.0004, ["0.00020", "0.00025", "0.00030", "0.00035", "0.00040"]),
         (-1.07, -0.2, ["\N{MINUS SIGN}1.0", "\N{MINUS SIGN}0.5"]),
         (0.0, 40000.0, ["0", "10,000", "20,000", "30,000", "40,000"]),
         (1e-6, 5e-6, ["1e\N{MINUS SIGN}06", "2e\N{MINUS SIGN}06", "3e\N{MINUS SIGN}06", "4e\N{MINUS SIGN}06",

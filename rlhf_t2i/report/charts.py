@@ -152,7 +152,7 @@ def ticks(low: float, high: float) -> list[tuple[float, str]]:
     places = max(0, -math.floor(math.log10(step * (1 + 1e-9))))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     values = [i * step for i in range(first, last + 1)]
-    plain = places <= 4 and max(abs(low), abs(high)) < 1e5
+    plain = places <= 5 and max(abs(low), abs(high)) < 1e5
     texts = [f"{value:,.{places}f}" if plain else f"{value:.2g}" for value in values]
     return [(value, text.replace("-", "\N{MINUS SIGN}")) for value, text in zip(values, texts, strict=True)]
 
@@ -162,7 +162,9 @@ def draw(chart: Chart, unit: str = "update") -> Markup:
     seen = chart.training + chart.evaluation
     left, right = min(x for x, _, _ in seen), max(x for x, _, _ in seen)
     low, high = min(y - e for _, y, e in seen), max(y + e for _, y, e in seen)
-    width, height = right - left or 1.0, high - low or abs(high) or 1.0
+    if low == high:  # a flat line lies in the middle of an axis that begins or ends at zero
+        low, high = min(0.0, 2 * low), max(0.0, 2 * high) or (0.0 if low else 1.0)
+    width, height = right - left or 1.0, high - low
 
     def at(x: float, y: float) -> str:
         return f"{50 + 300 * (x - left) / width:.1f} {166 - 150 * (y - low) / height:.1f}"

@@ -59,7 +59,7 @@ def held_out_falls(rows: Sequence[Row], config: Config) -> Finding:
             f"{one} went from {text(best, one)} to {text(last, one)}" for one in (name, kept or trained[0])
         )
         seen = f"From update {best['step']} to {last['step']} {both}."
-        return Finding(f"{name} falls, which is not trained on", "warning", seen, *_about_a_fall(kept, name, config))
+        return Finding(f"{name}, which is not trained on, falls", "warning", seen, *_about_a_fall(kept, name, config))
     gaps = ", ".join(f"{n} {text(evaluations[0], n)} to {text(last, n)}" for n in (*trained, *held_out))
     return Finding(check, "fine", f"No held-out reward has fallen by more than {bound:.1f} standard errors: {gaps}.")
 

@@ -52,7 +52,7 @@ def typeset(text: str) -> str:
 
 def flags(text: str) -> Markup:
     """With the names of settings set apart, so that none is broken at its dashes."""
-    return Markup(re.sub(r"--[a-z_]+", r"<code>\g<0></code>", escape(text)))
+    return Markup(re.sub(r"--[a-z_]+", r"<code>\g<0></code>", str(escape(text))))
 
 
 _FUNCTIONS = (

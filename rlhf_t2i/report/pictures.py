@@ -93,22 +93,40 @@ class Extremes:
 
 
 def read_sheet(path: Path, *, columns: int, num_cells: int) -> Sheet:
-    """Embed a strip of `num_cells` pictures; large ones shrink, each for itself, and lose what WebP loses."""
+    """Embed a strip of `num_cells` pictures: as it is, or large ones as thumbnails."""
     rows = -(-num_cells // columns)
     with Image.open(path) as strip:
-        side, height = strip.width // columns, strip.height // rows
-        if side <= _LOSSLESS_SIDE:
-            return Sheet(_url("png", path.read_bytes()), columns, rows, side)
-        shown = min(side, _THUMBNAIL_SIDE)
-        size = shown, round(height * shown / side)
-        small = Image.new("RGB", (columns * size[0], rows * size[1]), "white")
-        for cell in range(num_cells):
-            x, y = cell % columns, cell // columns
-            box = (x * side, y * height, (x + 1) * side, (y + 1) * height)
-            small.paste(strip.crop(box).convert("RGB").resize(size), (x * size[0], y * size[1]))
+        side = strip.width // columns
+    if side <= _LOSSLESS_SIDE:
+        return Sheet(_url("png", path.read_bytes()), columns, rows, side)
+    data = _thumbnails(path, columns=columns, rows=rows)
+    return Sheet(_url("webp", data), columns, rows, min(side, _THUMBNAIL_SIDE))
+
+
+def _thumbnails(path: Path, *, columns: int, rows: int) -> bytes:
+    """A strip whose pictures have shrunk, each for itself, as WebP.
+
+    It is kept beside the strip, because a run of large pictures would spend seconds on it at every evaluation.
+    """
+    kept = path.with_suffix(".webp")
+    if kept.is_file() and kept.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+        return kept.read_bytes()
+    with Image.open(path) as opened:
+        strip = opened.convert("RGB")
+    width, height = strip.width // columns, strip.height // rows
+    shown = min(width, _THUMBNAIL_SIDE)
+    size = shown, round(height * shown / width)
+    small = Image.new("RGB", (columns * size[0], rows * size[1]))
+    for x in range(columns):
+        for y in range(rows):
+            cell = strip.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
+            small.paste(cell.resize(size), (x * size[0], y * size[1]))
     data = io.BytesIO()
     small.save(data, "WEBP", quality=82)
-    return Sheet(_url("webp", data.getvalue()), columns, rows, shown)
+    part = kept.with_suffix(".part")  # whoever is killed now leaves no half of it
+    part.write_bytes(data.getvalue())
+    part.replace(kept)
+    return data.getvalue()
 
 
 def through_training(folder: Path, rows: Sequence[Row]) -> Through | None:
