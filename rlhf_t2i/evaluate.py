@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +13,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.checkpoint import write_atomically
+from rlhf_t2i.metrics import NUM_COLUMNS, save_captions, save_pictures
 from rlhf_t2i.rewards.load import CheckedReward
 from rlhf_t2i.sampling.rollout import rollout
 from rlhf_t2i.types import Policy, Sampler
 
 if TYPE_CHECKING:
     from rlhf_t2i.run import Run
+
+_NUM_SHOWN = 4 * NUM_COLUMNS
+"""Pictures on the strip of each evaluation."""
+_NUM_EXTREMES = 6
+"""Of the best pictures, and of the worst, by each reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +38,13 @@ class Evaluation:
     scores: dict[str, Float[Tensor, " B"]]
 
     def summary(self) -> dict[str, float]:
-        """Mean and standard error of each reward, and the diversity."""
+        """Mean and standard error of each reward, and the diversity, with its error where it has one."""
         row: dict[str, float] = {}
         for name, scores in self.scores.items():
             row[name] = scores.mean().item()
             row[f"{name}/standard_error"] = scores.std().item() / len(scores) ** 0.5
-        return {**row, "diversity": diversity(self.images, self.prompts)}
+        mean, error = diversity(self.images, self.prompts)
+        return {**row, "diversity": mean, **({"diversity_error": error} if error is not None else {})}
 
 
 @torch.no_grad()
@@ -88,10 +98,11 @@ def evaluation_set(prompts: Sequence[str], *, num_images: int, seed: int) -> tup
     )
 
 
-def diversity(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> float:
-    """How unlike one another the pictures of one prompt are; 0 if each prompt has but one picture in it.
+def diversity(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> tuple[float, float | None]:
+    """How unlike one another the pictures of one prompt are, and the standard error of that over prompts.
 
-    The root mean square distance of two pictures' pixels at 32 x 32, averaged over pairs and then over prompts.
+    The root mean square distance of two pictures' pixels at 32 x 32, averaged over pairs and then over prompts. It is 0
+    if each prompt has but one picture; the error is None unless two prompts have more.
     """
     small = F.interpolate(images, (32, 32), mode="bilinear", antialias=True, align_corners=False)
     distances: list[Tensor] = []
@@ -99,4 +110,53 @@ def diversity(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> float
         own = small[[i for i, p in enumerate(prompts) if p == prompt]].flatten(1)
         if len(own) > 1:
             distances.append(torch.pdist(own).mean() / own.shape[1] ** 0.5)
-    return torch.stack(distances).mean().item() if distances else 0.0
+    if not distances:
+        return 0.0, None
+    each = torch.stack(distances)
+    return each.mean().item(), each.std().item() / len(each) ** 0.5 if len(each) > 1 else None
+
+
+def extremes(scores: Float[Tensor, " B"], *, count: int) -> tuple[list[int], list[int]]:
+    """Which pictures scored best, and which worst, the utmost first; of equal ones the earliest.
+
+    No picture is both: of few pictures there are fewer than `count` on each side.
+    """
+    count = min(count, len(scores) // 2)
+    best = scores.sort(descending=True, stable=True).indices[:count].tolist()
+    rest = [i for i in scores.sort(stable=True).indices.tolist() if i not in best]
+    return best, rest[:count]
+
+
+def save_evaluation(evaluation: Evaluation, folder: Path, *, step: int) -> None:
+    """Write what an evaluation saw, for people and for the report, into the folder of a run's pictures.
+
+    step_000010.png         a strip of the first pictures; captions.json says what they are
+    step_000010.json        {"prompts", "seeds", "scores": {reward: [of every picture]}}
+    extremes_000010.png     the best and the worst pictures by each reward; only of the last evaluation
+    extremes.json           {"step", "columns", "cells", "best": {reward: [picture]}, "worst": {reward: [picture]}};
+                            a picture is its place in step_000010.json, and `cells` names that of each cell
+    """
+    shown = slice(0, _NUM_SHOWN)
+    save_pictures(folder / f"step_{step:06d}.png", evaluation.images[shown])
+    save_captions(folder / "captions.json", evaluation.prompts[shown], evaluation.seeds[shown])
+    scores = {name: values.tolist() for name, values in evaluation.scores.items()}
+    spoken = {"prompts": evaluation.prompts, "seeds": evaluation.seeds, "scores": scores}
+    write_atomically(folder / f"step_{step:06d}.json", json.dumps(spoken))
+    _save_extremes(evaluation, folder, step=step)
+
+
+def _save_extremes(evaluation: Evaluation, folder: Path, *, step: int) -> None:
+    found = {name: extremes(values, count=_NUM_EXTREMES) for name, values in evaluation.scores.items()}
+    cells = sorted({i for sides in found.values() for side in sides for i in side})
+    strip = folder / f"extremes_{step:06d}.png"
+    save_pictures(strip, evaluation.images[cells])
+    facts = {
+        "step": step,
+        "columns": NUM_COLUMNS,
+        "cells": cells,
+        "best": {name: best for name, (best, _) in found.items()},
+        "worst": {name: worst for name, (_, worst) in found.items()},
+    }
+    write_atomically(folder / "extremes.json", json.dumps(facts))
+    for earlier in set(folder.glob("extremes_*")) - {strip}:
+        earlier.unlink()

@@ -219,7 +219,7 @@ another the pictures of one prompt are, warns of a collapse.
 
 **{{ chart.title }}**: {{ chart.note }}
 
-{% endfor %}Ochre: in training; green: in evaluations, with whiskers of one standard error where it is known.
+{% endfor %}Grey: in training; green: in evaluations, with whiskers of one standard error where it is known.
 {% if not judge %}`report.html` holds all of this on one page.
 {% endif %}
 ## Limits

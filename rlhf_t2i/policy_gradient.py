@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.report.update_checks import FAST, REPLAY_NOISE, SLOW
 from rlhf_t2i.run import Run
 
 
@@ -40,18 +41,18 @@ def update_metrics(
 def warn_of_the_first_update(run: Run, metrics: Mapping[str, float]) -> None:
     """Say what replay_error, ratio_std and clip_range tell of settings that will not learn."""
     error, spread, clip_range = metrics["replay_error"], metrics["ratio_std"], metrics["clip_range"]
-    if error > 0.1 * clip_range:
+    if error > REPLAY_NOISE * clip_range:
         run.say(
             f"WARNING: replaying an unchanged policy moves its log-densities by {error:.1e}; beside a clip_range "
             f"of {clip_range:.1e} that is noise. Try the same microbatch_size on another device, or "
             f"mixed_precision: no."
         )
-    if 0 < spread < 0.02 * clip_range:
+    if 0 < spread < SLOW * clip_range:
         run.say(
             f"WARNING: the first update moved the ratio by {spread:.1e}, of a clip_range of {clip_range:.1e}; it "
             f"will learn slowly. Raise learning_rate."
         )
-    if spread > 10 * clip_range:
+    if spread > FAST * clip_range:
         run.say(
             f"WARNING: the first update moved the ratio by {spread:.1e}, far beyond a clip_range of "
             f"{clip_range:.1e}; most strokes are clipped and teach nothing. Lower learning_rate, or use fewer "

@@ -147,9 +147,10 @@ def _judge_charts(run: FinishedRun) -> list[Chart]:
     def points(key: str) -> list[tuple[float, float, float]]:
         return [(float(row["step"]), float(row[key]), 0.0) for row in run.history if key in row]
 
+    notes = {"accuracy": "Share of pairs that it orders as people did.", "loss": "Lower is better."}
     both = [
-        Chart("accuracy", "Share of pairs that it orders as people did.", points("accuracy"), points("eval_accuracy")),
-        Chart("loss", "Lower is better.", points("loss"), points("eval_loss")),
+        Chart(name, note, points(name), points(f"eval_{name}"), names=("training", "validation"))
+        for name, note in notes.items()
     ]
     return [chart for chart in both if chart.training or chart.evaluation]
 
@@ -159,7 +160,7 @@ def standalone(svg: str) -> str:
     style = (
         "path{fill:none;stroke:#e5e2db;stroke-linecap:round;stroke-linejoin:round;stroke-width:1.5}"
         "text{font:11px sans-serif;fill:#62676f;text-anchor:end;dominant-baseline:middle}"
-        ".training{stroke:#a8722f}.evaluation{stroke:#23716b}.dot{stroke-width:7}"
+        ".training{stroke:#868b93}.evaluation{stroke:#1f6f69}.dot{stroke-width:7}"
     )
     opening = f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>'
     head, _, rest = svg.partition(">")

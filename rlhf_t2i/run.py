@@ -25,14 +25,8 @@ from tqdm import tqdm
 
 from rlhf_t2i import checkpoint
 from rlhf_t2i.config import names
-from rlhf_t2i.evaluate import Evaluation
-from rlhf_t2i.metrics import (
-    NUM_COLUMNS,
-    MetricsFile,
-    before_after,
-    save_captions,
-    save_pictures,
-)
+from rlhf_t2i.evaluate import Evaluation, save_evaluation
+from rlhf_t2i.metrics import MetricsFile, before_after
 from rlhf_t2i.parallel.placement import learning_of, placement_facts, placement_table
 from rlhf_t2i.parallel.processes import DTYPES, Mode, end_processes, learner_for, start_processes
 from rlhf_t2i.parallel.state import Copies, read_state, write_state
@@ -170,15 +164,12 @@ class Run:
         self._bar.set_postfix_str(f"{shown[0]}, {rate:.0f} images/s")
 
     def record(self, evaluation: Evaluation) -> None:
-        """Write down an evaluation: its row, a strip of its first pictures, and the report as it stands."""
+        """Write down an evaluation: its row, its pictures with their scores, and the report as it stands."""
         summary = evaluation.summary()
         self._seconds.clear()
         self.log({"kind": "evaluation", "step": self.done, "num_images": len(evaluation.images), **summary})
         if self.is_main:
-            shown = slice(0, 4 * NUM_COLUMNS)
-            folder = self.folder / "pictures"
-            save_pictures(folder / f"step_{self.done:06d}.png", evaluation.images[shown])
-            save_captions(folder / "captions.json", evaluation.prompts[shown], evaluation.seeds[shown])
+            save_evaluation(evaluation, self.folder / "pictures", step=self.done)
             write_report(self.folder)
             verdict = ", ".join(
                 f"{name} {summary[name]:.3f} ± {summary[f'{name}/standard_error']:.3f}" for name in evaluation.scores

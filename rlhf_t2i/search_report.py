@@ -139,6 +139,7 @@ def charts(found: Sequence[Found]) -> list[tuple[Chart, str]]:
                 notes[searched, compared],
                 curve(found, name, cost) if searched else [],
                 [point(found, name, cost)] if searched else curve(found, name, cost),
+                names=("plain best-of-n", "the search" if searched else "best-of-n"),
             ),
             unit,
         )

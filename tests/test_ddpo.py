@@ -352,7 +352,8 @@ def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
         "config.yaml", "run.json", "metrics.jsonl", "report.html", "pictures", "checkpoints", "unet",
     }  # fmt: skip
     assert {p.name for p in (folder / "pictures").iterdir()} == {
-        "captions.json", "step_000000.png", "step_000003.png",
+        "captions.json", "step_000000.png", "step_000000.json", "step_000003.png", "step_000003.json",
+        "extremes.json", "extremes_000003.png",
     }  # fmt: skip
     facts = json.loads((folder / "run.json").read_text())
     assert facts["versions"]["torch"] == torch.__version__
