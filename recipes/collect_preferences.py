@@ -57,6 +57,10 @@ class Config:
     "tie"} is a pair that nobody has judged. What they say of a pair is shown on the results page only."""
     image_root: str | None = None
     """Of pairs: where relative image paths start; null is each file's own folder."""
+    image_prefix: str | None = None
+    """Of pairs: OLD=NEW; image paths that start with the folder OLD are read as if they started with NEW."""
+    unpack_folder: str = "runs/pictures"
+    """Of pairs: where pictures are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Of pairs: stop at a record that cannot be asked, or write it to skipped.jsonl in the run folder."""
     weights: str | None = None
@@ -159,8 +163,10 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
     from reward_model.images import to_tensor
 
     found = load_pairs_of_one_prompt(
-        [Path(name) for name in names(config.pairs or "")],
-        image_root=Path(config.image_root) if config.image_root else None,
+        names(config.pairs or ""),
+        image_root=config.image_root,
+        image_prefix=config.image_prefix,
+        unpack_to=config.unpack_folder,
         skipped=folder / "skipped.jsonl" if config.on_bad_record == "skip" else None,
         keep_ties=True,
     )

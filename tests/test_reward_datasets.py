@@ -301,7 +301,7 @@ def test_a_file_without_records_is_refused(folder: Path, name: str, content: str
 
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs", "pairs.jsonl.gz"])
 def test_other_endings_are_refused_with_those_that_are_possible(folder: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"possible are \.jsonl .* and \.json"):
+    with pytest.raises(ValueError, match=r"possible are \.jsonl, \.json, \.parquet"):
         load_records(write_lines(folder, PAIR, name=name))
 
 
