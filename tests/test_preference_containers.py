@@ -1,0 +1,412 @@
+"""The same rows mean the same in JSON, JSONL, Parquet, tar, TFRecord and in what `datasets` loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from reward_model.datasets import BadRecordError, load_pairs_of_one_prompt, load_records
+from reward_model.datasets.formats import FORMATS, parse_source
+from reward_model.datasets.images import parse_prefix
+from reward_model.datasets.tfrecord import examples_of, masked_crc32c
+from reward_model.types import LabelledImage, PreferencePair, Record
+from tests.preference_files import (
+    CAT,
+    FOX,
+    HPDV2_TEST,
+    HPDV2_TRAIN,
+    HPDV3,
+    RICHHF,
+    UNSAFEBENCH,
+    colour_of,
+    content,
+    example,
+    framed,
+    image_reward_rows,
+    pick_a_pic_rows,
+    seen,
+    write_json,
+    write_parquet,
+    write_pick_a_pic,
+    write_pictures,
+    write_tar,
+    write_tfrecord,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pictures in it and in images/; what is unpacked goes to runs/pictures in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("", "images", "train", "images/train/train_1"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        write_pictures(tmp_path / name)
+    return tmp_path
+
+
+# --- FORMAT:PLACE ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_that_a_message_names_exists(name: str) -> None:
+    given = name.replace("THRESHOLD", "0.5")
+    form, place = parse_source(f"{given}:some/place.parquet")
+    assert (form.name, place) == (given.partition("=")[0], "some/place.parquet")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pickapick:x.parquet", r"pickapick: is no format of data. Did you mean pickapic\? Possible are own, "),
+        ("imagerewarddb:x.json", r"imagerewarddb: is no format .* Did you mean imagerewarddb/\w+\?"),
+        ("imagerewarddb/fidelty:x.json", r"Did you mean imagerewarddb/fidelity\?"),
+        ("richhf/artifact:x.tfrecord", r"Did you mean richhf/artifact=THRESHOLD\?"),
+        ("richhf/artifact=high:x.tfrecord", r"The threshold of richhf/artifact=high is no number"),
+        ("richhf/artifact=nan:x.tfrecord", r"The threshold of richhf/artifact=nan is no number"),
+        ("hpdv3=0.5:x.json", r"hpdv3=0.5: is no format of data"),
+    ],
+)
+def test_a_mistaken_format_is_refused_with_those_that_exist(source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_records(source)
+
+
+def test_a_colon_in_the_name_of_a_file_is_no_format(folder: Path) -> None:
+    (folder / "a:b.jsonl").write_text(json.dumps({"prompt": FOX, "image": "red.jpg", "label": 1}))
+    assert seen(load_records("a:b.jsonl")) == [("red", FOX, 1)]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("hpdv3:nowhere.json", "There is no data file nowhere.json"),
+        ("own:x.csv", "x.csv ends in '.csv'; possible are .jsonl, .json, .parquet, .tar, .tfrecord"),
+        ("image_folder:nowhere", "There is no folder nowhere"),
+        ("own:images", "The folder images holds no file that ends in .jsonl"),
+        ("own:mixed", "The folder mixed holds .json and .jsonl files; give one with files of one kind"),
+        ("own:hf:owner/name", "hf:owner/name names no split; write hf:ID@SPLIT"),
+        ("own:hf:nowhere/at_all@train", "hf:nowhere/at_all@train cannot be loaded: "),
+    ],
+)
+def test_a_place_that_holds_no_data_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, message: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (folder / "x.csv").write_text("")
+    (folder / "mixed").mkdir()
+    for name in ("a.json", "b.jsonl"):
+        (folder / "mixed" / name).write_text("")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load_records(place)
+    assert message in str(caught.value)
+
+
+# --- containers -----------------------------------------------------------------------------------
+
+
+def test_a_folder_of_shards_is_read_in_the_order_of_their_names(folder: Path) -> None:
+    (folder / "shards").mkdir()
+    for name, colour in (("b", "blue"), ("a", "green")):
+        write_parquet(folder / "shards" / f"{name}.parquet", [UNSAFEBENCH[0] | {"image": content(colour)}])
+    records = load_records("unsafebench:shards")
+    assert [(row[0], record.where) for row, record in zip(seen(records), records, strict=True)] == [
+        ("green", "shards/a.parquet:ROW 1"),
+        ("blue", "shards/b.parquet:ROW 1"),
+    ]
+
+
+def test_a_table_says_the_same_through_datasets_as_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load_dataset` on a folder of Parquet, as on a Hub id, with pictures as datasets declares them."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    (folder / "table").mkdir()
+    rows = {key: [row[key] for row in UNSAFEBENCH] for key in UNSAFEBENCH[0]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.to_parquet(folder / "table" / "train-00000-of-00001.parquet")
+    records = load_records(f"unsafebench:hf:{folder / 'table'}@train")
+    assert seen(records) == [("red", FOX, 0), ("green", "", 1)]
+    assert records[1].where == f"hf:{folder / 'table'}@train:ROW 2"
+    with pytest.raises(ValueError, match="table@test cannot be loaded: ValueError: Unknown split"):
+        load_records(f"unsafebench:hf:{folder / 'table'}@test")
+
+
+def test_a_sample_of_a_tar_takes_its_pictures_by_field_or_by_name(folder: Path) -> None:
+    members = {
+        "a/0001.json": json.dumps({"prompt": FOX, "label": 1}).encode(),
+        "a/0001.jpg": content("green"),
+        "a/0002.json": json.dumps({"prompt": CAT}).encode(),
+        "a/0002.winner.PNG": content("red", "PNG"),
+        "a/0002.loser.png": content("blue", "PNG"),
+        "b.json": json.dumps({"prompt": CAT, "tie": ["a/0001.jpg", "a/0002.loser.png"]}).encode(),
+    }
+    records = load_records(str(write_tar(folder / "shard.tar", members)))
+    assert seen(records) == [
+        ("green", FOX, 1),
+        ("red", "blue", CAT, False, 0.0),
+        ("green", "blue", CAT, True, 0.0),
+    ]
+    assert [record.where.rpartition(":")[2] for record in records] == ["a/0001.json", "a/0002.json", "b.json"]
+
+
+@pytest.mark.parametrize(
+    ("members", "clue"),
+    [
+        ({"x.json": b'{"prompt": "a", "label": 1, "image": "../red.jpg"}'}, "'../red.jpg' is no member"),
+        ({"x.json": b'{"prompt": "a", "label": 1, "image": "red.jpg"}'}, "'red.jpg' is no member"),
+        ({"x.json": b'{"prompt": "a", "label": 1}', "x.jpg": b"text"}, "the image 'x.jpg', of 4 bytes, cannot be read"),
+        ({"x.json": b'{"prompt": "a", "label": 1}', "y.jpg": b"text"}, "make no record"),
+        ({"x.json": b'{"prompt": '}, "not JSON"),
+    ],
+)
+def test_a_bad_sample_of_a_tar_is_refused_by_its_name(folder: Path, members: dict[str, bytes], clue: str) -> None:
+    """The pictures beside the archive do not count, nor does any other file."""
+    path = write_tar(folder / "shard.tar", members)
+    with pytest.raises(BadRecordError) as caught:
+        load_records(str(path))
+    assert str(caught.value).startswith(f"{path}:x.json: ")
+    assert clue in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet", "x.tfrecord"])
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.97])
+def test_a_file_that_is_cut_off_is_refused_as_a_whole(folder: Path, name: str, keep: float) -> None:
+    row = {"image": content("red"), "safety_label": "Safe"}
+    match name:
+        case "x.tar":
+            path = write_tar(
+                folder / name, {"x.json": b'{"safety_label": "Safe"}', "x.jpg": row["image"] + bytes(9999)}
+            )
+        case "x.parquet":
+            path = write_parquet(folder / name, [row])
+        case _:
+            path = write_tfrecord(folder / name, [row])
+    whole = path.read_bytes()
+    if name == "x.tar":
+        whole = whole[:10240]  # behind it are but zeros
+    path.write_bytes(whole[: round(keep * len(whole))])
+    with pytest.raises(ValueError, match=rf"{name}.* (cannot be read|is no Example|is cut off)"):
+        load_records(f"unsafebench:{path}")
+
+
+def test_the_check_sum_is_that_of_the_standard() -> None:
+    """CRC-32C of "123456789" is 0xe3069283; masked, it is turned by 15 bits and moved on."""
+    turned = (0xE3069283 >> 15 | 0xE3069283 << 17) & 0xFFFFFFFF
+    assert masked_crc32c(b"123456789") == (turned + 0xA282EAD8) % 2**32
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_example_of_a_tfrecord_is_read_by_hand(folder: Path, packed: bool) -> None:
+    fields = {"name": "zwei Füchse", "raw": b"\xff\x00", "score": 0.25, "count": -3, "many": 2**40}
+    (folder / "x.tfrecord").write_bytes(framed(example(fields, packed=packed)))
+    (row,) = examples_of(folder / "x.tfrecord", unused={"raw"})
+    assert row.source == {key: value for key, value in fields.items() if key != "raw"}
+
+
+# --- where pictures lie ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name", "found"),
+    [
+        ("/scr/them=images", "/scr/them/red.jpg", "images/red.jpg"),
+        ("/scr/them/=images/", "/scr/them/red.jpg", "images/red.jpg"),
+        ("/scr/them=", "/scr/them/red.jpg", "red.jpg"),
+        ("/scr/them={folder}/train", "/scr/them/red.jpg", "train/red.jpg"),
+        ("pictures=images", "red.jpg", "red.jpg"),
+    ],
+)
+def test_a_prefix_leads_the_authors_paths_to_ours(folder: Path, prefix: str, name: str, found: str) -> None:
+    path = write_json(folder / "x.json", [{"path": name, "label": 1, "prompt": FOX}])
+    (record,) = load_records(path, image_prefix=prefix.format(folder=folder))
+    assert isinstance(record, LabelledImage)
+    assert record.image == folder / found
+
+
+def test_a_prefix_is_a_whole_folder_and_leads_nowhere_outside(folder: Path) -> None:
+    path = write_json(folder / "x.json", [{"path": "/scr/them2/red.jpg", "label": 1, "prompt": FOX}])
+    for prefix in ("/scr/them=images", "/scr/them2=../images"):
+        with pytest.raises(BadRecordError, match="outside of the image root"):
+            load_records(path, image_prefix=prefix)
+
+
+@pytest.mark.parametrize("text", ["", "=", "=x", "/a/b", "/="])
+def test_a_prefix_without_two_sides_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="it must be OLD=NEW"):
+        parse_prefix(text)
+
+
+def test_equal_pictures_share_a_file_and_are_written_once(folder: Path) -> None:
+    path = write_pick_a_pic(folder / "x.parquet", pick_a_pic_rows()[:2])
+    one, two = load_records(f"pickapic:{path}", unpack_to="here")
+    assert isinstance(one, PreferencePair)
+    assert isinstance(two, PreferencePair)
+    assert (one.winner, one.loser) == (two.loser, two.winner)
+    assert one.winner.read_bytes() == content("red")
+    written = os.stat(one.winner).st_mtime_ns, os.stat(one.winner).st_ino
+    load_records(f"pickapic:{path}", unpack_to="here")
+    assert written == (os.stat(one.winner).st_mtime_ns, os.stat(one.winner).st_ino)
+
+
+def test_a_painter_learns_from_published_pairs_and_from_no_labels(folder: Path) -> None:
+    table = write_pick_a_pic(folder / "x.parquet")
+    write_json(folder / "x.json", HPDV3)
+    pairs = load_pairs_of_one_prompt([f"pickapic:{table}", "hpdv3:x.json"], image_root=None, skipped=None)
+    assert [(colour_of(pair.winner), colour_of(pair.loser)) for pair in pairs] == [
+        ("red", "blue"), ("blue", "red"), ("red", "green"), ("blue", "red"), ("blue", "green"),
+    ]  # fmt: skip
+    write_parquet(folder / "safe.parquet", UNSAFEBENCH)
+    with pytest.raises(BadRecordError, match=r"safe\.parquet:ROW 1: this is a label"):
+        load_pairs_of_one_prompt(["unsafebench:safe.parquet"], image_root=None, skipped=None)
+
+
+# --- anything at all ------------------------------------------------------------------------------
+
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2, 7, 0.5, 1e308, -1e308, 10**30, float("nan"), float("inf")),
+    *("", "null", FOX, "red.jpg", "blue.jpg", "..", "/etc/passwd", "../red.jpg", "images", "\0", "\ud800", "x" * 5000),
+    *("Safe", "Unsafe", "東京 🦊", "missing.jpg", "half.jpg", "empty.jpg"),
+    *([], {}, ["red.jpg", "blue.jpg"], ["red.jpg"] * 2, [1, 0], [0, 1], [1, 1, 2], [None], [[]], {"bytes": None}),
+    *(b"", content("white"), content("white")[:150], {"bytes": content("blue"), "path": None}),
+]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "imagerewarddb/fidelity": image_reward_rows(),
+    "imagerewarddb/rank": [
+        {"prompt": FOX, "prompt_id": "x", "image_path": ["red.jpg", "blue.jpg"], "rank": [1, 2]},
+        {"prompt": FOX, "prompt_id": "x", "img_better": content("red"), "img_worse": content("blue")},
+    ],
+    "pickapic": pick_a_pic_rows(),
+    "hpdv2": [*HPDV2_TRAIN, *HPDV2_TEST],
+    "hpdv3": HPDV3,
+    "unsafebench": UNSAFEBENCH,
+    "richhf/artifact=0.5": RICHHF,
+    "richhf/alignment=0.5": [row | {"prompt": CAT} for row in RICHHF],
+    "own": [{"prompt": FOX, "winner": content("red"), "loser": content("blue"), "rating_gap": 2.0}],
+    "llava_reward": [{"path": content("red"), "label": 1, "prompt": FOX, "safety_label": "Safe"}],
+}
+
+
+def mutated(draw: random.Random, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One to three changes: a field dropped, renamed, given another value or another's; an element of a list changed."""
+    row = dict(draw.choice(rows))
+    for _ in range(draw.randint(1, 3)):
+        key = draw.choice(sorted(row) or ["prompt"])
+        match draw.randrange(6):
+            case 0:
+                row.pop(key, None)
+            case 1:
+                row[key[:-1] + draw.choice("sx ")] = row.pop(key, None)
+            case 2 | 3:
+                row[key] = draw.choice(VALUES)
+            case 4:
+                row[key] = row.get(draw.choice(sorted(row) or ["prompt"]))
+            case _ if isinstance(row.get(key), list) and row[key]:
+                row[key] = [*row[key]]
+                row[key][draw.randrange(len(row[key]))] = draw.choice(VALUES)
+            case _:
+                row[key] = [row.get(key)] * draw.randrange(4)
+    return row
+
+
+def check(records: list[Record], roots: tuple[Path, Path]) -> None:
+    assert records
+    for record in records:
+        if isinstance(record, LabelledImage):
+            assert record.label in (0, 1)
+            pictures, texts = [record.image], [record.prompt]
+        else:
+            pictures, texts = [record.winner, record.loser], [record.winner_prompt, record.loser_prompt]
+            assert (pictures[0], texts[0]) != (pictures[1], texts[1])
+            assert 0 <= record.rating_gap < float("inf")
+            assert not (record.tie and record.rating_gap)
+        assert all(text.encode() is not None for text in texts)
+        for picture in pictures:
+            assert any(picture.is_relative_to(root) for root in roots)
+            with Image.open(picture) as image:
+                image.load()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_mutated_rows_of_a_published_format_are_refused_by_name_or_sound(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """150 for each format. Rows come from a table, which may hold more kinds of values than JSON.
+
+    Where rows of a prompt belong together, one of them is changed.
+    """
+    from reward_model.datasets import containers
+    from reward_model.datasets.source import RawRecord
+
+    (folder / "half.jpg").write_bytes(content("red")[:200])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "x.parquet").write_bytes(b"")
+    draw, outcomes = random.Random(name), {"sound": 0, "refused": 0}
+    given: list[dict[str, Any]] = []
+
+    def rows_of_parquet(path: Path, *, unused: object) -> list[RawRecord]:
+        return [RawRecord(f"{path}:ROW {number}", row) for number, row in enumerate(given, start=1)]
+
+    monkeypatch.setattr(containers, "rows_of_parquet", rows_of_parquet)
+    for _ in range(150):
+        given[:] = [mutated(draw, ROWS[name])]
+        if name == "imagerewarddb/fidelity":
+            changed = draw.randrange(5)
+            given[:] = [
+                *ROWS[name][:changed],
+                mutated(draw, ROWS[name][changed : changed + 1]),
+                *ROWS[name][changed + 1 :],
+            ]
+        try:
+            records = load_records(f"{name}:x.parquet")
+        except BadRecordError as error:
+            assert str(error).startswith("x.parquet:ROW "), given
+            assert len(str(error)) < 1000, given
+            str(error).encode()
+            outcomes["refused"] += 1
+        except ValueError as error:
+            assert str(error).startswith("x.parquet holds no record; of 1 rows "), given
+            outcomes["sound"] += 1
+        else:
+            check(records, (folder, folder / "runs" / "pictures"))
+            outcomes["sound"] += 1
+    assert min(outcomes.values()) > 5, "the mutations prove nothing if all of them break, or none"
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "tar", "parquet"])
+def test_a_file_with_changed_bytes_is_refused_or_sound(folder: Path, kind: str) -> None:
+    """40 for each container: whatever the bytes, a ValueError names the file."""
+    row = {"image": content("red"), "safety_label": "Safe", "text": FOX}
+    path = folder / f"x.{kind}"
+    match kind:
+        case "tfrecord":
+            write_tfrecord(path, [row])
+        case "tar":
+            write_tar(path, {"x.json": b'{"safety_label": "Safe"}', "x.jpg": content("red")})
+        case _:
+            write_parquet(path, [row])
+    whole, draw = path.read_bytes(), random.Random(kind)
+    for _ in range(40):
+        changed = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            changed[draw.randrange(len(changed))] = draw.randrange(256)
+        path.write_bytes(changed)
+        try:
+            check(load_records(f"unsafebench:{path}"), (folder, folder / "runs" / "pictures"))
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_a_length_that_points_beyond_the_file_is_refused_without_being_read(folder: Path) -> None:
+    head = struct.pack("<Q", 2**60)
+    (folder / "x.tfrecord").write_bytes(head + struct.pack("<I", masked_crc32c(head)) + b"x")
+    with pytest.raises(ValueError, match=r"RECORD 1 is no Example .* the file ends 1 bytes behind its head"):
+        load_records("unsafebench:x.tfrecord")
