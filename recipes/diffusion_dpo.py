@@ -181,8 +181,9 @@ def load_pairs(tuning: Tuning, config: Config) -> PicturePairs:
         names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, unused=unused,
         image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
     )  # fmt: skip
-    prompts = {pair.winner_prompt for pair in found}
-    run.say(f"{len(found):,} pairs of {len(prompts):,} prompts; {unused.total():,} rows say nothing")
+    for reason, count in unused.items():
+        run.say(f"{count:,} rows say nothing: {reason}")
+    run.say(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")
     files = PicturePairs(
         found, policy=tuning.policy, read=to_tensor, batch_size=config.microbatch_size,
         cache_folder=Path(config.cache_folder) if config.cache_folder else None,

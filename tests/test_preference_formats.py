@@ -101,6 +101,16 @@ def test_a_pair_row_of_image_reward_is_by_rank_only(folder: Path) -> None:
     assert "do not say which has more fidelity" in refusal(f"imagerewarddb/fidelity:{path}")
 
 
+def test_the_test_set_of_image_reward_is_by_rank_only(folder: Path) -> None:
+    row = {"id": "x", "prompt": FOX, "generations": ["red.jpg", "green.jpg", "blue.jpg"], "ranking": [2, 1, 2]}
+    path = write_json(folder / "test.json", [row])
+    assert seen(load_records(f"imagerewarddb/rank:{path}")) == [
+        ("green", "red", FOX, False, 1.0),
+        ("green", "blue", FOX, False, 1.0),
+    ]
+    assert "does not say which has more alignment" in refusal(f"imagerewarddb/alignment:{path}")
+
+
 @pytest.mark.parametrize(
     ("change", "clue"),
     [

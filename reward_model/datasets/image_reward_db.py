@@ -7,7 +7,9 @@ As published, one row a picture, in metadata-SPLIT.parquet and in the JSON of ea
      "image_text_alignment_rating": 6, "fidelity_rating": 6}
 
 and as its loading script makes them: the same with `image`; one row a prompt, with lists (`8k_group`); or one row a
-pair, {"prompt_id", "prompt", "classification", "img_better", "img_worse"} (`8k_pair`).
+pair, {"prompt_id", "prompt", "classification", "img_better", "img_worse"} (`8k_pair`). And as the test set of
+ImageReward's repository, by rank alone: {"id": "x", "prompt": "a red fox", "generations": ["a.webp", "b.webp"],
+"ranking": [1, 2]}.
 
 Ratings are whole numbers from 1 (bad) to 7 (good), ranks begin with 1, the best, and may be shared.
 """
@@ -40,7 +42,7 @@ RATING_OF: Mapping[str, str] = {
     "overall": "overall_rating",
     "rank": "rank",
 }
-_EXTRAS = {*RATING_OF.values(), "prompt_id", "classification", "image_amount_in_total", "image", "image_path"}
+_EXTRAS = {*RATING_OF.values(), "prompt_id", "classification", "image_amount_in_total", "image", "image_path", "id"}
 
 
 def image_reward_record(
@@ -56,6 +58,9 @@ def image_reward_record(
         return [PreferencePair(winner, loser, prompt, prompt, where=where)]
 
     key, rating = _picture_key(fields), RATING_OF[perspective]
+    if key == "generations" and perspective != "rank":
+        raise BadRecordError(f"generations have a ranking only; it does not say which has more {perspective}.")
+    rating = "ranking" if key == "generations" else rating
     check_keys(fields, needed={"prompt", key, rating}, unused=_EXTRAS)
     pictures = [picture_of(value, key) for value in take_list(fields, key)]
     ratings = [_rating(value, rating) for value in take_list(fields, rating)]
@@ -98,19 +103,18 @@ def _prompt_id(row: RawRecord) -> str | None:
         fields = row.fields()
     except BadRecordError:
         return None
-    prompt_id, picture = fields.get("prompt_id"), fields.get("image_path", fields.get("image"))
+    prompt_id, picture = fields.get("prompt_id"), fields.get(_picture_key(fields))
     return prompt_id if isinstance(prompt_id, str) and not isinstance(picture, list | None) else None
 
 
 def _picture_key(fields: Mapping[str, Any]) -> str:
-    return "image_path" if "image_path" in fields else "image"
+    return next((key for key in ("generations", "image_path") if key in fields), "image")
 
 
 def _rating(value: object, key: str) -> float:
     """Ranks are turned round, so that more is better for each perspective."""
-    number = number_of(value, key)
-    highest = 7 if key != "rank" else float("inf")
-    if not number.is_integer() or not 1 <= number <= highest:
-        limits = "from 1 to 7" if key != "rank" else "from 1, the best, upwards"
+    number, ranked = number_of(value, key), key in ("rank", "ranking")
+    if not number.is_integer() or not 1 <= number <= (float("inf") if ranked else 7):
+        limits = "from 1, the best, upwards" if ranked else "from 1 to 7"
         raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a whole number {limits}.")
-    return -number if key == "rank" else number
+    return -number if ranked else number
