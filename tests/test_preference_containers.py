@@ -117,6 +117,25 @@ def test_a_folder_of_shards_is_read_in_the_order_of_their_names(folder: Path) ->
     ]
 
 
+def test_a_tar_of_two_members_with_one_name_or_of_two_archives_is_refused(folder: Path) -> None:
+    path = write_tar(folder / "x.tar", {"x.json": b"{}"})
+    whole, member = path.read_bytes(), path.read_bytes()[:1024]
+    for content_of, message in (
+        (member + whole, r"x\.tar has two members 'x\.json'"),
+        (whole + whole, r"x\.tar cannot be read behind byte 1,024: there stands no member"),
+        (member + b"x" * 512 + whole, r"x\.tar cannot be read behind byte 1,024"),
+    ):
+        path.write_bytes(content_of)
+        with pytest.raises(ValueError, match=message):
+            load_records("own:x.tar")
+
+
+def test_a_prefix_also_leads_to_members(folder: Path) -> None:
+    members = {"x.json": b'{"prompt": "a", "label": 0, "image": "/scr/y.jpg"}', "in/y.jpg": content("blue")}
+    write_tar(folder / "x.tar", members)
+    assert seen(load_records("own:x.tar", image_prefix="/scr=in")) == [("blue", "a", 0)]
+
+
 def test_a_table_says_the_same_through_datasets_as_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`load_dataset` on a folder of Parquet, as on a Hub id, with pictures as datasets declares them."""
     import datasets

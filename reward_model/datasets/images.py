@@ -40,9 +40,10 @@ def image_finder(
     def find_image(picture: Picture) -> Path:
         if isinstance(picture, bytes):
             return _unpacked(picture, unpack_to, max_pixels=max_pixels, name="in the record")
+        name = picture if prefix is None else _moved(picture, *prefix)
         if member is not None:
-            return _unpacked(member(picture), unpack_to, max_pixels=max_pixels, name=shortened(picture))
-        path = _path_inside(root, picture if prefix is None else _moved(picture, *prefix))
+            return _unpacked(member(name), unpack_to, max_pixels=max_pixels, name=shortened(picture))
+        path = _path_inside(root, name)
         if found := flaw(path):
             raise BadRecordError(f"the image {shortened(picture)}, seen from {root}, {found}")
         return path

@@ -10,7 +10,8 @@ KEY.jpg the field `image`; a picture that the JSON names by itself is looked up 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reward_model.datasets.fields import BadRecordError, shortened
@@ -23,17 +24,18 @@ class TarShard:
     """One archive, of which members are read when they are asked for, from where they lie."""
 
     def __init__(self, path: Path) -> None:
-        """List the members. ValueError if the file is no uncompressed tar, or two members have one name."""
+        """List the members. ValueError if the file is no whole, uncompressed tar, or two members have one name."""
         self.path = path
         try:
             with tarfile.open(path, "r:") as archive:
-                members = [member for member in archive if not member.isdir()]
+                found = list(archive)
         except (tarfile.TarError, OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as an uncompressed tar: {error}. Fetch it again.") from error
+        _check_end(path, found)
+        members = [member for member in found if not member.isdir()]
         self.members = {member.name: member for member in members}
         if len(self.members) < len(members):
-            names = [member.name for member in members]
-            twin = next(name for name in names if names.count(name) > 1)
+            (twin, _), *_ = Counter(member.name for member in members).most_common(1)
             raise ValueError(f"{path} has two members {shortened(twin)}; each needs a name of its own.")
 
     def content(self, name: str) -> bytes:
@@ -71,6 +73,17 @@ class TarShard:
         except BadRecordError:
             return RawRecord(where, source)  # refused like any broken line, once its turn comes
         return RawRecord(where, {**pictures, **fields})
+
+
+def _check_end(path: Path, members: Sequence[tarfile.TarInfo]) -> None:
+    """Python's reader takes a broken header, and the end of the first of two archives in a row, for the end of all."""
+    last = max(members, key=lambda member: member.offset_data, default=None)
+    end = 0 if last is None else last.offset_data + (last.size + 511) // 512 * 512
+    with path.open("rb") as file:
+        file.seek(end)
+        while chunk := file.read(1 << 20):
+            if chunk.strip(b"\0"):
+                raise ValueError(f"{path} cannot be read behind byte {end:,}: there stands no member. Fetch it again.")
 
 
 def _key_and_rest(name: str) -> tuple[str, str]:
