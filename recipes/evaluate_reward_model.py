@@ -92,6 +92,7 @@ def main(config: Config) -> dict[str, list[Metric]]:
 def load(config: Config, folder: Path) -> dict[str, list[Record]]:
     """The records of each data file, by its name."""
     from reward_model.datasets import load_records
+    from reward_model.datasets.formats import name_of
 
     sources = names(config.data)
     if config.data == "shapes":
@@ -99,16 +100,16 @@ def load(config: Config, folder: Path) -> dict[str, list[Record]]:
 
         made = write_pairs(Path("runs") / f"shapes-pairs-{config.seed}", seed=config.seed)
         sources = [str(made / f"{name}.jsonl") for name in TESTS]
-    named = {Path(source).stem: source for source in sources}
+    named = {name_of(source): source for source in sources}
     if len(named) < len(sources) or not named:
         raise ValueError(f"data is {config.data!r}; name one or more files with names of their own.")
     unused = Counter[str]()
     found = {
-        stem: load_records(
+        name: load_records(
             source, image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
             on_bad_record=config.on_bad_record, skipped=folder / "skipped.jsonl", unused=unused,
         )
-        for stem, source in named.items()
+        for name, source in named.items()
     }  # fmt: skip
     for reason, count in unused.items():
         tqdm.write(f"{count:,} rows say nothing: {reason}")

@@ -341,6 +341,8 @@ def sources(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
     """Where training, validation and test data lie, the last ones by name; the built-in world's are made."""
     from accelerate import PartialState
 
+    from reward_model.datasets.formats import name_of
+
     training, validation, test = config.training, config.validation or "", config.test or ""
     if training == BUILT_IN:
         from rlhf_t2i.shapes.pairs import TESTS, write_pairs
@@ -350,7 +352,7 @@ def sources(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
         training = f"{made / 'train_drawn.jsonl'},{made / 'train_painted.jsonl'}"
         validation = validation or str(made / "validation.jsonl")
         test = test or ",".join(str(made / f"{name}.jsonl") for name in TESTS)
-    tests = {Path(source).stem: source for source in names(test)}
+    tests = {name_of(source): source for source in names(test)}
     if len(tests) < len(names(test)) or "validation" in tests:
         raise ValueError(f"test is {test!r}; each file needs a name of its own, other than validation.")
     return names(training), names(validation), tests

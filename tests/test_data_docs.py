@@ -152,11 +152,11 @@ def test_test_prompts_are_left_out_and_hard_negatives_added(world: Path, capsys:
     )  # fmt: skip
     training, held_out, tests = train_reward_model.load_data(config, world)
     said = capsys.readouterr().out
-    assert "test: 1 of 1 prompts occur in the training data, in 1 of 3 records, such as 'a red fox'" in said
+    assert "hpdv2-test: 1 of 1 prompts occur in the training data, in 1 of 3 records, such as 'a red fox'" in said
     assert "1 training records are left out" in said
     assert "1 hard negatives are added to 2 training records" in said
     assert seen(training[:2]) == EXPECTED["hpdv3"][1:]
     (negative,) = training[2:]
     assert negative.where.startswith("hard negative of data/HPDv3/train.json:RECORD 2")
     assert seen(held_out) == [("red", "green", "a bird", False, 0.0)]
-    assert [*tests] == ["test"]
+    assert [*tests] == ["hpdv2-test"]

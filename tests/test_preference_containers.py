@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from reward_model.datasets import BadRecordError, load_pairs_of_one_prompt, load_records
-from reward_model.datasets.formats import FORMATS, parse_source
+from reward_model.datasets.formats import FORMATS, name_of, parse_source
 from reward_model.datasets.images import parse_prefix
 from reward_model.datasets.tfrecord import examples_of, masked_crc32c
+from reward_model.images import to_tensor
 from reward_model.types import LabelledImage, PreferencePair
 from tests.preference_files import (
     CAT,
@@ -52,6 +53,21 @@ def test_every_format_that_a_message_names_exists(name: str) -> None:
     given = name.replace("THRESHOLD", "0.5")
     form, place = parse_source(f"{given}:some/place.parquet")
     assert (form.name, place) == (given.partition("=")[0], "some/place.parquet")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("data/test.jsonl", "test"),
+        ("hf:me/mine@test", "mine@test"),
+        ("imagerewarddb/rank:data/metadata-test.parquet", "imagerewarddb-rank-metadata-test"),
+        ("imagerewarddb/overall:data/metadata-test.parquet", "imagerewarddb-overall-metadata-test"),
+        ("richhf/artifact=0.5:test.tfrecord", "richhf-artifact-test"),
+        ("pickapic:hf:yuvalkirstain/pickapic_v2@test", "pickapic-pickapic_v2@test"),
+    ],
+)
+def test_the_name_of_a_source_is_one_of_a_file(source: str, name: str) -> None:
+    assert name_of(source) == name
 
 
 @pytest.mark.parametrize(
@@ -264,6 +280,7 @@ def test_equal_pictures_share_a_file_and_are_written_once(folder: Path) -> None:
     assert isinstance(two, PreferencePair)
     assert (one.winner, one.loser) == (two.loser, two.winner)
     assert one.winner.read_bytes() == content("red")
+    assert to_tensor(one.winner).shape == (3, 8, 8)
     written = os.stat(one.winner).st_mtime_ns, os.stat(one.winner).st_ino
     load_records(f"pickapic:{path}", unpack_to="here")
     assert written == (os.stat(one.winner).st_mtime_ns, os.stat(one.winner).st_ino)

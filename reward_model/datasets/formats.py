@@ -59,6 +59,13 @@ def parse_source(source: str) -> tuple[Format, str]:
     return _format(name, part, threshold), place
 
 
+def name_of(source: str) -> str:
+    """A short name for tables and files: that of the place, behind the format if one is given."""
+    form, place = parse_source(source)
+    stem = Path(place).stem
+    return stem if place == source else f"{form.name.replace('/', '-')}-{stem}"
+
+
 def _format(name: str, part: str | None, threshold: str | None) -> Format:
     full = name if part is None else f"{name}/{part}"
     match name, part, threshold:
