@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -326,7 +327,8 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     else:
         records, held_out = split_by_prompt(records, share=config.validation_share, seed=config.seed)
     if config.hard_negatives:
-        negatives = hard_negatives(records, share=config.hard_negatives, seed=config.seed)
+        held_back = [*held_out, *chain(*tests.values())]
+        negatives = hard_negatives(records, share=config.hard_negatives, seed=config.seed, held_back=held_back)
         say(f"{len(negatives):,} hard negatives are added to {len(records):,} training records")
         records = [*records, *negatives]
     if config.backbone == BUILT_IN and config.training != BUILT_IN:

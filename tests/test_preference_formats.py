@@ -259,8 +259,23 @@ def test_alignment_of_richhf_asks_for_a_prompt_and_artifacts_do_not(folder: Path
     path = write_tfrecord(folder / "train.tfrecord", RICHHF)
     assert [row[1] for row in seen(load_records(f"richhf/artifact=0.5:{path}"))] == ["", ""]
     assert "there is no prompt" in refusal(f"richhf/alignment=0.5:{path}")
-    exported = write_json(folder / "train.json", [row | {"caption": CAT} for row in RICHHF])
+    exported = write_json(folder / "train.json", [row | {"caption": CAT, "prompt_id": "x"} for row in RICHHF])
     assert [row[1] for row in seen(load_records(f"richhf/alignment=0.5:{exported}"))] == [CAT, CAT]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("txt", "text"), ("texts", "text"), ("safety_lable", "safety_label"), ("imge", "image"), ("context", None)],
+)
+def test_a_foreign_key_passes_unless_it_looks_like_a_typo(folder: Path, key: str, hint: str | None) -> None:
+    """Published data sets grow columns; a column that is missed by a letter must not become an empty prompt."""
+    row = {"image": content("red"), "safety_label": "Safe"}
+    row[key] = row.pop(hint or "", FOX)
+    path = write_parquet(folder / "x.parquet", [row])
+    if hint is None:
+        assert seen(load_records(f"unsafebench:{path}")) == [("red", "", 1)]
+    else:
+        assert f"the key {key!r} is unknown. Did you mean {hint!r}?" in refusal(f"unsafebench:{path}")
 
 
 def test_a_folder_of_sorted_pictures_is_read_by_its_names(folder: Path) -> None:
@@ -268,7 +283,9 @@ def test_a_folder_of_sorted_pictures_is_read_by_its_names(folder: Path) -> None:
         (folder / "sorted" / kind).mkdir(parents=True)
         (folder / "sorted" / kind / "x.jpg").write_bytes(content(colour))
     (folder / "sorted" / "safe" / "x.txt").write_text(CAT)
-    assert seen(load_records(f"image_folder:{folder / 'sorted'}")) == [("green", CAT, 1), ("red", "", 0)]
+    for root in (None, folder / "images"):  # which is of other data in the same list
+        found = load_records(f"image_folder:{folder / 'sorted'}", image_root=root)
+        assert seen(found) == [("green", CAT, 1), ("red", "", 0)]
     (folder / "sorted" / "usafe").mkdir()
     with pytest.raises(ValueError, match=r"usafe is no class of pictures; the folders must be named good, safe"):
         load_records(f"image_folder:{folder / 'sorted'}")

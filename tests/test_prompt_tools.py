@@ -124,6 +124,14 @@ def test_hard_negatives_depend_on_the_seed_and_not_on_the_other_records() -> Non
     }
 
 
+def test_no_hard_negative_is_written_that_was_held_back() -> None:
+    others = {prompt for prompt in wrong_prompts("a red fox") if prompt != "a pink fox"}
+    held_back = [pair(prompt.upper()) for prompt in others]
+    (only,) = hard_negatives([pair("a red fox")], share=1.0, seed=0, held_back=held_back)
+    assert only.loser_prompt == "a pink fox"
+    assert hard_negatives([pair("a red fox")], share=1.0, seed=0, held_back=[*held_back, pair("A pink fox!")]) == []
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_of_hard_negatives_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=f"share is {share}; it must be in"):

@@ -48,7 +48,7 @@ def check_keys(
     """Ask for the keys of a published format; foreign ones pass, for formats grow, unless one looks like a typo."""
     foreign = [key for key in fields if key not in {*needed, *optional, *unused}]
     for key in sorted({*needed, *optional} - {*fields}):
-        close = difflib.get_close_matches(key, foreign, n=1, cutoff=0.8)
+        close = difflib.get_close_matches(key, foreign, n=1, cutoff=0.85)
         if close:
             raise BadRecordError(f"the key {shortened(close[0])} is unknown. Did you mean {key!r}?")
     if missing := sorted({*needed} - {*fields}):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 
+from reward_model.datasets.overlap import normalised, normalised_prompts
 from reward_model.types import PreferencePair, Record
 
 _COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
@@ -35,15 +36,19 @@ _OTHERS: dict[str, tuple[str, ...]] = {
 _WORDS = re.compile(rf"\b({'|'.join(sorted(_OTHERS, key=len, reverse=True))})\b", flags=re.IGNORECASE)
 
 
-def hard_negatives(records: Sequence[Record], *, share: float, seed: int) -> list[PreferencePair]:
+def hard_negatives(
+    records: Sequence[Record], *, share: float, seed: int, held_back: Iterable[Record] = ()
+) -> list[PreferencePair]:
     """For about `share` of the pictures that won under a prompt, one pair of them with the prompt against a wrong one.
 
     Ties, labels and pairs of two prompts give none, nor does a prompt without a word that can be exchanged. Whether
-    and how a prompt is changed only depends on `seed`, the prompt and the picture, not on the other records.
+    and how a prompt is changed only depends on `seed`, the prompt and the picture, not on the other records. Prompts
+    of the records `held_back` are never written: they would no longer be unread.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; it must be in [0, 1].")
     pairs: dict[tuple[str, str], PreferencePair] = {}
+    unread = normalised_prompts(held_back)
     for record in records:
         if not isinstance(record, PreferencePair) or record.tie or record.winner_prompt != record.loser_prompt:
             continue
@@ -51,7 +56,7 @@ def hard_negatives(records: Sequence[Record], *, share: float, seed: int) -> lis
         draw = random.Random(f"{seed}\0{prompt}\0{record.winner.name}")
         if key in pairs or draw.random() >= share:
             continue
-        wrong = sorted({*wrong_prompts(prompt)})
+        wrong = sorted({other for other in wrong_prompts(prompt) if normalised(other) not in unread})
         if wrong:
             where = f"hard negative of {record.where}"
             pairs[key] = PreferencePair(record.winner, record.winner, prompt, draw.choice(wrong), where=where)

@@ -45,8 +45,9 @@ def load_records(
     if on_bad_record == "skip" and skip_log is None:
         raise ValueError("on_bad_record='skip' needs `skipped`: the file in which left-out records are written down.")
     prefix, records, silent, num_bad = parse_prefix(image_prefix), list[Record](), Counter[str](), 0
-    for container in open_place(place, is_image_folder=form.name == "image_folder", unused=form.unused):
-        root = container.root if image_root is None else Path(image_root)
+    is_image_folder = form.name == "image_folder"
+    for container in open_place(place, is_image_folder=is_image_folder, unused=form.unused):
+        root = container.root if image_root is None or is_image_folder else Path(image_root)
         _check_files(place, root, skip_log=skip_log)
         find_image = image_finder(
             root, unpack_to=Path(unpack_to), prefix=prefix, member=container.member, max_pixels=max_pixels

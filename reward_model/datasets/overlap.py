@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from reward_model.datasets.fields import shortened
 from reward_model.datasets.split import prompts_of
@@ -23,7 +23,7 @@ def normalised(prompt: str) -> str:
 
 def shared_prompts(training: Sequence[Record], test: Sequence[Record]) -> set[str]:
     """The normalised prompts of both. The empty one, of pictures without a prompt, is not counted."""
-    return (_prompts(training) & _prompts(test)) - {""}
+    return (normalised_prompts(training) & normalised_prompts(test)) - {""}
 
 
 def without_prompts(records: Sequence[Record], prompts: set[str]) -> list[Record]:
@@ -37,7 +37,7 @@ def overlap_table(training: Sequence[Record], tests: Mapping[str, Sequence[Recor
     for name, test in tests.items():
         shared = shared_prompts(training, test)
         num_records = len(training) - len(without_prompts(training, shared))
-        num_prompts = len(_prompts(test) - {""})
+        num_prompts = len(normalised_prompts(test) - {""})
         example = f", such as {shortened(min(shared))}" if shared else ""
         lines.append(
             f"{name}: {len(shared):,} of {num_prompts:,} prompts occur in the training data, "
@@ -46,5 +46,6 @@ def overlap_table(training: Sequence[Record], tests: Mapping[str, Sequence[Recor
     return "\n".join(lines)
 
 
-def _prompts(records: Sequence[Record]) -> set[str]:
+def normalised_prompts(records: Iterable[Record]) -> set[str]:
+    """Those of both sides of all records."""
     return {normalised(prompt) for record in records for prompt in prompts_of(record)}
