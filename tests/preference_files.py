@@ -35,6 +35,13 @@ def write_pictures(folder: Path) -> None:
         (folder / f"{colour}.jpg").write_bytes(content(colour))
 
 
+def write_all_pictures(folder: Path) -> None:
+    """The pictures where the rows below look for them."""
+    for name in ("", "images", "train", "images/train/train_1"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        write_pictures(folder / name)
+
+
 def colour_of(path: Path) -> str:
     """Which of COLOURS a picture has."""
     with Image.open(path) as image:

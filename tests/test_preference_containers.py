@@ -26,10 +26,10 @@ from tests.preference_files import (
     framed,
     pick_a_pic_rows,
     seen,
+    write_all_pictures,
     write_json,
     write_parquet,
     write_pick_a_pic,
-    write_pictures,
     write_tar,
     write_tfrecord,
 )
@@ -39,9 +39,7 @@ from tests.preference_files import (
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pictures in it and in images/; what is unpacked goes to runs/pictures in it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("", "images", "train", "images/train/train_1"):
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        write_pictures(tmp_path / name)
+    write_all_pictures(tmp_path)
     return tmp_path
 
 
@@ -147,8 +145,8 @@ def test_a_tar_of_two_members_with_one_name_or_of_two_archives_is_refused(folder
 
 
 def test_a_prefix_also_leads_to_members(folder: Path) -> None:
-    members = {"x.json": b'{"prompt": "a", "label": 0, "image": "/scr/y.jpg"}', "in/y.jpg": content("blue")}
-    write_tar(folder / "x.tar", members)
+    row = b'{"prompt": "a", "label": 0, "image": "/scr/y.jpg"}'
+    write_tar(folder / "x.tar", {"x.json": row, "in/y.jpg": content("blue")})
     assert seen(load_records("own:x.tar", image_prefix="/scr=in")) == [("blue", "a", 0)]
 
 
@@ -178,11 +176,8 @@ def test_a_sample_of_a_tar_takes_its_pictures_by_field_or_by_name(folder: Path) 
         "b.json": json.dumps({"prompt": CAT, "tie": ["a/0001.jpg", "a/0002.loser.png"]}).encode(),
     }
     records = load_records(str(write_tar(folder / "shard.tar", members)))
-    assert seen(records) == [
-        ("green", FOX, 1),
-        ("red", "blue", CAT, False, 0.0),
-        ("green", "blue", CAT, True, 0.0),
-    ]
+    tie = ("green", "blue", CAT, True, 0.0)
+    assert seen(records) == [("green", FOX, 1), ("red", "blue", CAT, False, 0.0), tie]
     assert [record.where.rpartition(":")[2] for record in records] == ["a/0001.json", "a/0002.json", "b.json"]
 
 

@@ -22,10 +22,10 @@ from tests.preference_files import (
     image_reward_rows,
     pick_a_pic_rows,
     seen,
+    write_all_pictures,
     write_json,
     write_parquet,
     write_pick_a_pic,
-    write_pictures,
     write_tfrecord,
 )
 
@@ -34,9 +34,7 @@ from tests.preference_files import (
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pictures where each data set has them; what is unpacked goes to runs/pictures in it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("", "images", "train", "images/train/train_1"):
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        write_pictures(tmp_path / name)
+    write_all_pictures(tmp_path)
     return tmp_path
 
 
