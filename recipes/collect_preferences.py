@@ -11,6 +11,7 @@ pair appears, and RUN_FOLDER/pairs.jsonl always holds what stands, for `train_re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -57,6 +58,10 @@ class Config:
     "tie"} is a pair that nobody has judged. What they say of a pair is shown on the results page only."""
     image_root: str | None = None
     """Of pairs: where relative image paths start; null is each file's own folder."""
+    image_prefix: str | None = None
+    """Of pairs: OLD=NEW; image paths that start with the folder OLD are read as if they started with NEW."""
+    unpack_folder: str = "runs/pictures"
+    """Of pairs: where pictures are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Of pairs: stop at a record that cannot be asked, or write it to skipped.jsonl in the run folder."""
     weights: str | None = None
@@ -158,12 +163,18 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
     from reward_model.datasets import load_pairs_of_one_prompt
     from reward_model.images import to_tensor
 
+    unused = Counter[str]()
     found = load_pairs_of_one_prompt(
-        [Path(name) for name in names(config.pairs or "")],
-        image_root=Path(config.image_root) if config.image_root else None,
+        names(config.pairs or ""),
+        image_root=config.image_root,
+        image_prefix=config.image_prefix,
+        unpack_to=config.unpack_folder,
         skipped=folder / "skipped.jsonl" if config.on_bad_record == "skip" else None,
+        unused=unused,
         keep_ties=True,
     )
+    for reason, count in unused.items():
+        say(f"{count:,} rows say nothing: {reason}")
     for pair in some(found, config.num_pairs, generator=generator):
         sources = ("not judged", "not judged") if pair.tie else ("preferred in the file", "the other one")
         yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)

@@ -15,6 +15,7 @@ lowered against those of the other one, both measured from the model before trai
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,9 +57,13 @@ class Config(TuningConfig):
     """Those of every recipe, and Diffusion-DPO's own. An update uses no guidance; only painting does."""
 
     pairs: str = "judged"
-    """Comma-separated preference files (.jsonl, .json as published) or folders; judged makes pairs in each step."""
+    """Comma-separated FORMAT:PLACE (docs/data.md), preference files or folders; judged makes pairs in each step."""
     image_root: str | None = None
     """Where relative image paths start; null is each file's own folder. No picture may lie outside of it."""
+    image_prefix: str | None = None
+    """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
+    unpack_folder: str = "runs/pictures"
+    """Where pictures are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Stop at a record that is no pair of one prompt, or write it to skipped.jsonl in the run folder."""
     pairs_per_step: int = 64
@@ -171,11 +176,13 @@ def load_pairs(tuning: Tuning, config: Config) -> PicturePairs:
 
     run = tuning.run
     log = run.folder / (f"skipped_{run.rank}.jsonl" if run.rank else "skipped.jsonl")
+    unused = Counter[str]()
     found = load_pairs_of_one_prompt(
-        [Path(name) for name in names(config.pairs)],
-        image_root=Path(config.image_root) if config.image_root else None,
-        skipped=log if config.on_bad_record == "skip" else None,
-    )
+        names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, unused=unused,
+        image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
+    )  # fmt: skip
+    for reason, count in unused.items():
+        run.say(f"{count:,} rows say nothing: {reason}")
     run.say(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")
     files = PicturePairs(
         found, policy=tuning.policy, read=to_tensor, batch_size=config.microbatch_size,

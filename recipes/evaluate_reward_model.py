@@ -8,6 +8,7 @@ with a 95 % interval), and writes it as CSV beside a page that shows the pairs t
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,9 +30,14 @@ class Config:
     judge: str = "shapes"
     """A folder or Hub id of a LLaVA-Reward judge, or the built-in one (shapes)."""
     data: str = "shapes"
-    """Comma-separated data files (.jsonl of our own, .json as published), or the built-in world's (shapes)."""
+    """Comma-separated FORMAT:PLACE (docs/data.md); a file .jsonl is of our own format, .json as published with
+    LLaVA-Reward. Or the built-in world's pairs (shapes)."""
     image_root: str | None = None
     """Where relative image paths start; null is each data file's own folder. No picture may lie outside of it."""
+    image_prefix: str | None = None
+    """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
+    unpack_folder: str = "runs/pictures"
+    """Where pictures are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Stop at a bad record, or leave it out and write it to skipped.jsonl in the run folder."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -86,21 +92,28 @@ def main(config: Config) -> dict[str, list[Metric]]:
 def load(config: Config, folder: Path) -> dict[str, list[Record]]:
     """The records of each data file, by its name."""
     from reward_model.datasets import load_records
+    from reward_model.datasets.formats import name_of
 
-    files = [Path(name) for name in names(config.data)]
+    sources = names(config.data)
     if config.data == "shapes":
         from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 
         made = write_pairs(Path("runs") / f"shapes-pairs-{config.seed}", seed=config.seed)
-        files = [made / f"{name}.jsonl" for name in TESTS]
-    root = Path(config.image_root) if config.image_root else None
-    skipped = folder / "skipped.jsonl"
-    if len({file.stem for file in files}) < len(files) or not files:
+        sources = [str(made / f"{name}.jsonl") for name in TESTS]
+    named = {name_of(source): source for source in sources}
+    if len(named) < len(sources) or not named:
         raise ValueError(f"data is {config.data!r}; name one or more files with names of their own.")
-    return {
-        file.stem: load_records(file, image_root=root, on_bad_record=config.on_bad_record, skipped=skipped)
-        for file in files
-    }
+    unused = Counter[str]()
+    found = {
+        name: load_records(
+            source, image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
+            on_bad_record=config.on_bad_record, skipped=folder / "skipped.jsonl", unused=unused,
+        )
+        for name, source in named.items()
+    }  # fmt: skip
+    for reason, count in unused.items():
+        tqdm.write(f"{count:,} rows say nothing: {reason}")
+    return found
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,7 +43,8 @@ class Config:
     backbone: str = BUILT_IN
     """A LLaVA-1.5 or Qwen2.5-VL folder or Hub id, or the built-in world's small LLaVA (shapes)."""
     training: str = BUILT_IN
-    """Comma-separated data files (.jsonl of our own, .json as published), or the built-in world's pairs (shapes)."""
+    """Comma-separated FORMAT:PLACE (docs/data.md); a file .jsonl is of our own format, .json as published with
+    LLaVA-Reward. Or the built-in world's pairs (shapes)."""
     validation: str | None = None
     """Data files to choose the best judge by; null keeps validation_share of the training prompts back."""
     validation_share: float = 0.05
@@ -49,8 +52,16 @@ class Config:
     """Data files that are only measured at the end; null is none, or those of the built-in world."""
     image_root: str | None = None
     """Where relative image paths start; null is each data file's own folder. No picture may lie outside of it."""
+    image_prefix: str | None = None
+    """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
+    unpack_folder: str = "runs/pictures"
+    """Where pictures are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Stop at a bad record, or leave it out and write it to skipped.jsonl in the run folder."""
+    leave_out_test_prompts: bool = False
+    """Train on no prompt that occurs in test; how many do is always said."""
+    hard_negatives: float = 0.0
+    """Share of the training pairs whose winner is also shown against itself under a prompt with one thing wrong."""
 
     perspective: str = "alignment"
     """What the judge looks at: alignment, fidelity, safety, ranking, or a name of your own."""
@@ -115,6 +126,7 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming them."""
         for name, works, rule in (
+            ("hard_negatives", 0 <= self.hard_negatives <= 1, "in [0, 1]"),
             ("validation_share", 0 < self.validation_share < 1, "in (0, 1)"),
             ("temperature", self.temperature > 0, "positive"),
             ("tie_width", self.tie_width > 0, "positive"),
@@ -290,36 +302,75 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     from accelerate import PartialState
 
     from reward_model.datasets import describe, load_records, split_by_prompt
+    from reward_model.datasets.hard_negatives import hard_negatives
+    from reward_model.datasets.overlap import overlap_table
 
-    state = PartialState()
-    root = Path(config.image_root) if config.image_root else None
-    training, validation, test = config.training, config.validation, config.test
+    say = tqdm.write if PartialState().is_main_process else lambda _: None
+    training, validation, test = sources(config)
+    unused = Counter[str]()
+
+    def read(source: str) -> list[Record]:
+        return load_records(
+            source, image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
+            on_bad_record=config.on_bad_record, skipped=skip_file(config, folder), unused=unused,
+        )  # fmt: skip
+
+    tests = {name: read(source) for name, source in test.items()}
+    records = [record for source in training for record in read(source)]
+    if tests:
+        say(overlap_table(records, tests))
+    if config.leave_out_test_prompts:
+        records = without_test_prompts(records, tests, say=say)
+    if validation:
+        held_out = [record for source in validation for record in read(source)]
+        say(overlap_table(records, {"validation": held_out}))
+    else:
+        records, held_out = split_by_prompt(records, share=config.validation_share, seed=config.seed)
+    if config.hard_negatives:
+        held_back = [*held_out, *chain(*tests.values())]
+        negatives = hard_negatives(records, share=config.hard_negatives, seed=config.seed, held_back=held_back)
+        say(f"{len(negatives):,} hard negatives are added to {len(records):,} training records")
+        records = [*records, *negatives]
+    if config.backbone == BUILT_IN and config.training != BUILT_IN:
+        say("The built-in backbone only knows the built-in world; for other pictures name a --backbone.")
+    for reason, count in unused.items():
+        say(f"{count:,} rows say nothing: {reason}")
+    say(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
+    return records, held_out, tests
+
+
+def sources(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
+    """Where training, validation and test data lie, the last ones by name; the built-in world's are made."""
+    from accelerate import PartialState
+
+    from reward_model.datasets.formats import name_of
+
+    training, validation, test = config.training, config.validation or "", config.test or ""
     if training == BUILT_IN:
         from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 
-        with state.main_process_first():
+        with PartialState().main_process_first():
             made = write_pairs(Path("runs") / f"shapes-pairs-{config.seed}", seed=config.seed)
         training = f"{made / 'train_drawn.jsonl'},{made / 'train_painted.jsonl'}"
         validation = validation or str(made / "validation.jsonl")
         test = test or ",".join(str(made / f"{name}.jsonl") for name in TESTS)
-
-    def read(files: str) -> list[Record]:
-        options: Any = {"on_bad_record": config.on_bad_record, "skipped": skip_file(config, folder)}
-        return [record for name in names(files) for record in load_records(Path(name), image_root=root, **options)]
-
-    records = read(training)
-    if validation:
-        held_out = read(validation)
-    else:
-        records, held_out = split_by_prompt(records, share=config.validation_share, seed=config.seed)
-    if state.is_main_process and config.backbone == BUILT_IN and config.training != BUILT_IN:
-        tqdm.write("The built-in backbone only knows the built-in world; for other pictures name a --backbone.")
-    if state.is_main_process:
-        tqdm.write(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
-    tests = {Path(name).stem: name for name in names(test or "")}
-    if len(tests) < len(names(test or "")) or "validation" in tests:
+    tests = {name_of(source): source for source in names(test)}
+    if len(tests) < len(names(test)) or "validation" in tests:
         raise ValueError(f"test is {test!r}; each file needs a name of its own, other than validation.")
-    return records, held_out, {stem: read(name) for stem, name in tests.items()}
+    return names(training), names(validation), tests
+
+
+def without_test_prompts(
+    records: list[Record], tests: dict[str, list[Record]], *, say: Callable[[str], None]
+) -> list[Record]:
+    """The training records whose prompts stand in no test set; says how many do."""
+    from reward_model.datasets.overlap import shared_prompts, without_prompts
+
+    kept = without_prompts(records, {prompt for test in tests.values() for prompt in shared_prompts(records, test)})
+    if not kept:
+        raise ValueError(f"All {len(records):,} training records have prompts of the test data; nothing is left.")
+    say(f"{len(records) - len(kept):,} training records are left out for prompts that occur in test")
+    return kept
 
 
 def skip_file(config: Config, folder: Path) -> Path | None:

@@ -301,7 +301,7 @@ def test_a_file_without_records_is_refused(folder: Path, name: str, content: str
 
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs", "pairs.jsonl.gz"])
 def test_other_endings_are_refused_with_those_that_are_possible(folder: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"possible are \.jsonl .* and \.json"):
+    with pytest.raises(ValueError, match=r"possible are \.jsonl, \.json, \.parquet"):
         load_records(write_lines(folder, PAIR, name=name))
 
 
@@ -613,6 +613,7 @@ def test_the_summary_counts_by_hand() -> None:
     assert counts_in(describe(records)) == {
         "pairs": "5",
         "ties": "1",
+        "ties among the pairs": "20.0%",
         "with two prompts": "1",
         "with a rating gap": "3",
         "gap 1": "2",
@@ -620,7 +621,9 @@ def test_the_summary_counts_by_hand() -> None:
         "labelled images": "3",
         "label 1 (good)": "1",
         "label 0 (bad)": "2",
+        "good among the labels": "33.3%",
         "distinct prompts": "4",
+        "most records of one": "4",
         "distinct images": "3",
     }
 

@@ -1,4 +1,4 @@
-"""What the readers of both formats share: how a field is taken from a record, and how it is refused."""
+"""What the readers of all formats share: how a field is taken from a record, and how it is refused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+Picture = str | bytes
+"""What a record gives for a picture: the path of a file, or the file's content."""
+
 
 class BadRecordError(ValueError):
     """A record that nothing can be learnt from: what is wrong with it and what would be right."""
+
+
+class NothingSaidError(Exception):
+    """A sound record from which nothing can be learnt, such as a pair that nobody judged; the message says why."""
 
 
 def shortened(value: object) -> str:
@@ -31,6 +38,23 @@ def refuse_unknown_keys(fields: Collection[str], known: Collection[str]) -> None
             raise BadRecordError(f"the key {shortened(key)} is unknown.{hint} Known are: {', '.join(sorted(known))}.")
 
 
+def check_keys(
+    fields: Collection[str],
+    *,
+    needed: Collection[str],
+    optional: Collection[str] = (),
+    unused: Collection[str] = (),
+) -> None:
+    """Ask for the keys of a published format; foreign ones pass, for formats grow, unless one looks like a typo."""
+    foreign = [key for key in fields if key not in {*needed, *optional, *unused}]
+    for key in sorted({*needed, *optional} - {*fields}):
+        close = difflib.get_close_matches(key, foreign, n=1, cutoff=0.85)
+        if close:
+            raise BadRecordError(f"the key {shortened(close[0])} is unknown. Did you mean {key!r}?")
+    if missing := sorted({*needed} - {*fields}):
+        raise BadRecordError(f"{', '.join(missing)} missing; the keys are {shortened(sorted(map(str, fields)))}.")
+
+
 def take_text(fields: Mapping[str, Any], key: str) -> str:
     """The string under a key; it may be empty."""
     return _text(fields[key], key)
@@ -45,11 +69,49 @@ def take_two_texts(fields: Mapping[str, Any], key: str) -> tuple[str, str]:
             raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a list of two strings.")
 
 
+def take_picture(fields: Mapping[str, Any], key: str) -> Picture:
+    """The picture under a key: a path, bytes, or what `datasets` makes of either, {"bytes": ..., "path": ...}."""
+    return picture_of(fields[key], key)
+
+
+def picture_of(value: object, key: str) -> Picture:
+    """The picture that a value is; `key` is where it stood, for messages."""
+    match value:
+        case bytes() as content:
+            return content
+        case {"bytes": bytes() as content}:
+            return content
+        case {"bytes": None, "path": str() as path}:
+            return _text(path, key)
+        case _:
+            return _text(value, key)
+
+
+def take_list(fields: Mapping[str, Any], key: str) -> list[Any]:
+    """The list under a key."""
+    value = fields[key]
+    if not isinstance(value, list):
+        raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a list.")
+    return value
+
+
+def take_choice(fields: Mapping[str, Any], key: str, choices: Collection[str]) -> str:
+    """One of a few words under a key."""
+    value = fields[key]
+    if not isinstance(value, str) or value not in choices:
+        raise BadRecordError(f"{key!r} is {shortened(value)}; it must be one of {', '.join(map(repr, choices))}.")
+    return value
+
+
 def take_number(fields: Mapping[str, Any], key: str) -> float:
     """The finite number under a key."""
-    value = fields[key]
+    return number_of(fields[key], key)
+
+
+def number_of(value: object, key: str) -> float:
+    """The finite number that a value is; `key` is where it stood, for messages."""
     try:
-        number = float(value) if type(value) in (int, float) else math.nan
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:  # a whole number beyond the range of floats
         number = math.inf
     if not math.isfinite(number):

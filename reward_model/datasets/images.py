@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -9,24 +12,62 @@ from pathlib import Path
 
 from PIL import Image
 
-from reward_model.datasets.fields import BadRecordError, shortened
+from reward_model.datasets.fields import BadRecordError, Picture, shortened
 
-FindImage = Callable[[str], Path]
-"""From a path as a record gives it to a file that was checked; BadRecordError if there is none."""
+FindImage = Callable[[Picture], Path]
+"""From a picture as a record gives it to a file that was checked; BadRecordError if there is none."""
+MAX_PIXELS = 64_000_000
+"""A picture with more is taken for a decompression bomb."""
 
 
-def image_finder(root: Path, *, max_pixels: int) -> FindImage:
-    """A function that finds pictures under `root` and opens each file once, however many records name it."""
-    root = root.resolve()
+def image_finder(
+    root: Path,
+    *,
+    unpack_to: Path,
+    prefix: tuple[str, str] | None = None,
+    member: Callable[[str], bytes] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> FindImage:
+    """A function that finds pictures under `root` and opens each file once, however many records name it.
+
+    With a `prefix` (OLD, NEW), a path that starts with the folder OLD is read as if it started with NEW. If the data
+    are an archive, `member` gives the content of what it names. Content is written to a file of its own, once, in the
+    folder `unpack_to`: what trains on pictures opens files, in any order and as often as it likes.
+    """
+    root, unpack_to = root.resolve(), unpack_to.resolve()
     flaw = cache(partial(flaw_of_image, max_pixels=max_pixels))
 
-    def find_image(name: str) -> Path:
+    def find_image(picture: Picture) -> Path:
+        if isinstance(picture, bytes):
+            return _unpacked(picture, unpack_to, max_pixels=max_pixels, name="in the record")
+        name = picture if prefix is None else _moved(picture, *prefix)
+        if member is not None:
+            return _unpacked(member(name), unpack_to, max_pixels=max_pixels, name=shortened(picture))
         path = _path_inside(root, name)
         if found := flaw(path):
-            raise BadRecordError(f"the image {shortened(name)}, seen from {root}, {found}")
+            raise BadRecordError(f"the image {shortened(picture)}, seen from {root}, {found}")
         return path
 
     return find_image
+
+
+def parse_prefix(text: str | None) -> tuple[str, str] | None:
+    """The two folders of OLD=NEW, without slashes at their ends."""
+    if text is None:
+        return None
+    old, equals, new = text.partition("=")
+    if not (old.rstrip("/") and equals):
+        raise ValueError(f"image_prefix is {text!r}; it must be OLD=NEW, such as /home/authors/images=/data/images.")
+    return old.rstrip("/"), new.rstrip("/") or ("/" if new else "")
+
+
+def text_beside(picture: Path) -> str:
+    """What stands in the .txt file of the same name, without blanks around it; empty if there is none."""
+    file = picture.with_suffix(".txt")
+    try:
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"{file} is not UTF-8: {error.reason} at byte {error.start}.") from error
 
 
 def flaw_of_image(path: Path, *, max_pixels: int) -> str | None:
@@ -44,11 +85,21 @@ def flaw_of_image(path: Path, *, max_pixels: int) -> str | None:
         return f"cannot be read as a picture: {str(error)[:200]}. Fetch it again or leave the record out."
 
 
-def _flaw_of_pixels(path: Path, *, max_pixels: int) -> str | None:
+def _flaw_of_content(content: bytes, *, max_pixels: int) -> str | None:
+    if not content:
+        return "is empty. Fetch the data again or leave the record out."
+    try:
+        return _flaw_of_pixels(io.BytesIO(content), max_pixels=max_pixels)
+    except Exception as error:
+        text = str(error).partition(" <_io.BytesIO")[0][:200]
+        return f"cannot be read as a picture: {text}. Fetch the data again or leave the record out."
+
+
+def _flaw_of_pixels(source: Path | io.BytesIO, *, max_pixels: int) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of bombs at a limit of its own, and of harmless metadata
         try:
-            image = Image.open(path)
+            image = Image.open(source)
         except Image.DecompressionBombError as error:
             return f"looks like a decompression bomb: {error} (max_pixels is {max_pixels})."
         with image:
@@ -68,6 +119,28 @@ def _flaw_of_pixels(path: Path, *, max_pixels: int) -> str | None:
                 image.draft("L", (1, 1))  # JPEG: all bytes are read, few pixels are made
                 image.load()  # elsewhere `verify` does nothing, and half a file would pass
     return None
+
+
+def _unpacked(content: bytes, folder: Path, *, max_pixels: int, name: str) -> Path:
+    """The file of this content, named after it: two records, or two processes, with one picture share the file."""
+    if flaw := _flaw_of_content(content, max_pixels=max_pixels):
+        raise BadRecordError(f"the image {name}, of {len(content):,} bytes, {flaw}")
+    digest = hashlib.sha256(content).hexdigest()
+    path = folder / digest[:2] / digest[2:]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    return path
+
+
+def _moved(name: str, old: str, new: str) -> str:
+    """Only whole names of folders count: /data is no prefix of /data2/a.png."""
+    if not name.startswith(f"{old}/"):
+        return name
+    rest = name[len(old) + 1 :]
+    return f"{new.rstrip('/')}/{rest}" if new else rest
 
 
 def _path_inside(root: Path, name: str) -> Path:

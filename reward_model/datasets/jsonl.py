@@ -18,10 +18,12 @@ from typing import Any
 
 from reward_model.datasets.fields import (
     BadRecordError,
+    Picture,
     refuse_unknown_keys,
     shortened,
     take_label,
     take_number,
+    take_picture,
     take_text,
     take_two_texts,
 )
@@ -48,18 +50,21 @@ def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) 
     def texts(first: str, second: str) -> tuple[str, str]:
         return take_text(fields, first), take_text(fields, second)
 
+    def pictures_of(first: str, second: str) -> tuple[Picture, Picture]:
+        return take_picture(fields, first), take_picture(fields, second)
+
     match sorted(fields.keys() - _REMARKS):
         case ["image", "label", "prompt"]:
-            label, (picture, prompt) = take_label(fields), texts("image", "prompt")
+            label, picture, prompt = take_label(fields), take_picture(fields, "image"), take_text(fields, "prompt")
             return LabelledImage(find_image(picture), prompt, label, where)
         case ["prompt", "tie"]:
             pictures, prompts = take_two_texts(fields, "tie"), texts("prompt", "prompt")
         case ["loser", "prompt", "winner"] | ["loser", "prompt", "rating_gap", "winner"]:
-            pictures, prompts = texts("winner", "loser"), texts("prompt", "prompt")
+            pictures, prompts = pictures_of("winner", "loser"), texts("prompt", "prompt")
         case ["image", "loser_prompt", "winner_prompt"]:
-            pictures, prompts = texts("image", "image"), texts("winner_prompt", "loser_prompt")
+            pictures, prompts = pictures_of("image", "image"), texts("winner_prompt", "loser_prompt")
         case ["loser", "loser_prompt", "winner", "winner_prompt"]:
-            pictures, prompts = texts("winner", "loser"), texts("winner_prompt", "loser_prompt")
+            pictures, prompts = pictures_of("winner", "loser"), texts("winner_prompt", "loser_prompt")
         case keys:
             raise BadRecordError(f"the keys {shortened(keys)} make no record. {_FORMS}")
     gap = _rating_gap(fields)

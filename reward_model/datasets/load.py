@@ -1,75 +1,88 @@
-"""Read a file of human preferences: every record is either returned, refused, or written down as skipped."""
+"""Read human preferences: every row is returned as records, refused, counted as unused, or written down as skipped."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from reward_model.datasets.fields import BadRecordError, shortened
-from reward_model.datasets.images import image_finder
-from reward_model.datasets.jsonl import own_record
-from reward_model.datasets.published import published_record
-from reward_model.datasets.source import RawRecord, elements_of, lines_of, parse_object
+from reward_model.datasets.containers import open_place
+from reward_model.datasets.fields import BadRecordError, NothingSaidError, shortened
+from reward_model.datasets.formats import Format, parse_source
+from reward_model.datasets.images import MAX_PIXELS, FindImage, image_finder, parse_prefix
+from reward_model.datasets.source import RawRecord
 from reward_model.types import PreferencePair, Record
+
+UNPACKED = Path("runs/pictures")
+"""Where pictures go that lie within tables and archives."""
 
 
 def load_records(
-    path: Path,
+    source: str | Path,
     *,
-    image_root: Path | None = None,
+    image_root: str | Path | None = None,
+    image_prefix: str | None = None,
+    unpack_to: str | Path = UNPACKED,
     on_bad_record: Literal["error", "skip"] = "error",
     skipped: Path | None = None,
-    max_pixels: int = 64_000_000,
+    unused: Counter[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[Record]:
-    """The pairs and labels of a data file, in its order, with every picture checked.
+    """The pairs and labels of FORMAT:PLACE, in the order of their rows, with every picture checked.
 
-    `.jsonl` is our own format (see `jsonl.py`), `.json` the one published with the paper (see `published.py`). Relative
-    image paths start at `image_root`, by default the folder of the file; no picture may lie outside of it.
+    `formats.py` lists the formats, `containers.py` the places. Without a format, `.json` is the one published with
+    LLaVA-Reward, everything else our own. Relative image paths start at `image_root`, by default the folder of the
+    file; no picture may lie outside of it. An `image_prefix` OLD=NEW leads paths from the folder OLD to NEW. Pictures
+    within tables and archives are written to files in the folder `unpack_to`.
 
-    With on_bad_record="skip" a bad record is left out, and a line {"where", "reason", "record"} is appended to the file
-    `skipped`. Otherwise the first one raises BadRecordError. A file without any good record is a ValueError.
+    With on_bad_record="skip" a bad row is left out, and a line {"where", "reason", "record"} is appended to the file
+    `skipped`. Otherwise the first one raises BadRecordError. Sound rows that say nothing, such as pairs without a
+    label, are counted in `unused`, by reason. A source without any good record is a ValueError.
     """
-    root = path.parent if image_root is None else image_root
+    form, place = parse_source(str(source))
     skip_log = skipped if on_bad_record == "skip" else None
     if on_bad_record == "skip" and skip_log is None:
         raise ValueError("on_bad_record='skip' needs `skipped`: the file in which left-out records are written down.")
-    _check_files(path, root, skip_log=skip_log)
-    match path.suffix:
-        case ".jsonl":
-            raw_records, understand = lines_of(path), own_record
-        case ".json":
-            raw_records, understand = elements_of(path), published_record
-        case other:
-            raise ValueError(
-                f"{path} ends in {other!r}; possible are .jsonl (one record a line, our own format) and .json "
-                f"(a list, as published with LLaVA-Reward)."
-            )
-    find_image = image_finder(root, max_pixels=max_pixels)
-    records: list[Record] = []
-    for raw in raw_records:
-        try:
-            record = understand(parse_object(raw.source), find_image=find_image, where=raw.where)
-            _refuse_identical_sides(record)
-        except BadRecordError as error:
-            if skip_log is None:
-                raise BadRecordError(f"{raw.where}: {error}") from error
-            _write_down(raw, reason=str(error), skip_log=skip_log)
-        else:
-            records.append(record)
+    prefix, records, silent, num_bad = parse_prefix(image_prefix), list[Record](), Counter[str](), 0
+    is_image_folder = form.name == "image_folder"
+    for container in open_place(place, is_image_folder=is_image_folder, unused=form.unused):
+        root = container.root if image_root is None or is_image_folder else Path(image_root)
+        _check_files(place, root, skip_log=skip_log)
+        find_image = image_finder(
+            root, unpack_to=Path(unpack_to), prefix=prefix, member=container.member, max_pixels=max_pixels
+        )
+        for raw in form.gather(container.rows):
+            try:
+                records += _understand(raw, form, find_image)
+            except NothingSaidError as reason:
+                silent[f"{form.name}: {reason}"] += 1
+            except BadRecordError as error:
+                if skip_log is None:
+                    raise BadRecordError(f"{raw.where}: {error}") from error
+                _write_down(raw, reason=str(error), skip_log=skip_log)
+                num_bad += 1
+    if unused is not None:
+        unused.update(silent)
     if not records:
-        bad = f"; all of its {len(raw_records)} were bad, see {skip_log}" if raw_records else ""
-        raise ValueError(f"{path} holds no record{bad}.")
+        bad = f"; all of its {num_bad} were bad, see {skip_log}" if num_bad else ""
+        rest = "".join(f"; of {count} rows {reason.partition(': ')[2]}" for reason, count in silent.items())
+        raise ValueError(f"{place} holds no record{bad}{rest}.")
     return records
 
 
-def _check_files(path: Path, root: Path, *, skip_log: Path | None) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no data file {path}.")
+def _understand(raw: RawRecord, form: Format, find_image: FindImage) -> list[Record]:
+    found = form.read(raw.fields(), find_image=find_image, where=raw.where)
+    for record in found:
+        _refuse_identical_sides(record)
+    return found
+
+
+def _check_files(place: str, root: Path, *, skip_log: Path | None) -> None:
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}, which image_root names.")
-    if skip_log is not None and skip_log.resolve() == path.resolve():
-        raise ValueError(f"`skipped` is the data file {path} itself; left-out records need a file of their own.")
+    if skip_log is not None and skip_log.resolve() == Path(place).resolve():
+        raise ValueError(f"`skipped` is the data file {place} itself; left-out records need a file of their own.")
 
 
 def _refuse_identical_sides(record: Record) -> None:
@@ -85,7 +98,10 @@ def _refuse_identical_sides(record: Record) -> None:
 def _write_down(raw: RawRecord, *, reason: str, skip_log: Path) -> None:
     """Append one line and close the file again, so that nothing is lost if a later record stops the program."""
     skip_log.parent.mkdir(parents=True, exist_ok=True)
-    record = raw.source.decode(errors="backslashreplace").strip()
+    if isinstance(raw.source, bytes):
+        record = raw.source.decode(errors="backslashreplace").strip()
+    else:
+        record = shortened(dict(raw.source))
     line = json.dumps({"where": raw.where, "reason": reason, "record": record}, ensure_ascii=False)
     with skip_log.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"{line}\n")

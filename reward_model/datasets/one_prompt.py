@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from reward_model.datasets.fields import BadRecordError, shortened
-from reward_model.datasets.load import load_records
+from reward_model.datasets.load import UNPACKED, load_records
 from reward_model.types import PreferencePair, Record
 
 
 def load_pairs_of_one_prompt(
-    paths: Sequence[Path], *, image_root: Path | None, skipped: Path | None, keep_ties: bool = False
+    sources: Sequence[str | Path],
+    *,
+    image_root: str | Path | None,
+    skipped: Path | None,
+    image_prefix: str | None = None,
+    unpack_to: str | Path = UNPACKED,
+    unused: Counter[str] | None = None,
+    keep_ties: bool = False,
 ) -> list[PreferencePair]:
-    """The pairs of data files, and of the .jsonl files of folders, without ties unless they are to be kept.
+    """The pairs of FORMAT:PLACEs, and of the .jsonl files of folders, without ties unless they are to be kept.
 
     With a file `skipped`, whatever is no pair of one prompt is left out and written down there; else it raises
-    BadRecordError. Raises ValueError if no pair is left.
+    BadRecordError. Raises ValueError if no pair is left. The rest is `load_records`'.
     """
-    on_bad_record = "error" if skipped is None else "skip"
     pairs: list[PreferencePair] = []
-    for path in paths:
-        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            records = load_records(file, image_root=image_root, on_bad_record=on_bad_record, skipped=skipped)
+    for source in sources:
+        folder = Path(source)
+        for file in sorted(folder.glob("*.jsonl")) if folder.is_dir() else [source]:
+            records = load_records(
+                file, image_root=image_root, image_prefix=image_prefix, unpack_to=unpack_to, unused=unused,
+                on_bad_record="error" if skipped is None else "skip", skipped=skipped,
+            )  # fmt: skip
             pairs += pairs_of_one_prompt(records, skipped=skipped, keep_ties=keep_ties)
     if not pairs:
-        given = ", ".join(map(str, paths))
+        given = ", ".join(map(str, sources))
         raise ValueError(f"In {given} no picture is preferred to another of the same prompt: nothing can be learnt.")
     return pairs
 

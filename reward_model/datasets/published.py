@@ -3,8 +3,8 @@
     {"prompt_id": "x", "prompt": "a red fox", "chosen_path": "a.png", "c_rate": 7, "reject_path": "b.png", "r_rate": 4}
     {"path": "a.png", "label": 1, "prompt": "a red fox", "safety_label": "Safe", "category": "None", "source": "Lexica"}
 
-Label 1 means good or safe. The paths in the authors' own files are absolute ones of their machines, so they have to be
-made relative to an image root first.
+Label 1 means good or safe. The paths in the authors' own files are absolute ones of their machines: an `image_prefix`
+OLD=NEW leads them to yours.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from reward_model.datasets.fields import (
     shortened,
     take_label,
     take_number,
+    take_picture,
     take_text,
     take_two_texts,
 )
@@ -35,7 +36,7 @@ def published_record(fields: Mapping[str, Any], *, find_image: FindImage, where:
     """What one element of the published list says."""
     if "path" in fields or "label" in fields:
         _check_keys(fields, needed=_POINT, extras=_POINT_EXTRAS)
-        label, prompt, picture = take_label(fields), take_text(fields, "prompt"), take_text(fields, "path")
+        label, prompt, picture = take_label(fields), take_text(fields, "prompt"), take_picture(fields, "path")
         return LabelledImage(find_image(picture), prompt, label, where)
 
     _check_keys(fields, needed=_PAIR, extras=_PAIR_EXTRAS)
@@ -43,7 +44,7 @@ def published_record(fields: Mapping[str, Any], *, find_image: FindImage, where:
         winner_prompt, loser_prompt = take_two_texts(fields, "prompt")
     else:
         winner_prompt = loser_prompt = take_text(fields, "prompt")
-    chosen, rejected = take_text(fields, "chosen_path"), take_text(fields, "reject_path")
+    chosen, rejected = take_picture(fields, "chosen_path"), take_picture(fields, "reject_path")
     gap = _rating_gap(fields)
     return PreferencePair(
         winner=find_image(chosen),

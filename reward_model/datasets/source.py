@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,8 +16,13 @@ class RawRecord(NamedTuple):
     """A record as it stands in its file, not yet judged."""
 
     where: str
-    """FILE:LINE or FILE:RECORD n."""
-    source: bytes
+    """FILE:LINE, FILE:RECORD n, FILE:ROW n or FILE:NAME OF A MEMBER."""
+    source: bytes | Mapping[str, Any]
+    """JSON, or the fields of a table's row."""
+
+    def fields(self) -> Mapping[str, Any]:
+        """Its named fields; BadRecordError if there are none."""
+        return parse_object(self.source) if isinstance(self.source, bytes) else self.source
 
 
 def lines_of(path: Path) -> list[RawRecord]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from reward_model.datasets.split import prompts_of
 from reward_model.types import LabelledImage, PreferencePair, Record
 
-Row = tuple[str, int]
+Row = tuple[str, int | str]
 
 _NUM_BINS = 4
 
@@ -20,20 +20,31 @@ def describe(records: Sequence[Record]) -> str:
     points = [record for record in records if isinstance(record, LabelledImage)]
     gaps = [pair.rating_gap for pair in pairs if pair.rating_gap > 0]
     pictures = {picture for pair in pairs for picture in (pair.winner, pair.loser)} | {point.image for point in points}
+    per_prompt = Counter(prompt for record in records for prompt in {*prompts_of(record)})
+    num_ties, num_good = sum(pair.tie for pair in pairs), sum(point.label == 1 for point in points)
     rows: list[Row] = [
         ("pairs", len(pairs)),
-        ("  ties", sum(pair.tie for pair in pairs)),
+        ("  ties", num_ties),
+        *_share("  ties among the pairs", num_ties, len(pairs)),
         ("  with two prompts", sum(pair.winner_prompt != pair.loser_prompt for pair in pairs)),
         ("  with a rating gap", len(gaps)),
         *_histogram(gaps),
         ("labelled images", len(points)),
-        ("  label 1 (good)", sum(point.label == 1 for point in points)),
-        ("  label 0 (bad)", sum(point.label == 0 for point in points)),
-        ("distinct prompts", len({prompt for record in records for prompt in prompts_of(record)})),
+        ("  label 1 (good)", num_good),
+        ("  label 0 (bad)", len(points) - num_good),
+        *_share("  good among the labels", num_good, len(points)),
+        ("distinct prompts", len(per_prompt)),
+        ("  most records of one", max(per_prompt.values(), default=0)),
         ("distinct images", len(pictures)),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {count:>9,}" for name, count in rows)
+    return "\n".join(f"{name:<{width}}  {count if isinstance(count, str) else f'{count:,}':>9}" for name, count in rows)
+
+
+def _share(name: str, part: int, whole: int) -> Iterator[Row]:
+    """How balanced two classes are, if there are any."""
+    if whole:
+        yield name, f"{part / whole:.1%}"
 
 
 def _histogram(gaps: Sequence[float]) -> Iterator[Row]:

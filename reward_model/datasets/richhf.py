@@ -1,0 +1,59 @@
+"""RichHF-18K (Liang et al., arXiv:2312.10240): four scores of single pictures from Pick-a-Pic v1.
+
+    filename   artifact_score   misalignment_score   overall_score   aesthetics_score
+    artifact_map, misalignment_map, prompt_misalignment_label: where and in which words; not used
+
+For every score, those named after a flaw too, higher is better: artifact_score 1 is a picture without artifacts. A
+score becomes a label by a threshold, which the user has to name.
+
+It is published as TFRecords without pictures and prompts. `filename` is looked up under the image root; the prompt is
+the field `prompt` or `caption` of an export that has it, or else the text file beside the picture (a.txt of a.png).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from reward_model.datasets.fields import BadRecordError, check_keys, take_number, take_picture, take_text
+from reward_model.datasets.images import FindImage, text_beside
+from reward_model.types import LabelledImage, Record
+
+Score = Literal["alignment", "artifact", "overall", "aesthetics"]
+SCORE_OF: Mapping[str, str] = {
+    "alignment": "misalignment_score",
+    "artifact": "artifact_score",
+    "overall": "overall_score",
+    "aesthetics": "aesthetics_score",
+}
+MAPS = frozenset({"artifact_map", "misalignment_map"})
+
+
+def richhf_record(
+    fields: Mapping[str, Any], *, find_image: FindImage, where: str, score: Score, threshold: float
+) -> list[Record]:
+    """A picture that is good (1) if its score is at least the threshold. Only alignment asks for a prompt."""
+    picture = "image" if fields.get("image") is not None else "filename"
+    check_keys(
+        fields,
+        needed={picture, SCORE_OF[score]},
+        optional={"prompt", "caption"},
+        unused={*SCORE_OF.values(), *MAPS, "prompt_misalignment_label", "filename", "image"},
+    )
+    label = int(take_number(fields, SCORE_OF[score]) >= threshold)
+    file = find_image(take_picture(fields, picture))
+    prompt = _prompt(fields, file)
+    if score == "alignment" and not prompt:
+        raise BadRecordError(
+            f"there is no prompt, and alignment is about nothing else. Add a column 'prompt' from Pick-a-Pic's "
+            f"captions, or write it into {file.with_suffix('.txt')}."
+        )
+    return [LabelledImage(file, prompt, label, where)]
+
+
+def _prompt(fields: Mapping[str, Any], file: Path) -> str:
+    for key in ("prompt", "caption"):
+        if fields.get(key) is not None:
+            return take_text(fields, key)
+    return text_beside(file)

@@ -1,0 +1,289 @@
+"""What each published data set says, worked out by hand, whatever file it lies in."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reward_model.datasets import BadRecordError, load_records
+from tests.preference_files import (
+    CAT,
+    FOX,
+    HPDV2_TEST,
+    HPDV2_TRAIN,
+    HPDV3,
+    RICHHF,
+    UNSAFEBENCH,
+    content,
+    image_reward_rows,
+    pick_a_pic_rows,
+    seen,
+    write_all_pictures,
+    write_json,
+    write_parquet,
+    write_pick_a_pic,
+    write_tfrecord,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pictures where each data set has them; what is unpacked goes to runs/pictures in it."""
+    monkeypatch.chdir(tmp_path)
+    write_all_pictures(tmp_path)
+    return tmp_path
+
+
+def refusal(source: str, **options: Any) -> str:
+    with pytest.raises(BadRecordError) as caught:
+        load_records(source, **options)
+    return str(caught.value)
+
+
+# --- ImageRewardDB --------------------------------------------------------------------------------
+
+BY_PERSPECTIVE = {
+    "alignment": [("red", "blue", FOX, False, 5.0), ("green", "blue", FOX, False, 5.0)],
+    "fidelity": [
+        ("green", "red", FOX, False, 2.0),
+        ("blue", "red", FOX, False, 1.0),
+        ("green", "blue", FOX, False, 1.0),
+        ("white", "red", CAT, False, 5.0),
+    ],
+    "overall": [
+        ("red", "green", FOX, False, 2.0),
+        ("red", "blue", FOX, False, 3.0),
+        ("green", "blue", FOX, False, 1.0),
+    ],
+    "rank": [("red", "green", FOX, False, 1.0), ("red", "blue", FOX, False, 1.0)],
+}
+
+
+@pytest.mark.parametrize("perspective", BY_PERSPECTIVE)
+@pytest.mark.parametrize("layout", ["metadata", "json", "rows", "groups"])
+def test_each_rating_of_image_reward_orders_the_pictures_of_a_prompt(
+    folder: Path, perspective: str, layout: str
+) -> None:
+    rows, unused = image_reward_rows("image" if layout == "rows" else "image_path"), Counter[str]()
+    match layout:
+        case "metadata" | "rows":
+            path = write_parquet(folder / "metadata-train.parquet", rows)
+        case "json":
+            path = write_json(folder / "train_1.json", rows)
+        case _:
+            keys = ("rank", "overall_rating", "image_text_alignment_rating", "fidelity_rating")
+            groups = [
+                {"prompt": rows[i]["prompt"], "prompt_id": rows[i]["prompt_id"], "classification": "Animals"}
+                | {"image": [{"bytes": content(Path(row["image_path"]).stem), "path": None} for row in rows[i:j]]}
+                | {key: [row[key] for row in rows[i:j]] for key in keys}
+                for i, j in ((0, 3), (3, 5))
+            ]
+            path = write_parquet(folder / "groups.parquet", groups)
+    records = load_records(f"imagerewarddb/{perspective}:{path}", unused=unused)
+    assert seen(records) == BY_PERSPECTIVE[perspective]
+    silent = {} if perspective == "fidelity" else {f"imagerewarddb/{perspective}: all pictures of the prompt are rated"}
+    assert {reason.removesuffix(" the same") for reason in unused} == {*silent}
+    if layout == "metadata":
+        assert records[0].where == f"{path}:ROW 1 to ROW 3"
+
+
+def test_a_pair_row_of_image_reward_is_by_rank_only(folder: Path) -> None:
+    row = {"prompt_id": "x", "prompt": FOX, "classification": "Animals"}
+    row |= {f"img_{side}": {"bytes": content(c), "path": None} for side, c in (("better", "blue"), ("worse", "red"))}
+    path = write_parquet(folder / "pairs.parquet", [row])
+    assert seen(load_records(f"imagerewarddb/rank:{path}")) == [("blue", "red", FOX, False, 0.0)]
+    assert "do not say which has more fidelity" in refusal(f"imagerewarddb/fidelity:{path}")
+
+
+def test_the_test_set_of_image_reward_is_by_rank_only(folder: Path) -> None:
+    row = {"id": "x", "prompt": FOX, "generations": ["red.jpg", "green.jpg", "blue.jpg"], "ranking": [2, 1, 2]}
+    path = write_json(folder / "test.json", [row])
+    assert seen(load_records(f"imagerewarddb/rank:{path}")) == [
+        ("green", "red", FOX, False, 1.0),
+        ("green", "blue", FOX, False, 1.0),
+    ]
+    assert "does not say which has more alignment" in refusal(f"imagerewarddb/alignment:{path}")
+
+
+@pytest.mark.parametrize(
+    ("change", "clue"),
+    [
+        ({"fidelity_rating": 8}, "'fidelity_rating' is 8; it must be a whole number from 1 to 7"),
+        ({"fidelity_rating": -1}, "'fidelity_rating' is -1"),
+        ({"fidelity_rating": 3.5}, "'fidelity_rating' is 3.5"),
+        ({"fidelity_rating": None}, "'fidelity_rating' is None"),
+        ({"prompt": CAT}, "'prompt' has ['a red fox', 'two cats on a sofa', 'a red fox'], where a string"),
+        ({"image_amount_in_total": 4}, "'image_amount_in_total' is [3, 4, 3], where 3 rows"),
+        ({"image_path": "images/train/train_1/red.jpg"}, "must differ in the picture"),
+        ({"image_path": "images/train/train_1/grey.jpg"}, "grey.jpg', seen from"),
+    ],
+)
+def test_a_flaw_of_one_picture_spoils_its_prompt_only(folder: Path, change: dict[str, Any], clue: str) -> None:
+    rows = image_reward_rows()
+    rows[1] |= change
+    path = write_json(folder / "train_1.json", rows)
+    message = refusal(f"imagerewarddb/fidelity:{path}")
+    assert message.startswith(f"{path}:RECORD 1 to RECORD 3: ")
+    assert clue in message
+    kept = load_records(f"imagerewarddb/fidelity:{path}", on_bad_record="skip", skipped=folder / "skipped.jsonl")
+    assert seen(kept) == BY_PERSPECTIVE["fidelity"][3:]
+    (line,) = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert clue in line["reason"]
+
+
+def test_rows_of_a_prompt_that_stand_apart_are_refused(folder: Path) -> None:
+    rows = image_reward_rows()
+    path = write_json(folder / "train_1.json", [rows[0], rows[3], rows[1], rows[2], rows[4]])
+    assert "'image_amount_in_total' is 3, where 1 rows" in refusal(f"imagerewarddb/overall:{path}")
+
+
+# --- Pick-a-Pic, HPD, UnsafeBench, RichHF, folders ---------------------------------------------------
+
+
+def test_pick_a_pic_has_winners_and_ties_and_counts_what_nobody_judged(folder: Path) -> None:
+    unused = Counter[str]()
+    records = load_records(f"pickapic:{write_pick_a_pic(folder / 'test.parquet')}", unused=unused)
+    assert seen(records) == [
+        ("red", "blue", FOX, False, 0.0),
+        ("blue", "red", FOX, False, 0.0),
+        ("red", "blue", FOX, True, 0.0),
+    ]
+    assert unused == {"pickapic: has_label is false": 1, "pickapic: are_different is false": 1}
+    assert len([path for path in (folder / "runs" / "pictures").rglob("*") if path.is_file()]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "clue"),
+    [
+        ({"label_0": 0.7, "label_1": 0.3}, "'label_0' and 'label_1' are 0.7 and 0.3; they must be"),
+        ({"label_0": 1.0, "label_1": 1.0}, "are 1 and 1"),
+        ({"label_0": float("nan")}, "'label_0' is nan"),
+        ({"label_1": None}, "'label_1' is None"),
+        ({"has_label": None}, "'has_label' is None; it must be true or false"),
+        ({"caption": None}, "'caption' has None"),
+        ({"jpg_0": b""}, "the image in the record, of 0 bytes, is empty"),
+        ({"jpg_0": content("red")[:200]}, "of 200 bytes, cannot be read as a picture"),
+        ({"jpg_1": content("red")}, "a pair must differ"),
+    ],
+)
+def test_a_flaw_in_pick_a_pic_is_named_with_its_row(folder: Path, change: dict[str, Any], clue: str) -> None:
+    rows = pick_a_pic_rows()
+    rows[1] |= change
+    path = write_pick_a_pic(folder / "test.parquet", rows)
+    message = refusal(f"pickapic:{path}")
+    assert message.startswith(f"{path}:ROW 2: ")
+    assert clue in message
+
+
+def test_pick_a_pic_without_images_is_told_from_the_one_with_them(folder: Path) -> None:
+    bare = [{key: row[key] for key in row if key not in ("jpg_0", "jpg_1")} for row in pick_a_pic_rows()]
+    assert "variant without images" in refusal(f"pickapic:{write_pick_a_pic(folder / 'x.parquet', bare)}")
+
+
+def test_hpdv2_is_read_in_both_of_its_layouts(folder: Path) -> None:
+    train, test = write_json(folder / "train.json", HPDV2_TRAIN), write_json(folder / "test.json", HPDV2_TEST)
+    assert seen(load_records(f"hpdv2:{train}")) == [
+        ("red", "green", FOX, False, 0.0),
+        ("green", "red", CAT, False, 0.0),
+    ]
+    assert seen(load_records(f"hpdv2:{test}")) == [
+        ("green", "red", FOX, False, 1.0),
+        ("green", "blue", FOX, False, 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "clue"),
+    [
+        (HPDV2_TRAIN[0] | {"human_preference": [1, 1]}, "'human_preference' is [1, 1]; it must be [1, 0] or [0, 1]"),
+        (HPDV2_TRAIN[0] | {"human_preference": [1]}, "'file_path' has 2 elements and 'human_preference' 1"),
+        (HPDV2_TEST[0] | {"rank": [1, 2]}, "'image_path' has 3 elements and 'rank' 2"),
+        (HPDV2_TEST[0] | {"rank": 3}, "'rank' is 3; it must be a list"),
+        ({"prompt": FOX, "file_path": ["red.jpg", "blue.jpg"], "human_preferences": [1, 0]}, "'human_preference'?"),
+    ],
+)
+def test_a_flaw_in_hpdv2_is_named(folder: Path, row: dict[str, Any], clue: str) -> None:
+    path = write_json(folder / "x.json", [row])
+    message = refusal(f"hpdv2:{path}")
+    assert message.startswith(f"{path}:RECORD 1: ")
+    assert clue in message
+
+
+def test_the_first_picture_of_hpdv3_won_whatever_its_confidence(folder: Path) -> None:
+    assert seen(load_records(f"hpdv3:{write_json(folder / 'train.json', HPDV3)}")) == [
+        ("red", "green", FOX, False, 0.0),
+        ("blue", "red", CAT, False, 0.0),
+        ("blue", "green", CAT, False, 0.0),
+    ]
+    path = write_json(folder / "x.json", [HPDV3[0] | {"confidence": 1.5}])
+    assert "'confidence' is 1.5; it must be null or in [0, 1]" in refusal(f"hpdv3:{path}")
+
+
+def test_safe_is_one_and_no_text_is_an_empty_prompt(folder: Path) -> None:
+    path = write_parquet(folder / "train.parquet", UNSAFEBENCH)
+    assert seen(load_records(f"unsafebench:{path}")) == [("red", FOX, 0), ("green", "", 1)]
+    path = write_parquet(folder / "x.parquet", [UNSAFEBENCH[0] | {"safety_label": "safe"}])
+    assert "'safety_label' is 'safe'; it must be one of 'Safe', 'Unsafe'" in refusal(f"unsafebench:{path}")
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("score", "labels"),
+    [("artifact=0.5", [1, 0]), ("alignment=0.5", [0, 1]), ("overall=0.5", [1, 1]), ("aesthetics=0.1", [1, 0])],
+)
+def test_each_score_of_richhf_is_good_from_the_threshold_on(
+    folder: Path, kind: str, score: str, labels: list[int]
+) -> None:
+    (folder / "train" / "red.txt").write_text(f"{FOX}\n")
+    (folder / "train" / "green.txt").write_text(CAT)
+    rows = [row | {"artifact_map": b"\xff" * 300, "prompt_misalignment_label": "0 1"} for row in RICHHF]
+    match kind:
+        case "tfrecord":
+            path = write_tfrecord(folder / "train.tfrecord", rows)
+        case "parquet":
+            path = write_parquet(folder / "train.parquet", rows)
+        case _:
+            path = folder / "train.jsonl"
+            path.write_text("\n".join(map(json.dumps, RICHHF)))
+    expected = [("red", FOX, labels[0]), ("green", CAT, labels[1])]
+    assert seen(load_records(f"richhf/{score}:{path}")) == expected
+
+
+def test_alignment_of_richhf_asks_for_a_prompt_and_artifacts_do_not(folder: Path) -> None:
+    path = write_tfrecord(folder / "train.tfrecord", RICHHF)
+    assert [row[1] for row in seen(load_records(f"richhf/artifact=0.5:{path}"))] == ["", ""]
+    assert "there is no prompt" in refusal(f"richhf/alignment=0.5:{path}")
+    exported = write_json(folder / "train.json", [row | {"caption": CAT, "prompt_id": "x"} for row in RICHHF])
+    assert [row[1] for row in seen(load_records(f"richhf/alignment=0.5:{exported}"))] == [CAT, CAT]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("txt", "text"), ("texts", "text"), ("safety_lable", "safety_label"), ("imge", "image"), ("context", None)],
+)
+def test_a_foreign_key_passes_unless_it_looks_like_a_typo(folder: Path, key: str, hint: str | None) -> None:
+    """Published data sets grow columns; a column that is missed by a letter must not become an empty prompt."""
+    row = {"image": content("red"), "safety_label": "Safe"}
+    row[key] = row.pop(hint or "", FOX)
+    path = write_parquet(folder / "x.parquet", [row])
+    if hint is None:
+        assert seen(load_records(f"unsafebench:{path}")) == [("red", "", 1)]
+    else:
+        assert f"the key {key!r} is unknown. Did you mean {hint!r}?" in refusal(f"unsafebench:{path}")
+
+
+def test_a_folder_of_sorted_pictures_is_read_by_its_names(folder: Path) -> None:
+    for kind, colour in (("safe", "green"), ("unsafe", "red")):
+        (folder / "sorted" / kind).mkdir(parents=True)
+        (folder / "sorted" / kind / "x.jpg").write_bytes(content(colour))
+    (folder / "sorted" / "safe" / "x.txt").write_text(CAT)
+    for root in (None, folder / "images"):  # which is of other data in the same list
+        found = load_records(f"image_folder:{folder / 'sorted'}", image_root=root)
+        assert seen(found) == [("green", CAT, 1), ("red", "", 0)]
+    (folder / "sorted" / "usafe").mkdir()
+    with pytest.raises(ValueError, match=r"usafe is no class of pictures; the folders must be named good, safe"):
+        load_records(f"image_folder:{folder / 'sorted'}")

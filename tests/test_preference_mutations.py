@@ -1,0 +1,173 @@
+"""Whatever a row or a file of preferences holds, it is refused by name, or what is read from it is sound."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from reward_model.datasets import containers, load_records
+from reward_model.datasets.source import RawRecord
+from reward_model.types import LabelledImage, Record
+from tests.preference_files import (
+    CAT,
+    FOX,
+    HPDV2_TEST,
+    HPDV2_TRAIN,
+    HPDV3,
+    RICHHF,
+    UNSAFEBENCH,
+    content,
+    image_reward_rows,
+    pick_a_pic_rows,
+    write_all_pictures,
+    write_parquet,
+    write_tar,
+    write_tfrecord,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pictures where each data set has them; what is unpacked goes to runs/pictures in it."""
+    monkeypatch.chdir(tmp_path)
+    write_all_pictures(tmp_path)
+    return tmp_path
+
+
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2, 7, 0.5, 1e308, -1e308, 10**30, float("nan"), float("inf")),
+    *("", "null", FOX, "red.jpg", "blue.jpg", "..", "/etc/passwd", "../red.jpg", "images", "\0", "\ud800", "x" * 5000),
+    *("Safe", "Unsafe", "東京 🦊", "missing.jpg", "half.jpg", "empty.jpg"),
+    *([], {}, ["red.jpg", "blue.jpg"], ["red.jpg"] * 2, [1, 0], [0, 1], [1, 1, 2], [None], [[]], {"bytes": None}),
+    *(b"", content("white"), content("white")[:150], {"bytes": content("blue"), "path": None}),
+]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "imagerewarddb/fidelity": image_reward_rows(),
+    "imagerewarddb/rank": [
+        {"prompt": FOX, "prompt_id": "x", "image_path": ["red.jpg", "blue.jpg"], "rank": [1, 2]},
+        {"prompt": FOX, "prompt_id": "x", "img_better": content("red"), "img_worse": content("blue")},
+    ],
+    "pickapic": pick_a_pic_rows(),
+    "hpdv2": [*HPDV2_TRAIN, *HPDV2_TEST],
+    "hpdv3": HPDV3,
+    "unsafebench": UNSAFEBENCH,
+    "richhf/artifact=0.5": RICHHF,
+    "richhf/alignment=0.5": [row | {"prompt": CAT} for row in RICHHF],
+    "own": [{"prompt": FOX, "winner": content("red"), "loser": content("blue"), "rating_gap": 2.0}],
+    "llava_reward": [{"path": content("red"), "label": 1, "prompt": FOX, "safety_label": "Safe"}],
+}
+
+
+def mutated(draw: random.Random, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One to three changes: a field dropped, renamed, or given another value; an element of a list exchanged."""
+    row = dict(draw.choice(rows))
+    for _ in range(draw.randint(1, 3)):
+        key = draw.choice(sorted(row) or ["prompt"])
+        match draw.randrange(6):
+            case 0:
+                row.pop(key, None)
+            case 1:
+                row[key[:-1] + draw.choice("sx ")] = row.pop(key, None)
+            case 2 | 3:
+                row[key] = draw.choice(VALUES)
+            case 4:
+                row[key] = row.get(draw.choice(sorted(row) or ["prompt"]))
+            case _ if isinstance(row.get(key), list) and row[key]:
+                row[key] = [*row[key]]
+                row[key][draw.randrange(len(row[key]))] = draw.choice(VALUES)
+            case _:
+                row[key] = [row.get(key)] * draw.randrange(4)
+    return row
+
+
+def check(records: list[Record], roots: tuple[Path, Path]) -> None:
+    assert records
+    for record in records:
+        if isinstance(record, LabelledImage):
+            assert record.label in (0, 1)
+            pictures, texts = [record.image], [record.prompt]
+        else:
+            pictures, texts = [record.winner, record.loser], [record.winner_prompt, record.loser_prompt]
+            assert (pictures[0], texts[0]) != (pictures[1], texts[1])
+            assert 0 <= record.rating_gap < float("inf")
+            assert not (record.tie and record.rating_gap)
+        assert all(text.encode() is not None for text in texts)
+        for picture in pictures:
+            assert any(picture.is_relative_to(root) for root in roots)
+            with Image.open(picture) as image:
+                image.load()
+
+
+def load_or_refuse(source: str) -> list[Record] | str:
+    try:
+        return load_records(source)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_mutated_rows_of_a_published_format_are_refused_by_name_or_sound(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """150 for each format. Rows come from a table, which may hold more kinds of values than JSON.
+
+    Where rows of a prompt belong together, one of them is changed.
+    """
+    (folder / "half.jpg").write_bytes(content("red")[:200])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "x.parquet").write_bytes(b"")
+    draw, outcomes = random.Random(name), {"sound": 0, "refused": 0}
+    given: list[dict[str, Any]] = []
+
+    def rows_of_parquet(path: Path, *, unused: object) -> list[RawRecord]:
+        return [RawRecord(f"{path}:ROW {number}", row) for number, row in enumerate(given, start=1)]
+
+    monkeypatch.setattr(containers, "rows_of_parquet", rows_of_parquet)
+    for _ in range(150):
+        given[:] = [mutated(draw, ROWS[name])]
+        if name == "imagerewarddb/fidelity":
+            changed = draw.randrange(5)
+            given[:] = [
+                *ROWS[name][:changed],
+                mutated(draw, ROWS[name][changed : changed + 1]),
+                *ROWS[name][changed + 1 :],
+            ]
+        outcome = load_or_refuse(f"{name}:x.parquet")
+        if isinstance(outcome, list):
+            check(outcome, (folder, folder / "runs" / "pictures"))
+        else:
+            nothing_said = outcome.startswith("x.parquet holds no record; of 1 rows ")
+            assert nothing_said or outcome.startswith("x.parquet:ROW "), given
+            assert len(outcome) < 1000, given
+            outcome.encode()
+        outcomes["refused" if isinstance(outcome, str) else "sound"] += 1
+    assert min(outcomes.values()) > 5, "the mutations prove nothing if all of them break, or none"
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "tar", "parquet"])
+def test_a_file_with_changed_bytes_is_refused_or_sound(folder: Path, kind: str) -> None:
+    """40 for each container: whatever the bytes, a ValueError names the file."""
+    row = {"image": content("red"), "safety_label": "Safe", "text": FOX}
+    path = folder / f"x.{kind}"
+    match kind:
+        case "tfrecord":
+            write_tfrecord(path, [row])
+        case "tar":
+            write_tar(path, {"x.json": b'{"safety_label": "Safe"}', "x.jpg": content("red")})
+        case _:
+            write_parquet(path, [row])
+    whole, draw = path.read_bytes(), random.Random(kind)
+    for _ in range(40):
+        changed = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            changed[draw.randrange(len(changed))] = draw.randrange(256)
+        path.write_bytes(changed)
+        outcome = load_or_refuse(f"unsafebench:{path}")
+        if isinstance(outcome, list):
+            check(outcome, (folder, folder / "runs" / "pictures"))
+        else:
+            assert str(path) in outcome
