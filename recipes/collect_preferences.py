@@ -11,7 +11,6 @@ pair appears, and RUN_FOLDER/pairs.jsonl always holds what stands, for `train_re
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -163,18 +162,15 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
     from reward_model.datasets import load_pairs_of_one_prompt
     from reward_model.images import to_tensor
 
-    unused = Counter[str]()
     found = load_pairs_of_one_prompt(
         names(config.pairs or ""),
         image_root=config.image_root,
         image_prefix=config.image_prefix,
         unpack_to=config.unpack_folder,
         skipped=folder / "skipped.jsonl" if config.on_bad_record == "skip" else None,
-        unused=unused,
+        say=say,
         keep_ties=True,
     )
-    for reason, count in unused.items():
-        say(f"{count:,} rows say nothing: {reason}")
     for pair in some(found, config.num_pairs, generator=generator):
         sources = ("not judged", "not judged") if pair.tie else ("preferred in the file", "the other one")
         yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)

@@ -15,7 +15,6 @@ lowered against those of the other one, both measured from the model before trai
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from torch import Tensor
 from rlhf_t2i.config import Rule, names, parse_config, whole_numbers
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import diffusion_dpo_loss
+from rlhf_t2i.metrics import facts_of_updates
 from rlhf_t2i.preferences import (
     PairBatch,
     PicturePairs,
@@ -37,12 +37,12 @@ from rlhf_t2i.preferences import (
     numbers_of_step,
     save_pairs,
     share_of,
-)
+)  # fmt: skip
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.run import Run
 from rlhf_t2i.sampling.errors import denoising_errors
-from rlhf_t2i.sampling.rollout import rollout
+from rlhf_t2i.sampling.rollout import paint
 from rlhf_t2i.seeds import PAINT, PERTURB, PICK, generator_for, generators_for
 from rlhf_t2i.tuning import Tuning, TuningConfig, start_tuning
 from rlhf_t2i.types import Policy
@@ -77,8 +77,7 @@ class Config(TuningConfig):
     eta: float = 1.0
     """Of judged pairs: noise of each step of painting, in [0, 1]."""
     rewards: str = "judge"
-    """Of judged pairs: comma-separated NAME or NAME=WEIGHT: judge, judge:PATH (a LLaVA-Reward folder or Hub id),
-    oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
+    """Of judged pairs: comma-separated NAME or NAME=WEIGHT, as in every recipe."""
     choice: Literal["best_worst", "all", "random"] = "best_worst"
     """Of judged pairs: which of a prompt's pictures make pairs."""
     keep_pairs: bool = True
@@ -141,7 +140,7 @@ def paint_pairs(
     mine = run.my_share(len(prompts), name="prompts_per_step")
     own = [prompts[i] for i in mine for _ in range(copies)]
     with run.timed("rollout"), tuning.painting():
-        images, trajectory = rollout(
+        images, painted = paint(
             tuning.policy, own, sampler=tuning.sampler(eta=config.eta), batch_size=config.microbatch_size,
             generators=generators_for(config.seed, PAINT, step, mine),
         )  # fmt: skip
@@ -155,7 +154,7 @@ def paint_pairs(
     if config.keep_pairs:
         path = run.folder / "pairs" / f"step_{step + 1:06d}.jsonl"
         save_pairs(path, images, prompts, scores, (winners, losers), first=mine.start * copies)
-    latents, conditioning = run.gather(trajectory.latents[:, -1]), tuning.policy.encode(prompts)
+    latents, conditioning = run.gather(painted), tuning.policy.encode(prompts)
 
     def load(rows: Sequence[int]) -> PairBatch:
         winner, loser = winners[rows], losers[rows]
@@ -176,13 +175,10 @@ def load_pairs(tuning: Tuning, config: Config) -> PicturePairs:
 
     run = tuning.run
     log = run.folder / (f"skipped_{run.rank}.jsonl" if run.rank else "skipped.jsonl")
-    unused = Counter[str]()
     found = load_pairs_of_one_prompt(
-        names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, unused=unused,
+        names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, say=run.say,
         image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
     )  # fmt: skip
-    for reason, count in unused.items():
-        run.say(f"{count:,} rows say nothing: {reason}")
     run.say(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")
     files = PicturePairs(
         found, policy=tuning.policy, read=to_tensor, batch_size=config.microbatch_size,
@@ -221,8 +217,7 @@ def update(
     sums = dict(zip(METRICS, totals, strict=False))  # sft has but the first
     return {
         **{name: total / len(steps) for name, total in run.mean(sums).items()},
-        "gradient_norm": sum(s["gradient_norm"] for s in steps) / len(steps),
-        "skipped_updates": sum(s["skipped_updates"] for s in steps),
+        **facts_of_updates(steps),
     }
 
 

@@ -31,6 +31,7 @@ from rlhf_t2i.diffusion.forward import noise_to
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.ema import rising_decay
 from rlhf_t2i.losses import denoising_mse, negative_aware_loss
+from rlhf_t2i.metrics import facts_of_updates
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.run import Run
@@ -188,8 +189,7 @@ def update(
     means = run.gather(torch.cat(seen)).mean(dim=0).tolist()
     return {
         **dict(zip(METRICS, means, strict=False)),  # no gap where no reference was asked
-        "gradient_norm": sum(s["gradient_norm"] for s in steps) / len(steps),
-        "skipped_updates": sum(s["skipped_updates"] for s in steps),
+        **facts_of_updates(steps),
     }
 
 

@@ -39,6 +39,14 @@ class MetricsFile:
             os.fsync(file.fileno())
 
 
+def facts_of_updates(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What several `descend` said, as one: the mean norm, and how many were left out."""
+    return {
+        "gradient_norm": sum(step["gradient_norm"] for step in steps) / len(steps),
+        "skipped_updates": sum(step["skipped_updates"] for step in steps),
+    }
+
+
 def before_after(rows: Sequence[dict[str, Any]]) -> str:
     """A table of the first and the last evaluation: each reward's mean, its change, and how sure that is."""
     evaluations = [row for row in rows if row["kind"] == "evaluation"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.metrics import facts_of_updates
 from rlhf_t2i.report.update_checks import FAST, REPLAY_NOISE, SLOW
 from rlhf_t2i.run import Run
 
@@ -32,8 +33,7 @@ def update_metrics(
         "clip_range": clip_range,
         "clip_fraction": ((log_ratio.exp() - 1).abs() > clip_range).float().mean().item(),
         **({"kl": kl.mean().item()} if with_kl else {}),
-        "gradient_norm": sum(s["gradient_norm"] for s in steps) / len(steps),
-        "skipped_updates": sum(s["skipped_updates"] for s in steps),
+        **facts_of_updates(steps),
         "replay_error": run.gather(replay_error).max().item(),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from reward_model.datasets.fields import BadRecordError, shortened
@@ -19,15 +19,17 @@ def load_pairs_of_one_prompt(
     skipped: Path | None,
     image_prefix: str | None = None,
     unpack_to: str | Path = UNPACKED,
-    unused: Counter[str] | None = None,
+    say: Callable[[str], None] | None = None,
     keep_ties: bool = False,
 ) -> list[PreferencePair]:
     """The pairs of FORMAT:PLACEs, and of the .jsonl files of folders, without ties unless they are to be kept.
 
     With a file `skipped`, whatever is no pair of one prompt is left out and written down there; else it raises
-    BadRecordError. Raises ValueError if no pair is left. The rest is `load_records`'.
+    BadRecordError. Raises ValueError if no pair is left. The rest is `load_records`'; `say` is told of rows that say
+    nothing.
     """
     pairs: list[PreferencePair] = []
+    unused = Counter[str]()
     for source in sources:
         folder = Path(source)
         for file in sorted(folder.glob("*.jsonl")) if folder.is_dir() else [source]:
@@ -36,6 +38,9 @@ def load_pairs_of_one_prompt(
                 on_bad_record="error" if skipped is None else "skip", skipped=skipped,
             )  # fmt: skip
             pairs += pairs_of_one_prompt(records, skipped=skipped, keep_ties=keep_ties)
+    for reason, count in unused.items():
+        if say is not None:
+            say(f"{count:,} rows say nothing: {reason}")
     if not pairs:
         given = ", ".join(map(str, sources))
         raise ValueError(f"In {given} no picture is preferred to another of the same prompt: nothing can be learnt.")
