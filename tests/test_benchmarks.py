@@ -471,3 +471,30 @@ def test_a_score_that_is_not_finite_is_refused_with_its_prompt(tmp_path: Path) -
     (benchmark,) = load_benchmarks(f"image_reward:{tmp_path}")
     with pytest.raises(ValueError, match="picture of image_reward is not finite; its prompt is 'a red fox'"):
         measure(Broken(), benchmark)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_recipe_measures_a_benchmark_and_writes_its_tables(tmp_path: Path) -> None:
+    """The built-in judge sees a red circle in one picture and none in the other."""
+    from recipes.evaluate_reward_model import Config, main
+    from rlhf_t2i.shapes.scenes import parse_prompt, render
+
+    prompt, other = "a red circle on a blue background", "three green squares on a white background"
+    for name, shown in (("a", prompt), ("b", other)):
+        drawn = render([parse_prompt(shown)], rng=np.random.default_rng(0), size=32)[0]
+        Image.fromarray((drawn * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / f"{name}.png")
+    rows = [
+        {"prompt": prompt, "path1": "a.png", "path2": "b.png"},
+        {"prompt": other, "path1": "b.png", "path2": "a.png"},
+    ]
+    write(tmp_path / "test.json", rows)
+    folder = tmp_path / "run"
+    found = main(Config(benchmark=f"hpdv3:{tmp_path}", num_resamples=20, run_folder=str(folder), num_cpu_threads=1))
+    assert {metric.name: metric.value for metric in found["hpdv3"]}["accuracy_ties_wrong"] == 1
+    stored = json.loads((folder / "benchmarks.json").read_text())
+    assert stored["settings"]["benchmark"] == f"hpdv3:{tmp_path}"
+    assert stored["benchmarks"]["hpdv3"]["metrics"][0]["value"] == 1
+    assert "## hpdv3" in (folder / "benchmarks.md").read_text()
+    assert not list(folder.glob("*.csv"))
