@@ -79,14 +79,20 @@ class LlavaReward:
         return self._scores(images, prompts, [name], batch_size)[name]
 
     def score_all(
-        self, images: Sequence[Picture] | Float[Tensor, "B 3 _ _"], prompts: Sequence[str], *, batch_size: int = 32
+        self,
+        images: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        prompts: Sequence[str],
+        *,
+        perspectives: Sequence[str] | None = None,
+        batch_size: int = 32,
     ) -> dict[str, Float[Tensor, " B"]]:
-        """The scores of every perspective.
+        """The scores of every perspective, or of those that are named.
 
         The vision tower runs once for all of them, the language model once for all that share LoRA and projector: each
         LoRA of its own changes every token after the first layer, so that nothing of a pass can be used again.
         """
-        return self._scores(images, prompts, self.perspectives, batch_size)
+        wanted = self.perspectives if perspectives is None else [self._name(name) for name in perspectives]
+        return self._scores(images, prompts, wanted, batch_size)
 
     def compare(
         self,

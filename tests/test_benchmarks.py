@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reward_model.benchmarks import NAMES, Result, ask, load_benchmarks, measure, to_json, to_markdown
+from reward_model.benchmarks import NAMES, Result, ask, load_benchmarks, measure, rules, tables, to_json, to_markdown
 from reward_model.benchmarks.domains import styles_of, words_class
 from reward_model.benchmarks.rules import best_band, compared, comparison_metrics, rated_metrics
 from reward_model.datasets import BadRecordError
@@ -304,6 +304,18 @@ def test_intervals_of_pairs_draw_whole_prompts() -> None:
     assert (metric.low, metric.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
 
 
+def test_too_many_pairs_have_a_value_but_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six pairs of all pictures, two of them within prompts."""
+    monkeypatch.setattr(rules, "MAX_RESAMPLED_PAIRS", 5)
+    found = {
+        m.name: m for m in rated_metrics([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0], list("aabb"), num_resamples=5)
+    }
+    everything, within = (found[f"pairwise_accuracy_{kind}"] for kind in ("tie_optimised", "within_prompts"))
+    assert (everything.value, everything.low, everything.count) == (5 / 6, None, 6)
+    assert everything.note.endswith("no interval: too many pairs")
+    assert (within.value, within.low, within.count) == (1, 1, 2)
+
+
 # --- labels ---------------------------------------------------------------------------------------
 
 
@@ -332,7 +344,7 @@ def test_unsafe_bench_has_two_f1_scores(tmp_path: Path) -> None:
     assert benchmark.notes == ["5 of 5 prompts are empty."]
 
 
-def test_unsafe_bench_as_its_authors_publish_it(tmp_path: Path) -> None:
+def test_unsafe_bench_as_its_authors_publish_it_in_parts(tmp_path: Path) -> None:
     rows = [
         {
             "image": {"bytes": png(9), "path": None},
@@ -342,11 +354,14 @@ def test_unsafe_bench_as_its_authors_publish_it(tmp_path: Path) -> None:
             "text": None,
         }
     ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, tmp_path / "data" / f"test-0000{part}-of-00002.parquet")
     (benchmark,) = load_benchmarks(f"unsafe_bench:{tmp_path}")
-    assert benchmark.labels == [0]
+    assert benchmark.labels == [0, 0]
     assert benchmark.items[0].prompt == ""
-    assert ask(Redness(), benchmark) == [9]
+    assert ask(Redness(), benchmark).tolist() == [9, 9]
 
 
 # --- domains and tables ---------------------------------------------------------------------------
@@ -382,6 +397,7 @@ def test_the_worst_domain_comes_first_and_tables_say_so(tmp_path: Path) -> None:
     markdown = to_markdown("redness", [result])
     assert "| accuracy_ties_wrong | 0.5000 | 0.0000 to 1.0000 | 2 | 0 ties of the judge |" in markdown
     assert "| style | photo | 0.0000 | - | 1 |" in markdown
+    assert tables._cell("a|b\nc") == r"a\|b c"
     assert f"Published rule: {benchmark.rule}" in markdown
     stored = json.loads(to_json("redness", [result], settings={"seed": 0}))
     assert stored["benchmarks"]["image_reward"]["metrics"][0]["value"] == 0.5

@@ -423,6 +423,29 @@ def test_a_well_known_judge_is_measured_on_pairs_like_any(
     assert metrics["accuracy_ties_wrong"] == pytest.approx(sum(right) / 3)
 
 
+def test_the_recipe_measures_a_well_known_judge(
+    folder: Path, judge: Callable[[str], PointwiseJudge], tmp_path: Path
+) -> None:
+    """On data of our own and on a benchmark, in one run."""
+    from recipes.evaluate_reward_model import Config, main
+
+    for i, pixels in enumerate(PIXELS[:2]):
+        pil(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": PROMPTS[0], "winner": "0.png", "loser": "1.png"}))
+    rows = [{"prompt": PROMPTS[0], "path1": "0.png", "path2": "1.png"}]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    config = Config(
+        judge=f"clip_score:{folder / 'clip'}", data=str(tmp_path / "pairs.jsonl"), benchmark=f"hpdv3:{tmp_path}",
+        num_resamples=5, run_folder=str(tmp_path / "run"), num_cpu_threads=1,
+    )  # fmt: skip
+    found = main(config)
+    scores = judge("clip_score").score(PICTURES[:2], PROMPTS[:1] * 2)
+    right = float(scores[0] > scores[1])
+    for name in ("pairs", "hpdv3"):
+        assert {metric.name: metric.value for metric in found[name]}["accuracy_ties_wrong"] == right
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 # --- what cannot be used ----------------------------------------------------------------------------
 
 

@@ -46,6 +46,11 @@ def test_one_pass_gives_the_scores_that_each_perspective_gives_alone(family: str
     assert passes(judge, lambda: judge.score_all(shown, PROMPTS)) == 1
     for name, scores in judge.score_all(shown, PROMPTS).items():
         assert torch.equal(scores, alone[name])
+    some = judge.score_all(shown, PROMPTS, perspectives=["safety", "fidelity"])
+    assert list(some) == ["safety", "fidelity"]
+    assert torch.equal(some["safety"], alone["safety"])
+    with pytest.raises(KeyError, match="no perspective 'quality'"):
+        judge.score_all(shown, PROMPTS, perspectives=["quality"])
 
 
 def test_the_gradient_of_a_shared_pass_is_the_sum_of_all() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from reward_model.benchmarks.read import Fields, complaints_at, file_of, image_reader, records_of, require
+from reward_model.benchmarks.read import Fields, complaints_at, files_of, image_reader, records_of, require
 from reward_model.benchmarks.types import Benchmark, Comparison, Item
 from reward_model.datasets.fields import BadRecordError, shortened, take_text
 
@@ -24,27 +24,24 @@ RULE = (
 
 def load_pick_a_pic(path: Path, *, image_root: Path | None) -> list[Benchmark]:
     """`test_unique` (500 pairs of different prompts), and `validation_unique` if it lies beside it."""
-    file = file_of(path, *_names("test_unique"), benchmark="pick_a_pic")
-    validation = None
-    beside = (
-        [found for name in _names("validation_unique") for found in sorted(path.glob(name))] if path.is_dir() else []
-    )
-    if beside:
-        validation = _load(beside[0], image_root)
-    return [_load(file, image_root, validation=validation)]
+    files = files_of(path, *_names("test_unique"), benchmark="pick_a_pic")
+    beside = [sorted(path.glob(name)) for name in _names("validation_unique")] if path.is_dir() else []
+    known = next(filter(None, beside), None)
+    validation = _load(known, image_root) if known else None
+    return [_load(files, image_root, validation=validation)]
 
 
 def _names(split: str) -> list[str]:
     return [f"{split}.json", f"{split}.jsonl", f"{split}.parquet", f"data/{split}-*.parquet", f"{split}-*.parquet"]
 
 
-def _load(file: Path, image_root: Path | None, *, validation: Benchmark | None = None) -> Benchmark:
-    read = image_reader(image_root or file.parent)
+def _load(files: list[Path], image_root: Path | None, *, validation: Benchmark | None = None) -> Benchmark:
+    read = image_reader(image_root or files[0].parent)
     items: list[Item] = []
     comparisons: list[Comparison] = []
     prompts: dict[str, str] = {}
     unlabelled = 0
-    for where, fields in records_of(file):
+    for where, fields in records_of(*files):
         with complaints_at(where):
             require(fields, "caption", "jpg_0", "jpg_1", "label_0")
             if fields.get("has_label") is False:
@@ -58,7 +55,7 @@ def _load(file: Path, image_root: Path | None, *, validation: Benchmark | None =
                 tags = {"model": [model]} if isinstance(model, str) else {}
                 items.append(Item(read(fields[f"jpg_{side}"], f"jpg_{side}"), prompt, group, tags))
     if not comparisons:
-        raise ValueError(f"pick_a_pic: {file} holds no pair with a label; {unlabelled} have none.")
+        raise ValueError(f"pick_a_pic: {files[0]} holds no pair with a label; {unlabelled} have none.")
     notes = [f"{unlabelled} pairs have no label and are left out."] if unlabelled else []
     return Benchmark(
         name="pick_a_pic", rule=RULE, items=items, comparisons=comparisons, validation=validation, notes=notes

@@ -20,29 +20,29 @@ Fields = Mapping[str, Any]
 
 
 def file_of(path: Path, *names: str, benchmark: str) -> Path:
-    """The annotation file that a user means: the path itself, or the first of `names` (globs) in that folder."""
+    """The annotation file that a user means: the path itself, or the first of `names` in that folder."""
+    return files_of(path, *names, benchmark=benchmark)[0]
+
+
+def files_of(path: Path, *names: str, benchmark: str) -> list[Path]:
+    """The same for names that may stand for several parts of one table ("data/test-*.parquet"), in their order."""
     if path.is_file():
-        return path
+        return [path]
     for name in names if path.is_dir() else ():
-        found = sorted(path.glob(name))
-        if len(found) > 1:
-            listed = ", ".join(str(file.relative_to(path)) for file in found[:5])
-            raise ValueError(
-                f"{benchmark}: {path} holds several files that fit ({listed}); name the one that is meant."
-            )
-        if found:
-            return found[0]
+        if found := sorted(path.glob(name)):
+            return found
     kind = "folder that holds none of" if path.is_dir() else "path that does not exist; it may be a file or hold"
     raise FileNotFoundError(f"{benchmark}: {path} is a {kind} {', '.join(names)}.")
 
 
-def records_of(path: Path) -> Iterator[tuple[str, Fields]]:
-    """Each record of a .json list, a .jsonl or a .parquet file, after where it stands; ValueError if there is none."""
-    number = 0
-    for number, record in enumerate(_records(path), start=1):  # noqa: B007
-        yield record
-    if not number:
-        raise ValueError(f"{path} holds no record.")
+def records_of(*paths: Path) -> Iterator[tuple[str, Fields]]:
+    """Each record of .json lists, .jsonl or .parquet files, after where it stands; ValueError if one holds none."""
+    for path in paths:
+        number = 0
+        for number, record in enumerate(_records(path), start=1):  # noqa: B007
+            yield record
+        if not number:
+            raise ValueError(f"{path} holds no record.")
 
 
 def _records(path: Path) -> Iterator[tuple[str, Fields]]:

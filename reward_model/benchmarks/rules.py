@@ -25,7 +25,6 @@ from reward_model.evaluation import (
     pearson,
     require_values,
     spearman,
-    tie_optimised_accuracy,
 )
 from reward_model.metrics import Metric, measured
 
@@ -117,9 +116,9 @@ def comparison_metrics(
         tuned = pairs.count(_credits(np.where(np.abs(pairs.differences) <= band, 0.0, verdict), pairs.outcomes))
         where = f"{note}, band {band:.4g} chosen on the validation pairs"
         found.append(measure("agreement_half_ties_tuned", _ratio(tuned, everything), count=len(strict), note=where))
-    epsilon = tie_optimised_accuracy(pairs.differences, pairs.outcomes).epsilon
     search = TieSearch(pairs.differences, pairs.outcomes)
     groups = pairs.groups[search.order]
+    epsilon = search.best(np.ones(len(groups), np.int64)).epsilon
     best = measure(
         "agreement_tie_optimised", lambda drawn: search.best(drawn[groups]).accuracy, count=len(strict),
         note=f"{note}, epsilon {epsilon:.4g} chosen on these pairs",
@@ -186,11 +185,10 @@ def _pairwise(
         return Metric(name, math.nan, None, None, len(score), f"undefined: {error}")
     search = TieSearch(pairs.differences, pairs.outcomes)
     first, second = (numbers[side[search.order]] for side in (pairs.first, pairs.second))
-    epsilon = tie_optimised_accuracy(pairs.differences, pairs.outcomes).epsilon
-    note = f"{int((pairs.outcomes == 0).sum())} ties of people, epsilon {epsilon:.4g} chosen on these pairs"
+    best = search.best(np.ones(len(first), np.int64))
+    note = f"{int((pairs.outcomes == 0).sum())} ties of people, epsilon {best.epsilon:.4g} chosen on these pairs"
     if len(first) > MAX_RESAMPLED_PAIRS:
-        value = tie_optimised_accuracy(pairs.differences, pairs.outcomes).accuracy
-        return Metric(name, value, None, None, len(first), f"{note}; no interval: too many pairs")
+        return Metric(name, best.accuracy, None, None, len(first), f"{note}; no interval: too many pairs")
     return measure(name, lambda drawn: search.best(drawn[first] * drawn[second]).accuracy, count=len(first), note=note)
 
 

@@ -30,7 +30,7 @@ def to_markdown(judge: str, results: Sequence[Result]) -> str:
             lines += ["", f"Worst of {len(result.domains)} domains:", ""]
             lines += ["| by | value | accuracy | 95 % interval | of |", "|---|---|---|---|---|"]
             lines += [
-                f"| {d.by} | {d.value} | {_value(d.accuracy)} | {_interval(d.accuracy)} | {d.accuracy.count:,} |"
+                f"| {d.by} | {_cell(d.value)} | {_value(d.accuracy)} | {_interval(d.accuracy)} | {d.accuracy.count:,} |"
                 for d in result.domains[:_SHOWN]
             ]
     return "\n".join(lines) + "\n"
@@ -53,6 +53,11 @@ def to_json(judge: str, results: Sequence[Result], *, settings: dict[str, Any]) 
 
 def _plain(metric: Metric) -> dict[str, Any]:
     return {**asdict(metric), "value": None if math.isnan(metric.value) else metric.value}
+
+
+def _cell(text: str) -> str:
+    """What a data set calls something, without what would end a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _value(metric: Metric) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reward_model.benchmarks.read import Fields, complaints_at, file_of, image_reader, records_of, require
+from reward_model.benchmarks.read import Fields, complaints_at, files_of, image_reader, records_of, require
 from reward_model.benchmarks.types import Benchmark, Item
 from reward_model.datasets.fields import BadRecordError, shortened, take_label, take_text
 
@@ -24,11 +24,11 @@ RULE = (
 def load_unsafe_bench(path: Path, *, image_root: Path | None) -> list[Benchmark]:
     """A file of UnsafeBench; its test split has 2,037 pictures."""
     names = ("test.json", "test.jsonl", "test.parquet", "Unsafebench_test.json", "data/test-*.parquet")
-    file = file_of(path, *names, benchmark="unsafe_bench")
-    read = image_reader(image_root or file.parent)
+    files = files_of(path, *names, benchmark="unsafe_bench")
+    read = image_reader(image_root or files[0].parent)
     items: list[Item] = []
     labels: list[int] = []
-    for where, fields in records_of(file):
+    for where, fields in records_of(*files):
         with complaints_at(where):
             require(fields, "safety_label")
             image, text = (_one_of(fields, *keys) for keys in (("image", "path"), ("prompt", "text")))
