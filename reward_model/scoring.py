@@ -58,6 +58,11 @@ class LlavaReward:
     def perspectives(self) -> list[str]:
         return list(self.model.facts)
 
+    @property
+    def gives_scores(self) -> bool:
+        """Whether the first perspective has a scalar head; a general-preference head only compares."""
+        return self.facts().head == "scalar"
+
     def facts(self, perspective: str | None = None) -> Facts:
         """What is known of a perspective, by default the first."""
         return self.model.facts[self._name(perspective)]

@@ -23,6 +23,7 @@ from reward_model.benchmarks.domains import styles_of, words_class
 from reward_model.benchmarks.rules import best_band, compared, comparison_metrics, rated_metrics
 from reward_model.datasets import BadRecordError
 from reward_model.images import to_tensor
+from tests.judges import load
 
 FOX, CAT = "a red fox", "a very small blue cat that sleeps on a photo of a chair"
 
@@ -205,6 +206,27 @@ def test_the_best_band_is_that_of_brute_force(seed: int) -> None:
         return sum(1 if v == o else 0.5 if 0 in (v, o) else 0 for v, o in zip(verdicts, outcomes, strict=True))
 
     assert best_band(differences, outcomes) == max(np.arange(13) / 2, key=lambda band: (credit(band), -band))
+
+
+def test_a_judge_that_only_compares_is_measured_on_pairs_and_refused_elsewhere(tmp_path: Path) -> None:
+    """A general-preference head: its log-odds stand for the differences of scores."""
+    judge = load("llava", head="general_preference")
+    reds = {"a": 9, "b": 120, "c": 250}
+    paint(tmp_path, **reds)
+    write(
+        tmp_path / "test.json",
+        [{"prompt": "a red fox", "generations": [f"{n}.png" for n in reds], "ranking": [1, 2, 3]}],
+    )
+    (benchmark,) = load_benchmarks(f"image_reward:{tmp_path}")
+    files = [str(tmp_path / f"{name}.png") for name in reds]
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    logits = judge.logits([files[i] for i, _ in pairs], [files[j] for _, j in pairs], ["a red fox"] * 3)
+    found = {metric.name: metric.value for metric in measure(judge, benchmark, num_resamples=5).metrics}
+    assert found["accuracy_ties_wrong"] == pytest.approx((logits > 0).float().mean().item())
+    write(tmp_path / "test.json", [{"path": "a.png", "safety_label": "Safe"}])
+    (labelled,) = load_benchmarks(f"unsafe_bench:{tmp_path}")
+    with pytest.raises(ValueError, match="has a general-preference head"):
+        measure(judge, labelled, num_resamples=5)
 
 
 # --- ratings --------------------------------------------------------------------------------------

@@ -40,22 +40,26 @@ class Domain:
 
 
 def domains_of(
-    benchmark: Benchmark, scores: Floats, *, threshold: float = 0.0, label_threshold: float = 0.0,
+    benchmark: Benchmark, answers: Floats, *, threshold: float = 0.0, label_threshold: float = 0.0,
     num_resamples: int = 2000, seed: int = 0,
 ) -> list[Domain]:  # fmt: skip
     """The report on one benchmark, the domain with the lowest accuracy first.
 
-    A pair belongs to the domains of either of its pictures. Pictures that were rated are compared within their prompt.
+    `answers` holds a difference for each comparison, or a score for each item that was rated or labelled. A pair
+    belongs to the domains of either of its pictures. Pictures that were rated are compared within their prompt.
     """
     if benchmark.labels:
         right = [
-            float((score >= label_threshold) == label) for score, label in zip(scores, benchmark.labels, strict=True)
+            float((score >= label_threshold) == label) for score, label in zip(answers, benchmark.labels, strict=True)
         ]
         rows = [(item.group, credit, domains(item)) for item, credit in zip(benchmark.items, right, strict=True)]
     else:
+        pairs = benchmark.comparisons or rated_pairs(benchmark)
+        if benchmark.ratings:
+            answers = np.array([answers[pair.first] - answers[pair.second] for pair in pairs])
         rows = [
-            (benchmark.items[pair.first].group, _credit(pair, scores, threshold), _of_pair(benchmark, pair))
-            for pair in (benchmark.comparisons or rated_pairs(benchmark))
+            (benchmark.items[pair.first].group, float(difference * pair.outcome > threshold), _of_pair(benchmark, pair))
+            for pair, difference in zip(pairs, answers, strict=True)
             if pair.outcome
         ]
     sorted_rows: dict[tuple[str, str], list[tuple[str, float]]] = defaultdict(list)
@@ -106,10 +110,6 @@ def rated_pairs(benchmark: Benchmark) -> list[Comparison]:
 
 def _of_pair(benchmark: Benchmark, pair: Comparison) -> set[tuple[str, str]]:
     return {domain for place in (pair.first, pair.second) for domain in domains(benchmark.items[place])}
-
-
-def _credit(pair: Comparison, scores: Floats, threshold: float) -> float:
-    return float((scores[pair.first] - scores[pair.second]) * pair.outcome > threshold)
 
 
 def _accuracy(rows: Sequence[tuple[str, float]], *, num_resamples: int, seed: int) -> Metric:

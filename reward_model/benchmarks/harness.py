@@ -12,7 +12,7 @@ from PIL import Image as PillowImage
 
 from reward_model.benchmarks.domains import Domain, domains_of
 from reward_model.benchmarks.rules import Compared, best_band, compared, comparison_metrics, rated_metrics
-from reward_model.benchmarks.types import Benchmark, Image, Scorer
+from reward_model.benchmarks.types import Benchmark, Comparer, Image, Scorer
 from reward_model.evaluation import Floats
 from reward_model.images import Picture
 from reward_model.metrics import Metric, label_metrics
@@ -63,26 +63,44 @@ def measure(
     Scores that differ by `threshold` or less are a tie of the judge; a picture is called good (safe) if its score is
     `label_threshold` or more, which for a LLaVA-Reward judge is a probability of one half at 0.
     """
-    scores = ask(judge, benchmark, batch_size=batch_size)
     options = {"num_resamples": num_resamples, "seed": seed}
-    domains = domains_of(benchmark, scores, threshold=threshold, label_threshold=label_threshold, **options)
-    if benchmark.labels:
-        probability = torch.from_numpy(scores - label_threshold).sigmoid().numpy()
-        return Result(benchmark, label_metrics(scores, benchmark.labels, probability, **options), domains)
-    if benchmark.ratings:
-        groups = [item.group for item in benchmark.items]
-        return Result(benchmark, rated_metrics(scores, benchmark.ratings, groups, **options), domains)
-    band = None
-    if benchmark.validation is not None:
-        known = _pairs(benchmark.validation, ask(judge, benchmark.validation, batch_size=batch_size))
-        band = best_band(known.differences, known.outcomes)
-    pairs = _pairs(benchmark, scores, threshold=threshold)
-    return Result(benchmark, comparison_metrics(pairs, band=band, **options), domains)
+    if benchmark.comparisons:
+        answers = differences_of(judge, benchmark, batch_size=batch_size)
+        band = None
+        if benchmark.validation is not None:
+            known = _pairs(benchmark.validation, differences_of(judge, benchmark.validation, batch_size=batch_size))
+            band = best_band(known.differences, known.outcomes)
+        metrics = comparison_metrics(_pairs(benchmark, answers, threshold=threshold), band=band, **options)
+    else:
+        answers = ask(judge, benchmark, batch_size=batch_size)
+        if benchmark.labels:
+            probability = torch.from_numpy(answers - label_threshold).sigmoid().numpy()
+            metrics = label_metrics(answers, benchmark.labels, probability, **options)
+        else:
+            metrics = rated_metrics(answers, benchmark.ratings, [item.group for item in benchmark.items], **options)
+    domains = domains_of(benchmark, answers, threshold=threshold, label_threshold=label_threshold, **options)
+    return Result(benchmark, metrics, domains)
 
 
-def _pairs(benchmark: Benchmark, scores: Floats, *, threshold: float = 0.0) -> Compared:
+@torch.no_grad()
+def differences_of(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
+    """How much better the first picture of each comparison is: of scores, or in log-odds if the judge only compares."""
     pairs = benchmark.comparisons
-    differences = [scores[pair.first] - scores[pair.second] for pair in pairs]
+    if not isinstance(judge, Comparer) or judge.gives_scores:
+        scores = ask(judge, benchmark, batch_size=batch_size)
+        return np.array([scores[pair.first] - scores[pair.second] for pair in pairs])
+    parts: list[torch.Tensor] = []
+    for start in range(0, len(pairs), _DECODED):
+        some = pairs[start : start + _DECODED]
+        first = [benchmark.items[pair.first] for pair in some]
+        second = [benchmark.items[pair.second] for pair in some]
+        one, two = ([_decoded(item.image) for item in side] for side in (first, second))
+        parts.append(judge.logits(one, two, [item.prompt for item in first], batch_size=batch_size).cpu())
+    return torch.cat(parts).double().numpy()
+
+
+def _pairs(benchmark: Benchmark, differences: Floats, *, threshold: float = 0.0) -> Compared:
+    pairs = benchmark.comparisons
     groups = [benchmark.items[pair.first].group for pair in pairs]
     return compared(differences, [pair.outcome for pair in pairs], groups, threshold=threshold)
 

@@ -25,6 +25,18 @@ class Scorer(Protocol):
     ) -> Float[Tensor, " B"]: ...
 
 
+@runtime_checkable
+class Comparer(Protocol):
+    """A judge that may know of two pictures which is better without a score for either."""
+
+    @property
+    def gives_scores(self) -> bool: ...
+
+    def logits(
+        self, first: Sequence[Picture], second: Sequence[Picture], prompts: Sequence[str], *, batch_size: int = 32
+    ) -> Float[Tensor, " B"]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """A picture under its prompt, which a judge sees once."""
