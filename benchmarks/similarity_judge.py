@@ -26,8 +26,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from reward_model.datasets import load_records
 from reward_model.images import normalise, to_tensor
+from reward_model.judges.clip import Clip, load_clip
 from reward_model.types import PreferencePair
-from rlhf_t2i.rewards.similarity import SimilarityReward
 from rlhf_t2i.shapes.build import MAX_TOKENS, make_tokenizer, pick_scenes, seeded, tokenize, train
 from rlhf_t2i.shapes.build_reader import (
     PATCH,
@@ -169,7 +169,7 @@ def build(folder: Path, *, num_eye_updates: int, num_updates: int, num_drawn: in
 
 
 @torch.no_grad()
-def accuracy(judge: SimilarityReward, file: Path) -> tuple[float, int]:
+def accuracy(judge: Clip, file: Path) -> tuple[float, int]:
     """The share of pairs whose winner scores higher, and how many pairs there are; a tie counts as wrong."""
     pairs = [record for record in load_records(file) if isinstance(record, PreferencePair)]
 
@@ -194,7 +194,7 @@ def main() -> None:
     torch.set_num_threads(1)
     output, pairs = arguments.pop("output"), write_pairs(arguments.pop("pairs"))
     build(output, **arguments)
-    judge = SimilarityReward(output)
+    judge = load_clip(output)
     sys.stdout.write("| test set | pairs | accuracy, % |\n|---|---|---|\n")
     for name in TESTS:
         share, count = accuracy(judge, pairs / f"{name}.jsonl")

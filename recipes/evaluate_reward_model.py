@@ -1,9 +1,11 @@
 """How good is a judge? Its answers against what people preferred.
 
     accelerate launch recipes/evaluate_reward_model.py --judge runs/judge-DATE/judge --data pairs.jsonl
+    accelerate launch recipes/evaluate_reward_model.py --judge runs/judge-DATE/judge --benchmark hpdv2:data/HPDv2
 
 Prints a table for each data file (accuracy under three rules for ties, calibration, F1 of both classes, AUROC, each
-with a 95 % interval), and writes it as CSV beside a page that shows the pairs the judge got most wrong.
+with a 95 % interval), and writes it as CSV beside a page that shows the pairs the judge got most wrong. Published test
+sets (`docs/benchmarks.md`) are measured under every rule in use; their tables are written as Markdown and as JSON.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 
-from rlhf_t2i.config import names, parse_config
+from rlhf_t2i.config import check, names, parse_config
 
 if TYPE_CHECKING:
+    from reward_model.benchmarks import Result
+    from reward_model.judges import PointwiseJudge
     from reward_model.measuring import Answers, Mistake
     from reward_model.metrics import Metric
+    from reward_model.scoring import LlavaReward
     from reward_model.types import Record
+    from rlhf_t2i.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +34,14 @@ class Config:
     """Fields in the order of the flow."""
 
     judge: str = "shapes"
-    """A folder or Hub id of a LLaVA-Reward judge, or the built-in one (shapes)."""
-    data: str = "shapes"
+    """A folder or Hub id of a LLaVA-Reward judge, the built-in one (shapes), or a well-known one as NAME:PATH: clip,
+    clip_score, pick_score, hps, image_reward, vqa_score."""
+    data: str | None = None
     """Comma-separated FORMAT:PLACE (docs/data.md); a file .jsonl is of our own format, .json as published with
-    LLaVA-Reward. Or the built-in world's pairs (shapes)."""
+    LLaVA-Reward. Or the built-in world's pairs (shapes), which null stands for unless there is a benchmark."""
+    benchmark: str = ""
+    """Comma-separated published test sets as NAME:PATH: tifa160, mj_bench, unsafe_bench, image_reward, hpdv2, hpdv3,
+    pick_a_pic, genai_bench."""
     image_root: str | None = None
     """Where relative image paths start; null is each data file's own folder. No picture may lie outside of it."""
     image_prefix: str | None = None
@@ -39,14 +49,20 @@ class Config:
     unpack_folder: str = "runs/pictures"
     """Where pictures are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """Stop at a bad record, or leave it out and write it to skipped.jsonl in the run folder."""
+    """Stop at a bad record of the data, or leave it out and write it to skipped.jsonl in the run folder."""
+    tie_threshold: float = 0.0
+    """On a benchmark, scores that differ by no more are a tie of the judge."""
+    label_threshold: float = 0.0
+    """On a benchmark, pictures with this score or more are called good (safe)."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Of the backbone; null is what it had in training. Scores are float32."""
+    """Of a LLaVA-Reward judge's backbone; null is what it had in training. Scores are float32."""
     batch_size: int = 64
+    num_resamples: int = 2000
+    """For the intervals of benchmarks."""
     num_shown: int = 24
     """Pairs on the page: those that the judge got most wrong."""
     seed: int = 0
-    """Of the built-in world's pairs."""
+    """Of the built-in world's pairs and of resamples."""
     run_folder: str | None = None
     """Null is runs/judge-evaluation-DATE."""
     num_cpu_threads: int = 0
@@ -54,18 +70,13 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming them."""
-        for name, least in (("batch_size", 1), ("num_shown", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        for name, least in (("batch_size", 1), ("num_resamples", 1), ("num_shown", 0), ("seed", 0)):
+            check(self, [(name, getattr(self, name) >= least, f"at least {least}")])
+        check(self, [("tie_threshold", self.tie_threshold >= 0, "at least 0")])
 
 
 def main(config: Config) -> dict[str, list[Metric]]:
     """Ask the judge about every record, measure, print and write."""
-    from reward_model.measuring import ask, metrics_of, mistakes  # these take seconds
-    from reward_model.metrics import table, to_csv
-    from reward_model.report import page
-    from reward_model.scoring import LlavaReward
-    from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
     from rlhf_t2i.run import start_run
 
     run = start_run(
@@ -73,20 +84,68 @@ def main(config: Config) -> dict[str, list[Metric]]:
     )
     if run.num_processes > 1:
         raise ValueError(f"A judge is measured by one process; there are {run.num_processes}. Launch with single.yaml.")
-    source = BUILT_IN_JUDGE if config.judge == "shapes" else config.judge
-    judge = LlavaReward.from_pretrained(source, dtype=run.dtype if config.mixed_precision else None, device=run.device)
+    judge = load_judge(config, run)
     found: dict[str, list[Metric]] = {}
-    wrong: dict[str, list[Mistake]] = {}
-    for name, records in load(config, run.folder).items():
-        answers: Answers = ask(judge, records, batch_size=config.batch_size)
-        found[name], wrong[name] = metrics_of(answers), mistakes(answers, count=config.num_shown)
-        (run.folder / f"{name}.csv").write_text(to_csv(found[name]))
-        tqdm.write(f"{name}\n{table(found[name])}\n")
-    report = run.folder / "report.html"
-    report.write_text(page(str(source), found, wrong), encoding="utf-8")
-    tqdm.write(f"tables    {run.folder}/*.csv\nreport    {report}")
+    if config.data or not config.benchmark:
+        found |= measure_data(judge, config, run.folder)
+    if config.benchmark:
+        for result in measure_benchmarks(judge, config, run.folder):
+            found[result.benchmark.name] = list(result.metrics)
     run.close()
     return found
+
+
+def load_judge(config: Config, run: Run) -> LlavaReward | PointwiseJudge:
+    """The judge that the config names, on the run's device."""
+    from reward_model import judges
+
+    if judges.is_known(config.judge):
+        return judges.load_judge(config.judge).to(run.device)
+    from reward_model.scoring import LlavaReward
+    from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
+
+    source = BUILT_IN_JUDGE if config.judge == "shapes" else config.judge
+    return LlavaReward.from_pretrained(source, dtype=run.dtype if config.mixed_precision else None, device=run.device)
+
+
+def measure_data(judge: LlavaReward | PointwiseJudge, config: Config, folder: Path) -> dict[str, list[Metric]]:
+    """Our own metrics of each data file, as CSV and on a page with the worst mistakes."""
+    from reward_model.measuring import ask, metrics_of, mistakes  # these take seconds
+    from reward_model.metrics import table, to_csv
+    from reward_model.report import page
+
+    found: dict[str, list[Metric]] = {}
+    wrong: dict[str, list[Mistake]] = {}
+    for name, records in load(config, folder).items():
+        answers: Answers = ask(judge, records, batch_size=config.batch_size)
+        found[name], wrong[name] = metrics_of(answers), mistakes(answers, count=config.num_shown)
+        (folder / f"{name}.csv").write_text(to_csv(found[name]))
+        tqdm.write(f"{name}\n{table(found[name])}\n")
+    report = folder / "report.html"
+    report.write_text(page(config.judge, found, wrong), encoding="utf-8")
+    tqdm.write(f"tables    {folder}/*.csv\nreport    {report}")
+    return found
+
+
+def measure_benchmarks(judge: LlavaReward | PointwiseJudge, config: Config, folder: Path) -> list[Result]:
+    """Every rule on each published test set, as Markdown and as JSON; all are read before the first is judged."""
+    from reward_model.benchmarks import load_benchmarks, measure, to_json, to_markdown
+    from reward_model.metrics import table
+
+    root = Path(config.image_root) if config.image_root else None
+    wanted = [one for name in names(config.benchmark) for one in load_benchmarks(name, image_root=root)]
+    results: list[Result] = []
+    for benchmark in wanted:
+        result = measure(
+            judge, benchmark, threshold=config.tie_threshold, label_threshold=config.label_threshold,
+            batch_size=config.batch_size, num_resamples=config.num_resamples, seed=config.seed,
+        )  # fmt: skip
+        results.append(result)
+        tqdm.write(f"{benchmark.name}\n{table(result.metrics)}\n")
+    (folder / "benchmarks.md").write_text(to_markdown(config.judge, results), encoding="utf-8")
+    (folder / "benchmarks.json").write_text(to_json(config.judge, results, settings=asdict(config)), encoding="utf-8")
+    tqdm.write(f"benchmarks    {folder}/benchmarks.md, benchmarks.json")
+    return results
 
 
 def load(config: Config, folder: Path) -> dict[str, list[Record]]:
@@ -94,8 +153,8 @@ def load(config: Config, folder: Path) -> dict[str, list[Record]]:
     from reward_model.datasets import load_records
     from reward_model.datasets.formats import name_of
 
-    sources = names(config.data)
-    if config.data == "shapes":
+    sources = names(config.data or "")
+    if config.data in (None, "shapes"):
         from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 
         made = write_pairs(Path("runs") / f"shapes-pairs-{config.seed}", seed=config.seed)

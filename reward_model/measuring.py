@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_model.evaluation import order_consistency
+from reward_model.judges.pointwise import PointwiseJudge
 from reward_model.losses import decided_logits
 from reward_model.metrics import Metric, gap_metrics, label_metrics, pair_metrics
 from reward_model.scoring import LlavaReward
@@ -32,8 +33,8 @@ class Answers:
     scores: Float[Tensor, " N"]
 
 
-def ask(judge: LlavaReward, records: Sequence[Record], *, batch_size: int) -> Answers:
-    """The judge's answer to every record, by its first perspective."""
+def ask(judge: LlavaReward | PointwiseJudge, records: Sequence[Record], *, batch_size: int) -> Answers:
+    """The judge's answer to every record, by its first perspective if it has several."""
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     labelled = [record for record in records if isinstance(record, LabelledImage)]
     logits, swapped, scores = torch.zeros(0), torch.zeros(0), torch.zeros(0)
@@ -46,14 +47,14 @@ def ask(judge: LlavaReward, records: Sequence[Record], *, batch_size: int) -> An
 
 
 def _logits(
-    judge: LlavaReward, pairs: Sequence[PreferencePair], first: str, second: str, batch_size: int
+    judge: LlavaReward | PointwiseJudge, pairs: Sequence[PreferencePair], first: str, second: str, batch_size: int
 ) -> Float[Tensor, " P"]:
     """Log-odds of one side of each pair, `winner` or `loser`, against the other."""
     images, prompts = (
         [[getattr(pair, side + kind) for pair in pairs] for side in (first, second)] for kind in ("", "_prompt")
     )
     logits = judge.logits(images[0], images[1], prompts[0], second_prompts=prompts[1], batch_size=batch_size)
-    return decided_logits(logits, tie_width=judge.facts().tie_width)
+    return decided_logits(logits, tie_width=judge.facts().tie_width if isinstance(judge, LlavaReward) else 0.0)
 
 
 def metrics_of(answers: Answers) -> list[Metric]:

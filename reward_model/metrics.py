@@ -69,7 +69,7 @@ def pair_metrics(
     strict = outcome != 0
     margins = (logit * outcome)[strict]
     num_tied = int((np.abs(margins) <= threshold).sum())
-    measure = partial(_measured, num_resamples=num_resamples, seed=seed)
+    measure = partial(measured, num_resamples=num_resamples, seed=seed)
 
     def accuracy(margins: Floats) -> PairwiseAccuracy:
         return pairwise_accuracy(margins, np.zeros_like(margins), threshold=threshold)
@@ -106,7 +106,7 @@ def label_metrics(
     score, label = labelled_columns(scores=scores, labels=labels)
     probability, _ = labelled_columns(probabilities=probabilities, labels=labels)
     require_probabilities(probability, name="probabilities")
-    measure = partial(_measured, num_resamples=num_resamples, seed=seed)
+    measure = partial(measured, num_resamples=num_resamples, seed=seed)
 
     def counted(name: str, read: Callable[[Confusion], float], note: str) -> Metric:
         return measure(name, lambda p, y: read(confusion(p, y, threshold=threshold)), probability, label, note=note)
@@ -140,7 +140,7 @@ def rating_metrics(
     twice is not compared with itself, or it would agree with people for free.
     """
     score, rating = columns_of(scores=scores, ratings=ratings)
-    measure = partial(_measured, num_resamples=num_resamples, seed=seed)
+    measure = partial(measured, num_resamples=num_resamples, seed=seed)
     metrics = [
         measure("pearson", pearson, score, rating),
         measure("spearman", spearman, score, rating),
@@ -166,12 +166,34 @@ def rating_metrics(
 def gap_metrics(logits: ArrayLike, gaps: ArrayLike, *, num_resamples: int = 2000, seed: int = 0) -> list[Metric]:
     """Whether a judge is surer of pairs whose ratings lie further apart: correlations of its log-odds with the gaps."""
     logit, gap = columns_of(logits=logits, gaps=gaps)
-    measure = partial(_measured, num_resamples=num_resamples, seed=seed, note="of log-odds with rating gaps")
+    measure = partial(measured, num_resamples=num_resamples, seed=seed, note="of log-odds with rating gaps")
     return [
         measure("pearson", pearson, logit, gap),
         measure("spearman", spearman, logit, gap),
         measure("kendall_tau_b", kendall, logit, gap),
     ]
+
+
+def measured(
+    name: str,
+    statistic: Callable[..., float],
+    *columns: Shaped[np.ndarray, " N"],
+    num_resamples: int,
+    seed: int,
+    count: int | None = None,
+    note: str = "",
+) -> Metric:
+    """A statistic with its interval; what is undefined is not left out but noted."""
+    count = len(columns[0]) if count is None else count
+    try:
+        value = statistic(*columns)
+    except UndefinedMetricError as error:
+        return Metric(name, math.nan, None, None, count, f"undefined: {error}")
+    try:
+        low, high = bootstrap_interval(statistic, *columns, num_resamples=num_resamples, seed=seed)
+    except UndefinedMetricError as error:
+        return Metric(name, value, None, None, count, "; ".join(filter(None, [note, f"no interval: {error}"])))
+    return Metric(name, value, low, high, count, note)
 
 
 def table(metrics: Sequence[Metric]) -> str:
@@ -193,25 +215,3 @@ def to_csv(metrics: Sequence[Metric]) -> str:
     writer.writeheader()
     writer.writerows(asdict(metric) for metric in metrics)
     return text.getvalue()
-
-
-def _measured(
-    name: str,
-    statistic: Callable[..., float],
-    *columns: Shaped[np.ndarray, " N"],
-    num_resamples: int,
-    seed: int,
-    count: int | None = None,
-    note: str = "",
-) -> Metric:
-    """A statistic with its interval; what is undefined is not left out but noted."""
-    count = len(columns[0]) if count is None else count
-    try:
-        value = statistic(*columns)
-    except UndefinedMetricError as error:
-        return Metric(name, math.nan, None, None, count, f"undefined: {error}")
-    try:
-        low, high = bootstrap_interval(statistic, *columns, num_resamples=num_resamples, seed=seed)
-    except UndefinedMetricError as error:
-        return Metric(name, value, None, None, count, "; ".join(filter(None, [note, f"no interval: {error}"])))
-    return Metric(name, value, low, high, count, note)

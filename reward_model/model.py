@@ -27,7 +27,7 @@ from reward_model.backbones.load import LORA_TARGETS
 from reward_model.facts import Facts
 from reward_model.heads import Head
 from reward_model.skip_ca import SkipCrossAttention
-from reward_model.types import Backbone, Inputs
+from reward_model.types import Backbone, Inputs, Reading
 
 GROUPS = ("lora", "projector", "skip_ca", "head")
 """What learns. All four are trained; the published code put only the first into its optimiser."""
@@ -131,12 +131,29 @@ class RewardModel(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Float[Tensor, "B d"]:
         """What the head of the perspective in use says of each row, in float32: a number, or a vector to compare."""
-        perspective = self._perspective(self.active)
-        reading = self.backbone.read(inputs)
+        return self.verdict(self.backbone.read(inputs), self.active)
+
+    def verdict(self, reading: Reading, name: str) -> Float[Tensor, "B d"]:
+        """What the head of a perspective says of a reading, which must be its own or that of one that reads alike."""
+        perspective = self._perspective(name)
         pooled = last_real_token(reading.hidden, reading.hidden_mask)
         if perspective.skip_ca is not None:
             pooled = perspective.skip_ca(pooled, reading.visual, reading.visual_mask)
         return perspective.head(pooled)
+
+    @torch.no_grad()
+    def reads_alike(self, first: str, second: str) -> bool:
+        """Whether two perspectives read every picture the same, so that one pass of the backbone does for both.
+
+        So it is if their projectors are equal, and their LoRAs too or neither does anything: if only SkipCA and head
+        were trained (`learn(("skip_ca", "head"))`), of the bare backbone or of one adapter.
+        """
+        one, two = (self.groups(name) for name in (first, second))
+        same_sum = [self.facts[name].lora_alpha / self.facts[name].lora_rank for name in (first, second)]
+        silent = all(not tensor.any() for part in (one, two) for key, tensor in part["lora"].items() if "lora_B" in key)
+        return _equal(one["projector"], two["projector"]) and (
+            silent or (same_sum[0] == same_sum[1] and _equal(one["lora"], two["lora"]))
+        )
 
     def see(self, inputs: Inputs) -> Inputs:
         """Run the vision tower, which all perspectives share, once for many."""
@@ -159,6 +176,11 @@ class RewardModel(nn.Module):
         part = self.perspectives[name]
         assert isinstance(part, Perspective)
         return part
+
+
+def _equal(first: dict[str, nn.Parameter], second: dict[str, nn.Parameter]) -> bool:
+    """Whether both hold the same numbers by the same names."""
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
 def parameter_table(model: RewardModel) -> str:

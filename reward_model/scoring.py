@@ -31,6 +31,7 @@ class LlavaReward:
 
     def __init__(self, model: RewardModel) -> None:
         self.model = model.eval()
+        self._alike: dict[tuple[str, str], bool] = {}
 
     @staticmethod
     def from_pretrained(
@@ -50,11 +51,17 @@ class LlavaReward:
         """Put another perspective on the same backbone; returns its name, by default its own."""
         name = add_bundle(self.model, _folder(source), name=name)
         self.model.eval().requires_grad_(False)
+        self._alike.clear()
         return name
 
     @property
     def perspectives(self) -> list[str]:
         return list(self.model.facts)
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether the first perspective has a scalar head; a general-preference head only compares."""
+        return self.facts().head == "scalar"
 
     def facts(self, perspective: str | None = None) -> Facts:
         """What is known of a perspective, by default the first."""
@@ -77,10 +84,20 @@ class LlavaReward:
         return self._scores(images, prompts, [name], batch_size)[name]
 
     def score_all(
-        self, images: Sequence[Picture] | Float[Tensor, "B 3 _ _"], prompts: Sequence[str], *, batch_size: int = 32
+        self,
+        images: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        prompts: Sequence[str],
+        *,
+        perspectives: Sequence[str] | None = None,
+        batch_size: int = 32,
     ) -> dict[str, Float[Tensor, " B"]]:
-        """The scores of every perspective; the vision tower runs once for all of them."""
-        return self._scores(images, prompts, self.perspectives, batch_size)
+        """The scores of every perspective, or of those that are named.
+
+        The vision tower runs once for all of them, the language model once for all that share LoRA and projector: each
+        LoRA of its own changes every token after the first layer, so that nothing of a pass can be used again.
+        """
+        wanted = self.perspectives if perspectives is None else [self._name(name) for name in perspectives]
+        return self._scores(images, prompts, wanted, batch_size)
 
     def compare(
         self,
@@ -166,16 +183,37 @@ class LlavaReward:
         if not len(prompts):
             raise ValueError("There is no picture to score.")
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        passes = self._passes(names)
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             pictures = [to_tensor(picture) for picture in images[rows]]
             wanted = torch.is_grad_enabled() and any(picture.requires_grad for picture in pictures)
             with torch.set_grad_enabled(wanted):
                 inputs = self.model.see(self._prepared(pictures, prompts[rows]))
-                for name in names:
-                    with self.model.using(name):
-                        parts[name].append(self.model(**inputs))
+                for together in passes:
+                    with self.model.using(together[0]):
+                        reading = self.model.backbone.read(inputs)
+                    for name in together:
+                        parts[name].append(self.model.verdict(reading, name))
         return {name: torch.cat(verdicts) for name, verdicts in parts.items()}
+
+    def _passes(self, names: Sequence[str]) -> list[list[str]]:
+        """The names in groups, each of which needs one pass of the language model."""
+        passes: list[list[str]] = []
+        for name in names:
+            for together in passes:
+                if self._reads_alike(together[0], name):
+                    together.append(name)
+                    break
+            else:
+                passes.append([name])
+        return passes
+
+    def _reads_alike(self, first: str, second: str) -> bool:
+        """Found out once for each two, as it takes a look at all their weights."""
+        if (first, second) not in self._alike:
+            self._alike[first, second] = self.model.reads_alike(first, second)
+        return self._alike[first, second]
 
     def _prepared(self, pictures: Sequence[Tensor], prompts: Sequence[str]) -> Inputs:
         device = next(self.model.parameters()).device

@@ -17,9 +17,9 @@ from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from reward_model.judges.clip import load_clip, preprocess
 from rlhf_t2i.rewards.gradient import judge_with_gradient, require_gradient
 from rlhf_t2i.rewards.load import load_reward, load_rewards
-from rlhf_t2i.rewards.similarity import SimilarityReward, preprocess
 from rlhf_t2i.shapes.build import make_tokenizer
 from rlhf_t2i.shapes.scenes import parse_prompt, render
 
@@ -95,7 +95,7 @@ def test_it_is_the_logit_that_transformers_gives_each_pair(clip: Path) -> None:
 
 def test_it_is_the_scaled_cosine(clip: Path) -> None:
     """exp(2.6592) = 14.28, the scale of a CLIP that was never trained, times the cosine of both embeddings."""
-    reward = SimilarityReward(clip)
+    reward = load_clip(clip)
     seen, read = reward.see(PICTURES).double(), reward.read(PROMPTS).double()
     cosine = (seen * read).sum(1) / seen.norm(dim=1) / read.norm(dim=1)
     assert_close(reward(PICTURES, PROMPTS).double(), 14.2849 * cosine, rtol=1e-5, atol=1e-5)
@@ -106,28 +106,28 @@ def test_a_resized_picture_scores_as_the_processors_does(clip: Path) -> None:
     prompts = ["a red circle on a blue background", "two green squares on a white background"]
     drawn = render([parse_prompt(prompt) for prompt in prompts], rng=np.random.default_rng(0), size=32)[..., 4:28, :]
     pixels = (drawn * 255).round().byte()
-    scores = SimilarityReward(clip)(pixels.float() / 255, prompts)
+    scores = load_clip(clip)(pixels.float() / 255, prompts)
     assert_close(scores, logits(clip, [pil(each) for each in pixels], prompts), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_pictures_of_any_precision_are_scored_in_float32(clip: Path, dtype: torch.dtype) -> None:
     pictures = PICTURES.to(dtype)
-    reward = SimilarityReward(clip)
+    reward = load_clip(clip)
     assert torch.equal(reward(pictures, PROMPTS), reward(pictures.float(), PROMPTS))
 
 
 def test_a_score_does_not_depend_on_the_other_pictures_and_prompts(clip: Path) -> None:
-    together = SimilarityReward(clip)(PICTURES, PROMPTS)
-    alone = torch.cat([SimilarityReward(clip)(PICTURES[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
-    turned = SimilarityReward(clip, batch_size=3)(PICTURES.flip(0), PROMPTS[::-1]).flip(0)
+    together = load_clip(clip)(PICTURES, PROMPTS)
+    alone = torch.cat([load_clip(clip)(PICTURES[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
+    turned = load_clip(clip, batch_size=3)(PICTURES.flip(0), PROMPTS[::-1]).flip(0)
     assert_close(alone, together, rtol=0, atol=1e-5)
     assert_close(turned, together, rtol=0, atol=1e-5)
 
 
 def test_a_prompt_is_cut_off_at_the_models_last_position(clip: Path) -> None:
     """12 positions: the start, ten words, the end."""
-    reward = SimilarityReward(clip)
+    reward = load_clip(clip)
     ten = "a red circle above a green square on a blue"
     scores = reward(PICTURES[:1].expand(3, -1, -1, -1), [ten, f"{ten} background", "a red circle above a green square"])
     assert torch.equal(scores[0], scores[1])
@@ -163,7 +163,7 @@ def test_the_gradient_equals_finite_differences(clip: Path, size: int) -> None:
     """Along random directions, with a resize and without; grey enough that nothing is cut off."""
     generator = torch.Generator().manual_seed(0)
     pictures = 0.35 + 0.3 * torch.rand(2, 3, size, size, generator=generator)
-    reward, prompts = SimilarityReward(clip), PROMPTS[:2]
+    reward, prompts = load_clip(clip), PROMPTS[:2]
     pictures.requires_grad_()
     (slope,) = torch.autograd.grad(reward(pictures, prompts).sum(), pictures)
     for _ in range(3):
@@ -178,28 +178,28 @@ def test_it_may_be_climbed_and_its_gradient_is_the_judgements(clip: Path) -> Non
     reward = load_rewards(f"clip:{clip}=0.5")
     require_gradient(reward, prompt=PROMPTS[0])
     judgement = judge_with_gradient(reward, PICTURES, PROMPTS)
-    assert_close(judgement.rewards, 0.5 * SimilarityReward(clip)(PICTURES, PROMPTS))
+    assert_close(judgement.rewards, 0.5 * load_clip(clip)(PICTURES, PROMPTS))
     assert (judgement.slope.abs().amax((1, 2, 3)) > 0).all()
 
 
 def test_a_saturated_pixel_keeps_its_gradient(clip: Path) -> None:
     """It is seen as white or black, but can be led back."""
     wild = (4 * PICTURES - 1.5).requires_grad_()
-    scores = SimilarityReward(clip)(wild, PROMPTS)
-    assert_close(scores, SimilarityReward(clip)(wild.detach().clamp(0, 1), PROMPTS))
+    scores = load_clip(clip)(wild, PROMPTS)
+    assert_close(scores, load_clip(clip)(wild.detach().clamp(0, 1), PROMPTS))
     (slope,) = torch.autograd.grad(scores.sum(), wild)
     assert (slope[wild > 1].abs() > 0).all()
 
 
 def test_nothing_of_the_model_learns_and_dropout_is_off(clip: Path) -> None:
-    model = SimilarityReward(clip).model
+    model = load_clip(clip).model
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
-    assert not SimilarityReward(clip)(PICTURES, PROMPTS).requires_grad
+    assert not load_clip(clip)(PICTURES, PROMPTS).requires_grad
 
 
 def test_one_model_serves_all_that_ask_for_it(clip: Path) -> None:
-    assert SimilarityReward(clip).model is SimilarityReward(str(clip)).model
+    assert load_clip(clip).model is load_clip(str(clip)).model
 
 
 # --- what cannot be used --------------------------------------------------------------------------
@@ -256,4 +256,4 @@ def test_another_filter_than_bicubic_is_refused(broken: Path) -> None:
 
 def test_another_number_of_prompts_than_pictures_is_refused(clip: Path) -> None:
     with pytest.raises(ValueError, match="4 pictures came with 1 prompts"):
-        SimilarityReward(clip)(PICTURES, PROMPTS[:1])
+        load_clip(clip)(PICTURES, PROMPTS[:1])

@@ -25,6 +25,8 @@ class PromptReader:
     max_length: int
     """Tokens that the language model has positions for."""
     padding_side: PaddingSide = "right"
+    answering: bool = False
+    """End where the model's own turn begins, so that its next word is an answer; else with one token to pool."""
 
     def __call__(self, prompts: Sequence[str], num_image_tokens: Sequence[int]) -> dict[str, Int[Tensor, "B L"]]:
         """`input_ids` and `attention_mask`, padded; row i has num_image_tokens[i] places for visual tokens.
@@ -45,7 +47,7 @@ class PromptReader:
         text = self.text(prompt)
         starts_itself = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
-        if ids[-1] != self.tokenizer.eos_token_id:
+        if not self.answering and ids[-1] != self.tokenizer.eos_token_id:
             ids = [*ids, self.tokenizer.eos_token_id]
         if ids.count(self.image_token_id) != 1:
             raise ValueError(
@@ -68,9 +70,10 @@ class PromptReader:
                     f"The prompt {_short(prompt)!r} holds {token.content!r}, a special token of this model."
                 )
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        return self.tokenizer.apply_chat_template(
-            [turn], chat_template=self.chat_template, tokenize=False, add_generation_prompt=False
-        ).rstrip()
+        text = self.tokenizer.apply_chat_template(
+            [turn], chat_template=self.chat_template, tokenize=False, add_generation_prompt=self.answering
+        )
+        return text if self.answering else text.rstrip()
 
     @property
     def _padding_id(self) -> int:

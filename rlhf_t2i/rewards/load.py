@@ -18,6 +18,8 @@ from rlhf_t2i.config import names
 from rlhf_t2i.types import Reward
 
 BUILT_IN = ("judge", "oracle", "oracle_pass", "jpeg_compressibility", "jpeg_incompressibility")
+KNOWN = ("clip", "clip_score", "pick_score", "hps", "image_reward", "vqa_score")
+"""Judges of other projects, asked as NAME:PATH."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +87,9 @@ def load_rewards(specification: str, *, finite: bool = True) -> WeightedSum:
     """Build the weighted sum that `oracle,jpeg_compressibility=0.1` asks for.
 
     Each part is NAME or NAME=WEIGHT (1 if left out), NAME being a built-in reward, `judge:PATH` for a LLaVA-Reward
-    judge (a folder or Hub id), `clip:PATH` for the image-text similarity of a CLIP, or `module:function`, found in the
-    working directory or among installed packages. What is not finite is an error unless `finite` is false. Raises
-    ValueError for anything else.
+    judge (a folder or Hub id), `clip:PATH` for the image-text similarity of a CLIP, NAME:PATH for another judge of
+    `KNOWN`, or `module:function`, found in the working directory or among installed packages. What is not finite is an
+    error unless `finite` is false. Raises ValueError for anything else.
     """
     specifications = names(specification)
     if not specifications:
@@ -127,10 +129,10 @@ def _function(name: str, *, finite: bool) -> Reward:
             from rlhf_t2i.rewards.learned import LearnedReward
 
             return LearnedReward(name.removeprefix("judge:"))
-        case _ if name.startswith("clip:"):
-            from rlhf_t2i.rewards.similarity import SimilarityReward
+        case _ if name.partition(":")[0] in KNOWN:
+            from rlhf_t2i.rewards.known import load_function
 
-            return SimilarityReward(name.removeprefix("clip:"))
+            return load_function(name)
         case _ if name.startswith(("http://", "https://")):
             from rlhf_t2i.rewards.remote import RemoteReward
 
@@ -140,7 +142,7 @@ def _function(name: str, *, finite: bool) -> Reward:
         case _:
             raise ValueError(
                 f"There is no reward {name!r}; choose from {', '.join(BUILT_IN)}, give a judge as judge:PATH, a CLIP "
-                f"as clip:PATH, or your own as module:function."
+                f"as clip:PATH (or another of {', '.join(KNOWN)}), or your own as module:function."
             )
 
 

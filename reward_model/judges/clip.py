@@ -1,14 +1,15 @@
-"""Does a picture look like its prompt? The image-text similarity of any CLIP, as a reward."""
+"""Does a picture look like its prompt? The image-text similarity of any CLIP, and the judges that are one."""
 
 # transformers has no usable types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +19,50 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from reward_model.images import centre_crop, normalise, resize
 
-class SimilarityReward:
+Form = Literal["logit", "clip_score", "cosine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
     """How well a picture and its prompt belong together, on the device of the pictures; differentiable.
 
-        score = exp(logit_scale) * cos(image, text)
+        logit        exp(logit_scale) * cos(image, text)       CLIP's own (arXiv:2103.00020, Fig. 3)
+        clip_score   2.5 * max(cos(image, text), 0)            CLIPScore (arXiv:2104.08718, Eq. 1)
+        cosine       cos(image, text)                          what HPSv2's package reports (arXiv:2306.09341)
 
-    These are CLIP's logits (arXiv:2103.00020, Fig. 3). With openai/clip-vit-large-patch14 they are 100 * cos, where
-    CLIPScore is 2.5 * max(cos, 0) (arXiv:2104.08718, Eq. 1); with yuvalkirstain/PickScore_v1 they are PickScore
-    (arXiv:2305.01569, Eq. 1). Differences between pictures of one prompt are log-odds. Between prompts they mean
-    little: some prompts score higher with any picture.
+    With yuvalkirstain/PickScore_v1 the logit is PickScore (arXiv:2305.01569, Eq. 1). Differences of logits between
+    pictures of one prompt are log-odds; between prompts they mean little: some score higher with any picture. CLIPScore
+    has no gradient below 0. Its paper puts "A photo depicts" before a caption; for painted pictures nobody does, nor is
+    it done here.
     """
 
-    def __init__(self, source: str | Path, *, batch_size: int = 64) -> None:
-        """Load a folder or Hub id; FileNotFoundError if there is none, ValueError if it is no complete CLIP."""
-        self.model, self.tokenizer, self.processor = _loaded(str(source))
-        self.batch_size = batch_size
+    model: Any
+    """A `CLIPModel`, frozen, in float32."""
+    tokenizer: Any
+    prepare: Callable[[Tensor], Tensor]
+    """From pictures (B, 3, Y, X) in [0, 1] of any size to the model's pixels."""
+    form: Form = "logit"
+    batch_size: int = 64
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        cosine = self.cosine(images, prompts)
+        match self.form:
+            case "logit":
+                return self.model.logit_scale.exp() * cosine
+            case "clip_score":
+                return 2.5 * cosine.clamp_min(0)
+            case "cosine":
+                return cosine
+
+    @property
+    def log_odds_unit(self) -> float:
+        """By how much two scores differ if the log-odds of one picture over the other are 1."""
+        scale = float(self.model.logit_scale.exp())
+        return {"logit": 1.0, "clip_score": 2.5 / scale, "cosine": 1 / scale}[self.form]
+
+    def cosine(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts; there must be as many.")
         self.model.to(images.device)
@@ -44,11 +71,11 @@ class SimilarityReward:
         starts = range(0, len(texts), self.batch_size)
         read = torch.cat([self.read(texts[start : start + self.batch_size]) for start in starts])
         place = {text: row for row, text in enumerate(texts)}
-        return self.model.logit_scale.exp() * F.cosine_similarity(seen, read[[place[prompt] for prompt in prompts]])
+        return F.cosine_similarity(seen, read[[place[prompt] for prompt in prompts]])
 
     def see(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B D"]:
         """The embeddings of pictures, whose values are cut off at black and white as a processor does."""
-        return self.model.get_image_features(pixel_values=preprocess(images.float(), self.processor)).pooler_output
+        return self.model.get_image_features(pixel_values=self.prepare(images.to(self.model.dtype))).pooler_output
 
     def read(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
         """The embeddings of texts; what is beyond the model's last position is not read."""
@@ -64,29 +91,24 @@ class SimilarityReward:
         return outputs.pooler_output
 
 
+def load_clip(source: str | Path, *, form: Form = "logit", batch_size: int = 64) -> Clip:
+    """Load a folder or Hub id; FileNotFoundError if there is none, ValueError if it is no complete CLIP."""
+    model, tokenizer, processor = _loaded(str(source))
+    return Clip(model, tokenizer, partial(preprocess, settings=processor), form, batch_size)
+
+
 def preprocess(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float[Tensor, "B 3 _ _"]:
     """What a CLIP image processor makes of pictures in [0, 1], without its rounding of resized ones to 8 bits.
 
     Clamped values keep their gradient, as if nothing had been cut off.
     """
-    images = _clamp(images)
+    height, width = images.shape[-2:]
     if settings.do_resize:
-        height, width = _resized(images.shape[-2], images.shape[-1], settings.size)
-        for size in ((images.shape[-2], width), (height, width)):  # columns first, as Pillow does
-            if images.shape[-2:] != size:
-                images = _clamp(F.interpolate(images, size, mode="bicubic", antialias=True))
+        height, width = _resized(height, width, settings.size)
+    images = resize(images, height, width)
     if settings.do_center_crop:
-        height, width = settings.crop_size["height"], settings.crop_size["width"]
-        top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-        images = images[..., top : top + height, left : left + width]
-    if settings.do_normalize:
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
-        images = (images - mean) / std
-    return images
-
-
-def _clamp(images: Tensor) -> Tensor:
-    return images.detach().clamp(0, 1) + (images - images.detach())
+        images = centre_crop(images, settings.crop_size["height"], settings.crop_size["width"])
+    return normalise(images, mean=settings.image_mean, std=settings.image_std) if settings.do_normalize else images
 
 
 def _resized(height: int, width: int, size: Any) -> tuple[int, int]:
@@ -114,15 +136,19 @@ def _loaded(source: str) -> tuple[Any, Any, Any]:
         raise ValueError(f"The CLIP {source!r} is not complete: {error}") from error
     if report["missing_keys"]:
         raise ValueError(f"The CLIP {source!r} lacks weights: {', '.join(sorted(report['missing_keys'])[:5])}.")
-    # Without its files a tokenizer is empty, and says nothing.
-    if len(tokenizer) != config.text_config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of the CLIP {source!r} knows {len(tokenizer)} tokens and its model "
-            f"{config.text_config.vocab_size}; are tokenizer.json, or vocab.json and merges.txt, beside the weights?"
-        )
+    require_vocabulary(tokenizer, config.text_config.vocab_size, source=source)
     if processor.resample != Image.Resampling.BICUBIC:
         raise ValueError(f"The CLIP {source!r} resizes with filter {processor.resample}; only bicubic (3) is known.")
     return model.eval().requires_grad_(False), tokenizer, processor
+
+
+def require_vocabulary(tokenizer: Any, size: int, *, source: str) -> None:
+    """ValueError unless a tokenizer knows as many tokens as its model: without its files it is empty, silently."""
+    if len(tokenizer) != size:
+        raise ValueError(
+            f"The tokenizer of the CLIP {source!r} knows {len(tokenizer)} tokens and its model {size}; are "
+            f"tokenizer.json, or vocab.json and merges.txt, beside the weights?"
+        )
 
 
 def _config(source: str) -> Any:

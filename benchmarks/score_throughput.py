@@ -1,0 +1,271 @@
+"""How fast does a judge score, and where does that come from? `python benchmarks/score_throughput.py`, CPU, one thread.
+
+Beside it the straightforward way, as the published code takes it: one picture a call, eager attention, one pass of the
+whole backbone for each perspective, and SkipCA at every position with its keys and values formed. Both ways score the
+same pictures by the same weights in one run, in turns; their scores must agree within 1e-4. Times are of the processor,
+not of the clock, so that a busy machine changes little.
+
+Two judges: the built-in one (16 visual tokens), and a random LLaVA of some 30 million parameters (LoRA of rank 16) that
+stands for one whose arithmetic costs more than its Python. Prints Markdown.
+"""
+
+# transformers has no usable types.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportCallIssue=false
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from reward_model.backbones.llava import Llava
+from reward_model.backbones.text import PromptReader, find_chat_template
+from reward_model.facts import Facts
+from reward_model.model import Perspective, RewardModel, last_real_token
+from reward_model.scoring import LlavaReward
+from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
+
+NAMES = ("alignment", "fidelity", "safety", "ranking")
+PROMPTS = ("a red circle on a blue background", "two green squares on a white background", "three yellow triangles")
+PATCH = 14
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Pictures to score, and by what."""
+
+    judge: LlavaReward
+    images: Float[Tensor, "B 3 Y X"]
+    prompts: Sequence[str]
+    names: Sequence[str]
+    batch_size: int
+
+
+def main() -> None:
+    """Compare both ways, then show what each setting does to ours."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--num-images", type=int, default=8, help="for the random LLaVA; the built-in judge takes 64")
+    parser.add_argument("--image-size", type=int, default=224, help="256 visual tokens")
+    parser.add_argument("--num-rounds", type=int, default=1, help="of each comparison; the fastest counts")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    scores_of(work(built_in(), 4, 32))  # what is built at the first call is nobody's
+    print_comparison(arguments.num_images, arguments.image_size, rounds=arguments.num_rounds)
+    print_settings(arguments.num_images)
+
+
+def print_comparison(num_images: int, image_size: int, *, rounds: int) -> None:
+    """Both ways side by side."""
+    small = built_in()
+    works = {"built-in, one perspective": work(small, 64, 32, names=NAMES[:1])}
+    works["built-in, four, one LoRA"] = work(with_heads(built_in()), 64, 32)
+    for kind in ("one LoRA", "a LoRA each"):
+        judge = random_llava(image_size, own_loras=kind == "a LoRA each")
+        if kind == "one LoRA":
+            works["random LLaVA, one perspective"] = work(judge, num_images, image_size, names=NAMES[:1])
+        works[f"random LLaVA, four, {kind}"] = work(judge, num_images, image_size)
+    write("| judge | pictures | straightforward, pictures/s | this project, pictures/s | ratio | largest difference |")
+    write("|---|---|---|---|---|---|")
+    for words, wanted in works.items():
+        slow, fast = interleaved([lambda w=wanted: straightforward(w), lambda w=wanted: scores_of(w)], rounds=rounds)
+        difference = max((slow[1][name] - fast[1][name]).abs().max().item() for name in wanted.names)
+        if difference > TOLERANCE:
+            raise AssertionError(f"{words}: the scores of both ways differ by {difference:.2g}.")
+        count = len(wanted.images)
+        write(
+            f"| {words} | {count} | {count / slow[0]:.2f} | {count / fast[0]:.2f} | {slow[0] / fast[0]:.2f} "
+            f"| {difference:.1e} |"
+        )
+
+
+def print_settings(num_images: int) -> None:
+    """One setting changed at a time."""
+    write("\n| random LLaVA, one LoRA, 256 visual tokens, batches of 2, float32 | pictures/s | peak, MB more |")
+    write("|---|---|---|")
+    judge = random_llava(224)
+    one = work(judge, num_images, 224, names=NAMES[:1])
+    rows: list[tuple[str, Work, dict[str, Any]]] = [
+        *((f"batch size {size}", one, {"batch_size": size}) for size in (1, 2, 4, 8)),
+        *(
+            (f"{(size // PATCH) ** 2} visual tokens", work(random_llava(size), num_images, size, names=NAMES[:1]), {})
+            for size in (112, 168)
+        ),
+        *((f"{num} perspectives", work(judge, num_images, 224, names=NAMES[:num]), {}) for num in (2, 4)),
+        ("bfloat16", work(random_llava(224, dtype=torch.bfloat16), num_images, 224, names=NAMES[:1]), {}),
+        ("with the gradient to the pixels", one, {"gradient": True}),
+    ]
+    for words, wanted, options in rows:
+        with peak_memory() as more:
+            [(seconds, _)] = interleaved([lambda w=wanted, o=options: scores_of(w, **o)], rounds=1)
+        write(f"| {words} | {len(wanted.images) / seconds:.2f} | {more[0]:.0f} |")
+
+
+# --- both ways --------------------------------------------------------------------------------------
+
+
+def scores_of(wanted: Work, *, batch_size: int | None = None, gradient: bool = False) -> dict[str, Tensor]:
+    """This project's way."""
+    batch_size = batch_size or wanted.batch_size
+    images = wanted.images.clone().requires_grad_(gradient)
+    scores = wanted.judge.score_all(images, wanted.prompts, perspectives=wanted.names, batch_size=batch_size)
+    if gradient:
+        torch.stack(list(scores.values())).sum().backward()
+    return {name: score.detach() for name, score in scores.items()}
+
+
+@torch.no_grad()
+def straightforward(wanted: Work) -> dict[str, Tensor]:
+    """The published code's way, on the same weights."""
+    model = wanted.judge.model
+    model.backbone.model.set_attn_implementation("eager")
+    found: dict[str, list[Tensor]] = {name: [] for name in wanted.names}
+    for name in wanted.names:
+        with model.using(name):
+            for image, prompt in zip(wanted.images, wanted.prompts, strict=True):
+                reading = model.backbone.read(model.backbone.prepare([image], [prompt]))
+                part = model.perspectives[name]
+                assert isinstance(part, Perspective)
+                states = skip_ca_everywhere(part, reading.hidden.float(), reading.visual.float())
+                values = F.linear(states, part.head.weight)
+                found[name].append(last_real_token(values, reading.hidden_mask)[:, 0])
+    model.backbone.model.set_attn_implementation("sdpa")
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def skip_ca_everywhere(
+    part: Perspective, hidden: Float[Tensor, "1 L D"], visual: Float[Tensor, "1 V D"]
+) -> Float[Tensor, "1 L D"]:
+    """SkipCA of one head with a query at every position, in its textbook form."""
+    layer = part.skip_ca
+    if layer is None:
+        return hidden
+    if layer.num_heads != 1:
+        raise ValueError(f"The published SkipCA has one head; this one has {layer.num_heads}.")
+    query, key, value = layer.query(hidden), layer.key(visual), layer.value(visual)
+    weights = (query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])).softmax(-1)
+    return F.rms_norm(hidden + weights @ value, hidden.shape[-1:], layer.norm.weight, layer.norm.eps)
+
+
+def interleaved(
+    ways: Sequence[Callable[[], dict[str, Tensor]]], *, rounds: int
+) -> list[tuple[float, dict[str, Tensor]]]:
+    """Least processor seconds and the answer of each way, all taking turns."""
+    seconds = [math.inf] * len(ways)
+    answers: list[dict[str, Tensor]] = [{} for _ in ways]
+    for _ in range(rounds):
+        for i, way in enumerate(ways):
+            start = time.process_time()
+            answers[i] = way()
+            seconds[i] = min(seconds[i], time.process_time() - start)
+    return list(zip(seconds, answers, strict=True))
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """How many megabytes the process held at most beyond those it held before (Linux)."""
+    more = [math.nan]
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that it counts again
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _megabytes("VmRSS")
+    yield more
+    more[0] = _megabytes("VmHWM") - before
+
+
+def _megabytes(field: str) -> float:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) / 1024
+
+
+# --- judges -----------------------------------------------------------------------------------------
+
+
+def work(judge: LlavaReward, num_images: int, size: int, *, names: Sequence[str] | None = None) -> Work:
+    """Random pictures under prompts of different lengths.
+
+    Small pictures go in one batch; of larger ones a core's cache holds the states of two.
+    """
+    images = torch.rand(num_images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(num_images)]
+    known = judge.perspectives
+    return Work(judge, images, prompts, known if names is None else known[: len(names)], 64 if size < 100 else 2)
+
+
+def built_in() -> LlavaReward:
+    """A judge of its own, to put perspectives on."""
+    return LlavaReward.from_pretrained(BUILT_IN_JUDGE)
+
+
+def with_heads(judge: LlavaReward) -> LlavaReward:
+    """Three more perspectives that have the first one's LoRA and projector, and another SkipCA and head."""
+    first = judge.perspectives[0]
+    for seed, name in enumerate(NAMES[1:], start=1):
+        judge.add(BUILT_IN_JUDGE, name=f"{name}_too")
+        scatter(judge.model, f"{name}_too", ("skip_ca", "head"), seed=seed)
+    assert judge.model.reads_alike(first, judge.perspectives[-1])
+    return judge
+
+
+def random_llava(image_size: int, *, own_loras: bool = False, dtype: torch.dtype = torch.float32) -> LlavaReward:
+    """Four perspectives on one backbone: with one LoRA and projector for all, or one each."""
+    source = BUILT_IN_JUDGE / "backbone"
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=image_size,
+        patch_size=PATCH,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+        max_position_embeddings=1024, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    network = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_token_id)
+    )
+    network = network.to(dtype).eval().requires_grad_(False)
+    square = {"height": image_size, "width": image_size}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
+    reader = PromptReader(tokenizer, image_token_id, find_chat_template(str(source), tokenizer), 1024)
+    model = RewardModel(Llava(network, reader, processor))
+    for seed, name in enumerate(NAMES):
+        model.add(
+            Facts(perspective=name, backbone="", model_type="llava", width=512, lora_rank=16, lora_alpha=32.0),
+            seed=seed,
+        )
+        scatter(model, name, ("lora", "skip_ca", "head"), seed=seed if own_loras else 0, also_seed=seed)
+    return LlavaReward(model.requires_grad_(False))
+
+
+def scatter(model: RewardModel, name: str, groups: Sequence[str], *, seed: int, also_seed: int | None = None) -> None:
+    """Move weights away from their start, so that every part matters; the LoRA by `seed`, the rest by `also_seed`."""
+    for group in groups:
+        generator = torch.Generator().manual_seed(seed if group == "lora" or also_seed is None else 100 + also_seed)
+        for parameter in model.groups(name)[group].values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 0.02 if group == "lora" else 0.3 / math.sqrt(parameter.shape[-1])
+            parameter.data = scale * noise if group == "lora" else parameter.data + scale * noise
+
+
+def write(line: str) -> None:
+    """At once, also through a pipe."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""From the files of a published test set to its records, and from what a record calls a picture to one that opens."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PillowImage
+
+from reward_model.benchmarks.types import Image
+from reward_model.datasets.fields import BadRecordError, shortened
+from reward_model.datasets.images import FindImage, image_finder
+from reward_model.datasets.source import elements_of, lines_of, parse_object
+
+MAX_PIXELS = 64_000_000
+Fields = Mapping[str, Any]
+
+
+def file_of(path: Path, *names: str, benchmark: str) -> Path:
+    """The annotation file that a user means: the path itself, or the first of `names` in that folder."""
+    return files_of(path, *names, benchmark=benchmark)[0]
+
+
+def files_of(path: Path, *names: str, benchmark: str) -> list[Path]:
+    """The same for names that may stand for several parts of one table ("data/test-*.parquet"), in their order."""
+    if path.is_file():
+        return [path]
+    for name in names if path.is_dir() else ():
+        if found := sorted(path.glob(name)):
+            return found
+    kind = "folder that holds none of" if path.is_dir() else "path that does not exist; it may be a file or hold"
+    raise FileNotFoundError(f"{benchmark}: {path} is a {kind} {', '.join(names)}.")
+
+
+def records_of(*paths: Path) -> Iterator[tuple[str, Fields]]:
+    """Each record of .json lists, .jsonl or .parquet files, after where it stands; ValueError if one holds none."""
+    for path in paths:
+        number = 0
+        for number, record in enumerate(_records(path), start=1):  # noqa: B007
+            yield record
+        if not number:
+            raise ValueError(f"{path} holds no record.")
+
+
+def _records(path: Path) -> Iterator[tuple[str, Fields]]:
+    match path.suffix:
+        case ".json" | ".jsonl":
+            for raw in elements_of(path) if path.suffix == ".json" else lines_of(path):
+                with complaints_at(raw.where):
+                    fields = parse_object(raw.source)
+                yield raw.where, fields
+        case ".parquet":
+            yield from _rows_of(path)
+        case other:
+            raise ValueError(f"{path} ends in {other!r}; possible are .json (a list), .jsonl and .parquet.")
+
+
+def _rows_of(path: Path) -> Iterator[tuple[str, Fields]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:ROW {number}", row
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file that can be read: {error}.") from error
+
+
+def object_of(path: Path) -> dict[str, Any]:
+    """The one JSON object that a file is."""
+    with complaints_at(str(path)):
+        return parse_object(path.read_bytes())
+
+
+@contextmanager
+def complaints_at(where: str) -> Iterator[None]:
+    """Put a place before what is wrong there: `with complaints_at("test.json:RECORD 3"): ...`."""
+    try:
+        yield
+    except BadRecordError as error:
+        raise BadRecordError(f"{where}: {error}") from error
+
+
+def require(fields: Fields, *keys: str) -> None:
+    """BadRecordError unless all keys are there. Others may be too: published files carry more than is used here."""
+    if missing := [key for key in keys if key not in fields]:
+        raise BadRecordError(
+            f"{', '.join(missing)} missing; the record has {shortened(sorted(fields))}. Is this the right benchmark?"
+        )
+
+
+def take_list(fields: Fields, key: str, *, length: int | None = None) -> Sequence[Any]:
+    """The list under a key, as long as it must be."""
+    value = fields[key]
+    if not isinstance(value, list) or not value or (length is not None and len(value) != length):
+        wanted = "a list that is not empty" if length is None else f"a list of {length}"
+        raise BadRecordError(f"{key!r} is {shortened(value)}; it must be {wanted}.")
+    return value
+
+
+def take_ranks(fields: Fields, key: str, *, length: int) -> list[float]:
+    """Whole or broken numbers, the lowest of which is best."""
+    ranks = take_list(fields, key, length=length)
+    if not all(type(rank) in (int, float) for rank in ranks):
+        raise BadRecordError(f"{key!r} is {shortened(ranks)}; it must be a list of numbers.")
+    return [float(rank) for rank in ranks]
+
+
+class Pictures:
+    """Pictures as the files have them: a path, the bytes themselves, or both as `datasets` stores them."""
+
+    def __init__(self, find: FindImage) -> None:
+        self.find = find
+
+    def __call__(self, value: object, key: str) -> Image:
+        """A picture that was opened once; BadRecordError if it is none."""
+        match value:
+            case str():
+                return self.find(value)
+            case bytes():
+                return _checked(value, key)
+            case {"bytes": bytes() as inside}:
+                return _checked(inside, key)
+            case {"path": str() as name}:
+                return self.find(name)
+            case _:
+                raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a path or the bytes of a picture.")
+
+
+def image_reader(root: Path) -> Pictures:
+    """A reader of pictures whose relative paths start at `root`."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {root}, where the pictures should be.")
+    return Pictures(image_finder(root, max_pixels=MAX_PIXELS))
+
+
+def _checked(data: bytes, key: str) -> bytes:
+    try:
+        with PillowImage.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadRecordError(f"{key!r} is a picture of {image.size}, more than {MAX_PIXELS:,} pixels.")
+            image.load()
+    except BadRecordError:
+        raise
+    # Pillow's many readers raise anything at all when they meet broken bytes.
+    except Exception as error:
+        raise BadRecordError(f"{key!r} holds {len(data)} bytes that are no picture: {str(error)[:200]}.") from error
+    return data

@@ -1,0 +1,67 @@
+"""Weights as other projects publish them: one file of named tensors, in a folder beside what else they need."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def folder_of(source: str | Path, *, judge: str) -> Path:
+    """The folder of a judge that is one on this machine; a path to its weights stands for their folder."""
+    path = Path(source)
+    if path.is_file():
+        return path.parent
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no {judge} in {str(source)!r}: give the folder that holds its weights.")
+    return path
+
+
+def weights_of(source: str | Path, *, judge: str) -> Path:
+    """The file that is given, or the only one in the folder that may hold weights."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    found = sorted(file for file in folder_of(source, judge=judge).iterdir() if file.suffix in ENDINGS)
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ValueError(f"The {judge} in {path} needs one file of weights ({', '.join(ENDINGS)}); there are: {names}.")
+    return found[0]
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by their names, in float32; what else a training wrote beside a `state_dict` is not read.
+
+    Nothing in the file is executed. Raises ValueError for a file that is broken or holds no named tensors.
+    """
+    try:
+        stored: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"The weights {file} cannot be read: {error}.") from error
+    if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
+        stored = stored["state_dict"]
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise ValueError(f"The weights {file} are no dictionary of named tensors.")
+    return {
+        str(key).removeprefix("module."): value.float() if value.is_floating_point() else value
+        for key, value in stored.items()
+    }
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], *, file: Path) -> None:
+    """Put every tensor into its place; ValueError, naming the first, for one that is missing, too much or misshapen."""
+    own = dict(model.named_parameters())
+    if wrong := sorted(own.keys() ^ tensors.keys()):
+        kind = "lacks" if wrong[0] in own else "holds, but nothing has a place for,"
+        raise ValueError(f"{file} {kind} {wrong[0]} ({len(wrong)} such tensors).")
+    for key, parameter in own.items():
+        if parameter.shape != tensors[key].shape:
+            raise ValueError(f"{file}: {key} is {tuple(tensors[key].shape)}; it must be {tuple(parameter.shape)}.")
+        parameter.data = tensors[key].clone()
