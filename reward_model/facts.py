@@ -42,6 +42,8 @@ class Facts:
     template: Literal["family", "published"] = "family"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    num_crops: int | None = None
+    """What bounds a picture's visual tokens, as its family does; None is the backbone's own."""
     score_mean: float | None = None
     score_std: float | None = None
     """Of the scores on the validation pictures: the judge's own unit. None where the head has no scores."""

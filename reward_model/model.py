@@ -161,6 +161,12 @@ class RewardModel(nn.Module):
         return part
 
 
+def visual_token_table(backbone: Backbone, sides: Sequence[int] = (512, 768, 1024)) -> str:
+    """What pictures of some sizes cost a judge: how many visual tokens each becomes."""
+    counts = [f"{side} x {side}: {backbone.num_visual_tokens(side, side):,}" for side in sides]
+    return f"visual tokens of a picture: {', '.join(counts)}"
+
+
 def parameter_table(model: RewardModel) -> str:
     """How many parameters learn in each group of the perspective in use, and how many stay as they are."""
     counts = {

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -36,6 +40,7 @@ from reward_model.scoring import LlavaReward
 from reward_model.types import Backbone
 
 FAMILIES = ("llava", "qwen2_5_vl")
+ALL_FAMILIES = (*FAMILIES, "phi3_v")
 WIDTH = 32
 NUM_PLACES = 96
 """How many tokens the language models have positions for."""
@@ -48,7 +53,17 @@ QWEN_TOKENS = (
     "<|video_pad|>", "unknown", "system", "user", "assistant", "You", "Ġare", "Ġhelpful", "Ġassistant", *WORDS,
 )  # fmt: skip
 
-# The families' own, word for word: llava-hf/llava-1.5-7b-hf and Qwen/Qwen2.5-VL-7B-Instruct.
+PHI_TOKENS = (
+    "<unk>", "<s>", "<|endoftext|>", "<pad>", "<|image|>", "<|user|>", "<|assistant|>", "<|end|>", "<", "|", "image",
+    "_", "1", ">", *WORDS,
+)  # fmt: skip
+
+# The families' own, word for word: llava-hf/llava-1.5-7b-hf and Qwen/Qwen2.5-VL-7B-Instruct. Phi's as
+# microsoft/Phi-3.5-vision-instruct renders a turn.
+PHI_TEMPLATE = (
+    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -180,6 +195,111 @@ def _save_qwen(folder: Path) -> None:
     Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(folder)
 
 
+def phi_config(**changes: Any) -> dict[str, Any]:
+    """A config.json as Phi-3.5-vision's: crops of 56 x 56 are 4 x 4 patches and 2 x 2 tokens, read before layer 3."""
+    return {
+        "architectures": ["Phi3VForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_phi3_v.Phi3VConfig"},
+        "model_type": "phi3_v",
+        "_attn_implementation": "flash_attention_2",
+        "vocab_size": len(PHI_TOKENS),
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4 * NUM_PLACES,
+        "original_max_position_embeddings": NUM_PLACES,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "su", "short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [2.0, 3.0, 4.0, 5.0]},
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "img_processor": {
+            "image_dim_out": 16,
+            "model_name": "openai/clip-vit-large-patch14-336",
+            "name": "clip_vision_model",
+            "num_img_tokens": 4,
+        },
+        "embd_layer": {
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        **changes,
+    }
+
+
+def phi_decoder(config: dict[str, Any]) -> Phi3ForCausalLM:
+    """The language model alone, as transformers has it."""
+    own = {name: config[name] for name in PHI_DECODER}
+    return Phi3ForCausalLM(Phi3Config(**own, rope_scaling={**config["rope_scaling"], "type": "longrope"}))
+
+
+def phi_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their published names, also those that no judge needs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vision = CLIPVisionModel(CLIPVisionConfig(**config["vision_config"]))
+        words = phi_decoder(config)
+        projection = nn.Sequential(nn.Linear(64, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+    for i, part in enumerate((vision, words, projection)):
+        _randomise(part, seed=3 + i)
+    generator, inside = torch.Generator().manual_seed(6), "model.vision_embed_tokens."
+    return {
+        **words.state_dict(),
+        **{f"{inside}img_processor.vision_model.{name}": tensor for name, tensor in vision.state_dict().items()},
+        **{f"{inside}img_projection.{name}": tensor for name, tensor in projection.state_dict().items()},
+        f"{inside}glb_GN": torch.randn(1, 1, 64, generator=generator),
+        f"{inside}sub_GN": torch.randn(1, 1, 1, 64, generator=generator),
+        f"{inside}wte.weight": words.state_dict()["model.embed_tokens.weight"].clone(),
+    }
+
+
+PHI_DECODER = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "original_max_position_embeddings", "rope_theta", "pad_token_id",
+)  # fmt: skip
+
+
+def save_phi(folder: Path, *, num_shards: int = 1, **changes: Any) -> None:
+    """A folder as it is published; in several files, with an index, if there are to be more shards than one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = phi_config(**changes)
+    tensors = phi_tensors(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(tensors)
+    files = {f"model-{i + 1:05}-of-{num_shards:05}.safetensors": names[i::num_shards] for i in range(num_shards)}
+    for file, held in files.items():
+        path = folder / (file if num_shards > 1 else "model.safetensors")
+        save_file({name: tensors[name].contiguous() for name in held}, path, metadata={"format": "pt"})
+    if num_shards > 1:
+        where = {name: file for file, held in files.items() for name in held}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    tokenizer = _tokenizer(
+        PHI_TOKENS, starts_with=None, bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>", pad_token="<pad>",
+        additional_special_tokens=list(PHI_TOKENS[4:8]),
+    )  # fmt: skip
+    tokenizer.chat_template = PHI_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    settings = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "num_crops": 4}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**settings, "image_processor_type": "Phi3VImageProcessor"})
+    )
+
+
 @cache
 def backbone_folder(family: str) -> Path:
     """A whole model as transformers saves one: weights, tokenizer, chat template, image processor."""
@@ -191,6 +311,8 @@ def backbone_folder(family: str) -> Path:
             _save_llava(folder, vision_feature_layer=[-2, -1], vision_feature_select_strategy="full")
         case "qwen2_5_vl":
             _save_qwen(folder)
+        case "phi3_v":
+            save_phi(folder)
         case other:
             raise ValueError(other)
     return folder

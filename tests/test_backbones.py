@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from judges import FAMILIES, NUM_PLACES, WIDTH, backbone_folder, backbone_of, bytes_of, fresh_backbone, picture
+from judges import (
+    ALL_FAMILIES,
+    FAMILIES,
+    NUM_PLACES,
+    WIDTH,
+    backbone_folder,
+    backbone_of,
+    bytes_of,
+    fresh_backbone,
+    picture,
+)
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
@@ -24,7 +34,7 @@ from reward_model.backbones.load import load_backbone
 from reward_model.images import to_tensor
 from reward_model.types import Inputs
 
-IMAGE = {"llava": 4, "qwen2_5_vl": 5}
+IMAGE = {"llava": 4, "phi3_v": 4, "qwen2_5_vl": 5}
 PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
 
 
@@ -39,7 +49,7 @@ def stock_model(family: str) -> Any:
 
 # --- prompts --------------------------------------------------------------------------------------
 
-# Ids are places in `judges.LLAVA_TOKENS` and `judges.QWEN_TOKENS`.
+# Ids are places in `judges.LLAVA_TOKENS`, `judges.QWEN_TOKENS` and `judges.PHI_TOKENS`.
 SYSTEM = [1, 8, 26, 11, 12, 24, 13, 14, 28, 2, 26]  # <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n
 USER = [1, 9, 26, 3, 5, 5, 5, 5, 4]  # <|im_start|>user\n<|vision_start|><|image_pad|> x 4 <|vision_end|>
 
@@ -57,6 +67,11 @@ USER = [1, 9, 26, 3, 5, 5, 5, 5, 4]  # <|im_start|>user\n<|vision_start|><|image
         ("qwen2_5_vl", "published", "a red fox", [*USER, 15, 17, 19, 2]),
         ("qwen2_5_vl", "family", "", [*SYSTEM, *USER, 2]),
         ("qwen2_5_vl", "published", "", [*USER, 2]),
+        # <s> <|user|> \n <|image|> x 4 <s> \n a _red _fox <|end|> <|endoftext|>: what follows the picture begins anew
+        ("phi3_v", "family", "a red fox", [1, 5, 25, 4, 4, 4, 4, 1, 25, 14, 16, 18, 7, 2]),
+        ("phi3_v", "published", "a red fox", [1, 5, 25, 4, 4, 4, 4, 1, 25, 14, 16, 18, 2]),
+        ("phi3_v", "family", "", [1, 5, 25, 4, 4, 4, 4, 1, 25, 7, 2]),
+        ("phi3_v", "published", "", [1, 5, 25, 4, 4, 4, 4, 1, 25, 2]),
     ],
 )
 def test_the_token_ids_of_a_prompt(family: str, template: str, prompt: str, expected: list[int]) -> None:
@@ -64,7 +79,7 @@ def test_the_token_ids_of_a_prompt(family: str, template: str, prompt: str, expe
 
 
 @pytest.mark.parametrize("template", ["family", "published"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_one_run_of_image_tokens_and_the_end_token_last(family: str, template: str) -> None:
     reader = backbone_of(family, template).reader
     for prompt in PROMPTS:
@@ -77,7 +92,7 @@ def test_one_run_of_image_tokens_and_the_end_token_last(family: str, template: s
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_rows_are_padded_on_the_side_asked_for(family: str, side: str) -> None:
     reader = backbone_of(family, "family", side).reader
     words = reader(PROMPTS, [4, 5, 6])
@@ -96,6 +111,7 @@ def test_rows_are_padded_on_the_side_asked_for(family: str, side: str) -> None:
     [
         ("llava", "<image>"), ("llava", "</s>"), ("llava", "<s>"), ("llava", "<pad>"),
         ("qwen2_5_vl", "<|image_pad|>"), ("qwen2_5_vl", "<|im_end|>"), ("qwen2_5_vl", "<|vision_start|>"),
+        ("phi3_v", "<|image_1|>"), ("phi3_v", "<|image|>"), ("phi3_v", "<|end|>"),
     ],
 )  # fmt: skip
 def test_a_prompt_that_holds_a_special_token_is_refused(family: str, token: str) -> None:
@@ -105,7 +121,7 @@ def test_a_prompt_that_holds_a_special_token_is_refused(family: str, token: str)
     assert repr(token) in str(caught.value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_longest_prompt_fits_and_one_word_more_is_refused(family: str) -> None:
     """Nothing is ever cut off: that would take the end token, or a part of the picture."""
     reader = backbone_of(family).reader
@@ -193,7 +209,15 @@ def test_a_processor_that_squeezes_pictures_to_one_size_is_followed() -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_number_of_visual_tokens_is_told_before_a_picture_is_read(family: str) -> None:
+    backbone = backbone_of(family)
+    for shape in ((28, 28), (60, 60), (57, 90), (131, 61), (200, 300)):
+        inputs = backbone.prepare([picture(*shape)], ["a fox"])
+        assert backbone.num_visual_tokens(*shape) == (inputs["input_ids"] == IMAGE[family]).sum()
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_batch_is_prepared_as_its_pictures_one_by_one(family: str) -> None:
     backbone = backbone_of(family)
     for shapes in ([(60, 60)] * 3, [(60, 60), (90, 57), (112, 112)]):
@@ -207,13 +231,19 @@ def test_a_batch_is_prepared_as_its_pictures_one_by_one(family: str) -> None:
 # --- states ---------------------------------------------------------------------------------------
 
 
+SHAPES = {
+    "llava": [(28, 28)] * 3,
+    "phi3_v": [(112, 112), (112, 56), (112, 112)],
+    "qwen2_5_vl": [(56, 56), (56, 224), (84, 84)],
+}
+
+
 def pictures_of(family: str) -> list[Tensor]:
     """Pictures that need no resizing; for Qwen2.5-VL of 2 x 2, 2 x 8 and 3 x 3 tokens, in windows of 2 x 2.
 
     The order of the last two within the tower is not its own inverse, as that of a square of 4 x 4 would be.
     """
-    shapes = [(28, 28)] * 3 if family == "llava" else [(56, 56), (56, 224), (84, 84)]
-    return [bytes_of(*shape, seed=i) for i, shape in enumerate(shapes)]
+    return [bytes_of(*shape, seed=i) for i, shape in enumerate(SHAPES[family])]
 
 
 def stock_inputs(family: str, ids: Tensor, mask: Tensor, pixels: Sequence[Tensor]) -> Inputs:
@@ -257,7 +287,7 @@ def test_several_vision_layers_and_the_class_token_are_read_where_a_model_uses_t
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_visual_tokens_stand_at_the_places_of_the_image_and_words_at_all_others(family: str, side: str) -> None:
     """What the language model gets: the very visual tokens of the reading, and the embeddings of the words."""
     backbone, given = backbone_of(family, "family", side), []
@@ -278,7 +308,7 @@ def test_visual_tokens_stand_at_the_places_of_the_image_and_words_at_all_others(
     assert torch.cdist(reading.visual[reading.visual_mask], backbone.model.get_input_embeddings().weight).min() > 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_visual_tokens_do_not_depend_on_the_words_but_states_behind_them_do(family: str) -> None:
     backbone, one = backbone_of(family), picture(56, 56)
     with torch.no_grad():
@@ -287,7 +317,7 @@ def test_visual_tokens_do_not_depend_on_the_words_but_states_behind_them_do(fami
     assert (fox.hidden[:, -1] - cat.hidden[:, -1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_changing_one_visual_token_by_hand_changes_it_and_the_states_from_there_on(family: str) -> None:
     backbone = backbone_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in pictures_of(family)], PROMPTS)
@@ -307,7 +337,7 @@ def test_changing_one_visual_token_by_hand_changes_it_and_the_states_from_there_
     assert not moved[1:].any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_reading_what_was_seen_is_reading_the_picture(family: str) -> None:
     backbone = backbone_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in pictures_of(family)], PROMPTS)
@@ -317,7 +347,7 @@ def test_reading_what_was_seen_is_reading_the_picture(family: str) -> None:
     assert torch.equal(at_once.visual, in_two.visual)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_projector_that_is_set_is_the_one_that_is_used(family: str) -> None:
     backbone = fresh_backbone(family)
     inputs = backbone.prepare([picture(56, 56)], ["a fox"])
@@ -344,7 +374,7 @@ def test_the_projector_that_is_set_is_the_one_that_is_used(family: str) -> None:
 # --- loading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_backbone_arrives_frozen_and_silent(family: str) -> None:
     backbone = fresh_backbone(family, dtype=torch.bfloat16)
     assert backbone.width == WIDTH
@@ -359,14 +389,20 @@ def test_a_family_without_an_adapter_is_named(tmp_path: Path) -> None:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     with pytest.raises(
-        ValueError, match=r"'.*llama' is a model of type 'llama', for which there is no adapter; .*llava"
+        ValueError,
+        match=r"'.*llama' is a model of type 'llama', for which there is no adapter; there are llava .* An adapter is",
     ):
         load_backbone(str(tmp_path / "llama"))
 
 
 def test_settings_that_a_family_does_not_have_or_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ValueError, match="min_pixels and max_pixels mean nothing to LLaVA"):
-        fresh_backbone("llava", min_pixels=1)
+    for family, options, message in (
+        ("llava", {"min_pixels": 1}, "min_pixels and max_pixels mean nothing to LLaVA"),
+        ("phi3_v", {"max_pixels": 1}, "min_pixels and max_pixels mean nothing to Phi-3.5-vision"),
+        ("qwen2_5_vl", {"num_crops": 4}, "num_crops means nothing to Qwen2.5-VL"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fresh_backbone(family, **options)
     for low, high in ((9000, 8000), (0, 8000), (13000, None)):
         with pytest.raises(ValueError, match=rf"min_pixels \({low}\) must be positive and at most max_pixels"):
             fresh_backbone("qwen2_5_vl", min_pixels=low, max_pixels=high)

@@ -56,10 +56,15 @@ class Llava:
             pixels = self._preprocess(torch.stack(list(images)))
         else:
             pixels = torch.cat([self._preprocess(image[None]) for image in images])
-        vision = self.model.config.vision_config
-        count = (pixels.shape[-2] // vision.patch_size) * (pixels.shape[-1] // vision.patch_size)
-        count += self.model.config.vision_feature_select_strategy == "full"  # the class token too
-        return {**self.reader(prompts, [count] * len(images)), "pixel_values": pixels}
+        return {**self.reader(prompts, [self._count(pixels)] * len(images)), "pixel_values": pixels}
+
+    def num_visual_tokens(self, height: int, width: int) -> int:
+        return self._count(self._preprocess(torch.zeros(1, 3, height, width)))
+
+    def _count(self, pixels: Float[Tensor, "B 3 _ _"]) -> int:
+        patch = self.model.config.vision_config.patch_size
+        count = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+        return count + (self.model.config.vision_feature_select_strategy == "full")  # the class token too
 
     def _preprocess(self, images: Float[Tensor, "B 3 _ _"]) -> Float[Tensor, "B 3 _ _"]:
         settings = self.processor
