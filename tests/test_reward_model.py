@@ -497,6 +497,8 @@ def broken(tmp_path: Path, *, seed: int = 0, **facts: Any) -> Path:
         ({"lora_rank": 0}, "lora_rank is 0; it must be at least 1"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it must be in"),
         ({"template": "mine"}, "'mine'"),
+        ({"skip_ca_keys": "text"}, "'text'"),
+        ({"skip_ca_eps": 0.0}, "skip_ca_eps is 0.0; it must be positive"),
         ({"perspective": "Not a name"}, "perspective is 'Not a name'; it must be a-z"),
         ({"perspective": "train"}, "perspective is 'train'; it must be .* no word of torch"),
         ({"lora_rank": 3}, "does not fit its facts: lora.* is .*not"),

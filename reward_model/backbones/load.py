@@ -63,7 +63,7 @@ def no_adapter(source: str, kind: str | None) -> str:
         f"{source!r} is a model of type {kind!r}, for which there is no adapter; there are {known}. An adapter is a "
         f"class that follows reward_model.types.Backbone, in a file of its own in reward_model/backbones/: `prepare` "
         f"(pixels and token ids), `see` (vision features), `read` (visual tokens and last hidden states), "
-        f"`num_visual_tokens`, `width`, `projector` and `language_model`; and a case in reward_model/backbones/load.py. "
+        f"`num_visual_tokens`, `width`, `projector`, `language_model`; and a case in reward_model/backbones/load.py. "
         f"The linear layers of its language model must be among LORA_TARGETS there."
     )
 

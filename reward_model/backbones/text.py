@@ -38,7 +38,7 @@ class PromptReader:
         """
         rows = [self.ids(prompt, count) for prompt, count in zip(prompts, num_image_tokens, strict=True)]
         length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self._padding_id)
+        ids = torch.full((len(rows), length), self.padding_id)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
             place = slice(0, len(row)) if self.padding_side == "right" else slice(length - len(row), length)
@@ -88,7 +88,7 @@ class PromptReader:
         ).rstrip()
 
     @property
-    def _padding_id(self) -> int:
+    def padding_id(self) -> int:
         """Padding is masked everywhere, so any token would do that is not the picture's."""
         own = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if own is None or own == self.image_token_id else own
