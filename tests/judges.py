@@ -28,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -40,7 +42,7 @@ from reward_model.scoring import LlavaReward
 from reward_model.types import Backbone
 
 FAMILIES = ("llava", "qwen2_5_vl")
-ALL_FAMILIES = (*FAMILIES, "phi3_v")
+ALL_FAMILIES = (*FAMILIES, "phi3_v", "qwen3_vl")
 WIDTH = 32
 NUM_PLACES = 96
 """How many tokens the language models have positions for."""
@@ -85,6 +87,13 @@ QWEN_TEMPLATE = (
     "{% elif content['type'] == 'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 %}"
     "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# What Qwen/Qwen3-VL-8B-Instruct makes of a turn of a picture and a text: no system turn of its own.
+QWEN3_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -153,7 +162,7 @@ def _save_llava(folder: Path, **changes: Any) -> None:
 
 
 def _save_qwen(folder: Path) -> None:
-    """Windows of 2 x 2 visual tokens in the first layer of the tower, full attention in the second; 4 to 16 tokens."""
+    """Windows of 2 x 2 visual tokens in the first layer of the tower, full attention in the second."""
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": 2,
@@ -186,13 +195,57 @@ def _save_qwen(folder: Path) -> None:
     model = Qwen2_5_VLForConditionalGeneration(config)
     _randomise(model, seed=2)
     model.save_pretrained(folder)
+    _save_qwen_readers(folder, QWEN_TEMPLATE, patch_size=14)
+
+
+def _save_qwen3(folder: Path) -> None:
+    """Three layers in the tower, of which the first two are also shown to the language model's two."""
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "patch_size": 16,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+            "out_hidden_size": WIDTH,
+        },
+        text_config={
+            "vocab_size": len(QWEN_TOKENS),
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": NUM_PLACES,
+            "rope_parameters": {
+                "rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True,
+            },
+            "pad_token_id": 0,
+        },
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )  # fmt: skip
+    model = Qwen3VLForConditionalGeneration(config)
+    _randomise(model, seed=7)
+    model.save_pretrained(folder)
+    _save_qwen_readers(folder, QWEN3_TEMPLATE, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def _save_qwen_readers(folder: Path, template: str, *, patch_size: int, **settings: Any) -> None:
+    """Pictures become 4 to 16 tokens."""
     tokenizer = _tokenizer(
         QWEN_TOKENS, starts_with=None, eos_token="<|im_end|>", unk_token="unknown", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", *QWEN_TOKENS[3:7]],
     )  # fmt: skip
-    tokenizer.chat_template = QWEN_TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(folder)
+    bounds = {"shortest_edge": 4 * (2 * patch_size) ** 2, "longest_edge": 16 * (2 * patch_size) ** 2}
+    Qwen2VLImageProcessorPil(size=bounds, patch_size=patch_size, **settings).save_pretrained(folder)
 
 
 def phi_config(**changes: Any) -> dict[str, Any]:
@@ -313,6 +366,8 @@ def backbone_folder(family: str) -> Path:
             _save_qwen(folder)
         case "phi3_v":
             save_phi(folder)
+        case "qwen3_vl":
+            _save_qwen3(folder)
         case other:
             raise ValueError(other)
     return folder

@@ -14,7 +14,6 @@ import pytest
 import torch
 from judges import (
     ALL_FAMILIES,
-    FAMILIES,
     NUM_PLACES,
     WIDTH,
     backbone_folder,
@@ -34,7 +33,9 @@ from reward_model.backbones.load import load_backbone
 from reward_model.images import to_tensor
 from reward_model.types import Inputs
 
-IMAGE = {"llava": 4, "phi3_v": 4, "qwen2_5_vl": 5}
+IMAGE = {"llava": 4, "phi3_v": 4, "qwen2_5_vl": 5, "qwen3_vl": 5}
+STOCK = tuple(family for family in ALL_FAMILIES if family != "phi3_v")
+"""The families that transformers has; the other has a slow reference of its own in `test_phi3_v.py`."""
 PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
 
 
@@ -67,6 +68,8 @@ USER = [1, 9, 26, 3, 5, 5, 5, 5, 4]  # <|im_start|>user\n<|vision_start|><|image
         ("qwen2_5_vl", "published", "a red fox", [*USER, 15, 17, 19, 2]),
         ("qwen2_5_vl", "family", "", [*SYSTEM, *USER, 2]),
         ("qwen2_5_vl", "published", "", [*USER, 2]),
+        ("qwen3_vl", "family", "a red fox", [*USER, 15, 17, 19, 2]),
+        ("qwen3_vl", "published", "a red fox", [*USER, 15, 17, 19, 2]),
         # <s> <|user|> \n <|image|> x 4 <s> \n a _red _fox <|end|> <|endoftext|>: what follows the picture begins anew
         ("phi3_v", "family", "a red fox", [1, 5, 25, 4, 4, 4, 4, 1, 25, 14, 16, 18, 7, 2]),
         ("phi3_v", "published", "a red fox", [1, 5, 25, 4, 4, 4, 4, 1, 25, 14, 16, 18, 2]),
@@ -154,37 +157,42 @@ def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_name
 
 # --- pixels ---------------------------------------------------------------------------------------
 
-EXACT = {"llava": [(28, 28), (28, 41), (55, 28)], "qwen2_5_vl": [(56, 56), (112, 84), (84, 56), (56, 112)]}
+EXACT = {
+    "llava": [(28, 28), (28, 41), (55, 28)],
+    "qwen2_5_vl": [(56, 56), (112, 84), (84, 56), (56, 112)],
+    "qwen3_vl": [(64, 64), (128, 96)],
+}
 RESIZED = {
     "llava": [(64, 64), (90, 37), (33, 91), (200, 151), (17, 23), (29, 28)],
     "qwen2_5_vl": [(100, 60), (61, 131), (300, 200), (151, 400), (20, 31), (57, 83), (113, 113)],
+    "qwen3_vl": [(100, 60), (300, 200), (20, 31)],
 }
 
 
 def processed(family: str, pixels: Tensor) -> dict[str, Tensor]:
     """What the family's own processor makes of a picture."""
-    kind = {"llava": CLIPImageProcessorPil, "qwen2_5_vl": Qwen2VLImageProcessorPil}[family]
+    kind = CLIPImageProcessorPil if family == "llava" else Qwen2VLImageProcessorPil
     return dict(kind.from_pretrained(backbone_folder(family))(as_pil(pixels), return_tensors="pt"))
 
 
-@pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in FAMILIES for shape in EXACT[family]])
+@pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in STOCK for shape in EXACT[family]])
 def test_pixels_are_exactly_the_processors_where_nothing_is_resized(family: str, shape: tuple[int, int]) -> None:
     """For Qwen2.5-VL that includes the order of the patches and of the numbers within one."""
     pixels = bytes_of(*shape)
     ours, theirs = backbone_of(family).prepare([to_tensor(pixels)], ["a fox"]), processed(family, pixels)
     assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=1e-6)
-    if family == "qwen2_5_vl":
+    if "image_grid_thw" in theirs:
         assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
 
 
-@pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in FAMILIES for shape in RESIZED[family]])
+@pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in STOCK for shape in RESIZED[family]])
 def test_resized_pixels_are_the_processors_up_to_its_rounding(family: str, shape: tuple[int, int]) -> None:
     pixels = (128 + 0.5 * (bytes_of(*shape).float() - 128)).byte()
     ours, theirs = backbone_of(family).prepare([to_tensor(pixels)], ["a fox"]), processed(family, pixels)
     gap = (ours["pixel_values"] - theirs["pixel_values"]).abs()
     assert gap.max() <= 0.03
     assert gap.mean() <= 0.006
-    if family == "qwen2_5_vl":
+    if "image_grid_thw" in theirs:
         assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
 
 
@@ -235,6 +243,7 @@ SHAPES = {
     "llava": [(28, 28)] * 3,
     "phi3_v": [(112, 112), (112, 56), (112, 112)],
     "qwen2_5_vl": [(56, 56), (56, 224), (84, 84)],
+    "qwen3_vl": [(64, 64), (64, 256), (96, 96)],
 }
 
 
@@ -250,13 +259,13 @@ def stock_inputs(family: str, ids: Tensor, mask: Tensor, pixels: Sequence[Tensor
     """What a user of transformers would hand over."""
     parts = [processed(family, one) for one in pixels]
     inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    if family == "qwen2_5_vl":
+    if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids == IMAGE[family]).int()
     return {"input_ids": ids, "attention_mask": mask, **inputs}
 
 
 @pytest.mark.parametrize("template", ["family", "published"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STOCK)
 def test_states_and_visual_tokens_are_those_of_the_stock_model(family: str, template: str) -> None:
     backbone, stock, pixels = backbone_of(family, template), stock_model(family), pictures_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in pixels], PROMPTS)
@@ -334,6 +343,22 @@ def test_changing_one_visual_token_by_hand_changes_it_and_the_states_from_there_
     moved = (before.hidden != after.hidden).any(dim=2)
     assert not moved[0, :start].any()  # causal
     assert moved[0, start:][inputs["attention_mask"][0, start:].bool()].all()
+    assert not moved[1:].any()
+
+
+def test_what_the_middle_of_qwen3s_tower_sees_reaches_the_states_but_not_the_visual_tokens() -> None:
+    """A token of DeepStack is added to one place of one row, from where it goes on to the words behind."""
+    backbone = backbone_of("qwen3_vl")
+    with torch.no_grad():
+        seen = backbone.see(backbone.prepare([to_tensor(one) for one in pictures_of("qwen3_vl")], PROMPTS))
+        deepstack = seen["deepstack"].clone()
+        deepstack[1, 0] += 1.0
+        before, after = backbone.read(seen), backbone.read({**seen, "deepstack": deepstack})
+    assert torch.equal(before.visual, after.visual)
+    start = seen["input_ids"][0].tolist().index(IMAGE["qwen3_vl"]) + 1
+    moved = (before.hidden != after.hidden).any(dim=2)
+    assert not moved[0, :start].any()
+    assert moved[0, start:][seen["attention_mask"][0, start:].bool()].all()
     assert not moved[1:].any()
 
 

@@ -9,14 +9,20 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 
-from reward_model.backbones import llava, phi3_v, qwen2_5_vl
+from reward_model.backbones import llava, phi3_v, qwen2_5_vl, qwen3_vl
+from reward_model.backbones.patches import load_patch_frame
 from reward_model.backbones.text import PaddingSide, PromptReader, find_chat_template
 from reward_model.types import Backbone
 
 Template = Literal["family", "published"]
-FAMILIES = {"llava": "LLaVA-1.5", "phi3_v": "Phi-3.5-vision", "qwen2_5_vl": "Qwen2.5-VL"}
+FAMILIES = {
+    "llava": "LLaVA-1.5",
+    "phi3_v": "Phi-3.5-vision",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+}
 """The families with an adapter, by the `model_type` of their config.json."""
-_BOUNDED, _CUT = ("qwen2_5_vl",), ("phi3_v",)
+_BOUNDED, _CUT = ("qwen2_5_vl", "qwen3_vl"), ("phi3_v",)
 """The families that take min_pixels and max_pixels, and num_crops."""
 LORA_TARGETS = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
@@ -101,9 +107,11 @@ def adapt(
             words = reader(phi3_v.PUBLISHED_TEMPLATE, tokenizer, place, written_image=phi3_v.WRITTEN_IMAGE)
             return phi3_v.Phi3Vision(model, words, **phi3_v.image_settings(source, num_crops))
         case "qwen2_5_vl":
-            processor, bounds = qwen2_5_vl.image_settings(source, min_pixels, max_pixels)
             words = reader(qwen2_5_vl.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id)
-            return qwen2_5_vl.Qwen25VL(model, words, processor, *bounds)
+            return qwen2_5_vl.Qwen25VL(model, words, load_patch_frame(source, min_pixels, max_pixels))
+        case "qwen3_vl":
+            words = reader(qwen2_5_vl.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id)
+            return qwen3_vl.Qwen3VL(model, words, load_patch_frame(source, min_pixels, max_pixels))
         case other:
             raise ValueError(no_adapter(source, other))
 

@@ -13,10 +13,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from reward_model.types import Inputs, Reading
 
 
-def read_with(model: Any, inputs: Inputs, visual: Sequence[Float[Tensor, "_ D"]], **more: Tensor) -> Reading:
-    """Put each row's visual tokens in their places and run the language model to its last norm."""
+def read_with(
+    model: Any,
+    inputs: Inputs,
+    visual: Sequence[Float[Tensor, "_ D"]],
+    *,
+    deepstack: Sequence[Sequence[Float[Tensor, "_ D"]]] | None = None,
+    **more: Tensor,
+) -> Reading:
+    """Put each row's visual tokens in their places and run the language model to its last norm.
+
+    `deepstack` is, for some of its first layers, what is added to the states in those places behind them.
+    """
     words = model.get_input_embeddings().weight.dtype
-    seen = BaseModelOutputWithPooling(pooler_output=[tokens.to(words) for tokens in visual])  # pyright: ignore
+    seen: Any = BaseModelOutputWithPooling(pooler_output=[tokens.to(words) for tokens in visual])  # pyright: ignore
+    if deepstack is not None:
+        seen.deepstack_features = deepstack
     mask = inputs["attention_mask"]
     outputs = model.model(
         input_ids=inputs["input_ids"],
