@@ -47,6 +47,7 @@ VARIANTS = {
         "none, so that a score depends on its batch; with --skip-ca-keys visual it looks at the picture.",
         bounds={"min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28},
     ),
+    "llava_next": Variant("language_model.model.", "multi_modal_projector.", None),
 }
 """By the base model's type."""
 

@@ -23,6 +23,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -32,6 +34,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from reward_model.backbones.load import load_backbone
@@ -42,7 +45,7 @@ from reward_model.scoring import LlavaReward
 from reward_model.types import Backbone
 
 FAMILIES = ("llava", "qwen2_5_vl")
-ALL_FAMILIES = (*FAMILIES, "phi3_v", "qwen3_vl")
+ALL_FAMILIES = (*FAMILIES, "llava_next", "phi3_v", "qwen3_vl")
 WIDTH = 32
 NUM_PLACES = 96
 """How many tokens the language models have positions for."""
@@ -152,13 +155,34 @@ def _save_llava(folder: Path, **changes: Any) -> None:
     model = LlavaForConditionalGeneration(llava_config(**changes))
     _randomise(model, seed=1)
     model.save_pretrained(folder)
+    _save_llava_tokenizer(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+
+
+def _save_llava_next(folder: Path) -> None:
+    """Grids of two to four crops, each of 28 x 28 pixels: four patches."""
+    grids = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    own = llava_config()
+    config = LlavaNextConfig(
+        vision_config=own.vision_config, text_config=own.text_config, image_token_id=4, image_grid_pinpoints=grids
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    _randomise(model, seed=8)
+    model.save_pretrained(folder)
+    _save_llava_tokenizer(folder)
+    crop = {"height": 28, "width": 28}
+    LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size=crop, image_grid_pinpoints=grids).save_pretrained(
+        folder
+    )
+
+
+def _save_llava_tokenizer(folder: Path) -> None:
     tokenizer = _tokenizer(
         LLAVA_TOKENS, starts_with="<s>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
         additional_special_tokens=["<image>"],
     )  # fmt: skip
     tokenizer.chat_template = LLAVA_TEMPLATE
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
 
 
 def _save_qwen(folder: Path) -> None:
@@ -364,6 +388,8 @@ def backbone_folder(family: str) -> Path:
             _save_llava(folder, vision_feature_layer=[-2, -1], vision_feature_select_strategy="full")
         case "qwen2_5_vl":
             _save_qwen(folder)
+        case "llava_next":
+            _save_llava_next(folder)
         case "phi3_v":
             save_phi(folder)
         case "qwen3_vl":

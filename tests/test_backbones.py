@@ -27,13 +27,14 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from reward_model.backbones.load import load_backbone
 from reward_model.images import to_tensor
 from reward_model.types import Inputs
 
-IMAGE = {"llava": 4, "phi3_v": 4, "qwen2_5_vl": 5, "qwen3_vl": 5}
+IMAGE = {"llava": 4, "llava_next": 4, "phi3_v": 4, "qwen2_5_vl": 5, "qwen3_vl": 5}
 STOCK = tuple(family for family in ALL_FAMILIES if family != "phi3_v")
 """The families that transformers has; the other has a slow reference of its own in `test_phi3_v.py`."""
 PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
@@ -159,30 +160,36 @@ def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_name
 
 EXACT = {
     "llava": [(28, 28), (28, 41), (55, 28)],
+    "llava_next": [(28, 28)],  # its crops are twice as large
     "qwen2_5_vl": [(56, 56), (112, 84), (84, 56), (56, 112)],
     "qwen3_vl": [(64, 64), (128, 96)],
 }
 RESIZED = {
     "llava": [(64, 64), (90, 37), (33, 91), (200, 151), (17, 23), (29, 28)],
     "qwen2_5_vl": [(100, 60), (61, 131), (300, 200), (151, 400), (20, 31), (57, 83), (113, 113)],
+    "llava_next": [(64, 64), (90, 37), (33, 91), (200, 151), (17, 23), (20, 90)],
     "qwen3_vl": [(100, 60), (300, 200), (20, 31)],
 }
 
 
 def processed(family: str, pixels: Tensor) -> dict[str, Tensor]:
     """What the family's own processor makes of a picture."""
-    kind = CLIPImageProcessorPil if family == "llava" else Qwen2VLImageProcessorPil
-    return dict(kind.from_pretrained(backbone_folder(family))(as_pil(pixels), return_tensors="pt"))
+    kinds = {"llava": CLIPImageProcessorPil, "llava_next": LlavaNextImageProcessorPil}
+    kind = kinds.get(family, Qwen2VLImageProcessorPil)
+    found = dict(kind.from_pretrained(backbone_folder(family))(as_pil(pixels), return_tensors="pt"))
+    if family == "llava_next":  # a row of views for each picture; transformers also takes all of them in one
+        found["pixel_values"] = found["pixel_values"].flatten(0, 1)
+    return found
 
 
 @pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in STOCK for shape in EXACT[family]])
 def test_pixels_are_exactly_the_processors_where_nothing_is_resized(family: str, shape: tuple[int, int]) -> None:
-    """For Qwen2.5-VL that includes the order of the patches and of the numbers within one."""
+    """For Qwen that includes the order of patches and of the numbers within one, for LLaVA-NeXT that of crops."""
     pixels = bytes_of(*shape)
     ours, theirs = backbone_of(family).prepare([to_tensor(pixels)], ["a fox"]), processed(family, pixels)
     assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=1e-6)
-    if "image_grid_thw" in theirs:
-        assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+    for key in ("image_grid_thw", "image_sizes"):
+        assert key not in theirs or torch.equal(ours[key], theirs[key])
 
 
 @pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in STOCK for shape in RESIZED[family]])
@@ -192,8 +199,8 @@ def test_resized_pixels_are_the_processors_up_to_its_rounding(family: str, shape
     gap = (ours["pixel_values"] - theirs["pixel_values"]).abs()
     assert gap.max() <= 0.03
     assert gap.mean() <= 0.006
-    if "image_grid_thw" in theirs:
-        assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+    for key in ("image_grid_thw", "image_sizes"):
+        assert key not in theirs or torch.equal(ours[key], theirs[key])
 
 
 @pytest.mark.parametrize(
@@ -206,6 +213,32 @@ def test_bounds_on_pixels_act_as_in_the_processor(shape: tuple[int, int], low: i
     theirs = processor(as_pil(pixels), return_tensors="pt")
     assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
     assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=0.03)
+
+
+def test_fewer_crops_leave_llava_next_the_grids_that_have_no_more() -> None:
+    """As a stock model has it whose config lists only these."""
+    backbone, stock = fresh_backbone("llava_next", num_crops=2), stock_model("llava_next")
+    assert backbone_of("llava_next").num_visual_tokens(60, 57) == 4 + 4 * 5  # 56 x 56, all of it used
+    before = stock.config.image_grid_pinpoints
+    try:
+        stock.config.image_grid_pinpoints = [[28, 56], [56, 28]]
+        for shape in ((60, 57), (30, 90), (91, 20)):
+            inputs = backbone.prepare([picture(*shape)], ["a fox"])
+            assert len(inputs["pixel_values"]) == 3
+            with torch.no_grad():
+                states = stock.model(**inputs).last_hidden_state
+                assert_close(backbone.read(inputs).hidden, states, rtol=0, atol=1e-5)
+    finally:
+        stock.config.image_grid_pinpoints = before
+
+
+def test_a_processor_whose_crops_are_not_the_towers_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(backbone_folder("llava_next"), folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(path.read_text().replace('"height": 28', '"height": 56'))
+    with pytest.raises(ValueError, match=r"makes crops of 56 pixels .* the vision tower sees 28"):
+        load_backbone(str(folder))
 
 
 def test_a_processor_that_squeezes_pictures_to_one_size_is_followed() -> None:
@@ -241,6 +274,7 @@ def test_a_batch_is_prepared_as_its_pictures_one_by_one(family: str) -> None:
 
 SHAPES = {
     "llava": [(28, 28)] * 3,
+    "llava_next": [(56, 56), (56, 28), (28, 84)],
     "phi3_v": [(112, 112), (112, 56), (112, 112)],
     "qwen2_5_vl": [(56, 56), (56, 224), (84, 84)],
     "qwen3_vl": [(64, 64), (64, 256), (96, 96)],
@@ -272,8 +306,11 @@ def test_states_and_visual_tokens_are_those_of_the_stock_model(family: str, temp
     with torch.no_grad():
         reading = backbone.read(inputs)
         theirs = stock_inputs(family, inputs["input_ids"], inputs["attention_mask"], pixels)
+        if family == "llava_next":  # whose view of the whole is always resized, which rounds
+            theirs["pixel_values"] = inputs["pixel_values"]
         states = stock.model(**theirs).last_hidden_state
-        seen = stock.get_image_features(**{k: theirs[k] for k in ("pixel_values", "image_grid_thw") if k in theirs})
+        shown = {k: theirs[k] for k in ("pixel_values", "image_grid_thw", "image_sizes") if k in theirs}
+        seen = stock.get_image_features(**shown)
     mask = inputs["attention_mask"].bool()
     assert torch.equal(reading.hidden_mask, mask)
     assert_close(reading.hidden[mask], states[mask], rtol=0, atol=1e-5)
@@ -335,7 +372,7 @@ def test_changing_one_visual_token_by_hand_changes_it_and_the_states_from_there_
         assert "pixel_values" not in seen
         before = backbone.read(seen)
         features = seen["features"].clone()
-        features[(0, 1) if family == "llava" else 1] += 1.0  # rows of tokens, or groups of all rows
+        features[(0, 1) if family in ("llava", "llava_next") else 1] += 1.0  # rows of tokens, or groups of all rows
         after = backbone.read({**seen, "features": features})
     changed = (before.visual != after.visual).any(dim=2)
     assert changed.nonzero().tolist() == [[0, 1]]
@@ -392,7 +429,11 @@ def test_the_projector_that_is_set_is_the_one_that_is_used(family: str) -> None:
         before = backbone.read(inputs)
         backbone.projector = Twice(backbone.projector)
         after = backbone.read(inputs)
-    assert torch.equal(after.visual, 2 * before.visual)
+    expected = 2 * before.visual
+    if family == "llava_next":  # the ends of lines come in behind the projector
+        newline = backbone.model.model.image_newline
+        expected = torch.where((before.visual == newline).all(dim=-1, keepdim=True), newline, expected)
+    assert torch.equal(after.visual, expected)
     assert not torch.equal(after.hidden, before.hidden)
 
 
@@ -425,6 +466,7 @@ def test_settings_that_a_family_does_not_have_or_that_contradict_each_other_are_
         ("llava", {"min_pixels": 1}, "min_pixels and max_pixels mean nothing to LLaVA"),
         ("phi3_v", {"max_pixels": 1}, "min_pixels and max_pixels mean nothing to Phi-3.5-vision"),
         ("qwen2_5_vl", {"num_crops": 4}, "num_crops means nothing to Qwen2.5-VL"),
+        ("llava_next", {"num_crops": 1}, "num_crops is 1; this model's grids have 2, 2, 3, 3, 4 crops"),
     ):
         with pytest.raises(ValueError, match=message):
             fresh_backbone(family, **options)

@@ -139,6 +139,7 @@ def test_an_imported_judge_scores_as_the_published_code_does(family: str, tmp_pa
     ratio = judge.compare(pictures[:2], pictures[1:], PROMPTS[:2]).logit()
     assert ratio.abs().max() > 0.1
     assert any("the last token" in note for note in notes)
+    assert any("never ran it for this family" in note for note in notes) == (not facts.skip_ca)
     assert not any("untrained" in part for part in parts)
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reward_model.backbones.reading import read_with
+from reward_model.backbones.reading import clip_features, read_with
 from reward_model.backbones.text import PromptReader
 from reward_model.images import centre_crop, normalise, resize
 from reward_model.types import Inputs, Reading
@@ -75,14 +75,8 @@ class Llava:
         return normalise(images, mean=settings.image_mean, std=settings.image_std) if settings.do_normalize else images
 
     def see(self, inputs: Inputs) -> Inputs:
-        layer, strategy = (getattr(self.model.config, f"vision_feature_{k}") for k in ("layer", "select_strategy"))
-        layers = [layer] if isinstance(layer, int) else layer
-        pixels = inputs["pixel_values"].to(self.model.model.vision_tower.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # nothing in it is trained
-            states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        chosen = [states[i][:, 1:] if strategy == "default" else states[i] for i in layers]
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-        return {**rest, "features": torch.cat(chosen, dim=-1)}
+        return {**rest, "features": clip_features(self.model, inputs["pixel_values"])}
 
     def read(self, inputs: Inputs) -> Reading:
         if "features" not in inputs:

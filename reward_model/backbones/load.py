@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 
-from reward_model.backbones import llava, phi3_v, qwen2_5_vl, qwen3_vl
+from reward_model.backbones import llava, llava_next, phi3_v, qwen2_5_vl, qwen3_vl
 from reward_model.backbones.patches import load_patch_frame
 from reward_model.backbones.text import PaddingSide, PromptReader, find_chat_template
 from reward_model.types import Backbone
@@ -17,12 +17,13 @@ from reward_model.types import Backbone
 Template = Literal["family", "published"]
 FAMILIES = {
     "llava": "LLaVA-1.5",
+    "llava_next": "LLaVA-NeXT",
     "phi3_v": "Phi-3.5-vision",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",
 }
 """The families with an adapter, by the `model_type` of their config.json."""
-_BOUNDED, _CUT = ("qwen2_5_vl", "qwen3_vl"), ("phi3_v",)
+_BOUNDED, _CUT = ("qwen2_5_vl", "qwen3_vl"), ("llava_next", "phi3_v")
 """The families that take min_pixels and max_pixels, and num_crops."""
 LORA_TARGETS = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
@@ -44,8 +45,8 @@ def load_backbone(
 
     `template` is how a prompt is shown: by the model's own chat template, or as the published LLaVA-Reward code did.
     `min_pixels` and `max_pixels` bound a picture where the family keeps its shape (Qwen), `num_crops` the squares that
-    it is cut into (Phi-3.5-vision); None takes the model's own. Raises ValueError for a family without an adapter, or a
-    setting that the family does not have.
+    it is cut into (LLaVA-NeXT, Phi-3.5-vision); None takes the model's own. Raises ValueError for a family without an
+    adapter, or a setting that the family does not have.
     """
     kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     if kind not in FAMILIES:
@@ -101,6 +102,13 @@ def adapt(
 
             words = reader(llava.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id)
             return llava.Llava(model, words, CLIPImageProcessorPil.from_pretrained(source))
+        case "llava_next":
+            from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+            processor = LlavaNextImageProcessorPil.from_pretrained(source)
+            llava_next.bound_crops(model, processor, num_crops)
+            words = reader(llava.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id)
+            return llava_next.LlavaNext(model, words, processor)
         case "phi3_v":
             tokenizer = phi3_v.load_tokenizer(source)
             place = tokenizer.convert_tokens_to_ids(phi3_v.PLACE)

@@ -41,6 +41,17 @@ def read_with(
     return Reading(outputs.last_hidden_state, mask.bool(), padded, padded_mask)
 
 
+def clip_features(model: Any, pixels: Float[Tensor, "N 3 Y X"]) -> Float[Tensor, "N P C"]:
+    """What the vision tower of a LLaVA saw of each patch, in the layers that its projector reads."""
+    layer, strategy = (getattr(model.config, f"vision_feature_{k}") for k in ("layer", "select_strategy"))
+    layers = [layer] if isinstance(layer, int) else layer
+    tower = model.model.vision_tower
+    pixels = pixels.to(tower.dtype)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # nothing in it is trained
+        states = tower(pixels, output_hidden_states=True).hidden_states
+    return torch.cat([states[i][:, 1:] if strategy == "default" else states[i] for i in layers], dim=-1)
+
+
 def pad(rows: Sequence[Float[Tensor, "_ D"]]) -> tuple[Float[Tensor, "B V D"], Bool[Tensor, "B V"]]:
     """Rows of different length as one tensor with zeros behind, and where it is filled."""
     counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
