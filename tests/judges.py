@@ -431,7 +431,7 @@ def scatter(model: RewardModel, *, seed: int) -> None:
 def fresh_model(family: str, *, seed: int = 0, padding_side: str = "right", **facts: Any) -> RewardModel:
     """A judge in memory with one perspective whose weights are random and matter."""
     known = facts_of(family, **facts)
-    options = {"template": known.template, "min_pixels": known.min_pixels, "max_pixels": known.max_pixels}
+    options = {key: getattr(known, key) for key in ("template", "min_pixels", "max_pixels", "num_crops")}
     model = RewardModel(fresh_backbone(family, padding_side=padding_side, **options))
     model.add(known)
     scatter(model, seed=seed)

@@ -196,7 +196,7 @@ def test_every_kind_of_the_same_picture_scores_alike(family: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_scores_are_float32_and_the_batch_size_does_not_change_them(family: str, dtype: torch.dtype) -> None:
     judge = LlavaReward.from_pretrained(judge_folder(family), dtype=dtype)
     shown, prompts = pictures_of(family) * 2, PROMPTS * 2

@@ -4,7 +4,8 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class Qwen3VL:
         """`features`: each token's patches behind the last layer; `deepstack`: its merged ones of the middle layers."""
         tower, grids = self.model.model.visual, inputs["image_grid_thw"]
         patches = inputs["pixel_values"].to(tower.patch_embed.proj.weight.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and patches.requires_grad):  # nothing in it is trained
+        with torch.set_grad_enabled(torch.is_grad_enabled() and patches.requires_grad), without_merger(tower):
             seen = tower(patches, grid_thw=grids)
         groups = seen.last_hidden_state.unflatten(0, (-1, tower.spatial_merge_unit))
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
@@ -74,3 +75,13 @@ class Qwen3VL:
             deepstack=[layer.split(counts) for layer in inputs["deepstack"].unbind(dim=1)],
             image_grid_thw=grids, mm_token_type_ids=(ids == self.reader.image_token_id).int(),
         )  # fmt: skip
+
+
+@contextmanager
+def without_merger(tower: Any) -> Iterator[None]:
+    """Let the tower end before its last merger: that is the projector, which is float32 beside a tower in bfloat16."""
+    merger, tower.merger = tower.merger, nn.Identity()
+    try:
+        yield
+    finally:
+        tower.merger = merger
