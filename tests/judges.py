@@ -122,6 +122,13 @@ def _tokenizer(tokens: tuple[str, ...], *, starts_with: str | None, **special: A
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
+def _seeded(kind: Any, *given: Any) -> Any:
+    """A module whose start is the same in each process: some vectors are drawn when it is made."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(*given)
+
+
 def _randomise(model: nn.Module, *, seed: int) -> None:
     """Weights so large that every input matters."""
     generator = torch.Generator().manual_seed(seed)
@@ -152,7 +159,7 @@ def llava_config(**changes: Any) -> LlavaConfig:
 
 
 def _save_llava(folder: Path, **changes: Any) -> None:
-    model = LlavaForConditionalGeneration(llava_config(**changes))
+    model = _seeded(LlavaForConditionalGeneration, llava_config(**changes))
     _randomise(model, seed=1)
     model.save_pretrained(folder)
     _save_llava_tokenizer(folder)
@@ -166,8 +173,8 @@ def _save_llava_next(folder: Path) -> None:
     config = LlavaNextConfig(
         vision_config=own.vision_config, text_config=own.text_config, image_token_id=4, image_grid_pinpoints=grids
     )
-    model = LlavaNextForConditionalGeneration(config)
-    _randomise(model, seed=8)
+    model = _seeded(LlavaNextForConditionalGeneration, config)
+    _randomise(model, seed=14)
     model.save_pretrained(folder)
     _save_llava_tokenizer(folder)
     crop = {"height": 28, "width": 28}
@@ -255,7 +262,7 @@ def _save_qwen3(folder: Path) -> None:
         vision_end_token_id=4,
     )  # fmt: skip
     model = Qwen3VLForConditionalGeneration(config)
-    _randomise(model, seed=7)
+    _randomise(model, seed=16)
     model.save_pretrained(folder)
     _save_qwen_readers(folder, QWEN3_TEMPLATE, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
@@ -326,11 +333,10 @@ def phi_decoder(config: dict[str, Any]) -> Phi3ForCausalLM:
 
 def phi_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their published names, also those that no judge needs."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vision = CLIPVisionModel(CLIPVisionConfig(**config["vision_config"]))
-        words = phi_decoder(config)
-        projection = nn.Sequential(nn.Linear(64, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+    vision = _seeded(CLIPVisionModel, CLIPVisionConfig(**config["vision_config"]))
+    words = phi_decoder(config)
+    layers = [_seeded(nn.Linear, size, WIDTH) for size in (64, WIDTH)]
+    projection = nn.Sequential(layers[0], nn.GELU(), layers[1])
     for i, part in enumerate((vision, words, projection)):
         _randomise(part, seed=3 + i)
     generator, inside = torch.Generator().manual_seed(6), "model.vision_embed_tokens."
