@@ -41,7 +41,8 @@ class Config:
     """Fields in the order of the flow; defaults are the paper's."""
 
     backbone: str = BUILT_IN
-    """A LLaVA-1.5 or Qwen2.5-VL folder or Hub id, or the built-in world's small LLaVA (shapes)."""
+    """A folder or Hub id of a family with an adapter (Phi-3.5-vision, LLaVA-1.5, Qwen2.5-VL, ...), or the built-in
+    world's small LLaVA (shapes)."""
     training: str = BUILT_IN
     """Comma-separated FORMAT:PLACE (docs/data.md); a file .jsonl is of our own format, .json as published with
     LLaVA-Reward. Or the built-in world's pairs (shapes)."""
@@ -79,7 +80,9 @@ class Config:
     """How a prompt is shown: by the backbone's chat template, or as the published code did."""
     min_pixels: int | None = None
     max_pixels: int | None = None
-    """Bounds of a picture for Qwen2.5-VL: more pixels are more tokens. Null is the model's own."""
+    """Bounds of a picture for Qwen's models: more pixels are more tokens. Null is the model's own."""
+    num_crops: int | None = None
+    """The most crops of a picture for models that cut it up: more crops are more tokens. Null is the model's own."""
 
     lora_rank: int = 128
     lora_alpha: float = 256.0
@@ -169,7 +172,7 @@ def main(config: Config) -> Path:
     from reward_model.checkpoint import bundle_tensors, save_bundle
     from reward_model.datasets.readable import readable
     from reward_model.facts import Facts
-    from reward_model.model import RewardModel, parameter_table
+    from reward_model.model import RewardModel, parameter_table, visual_token_table
     from reward_model.scoring import LlavaReward
     from reward_model.training import JudgeTrainer, Objective, newest_checkpoint
     from rlhf_t2i.parallel.processes import end_processes
@@ -187,7 +190,8 @@ def main(config: Config) -> Path:
     )
     objective.check([*training, *validation])
     source = str(BUILT_IN_JUDGE / "backbone") if config.backbone == BUILT_IN else config.backbone
-    shown: Any = {"template": config.template, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    bounds: Any = {key: getattr(config, key) for key in ("min_pixels", "max_pixels", "num_crops")}
+    shown: Any = {"template": config.template, **bounds}
     dtype = "bfloat16" if args.bf16 else "float32"
     backbone = load_backbone(source, dtype=getattr(torch, dtype), **shown)
     for records in (training, validation, *tests.values()):
@@ -217,7 +221,7 @@ def main(config: Config) -> Path:
     )  # fmt: skip
     checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume or restarted() else None
     if trainer.is_world_process_zero():
-        tqdm.write(parameter_table(judge))
+        tqdm.write(f"{parameter_table(judge)}\n{visual_token_table(judge.backbone)}")
         tqdm.write(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
     trainer.train_from(checkpoint)
     if trainer.is_world_process_zero():

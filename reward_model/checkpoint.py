@@ -96,7 +96,7 @@ def add_bundle(model: RewardModel, folder: Path, *, name: str | None = None) -> 
     if facts.model_type != own:
         raise ValueError(f"{folder} was trained on a backbone of type {facts.model_type!r}; this one is {own!r}.")
     for other in model.facts.values():
-        for shared in ("backbone", "template", "min_pixels", "max_pixels"):
+        for shared in ("backbone", "template", "min_pixels", "max_pixels", "num_crops"):
             if getattr(other, shared) != getattr(facts, shared):
                 raise ValueError(
                     f"{folder} cannot share a backbone with {other.perspective!r}: its {shared} is "
@@ -127,6 +127,7 @@ def load_judge(folder: Path, *, dtype: torch.dtype | None = None) -> RewardModel
         template=facts.template,
         min_pixels=facts.min_pixels,
         max_pixels=facts.max_pixels,
+        num_crops=facts.num_crops,
     )
     model = RewardModel(backbone)
     add_bundle(model, folder)

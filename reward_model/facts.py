@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from reward_model.compatibility import SkipCaKeys
 from reward_model.heads import HeadKind
 
 FORMAT = 1
@@ -34,6 +35,10 @@ class Facts:
     """Rao and Kupper's, in log-odds: how close two pictures must be to be called equal; 0 for a judge without ties."""
     skip_ca: bool = True
     skip_ca_heads: int = 1
+    skip_ca_keys: SkipCaKeys = "visual"
+    """What SkipCA looks at: the picture's visual tokens, or what a published checkpoint's did (`compatibility`)."""
+    skip_ca_eps: float = 1e-5
+    """Of its norm."""
     lora_rank: int = 128
     lora_alpha: float = 256.0
     lora_dropout: float = 0.05
@@ -42,6 +47,8 @@ class Facts:
     template: Literal["family", "published"] = "family"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    num_crops: int | None = None
+    """What bounds a picture's visual tokens, as its family does; None is the backbone's own."""
     score_mean: float | None = None
     score_std: float | None = None
     """Of the scores on the validation pictures: the judge's own unit. None where the head has no scores."""
@@ -55,6 +62,8 @@ class Facts:
             ("temperature", math.isfinite(self.temperature) and self.temperature > 0, "positive"),
             ("tie_width", math.isfinite(self.tie_width) and self.tie_width >= 0, "at least 0"),
             ("skip_ca_heads", self.skip_ca_heads >= 1, "at least 1"),
+            ("skip_ca_keys", self.skip_ca_keys in get_args(SkipCaKeys), " or ".join(get_args(SkipCaKeys))),
+            ("skip_ca_eps", self.skip_ca_eps > 0, "positive"),
             ("lora_rank", self.lora_rank >= 1, "at least 1"),
             ("lora_alpha", self.lora_alpha > 0, "positive"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),

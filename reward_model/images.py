@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -105,8 +106,10 @@ def clamp_keeping_gradient(images: Float[Tensor, "*shape"]) -> Float[Tensor, "*s
     return images.detach().clamp(0, 1) + (images - images.detach())
 
 
-def resize(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Float[Tensor, "B 3 {height} {width}"]:
-    """Antialiased bicubic resizing, like PIL's but without its rounding to 8 bits; the same size is left alone.
+def resize(
+    images: Float[Tensor, "B 3 _ _"], height: int, width: int, *, mode: Literal["bicubic", "bilinear"] = "bicubic"
+) -> Float[Tensor, "B 3 {height} {width}"]:
+    """Antialiased resizing, like PIL's but without its rounding to 8 bits; the same size is left alone.
 
     Columns go first, then rows, and what overshoots black or white is cut off each time, as PIL does. (Pillow 13 begins
     with the rows where these shrink while columns grow; that differs only in what is cut off.)
@@ -114,7 +117,7 @@ def resize(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Float[T
     images = clamp_keeping_gradient(images)
     for size in ((images.shape[-2], width), (height, width)):
         if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+            images = F.interpolate(images, size, mode=mode, antialias=True, align_corners=False)
             images = clamp_keeping_gradient(images)
     return images
 
@@ -123,6 +126,20 @@ def centre_crop(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Fl
     """The middle of pictures that are at least this large."""
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return images[..., top : top + height, left : left + width]
+
+
+def pad_to(
+    images: Float[Tensor, "B 3 _ _"], height: int, width: int, *, value: float
+) -> Float[Tensor, "B 3 {height} {width}"]:
+    """The pictures in the middle of a larger area; an odd line goes below or to the right."""
+    rows, columns = height - images.shape[-2], width - images.shape[-1]
+    return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=value)
+
+
+def cut(image: Float[Tensor, "3 _ _"], size: int) -> Float[Tensor, "N 3 {size} {size}"]:
+    """Squares of a picture whose sides are multiples of `size`, row by row."""
+    rows, columns = image.shape[1] // size, image.shape[2] // size
+    return image.reshape(3, rows, size, columns, size).permute(1, 3, 0, 2, 4).flatten(0, 1)
 
 
 def normalise(

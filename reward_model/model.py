@@ -24,6 +24,7 @@ from peft.functional import delete_adapter, set_adapter
 from torch import Tensor, nn
 
 from reward_model.backbones.load import LORA_TARGETS
+from reward_model.compatibility import looked_at
 from reward_model.facts import Facts
 from reward_model.heads import Head
 from reward_model.skip_ca import SkipCrossAttention
@@ -46,7 +47,9 @@ class Perspective(nn.Module):
     def __init__(self, facts: Facts, projector: nn.Module) -> None:
         super().__init__()
         self.projector = projector
-        self.skip_ca = SkipCrossAttention(facts.width, num_heads=facts.skip_ca_heads) if facts.skip_ca else None
+        self.skip_ca = None
+        if facts.skip_ca:
+            self.skip_ca = SkipCrossAttention(facts.width, num_heads=facts.skip_ca_heads, eps=facts.skip_ca_eps)
         self.head = Head(facts.width, facts.head)
 
 
@@ -138,7 +141,8 @@ class RewardModel(nn.Module):
         perspective = self._perspective(name)
         pooled = last_real_token(reading.hidden, reading.hidden_mask)
         if perspective.skip_ca is not None:
-            pooled = perspective.skip_ca(pooled, reading.visual, reading.visual_mask)
+            keys = self.facts[name].skip_ca_keys
+            pooled = perspective.skip_ca(pooled, *looked_at(keys, reading, self._padding))
         return perspective.head(pooled)
 
     @torch.no_grad()
@@ -172,6 +176,11 @@ class RewardModel(nn.Module):
         found = [lora, dict(part.projector.named_parameters()), skip_ca, dict(part.head.named_parameters())]
         return {group: parameters for group, parameters in zip(GROUPS, found, strict=True) if parameters}
 
+    def _padding(self) -> Float[Tensor, " D"]:
+        """The embedding of the token that rows are padded with."""
+        words = self.model.get_input_embeddings()
+        return words(torch.tensor(self.backbone.reader.padding_id, device=words.weight.device))
+
     def _perspective(self, name: str) -> Perspective:
         part = self.perspectives[name]
         assert isinstance(part, Perspective)
@@ -181,6 +190,12 @@ class RewardModel(nn.Module):
 def _equal(first: dict[str, nn.Parameter], second: dict[str, nn.Parameter]) -> bool:
     """Whether both hold the same numbers by the same names."""
     return first.keys() == second.keys() and all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+def visual_token_table(backbone: Backbone, sides: Sequence[int] = (512, 768, 1024)) -> str:
+    """What pictures of some sizes cost a judge: how many visual tokens each becomes."""
+    counts = [f"{side} x {side}: {backbone.num_visual_tokens(side, side):,}" for side in sides]
+    return f"visual tokens of a picture: {', '.join(counts)}"
 
 
 def parameter_table(model: RewardModel) -> str:

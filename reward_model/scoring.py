@@ -26,7 +26,8 @@ class LlavaReward:
         judge.compare(a, b, prompts)                       # the chance that a is preferred
 
     Pictures are PIL images, arrays (Y, X, 3), paths, or float tensors (3, Y, X) in [0, 1]; a batch (B, 3, Y, X) too.
-    The gradient of a score reaches a tensor's pixels. A score does not depend on the other pictures of its batch.
+    The gradient of a score reaches a tensor's pixels. A score does not depend on the other pictures of its batch,
+    unless an imported judge's `skip_ca_keys` says that it looks at padding, as published.
     """
 
     def __init__(self, model: RewardModel) -> None:

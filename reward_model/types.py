@@ -89,6 +89,10 @@ class Backbone(Protocol):
         """The decoder, which carries the LoRA."""
         ...
 
+    def num_visual_tokens(self, height: int, width: int) -> int:
+        """What a picture of this size becomes: the greater part of what reading it costs."""
+        ...
+
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         """RGB pictures in [0, 1] of any size, and as many prompts, as the model's own inputs."""
         ...

@@ -14,18 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from reward_model.backbones.load import load_backbone
@@ -36,6 +45,7 @@ from reward_model.scoring import LlavaReward
 from reward_model.types import Backbone
 
 FAMILIES = ("llava", "qwen2_5_vl")
+ALL_FAMILIES = (*FAMILIES, "llava_next", "phi3_v", "qwen3_vl")
 WIDTH = 32
 NUM_PLACES = 96
 """How many tokens the language models have positions for."""
@@ -48,7 +58,17 @@ QWEN_TOKENS = (
     "<|video_pad|>", "unknown", "system", "user", "assistant", "You", "Ġare", "Ġhelpful", "Ġassistant", *WORDS,
 )  # fmt: skip
 
-# The families' own, word for word: llava-hf/llava-1.5-7b-hf and Qwen/Qwen2.5-VL-7B-Instruct.
+PHI_TOKENS = (
+    "<unk>", "<s>", "<|endoftext|>", "<pad>", "<|image|>", "<|user|>", "<|assistant|>", "<|end|>", "<", "|", "image",
+    "_", "1", ">", *WORDS,
+)  # fmt: skip
+
+# The families' own, word for word: llava-hf/llava-1.5-7b-hf and Qwen/Qwen2.5-VL-7B-Instruct. Phi's as
+# microsoft/Phi-3.5-vision-instruct renders a turn.
+PHI_TEMPLATE = (
+    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -72,6 +92,13 @@ QWEN_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# What Qwen/Qwen3-VL-8B-Instruct makes of a turn of a picture and a text: no system turn of its own.
+QWEN3_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @cache
@@ -93,6 +120,13 @@ def _tokenizer(tokens: tuple[str, ...], *, starts_with: str | None, **special: A
             single=f"{starts_with} $A", special_tokens=[(starts_with, tokens.index(starts_with))]
         )
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def _seeded(kind: Any, *given: Any) -> Any:
+    """A module whose start is the same in each process: some vectors are drawn when it is made."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(*given)
 
 
 def _randomise(model: nn.Module, *, seed: int) -> None:
@@ -125,20 +159,41 @@ def llava_config(**changes: Any) -> LlavaConfig:
 
 
 def _save_llava(folder: Path, **changes: Any) -> None:
-    model = LlavaForConditionalGeneration(llava_config(**changes))
+    model = _seeded(LlavaForConditionalGeneration, llava_config(**changes))
     _randomise(model, seed=1)
     model.save_pretrained(folder)
+    _save_llava_tokenizer(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+
+
+def _save_llava_next(folder: Path) -> None:
+    """Grids of two to four crops, each of 28 x 28 pixels: four patches."""
+    grids = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    own = llava_config()
+    config = LlavaNextConfig(
+        vision_config=own.vision_config, text_config=own.text_config, image_token_id=4, image_grid_pinpoints=grids
+    )
+    model = _seeded(LlavaNextForConditionalGeneration, config)
+    _randomise(model, seed=14)
+    model.save_pretrained(folder)
+    _save_llava_tokenizer(folder)
+    crop = {"height": 28, "width": 28}
+    LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size=crop, image_grid_pinpoints=grids).save_pretrained(
+        folder
+    )
+
+
+def _save_llava_tokenizer(folder: Path) -> None:
     tokenizer = _tokenizer(
         LLAVA_TOKENS, starts_with="<s>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
         additional_special_tokens=["<image>"],
     )  # fmt: skip
     tokenizer.chat_template = LLAVA_TEMPLATE
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
 
 
 def _save_qwen(folder: Path) -> None:
-    """Windows of 2 x 2 visual tokens in the first layer of the tower, full attention in the second; 4 to 16 tokens."""
+    """Windows of 2 x 2 visual tokens in the first layer of the tower, full attention in the second."""
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": 2,
@@ -171,13 +226,161 @@ def _save_qwen(folder: Path) -> None:
     model = Qwen2_5_VLForConditionalGeneration(config)
     _randomise(model, seed=2)
     model.save_pretrained(folder)
+    _save_qwen_readers(folder, QWEN_TEMPLATE, patch_size=14)
+
+
+def _save_qwen3(folder: Path) -> None:
+    """Three layers in the tower, of which the first two are also shown to the language model's two."""
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "patch_size": 16,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+            "out_hidden_size": WIDTH,
+        },
+        text_config={
+            "vocab_size": len(QWEN_TOKENS),
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": NUM_PLACES,
+            "rope_parameters": {
+                "rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True,
+            },
+            "pad_token_id": 0,
+        },
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )  # fmt: skip
+    model = Qwen3VLForConditionalGeneration(config)
+    _randomise(model, seed=16)
+    model.save_pretrained(folder)
+    _save_qwen_readers(folder, QWEN3_TEMPLATE, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def _save_qwen_readers(folder: Path, template: str, *, patch_size: int, **settings: Any) -> None:
+    """Pictures become 4 to 16 tokens."""
     tokenizer = _tokenizer(
         QWEN_TOKENS, starts_with=None, eos_token="<|im_end|>", unk_token="unknown", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", *QWEN_TOKENS[3:7]],
     )  # fmt: skip
-    tokenizer.chat_template = QWEN_TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(folder)
+    bounds = {"shortest_edge": 4 * (2 * patch_size) ** 2, "longest_edge": 16 * (2 * patch_size) ** 2}
+    Qwen2VLImageProcessorPil(size=bounds, patch_size=patch_size, **settings).save_pretrained(folder)
+
+
+def phi_config(**changes: Any) -> dict[str, Any]:
+    """A config.json as Phi-3.5-vision's: crops of 56 x 56 are 4 x 4 patches and 2 x 2 tokens, read before layer 3."""
+    return {
+        "architectures": ["Phi3VForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_phi3_v.Phi3VConfig"},
+        "model_type": "phi3_v",
+        "_attn_implementation": "flash_attention_2",
+        "vocab_size": len(PHI_TOKENS),
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4 * NUM_PLACES,
+        "original_max_position_embeddings": NUM_PLACES,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "su", "short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [2.0, 3.0, 4.0, 5.0]},
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "img_processor": {
+            "image_dim_out": 16,
+            "model_name": "openai/clip-vit-large-patch14-336",
+            "name": "clip_vision_model",
+            "num_img_tokens": 4,
+        },
+        "embd_layer": {
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        **changes,
+    }
+
+
+def phi_decoder(config: dict[str, Any]) -> Phi3ForCausalLM:
+    """The language model alone, as transformers has it."""
+    own = {name: config[name] for name in PHI_DECODER}
+    return Phi3ForCausalLM(Phi3Config(**own, rope_scaling={**config["rope_scaling"], "type": "longrope"}))
+
+
+def phi_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their published names, also those that no judge needs."""
+    vision = _seeded(CLIPVisionModel, CLIPVisionConfig(**config["vision_config"]))
+    words = phi_decoder(config)
+    layers = [_seeded(nn.Linear, size, WIDTH) for size in (64, WIDTH)]
+    projection = nn.Sequential(layers[0], nn.GELU(), layers[1])
+    for i, part in enumerate((vision, words, projection)):
+        _randomise(part, seed=3 + i)
+    generator, inside = torch.Generator().manual_seed(6), "model.vision_embed_tokens."
+    return {
+        **words.state_dict(),
+        **{f"{inside}img_processor.vision_model.{name}": tensor for name, tensor in vision.state_dict().items()},
+        **{f"{inside}img_projection.{name}": tensor for name, tensor in projection.state_dict().items()},
+        f"{inside}glb_GN": torch.randn(1, 1, 64, generator=generator),
+        f"{inside}sub_GN": torch.randn(1, 1, 1, 64, generator=generator),
+        f"{inside}wte.weight": words.state_dict()["model.embed_tokens.weight"].clone(),
+    }
+
+
+PHI_DECODER = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "original_max_position_embeddings", "rope_theta", "pad_token_id",
+)  # fmt: skip
+
+
+def save_phi(folder: Path, *, num_shards: int = 1, **changes: Any) -> None:
+    """A folder as it is published; in several files, with an index, if there are to be more shards than one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = phi_config(**changes)
+    tensors = phi_tensors(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(tensors)
+    files = {f"model-{i + 1:05}-of-{num_shards:05}.safetensors": names[i::num_shards] for i in range(num_shards)}
+    for file, held in files.items():
+        path = folder / (file if num_shards > 1 else "model.safetensors")
+        save_file({name: tensors[name].contiguous() for name in held}, path, metadata={"format": "pt"})
+    if num_shards > 1:
+        where = {name: file for file, held in files.items() for name in held}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    tokenizer = _tokenizer(
+        PHI_TOKENS, starts_with=None, bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>", pad_token="<pad>",
+        additional_special_tokens=list(PHI_TOKENS[4:8]),
+    )  # fmt: skip
+    tokenizer.chat_template = PHI_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    settings = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "num_crops": 4}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**settings, "image_processor_type": "Phi3VImageProcessor"})
+    )
 
 
 @cache
@@ -191,6 +394,12 @@ def backbone_folder(family: str) -> Path:
             _save_llava(folder, vision_feature_layer=[-2, -1], vision_feature_select_strategy="full")
         case "qwen2_5_vl":
             _save_qwen(folder)
+        case "llava_next":
+            _save_llava_next(folder)
+        case "phi3_v":
+            save_phi(folder)
+        case "qwen3_vl":
+            _save_qwen3(folder)
         case other:
             raise ValueError(other)
     return folder
@@ -228,7 +437,7 @@ def scatter(model: RewardModel, *, seed: int) -> None:
 def fresh_model(family: str, *, seed: int = 0, padding_side: str = "right", **facts: Any) -> RewardModel:
     """A judge in memory with one perspective whose weights are random and matter."""
     known = facts_of(family, **facts)
-    options = {"template": known.template, "min_pixels": known.min_pixels, "max_pixels": known.max_pixels}
+    options = {key: getattr(known, key) for key in ("template", "min_pixels", "max_pixels", "num_crops")}
     model = RewardModel(fresh_backbone(family, padding_side=padding_side, **options))
     model.add(known)
     scatter(model, seed=seed)

@@ -372,7 +372,7 @@ def test_the_gradient_to_the_pixels_equals_finite_differences(
     pictures = (0.35 + 0.3 * torch.rand(2, 3, 20, 20, generator=generator).double()).requires_grad_()
     function, prompts = judge(name).function, PROMPTS[:2]
     function.model.double()
-    size, close = (1e-4, 5e-3) if name == "vqa_score" else (1e-6, 1e-4)  # the norms of a Llama stay in float32
+    size, close = (1e-3, 1e-2) if name == "vqa_score" else (1e-6, 1e-4)  # the norms of a Llama stay in float32
     try:
         (slope,) = torch.autograd.grad(function(pictures, prompts).sum(), pictures)
         assert (slope.abs().amax((1, 2, 3)) > 0).any()

@@ -285,6 +285,7 @@ def test_it_learns_says_what_it_does_and_keeps_the_best(data: Path, tmp_path: Pa
     output = run(command(data, tmp_path / "run", max_steps=24, test=data / "published.json"))
     for word in ("lora", "projector", "skip_ca", "head", "trained", "frozen", "published", "accuracy_ties_wrong"):
         assert word in output
+    assert "visual tokens of a picture: 512 x 512: 4, 768 x 768: 4, 1024 x 1024: 4" in output
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["published"][0]["value"] == 1.0
     facts = read_facts(tmp_path / "run" / "judge")

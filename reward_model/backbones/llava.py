@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reward_model.backbones.reading import read_with
+from reward_model.backbones.reading import clip_features, read_with
 from reward_model.backbones.text import PromptReader
 from reward_model.images import centre_crop, normalise, resize
 from reward_model.types import Inputs, Reading
@@ -56,10 +56,15 @@ class Llava:
             pixels = self._preprocess(torch.stack(list(images)))
         else:
             pixels = torch.cat([self._preprocess(image[None]) for image in images])
-        vision = self.model.config.vision_config
-        count = (pixels.shape[-2] // vision.patch_size) * (pixels.shape[-1] // vision.patch_size)
-        count += self.model.config.vision_feature_select_strategy == "full"  # the class token too
-        return {**self.reader(prompts, [count] * len(images)), "pixel_values": pixels}
+        return {**self.reader(prompts, [self._count(pixels)] * len(images)), "pixel_values": pixels}
+
+    def num_visual_tokens(self, height: int, width: int) -> int:
+        return self._count(self._preprocess(torch.zeros(1, 3, height, width)))
+
+    def _count(self, pixels: Float[Tensor, "B 3 _ _"]) -> int:
+        patch = self.model.config.vision_config.patch_size
+        count = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+        return count + (self.model.config.vision_feature_select_strategy == "full")  # the class token too
 
     def _preprocess(self, images: Float[Tensor, "B 3 _ _"]) -> Float[Tensor, "B 3 _ _"]:
         settings = self.processor
@@ -70,14 +75,8 @@ class Llava:
         return normalise(images, mean=settings.image_mean, std=settings.image_std) if settings.do_normalize else images
 
     def see(self, inputs: Inputs) -> Inputs:
-        layer, strategy = (getattr(self.model.config, f"vision_feature_{k}") for k in ("layer", "select_strategy"))
-        layers = [layer] if isinstance(layer, int) else layer
-        pixels = inputs["pixel_values"].to(self.model.model.vision_tower.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # nothing in it is trained
-            states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        chosen = [states[i][:, 1:] if strategy == "default" else states[i] for i in layers]
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-        return {**rest, "features": torch.cat(chosen, dim=-1)}
+        return {**rest, "features": clip_features(self.model, inputs["pixel_values"])}
 
     def read(self, inputs: Inputs) -> Reading:
         if "features" not in inputs:

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from reward_model.backbones.patches import PatchFrame
 from reward_model.backbones.reading import read_with
 from reward_model.backbones.text import PromptReader
-from reward_model.images import normalise, resize
 from reward_model.types import Inputs, Reading
 
 PUBLISHED_TEMPLATE = (
@@ -31,11 +31,8 @@ class Qwen25VL:
 
     model: Any
     reader: PromptReader
-    processor: Any
-    """The family's image processor: only its settings are used."""
-    min_pixels: int
-    max_pixels: int
-    """A picture is resized to lie between these, both sides multiples of two patches."""
+    frame: PatchFrame
+    """How pictures become patches."""
 
     @property
     def width(self) -> int:
@@ -53,28 +50,11 @@ class Qwen25VL:
     def language_model(self) -> nn.Module:
         return self.model.model.language_model
 
+    def num_visual_tokens(self, height: int, width: int) -> int:
+        return self.frame.num_tokens(height, width)
+
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        """Each picture as a row of flattened patches, all rows one behind the other, and the grid of each."""
-        found = [self._patches(image) for image in images]
-        grids = torch.tensor([grid for _, grid in found])
-        counts = [int(n) for n in grids.prod(dim=1) // self.processor.merge_size**2]
-        words = self.reader(prompts, counts)
-        return {**words, "pixel_values": torch.cat([patches for patches, _ in found]), "image_grid_thw": grids}
-
-    def _patches(self, image: Float[Tensor, "3 _ _"]) -> tuple[Float[Tensor, "N P"], tuple[int, int, int]]:
-        """Flattened patches (3 x 2 frames x patch x patch) in groups that become one token; and (1, rows, columns)."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        settings = self.processor
-        patch, merge = settings.patch_size, settings.merge_size
-        height, width = smart_resize(
-            *image.shape[-2:], factor=patch * merge, min_pixels=self.min_pixels, max_pixels=self.max_pixels
-        )
-        image = normalise(resize(image[None], height, width), mean=settings.image_mean, std=settings.image_std)[0]
-        rows, columns = height // patch, width // patch
-        cut = image.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
-        frames = cut.unsqueeze(5).expand(*cut.shape[:5], settings.temporal_patch_size, patch, patch)
-        return frames.reshape(rows * columns, -1), (1, rows, columns)
+        return self.frame.prepare(images, prompts, self.reader)
 
     def see(self, inputs: Inputs) -> Inputs:
         from transformers.vision_utils import get_vision_window_index

@@ -13,10 +13,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from reward_model.types import Inputs, Reading
 
 
-def read_with(model: Any, inputs: Inputs, visual: Sequence[Float[Tensor, "_ D"]], **more: Tensor) -> Reading:
-    """Put each row's visual tokens in their places and run the language model to its last norm."""
+def read_with(
+    model: Any,
+    inputs: Inputs,
+    visual: Sequence[Float[Tensor, "_ D"]],
+    *,
+    deepstack: Sequence[Sequence[Float[Tensor, "_ D"]]] | None = None,
+    **more: Tensor,
+) -> Reading:
+    """Put each row's visual tokens in their places and run the language model to its last norm.
+
+    `deepstack` is, for some of its first layers, what is added to the states in those places behind them.
+    """
     words = model.get_input_embeddings().weight.dtype
-    seen = BaseModelOutputWithPooling(pooler_output=[tokens.to(words) for tokens in visual])  # pyright: ignore
+    seen: Any = BaseModelOutputWithPooling(pooler_output=[tokens.to(words) for tokens in visual])  # pyright: ignore
+    if deepstack is not None:
+        seen.deepstack_features = deepstack
     mask = inputs["attention_mask"]
     outputs = model.model(
         input_ids=inputs["input_ids"],
@@ -27,6 +39,17 @@ def read_with(model: Any, inputs: Inputs, visual: Sequence[Float[Tensor, "_ D"]]
     )
     padded, padded_mask = pad(visual)
     return Reading(outputs.last_hidden_state, mask.bool(), padded, padded_mask)
+
+
+def clip_features(model: Any, pixels: Float[Tensor, "N 3 Y X"]) -> Float[Tensor, "N P C"]:
+    """What the vision tower of a LLaVA saw of each patch, in the layers that its projector reads."""
+    layer, strategy = (getattr(model.config, f"vision_feature_{k}") for k in ("layer", "select_strategy"))
+    layers = [layer] if isinstance(layer, int) else layer
+    tower = model.model.vision_tower
+    pixels = pixels.to(tower.dtype)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # nothing in it is trained
+        states = tower(pixels, output_hidden_states=True).hidden_states
+    return torch.cat([states[i][:, 1:] if strategy == "default" else states[i] for i in layers], dim=-1)
 
 
 def pad(rows: Sequence[Float[Tensor, "_ D"]]) -> tuple[Float[Tensor, "B V D"], Bool[Tensor, "B V"]]:

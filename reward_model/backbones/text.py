@@ -27,6 +27,11 @@ class PromptReader:
     padding_side: PaddingSide = "right"
     answering: bool = False
     """End where the model's own turn begins, so that its next word is an answer; else with one token to pool."""
+    written_image: str | None = None
+    """Where a picture has no token in the text: how it is written there, in the one string that the template gets.
+
+    What stands before it and behind it is then tokenised apart, each half as a text of its own.
+    """
 
     def __call__(self, prompts: Sequence[str], num_image_tokens: Sequence[int]) -> dict[str, Int[Tensor, "B L"]]:
         """`input_ids` and `attention_mask`, padded; row i has num_image_tokens[i] places for visual tokens.
@@ -35,7 +40,7 @@ class PromptReader:
         """
         rows = [self.ids(prompt, count) for prompt, count in zip(prompts, num_image_tokens, strict=True)]
         length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self._padding_id)
+        ids = torch.full((len(rows), length), self.padding_id)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
             place = slice(0, len(row)) if self.padding_side == "right" else slice(length - len(row), length)
@@ -45,8 +50,10 @@ class PromptReader:
     def ids(self, prompt: str, num_image_tokens: int) -> list[int]:
         """The token ids of one row, without padding."""
         text = self.text(prompt)
-        starts_itself = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
+        halves = [text] if self.written_image is None else text.split(self.written_image)
+        ids = self._tokenised(halves[0])
+        for half in halves[1:]:
+            ids += [self.image_token_id, *self._tokenised(half)]
         if not self.answering and ids[-1] != self.tokenizer.eos_token_id:
             ids = [*ids, self.tokenizer.eos_token_id]
         if ids.count(self.image_token_id) != 1:
@@ -62,21 +69,29 @@ class PromptReader:
             )
         return ids
 
+    def _tokenised(self, text: str) -> list[int]:
+        starts_itself = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        return self.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
+
     def text(self, prompt: str) -> str:
         """What the model is shown, with the picture as one token: the chat template's user turn."""
-        for token in self.tokenizer.added_tokens_decoder.values():
-            if token.special and token.content in prompt:
-                raise ValueError(
-                    f"The prompt {_short(prompt)!r} holds {token.content!r}, a special token of this model."
-                )
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        for token in [*special, self.written_image]:
+            if token is not None and token in prompt:
+                raise ValueError(f"The prompt {_short(prompt)!r} holds {token!r}, a special token of this model.")
+        content: Any = [{"type": "image"}, {"type": "text", "text": prompt}]
+        if self.written_image is not None:
+            content = f"{self.written_image}\n{prompt}"
         text = self.tokenizer.apply_chat_template(
-            [turn], chat_template=self.chat_template, tokenize=False, add_generation_prompt=self.answering
+            [{"role": "user", "content": content}],
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=self.answering,
         )
         return text if self.answering else text.rstrip()
 
     @property
-    def _padding_id(self) -> int:
+    def padding_id(self) -> int:
         """Padding is masked everywhere, so any token would do that is not the picture's."""
         own = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if own is None or own == self.image_token_id else own

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as PillowImage
-
 from reward_model.benchmarks.types import Image
 from reward_model.datasets.fields import BadRecordError, shortened
-from reward_model.datasets.images import FindImage, image_finder
+from reward_model.datasets.images import MAX_PIXELS, FindImage, flaw_of_content, image_finder
+from reward_model.datasets.parquet import rows_of_parquet
 from reward_model.datasets.source import elements_of, lines_of, parse_object
 
-MAX_PIXELS = 64_000_000
 Fields = Mapping[str, Any]
 
 
@@ -47,29 +44,18 @@ def records_of(*paths: Path) -> Iterator[tuple[str, Fields]]:
 
 def _records(path: Path) -> Iterator[tuple[str, Fields]]:
     match path.suffix:
-        case ".json" | ".jsonl":
-            for raw in elements_of(path) if path.suffix == ".json" else lines_of(path):
-                with complaints_at(raw.where):
-                    fields = parse_object(raw.source)
-                yield raw.where, fields
+        case ".json":
+            found = elements_of(path)
+        case ".jsonl":
+            found = lines_of(path)
         case ".parquet":
-            yield from _rows_of(path)
+            found = rows_of_parquet(path, unused=())
         case other:
             raise ValueError(f"{path} ends in {other!r}; possible are .json (a list), .jsonl and .parquet.")
-
-
-def _rows_of(path: Path) -> Iterator[tuple[str, Fields]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:ROW {number}", row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file that can be read: {error}.") from error
+    for raw in found:
+        with complaints_at(raw.where):
+            fields = raw.fields()
+        yield raw.where, fields
 
 
 def object_of(path: Path) -> dict[str, Any]:
@@ -137,18 +123,10 @@ def image_reader(root: Path) -> Pictures:
     """A reader of pictures whose relative paths start at `root`."""
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}, where the pictures should be.")
-    return Pictures(image_finder(root, max_pixels=MAX_PIXELS))
+    return Pictures(image_finder(root, unpack_to=root))  # bytes are kept as they are, so nothing is unpacked
 
 
 def _checked(data: bytes, key: str) -> bytes:
-    try:
-        with PillowImage.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadRecordError(f"{key!r} is a picture of {image.size}, more than {MAX_PIXELS:,} pixels.")
-            image.load()
-    except BadRecordError:
-        raise
-    # Pillow's many readers raise anything at all when they meet broken bytes.
-    except Exception as error:
-        raise BadRecordError(f"{key!r} holds {len(data)} bytes that are no picture: {str(error)[:200]}.") from error
+    if flaw := flaw_of_content(data, max_pixels=MAX_PIXELS):
+        raise BadRecordError(f"the image under {key!r} {flaw}")
     return data

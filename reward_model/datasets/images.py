@@ -85,7 +85,8 @@ def flaw_of_image(path: Path, *, max_pixels: int) -> str | None:
         return f"cannot be read as a picture: {str(error)[:200]}. Fetch it again or leave the record out."
 
 
-def _flaw_of_content(content: bytes, *, max_pixels: int) -> str | None:
+def flaw_of_content(content: bytes, *, max_pixels: int) -> str | None:
+    """The same of a picture's bytes."""
     if not content:
         return "is empty. Fetch the data again or leave the record out."
     try:
@@ -123,7 +124,7 @@ def _flaw_of_pixels(source: Path | io.BytesIO, *, max_pixels: int) -> str | None
 
 def _unpacked(content: bytes, folder: Path, *, max_pixels: int, name: str) -> Path:
     """The file of this content, named after it: two records, or two processes, with one picture share the file."""
-    if flaw := _flaw_of_content(content, max_pixels=max_pixels):
+    if flaw := flaw_of_content(content, max_pixels=max_pixels):
         raise BadRecordError(f"the image {name}, of {len(content):,} bytes, {flaw}")
     digest = hashlib.sha256(content).hexdigest()
     path = folder / digest[:2] / digest[2:]

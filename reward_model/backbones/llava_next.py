@@ -1,0 +1,129 @@
+"""LLaVA-NeXT (1.6): a picture is seen whole, and once more in crops in which it keeps its shape (AnyRes)."""
+
+# transformers has no usable types.
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from reward_model.backbones.reading import clip_features, read_with
+from reward_model.backbones.text import PromptReader
+from reward_model.images import cut, normalise, pad_to, resize
+from reward_model.types import Inputs, Reading
+
+
+@dataclass(slots=True)
+class LlavaNext:
+    """`LlavaNextForConditionalGeneration` of any size as a backbone."""
+
+    model: Any
+    """The grids that its crops may lie in are its config's image_grid_pinpoints, (height, width) in pixels each."""
+    reader: PromptReader
+    processor: Any
+    """The family's image processor: only its settings are used."""
+
+    @property
+    def width(self) -> int:
+        return self.model.config.text_config.hidden_size
+
+    @property
+    def projector(self) -> Any:
+        return self.model.model.multi_modal_projector
+
+    @projector.setter
+    def projector(self, module: nn.Module) -> None:
+        self.model.model.multi_modal_projector = module
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.model.language_model
+
+    @property
+    def crop(self) -> int:
+        """Pixels on a side of what the tower sees at once."""
+        return self.model.config.vision_config.image_size
+
+    def num_visual_tokens(self, height: int, width: int) -> int:
+        """Those of the whole, and of the crops without what was only padding, with one more at the end of each line."""
+        side = self.crop // self.model.config.vision_config.patch_size
+        rows, columns = (length // self.crop * side for length in self._grid(height, width))
+        # What lies off the picture is cut away on both sides alike, as `unpad_image` in transformers does.
+        if width / height > columns / rows:
+            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+        else:
+            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+        return side**2 + rows * (columns + 1)
+
+    def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
+        """Each picture as a view of the whole and its crops, all one behind the other, and its own size."""
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        words = self.reader(prompts, [self.num_visual_tokens(*size) for size in sizes])
+        views = torch.cat([self._views(image) for image in images])
+        return {**words, "pixel_values": views, "image_sizes": torch.tensor(sizes)}
+
+    def _views(self, image: Float[Tensor, "3 _ _"]) -> Float[Tensor, "N 3 S S"]:
+        """The picture squeezed into a square, and its crops: it keeps its shape there, with black around it."""
+        from transformers.image_processing_utils import get_patch_output_size
+        from transformers.image_utils import ChannelDimension
+
+        height, width = self._grid(*image.shape[1:])
+        fitted = resize(image[None], *get_patch_output_size(image, (height, width), ChannelDimension.FIRST))
+        crops = cut(pad_to(fitted, height, width, value=0.0)[0], self.crop)
+        whole = resize(image[None], self.crop, self.crop)
+        return normalise(torch.cat([whole, crops]), mean=self.processor.image_mean, std=self.processor.image_std)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """The pixels of the grid that suits a picture best: in which it is largest, then which it leaves least of."""
+        from transformers.image_processing_utils import select_best_resolution
+
+        return select_best_resolution((height, width), self.model.config.image_grid_pinpoints)
+
+    def see(self, inputs: Inputs) -> Inputs:
+        rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+        return {**rest, "features": clip_features(self.model, inputs["pixel_values"])}
+
+    def read(self, inputs: Inputs) -> Reading:
+        if "features" not in inputs:
+            inputs = self.see(inputs)
+        inner, sizes = self.model.model, inputs["image_sizes"]
+        views = self.projector(inputs["features"].to(next(self.projector.parameters()).dtype))
+        visual, _ = inner.pack_image_features(
+            views.split(self._num_views(sizes)), sizes, self.model.config.vision_feature_select_strategy,
+            image_newline=inner.image_newline,
+        )  # fmt: skip
+        positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+        return read_with(self.model, inputs, visual, position_ids=positions)
+
+    def _num_views(self, sizes: Int[Tensor, "B 2"]) -> list[int]:
+        grids = [self._grid(height, width) for height, width in sizes.tolist()]
+        return [1 + (height // self.crop) * (width // self.crop) for height, width in grids]
+
+
+def bound_crops(model: Any, processor: Any, num_crops: int | None) -> None:
+    """Leave the model only grids of at most so many crops; ValueError if none is left, or crops are not the tower's."""
+    config, size = model.config, model.config.vision_config.image_size
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; crops are put together "
+            f"without their class tokens, which is 'default'."
+        )
+    if processor.crop_size["height"] != size or processor.size.get("shortest_edge") != size:
+        raise ValueError(
+            f"The processor makes crops of {processor.crop_size['height']} pixels of {processor.size}; the vision "
+            f"tower sees {size}."
+        )
+    if num_crops is None:
+        return
+    counts = [(height // size) * (width // size) for height, width in config.image_grid_pinpoints]
+    if num_crops < min(counts):
+        raise ValueError(
+            f"num_crops is {num_crops}; this model's grids have {', '.join(map(str, sorted(counts)))} crops."
+        )
+    kept = [grid for grid, count in zip(config.image_grid_pinpoints, counts, strict=True) if count <= num_crops]
+    config.image_grid_pinpoints = kept

@@ -1,0 +1,199 @@
+"""Phi-3.5-vision, the paper's main model: a picture is cut into crops of 336 x 336 and seen once more as a whole.
+
+Pictures, tokens and prompts are made as the published processor makes them; the model is `phi3_v_model.Phi3V`.
+"""
+
+# transformers has no usable types.
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from reward_model.backbones.reading import pad
+from reward_model.backbones.text import PromptReader
+from reward_model.images import cut, normalise, pad_to, resize
+from reward_model.types import Inputs, Reading
+
+WRITTEN_IMAGE = "<|image_1|>"
+PLACE = "<|image|>"
+"""Stands in a row of ids wherever a visual token goes; the published processor writes -1 there."""
+PUBLISHED_TEMPLATE = "{% for message in messages %}<|user|>\n{{ message['content'] }}{{ eos_token }}{% endfor %}"
+"""The turn that the published LLaVA-Reward code is left with after it has cut its end off and put the end token on."""
+PUBLISHED_NUM_CROPS = 16
+
+
+@dataclass(slots=True)
+class Phi3Vision:
+    """A `Phi3V` of any size as a backbone."""
+
+    model: Any
+    reader: PromptReader
+    num_crops: int
+    """The most squares that a picture is cut into; it is enlarged until no more of them would fit."""
+    mean: Sequence[float]
+    std: Sequence[float]
+    """Of pixels in [0, 1], for each channel."""
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def projector(self) -> Any:
+        return self.model.img_projection
+
+    @projector.setter
+    def projector(self, module: nn.Module) -> None:
+        self.model.img_projection = module
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.language_model
+
+    @property
+    def crop(self) -> int:
+        """Pixels on a side of what the tower sees at once."""
+        return self.model.config.vision.image_size
+
+    @property
+    def side(self) -> int:
+        """Visual tokens on a side of one crop."""
+        return self.crop // self.model.config.vision.patch_size // 2
+
+    def num_visual_tokens(self, height: int, width: int) -> int:
+        return self._count(*hd_grid(height, width, num_crops=self.num_crops, crop=self.crop)[1])
+
+    def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
+        """Each picture as a view of the whole and its crops, all one behind the other, and its crops' grid."""
+        found = [self._views(image) for image in images]
+        words = self.reader(prompts, [self._count(*grid) for _, grid in found])
+        grids = torch.tensor([grid for _, grid in found])
+        return {**words, "pixel_values": torch.cat([views for views, _ in found]), "crop_grid": grids}
+
+    def _views(self, image: Float[Tensor, "3 _ _"]) -> tuple[Float[Tensor, "N 3 S S"], tuple[int, int]]:
+        """The HD transform: fit into the grid, white around it, CLIP's mean and deviation; and (rows, columns).
+
+        The view of the whole is made of the padded picture, and without antialiasing.
+        """
+        (height, width), grid = hd_grid(*image.shape[1:], num_crops=self.num_crops, crop=self.crop)
+        image = resize(image[None], height, width, mode="bilinear")
+        image = pad_to(image, grid[0] * self.crop, grid[1] * self.crop, value=1.0)
+        image = normalise(image, mean=self.mean, std=self.std)
+        whole = F.interpolate(image, (self.crop, self.crop), mode="bicubic")
+        return torch.cat([whole, cut(image[0], self.crop)]), grid
+
+    def _count(self, rows: int, columns: int) -> int:
+        """Tokens of the crops and of the whole, one more at the end of each line, and one between both."""
+        return (rows * columns + 1) * self.side**2 + (rows + 1) * self.side + 1
+
+    def see(self, inputs: Inputs) -> Inputs:
+        """`features`: all rows' tokens before the projector, four patches wide, separators among them."""
+        tower = self.model.vision_tower
+        pixels = inputs["pixel_values"].to(tower.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # nothing in it is trained
+            views = merge_patches(tower(pixels).last_hidden_state[:, 1:])
+        separators = (self.model.sub_GN.flatten(), self.model.glb_GN.flatten())
+        grids = inputs["crop_grid"].tolist()
+        tokens = [
+            lay_out(own, grid, *separators, global_first=self.model.config.global_first)
+            for own, grid in zip(views.split([1 + rows * columns for rows, columns in grids]), grids, strict=True)
+        ]
+        rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+        return {**rest, "features": torch.cat(tokens)}
+
+    def read(self, inputs: Inputs) -> Reading:
+        if "features" not in inputs:
+            inputs = self.see(inputs)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        visual = self.projector(inputs["features"].to(next(self.projector.parameters()).dtype))
+        words = self.model.get_input_embeddings()(ids)
+        places = (ids == self.reader.image_token_id)[..., None]
+        states = self.language_model(
+            inputs_embeds=words.masked_scatter(places, visual.to(words.dtype)),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
+            use_cache=False,
+        ).last_hidden_state
+        return Reading(states, mask.bool(), *pad(visual.split(self._counts(inputs["crop_grid"]))))
+
+    def _counts(self, grids: Int[Tensor, "B 2"]) -> list[int]:
+        return [self._count(*grid) for grid in grids.tolist()]
+
+
+def hd_grid(height: int, width: int, *, num_crops: int, crop: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """To which (height, width) a picture is resized, and the (rows, columns) of crops that it then lies in.
+
+    The longer side becomes as many crops as there may be, n * ceil(n * short / long) <= num_crops.
+    """
+    long, short = max(height, width), min(height, width)
+    ratio = long / short
+    across = 1
+    while (across + 1) * math.ceil((across + 1) / ratio) <= num_crops:
+        across += 1
+    long, short = across * crop, int(across * crop / ratio)
+    if short == 0:
+        raise ValueError(f"A picture of {height} x {width} pixels is too narrow: nothing is left of its short side.")
+    down = math.ceil(short / crop)
+    return ((short, long), (down, across)) if width >= height else ((long, short), (across, down))
+
+
+def merge_patches(patches: Float[Tensor, "N P C"]) -> Float[Tensor, "N M M 4*C"]:
+    """2 x 2 neighbours of a square of patches side by side in one vector: upper left, upper right, lower left, ..."""
+    side = math.isqrt(patches.shape[1]) // 2
+    squares = patches.unflatten(1, (side, 2, side, 2))
+    return squares.permute(0, 1, 3, 2, 4, 5).flatten(3)
+
+
+def lay_out(
+    views: Float[Tensor, "N M M W"],
+    grid: Sequence[int],
+    line_end: Float[Tensor, " W"],
+    between: Float[Tensor, " W"],
+    *,
+    global_first: bool,
+) -> Float[Tensor, "V W"]:
+    """One picture's views as a row of tokens: the crops put together, line by line, and the whole, line by line."""
+    rows, columns = grid
+    crops = views[1:].unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
+    lines = [
+        torch.cat([area, line_end.expand(len(area), 1, -1)], dim=1).flatten(0, 1) for area in (crops, views[0])
+    ]  # the crops, the whole
+    first, last = reversed(lines) if global_first else lines
+    return torch.cat([first, between[None], last])
+
+
+def image_settings(source: str, num_crops: int | None) -> dict[str, Any]:
+    """`num_crops`, and the mean and deviation of `source`'s preprocessor_config.json; ValueError for a bad number."""
+    stored = ImageProcessingMixin.get_image_processor_dict(source)[0]
+    crops: int = stored["num_crops"] if num_crops is None else num_crops
+    if crops < 1:
+        raise ValueError(f"num_crops is {crops}; it must be at least 1.")
+    return {"num_crops": crops, "mean": stored["image_mean"], "std": stored["image_std"]}
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer as it is stored, which also begins each text as the published one does.
+
+    Raises ValueError if it has no token to hold the places of the visual ones.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    if get_tokenizer_config(source).get("add_bos_token", True):  # a Llama tokenizer's default
+        start = str(tokenizer.bos_token)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+        )
+    if PLACE not in tokenizer.get_vocab():
+        raise ValueError(f"The tokenizer of {source!r} has no token {PLACE!r}, which Phi-3.5-vision's has.")
+    return tokenizer

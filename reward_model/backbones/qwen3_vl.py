@@ -1,0 +1,87 @@
+"""Qwen3-VL: like Qwen2.5-VL, but its language model also gets what the middle layers of the vision tower saw."""
+
+# transformers has no usable types.
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reward_model.backbones.patches import PatchFrame
+from reward_model.backbones.reading import read_with
+from reward_model.backbones.text import PromptReader
+from reward_model.types import Inputs, Reading
+
+
+@dataclass(slots=True)
+class Qwen3VL:
+    """`Qwen3VLForConditionalGeneration` of any size as a backbone.
+
+    The projector is the tower's last merger. The mergers of its middle layers (DeepStack, arXiv:2406.04334), whose
+    tokens are added to the states behind the language model's first layers, stay as they are.
+    """
+
+    model: Any
+    reader: PromptReader
+    frame: PatchFrame
+    """How pictures become patches."""
+
+    @property
+    def width(self) -> int:
+        return self.model.config.text_config.hidden_size
+
+    @property
+    def projector(self) -> Any:
+        return self.model.model.visual.merger
+
+    @projector.setter
+    def projector(self, module: nn.Module) -> None:
+        self.model.model.visual.merger = module
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.model.language_model
+
+    def num_visual_tokens(self, height: int, width: int) -> int:
+        return self.frame.num_tokens(height, width)
+
+    def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
+        return self.frame.prepare(images, prompts, self.reader)
+
+    def see(self, inputs: Inputs) -> Inputs:
+        """`features`: each token's patches behind the last layer; `deepstack`: its merged ones of the middle layers."""
+        tower, grids = self.model.model.visual, inputs["image_grid_thw"]
+        patches = inputs["pixel_values"].to(tower.patch_embed.proj.weight.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and patches.requires_grad), without_merger(tower):
+            seen = tower(patches, grid_thw=grids)
+        groups = seen.last_hidden_state.unflatten(0, (-1, tower.spatial_merge_unit))
+        rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+        return {**rest, "features": groups, "deepstack": torch.stack(seen.deepstack_features, dim=1)}
+
+    def read(self, inputs: Inputs) -> Reading:
+        if "features" not in inputs:
+            inputs = self.see(inputs)
+        ids, grids = inputs["input_ids"], inputs["image_grid_thw"]
+        counts: list[int] = (grids.prod(dim=1) // self.model.model.visual.spatial_merge_unit).tolist()
+        features = inputs["features"].to(next(self.projector.parameters()).dtype)
+        return read_with(
+            self.model, inputs, self.projector(features.flatten(0, 1)).split(counts),
+            deepstack=[layer.split(counts) for layer in inputs["deepstack"].unbind(dim=1)],
+            image_grid_thw=grids, mm_token_type_ids=(ids == self.reader.image_token_id).int(),
+        )  # fmt: skip
+
+
+@contextmanager
+def without_merger(tower: Any) -> Iterator[None]:
+    """Let the tower end before its last merger: that is the projector, which is float32 beside a tower in bfloat16."""
+    merger, tower.merger = tower.merger, nn.Identity()
+    try:
+        yield
+    finally:
+        tower.merger = merger
