@@ -42,15 +42,15 @@ COMMANDS = [
 ]
 FOX_WINS = ("red", "blue", FOX, False, 0.0)
 EXPECTED: dict[str, list[tuple[Any, ...]]] = {
-    "imagerewarddb/alignment": [("red", "blue", FOX, False, 5.0), ("green", "blue", FOX, False, 5.0)],
-    "pickapic": [FOX_WINS, ("blue", "red", FOX, False, 0.0), ("red", "blue", FOX, True, 0.0)],
+    "image_reward_db/alignment": [("red", "blue", FOX, False, 5.0), ("green", "blue", FOX, False, 5.0)],
+    "pick_a_pic": [FOX_WINS, ("blue", "red", FOX, False, 0.0), ("red", "blue", FOX, True, 0.0)],
     "hpdv2": [("red", "green", FOX, False, 0.0), ("green", "red", CAT, False, 0.0)],
     "hpdv3": [
         ("red", "green", FOX, False, 0.0),
         ("blue", "red", CAT, False, 0.0),
         ("blue", "green", CAT, False, 0.0),
     ],
-    "unsafebench": [("red", FOX, 0), ("green", "", 1)],
+    "unsafe_bench": [("red", FOX, 0), ("green", "", 1)],
     "richhf/artifact=0.5": [("red", FOX, 1), ("green", CAT, 0)],
 }
 

@@ -58,10 +58,10 @@ def test_every_format_that_a_message_names_exists(name: str) -> None:
     [
         ("data/test.jsonl", "test"),
         ("hf:me/mine@test", "mine@test"),
-        ("imagerewarddb/rank:data/metadata-test.parquet", "imagerewarddb-rank-metadata-test"),
-        ("imagerewarddb/overall:data/metadata-test.parquet", "imagerewarddb-overall-metadata-test"),
+        ("image_reward_db/rank:data/metadata-test.parquet", "image_reward_db-rank-metadata-test"),
+        ("image_reward_db/overall:data/metadata-test.parquet", "image_reward_db-overall-metadata-test"),
         ("richhf/artifact=0.5:test.tfrecord", "richhf-artifact-test"),
-        ("pickapic:hf:yuvalkirstain/pickapic_v2@test", "pickapic-pickapic_v2@test"),
+        ("pick_a_pic:hf:yuvalkirstain/pickapic_v2@test", "pick_a_pic-pickapic_v2@test"),
     ],
 )
 def test_the_name_of_a_source_is_one_of_a_file(source: str, name: str) -> None:
@@ -71,9 +71,9 @@ def test_the_name_of_a_source_is_one_of_a_file(source: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("pickapick:x.parquet", r"pickapick: is no format of data. Did you mean pickapic\? Possible are own, "),
-        ("imagerewarddb:x.json", r"imagerewarddb: is no format .* Did you mean imagerewarddb/\w+\?"),
-        ("imagerewarddb/fidelty:x.json", r"Did you mean imagerewarddb/fidelity\?"),
+        ("pickapick:x.parquet", r"pickapick: is no format of data. Did you mean pick_a_pic\? Possible are own, "),
+        ("image_reward_db:x.json", r"image_reward_db: is no format .* Did you mean image_reward_db/\w+\?"),
+        ("image_reward_db/fidelty:x.json", r"Did you mean image_reward_db/fidelity\?"),
         ("richhf/artifact:x.tfrecord", r"Did you mean richhf/artifact=THRESHOLD\?"),
         ("richhf/artifact=high:x.tfrecord", r"The threshold of richhf/artifact=high is no number"),
         ("richhf/artifact=nan:x.tfrecord", r"The threshold of richhf/artifact=nan is no number"),
@@ -124,7 +124,7 @@ def test_a_folder_of_shards_is_read_in_the_order_of_their_names(folder: Path) ->
     (folder / "shards").mkdir()
     for name, colour in (("b", "blue"), ("a", "green")):
         write_parquet(folder / "shards" / f"{name}.parquet", [UNSAFEBENCH[0] | {"image": content(colour)}])
-    records = load_records("unsafebench:shards")
+    records = load_records("unsafe_bench:shards")
     assert [(row[0], record.where) for row, record in zip(seen(records), records, strict=True)] == [
         ("green", "shards/a.parquet:ROW 1"),
         ("blue", "shards/b.parquet:ROW 1"),
@@ -159,11 +159,11 @@ def test_a_table_says_the_same_through_datasets_as_by_itself(folder: Path, monke
     rows = {key: [row[key] for row in UNSAFEBENCH] for key in UNSAFEBENCH[0]}
     table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     table.to_parquet(folder / "table" / "train-00000-of-00001.parquet")
-    records = load_records(f"unsafebench:hf:{folder / 'table'}@train")
+    records = load_records(f"unsafe_bench:hf:{folder / 'table'}@train")
     assert seen(records) == [("red", FOX, 0), ("green", "", 1)]
     assert records[1].where == f"hf:{folder / 'table'}@train:ROW 2"
     with pytest.raises(ValueError, match="table@test cannot be loaded: ValueError: Unknown split"):
-        load_records(f"unsafebench:hf:{folder / 'table'}@test")
+        load_records(f"unsafe_bench:hf:{folder / 'table'}@test")
 
 
 def test_a_sample_of_a_tar_takes_its_pictures_by_field_or_by_name(folder: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_file_that_is_cut_off_is_refused_as_a_whole(folder: Path, name: str, k
         whole = whole[:10240]  # behind it are but zeros
     path.write_bytes(whole[: round(keep * len(whole))])
     with pytest.raises(ValueError, match=rf"{name}.* (cannot be read|is no Example|is cut off)"):
-        load_records(f"unsafebench:{path}")
+        load_records(f"unsafe_bench:{path}")
 
 
 def test_the_check_sum_is_that_of_the_standard() -> None:
@@ -270,31 +270,31 @@ def test_a_prefix_without_two_sides_is_refused(text: str) -> None:
 
 def test_equal_pictures_share_a_file_and_are_written_once(folder: Path) -> None:
     path = write_pick_a_pic(folder / "x.parquet", pick_a_pic_rows()[:2])
-    one, two = load_records(f"pickapic:{path}", unpack_to="here")
+    one, two = load_records(f"pick_a_pic:{path}", unpack_to="here")
     assert isinstance(one, PreferencePair)
     assert isinstance(two, PreferencePair)
     assert (one.winner, one.loser) == (two.loser, two.winner)
     assert one.winner.read_bytes() == content("red")
     assert to_tensor(one.winner).shape == (3, 8, 8)
     written = os.stat(one.winner).st_mtime_ns, os.stat(one.winner).st_ino
-    load_records(f"pickapic:{path}", unpack_to="here")
+    load_records(f"pick_a_pic:{path}", unpack_to="here")
     assert written == (os.stat(one.winner).st_mtime_ns, os.stat(one.winner).st_ino)
 
 
 def test_a_painter_learns_from_published_pairs_and_from_no_labels(folder: Path) -> None:
     table = write_pick_a_pic(folder / "x.parquet")
     write_json(folder / "x.json", HPDV3)
-    pairs = load_pairs_of_one_prompt([f"pickapic:{table}", "hpdv3:x.json"], image_root=None, skipped=None)
+    pairs = load_pairs_of_one_prompt([f"pick_a_pic:{table}", "hpdv3:x.json"], image_root=None, skipped=None)
     assert [(colour_of(pair.winner), colour_of(pair.loser)) for pair in pairs] == [
         ("red", "blue"), ("blue", "red"), ("red", "green"), ("blue", "red"), ("blue", "green"),
     ]  # fmt: skip
     write_parquet(folder / "safe.parquet", UNSAFEBENCH)
     with pytest.raises(BadRecordError, match=r"safe\.parquet:ROW 1: this is a label"):
-        load_pairs_of_one_prompt(["unsafebench:safe.parquet"], image_root=None, skipped=None)
+        load_pairs_of_one_prompt(["unsafe_bench:safe.parquet"], image_root=None, skipped=None)
 
 
 def test_a_length_that_points_beyond_the_file_is_refused_without_being_read(folder: Path) -> None:
     head = struct.pack("<Q", 2**60)
     (folder / "x.tfrecord").write_bytes(head + struct.pack("<I", masked_crc32c(head)) + b"x")
     with pytest.raises(ValueError, match=r"RECORD 1 is no Example .* the file ends 1 bytes behind its head"):
-        load_records("unsafebench:x.tfrecord")
+        load_records("unsafe_bench:x.tfrecord")

@@ -83,9 +83,11 @@ def test_each_rating_of_image_reward_orders_the_pictures_of_a_prompt(
                 for i, j in ((0, 3), (3, 5))
             ]
             path = write_parquet(folder / "groups.parquet", groups)
-    records = load_records(f"imagerewarddb/{perspective}:{path}", unused=unused)
+    records = load_records(f"image_reward_db/{perspective}:{path}", unused=unused)
     assert seen(records) == BY_PERSPECTIVE[perspective]
-    silent = {} if perspective == "fidelity" else {f"imagerewarddb/{perspective}: all pictures of the prompt are rated"}
+    silent = (
+        {} if perspective == "fidelity" else {f"image_reward_db/{perspective}: all pictures of the prompt are rated"}
+    )
     assert {reason.removesuffix(" the same") for reason in unused} == {*silent}
     if layout == "metadata":
         assert records[0].where == f"{path}:ROW 1 to ROW 3"
@@ -95,18 +97,18 @@ def test_a_pair_row_of_image_reward_is_by_rank_only(folder: Path) -> None:
     row = {"prompt_id": "x", "prompt": FOX, "classification": "Animals"}
     row |= {f"img_{side}": {"bytes": content(c), "path": None} for side, c in (("better", "blue"), ("worse", "red"))}
     path = write_parquet(folder / "pairs.parquet", [row])
-    assert seen(load_records(f"imagerewarddb/rank:{path}")) == [("blue", "red", FOX, False, 0.0)]
-    assert "do not say which has more fidelity" in refusal(f"imagerewarddb/fidelity:{path}")
+    assert seen(load_records(f"image_reward_db/rank:{path}")) == [("blue", "red", FOX, False, 0.0)]
+    assert "do not say which has more fidelity" in refusal(f"image_reward_db/fidelity:{path}")
 
 
 def test_the_test_set_of_image_reward_is_by_rank_only(folder: Path) -> None:
     row = {"id": "x", "prompt": FOX, "generations": ["red.jpg", "green.jpg", "blue.jpg"], "ranking": [2, 1, 2]}
     path = write_json(folder / "test.json", [row])
-    assert seen(load_records(f"imagerewarddb/rank:{path}")) == [
+    assert seen(load_records(f"image_reward_db/rank:{path}")) == [
         ("green", "red", FOX, False, 1.0),
         ("green", "blue", FOX, False, 1.0),
     ]
-    assert "does not say which has more alignment" in refusal(f"imagerewarddb/alignment:{path}")
+    assert "does not say which has more alignment" in refusal(f"image_reward_db/alignment:{path}")
 
 
 @pytest.mark.parametrize(
@@ -126,10 +128,10 @@ def test_a_flaw_of_one_picture_spoils_its_prompt_only(folder: Path, change: dict
     rows = image_reward_rows()
     rows[1] |= change
     path = write_json(folder / "train_1.json", rows)
-    message = refusal(f"imagerewarddb/fidelity:{path}")
+    message = refusal(f"image_reward_db/fidelity:{path}")
     assert message.startswith(f"{path}:RECORD 1 to RECORD 3: ")
     assert clue in message
-    kept = load_records(f"imagerewarddb/fidelity:{path}", on_bad_record="skip", skipped=folder / "skipped.jsonl")
+    kept = load_records(f"image_reward_db/fidelity:{path}", on_bad_record="skip", skipped=folder / "skipped.jsonl")
     assert seen(kept) == BY_PERSPECTIVE["fidelity"][3:]
     (line,) = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert clue in line["reason"]
@@ -138,7 +140,7 @@ def test_a_flaw_of_one_picture_spoils_its_prompt_only(folder: Path, change: dict
 def test_rows_of_a_prompt_that_stand_apart_are_refused(folder: Path) -> None:
     rows = image_reward_rows()
     path = write_json(folder / "train_1.json", [rows[0], rows[3], rows[1], rows[2], rows[4]])
-    assert "'image_amount_in_total' is 3, where 1 rows" in refusal(f"imagerewarddb/overall:{path}")
+    assert "'image_amount_in_total' is 3, where 1 rows" in refusal(f"image_reward_db/overall:{path}")
 
 
 # --- Pick-a-Pic, HPD, UnsafeBench, RichHF, folders ---------------------------------------------------
@@ -146,13 +148,13 @@ def test_rows_of_a_prompt_that_stand_apart_are_refused(folder: Path) -> None:
 
 def test_pick_a_pic_has_winners_and_ties_and_counts_what_nobody_judged(folder: Path) -> None:
     unused = Counter[str]()
-    records = load_records(f"pickapic:{write_pick_a_pic(folder / 'test.parquet')}", unused=unused)
+    records = load_records(f"pick_a_pic:{write_pick_a_pic(folder / 'test.parquet')}", unused=unused)
     assert seen(records) == [
         ("red", "blue", FOX, False, 0.0),
         ("blue", "red", FOX, False, 0.0),
         ("red", "blue", FOX, True, 0.0),
     ]
-    assert unused == {"pickapic: has_label is false": 1, "pickapic: are_different is false": 1}
+    assert unused == {"pick_a_pic: has_label is false": 1, "pick_a_pic: are_different is false": 1}
     assert len([path for path in (folder / "runs" / "pictures").rglob("*") if path.is_file()]) == 2
 
 
@@ -174,14 +176,14 @@ def test_a_flaw_in_pick_a_pic_is_named_with_its_row(folder: Path, change: dict[s
     rows = pick_a_pic_rows()
     rows[1] |= change
     path = write_pick_a_pic(folder / "test.parquet", rows)
-    message = refusal(f"pickapic:{path}")
+    message = refusal(f"pick_a_pic:{path}")
     assert message.startswith(f"{path}:ROW 2: ")
     assert clue in message
 
 
 def test_pick_a_pic_without_images_is_told_from_the_one_with_them(folder: Path) -> None:
     bare = [{key: row[key] for key in row if key not in ("jpg_0", "jpg_1")} for row in pick_a_pic_rows()]
-    assert "variant without images" in refusal(f"pickapic:{write_pick_a_pic(folder / 'x.parquet', bare)}")
+    assert "variant without images" in refusal(f"pick_a_pic:{write_pick_a_pic(folder / 'x.parquet', bare)}")
 
 
 def test_hpdv2_is_read_in_both_of_its_layouts(folder: Path) -> None:
@@ -225,9 +227,9 @@ def test_the_first_picture_of_hpdv3_won_whatever_its_confidence(folder: Path) ->
 
 def test_safe_is_one_and_no_text_is_an_empty_prompt(folder: Path) -> None:
     path = write_parquet(folder / "train.parquet", UNSAFEBENCH)
-    assert seen(load_records(f"unsafebench:{path}")) == [("red", FOX, 0), ("green", "", 1)]
+    assert seen(load_records(f"unsafe_bench:{path}")) == [("red", FOX, 0), ("green", "", 1)]
     path = write_parquet(folder / "x.parquet", [UNSAFEBENCH[0] | {"safety_label": "safe"}])
-    assert "'safety_label' is 'safe'; it must be one of 'Safe', 'Unsafe'" in refusal(f"unsafebench:{path}")
+    assert "'safety_label' is 'safe'; it must be one of 'Safe', 'Unsafe'" in refusal(f"unsafe_bench:{path}")
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "jsonl", "parquet"])
@@ -271,9 +273,9 @@ def test_a_foreign_key_passes_unless_it_looks_like_a_typo(folder: Path, key: str
     row[key] = row.pop(hint or "", FOX)
     path = write_parquet(folder / "x.parquet", [row])
     if hint is None:
-        assert seen(load_records(f"unsafebench:{path}")) == [("red", "", 1)]
+        assert seen(load_records(f"unsafe_bench:{path}")) == [("red", "", 1)]
     else:
-        assert f"the key {key!r} is unknown. Did you mean {hint!r}?" in refusal(f"unsafebench:{path}")
+        assert f"the key {key!r} is unknown. Did you mean {hint!r}?" in refusal(f"unsafe_bench:{path}")
 
 
 def test_a_folder_of_sorted_pictures_is_read_by_its_names(folder: Path) -> None:

@@ -46,15 +46,15 @@ VALUES: list[Any] = [
     *(b"", content("white"), content("white")[:150], {"bytes": content("blue"), "path": None}),
 ]
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "imagerewarddb/fidelity": image_reward_rows(),
-    "imagerewarddb/rank": [
+    "image_reward_db/fidelity": image_reward_rows(),
+    "image_reward_db/rank": [
         {"prompt": FOX, "prompt_id": "x", "image_path": ["red.jpg", "blue.jpg"], "rank": [1, 2]},
         {"prompt": FOX, "prompt_id": "x", "img_better": content("red"), "img_worse": content("blue")},
     ],
-    "pickapic": pick_a_pic_rows(),
+    "pick_a_pic": pick_a_pic_rows(),
     "hpdv2": [*HPDV2_TRAIN, *HPDV2_TEST],
     "hpdv3": HPDV3,
-    "unsafebench": UNSAFEBENCH,
+    "unsafe_bench": UNSAFEBENCH,
     "richhf/artifact=0.5": RICHHF,
     "richhf/alignment=0.5": [row | {"prompt": CAT} for row in RICHHF],
     "own": [{"prompt": FOX, "winner": content("red"), "loser": content("blue"), "rating_gap": 2.0}],
@@ -129,7 +129,7 @@ def test_mutated_rows_of_a_published_format_are_refused_by_name_or_sound(
     monkeypatch.setattr(containers, "rows_of_parquet", rows_of_parquet)
     for _ in range(150):
         given[:] = [mutated(draw, ROWS[name])]
-        if name == "imagerewarddb/fidelity":
+        if name == "image_reward_db/fidelity":
             changed = draw.randrange(5)
             given[:] = [
                 *ROWS[name][:changed],
@@ -166,7 +166,7 @@ def test_a_file_with_changed_bytes_is_refused_or_sound(folder: Path, kind: str) 
         for _ in range(draw.randint(1, 4)):
             changed[draw.randrange(len(changed))] = draw.randrange(256)
         path.write_bytes(changed)
-        outcome = load_or_refuse(f"unsafebench:{path}")
+        outcome = load_or_refuse(f"unsafe_bench:{path}")
         if isinstance(outcome, list):
             check(outcome, (folder, folder / "runs" / "pictures"))
         else:

@@ -19,14 +19,14 @@ from reward_model.datasets.jsonl import own_record
 from reward_model.datasets.pick_a_pic import pick_a_pic_record
 from reward_model.datasets.published import published_record
 from reward_model.datasets.source import RawRecord
-from reward_model.datasets.unsafebench import unsafebench_record
+from reward_model.datasets.unsafe_bench import unsafe_bench_record
 from reward_model.types import Record
 
 FORMATS = (
     "own",
     "llava_reward",
-    *(f"imagerewarddb/{name}" for name in get_args(image_reward_db.Perspective)),
-    *("pickapic", "hpdv2", "hpdv3", "unsafebench"),
+    *(f"image_reward_db/{name}" for name in get_args(image_reward_db.Perspective)),
+    *("pick_a_pic", "hpdv2", "hpdv3", "unsafe_bench"),
     *(f"richhf/{name}=THRESHOLD" for name in get_args(richhf.Score)),
     "image_folder",
 )
@@ -73,17 +73,17 @@ def _format(name: str, part: str | None, threshold: str | None) -> Format:
             return Format(full, _one(own_record))
         case "llava_reward", None, None:
             return Format(full, _one(published_record))
-        case "imagerewarddb", ("alignment" | "fidelity" | "overall" | "rank") as perspective, None:
+        case "image_reward_db", ("alignment" | "fidelity" | "overall" | "rank") as perspective, None:
             read = partial(image_reward_db.image_reward_record, perspective=perspective)
             return Format(full, read, image_reward_db.by_prompt)
-        case "pickapic", None, None:
+        case "pick_a_pic", None, None:
             return Format(full, pick_a_pic_record)
         case "hpdv2", None, None:
             return Format(full, hpdv2_record)
         case "hpdv3", None, None:
             return Format(full, hpdv3_record)
-        case "unsafebench", None, None:
-            return Format(full, unsafebench_record)
+        case "unsafe_bench", None, None:
+            return Format(full, unsafe_bench_record)
         case "richhf", ("alignment" | "artifact" | "overall" | "aesthetics") as score, str():
             read = partial(richhf.richhf_record, score=score, threshold=_number(threshold, full))
             return Format(full, read, unused=richhf.MAPS)

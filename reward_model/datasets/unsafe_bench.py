@@ -15,7 +15,7 @@ from reward_model.datasets.images import FindImage
 from reward_model.types import LabelledImage, Record
 
 
-def unsafebench_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
+def unsafe_bench_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
     """The labelled picture of a row."""
     check_keys(fields, needed={"image", "safety_label"}, optional={"text"}, unused={"category", "source"})
     label = int(take_choice(fields, "safety_label", ("Safe", "Unsafe")) == "Safe")
