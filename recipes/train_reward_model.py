@@ -15,9 +15,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -305,9 +304,8 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     """The records to train on, to choose by, and to measure with; says what they are."""
     from accelerate import PartialState
 
-    from reward_model.datasets import describe, load_records, split_by_prompt
-    from reward_model.datasets.hard_negatives import hard_negatives
-    from reward_model.datasets.overlap import overlap_table
+    from reward_model.datasets import load_records
+    from reward_model.datasets.mixing import mixed
 
     say = tqdm.write if PartialState().is_main_process else lambda _: None
     training, validation, test = sources(config)
@@ -321,25 +319,15 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
 
     tests = {name: read(source) for name, source in test.items()}
     records = [record for source in training for record in read(source)]
-    if tests:
-        say(overlap_table(records, tests))
-    if config.leave_out_test_prompts:
-        records = without_test_prompts(records, tests, say=say)
-    if validation:
-        held_out = [record for source in validation for record in read(source)]
-        say(overlap_table(records, {"validation": held_out}))
-    else:
-        records, held_out = split_by_prompt(records, share=config.validation_share, seed=config.seed)
-    if config.hard_negatives:
-        held_back = [*held_out, *chain(*tests.values())]
-        negatives = hard_negatives(records, share=config.hard_negatives, seed=config.seed, held_back=held_back)
-        say(f"{len(negatives):,} hard negatives are added to {len(records):,} training records")
-        records = [*records, *negatives]
-    if config.backbone == BUILT_IN and config.training != BUILT_IN:
-        say("The built-in backbone only knows the built-in world; for other pictures name a --backbone.")
+    held_out = [record for source in validation for record in read(source)]
     for reason, count in unused.items():
         say(f"{count:,} rows say nothing: {reason}")
-    say(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
+    if config.backbone == BUILT_IN and config.training != BUILT_IN:
+        say("The built-in backbone only knows the built-in world; for other pictures name a --backbone.")
+    records, held_out = mixed(
+        records, held_out, tests, leave_out_test_prompts=config.leave_out_test_prompts,
+        validation_share=config.validation_share, hard_negatives=config.hard_negatives, seed=config.seed, say=say,
+    )  # fmt: skip
     return records, held_out, tests
 
 
@@ -362,19 +350,6 @@ def sources(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
     if len(tests) < len(names(test)) or "validation" in tests:
         raise ValueError(f"test is {test!r}; each file needs a name of its own, other than validation.")
     return names(training), names(validation), tests
-
-
-def without_test_prompts(
-    records: list[Record], tests: dict[str, list[Record]], *, say: Callable[[str], None]
-) -> list[Record]:
-    """The training records whose prompts stand in no test set; says how many do."""
-    from reward_model.datasets.overlap import shared_prompts, without_prompts
-
-    kept = without_prompts(records, {prompt for test in tests.values() for prompt in shared_prompts(records, test)})
-    if not kept:
-        raise ValueError(f"All {len(records):,} training records have prompts of the test data; nothing is left.")
-    say(f"{len(records) - len(kept):,} training records are left out for prompts that occur in test")
-    return kept
 
 
 def skip_file(config: Config, folder: Path) -> Path | None:

@@ -1,6 +1,6 @@
 """Train the built-in flow model from scratch: `python -m rlhf_t2i.shapes.build_flow --output-folder FOLDER`.
 
-A `ZImagePipeline` of 2 million parameters over the latents of the built-in Stable Diffusion, so that recipes for flow
+A `ZImagePipeline` of 2.5 million parameters over the latents of the built-in Stable Diffusion, so that recipes for flow
 models learn on a laptop too. Its stages are those of `build.py`, without the autoencoder, which is that model's own:
 
     flow            Qwen3 text encoder and transformer together, by flow matching (arXiv:2209.03003)
