@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -147,3 +147,23 @@ def normalise(
 ) -> Float[Tensor, "B 3 Y X"]:
     """(images - mean) / std, for each channel."""
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+
+
+def preprocess_as_clip(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float[Tensor, "B 3 _ _"]:
+    """What a CLIP image processor with these settings makes of pictures, without rounding resized ones to 8 bits.
+
+    Clamped values keep their gradient, as if nothing had been cut off.
+    """
+    if settings.do_resize:
+        images = resize(images, *_resized(images.shape[-2], images.shape[-1], settings.size))
+    if settings.do_center_crop:
+        images = centre_crop(images, settings.crop_size["height"], settings.crop_size["width"])
+    return normalise(images, mean=settings.image_mean, std=settings.image_std) if settings.do_normalize else images
+
+
+def _resized(height: int, width: int, size: Any) -> tuple[int, int]:
+    """Where the processor's `size` takes a picture: a fixed size, or its shortest side to a length."""
+    if size.get("height"):
+        return size["height"], size["width"]
+    short = size["shortest_edge"]
+    return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)

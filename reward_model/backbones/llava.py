@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from reward_model.backbones.reading import clip_features, read_with
 from reward_model.backbones.text import PromptReader
-from reward_model.images import centre_crop, normalise, resize
+from reward_model.images import preprocess_as_clip
 from reward_model.types import Inputs, Reading
 
 PUBLISHED_TEMPLATE = (
@@ -53,26 +53,18 @@ class Llava:
         """Shortest side to the processor's size, the middle square, CLIP's mean and deviation."""
         sizes = {image.shape for image in images}
         if len(sizes) == 1:
-            pixels = self._preprocess(torch.stack(list(images)))
+            pixels = preprocess_as_clip(torch.stack(list(images)), self.processor)
         else:
-            pixels = torch.cat([self._preprocess(image[None]) for image in images])
+            pixels = torch.cat([preprocess_as_clip(image[None], self.processor) for image in images])
         return {**self.reader(prompts, [self._count(pixels)] * len(images)), "pixel_values": pixels}
 
     def num_visual_tokens(self, height: int, width: int) -> int:
-        return self._count(self._preprocess(torch.zeros(1, 3, height, width)))
+        return self._count(preprocess_as_clip(torch.zeros(1, 3, height, width), self.processor))
 
     def _count(self, pixels: Float[Tensor, "B 3 _ _"]) -> int:
         patch = self.model.config.vision_config.patch_size
         count = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         return count + (self.model.config.vision_feature_select_strategy == "full")  # the class token too
-
-    def _preprocess(self, images: Float[Tensor, "B 3 _ _"]) -> Float[Tensor, "B 3 _ _"]:
-        settings = self.processor
-        if settings.do_resize:
-            images = resize(images, *_resized(images.shape[-2], images.shape[-1], settings.size))
-        if settings.do_center_crop:
-            images = centre_crop(images, settings.crop_size["height"], settings.crop_size["width"])
-        return normalise(images, mean=settings.image_mean, std=settings.image_std) if settings.do_normalize else images
 
     def see(self, inputs: Inputs) -> Inputs:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
@@ -84,11 +76,3 @@ class Llava:
         features = inputs["features"].to(self.projector.linear_1.weight.dtype)
         positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         return read_with(self.model, inputs, list(self.projector(features)), position_ids=positions)
-
-
-def _resized(height: int, width: int, size: Any) -> tuple[int, int]:
-    """Where the processor's `size` takes a picture: a fixed size, or its shortest side to a length."""
-    if size.get("height"):
-        return size["height"], size["width"]
-    short = size["shortest_edge"]
-    return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from reward_model.images import centre_crop, normalise, resize
+from reward_model.images import preprocess_as_clip
 
 Form = Literal["logit", "clip_score", "cosine"]
 
@@ -94,29 +94,7 @@ class Clip:
 def load_clip(source: str | Path, *, form: Form = "logit", batch_size: int = 64) -> Clip:
     """Load a folder or Hub id; FileNotFoundError if there is none, ValueError if it is no complete CLIP."""
     model, tokenizer, processor = _loaded(str(source))
-    return Clip(model, tokenizer, partial(preprocess, settings=processor), form, batch_size)
-
-
-def preprocess(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float[Tensor, "B 3 _ _"]:
-    """What a CLIP image processor makes of pictures in [0, 1], without its rounding of resized ones to 8 bits.
-
-    Clamped values keep their gradient, as if nothing had been cut off.
-    """
-    height, width = images.shape[-2:]
-    if settings.do_resize:
-        height, width = _resized(height, width, settings.size)
-    images = resize(images, height, width)
-    if settings.do_center_crop:
-        images = centre_crop(images, settings.crop_size["height"], settings.crop_size["width"])
-    return normalise(images, mean=settings.image_mean, std=settings.image_std) if settings.do_normalize else images
-
-
-def _resized(height: int, width: int, size: Any) -> tuple[int, int]:
-    """Where the processor's `size` takes a picture: a fixed size, or its shortest side to a length."""
-    if size["height"]:
-        return size["height"], size["width"]
-    short = size["shortest_edge"]
-    return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+    return Clip(model, tokenizer, partial(preprocess_as_clip, settings=processor), form, batch_size)
 
 
 @cache
