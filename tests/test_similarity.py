@@ -17,7 +17,8 @@ from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from reward_model.judges.clip import load_clip, preprocess
+from reward_model.images import preprocess_as_clip
+from reward_model.judges.clip import load_clip
 from rlhf_t2i.rewards.gradient import judge_with_gradient, require_gradient
 from rlhf_t2i.rewards.load import load_reward, load_rewards
 from rlhf_t2i.shapes.build import make_tokenizer
@@ -146,13 +147,13 @@ def test_pixels_are_the_processors(size: tuple[int, int]) -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     expected = processor([pil(each) for each in pixels], return_tensors="pt").pixel_values
     exact = 1e-6 if size == (16, 16) else 0.02
-    assert_close(preprocess(pixels.float() / 255, processor), expected, rtol=0, atol=exact)
+    assert_close(preprocess_as_clip(pixels.float() / 255, processor), expected, rtol=0, atol=exact)
 
 
 def test_a_fixed_size_without_cropping_or_normalising_is_the_processors_too() -> None:
     processor = CLIPImageProcessorPil(size={"height": 20, "width": 12}, do_center_crop=False, do_normalize=False)
     expected = processor([pil(each) for each in PIXELS], return_tensors="pt").pixel_values
-    assert_close(preprocess(PICTURES, processor), expected, rtol=0, atol=1.6 / 255)
+    assert_close(preprocess_as_clip(PICTURES, processor), expected, rtol=0, atol=1.6 / 255)
 
 
 # --- the gradient ---------------------------------------------------------------------------------
