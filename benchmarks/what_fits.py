@@ -179,7 +179,8 @@ def followed(model: Model, *, adapters: bool, batch: int) -> tuple[nn.Module, in
 
         def step() -> None:
             with torch.autocast("cpu", torch.bfloat16):
-                answer = network(**model.inputs(batch), return_dict=False)[0]
+                found = network(**model.inputs(batch), return_dict=False)[0]
+            answer = torch.stack(found) if isinstance(found, list) else found  # Z-Image's pictures come one by one
             answer.float().square().mean().backward()
 
         return network, peak_bytes(network, step)

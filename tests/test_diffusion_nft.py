@@ -89,6 +89,19 @@ def test_the_reward_rises(
     assert after[REDNESS] > before[REDNESS] + 0.005
 
 
+@pytest.mark.slow
+def test_the_built_in_flow_model_learns_from_the_judge(tmp_path: Path) -> None:
+    """On held-out prompts, by the judge that it learns from and by the oracle, which it never sees."""
+    config = diffusion_nft.Config(
+        prompts_per_step=8, images_per_prompt=8, num_steps=3, learning_rate=6e-4, evaluate_every=0,
+        num_evaluation_images=68, evaluation_rewards="judge,oracle", checkpoint_every=100,
+        run_folder=str(tmp_path / "run"), num_cpu_threads=1,
+    )  # fmt: skip
+    before, after = rows(train(config), "evaluation")
+    assert after["judge"] > before["judge"] + 0.2
+    assert after["oracle"] > before["oracle"] + 0.1
+
+
 def test_it_starts_at_the_weights_that_painted_and_moves_away(config: diffusion_nft.Config) -> None:
     """Before the first optimiser step nothing has moved, and painter, learner and reference are one."""
     one = replace(config, num_minibatches=1)

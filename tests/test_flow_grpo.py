@@ -104,6 +104,19 @@ def test_the_reward_rises(config: flow_grpo.Config, changes: dict[str, Any]) -> 
     assert after[name] > before[name] + 0.01
 
 
+@pytest.mark.slow
+def test_the_built_in_flow_model_learns_from_the_judge(tmp_path: Path) -> None:
+    """On held-out prompts, by the judge that it learns from and by the oracle, which it never sees."""
+    config = flow_grpo.Config(
+        prompts_per_step=8, images_per_prompt=8, num_steps=4, learning_rate=6e-4, evaluate_every=0,
+        num_evaluation_images=68, evaluation_rewards="judge,oracle", checkpoint_every=100,
+        run_folder=str(tmp_path / "run"), num_cpu_threads=1,
+    )  # fmt: skip
+    before, after = rows(train(config), "evaluation")
+    assert after["judge"] > before["judge"] + 0.2
+    assert after["oracle"] > before["oracle"] + 0.1
+
+
 @pytest.mark.parametrize("dynamics", ["flow_sde", "cps"])
 @pytest.mark.parametrize("ratio_normalisation", [False, True])
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
