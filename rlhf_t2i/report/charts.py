@@ -42,7 +42,7 @@ _HEALTH = [
         _UPDATE,
         "distance from the reference",
         "reference_gap",
-        "How differently the model before training predicts the noise, squared.",
+        "How differently the model before training answers, squared.",
     ),
     (
         _UPDATE,
