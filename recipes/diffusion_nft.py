@@ -144,8 +144,8 @@ def update(
 ) -> dict[str, float]:
     """Learn from the pictures of one step: num_minibatches optimiser steps. Returns metrics of all processes.
 
-    `moved` is how far the model's answers are from those of the weights that painted, and `reference_gap` from those
-    of the model before training, squared and in clean latents.
+    `moved` is how far the clean latents that the model sees are from those that the weights that painted see, squared;
+    `reference_gap` is how far its output is from that of the model before training.
     """
     run, policy = tuning.run, tuning.policy
     schedule, conditioning = policy.schedule(config.num_denoising_steps), policy.encode(prompts)
@@ -167,7 +167,7 @@ def update(
         ]
         with torch.no_grad(), tuning.follower.applied(tuning.learner.weights), tuning.painting():
             old = [ask(batch).clean for batch in batches]
-        first = old
+        first = old  # not looked at where there is no reference
         if config.kl_weight:
             with torch.no_grad(), tuning.painting(), policy.as_reference():
                 first = [policy.output(ask(batch), batch.level) for batch in batches]
@@ -175,6 +175,7 @@ def update(
             # Processes exchange gradients once, in the last backward pass.
             with tuning.learner.accumulating(last=batch is batches[-1]):
                 now = ask(batch)
+                # Times max_advantage an advantage of one pulls as much whatever makes a picture wholly good.
                 loss = config.max_advantage * negative_aware_loss(
                     now.clean, before, batch.clean, batch.goodness, beta=config.beta
                 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_t2i.checkpoint import write_atomically
 from rlhf_t2i.metrics import NUM_COLUMNS, save_captions, save_pictures
 from rlhf_t2i.rewards.load import CheckedReward
-from rlhf_t2i.sampling.rollout import rollout
+from rlhf_t2i.sampling.rollout import paint
 from rlhf_t2i.types import Policy, Sampler
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def evaluate(
     scores: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
     for start in range(0, share, batch_size):
         rows = mine[start : start + batch_size]
-        painted, _ = rollout(
+        painted, _ = paint(
             policy,
             [prompts[i] for i in rows],
             sampler=sampler,

@@ -236,17 +236,12 @@ def denoising_loss(
     Levels are logit-normal (arXiv:2403.03206, Eq. 19).
     """
     scheduler = make_scheduler()
-    vocabulary = sorted({caption for row in captions for caption in row} | {""})
+    vocabulary, rows = numbered(captions)
     ids = tokenize(tokenizer, vocabulary)
-    index = {caption: i for i, caption in enumerate(vocabulary)}
-    rows = torch.tensor([[index[caption] for caption in row] for row in captions])
 
     def loss_at(update: int) -> Tensor:
         generator = seeded(seed, update)
-        batch = torch.randint(len(latents), (64,), generator=generator)
-        column = torch.randint(rows.shape[1], (64,), generator=generator)
-        words = rows[batch, column]
-        words[torch.rand(64, generator=generator) < 0.1] = index[""]
+        batch, words = draw(rows, generator=generator)
         # Shapes are decided at middling to high noise: half of all times lie between 430 and 745.
         time = (1000 * torch.sigmoid(0.4 + torch.randn(64, generator=generator))).long()
         clean = latents[batch]
@@ -257,6 +252,22 @@ def denoising_loss(
         return F.mse_loss(modules["unet"](noisy, time, states).sample, target)
 
     return loss_at
+
+
+def numbered(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
+    """All different captions and the empty one, which is the first, and each picture's by their numbers (N, columns)."""
+    vocabulary = sorted({caption for row in captions for caption in row} | {""})
+    index = {caption: i for i, caption in enumerate(vocabulary)}
+    return vocabulary, torch.tensor([[index[caption] for caption in row] for row in captions])
+
+
+def draw(rows: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """64 pictures and for each the number of one of its captions or, one time in ten, of none."""
+    batch = torch.randint(len(rows), (64,), generator=generator)
+    column = torch.randint(rows.shape[1], (64,), generator=generator)
+    words = rows[batch, column]
+    words[torch.rand(64, generator=generator) < 0.1] = 0
+    return batch, words
 
 
 def seeded(seed: int, update: int) -> torch.Generator:
@@ -365,9 +376,14 @@ def build(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(dtype=torch.float16).save_pretrained(output_folder, safe_serialization=True)
+    save_in_half(pipeline, output_folder)
+
+
+def save_in_half(pipeline: Any, folder: Path) -> None:
+    """Write a pipeline in half precision."""
+    pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
     # diffusers writes a key into the autoencoder's config that it then remarks on when it loads.
-    path = output_folder / "vae" / "config.json"
+    path = folder / "vae" / "config.json"
     config = json.loads(path.read_text())
     config.pop("block_out_channels", None)
     path.write_text(json.dumps(config, indent=2) + "\n")

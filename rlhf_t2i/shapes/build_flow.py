@@ -13,7 +13,6 @@ models learn on a laptop too. Its stages are those of `build.py`, without the au
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,13 @@ from transformers import CLIPTokenizer, Qwen3Config, Qwen3Model
 
 from rlhf_t2i.shapes.build import (
     MAX_TOKENS,
+    draw,
     full_or_partial_caption,
     make_tokenizer,
     mistaken,
+    numbered,
     pick_scenes,
+    save_in_half,
     seeded,
     tokenize,
     train,
@@ -102,18 +104,13 @@ def flow_matching_loss(
 
     Levels are logit-normal (arXiv:2403.03206, Eq. 19).
     """
-    vocabulary = sorted({caption for row in captions for caption in row} | {""})
+    vocabulary, rows = numbered(captions)
     ids = tokenize(tokenizer, vocabulary)
     lengths = [len(tokenizer(caption).input_ids) for caption in vocabulary]
-    index = {caption: i for i, caption in enumerate(vocabulary)}
-    rows = torch.tensor([[index[caption] for caption in row] for row in captions])
 
     def loss_at(update: int) -> Tensor:
         generator = seeded(seed, update)
-        batch = torch.randint(len(latents), (64,), generator=generator)
-        column = torch.randint(rows.shape[1], (64,), generator=generator)
-        words = rows[batch, column]
-        words[torch.rand(64, generator=generator) < 0.1] = index[""]
+        batch, words = draw(rows, generator=generator)
         sigma = torch.sigmoid(0.4 + torch.randn(64, generator=generator))
         clean = latents[batch]
         noise = torch.randn(clean.shape, generator=generator)
@@ -166,12 +163,7 @@ def build_flow(
         transformer=modules["transformer"],
         scheduler=make_flow_scheduler(),
     )
-    pipeline.to(dtype=torch.float16).save_pretrained(output_folder, safe_serialization=True)
-    # diffusers writes a key into the autoencoder's config that it then remarks on when it loads.
-    path = output_folder / "vae" / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    save_in_half(pipeline, output_folder)
 
 
 def main() -> None:
