@@ -255,7 +255,7 @@ def denoising_loss(
 
 
 def numbered(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
-    """All different captions and the empty one, which is the first, and each picture's by their numbers (N, columns)."""
+    """All different captions, the empty one first, and each picture's captions by their numbers: (N, columns)."""
     vocabulary = sorted({caption for row in captions for caption in row} | {""})
     index = {caption: i for i, caption in enumerate(vocabulary)}
     return vocabulary, torch.tensor([[index[caption] for caption in row] for row in captions])
