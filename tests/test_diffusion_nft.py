@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 from recipes import diffusion_nft
@@ -17,16 +15,7 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.policies.load import load_policy
 from rlhf_t2i.sampling.rollout import paint, rollout
 from rlhf_t2i.types import Sampler
-
-REDNESS = "tests.test_diffusion_nft:redness"
-
-
-def redness(images: Tensor, prompts: list[str]) -> Tensor:
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
-
-
-def flat(images: Tensor, prompts: list[str]) -> Tensor:
-    return images.new_full((len(images),), 0.1)
+from tests.runs import FLAT, REDNESS, lora_weights, rows
 
 
 @pytest.fixture
@@ -58,17 +47,6 @@ def config(tiny_zimage: Path, tmp_path: Path) -> diffusion_nft.Config:
 
 def train(config: diffusion_nft.Config) -> Path:
     return diffusion_nft.main(config).folder
-
-
-def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in lines if row["kind"] == kind]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -124,8 +102,8 @@ def test_the_weights_that_paint_follow_those_that_learn(config: diffusion_nft.Co
 
 def test_the_microbatch_size_changes_no_result(config: diffusion_nft.Config, tmp_path: Path) -> None:
     one, other = train(config), train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "other")))
-    for name, weight in weights(one).items():
-        assert_close(weights(other)[name], weight, rtol=0, atol=2e-5)
+    for name, weight in lora_weights(one).items():
+        assert_close(lora_weights(other)[name], weight, rtol=0, atol=2e-5)
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(config: diffusion_nft.Config, tmp_path: Path) -> None:
@@ -133,12 +111,12 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(config: diffusion_nft.C
     part = replace(config, run_folder=str(tmp_path / "part"))
     train(replace(part, num_steps=2))
     again = train(replace(part, resume=True))
-    for name, weight in weights(whole).items():
-        assert_close(weights(again)[name], weight, rtol=0, atol=0)
+    for name, weight in lora_weights(whole).items():
+        assert_close(lora_weights(again)[name], weight, rtol=0, atol=0)
 
 
 def test_pictures_that_all_earn_the_same_teach_nothing(config: diffusion_nft.Config) -> None:
-    same = replace(config, rewards="tests.test_diffusion_nft:flat", num_steps=1, num_minibatches=1, kl_weight=0.0)
+    same = replace(config, rewards=FLAT, num_steps=1, num_minibatches=1, kl_weight=0.0)
     [row] = rows(train(same), "train")
     assert row["degenerate_groups"] == 2
     assert row["gradient_norm"] < 1e-6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,9 @@ from rlhf_t2i.policies.load import load_policy
 from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout
 from rlhf_t2i.types import Sampler, Transition
 from tests import reference
+from tests.runs import FLAT, REDNESS, lora_weights, redness, rows
 
 CPU = torch.device("cpu")
-
-
-def redness(images: Tensor, prompts: list[str]) -> Tensor:
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
 
 def indifferent(images: Tensor, prompts: list[str]) -> Tensor:
@@ -55,8 +51,8 @@ def config(tiny_sd3: Path, tmp_path: Path) -> flow_grpo.Config:
         microbatch_size=8,
         learning_rate=1e-3,
         adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
-        rewards="tests.test_flow_grpo:redness",
-        evaluation_rewards="tests.test_flow_grpo:redness",
+        rewards=REDNESS,
+        evaluation_rewards=REDNESS,
         num_steps=2,
         evaluate_every=0,
         num_evaluation_images=4,
@@ -68,17 +64,6 @@ def config(tiny_sd3: Path, tmp_path: Path) -> flow_grpo.Config:
 
 def train(config: flow_grpo.Config) -> Path:
     return flow_grpo.main(config).folder
-
-
-def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in lines if row["kind"] == kind]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
 
 
 # --- learning ---------------------------------------------------------------------------------------
@@ -100,7 +85,7 @@ def test_the_reward_rises(config: flow_grpo.Config, changes: dict[str, Any]) -> 
     }  # fmt: skip
     folder = train(replace(config, **{**learning, **changes}))
     before, after = rows(folder, "evaluation")
-    name = "tests.test_flow_grpo:redness"
+    name = REDNESS
     assert after[name] > before[name] + 0.01
 
 
@@ -134,8 +119,8 @@ def test_the_first_replay_has_ratio_one_and_later_ones_move(
 def test_the_microbatch_size_changes_no_result(config: flow_grpo.Config, tmp_path: Path) -> None:
     one = train(replace(config, ratio_normalisation=True))
     other = train(replace(config, ratio_normalisation=True, microbatch_size=3, run_folder=str(tmp_path / "other")))
-    for name, weight in weights(one).items():
-        assert_close(weights(other)[name], weight, rtol=0, atol=2e-5)
+    for name, weight in lora_weights(one).items():
+        assert_close(lora_weights(other)[name], weight, rtol=0, atol=2e-5)
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(config: flow_grpo.Config, tmp_path: Path) -> None:
@@ -143,14 +128,14 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(config: flow_grpo.Confi
     part = replace(config, run_folder=str(tmp_path / "part"))
     train(replace(part, num_steps=1))
     again = train(replace(part, resume=True))
-    for name, weight in weights(whole).items():
-        assert_close(weights(again)[name], weight, rtol=0, atol=0)
+    for name, weight in lora_weights(whole).items():
+        assert_close(lora_weights(again)[name], weight, rtol=0, atol=0)
 
 
 def test_evaluation_takes_its_own_number_of_steps(config: flow_grpo.Config, tmp_path: Path) -> None:
     few = train(replace(config, num_steps=1, num_evaluation_steps=None))
     many = train(replace(config, num_steps=1, run_folder=str(tmp_path / "many")))
-    name = "tests.test_flow_grpo:redness"
+    name = REDNESS
     assert rows(few, "train")[0]["reward"] == rows(many, "train")[0]["reward"]
     assert rows(few, "evaluation")[0][name] != rows(many, "evaluation")[0][name]
 
@@ -162,14 +147,10 @@ def test_groups_without_a_difference_are_counted_and_pull_nothing(config: flow_g
     )
     [row] = rows(train(half), "train")
     assert row["degenerate_groups"] == 1
-    none = {"rewards": "tests.test_flow_grpo:flat", "kl_weight": 0.0, "run_folder": str(tmp_path / "flat")}
+    none = {"rewards": FLAT, "kl_weight": 0.0, "run_folder": str(tmp_path / "flat")}
     [row] = rows(train(replace(half, **none)), "train")
     assert row["degenerate_groups"] == 2
     assert row["gradient_norm"] == 0
-
-
-def flat(images: Tensor, prompts: list[str]) -> Tensor:
-    return images.new_full((len(images),), 0.1)
 
 
 # --- advantages -------------------------------------------------------------------------------------

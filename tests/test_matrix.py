@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from recipes import best_of_n, ddpo, diffusion_dpo, diffusion_nft, draft, fk_steering, flow_grpo
+from tests.runs import REDNESS, rows
 
 MODELS = {
     "Stable Diffusion 1.x, 2.x": "tiny_sd",
@@ -29,7 +29,6 @@ TEACHING = {
 SEARCHING = {"best_of_n": best_of_n, "fk_steering": fk_steering}
 REFUSED = {(name, model): "recipes/ddpo.py" for name in ("flow_grpo",) for model in ("tiny_sd", "tiny_sdxl")}
 """Pairs that make no sense, and the recipe that the refusal names."""
-REDNESS = "tests.test_matrix:redness"
 SIZES = {
     "ddpo": {"prompts_per_step": 2, "images_per_prompt": 4},
     "flow_grpo": {"prompts_per_step": 2, "images_per_prompt": 4, "num_evaluation_steps": 4},
@@ -37,15 +36,6 @@ SIZES = {
     "draft": {"images_per_step": 2},
     "diffusion_dpo": {"prompts_per_step": 2, "images_per_prompt": 2},
 }
-
-
-def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
-
-
-def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in lines if row["kind"] == kind]
 
 
 def small(recipe: str, model: Path, folder: Path) -> Any:

@@ -32,20 +32,21 @@ def _load(name: str, path: Path, image_root: Path | None) -> list[Benchmark]:
 
     match name:
         case "tifa160":
-            return tifa160.load_tifa160(path, image_root=image_root)
+            load = tifa160.load_tifa160
         case "mj_bench":
-            return mj_bench.load_mj_bench(path, image_root=image_root)
+            load = mj_bench.load_mj_bench
         case "unsafe_bench":
-            return unsafe_bench.load_unsafe_bench(path, image_root=image_root)
+            load = unsafe_bench.load_unsafe_bench
         case "image_reward":
-            return ranked.load_image_reward(path, image_root=image_root)
+            load = ranked.load_image_reward
         case "hpdv2":
-            return ranked.load_hpdv2(path, image_root=image_root)
+            load = ranked.load_hpdv2
         case "hpdv3":
-            return hpdv3.load_hpdv3(path, image_root=image_root)
+            load = hpdv3.load_hpdv3
         case "pick_a_pic":
-            return pick_a_pic.load_pick_a_pic(path, image_root=image_root)
+            load = pick_a_pic.load_pick_a_pic
         case "genai_bench":
-            return genai_bench.load_genai_bench(path, image_root=image_root)
+            load = genai_bench.load_genai_bench
         case other:
             raise AssertionError(other)
+    return load(path, image_root=image_root)
