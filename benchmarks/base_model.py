@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.evaluate import evaluate, evaluation_set
-from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.shapes.oracle import judge, shows_something
 from rlhf_t2i.shapes.scenes import all_scenes, render
+from rlhf_t2i.training.evaluation import evaluate, evaluation_set
 from rlhf_t2i.types import Sampler
 
 NUM_IMAGES = 408

@@ -1,6 +1,6 @@
 """DDPO here and in trl 0.23.1, the last with a DDPOTrainer: `python benchmarks/ddpo_vs_trl.py`.
 
-Both train the same built-in model on the oracle: 192 pictures a step in batches of at most 64, 8 DDIM steps with eta 1,
+Both train the same built-in model on the oracle: 192 images a step in batches of at most 64, 8 DDIM steps with eta 1,
 guidance 2, two optimiser steps. First both replay one trajectory, to see that they compute the same; then their
 speed is measured in turns; then how long each trains until the pass rate on held-out prompts has risen by ten points,
 with the best of three learning rates. trl gets an environment of its own, with the packages it needs.
@@ -22,19 +22,19 @@ from trl_environment import GUIDANCE, environment_for_trl, model_for_trl, run, s
 
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.evaluate import evaluate, evaluation_set
 from rlhf_t2i.losses import clipped_surrogate_loss
-from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.rewards.load import load_reward
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.shapes.scenes import all_prompts
+from rlhf_t2i.training.evaluation import evaluate, evaluation_set
 from rlhf_t2i.types import Sampler
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 
 
 def agreement(python: Path, model: Path, folder: Path) -> None:
-    """One trajectory of eight pictures, replayed by both: the largest difference of densities and of gradients."""
+    """One trajectory of eight images, replayed by both: the largest difference of densities and of gradients."""
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy("shapes", device=torch.device("cpu"))
     policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)

@@ -1,6 +1,6 @@
 """Diffusion-DPO with cached latents, and as it is commonly written: `python benchmarks/dpo_vs_on_the_fly.py`.
 
-The common loop opens and encodes the pictures and prompts of each step anew; recipes/diffusion_dpo.py with a
+The common loop opens and encodes the images and prompts of each step anew; recipes/diffusion_dpo.py with a
 cache_folder does so once. Both train all weights of the built-in model in float32 on the same pairs of drawings, 32 a
 step in one batch, with the same noise at the same levels, the frozen copy that is the reference asked by itself; so
 their losses must agree in each step. Speed and memory are taken in turns, each in a process of its own (Linux). Prints
@@ -29,14 +29,14 @@ from timed_reward import peak_megabytes
 from torch import Tensor
 from trl_environment import run, say
 
-from rlhf_t2i.preferences import numbers_of_step
-from rlhf_t2i.seeds import PERTURB, generator_for
+from rlhf_t2i.data.preferences import numbers_of_step
+from rlhf_t2i.seeds import NOISE, generator_for
 from rlhf_t2i.shapes.pairs import SHARES, drawn_pairs
 
 PAIRS_PER_STEP, BETA, LEARNING_RATE = 32, 50.0, 1.5e-4
 TIMES = torch.arange(500, 1000)
 SIDES = ("on the fly", "here", "here by default: 4 steps on each 32 pairs")
-Facts = dict[str, Any]
+RewardModelConfig = dict[str, Any]
 
 
 def write_pairs(folder: Path, count: int) -> list[dict[str, str]]:
@@ -46,9 +46,9 @@ def write_pairs(folder: Path, count: int) -> list[dict[str, str]]:
         folder.mkdir(parents=True, exist_ok=True)
         number = iter(range(10**9))
 
-        def save(picture: Tensor) -> str:
+        def save(image: Tensor) -> str:
             name = f"{next(number):06d}.png"
-            pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+            pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
             Image.fromarray(np.ascontiguousarray(pixels)).save(folder / name)
             return name
 
@@ -62,18 +62,18 @@ class Watch:
     """Notes when each step began, and how much memory was needed until then."""
 
     def __init__(self) -> None:
-        self.rows: list[Facts] = []
+        self.rows: list[RewardModelConfig] = []
 
     def __call__(self) -> None:
         now = {"wall": time.monotonic(), "cpu": time.process_time(), "megabytes": peak_megabytes()}
         self.rows.append(now)
 
 
-def on_the_fly(rows: Sequence[dict[str, str]], folder: Path, num_steps: int) -> Facts:
+def on_the_fly(rows: Sequence[dict[str, str]], folder: Path, num_steps: int) -> RewardModelConfig:
     """The common loop, with the recipe's pairs and draws; by itself it would call randint and randn."""
 
     def draw(step: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        generators = [generator_for(0, PERTURB, step, 0, row) for row in range(shape[0])]
+        generators = [generator_for(0, NOISE, step, 0, row) for row in range(shape[0])]
         times = torch.cat([TIMES[torch.randint(len(TIMES), (1,), generator=g)] for g in generators])
         return times, torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
 
@@ -83,10 +83,10 @@ def on_the_fly(rows: Sequence[dict[str, str]], folder: Path, num_steps: int) -> 
     return {"rows": watch.rows, "losses": losses, "steps": 1}
 
 
-def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) -> Facts:
+def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) -> RewardModelConfig:
     """The `main` of recipes/diffusion_dpo.py, with a watch. What it cost to fill the cache is part of it."""
     from recipes.diffusion_dpo import Config, load_pairs, update
-    from rlhf_t2i.tuning import start_tuning
+    from rlhf_t2i.training.trainer import start_trainer
 
     with TemporaryDirectory() as run_folder:
         config = Config(
@@ -96,17 +96,17 @@ def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) ->
             evaluation_rewards="oracle", num_evaluation_images=2, evaluate_every=0, checkpoint_every=0,
             num_cpu_threads=torch.get_num_threads(),
         )  # fmt: skip
-        tuning = start_tuning(config, recipe="diffusion_dpo", keep_reference=True)
+        trainer = start_trainer(config, recipe="diffusion_dpo", keep_reference=True)
         before = time.process_time(), time.monotonic()
-        files = load_pairs(tuning, config)
+        files = load_pairs(trainer, config)
         filled = {"cpu": time.process_time() - before[0], "wall": time.monotonic() - before[1]}
         watch, losses = Watch(), list[float]()
-        for step in tuning.steps():
+        for step in trainer.steps():
             watch()
             numbers = numbers_of_step(len(files), step, num_pairs=PAIRS_PER_STEP, seed=0)
             load = partial(files.load, numbers)
-            metrics = update(tuning, load, count=len(numbers), step=step, times=TIMES, config=config)
-            tuning.finish_step(step, images=2 * len(numbers), **metrics)
+            metrics = update(trainer, load, count=len(numbers), step=step, times=TIMES, config=config)
+            trainer.finish_step(step, images=2 * len(numbers), **metrics)
             losses.append(metrics["loss"])
     return {"rows": watch.rows, "losses": losses, "steps": num_inner_epochs, "filled": filled}
 
@@ -132,7 +132,7 @@ def one_side(arguments: argparse.Namespace) -> None:
     arguments.facts.write_text(json.dumps(facts))
 
 
-def measure(arguments: argparse.Namespace, side: str, facts: Path) -> Facts:
+def measure(arguments: argparse.Namespace, side: str, facts: Path) -> RewardModelConfig:
     """One side in a process of its own."""
     command = [sys.executable, "benchmarks/dpo_vs_on_the_fly.py", "--side", side, "--facts", str(facts)]
     for name in ("output_folder", "pairs", "steps", "threads"):
@@ -161,7 +161,7 @@ def main() -> None:
     if arguments.side:
         return one_side(arguments)
     write_pairs(arguments.output_folder / "pairs", arguments.pairs)
-    found: dict[str, list[Facts]] = {side: [] for side in SIDES}
+    found: dict[str, list[RewardModelConfig]] = {side: [] for side in SIDES}
     for turn in range(arguments.rounds):
         for number, side in enumerate(SIDES):
             seen = measure(arguments, side, arguments.output_folder / f"{turn}-{number}.json")
@@ -176,7 +176,7 @@ def main() -> None:
         saved = [1 / a[clock] - 1 / b[clock] for a, b in zip(plain, found[SIDES[1]], strict=True)]
         paid = [cost / gain for cost, gain in zip(filled, saved, strict=True)]
         say(
-            f"filling the cache, {2 * arguments.pairs} pictures: {cell(filled, 1)} s ({clock}); paid for after "
+            f"filling the cache, {2 * arguments.pairs} images: {cell(filled, 1)} s ({clock}); paid for after "
             f"{cell(paid, 0)} steps, {cell([PAIRS_PER_STEP * p / arguments.pairs for p in paid], 2)} times all pairs"
         )
     say("\n| | steps/s | a CPU second | peak MB | of these in training | steps/s, ratio turn by turn | a CPU second |")

@@ -1,10 +1,10 @@
 """Reward gradients here and in trl 0.23.1, the last with AlignPropTrainer: `python benchmarks/draft_vs_alignprop.py`.
 
-Both train all weights of the built-in model on `timed_reward`: 64 pictures a step in one batch, 8 DDIM steps with eta
+Both train all weights of the built-in model on `timed_reward`: 64 images a step in one batch, 8 DDIM steps with eta
 0, guidance 2, float32, the gradient through the last K steps. First both paint the same noise, to see that they compute
 the same; then speed and memory are taken in turns, each in a process of its own (Linux).
 
-By chance means that `--method alignprop` draws K for each picture, and trl in each denoising step whether it keeps its
+By chance means that `--method alignprop` draws K for each image, and trl in each denoising step whether it keeps its
 gradient, for the whole batch; of 8 steps 4.5 do on average, in both. trl checkpoints every call of the U-Net and has no
 setting for that; it is also measured with that taken away. Prints Markdown: medians, with the lowest and highest.
 """
@@ -24,10 +24,10 @@ import torch
 from trl_environment import GUIDANCE, environment_for_trl, model_for_trl, run, say
 
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.policies.load import load_policy
-from rlhf_t2i.rewards.gradient import judge_with_gradient
+from rlhf_t2i.models.load import load_policy
+from rlhf_t2i.rewards.gradient import score_with_gradient
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.sampling.backprop import Kept, paint_with_gradient
+from rlhf_t2i.sampling.backprop import GradientWindow, sample_with_gradient
 from rlhf_t2i.shapes.scenes import all_prompts
 from rlhf_t2i.types import Sampler
 
@@ -42,7 +42,7 @@ METHODS = {
 """What trl calls it, and options of recipes/draft.py."""
 TRL, HERE, DEFAULT = "trl", "here", "here by default: ReFL, no guidance"
 VARIANTS = {
-    "here, checkpoint_steps": ["--checkpoint_steps", "true"],
+    "here, checkpoint_denoising_steps": ["--checkpoint_denoising_steps", "true"],
     "here, microbatch_size 16": ["--microbatch_size", "16"],
     "here, microbatch_size 8": ["--microbatch_size", "8"],
 }
@@ -51,9 +51,9 @@ Measured = dict[str, float]
 
 
 def agreement(python: Path, model: Path, folder: Path) -> None:
-    """Eight pictures from the same noise: the largest difference of pixels and rewards, and that of the gradient.
+    """Eight images from the same noise: the largest difference of pixels and rewards, and that of the gradient.
 
-    At pixels beyond [0, 1] the gradient would differ: trl clamps them, and it with them. These pictures have none.
+    At pixels beyond [0, 1] the gradient would differ: trl clamps them, and it with them. These images have none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy("shapes", device=torch.device("cpu"))
@@ -67,9 +67,9 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
         run([*command, "--backprop-steps", str(depth)], 1)
         theirs = torch.load(folder / f"gradient-{depth}.pt", weights_only=True)
         generators = [torch.Generator().manual_seed(i) for i in range(8)]
-        kept = Kept(torch.full((8,), 8 - depth))
-        images = paint_with_gradient(policy, prompts, sampler=sampler, kept=kept, generators=generators).images
-        rewards = judge_with_gradient(judges, images, prompts).rewards
+        kept = GradientWindow(torch.full((8,), 8 - depth))
+        images = sample_with_gradient(policy, prompts, sampler=sampler, kept=kept, generators=generators).images
+        rewards = score_with_gradient(judges, images, prompts).rewards
         gradient = torch.autograd.grad(-rewards.mean(), list(policy.trainable.values()))
         gradient = torch.cat([g.flatten() for g in gradient])
         other = torch.cat([theirs["gradients"][name].flatten() for name in policy.trainable])
@@ -137,7 +137,7 @@ def main() -> None:
         for (method, side), command in commands(python, model, arguments.threads, 2).items()
         if method == "K = 1" and side in (TRL, HERE)
     }
-    say(f"peak memory with 2 pictures a step instead of 64: trl {empty[TRL]:.0f} MB, here {empty[HERE]:.0f} MB")
+    say(f"peak memory with 2 images a step instead of 64: trl {empty[TRL]:.0f} MB, here {empty[HERE]:.0f} MB")
     found: dict[tuple[str, str], list[Measured]] = {}
     for turn in range(arguments.rounds):
         for number, (key, command) in enumerate(commands(python, model, arguments.threads, 64).items()):

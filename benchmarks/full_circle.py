@@ -1,6 +1,6 @@
 """The whole loop on the built-in world, by the recipes' own commands: `python benchmarks/full_circle.py`.
 
-    paint     pairs of pictures of one prompt, by the model before any tuning
+    paint     pairs of images of one prompt, by the model before any tuning
     ask       recipes/collect_preferences.py; who answers sees only what a browser shows, and goes by the oracle
     judge     recipes/train_reward_model.py on these answers and nothing else
     tune      recipes/ddpo.py with this judge; the oracle watches
@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from rlhf_t2i.shapes import oracle
-from rlhf_t2i.shapes.paintings import paint
+from rlhf_t2i.shapes.generated import paint
 from rlhf_t2i.shapes.scenes import all_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -69,8 +69,8 @@ def recipe(name: str, *arguments: object, launch: bool = True) -> None:
         raise SystemExit(f"{name} failed:\n{result.stderr[-3000:]}")
 
 
-def paint_pairs(folder: Path, *, count: int, seed: int) -> Path:
-    """Two pictures of each of so many prompts, in the format of a pair that nobody has judged."""
+def sample_pairs(folder: Path, *, count: int, seed: int) -> Path:
+    """Two images of each of so many prompts, in the format of a pair that nobody has judged."""
     rng = np.random.default_rng(seed)
     prompts = [str(prompt) for prompt in rng.choice(all_prompts("training"), count)]
     sides = [paint(prompts, seed=seed + 1).images, paint(prompts[::-1], seed=seed + 2).images.flip(0)]
@@ -109,14 +109,14 @@ def page(*arguments: object) -> Iterator[str]:
 
 
 def answer_all(address: str) -> dict[str, int]:
-    """What a browser does, with the oracle in the chair: look at both pictures, press a key, until no pair is left."""
+    """What a browser does, with the oracle in the chair: look at both images, press a key, until no pair is left."""
     pressed: dict[str, int] = {}
     patient = httpx.HTTPTransport(retries=8)  # the address is printed before the server listens
     with httpx.Client(base_url=address, transport=patient, timeout=30) as client:
         pair = client.post("/enter", json={"annotator": "oracle"}).raise_for_status().json()
         while pair["prompt"] is not None:
             seen = [
-                np.array(Image.open(io.BytesIO(client.get(f"/picture/{pair[side]}").content)))
+                np.array(Image.open(io.BytesIO(client.get(f"/image/{pair[side]}").content)))
                 for side in ("left", "right")
             ]
             pixels = torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2).float() / 255
@@ -147,18 +147,18 @@ def main() -> None:
         say(f"{part:<10}{now - last:6.0f} s")
         last = now
 
-    pairs = paint_pairs(folder / "pictures", count=arguments.pairs, seed=seed)
+    pairs = sample_pairs(folder / "images", count=arguments.pairs, seed=seed)
     done("painted")
     with page("--pairs", pairs, "--run_folder", folder / "answers") as address:
         pressed = answer_all(address)
     done("asked")
     say(f"          {', '.join(f'{count} {key}' for key, count in sorted(pressed.items()))}")
     trained = folder / "answers" / "pairs.jsonl"
-    recipe("train_reward_model", "--training", trained, "--seed", seed, "--run_folder", folder / "judge")
-    done("judge")
-    measured = json.loads((folder / "judge" / "metrics.json").read_text())["validation"][0]
+    recipe("train_reward_model", "--training", trained, "--seed", seed, "--run_folder", folder / "reward_model")
+    done("llava_reward")
+    measured = json.loads((folder / "reward_model" / "metrics.json").read_text())["validation"][0]
     say(f"          {measured['name']} {measured['value']:.3f} on held-out prompts of the answers")
-    judge = f"judge:{folder / 'judge' / 'judge'}"
+    judge = f"llava_reward:{folder / 'judge' / 'judge'}"
     recipe(
         "ddpo", "--rewards", judge, "--evaluation_rewards", f"oracle,oracle_pass,{judge}",
         "--num_steps", arguments.steps, "--seed", seed, "--run_folder", folder / "painter",
@@ -167,10 +167,10 @@ def main() -> None:
     rows = [json.loads(line) for line in (folder / "painter" / "metrics.jsonl").read_text().splitlines()]
     looks = [row["oracle_pass"] for row in rows if row["kind"] == "evaluation"]
     say(f"          oracle_pass {looks[0]:.3f} before, {looks[-1]:.3f} after")
-    for name in ("judge", "painter"):
+    for name in ("llava_reward", "painter"):
         recipe("publish", "--run", folder / name, "--folder", folder / "published" / name, launch=False)
     done("published")
-    published = [str(folder / "published" / name) for name in ("painter", "judge")]
+    published = [str(folder / "published" / name) for name in ("painter", "llava_reward")]
     used = subprocess.run(
         [sys.executable, "-c", USE, *published], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,

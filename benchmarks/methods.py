@@ -1,6 +1,6 @@
 """Which method for what? `python benchmarks/methods.py` tunes a built-in model by every recipe for as long.
 
-Every method trains for the same seconds on one thread, painting and judging included, evaluation not; held-out pictures
+Every method trains for the same seconds on one thread, painting and judging included, evaluation not; held-out images
 are looked at now and then. The judge is the reward; the oracle, which no method sees, counts. Best-of-N changes no
 weight: its rows say what each n costs instead. Prints Markdown, mean of the seeds with the lowest and highest; writes
 curves.json and curves.svg.
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "DDPO": ("ddpo", {}),
     "ReFL, from a quarter on": ("draft", {}),
-    "ReFL, as published": ("draft", {"late_start": "0.75"}),
+    "ReFL, as published": ("draft", {"window_start": "0.75"}),
     "DRaFT-1": ("draft", {"method": "draft", "backprop_steps": "1"}),
     "DRaFT-4": ("draft", {"method": "draft", "backprop_steps": "4"}),
     "DRaFT-LV": ("draft", {"method": "draft_lv"}),
@@ -121,13 +121,13 @@ def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """Each evaluation with the seconds of training before it, and the gap as the report draws it."""
     looks = [i for i, row in enumerate(rows) if row["kind"] == "evaluation"]
     first = rows[looks[0]]
-    spread = {name: first[f"{name}/standard_error"] * first["num_images"] ** 0.5 for name in ("judge", "oracle")}
+    spread = {name: first[f"{name}/standard_error"] * first["num_images"] ** 0.5 for name in ("llava_reward", "oracle")}
     points: list[dict[str, float]] = []
     for i in looks:
         gained = {name: (rows[i][name] - first[name]) / spread[name] for name in spread}
         points.append({
-            "seconds": trained(rows[:i]), "pass": 100 * rows[i]["oracle_pass"], "judge": rows[i]["judge"],
-            "gap": gained["judge"] - gained["oracle"], "diversity": rows[i]["diversity"],
+            "seconds": trained(rows[:i]), "pass": 100 * rows[i]["oracle_pass"], "llava_reward": rows[i]["llava_reward"],
+            "gap": gained["llava_reward"] - gained["oracle"], "diversity": rows[i]["diversity"],
         })  # fmt: skip
     return points
 
@@ -147,18 +147,18 @@ def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
     """Of the untouched model: for n = 1, 2, 4, 8, 16 the pass rate and the judge's score of what it picks."""
     import torch
 
-    from rlhf_t2i.sampling.best_of_n import expected_best
+    from rlhf_t2i.search.api import best_of_n as search
+    from rlhf_t2i.search.best_of_n import expected_best
     from rlhf_t2i.shapes import oracle
     from rlhf_t2i.shapes.scenes import all_prompts
-    from rlhf_t2i.steer import best_of_n as search
 
     torch.set_num_threads(1)
     prompts = all_prompts("held-out") * arguments.searches
-    from rlhf_t2i.policies.load import load_policy
+    from rlhf_t2i.models.load import load_policy
 
-    painter = load_policy(arguments.model, device=torch.device("cpu"))
+    model = load_policy(arguments.model, device=torch.device("cpu"))
     found = search(
-        painter, prompts, "judge", n=16, num_denoising_steps=8, guidance_scale=1.0, batch_size=64,
+        model, prompts, "llava_reward", n=16, num_denoising_steps=8, guidance_scale=1.0, batch_size=64,
         seed=10_000_000 * (seed + 1),
     )  # fmt: skip
     scores = found.verdict.reward
@@ -237,7 +237,7 @@ def main() -> None:
     (arguments.output_folder / "curves.json").write_text(json.dumps(curves))
     draw(curves, arguments.output_folder / "curves.svg", seconds=arguments.seconds)
     say = sys.stdout.write
-    say("| method | pass, % | judge | gap | diversity | peak MB | pictures painted |\n|---|---|---|---|---|---|---|\n")
+    say("| method | pass, % | judge | gap | diversity | peak MB | images painted |\n|---|---|---|---|---|---|---|\n")
     start = next(points[0] for runs in curves.values() for points in runs)
     say(f"| before | {start['pass']:.1f} | {start['judge']:.2f} | 0 | {start['diversity']:.3f} | | |\n")
     for name, runs in curves.items():
@@ -252,7 +252,7 @@ def main() -> None:
             f"| {cell([e['gap'] for e in ends], 2)} | {np.mean([e['diversity'] for e in ends]):.3f} "
             f"| {max(one['megabytes'] for one in facts[name]):.0f} | {np.mean(painted):.0f} |\n"
         )
-    say("\n| best-of-n of the untouched model | pass, % | judge | denoiser calls a picture |\n|---|---|---|---|\n")
+    say("\n| best-of-n of the untouched model | pass, % | judge | denoiser calls an image |\n|---|---|---|---|\n")
     for rows in zip(*(best_of_n(seed, arguments) for seed in arguments.seeds), strict=True):
         n = int(rows[0][0])
         say(f"| n = {n} | {cell([r[1] for r in rows], 1)} | {cell([r[2] for r in rows], 2)} | {8 * n} |\n")

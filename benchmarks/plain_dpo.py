@@ -1,4 +1,4 @@
-"""Diffusion-DPO as it is commonly written, to be measured against: each step opens and encodes its pictures anew."""
+"""Diffusion-DPO as it is commonly written, to be measured against: each step opens and encodes its images anew."""
 
 # diffusers has no usable types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from rlhf_t2i.policies.load import BUILT_IN
+from rlhf_t2i.models.load import BUILT_IN
 
 
 def train_on_the_fly(

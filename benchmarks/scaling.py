@@ -3,7 +3,7 @@
 The first table is of speed: `recipes/ddpo.py` on the built-in world, images/s of rollout, reward and update on two
 processes of one thread, and that over twice what one such process does. Needs two free cores. The second is of memory:
 the peak of one process in two steps of a larger U-Net of random weights, measured as resident memory of the operating
-system and computed by `rlhf_t2i.parallel.memory`. Prints Markdown.
+system and computed by `rlhf_t2i.distributed.memory`. Prints Markdown.
 """
 
 # diffusers has no usable types.
@@ -113,9 +113,9 @@ def measure_memory(output: Path) -> None:
     """In a process that `accelerate launch` started: train a little, and write down the peak and what was expected."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from rlhf_t2i.parallel.memory import memory_of, peak_bytes
-    from rlhf_t2i.parallel.placement import learning_of
-    from rlhf_t2i.parallel.processes import end_processes, learner_for, start_processes
+    from rlhf_t2i.distributed.memory import memory_of, peak_bytes
+    from rlhf_t2i.distributed.placement import learning_of
+    from rlhf_t2i.distributed.processes import end_processes, make_engine, start_processes
 
     torch.set_num_threads(1)
     accelerator, mode = start_processes("no")
@@ -131,18 +131,18 @@ def measure_memory(output: Path) -> None:
     # The operating system counts a buffer only where it was written to, and DeepSpeed's bucket is larger than all.
     learning = replace(learning, bucket=min(learning.bucket, learning.trainable))
     expected = memory_of(learning, activations=activations)
-    learner = learner_for(
+    engine = make_engine(
         accelerator, mode, network, torch.optim.AdamW(network.parameters(), foreach=True),  # as on a GPU
         max_gradient_norm=1.0, microbatch_size=BATCH, say=lambda text: None,
     )  # fmt: skip
 
     def update() -> None:
         for last in (False, True):
-            with learner.accumulating(last=last):
-                learner.backward(learner.network(*inputs(), return_dict=False)[0].square().mean())
+            with engine.accumulating(last=last):
+                engine.backward(engine.network(*inputs(), return_dict=False)[0].square().mean())
 
     def paint() -> None:
-        with torch.no_grad(), learner.whole_network() as whole:
+        with torch.no_grad(), engine.gathered_network() as whole:
             whole(*inputs(), return_dict=False)
 
     def peak(phase: Callable[[], Any]) -> int:
@@ -150,7 +150,7 @@ def measure_memory(output: Path) -> None:
         phase()
         return resident("VmHWM") - baseline
 
-    measured = [(peak(paint), peak(update), peak(lambda: learner.descend(1e-4))) for _ in range(3)][-1]
+    measured = [(peak(paint), peak(update), peak(lambda: engine.optimizer_step(1e-4))) for _ in range(3)][-1]
     most = cast(torch.Tensor, accelerator.gather(torch.tensor([measured]))).amax(0).tolist()
     if accelerator.is_main_process:
         names = ("painting", "updating", "stepping")

@@ -1,8 +1,8 @@
 """How fast does a judge score, and where does that come from? `python benchmarks/score_throughput.py`, CPU, one thread.
 
-Beside it the straightforward way, as the published code takes it: one picture a call, eager attention, one pass of the
+Beside it the straightforward way, as the published code takes it: one image a call, eager attention, one pass of the
 whole backbone for each perspective, and SkipCA at every position with its keys and values formed. Both ways score the
-same pictures by the same weights in one run, in turns; their scores must agree within 1e-4. Times are of the processor,
+same images by the same weights in one run, in turns; their scores must agree within 1e-4. Times are of the processor,
 not of the clock, so that a busy machine changes little.
 
 Two judges: the built-in one (16 visual tokens), and a random LLaVA of some 30 million parameters (LoRA of rank 16) that
@@ -32,11 +32,11 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConf
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from reward_model.backbones.llava import Llava
-from reward_model.backbones.text import PromptReader, find_chat_template
-from reward_model.facts import Facts
+from reward_model.backbones.prompts import PromptTokenizer, find_chat_template
+from reward_model.config import RewardModelConfig
 from reward_model.model import Perspective, RewardModel, last_real_token
 from reward_model.scoring import LlavaReward
-from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
+from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL
 
 NAMES = ("alignment", "fidelity", "safety", "ranking")
 PROMPTS = ("a red circle on a blue background", "two green squares on a white background", "three yellow triangles")
@@ -46,7 +46,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Pictures to score, and by what."""
+    """Images to score, and by what."""
 
     judge: LlavaReward
     images: Float[Tensor, "B 3 Y X"]
@@ -78,7 +78,7 @@ def print_comparison(num_images: int, image_size: int, *, rounds: int) -> None:
         if kind == "one LoRA":
             works["random LLaVA, one perspective"] = work(judge, num_images, image_size, names=NAMES[:1])
         works[f"random LLaVA, four, {kind}"] = work(judge, num_images, image_size)
-    write("| judge | pictures | straightforward, pictures/s | this project, pictures/s | ratio | largest difference |")
+    write("| judge | images | straightforward, images/s | this project, images/s | ratio | largest difference |")
     write("|---|---|---|---|---|---|")
     for words, wanted in works.items():
         slow, fast = interleaved([lambda w=wanted: straightforward(w), lambda w=wanted: scores_of(w)], rounds=rounds)
@@ -94,7 +94,7 @@ def print_comparison(num_images: int, image_size: int, *, rounds: int) -> None:
 
 def print_settings(num_images: int) -> None:
     """One setting changed at a time."""
-    write("\n| random LLaVA, one LoRA, 256 visual tokens, batches of 2, float32 | pictures/s | peak, MB more |")
+    write("\n| random LLaVA, one LoRA, 256 visual tokens, batches of 2, float32 | images/s | peak, MB more |")
     write("|---|---|---|")
     judge = random_llava(224)
     one = work(judge, num_images, 224, names=NAMES[:1])
@@ -194,9 +194,9 @@ def _megabytes(field: str) -> float:
 
 
 def work(judge: LlavaReward, num_images: int, size: int, *, names: Sequence[str] | None = None) -> Work:
-    """Random pictures under prompts of different lengths.
+    """Random images under prompts of different lengths.
 
-    Small pictures go in one batch; of larger ones a core's cache holds the states of two.
+    Small images go in one batch; of larger ones a core's cache holds the states of two.
     """
     images = torch.rand(num_images, 3, size, size, generator=torch.Generator().manual_seed(0))
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(num_images)]
@@ -206,14 +206,14 @@ def work(judge: LlavaReward, num_images: int, size: int, *, names: Sequence[str]
 
 def built_in() -> LlavaReward:
     """A judge of its own, to put perspectives on."""
-    return LlavaReward.from_pretrained(BUILT_IN_JUDGE)
+    return LlavaReward.from_pretrained(BUILT_IN_REWARD_MODEL)
 
 
 def with_heads(judge: LlavaReward) -> LlavaReward:
     """Three more perspectives that have the first one's LoRA and projector, and another SkipCA and head."""
     first = judge.perspectives[0]
     for seed, name in enumerate(NAMES[1:], start=1):
-        judge.add(BUILT_IN_JUDGE, name=f"{name}_too")
+        judge.add(BUILT_IN_REWARD_MODEL, name=f"{name}_too")
         scatter(judge.model, f"{name}_too", ("skip_ca", "head"), seed=seed)
     assert judge.model.reads_alike(first, judge.perspectives[-1])
     return judge
@@ -221,7 +221,7 @@ def with_heads(judge: LlavaReward) -> LlavaReward:
 
 def random_llava(image_size: int, *, own_loras: bool = False, dtype: torch.dtype = torch.float32) -> LlavaReward:
     """Four perspectives on one backbone: with one LoRA and projector for all, or one each."""
-    source = BUILT_IN_JUDGE / "backbone"
+    source = BUILT_IN_REWARD_MODEL / "backbone"
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=image_size,
@@ -240,11 +240,13 @@ def random_llava(image_size: int, *, own_loras: bool = False, dtype: torch.dtype
     network = network.to(dtype).eval().requires_grad_(False)
     square = {"height": image_size, "width": image_size}
     processor = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
-    reader = PromptReader(tokenizer, image_token_id, find_chat_template(str(source), tokenizer), 1024)
+    reader = PromptTokenizer(tokenizer, image_token_id, find_chat_template(str(source), tokenizer), 1024)
     model = RewardModel(Llava(network, reader, processor))
     for seed, name in enumerate(NAMES):
         model.add(
-            Facts(perspective=name, backbone="", model_type="llava", width=512, lora_rank=16, lora_alpha=32.0),
+            RewardModelConfig(
+                perspective=name, backbone="", model_type="llava", width=512, lora_rank=16, lora_alpha=32.0
+            ),
             seed=seed,
         )
         scatter(model, name, ("lora", "skip_ca", "head"), seed=seed if own_loras else 0, also_seed=seed)

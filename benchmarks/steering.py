@@ -1,9 +1,9 @@
 """What is a judge worth while painting? `python benchmarks/steering.py` searches the built-in world with every method.
 
-Prints Markdown. The first table has, for every method, its cost and the oracle's pass rate of the pictures that the
-judge picks; the share is that of best-of-16's gain over one picture. The second has FK steering with and without judges
+Prints Markdown. The first table has, for every method, its cost and the oracle's pass rate of the images that the
+judge picks; the share is that of best-of-16's gain over one image. The second has FK steering with and without judges
 at several guidance scales, the small repeat of LLaVA-Reward's own experiment (arXiv:2507.21391). Cells are the mean of
-the seeds and the lowest and highest of them; every seed searches for several pictures of each held-out prompt.
+the seeds and the lowest and highest of them; every seed searches for several images of each held-out prompt.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from functools import partial
 import torch
 
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.particles import PotentialName
-from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.sampling.best_of_n import best_of_n, expected_best, pruned_best_of_n
-from rlhf_t2i.sampling.fk_steering import fk_steering, reward_spread
-from rlhf_t2i.sampling.noise_search import gradient_search, neighbourhood_search
-from rlhf_t2i.sampling.studio import Candidates, Judges, Studio
-from rlhf_t2i.seeds import PAINT, RESAMPLE, SPREAD, generator_for
+from rlhf_t2i.search.best_of_n import best_of_n, expected_best, pruned_best_of_n
+from rlhf_t2i.search.context import Candidates, RewardFunction, SearchContext
+from rlhf_t2i.search.fk_steering import fk_steering, reward_spread
+from rlhf_t2i.search.noise_search import gradient_search, neighbourhood_search
+from rlhf_t2i.search.particles import PotentialName
+from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for
 from rlhf_t2i.shapes import oracle
-from rlhf_t2i.types import Painter, Sampler
+from rlhf_t2i.types import DiffusionModel, Sampler
 
 NUM_STEPS = 8
 RESAMPLE_AFTER = (2, 3, 4, 6)
@@ -42,7 +42,7 @@ class Outcome:
     """What one method gave with one seed, each number the mean over searches."""
 
     denoiser_calls: float
-    judge_calls: float
+    reward_calls: float
     seconds: float
     reward: float
     passed: float
@@ -52,45 +52,43 @@ class Outcome:
 class Bench:
     """One seed's searches: which prompts, and how they are painted and judged."""
 
-    painter: Painter
-    judge: Judges
+    model: DiffusionModel
+    judge: RewardFunction
     prompts: list[str]
     seed: int
     guidance_scale: float = 1.0
 
-    def studio(self, *, eta: float) -> Studio:
-        sampler = Sampler(self.painter.schedule(NUM_STEPS), partial(ddim, eta=eta), self.guidance_scale)
-        return Studio(self.painter, self.judge, sampler=sampler, batch_size=128)
+    def context(self, *, eta: float) -> SearchContext:
+        sampler = Sampler(self.model.schedule(NUM_STEPS), partial(ddim, eta=eta), self.guidance_scale)
+        return SearchContext(self.model, self.judge, sampler=sampler, batch_size=128)
 
     def generators(self, num: int) -> list[torch.Generator]:
-        return [generator_for(self.seed, PAINT, p, i) for p in range(len(self.prompts)) for i in range(num)]
+        return [generator_for(self.seed, SAMPLE, p, i) for p in range(len(self.prompts)) for i in range(num)]
 
     def spread(self) -> float:
         few = list(dict.fromkeys(self.prompts))
-        pilots = [generator_for(self.seed, SPREAD, i) for i in range(4 * len(few))]
-        return reward_spread(self.studio(eta=1.0), few, generators=pilots)
+        pilots = [generator_for(self.seed, CALIBRATE, i) for i in range(4 * len(few))]
+        return reward_spread(self.context(eta=1.0), few, generators=pilots)
 
-    def steered(
-        self, num: int, *, spread: float, potential: PotentialName, minimum_effective: float = 1.0
-    ) -> Candidates:
+    def steered(self, num: int, *, spread: float, potential: PotentialName, ess_threshold: float = 1.0) -> Candidates:
         return fk_steering(
-            self.studio(eta=1.0), self.prompts, strength=STRENGTH, spread=spread, potential=potential,
-            resample_after=RESAMPLE_AFTER, minimum_effective=minimum_effective, generators=self.generators(num),
+            self.context(eta=1.0), self.prompts, strength=STRENGTH, spread=spread, potential=potential,
+            resample_after=RESAMPLE_AFTER, ess_threshold=ess_threshold, generators=self.generators(num),
             resampling=[generator_for(self.seed, RESAMPLE, p) for p in range(len(self.prompts))],
         ).candidates  # fmt: skip
 
     def outcome(self, found: Candidates) -> Outcome:
-        """The picked pictures', and the cost of one search."""
+        """The picked images', and the cost of one search."""
         count, cost = len(self.prompts), found.cost
         reward = found.verdict.reward.gather(1, found.picked[:, None])
         passed = oracle.judge(found.best, self.prompts).passed.float().mean().item()
         return Outcome(
-            cost.denoiser_calls / count, cost.judge_calls / count, cost.seconds / count, reward.mean().item(), passed
+            cost.denoiser_calls / count, cost.reward_calls / count, cost.seconds / count, reward.mean().item(), passed
         )
 
     def curve(self, num: int, *, eta: float) -> dict[int, Outcome]:
         """Best-of-n for n = 1, 2, 4 ... up to `num`, from one run."""
-        found = best_of_n(self.studio(eta=eta), self.prompts, generators=self.generators(num))
+        found = best_of_n(self.context(eta=eta), self.prompts, generators=self.generators(num))
         texts = [prompt for prompt in self.prompts for _ in range(num)]
         passed = oracle.judge(found.images.flatten(0, 1), texts).passed.float().unflatten(0, (-1, num))
         reward, cost, count = found.verdict.reward, found.cost, num * len(self.prompts)
@@ -99,7 +97,7 @@ class Bench:
         def outcome(n: int) -> Outcome:
             return Outcome(
                 denoiser_calls=cost.denoiser_calls * n / count,
-                judge_calls=cost.judge_calls * n / count,
+                reward_calls=cost.reward_calls * n / count,
                 seconds=cost.seconds * n / count,
                 reward=rewards[n - 1].item(),
                 passed=passes[n - 1].item(),
@@ -114,7 +112,7 @@ def methods(bench: Bench) -> dict[str, Outcome]:
     for eta in (0.0, 1.0):
         rows |= {f"best of {n}, eta {eta:g}": outcome for n, outcome in bench.curve(16, eta=eta).items()}
     for num, keep in ((16, {2: 8, 4: 4}), (16, {1: 8, 2: 4, 4: 2}), (32, {2: 16, 4: 8})):
-        found = pruned_best_of_n(bench.studio(eta=0.0), bench.prompts, keep=keep, generators=bench.generators(num))
+        found = pruned_best_of_n(bench.context(eta=0.0), bench.prompts, keep=keep, generators=bench.generators(num))
         said = ", ".join(f"{kept} after {after}" for after, kept in keep.items())
         rows[f"pruned best of {num}: {said}"] = bench.outcome(found.candidates)
     spread = bench.spread()
@@ -123,21 +121,21 @@ def methods(bench: Bench) -> dict[str, Outcome]:
             rows[f"FK, {num} particles, {potential}"] = bench.outcome(
                 bench.steered(num, spread=spread, potential=potential)
             )
-    adaptive = bench.steered(16, spread=spread, potential="difference", minimum_effective=0.5)
+    adaptive = bench.steered(16, spread=spread, potential="difference", ess_threshold=0.5)
     rows["FK, 16 particles, difference, adaptive"] = bench.outcome(adaptive)
-    studio = partial(bench.studio, eta=0.0)
+    context = partial(bench.context, eta=0.0)
     for similarity in (0.0, 0.8, 0.95):
         found = neighbourhood_search(
-            studio(), bench.prompts, num_rounds=4, similarity=similarity, generators=bench.generators(4)
+            context(), bench.prompts, num_rounds=4, similarity=similarity, generators=bench.generators(4)
         )
         rows[f"noise search, 4 rounds of 4, similarity {similarity:g}"] = bench.outcome(found)
-    found = gradient_search(studio(), bench.prompts, num_rounds=8, learning_rate=5.0, generators=bench.generators(1))
+    found = gradient_search(context(), bench.prompts, num_rounds=8, learning_rate=5.0, generators=bench.generators(1))
     rows["noise search by gradient, 8 rounds"] = bench.outcome(found)
     return rows
 
 
 def guided(benches: dict[str, Bench]) -> dict[str, float]:
-    """The pass rate of one plain picture and of FK steering with each judge."""
+    """The pass rate of one plain image and of FK steering with each judge."""
     plain = next(iter(benches.values()))
     rows = {"no judge": plain.curve(1, eta=1.0)[1].passed}
     for name, bench in benches.items():
@@ -164,7 +162,7 @@ def print_methods(seeds: Sequence[dict[str, Outcome]]) -> None:
         seconds, reward = sum(row.seconds for row in rows) / num, sum(row.reward for row in rows) / num
         share = (sum(row.passed for row in rows) - sum(one)) / gain if gain else float("nan")
         sys.stdout.write(
-            f"| {name} | {first.denoiser_calls:.0f} | {first.judge_calls:.0f} | {seconds:.2f} | {reward:.2f} "
+            f"| {name} | {first.denoiser_calls:.0f} | {first.reward_calls:.0f} | {seconds:.2f} | {reward:.2f} "
             f"| {cell([row.passed for row in rows])} | {100 * share:.0f} % |\n"
         )
 
@@ -175,19 +173,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--searches-per-prompt", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=17, help="the first of the held-out ones")
-    parser.add_argument("--judge", default="judge", help="of the first table")
+    parser.add_argument("--judge", default="llava_reward", help="of the first table")
     parser.add_argument(
         "--judges", nargs="+", default=["LLaVA-Reward=judge"], metavar="NAME=REWARD", help="of the second table"
     )
     parser.add_argument("--tables", nargs="+", default=["methods", "guidance"], choices=["methods", "guidance"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    painter = load_policy("shapes", device=torch.device("cpu"))
-    prompts = load_prompts("shapes", held_out=True)[: arguments.prompts] * arguments.searches_per_prompt
+    model = load_policy("shapes", device=torch.device("cpu"))
+    prompts = load_prompts("shapes", held_out=True)[: arguments.prompts] * arguments.images_per_prompt
     seeds = range(arguments.seeds)
     if "methods" in arguments.tables:
         judge = load_rewards(arguments.judge, finite=False)
-        print_methods([methods(Bench(painter, judge, prompts, seed)) for seed in seeds])
+        print_methods([methods(Bench(model, judge, prompts, seed)) for seed in seeds])
         sys.stdout.write("\n")
     if "guidance" in arguments.tables:
         judges = {
@@ -195,7 +193,7 @@ def main() -> None:
         }
         found = {
             scale: [
-                guided({name: Bench(painter, judge, prompts, seed, scale) for name, judge in judges.items()})
+                guided({name: Bench(model, judge, prompts, seed, scale) for name, judge in judges.items()})
                 for seed in seeds
             ]
             for scale in GUIDANCE_SCALES

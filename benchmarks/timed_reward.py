@@ -26,9 +26,9 @@ def peak_megabytes() -> float:
 
 
 def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """How much pictures in [0, 1] please a small network with random weights, which does not read.
+    """How much images in [0, 1] please a small network with random weights, which does not read.
 
-    Writes a line into the file that the variable TIMES names, if it is set. A call for one picture is a mere trial.
+    Writes a line into the file that the variable TIMES names, if it is set. A call for one image is a mere trial.
     """
     del prompts
     if "TIMES" in os.environ and len(images) > 1:

@@ -36,26 +36,26 @@ def trainer(model: str, learning_rate: float, **more: Any) -> DDPOTrainer:
         return oracle.judge(images.float().clamp(0, 1), prompts).graded, {}
 
     config = DDPOConfig(**{**SETTINGS, "train_learning_rate": learning_rate, **more})
-    # Without a hook for pictures DDPOTrainer fails at its own warning, and with one it asks for a tracker later.
-    learner = DDPOTrainer(config, reward, lambda: (chance.choice(prompts), {}), pipeline, print)
-    learner.image_samples_callback = None
-    return learner
+    # Without a hook for images DDPOTrainer fails at its own warning, and with one it asks for a tracker later.
+    engine = DDPOTrainer(config, reward, lambda: (chance.choice(prompts), {}), pipeline, print)
+    engine.image_samples_callback = None
+    return engine
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Epochs of 192 pictures and two optimiser steps, until the time is up; weights and seconds after each."""
-    learner = trainer(
+    """Epochs of 192 images and two optimiser steps, until the time is up; weights and seconds after each."""
+    engine = trainer(
         arguments.model, arguments.learning_rate, logdir=str(arguments.folder / "logs"), save_freq=10**6,
         sample_batch_size=64, sample_num_batches_per_epoch=3, train_batch_size=32, train_gradient_accumulation_steps=3,
     )  # fmt: skip
-    learner.sd_pipeline.set_progress_bar_config(disable=True)
+    engine.sd_pipeline.set_progress_bar_config(disable=True)
     seconds: list[float] = []
     for epoch in range(arguments.max_epochs):
         start = time.monotonic()
-        learner.step(epoch, epoch)
+        engine.step(epoch, epoch)
         seconds.append(time.monotonic() - start)
         if (epoch + 1) % arguments.save_every == 0:
-            unet = learner.accelerator.unwrap_model(learner.sd_pipeline.unet)
+            unet = engine.accelerator.unwrap_model(engine.sd_pipeline.unet)
             unet.save_pretrained(arguments.folder / f"step_{epoch + 1:03d}" / "unet")
         if sum(seconds) > arguments.max_seconds:
             break
@@ -66,28 +66,28 @@ def replay(arguments: argparse.Namespace) -> None:
     """Densities and the first update for a trajectory that was painted elsewhere."""
     given = torch.load(arguments.folder / "trajectory.pt", weights_only=True)
     count, num_steps = given["log_probs"].shape
-    learner = trainer(
+    engine = trainer(
         arguments.model, arguments.learning_rate, logdir=str(arguments.folder / "logs"),
         sample_batch_size=count, sample_num_batches_per_epoch=1, train_batch_size=count,
     )  # fmt: skip
-    learner.sd_pipeline.scheduler.set_timesteps(num_steps)
-    times = learner.sd_pipeline.scheduler.timesteps
-    embeddings = torch.cat([learner.neg_prompt_embed.expand_as(given["conditioning"]), given["conditioning"]])
+    engine.sd_pipeline.scheduler.set_timesteps(num_steps)
+    times = engine.sd_pipeline.scheduler.timesteps
+    embeddings = torch.cat([engine.neg_prompt_embed.expand_as(given["conditioning"]), given["conditioning"]])
     found: list[torch.Tensor] = []
     for step, t in enumerate(times):
         latents, following, repeated = given["latents"][:, step], given["latents"][:, step + 1], t.repeat(count)
         with torch.no_grad():
-            both = learner.sd_pipeline.unet(torch.cat([latents] * 2), torch.cat([repeated] * 2), embeddings).sample
+            both = engine.sd_pipeline.unet(torch.cat([latents] * 2), torch.cat([repeated] * 2), embeddings).sample
             unconditional, conditional = both.chunk(2)
-            noise = unconditional + learner.config.sample_guidance_scale * (conditional - unconditional)
-            output = learner.sd_pipeline.scheduler_step(noise, repeated, latents, eta=1.0, prev_sample=following)
+            noise = unconditional + engine.config.sample_guidance_scale * (conditional - unconditional)
+            output = engine.sd_pipeline.scheduler_step(noise, repeated, latents, eta=1.0, prev_sample=following)
         found.append(output.log_probs)
-        loss, _, _ = learner.calculate_loss(
+        loss, _, _ = engine.calculate_loss(
             latents, repeated, following, given["log_probs"][:, step], given["advantages"], embeddings
         )
         (loss / num_steps).backward()
-    unet = learner.accelerator.unwrap_model(learner.sd_pipeline.unet)
-    torch.nn.utils.clip_grad_norm_(unet.parameters(), learner.config.train_max_grad_norm)
+    unet = engine.accelerator.unwrap_model(engine.sd_pipeline.unet)
+    torch.nn.utils.clip_grad_norm_(unet.parameters(), engine.config.train_max_grad_norm)
     gradients = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
     torch.save({"log_probs": torch.stack(found, dim=1), "gradients": gradients}, arguments.folder / "replayed.pt")
 
@@ -107,32 +107,32 @@ def alignprop_trainer(arguments: argparse.Namespace, *, backprop_steps: int, bat
         truncated_backprop_rand=not backprop_steps, truncated_backprop_timestep=8 - backprop_steps,
         truncated_rand_backprop_minmax=(0, 7),
     )  # fmt: skip
-    learner = AlignPropTrainer(
+    engine = AlignPropTrainer(
         config, lambda images, prompts, _: (timed_reward(images, prompts), {}), lambda: (chance.choice(prompts), {}),
         pipeline, print,
     )  # fmt: skip
-    learner.image_samples_callback = None  # as above
-    learner.sd_pipeline.set_progress_bar_config(disable=True)
-    return learner
+    engine.image_samples_callback = None  # as above
+    engine.sd_pipeline.set_progress_bar_config(disable=True)
+    return engine
 
 
 def alignprop(arguments: argparse.Namespace) -> None:
     """Some steps; `timed_reward` takes the time."""
-    learner = alignprop_trainer(arguments, backprop_steps=arguments.backprop_steps, batch_size=arguments.batch_size)
+    engine = alignprop_trainer(arguments, backprop_steps=arguments.backprop_steps, batch_size=arguments.batch_size)
     for epoch in range(arguments.max_epochs):
-        learner.step(epoch, epoch)
+        engine.step(epoch, epoch)
 
 
 def gradient(arguments: argparse.Namespace) -> None:
-    """Pictures, rewards and gradient for noise and prompts that are given."""
+    """Images, rewards and gradient for noise and prompts that are given."""
     given = torch.load(arguments.folder / "given.pt", weights_only=True)
-    learner = alignprop_trainer(arguments, backprop_steps=arguments.backprop_steps, batch_size=len(given["noise"]))
-    pipeline = learner.sd_pipeline
+    engine = alignprop_trainer(arguments, backprop_steps=arguments.backprop_steps, batch_size=len(given["noise"]))
+    pipeline = engine.sd_pipeline
     pipeline.rgb_with_grad = partial(pipeline.rgb_with_grad, latents=given["noise"])
-    pairs = learner._generate_samples(len(given["noise"]), prompts=given["prompts"])
-    rewards = learner.compute_rewards(pairs)
-    learner.calculate_loss(rewards).backward()
-    unet = learner.accelerator.unwrap_model(pipeline.unet)
+    pairs = engine._generate_samples(len(given["noise"]), prompts=given["prompts"])
+    rewards = engine.compute_rewards(pairs)
+    engine.calculate_loss(rewards).backward()
+    unet = engine.accelerator.unwrap_model(pipeline.unet)
     gradients = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
     found = {"images": pairs["images"].detach(), "rewards": rewards.detach(), "gradients": gradients}
     torch.save(found, arguments.folder / f"gradient-{arguments.backprop_steps}.pt")

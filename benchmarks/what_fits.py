@@ -1,7 +1,7 @@
 """What fits on which GPUs? `python benchmarks/what_fits.py` computes it for full-size models; nothing is measured.
 
 Weights are counted and activations followed through the real networks of diffusers on fake tensors, in bfloat16, with
-gradient checkpointing and the smallest microbatch (a pair for DPO); then `rlhf_t2i.parallel.memory` adds up what one
+gradient checkpointing and the smallest microbatch (a pair for DPO); then `rlhf_t2i.distributed.memory` adds up what one
 GPU holds. Judge, text encoders and autoencoder are there too, in bfloat16. Prints Markdown: the simplest way that fits
 with a tenth to spare, and its GB on each GPU, or in brackets the least that would be needed.
 """
@@ -21,14 +21,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlhf_t2i.parallel.memory import Learning, Memory, gathered_by_fsdp, memory_of, peak_bytes
-from rlhf_t2i.policies.lora import add_lora
+from rlhf_t2i.distributed.memory import Learning, Memory, gathered_by_fsdp, memory_of, peak_bytes
+from rlhf_t2i.models.lora import add_lora
 
 GPUS = {"1 x 24 GB": (1, 24), "1 x 80 GB": (1, 80), "8 x 80 GB": (8, 80)}
 SPARE = 0.9
 """Of a GPU's memory: kernels, the allocator's gaps and the driver take the rest."""
 BILLION = 1e9
-JUDGES = {"Qwen2.5-VL-3B": 3.75, "Phi-3.5-vision": 4.15, "Qwen2.5-VL-7B": 8.29}
+REWARD_MODELS = {"Qwen2.5-VL-3B": 3.75, "Phi-3.5-vision": 4.15, "Qwen2.5-VL-7B": 8.29}
 """Billions of parameters."""
 CLIP_L, CLIP_G, T5, QWEN3, AUTOENCODER = 0.123, 0.695, 4.762, 4.022, 0.084
 RANK = 16
@@ -180,14 +180,14 @@ def followed(model: Model, *, adapters: bool, batch: int) -> tuple[nn.Module, in
         def step() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 found = network(**model.inputs(batch), return_dict=False)[0]
-            answer = torch.stack(found) if isinstance(found, list) else found  # Z-Image's pictures come one by one
+            answer = torch.stack(found) if isinstance(found, list) else found  # Z-Image's images come one by one
             answer.float().square().mean().backward()
 
         return network, peak_bytes(network, step)
 
 
 def decoding(model: Model) -> int:
-    """Bytes of decoding a picture in bfloat16 and the way back, for DRaFT."""
+    """Bytes of decoding an image in bfloat16 and the way back, for DRaFT."""
     from diffusers import AutoencoderKL
 
     channels, side = model.latent
@@ -206,13 +206,13 @@ def decoding(model: Model) -> int:
 def ways(learning: Learning, num_gpus: int) -> dict[str, Learning]:
     """From the simplest to the most sparing."""
     one = replace(learning, processes=num_gpus)
-    offload = {"ZeRO-3 offload": replace(one, mode="zero3", offload=True, gather_for_painting=False)}
+    offload = {"ZeRO-3 offload": replace(one, mode="zero3", offload=True, gather_for_sampling=False)}
     if num_gpus == 1:
         return {"as it is": replace(one, mode="single"), **offload}
     return {
         "DDP": replace(one, mode="ddp"), "ZeRO-2": replace(one, mode="zero2"), "ZeRO-3": replace(one, mode="zero3"),
-        "ZeRO-3, layer by layer": replace(one, mode="zero3", gather_for_painting=False),
-        "FSDP2, layer by layer": replace(one, mode="fsdp2", gather_for_painting=False), **offload,
+        "ZeRO-3, layer by layer": replace(one, mode="zero3", gather_for_sampling=False),
+        "FSDP2, layer by layer": replace(one, mode="fsdp2", gather_for_sampling=False), **offload,
     }  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def main() -> None:
     """Follow every model and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--judge", choices=[*JUDGES, "elsewhere"], default="Qwen2.5-VL-3B")
+    parser.add_argument("--judge", choices=[*REWARD_MODELS, "elsewhere"], default="Qwen2.5-VL-3B")
     parser.add_argument("--offload-text-encoders", action="store_true")
     parser.add_argument("--only-adapters", action="store_true")
     arguments = parser.parse_args()
@@ -246,7 +246,7 @@ def main() -> None:
     for name in arguments.models:
         model = MODELS[name]
         encoders = 0.0 if arguments.offload_text_encoders else model.text_encoders
-        judge = 0.0 if arguments.judge == "elsewhere" else JUDGES[arguments.judge]
+        judge = 0.0 if arguments.judge == "elsewhere" else REWARD_MODELS[arguments.judge]
         others = 2 * BILLION * (encoders + AUTOENCODER + judge)
         decoder = decoding(model)
         for adapters in (True,) if arguments.only_adapters else (True, False):

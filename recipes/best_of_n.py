@@ -1,13 +1,13 @@
-"""Best-of-N: paint several pictures of each prompt and keep the one the judge likes best.
+"""Best-of-N: paint several images of each prompt and keep the one the judge likes best.
 
     accelerate launch recipes/best_of_n.py                            the built-in world, a minute on a laptop
     accelerate launch recipes/best_of_n.py --prune_after 2,4          give the worse half up after 2 and after 4 steps
 
-No weight is changed. The report draws what every n up to N is worth, all from this one run. With pruning, each picture
-is judged while it is still noise, by the clean picture that the model sees in it, and only promising ones are finished;
+No weight is changed. The report draws what every n up to N is worth, all from this one run. With pruning, each image
+is judged while it is still noise, by the clean image that the model sees in it, and only promising ones are finished;
 the same seeds are then also painted to the end, to see what that saved and what it lost (`--compare false` does not).
 
-Finished pictures are on the disk at once; after any stop `--resume` goes on with the others. `pictures/` has the layout
+Finished images are on the disk at once; after any stop `--resume` goes on with the others. `images/` has the layout
 that GenEval's scorer reads.
 """
 
@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_t2i.config import Rule, names, parse_config
-from rlhf_t2i.sampling.best_of_n import best_of_n, check_pruning, halving, pruned_best_of_n
-from rlhf_t2i.search import SearchConfig, numbers, start_search
-from rlhf_t2i.search_report import Found
+from rlhf_t2i.report.search import Found
+from rlhf_t2i.search.best_of_n import best_of_n, check_pruning, halving, pruned_best_of_n
+from rlhf_t2i.search.run import SearchConfig, numbers, start_search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,13 @@ class Config(SearchConfig):
     """Those of every search, and best-of-N's own."""
 
     n: int = 16
-    """Pictures of which one is kept."""
+    """Images of which one is kept."""
     eta: float = 0.0
     """Noise of each step, in [0, 1]."""
     prune_after: str = ""
     """Comma-separated numbers of denoising steps after each of which the worse half is given up; empty never does."""
     compare: bool = True
-    """Where there is pruning: also finish all pictures, for the report."""
+    """Where there is pruning: also finish all images, for the report."""
 
     def rules(self) -> list[Rule]:
         return [
@@ -44,7 +44,7 @@ class Config(SearchConfig):
 
     @property
     def keep(self) -> dict[int, int]:
-        """How many pictures go on after how many steps."""
+        """How many images go on after how many steps."""
         return halving(self.n, after=[int(part) for part in names(self.prune_after)])
 
 
@@ -56,12 +56,12 @@ def main(config: Config) -> list[Found]:
         prompts, seeds = [task.text for task in tasks], [task.seeds(config.seed, config.n) for task in tasks]
         whole = None
         if config.compare or not config.keep:
-            whole = best_of_n(search.studio, prompts, generators=search.generators(tasks, config.n))
+            whole = best_of_n(search.context, prompts, generators=search.generators(tasks, config.n))
         if whole and not config.keep:
             search.finish(tasks, whole, plain=whole, seeds=seeds)
             continue
         pruned = pruned_best_of_n(
-            search.studio, prompts, keep=config.keep, generators=search.generators(tasks, config.n)
+            search.context, prompts, keep=config.keep, generators=search.generators(tasks, config.n)
         )
         own = [[seeds[i][int(j)] for j in survivors] for i, survivors in enumerate(pruned.survivors)]
         early = [

@@ -1,4 +1,4 @@
-"""Ask people: a page that shows two pictures of a prompt, and keeps who preferred which.
+"""Ask people: a page that shows two images of a prompt, and keeps who preferred which.
 
     python recipes/collect_preferences.py --runs runs/ddpo-DATE            before and after, as its evaluations painted
     python recipes/collect_preferences.py --pairs runs/diffusion_dpo-DATE/pairs     what a judge chose, asked anew
@@ -22,25 +22,25 @@ from typing import Literal
 import torch
 import uvicorn
 
-from rlhf_t2i.collect.answers import Answers
-from rlhf_t2i.collect.questions import (
+from rlhf_t2i.annotation.answers import Answers
+from rlhf_t2i.annotation.questions import (
     Candidate,
     from_images,
     from_runs,
-    judge_questions,
     read_questions,
+    score_questions,
     some,
     write_questions,
 )
-from rlhf_t2i.collect.serve import Service, create_app
+from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import check, names, parse_config
+from rlhf_t2i.reward_server.protocol import TOKEN_VARIABLE, token
+from rlhf_t2i.reward_server.server import is_loopback, listen
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.rewards.serve import is_loopback, listen
-from rlhf_t2i.rewards.wire import TOKEN_VARIABLE, token
-from rlhf_t2i.run_folder import claim_folder
-from rlhf_t2i.seeds import SHOW, generator_for
+from rlhf_t2i.seeds import ANNOTATE, generator_for
+from rlhf_t2i.training.run_folder import claim_folder
 
-_FREE_TO_CHANGE = {"run_folder", "resume", "judge", "batch_size", "host", "port"}
+_FREE_TO_CHANGE = {"run_folder", "resume", "llava_reward", "batch_size", "host", "port"}
 say = partial(print, flush=True)  # who starts this through a pipe waits for the address
 _NUM_PAINTED = 100
 """Pairs, unless it is said how many."""
@@ -48,7 +48,7 @@ _NUM_PAINTED = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fields in the order of the flow. Exactly one of runs, pairs and weights says where the pictures come from."""
+    """Fields in the order of the flow. Exactly one of runs, pairs and weights says where the images come from."""
 
     runs: str | None = None
     """Comma-separated folders of runs that tuned a painter, or of recipes/evaluate_policy.py."""
@@ -59,8 +59,8 @@ class Config:
     """Of pairs: where relative image paths start; null is each file's own folder."""
     image_prefix: str | None = None
     """Of pairs: OLD=NEW; image paths that start with the folder OLD are read as if they started with NEW."""
-    unpack_folder: str = "runs/pictures"
-    """Of pairs: where pictures are written that lie within tables and archives."""
+    unpack_folder: str = "runs/images"
+    """Of pairs: where images are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Of pairs: stop at a record that cannot be asked, or write it to skipped.jsonl in the run folder."""
     weights: str | None = None
@@ -68,11 +68,11 @@ class Config:
     model: str = "shapes"
     """Of weights: a pipeline folder of diffusers, a Hub id, or a built-in model: shapes, or shapes-flow."""
     resolution: int | None = None
-    """Of weights: the side of the pictures in pixels; null is what the model was made for."""
+    """Of weights: the side of the images in pixels; null is what the model was made for."""
     prompts: str = "shapes"
     """Of weights: a UTF-8 file with one prompt a line (or .jsonl), or the built-in world's held-out prompts."""
     evaluation_seed: int = 1_000_000
-    """Of weights: the seed of the first pair, the same for both pictures; the next ones follow."""
+    """Of weights: the seed of the first pair, the same for both images; the next ones follow."""
     num_denoising_steps: int = 8
     eta: float = 0.0
     guidance_scale: float = 1.0
@@ -81,7 +81,7 @@ class Config:
     judge: str | None = None
     """What the results page compares people with: comma-separated NAME or NAME=WEIGHT, as the rewards of any recipe."""
     batch_size: int = 64
-    """Pictures that are painted or judged at once."""
+    """Images that are painted or judged at once."""
     host: str = "127.0.0.1"
     """The address to listen at; another than this machine's own needs a token."""
     port: int = 8000
@@ -111,7 +111,7 @@ class Config:
         sources = [name for name in ("runs", "pairs", "weights") if names(getattr(self, name) or "")]
         if len(sources) != 1:
             given = " and ".join(sources) or "none of them"
-            raise ValueError(f"Pictures come from exactly one of runs, pairs and weights; given is {given}.")
+            raise ValueError(f"Images come from exactly one of runs, pairs and weights; given is {given}.")
 
 
 def main(config: Config) -> Path:
@@ -123,7 +123,7 @@ def main(config: Config) -> Path:
         questions = read_questions(folder) or write_questions(folder, candidates(config, folder, device))
         judge = None
         if reward and config.judge:
-            scores = judge_questions(reward, folder, questions, device=device, batch_size=config.batch_size)
+            scores = score_questions(reward, folder, questions, device=device, batch_size=config.batch_size)
             judge = config.judge, scores
         with closing(Answers(folder, questions, seed=config.seed)) as answers:
             if answers.torn:
@@ -147,10 +147,10 @@ def serve(service: Service, listener: socket) -> None:
 
 
 def candidates(config: Config, folder: Path, device: torch.device) -> Iterator[Candidate]:
-    """The pairs of pictures that the config names."""
+    """The pairs of images that the config names."""
     if config.weights:
         return painted(config, device)
-    generator = generator_for(config.seed, SHOW)
+    generator = generator_for(config.seed, ANNOTATE)
     if config.pairs:
         return from_files(config, folder, generator)
     folders = [Path(name) for name in names(config.runs or "")]
@@ -179,9 +179,9 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
 def painted(config: Config, device: torch.device) -> Iterator[Candidate]:
     """What two checkpoints make of the same prompts and seeds."""
     from rlhf_t2i.diffusion.transitions import stochastic  # with the model's library, these take seconds
-    from rlhf_t2i.evaluate import evaluate, evaluation_set
-    from rlhf_t2i.policies.load import load_policy
+    from rlhf_t2i.models.load import load_policy
     from rlhf_t2i.prompts import load_prompts
+    from rlhf_t2i.training.evaluation import evaluate, evaluation_set
     from rlhf_t2i.types import Sampler
 
     asked, count = load_prompts(config.prompts, held_out=True), config.num_pairs or _NUM_PAINTED
@@ -189,7 +189,7 @@ def painted(config: Config, device: torch.device) -> Iterator[Candidate]:
     images: list[torch.Tensor] = []
     first, second = names(config.weights or "")
     for name in (first, second):
-        say(f"painting  {len(prompts)} pictures with {name}")
+        say(f"painting  {len(prompts)} images with {name}")
         weights = None if name == "base" else Path(name)
         policy = load_policy(config.model, device=device, weights=weights, resolution=config.resolution)
         schedule = policy.schedule(config.num_denoising_steps)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rlhf_t2i.comparison import side_by_side, write_comparison
 from rlhf_t2i.config import check, names, parse_config
+from rlhf_t2i.report.comparison import side_by_side, write_comparison
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,13 @@
-"""DDPO: teach a diffusion model by rewarding its pictures (Black et al., arXiv:2305.13301).
+"""DDPO: teach a diffusion model by rewarding its images (Black et al., arXiv:2305.13301).
 
     accelerate launch recipes/ddpo.py                                          the built-in world, minutes on a laptop
     accelerate launch recipes/ddpo.py --config recipes/configs/ddpo_sd15.yaml  Stable Diffusion 1.5, as published
 
-Painting is a chain of Gaussian steps, so each picture's chance is known exactly, and can be raised if the picture
+Painting is a chain of Gaussian steps, so each image's chance is known exactly, and can be raised if the image
 earned more than others of its prompt. One step of training:
 
-    paint      images_per_prompt pictures of each of prompts_per_step prompts, every stroke remembered
-    judge      any reward: pictures and prompts in, numbers out
+    paint      images_per_prompt images of each of prompts_per_step prompts, every stroke remembered
+    judge      any reward: images and prompts in, numbers out
     compare    advantage = (reward - what this prompt earned of late) / its spread
     move       raise ratio * advantage, ratio = new / old density of a stroke, clipped to 1 +- clip_range
 """
@@ -23,33 +23,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.advantages import PerPromptHistory, group_relative_advantages, whole_batch_advantages
-from rlhf_t2i.batching import minibatches
 from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
-from rlhf_t2i.policy_gradient import update_metrics, warn_of_the_first_update
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.rewards.async_reward import AsyncReward
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.rewards.overlap import Overlap
-from rlhf_t2i.run import Run
 from rlhf_t2i.sampling.rollout import rollout, transition_at
-from rlhf_t2i.seeds import PAINT, PICK, generators_for
-from rlhf_t2i.tuning import Tuning, TuningConfig, start_tuning
+from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
+from rlhf_t2i.training.batching import minibatches
+from rlhf_t2i.training.policy_gradient import update_metrics, warn_of_the_first_update
+from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig, start_trainer
 from rlhf_t2i.types import Sampler, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TuningConfig):
-    """Those of every recipe, and DDPO's own. A microbatch holds pictures, or strokes of an update."""
+class Config(TrainerConfig):
+    """Those of every recipe, and DDPO's own. A microbatch holds images, or strokes of an update."""
 
     prompts_per_step: int = 16
     """Different prompts in one rollout, over all processes."""
     images_per_prompt: int = 12
-    """Pictures of each, on one process."""
+    """Images of each, on one process."""
     eta: float = 1.0
     """Noise of each step, in (0, 1]: 1 is as much as the forward process has."""
-    rewards: str = "judge"
-    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id),
+    rewards: str = "llava_reward"
+    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), llava_reward:PATH (a LLaVA-Reward folder or Hub id),
     oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, module:function, or http://HOST:PORT."""
     async_reward: bool = False
     """Judge what is painted while the rest is still being painted: for a judge on another machine or device."""
@@ -64,8 +64,8 @@ class Config(TuningConfig):
     window_start: float = 0.0
     """Train the denoising steps from here (0 is pure noise) ..."""
     window_end: float = 0.5
-    """... to here (1 is the picture). Early steps decide what is painted, late ones how cleanly."""
-    trained_fraction: float = 1.0
+    """... to here (1 is the image). Early steps decide what is painted, late ones how cleanly."""
+    timestep_fraction: float = 1.0
     """Of these steps, the random share that each image trains."""
     clip_range: float | None = None
     """Of the ratio of densities averaged over latent numbers; null is 0.0113 / sqrt(latent numbers): 5e-4 for the 512
@@ -87,7 +87,7 @@ class Config(TuningConfig):
             ("max_advantage", self.max_advantage > 0, "positive"),
             ("window_start", self.window_start >= 0, "in [0, 1]"),
             ("window_end", self.window_end <= 1 and first < end, "in [0, 1] and at least one step after window_start"),
-            ("trained_fraction", 0 < self.trained_fraction <= 1, "in (0, 1]"),
+            ("timestep_fraction", 0 < self.timestep_fraction <= 1, "in (0, 1]"),
             ("clip_range", self.clip_range is None or self.clip_range > 0, "positive"),
             ("kl_weight", self.kl_weight >= 0, "at least 0"),
             ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
@@ -95,7 +95,7 @@ class Config(TuningConfig):
                 "num_minibatches",
                 self.num_minibatches >= 1 and self.images_per_prompt % self.num_minibatches == 0,
                 f"at least 1 and divide images_per_prompt ({self.images_per_prompt}): each minibatch takes the same "
-                f"number of pictures of every prompt",
+                f"number of images of every prompt",
             ),
         ]
 
@@ -109,17 +109,17 @@ def main(config: Config) -> Run:
     """Paint, judge, compare, move."""
     reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
     history = PerPromptHistory(size=config.history_size, min_count=config.history_min_count)
-    tuning = start_tuning(config, recipe="ddpo", keep_reference=config.kl_weight > 0, extra=[history])
-    run, sampler = tuning.run, tuning.sampler(eta=config.eta)
+    trainer = start_trainer(config, recipe="ddpo", keep_reference=config.kl_weight > 0, extra=[history])
+    run, sampler = trainer.run, trainer.sampler(eta=config.eta)
     mine = run.my_share(config.prompts_per_step, name="prompts_per_step")
-    for step in tuning.steps():
+    for step in trainer.steps():
         asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own = [asked[i] for i in mine for _ in range(config.images_per_prompt)]
-        with Overlap(reward, batch_size=config.microbatch_size) as judges:
-            with run.timed("rollout"), tuning.painting():
+        with AsyncReward(reward, batch_size=config.microbatch_size) as judges:
+            with run.timed("rollout"), trainer.painting():
                 images, trajectory = rollout(
-                    tuning.policy, own, sampler=sampler, batch_size=config.microbatch_size,
-                    generators=generators_for(config.seed, PAINT, step, mine),
+                    trainer.policy, own, sampler=sampler, batch_size=config.microbatch_size,
+                    generators=generators_for(config.seed, SAMPLE, step, mine),
                     painted=judges.submit if config.async_reward else None,
                 )  # fmt: skip
             with run.timed("reward"), torch.no_grad():
@@ -130,22 +130,24 @@ def main(config: Config) -> Run:
         advantages = compare(asked, groups, history=history, config=config).to(run.device)
         with run.timed("update"):
             metrics = update(
-                tuning, trajectory, advantages[mine.start : mine.stop].flatten(),
-                generators=generators_for(config.seed, PICK, step, mine), sampler=sampler, config=config,
+                trainer, trajectory, advantages[mine.start : mine.stop].flatten(),
+                generators=generators_for(config.seed, UPDATE, step, mine), sampler=sampler, config=config,
             )  # fmt: skip
         if step == 0:
             warn_of_the_first_update(run, metrics)
         verdict = {f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}
-        tuning.finish_step(
+        trainer.finish_step(
             step,
             reward=groups.mean().item(),
             reward_std=groups.std(correction=0).item(),
             images=groups.numel(),
-            denoiser_calls=groups.numel() * config.num_denoising_steps * tuning.policy.num_calls(config.guidance_scale),
+            denoiser_calls=groups.numel()
+            * config.num_denoising_steps
+            * trainer.policy.num_calls(config.guidance_scale),
             **run.mean(verdict),
             **metrics,
         )
-    return tuning.finish()
+    return trainer.finish()
 
 
 def compare(
@@ -155,7 +157,7 @@ def compare(
     history: PerPromptHistory,
     config: Config,
 ) -> Float[Tensor, "P K"]:
-    """How much better each picture is than those it is compared with."""
+    """How much better each image is than those it is compared with."""
     match config.advantages:
         case "per_prompt_history":
             advantages = history(prompts, rewards)
@@ -167,7 +169,7 @@ def compare(
 
 
 def update(
-    tuning: Tuning,
+    trainer: Trainer,
     trajectory: Trajectory,
     advantages: Float[Tensor, " B"],
     *,
@@ -179,7 +181,7 @@ def update(
 
     `replay_error` is the largest change of a log-density before the first optimiser step: 0 if all is well.
     """
-    run, policy = tuning.run, tuning.policy
+    run, policy = trainer.run, trainer.policy
     clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
     seen: list[Tensor] = []
     steps: list[dict[str, float]] = []
@@ -188,7 +190,7 @@ def update(
         generators=generators,
         images_per_prompt=config.images_per_prompt,
         window=config.trained_window,
-        fraction=config.trained_fraction,
+        fraction=config.timestep_fraction,
         num_minibatches=config.num_minibatches,
         num_epochs=config.num_inner_epochs,
     ):
@@ -198,7 +200,7 @@ def update(
             kl, reference = torch.zeros(len(i), device=run.device), None
             # Processes exchange gradients once, in the last backward pass.
             last = i is microbatches[-1][0]
-            with tuning.learner.accumulating(last=last):
+            with trainer.engine.accumulating(last=last):
                 if config.kl_weight:
                     with torch.no_grad(), policy.as_reference():
                         reference = transition_at(policy, *strokes, sampler=sampler)
@@ -210,12 +212,12 @@ def update(
                     log_prob, trajectory.log_probs[i, t], advantages[i], clip_range=clip_range
                 )
                 loss = loss + config.kl_weight * kl.mean()
-                tuning.learner.backward(loss * len(i) / len(image))
+                trainer.engine.backward(loss * len(i) / len(image))
             log_ratio = log_prob.detach() - trajectory.log_probs[i, t]
             seen.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
             if not steps:
                 replay_error = torch.maximum(replay_error, log_ratio.abs().max())
-        steps.append(tuning.descend())
+        steps.append(trainer.optimizer_step())
     return update_metrics(
         run, torch.cat(seen), steps, clip_range=clip_range, replay_error=replay_error, with_kl=config.kl_weight > 0
     )

@@ -1,14 +1,14 @@
-"""Diffusion-DPO: teach a diffusion model by pairs of pictures (Wallace et al., arXiv:2311.12908).
+"""Diffusion-DPO: teach a diffusion model by pairs of images (Wallace et al., arXiv:2311.12908).
 
     accelerate launch recipes/diffusion_dpo.py                      the built-in world, minutes on a laptop
     accelerate launch recipes/diffusion_dpo.py --pairs pairs.jsonl \\
         --config recipes/configs/diffusion_dpo_sd15.yaml            what people preferred; SD 1.5, as published
 
-A denoiser that likes a picture removes noise from it with a small error. So the errors of a preferred picture are
+A denoiser that likes an image removes noise from it with a small error. So the errors of a preferred image are
 lowered against those of the other one, both measured from the model before training. One step of training:
 
-    pairs      the next of a file; or paint images_per_prompt pictures of each prompt and let a reward choose two
-    disturb    the same noise, at the same level, on both pictures of a pair
+    pairs      the next of a file; or paint images_per_prompt images of each prompt and let a reward choose two
+    disturb    the same noise, at the same level, on both images of a pair
     compare    moved = error of the noise found by the model - that of the reference, of winner and of loser
     move       raise log sigmoid(beta / 2 * (moved_loser - moved_winner))
 """
@@ -26,25 +26,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.config import Rule, names, parse_config, whole_numbers
-from rlhf_t2i.diffusion.gaussian import randn
-from rlhf_t2i.losses import diffusion_dpo_loss
-from rlhf_t2i.metrics import facts_of_updates
-from rlhf_t2i.preferences import (
+from rlhf_t2i.data.preferences import (
+    ImagePairs,
     PairBatch,
-    PicturePairs,
     choose_pairs,
     implicit_preference,
     numbers_of_step,
     save_pairs,
     share_of,
 )  # fmt: skip
+from rlhf_t2i.diffusion.gaussian import randn
+from rlhf_t2i.losses import diffusion_dpo_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
-from rlhf_t2i.run import Run
-from rlhf_t2i.sampling.errors import denoising_errors
+from rlhf_t2i.sampling.denoising_errors import denoising_errors
 from rlhf_t2i.sampling.rollout import paint
-from rlhf_t2i.seeds import PAINT, PERTURB, PICK, generator_for, generators_for
-from rlhf_t2i.tuning import Tuning, TuningConfig, start_tuning
+from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
+from rlhf_t2i.training.metrics import mean_update_metrics
+from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig, start_trainer
 from rlhf_t2i.types import Policy
 
 LoadPairs = Callable[[Sequence[int]], PairBatch]
@@ -53,17 +53,17 @@ METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TuningConfig):
+class Config(TrainerConfig):
     """Those of every recipe, and Diffusion-DPO's own. An update uses no guidance; only painting does."""
 
     pairs: str = "judged"
     """Comma-separated FORMAT:PLACE (docs/data.md), preference files or folders; judged makes pairs in each step."""
     image_root: str | None = None
-    """Where relative image paths start; null is each file's own folder. No picture may lie outside of it."""
+    """Where relative image paths start; null is each file's own folder. No image may lie outside of it."""
     image_prefix: str | None = None
     """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
-    unpack_folder: str = "runs/pictures"
-    """Where pictures are written that lie within tables and archives."""
+    unpack_folder: str = "runs/images"
+    """Where images are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Stop at a record that is no pair of one prompt, or write it to skipped.jsonl in the run folder."""
     pairs_per_step: int = 64
@@ -73,17 +73,17 @@ class Config(TuningConfig):
     prompts_per_step: int = 32
     """Of judged pairs: different prompts in one step, over all processes."""
     images_per_prompt: int = 8
-    """Of judged pairs: pictures of each, on one process."""
+    """Of judged pairs: images of each, on one process."""
     eta: float = 1.0
     """Of judged pairs: noise of each step of painting, in [0, 1]."""
-    rewards: str = "judge"
+    rewards: str = "llava_reward"
     """Of judged pairs: comma-separated NAME or NAME=WEIGHT, as in every recipe."""
     choice: Literal["best_worst", "all", "random"] = "best_worst"
-    """Of judged pairs: which of a prompt's pictures make pairs."""
+    """Of judged pairs: which of a prompt's images make pairs."""
     keep_pairs: bool = True
     """Write judged pairs to RUN_FOLDER/pairs, which --pairs can be given."""
     loss: Literal["dpo", "sft"] = "dpo"
-    """sft trains on the winners alone, as if they were ordinary pictures: the baseline."""
+    """sft trains on the winners alone, as if they were ordinary images: the baseline."""
     beta: float = 50.0
     """How firmly the reference is kept to: 2000 to 5000 for the 16,384 latent numbers of SD 1.5, less for fewer."""
     winner_guard: float = 0.0
@@ -106,7 +106,7 @@ class Config(TuningConfig):
             ("winner_guard", self.winner_guard >= 0, "at least 0, which is off"),
             ("times", bool(whole_numbers(self.times)), "a range such as 0-999 or a list such as 249,499,749,999"),
             ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
-            ("microbatch_size", self.microbatch_size >= 2, "at least 2: both pictures of a pair"),
+            ("microbatch_size", self.microbatch_size >= 2, "at least 2: both images of a pair"),
         ]
 
 
@@ -114,47 +114,47 @@ def main(config: Config) -> Run:
     """Take pairs, disturb, compare, move."""
     judged = config.pairs == "judged"
     reward, prompts = (load_rewards(config.rewards), load_prompts(config.prompts)) if judged else (None, [])
-    tuning = start_tuning(config, recipe="diffusion_dpo", keep_reference=config.loss == "dpo")
+    trainer = start_trainer(config, recipe="diffusion_dpo", keep_reference=config.loss == "dpo")
     times = torch.tensor(whole_numbers(config.times))
-    tuning.policy.levels_at(times)  # refuses those that the model does not know
-    files = None if judged else load_pairs(tuning, config)
-    for step in tuning.steps():
+    trainer.policy.levels_at(times)  # refuses those that the model does not know
+    files = None if judged else load_pairs(trainer, config)
+    for step in trainer.steps():
         if reward is not None:
             asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
-            load, row = paint_pairs(tuning, asked, reward, step=step, config=config)
+            load, row = sample_pairs(trainer, asked, reward, step=step, config=config)
         else:
             assert files is not None
             numbers = numbers_of_step(len(files), step, num_pairs=config.pairs_per_step, seed=config.seed)
             load, row = partial(files.load, numbers), {"images": 2 * len(numbers), "pairs": len(numbers)}
-        with tuning.run.timed("update"):
-            metrics = update(tuning, load, count=int(row["pairs"]), step=step, times=times, config=config)
-        tuning.finish_step(step, **row, **metrics)
-    return tuning.finish()
+        with trainer.run.timed("update"):
+            metrics = update(trainer, load, count=int(row["pairs"]), step=step, times=times, config=config)
+        trainer.finish_step(step, **row, **metrics)
+    return trainer.finish()
 
 
-def paint_pairs(
-    tuning: Tuning, prompts: Sequence[str], reward: WeightedSum, *, step: int, config: Config
+def sample_pairs(
+    trainer: Trainer, prompts: Sequence[str], reward: WeightedSum, *, step: int, config: Config
 ) -> tuple[LoadPairs, dict[str, float]]:
     """Paint each prompt and let the reward choose: pairs by number, and metrics of all processes."""
-    run, copies = tuning.run, config.images_per_prompt
+    run, copies = trainer.run, config.images_per_prompt
     mine = run.my_share(len(prompts), name="prompts_per_step")
     own = [prompts[i] for i in mine for _ in range(copies)]
-    with run.timed("rollout"), tuning.painting():
+    with run.timed("rollout"), trainer.painting():
         images, painted = paint(
-            tuning.policy, own, sampler=tuning.sampler(eta=config.eta), batch_size=config.microbatch_size,
-            generators=generators_for(config.seed, PAINT, step, mine),
+            trainer.policy, own, sampler=trainer.sampler(eta=config.eta), batch_size=config.microbatch_size,
+            generators=generators_for(config.seed, SAMPLE, step, mine),
         )  # fmt: skip
     with run.timed("reward"), torch.no_grad():
         rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
     scores = run.gather(rewards.view(len(mine), copies)).cpu()
-    generators = generators_for(config.seed, PICK, step, range(len(prompts)))
+    generators = generators_for(config.seed, UPDATE, step, range(len(prompts)))
     winners, losers = choose_pairs(scores, choice=config.choice, generators=generators)
     if not len(winners):
-        run.say(f"WARNING: in step {step + 1} all pictures of each prompt earned the same: nothing could be learnt.")
+        run.say(f"WARNING: in step {step + 1} all images of each prompt earned the same: nothing could be learnt.")
     if config.keep_pairs:
         path = run.folder / "pairs" / f"step_{step + 1:06d}.jsonl"
         save_pairs(path, images, prompts, scores, (winners, losers), first=mine.start * copies)
-    latents, conditioning = run.gather(painted), tuning.policy.encode(prompts)
+    latents, conditioning = run.gather(painted), trainer.policy.encode(prompts)
 
     def load(rows: Sequence[int]) -> PairBatch:
         winner, loser = winners[rows], losers[rows]
@@ -164,24 +164,24 @@ def paint_pairs(
         "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
         **run.mean({f"rewards/{name}": seen.mean().item() for name, seen in verdicts.items()}),
         "images": scores.numel(), "pairs": len(winners),
-        "denoiser_calls": scores.numel() * config.num_denoising_steps * tuning.policy.num_calls(config.guidance_scale),
+        "denoiser_calls": scores.numel() * config.num_denoising_steps * trainer.policy.num_calls(config.guidance_scale),
     }  # fmt: skip
 
 
-def load_pairs(tuning: Tuning, config: Config) -> PicturePairs:
+def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     """The pairs of all files, without ties; other records are refused, or written down as skipped."""
     from reward_model.datasets import load_pairs_of_one_prompt
     from reward_model.images import to_tensor
 
-    run = tuning.run
+    run = trainer.run
     log = run.folder / (f"skipped_{run.rank}.jsonl" if run.rank else "skipped.jsonl")
     found = load_pairs_of_one_prompt(
         names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, say=run.say,
         image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
     )  # fmt: skip
     run.say(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")
-    files = PicturePairs(
-        found, policy=tuning.policy, read=to_tensor, batch_size=config.microbatch_size,
+    files = ImagePairs(
+        found, policy=trainer.policy, read=to_tensor, batch_size=config.microbatch_size,
         cache_folder=Path(config.cache_folder) if config.cache_folder else None,
     )  # fmt: skip
     files.fill_cache(rank=run.rank, num_processes=run.num_processes)
@@ -190,7 +190,7 @@ def load_pairs(tuning: Tuning, config: Config) -> PicturePairs:
 
 
 def update(
-    tuning: Tuning, load: LoadPairs, *, count: int, step: int, times: Tensor, config: Config
+    trainer: Trainer, load: LoadPairs, *, count: int, step: int, times: Tensor, config: Config
 ) -> dict[str, float]:
     """Learn from `count` pairs, once in each inner epoch. Returns metrics of all processes.
 
@@ -199,25 +199,25 @@ def update(
     """
     if not count:
         return {}
-    policy, run = tuning.policy, tuning.run
+    policy, run = trainer.policy, trainer.run
     share = share_of(count, rank=run.rank, num_processes=run.num_processes)
     batch = load(share.rows)
     microbatches = share.microbatches(config.microbatch_size // 2)
     seen, steps = list[Tensor](), list[dict[str, float]]()
     for epoch in range(config.num_inner_epochs):
         for own, weight in microbatches:
-            draws = [generator_for(config.seed, PERTURB, step, epoch, share.rows[int(i)]) for i in own]
+            draws = [generator_for(config.seed, NOISE, step, epoch, share.rows[int(i)]) for i in own]
             # Processes exchange gradients once, in the last backward pass.
-            with tuning.learner.accumulating(last=own is microbatches[-1][0]):
+            with trainer.engine.accumulating(last=own is microbatches[-1][0]):
                 loss, facts = loss_of_pairs(policy, batch.at(own), times=times, generators=draws, config=config)
-                tuning.learner.backward(loss * weight)
+                trainer.engine.backward(loss * weight)
             seen.append(facts * weight / len(own))
-        steps.append(tuning.descend())
+        steps.append(trainer.optimizer_step())
     totals = torch.cat(seen).sum(0).tolist()
     sums = dict(zip(METRICS, totals, strict=False))  # sft has but the first
     return {
         **{name: total / len(steps) for name, total in run.mean(sums).items()},
-        **facts_of_updates(steps),
+        **mean_update_metrics(steps),
     }
 
 

@@ -6,16 +6,16 @@
 Where a reward is differentiable, every pixel can be asked which way is better, and the answer led back through the
 decoder and the denoising steps into the weights. One step of training:
 
-    paint      images_per_step pictures of as many prompts; some denoising steps remember how they came about
+    paint      images_per_step images of as many prompts; some denoising steps remember how they came about
     judge      any differentiable reward: its value, and its gradient with respect to the pixels
     move       one optimiser step up that gradient
 
 The methods differ only in the steps that remember:
 
     draft      the last backprop_steps (DRaFT-K; all of them: DRaFT)
-    draft_lv   the last one, walked once more from num_renoisings noisy copies of each picture, for less variance
-    alignprop  the last K, with K drawn for each picture from 1 to backprop_steps (arXiv:2310.03739)
-    refl       a random one from late_start on, from which the picture is guessed at once (ReFL, arXiv:2304.05977)
+    draft_lv   the last one, walked once more from num_renoisings noisy copies of each image, for less variance
+    alignprop  the last K, with K drawn for each image from 1 to backprop_steps (arXiv:2310.03739)
+    refl       a random one from window_start on, from which the image is guessed at once (ReFL, arXiv:2304.05977)
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from torch import Tensor
 from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.losses import reward_loss, weight_distance
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
-from rlhf_t2i.rewards.gradient import Judgement, judge_with_gradient, require_gradient
+from rlhf_t2i.rewards.gradient import ScoredImages, require_gradient, score_with_gradient
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
-from rlhf_t2i.run import Run
-from rlhf_t2i.sampling.backprop import Kept, Painting, paint_with_gradient
-from rlhf_t2i.seeds import PAINT, PICK, generators_for
-from rlhf_t2i.tuning import Tuning, TuningConfig, start_tuning
+from rlhf_t2i.sampling.backprop import GradientWindow, Painting, sample_with_gradient
+from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
+from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig, start_trainer
 from rlhf_t2i.types import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TuningConfig):
+class Config(TrainerConfig):
     """Those of every recipe, and the method's own."""
 
     images_per_step: int = 128
-    """Pictures in one optimiser step, each of another prompt, over all processes."""
+    """Images in one optimiser step, each of another prompt, over all processes."""
     eta: float = 0.0
     """Noise of each step, in [0, 1]."""
-    rewards: str = "judge"
-    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id), or
+    rewards: str = "llava_reward"
+    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), llava_reward:PATH (a LLaVA-Reward folder or Hub id), or
     module:function. All must be differentiable; several make an ensemble, which is harder to fool."""
 
     method: Literal["draft", "draft_lv", "alignprop", "refl"] = "refl"
@@ -57,12 +57,12 @@ class Config(TuningConfig):
     backprop_steps: int | None = None
     """K of draft and alignprop; null is num_denoising_steps."""
     num_renoisings: int = 2
-    """Noisy copies of each picture (draft_lv)."""
-    late_start: float = 0.25
+    """Noisy copies of each image (draft_lv)."""
+    window_start: float = 0.25
     """Draw the step to learn from here (0 is pure noise; published 0.75) ..."""
-    late_end: float = 1.0
-    """... to here (1 is the picture) (refl)."""
-    checkpoint_steps: bool = False
+    window_end: float = 1.0
+    """... to here (1 is the image) (refl)."""
+    checkpoint_denoising_steps: bool = False
     """Run each remembered step, and the decoder, again in the backward pass: memory then hardly grows with
     backprop_steps; about a third slower."""
 
@@ -73,7 +73,7 @@ class Config(TuningConfig):
     kl_weight: float = 0.0
     """Of the mean squared difference of noise predictions from the model before training, at the steps that remember.
     """
-    weight_pull: float = 0.0
+    l2_sp_weight: float = 0.0
     """Of half the squared distance of the weights from those before training (of adapters: which add nothing)."""
 
     learning_rate: float = 2e-4
@@ -87,7 +87,7 @@ class Config(TuningConfig):
     checkpoint_every: int = 50
 
     def rules(self) -> list[Rule]:
-        first, end = self.late_window
+        first, end = self.trained_window
         return [
             *super().rules(),
             ("images_per_step", self.images_per_step >= 1, "at least 1"),
@@ -103,42 +103,42 @@ class Config(TuningConfig):
                 f"null or 1, because {self.method} remembers one step",
             ),
             ("num_renoisings", self.num_renoisings >= 1, "at least 1"),
-            ("late_start", self.late_start >= 0, "in [0, 1]"),
-            ("late_end", self.late_end <= 1 and first < end, "in [0, 1] and at least one step after late_start"),
+            ("window_start", self.window_start >= 0, "in [0, 1]"),
+            ("window_end", self.window_end <= 1 and first < end, "in [0, 1] and at least one step after window_start"),
             ("reward_weight", self.reward_weight > 0, "positive"),
             ("kl_weight", self.kl_weight >= 0, "at least 0"),
-            ("weight_pull", self.weight_pull >= 0, "at least 0"),
+            ("l2_sp_weight", self.l2_sp_weight >= 0, "at least 0"),
         ]
 
     @property
-    def late_window(self) -> tuple[int, int]:
+    def trained_window(self) -> tuple[int, int]:
         """The first denoising step that refl may draw, and the one after the last."""
-        return round(self.late_start * self.num_denoising_steps), round(self.late_end * self.num_denoising_steps)
+        return round(self.window_start * self.num_denoising_steps), round(self.window_end * self.num_denoising_steps)
 
 
 def main(config: Config) -> Run:
     """Paint, judge, move."""
     reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
     require_gradient(reward, prompt=prompts[0])
-    tuning = start_tuning(
-        config, recipe="draft", keep_reference=config.kl_weight > 0, keep_initial=config.weight_pull > 0
+    trainer = start_trainer(
+        config, recipe="draft", keep_reference=config.kl_weight > 0, keep_initial=config.l2_sp_weight > 0
     )
-    if config.weight_pull and tuning.learner.in_parts:
+    if config.l2_sp_weight and trainer.engine.is_sharded:
         raise ValueError(
-            "weight_pull needs all weights in one place, which ZeRO-3 and FSDP2 do not have; use kl_weight, or "
+            "l2_sp_weight needs all weights in one place, which ZeRO-3 and FSDP2 do not have; use kl_weight, or "
             "accelerate_configs/deepspeed_zero2.yaml."
         )
-    sampler = tuning.sampler(eta=config.eta)
-    mine = tuning.run.my_share(config.images_per_step, name="images_per_step")
-    for step in tuning.steps():
+    sampler = trainer.sampler(eta=config.eta)
+    mine = trainer.run.my_share(config.images_per_step, name="images_per_step")
+    for step in trainer.steps():
         asked = prompts_of_step(prompts, step, num_prompts=config.images_per_step, seed=config.seed)
-        metrics = update(tuning, reward, asked, step=step, mine=mine, sampler=sampler, config=config)
-        tuning.finish_step(step, images=config.images_per_step, **metrics)
-    return tuning.finish()
+        metrics = update(trainer, reward, asked, step=step, mine=mine, sampler=sampler, config=config)
+        trainer.finish_step(step, images=config.images_per_step, **metrics)
+    return trainer.finish()
 
 
-def kept_steps(config: Config, generators: Sequence[torch.Generator]) -> Kept:
-    """Which denoising steps remember, for one picture of each generator: where the methods part."""
+def gradient_window(config: Config, generators: Sequence[torch.Generator]) -> GradientWindow:
+    """Which denoising steps remember, for one image of each generator: where the methods part."""
     total, count = config.num_denoising_steps, len(generators)
     depth = config.backprop_steps or total
 
@@ -147,17 +147,17 @@ def kept_steps(config: Config, generators: Sequence[torch.Generator]) -> Kept:
 
     match config.method:
         case "draft":
-            return Kept(torch.full((count,), total - depth))
+            return GradientWindow(torch.full((count,), total - depth))
         case "draft_lv":
-            return Kept(torch.full((count,), total - 1), num_renoisings=config.num_renoisings)
+            return GradientWindow(torch.full((count,), total - 1), num_renoisings=config.num_renoisings)
         case "alignprop":
-            return Kept(total - drawn(1, depth + 1))
+            return GradientWindow(total - drawn(1, depth + 1))
         case "refl":
-            return Kept(drawn(*config.late_window), jumps=True)
+            return GradientWindow(drawn(*config.trained_window), jumps=True)
 
 
 def update(
-    tuning: Tuning,
+    trainer: Trainer,
     reward: WeightedSum,
     prompts: Sequence[str],
     *,
@@ -171,7 +171,7 @@ def update(
     Returns metrics of all processes. `saturated_share` is the part of the squared pixel gradient that lies on pixels
     beyond [0, 1], which only a painter that keeps their gradient learns from.
     """
-    run, policy = tuning.run, tuning.policy
+    run, policy = trainer.run, trainer.policy
     variants = 1 + config.num_renoisings if config.method == "draft_lv" else 1
     seen: list[Tensor] = []
     calls = 0
@@ -181,27 +181,27 @@ def update(
         own = [prompts[i] for i in indices]
         # Processes exchange gradients once, in the last backward pass.
         last = rows is microbatches[-1]
-        with tuning.learner.accumulating(last=last):
+        with trainer.engine.accumulating(last=last):
             with run.timed("rollout"):
-                painting = paint_with_gradient(
+                painting = sample_with_gradient(
                     policy, own, sampler=sampler,
-                    kept=kept_steps(config, generators_for(config.seed, PICK, step, indices)),
-                    generators=generators_for(config.seed, PAINT, step, indices),
-                    checkpointing=config.checkpoint_steps, ask_reference=config.kl_weight > 0,
-                    in_step=tuning.learner.in_parts,
+                    kept=gradient_window(config, generators_for(config.seed, UPDATE, step, indices)),
+                    generators=generators_for(config.seed, SAMPLE, step, indices),
+                    checkpointing=config.checkpoint_denoising_steps, ask_reference=config.kl_weight > 0,
+                    in_step=trainer.engine.is_sharded,
                 )  # fmt: skip
             with run.timed("reward"):
-                judgement = judge_with_gradient(reward, painting.images, own * variants)
+                judgement = score_with_gradient(reward, painting.images, own * variants)
             loss = config.reward_weight * reward_loss(judgement.rewards, margin=config.reward_margin)
             loss = loss + config.kl_weight * painting.reference_gap.mean()
-            if config.weight_pull:
-                loss = loss + config.weight_pull * weight_distance(policy.trainable, tuning.initial)
+            if config.l2_sp_weight:
+                loss = loss + config.l2_sp_weight * weight_distance(policy.trainable, trainer.initial)
             with run.timed("update"):
-                tuning.learner.backward(loss * len(rows) / len(mine))
+                trainer.engine.backward(loss * len(rows) / len(mine))
         calls += painting.num_calls
         seen.append(measured(painting, judgement, loss)[: len(rows)])
     with run.timed("update"):
-        descent = tuning.descend()
+        descent = trainer.optimizer_step()
     rewards, loss, gap, saturated, pixels, *verdicts = run.gather(torch.cat(seen)).T
     names = (f"rewards/{judge.name}" for judge in reward.rewards)
     return {
@@ -217,9 +217,9 @@ def update(
 
 
 @torch.no_grad()
-def measured(painting: Painting, judgement: Judgement, loss: Tensor) -> Tensor:
-    """What is to be averaged over the pictures of all processes: a row for each picture."""
-    squared = judgement.slope.square()
+def measured(painting: Painting, judgement: ScoredImages, loss: Tensor) -> Tensor:
+    """What is to be averaged over the images of all processes: a row for each image."""
+    squared = judgement.pixel_gradient.square()
     beyond = (painting.images < 0) | (painting.images > 1)
     numbers = [
         judgement.rewards, loss.expand(len(squared)), painting.reference_gap,

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/evaluate_policy.py --weights base,runs/ddpo-DATE
 
-Prints a table (mean, standard error, diversity), and writes it with one strip of pictures for each of the weights.
+Prints a table (mean, standard error, diversity), and writes it with one strip of images for each of the weights.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Literal
 
 from rlhf_t2i.config import names, parse_config
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
-from rlhf_t2i.metrics import save_captions, save_pictures
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.run import start_run
+from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set
+from rlhf_t2i.training.metrics import save_captions, save_image_grid
+from rlhf_t2i.training.run import start_run
 from rlhf_t2i.types import Sampler
 
 
@@ -29,7 +29,7 @@ class Config:
     model: str = "shapes"
     """A pipeline folder of diffusers, a Hub id, or a built-in model: shapes, or shapes-flow."""
     resolution: int | None = None
-    """Height and width of pictures, in pixels; null is what the model was made for."""
+    """Height and width of images, in pixels; null is what the model was made for."""
     weights: str = "base"
     """Comma-separated: base (the model itself), and folders of runs, of what they exported, or of checkpoints. A run's
     own weights are the average if it kept one (ema_decay); a checkpoint's are the last."""
@@ -38,14 +38,14 @@ class Config:
     prompts: str = "shapes"
     """A UTF-8 file with one prompt a line (or .jsonl), or the built-in world's held-out prompts."""
     num_images: int = 408
-    """The prompts in turn, each picture from its own seed."""
+    """The prompts in turn, each image from its own seed."""
     evaluation_seed: int = 1_000_000
-    """Of the first picture; the next ones follow."""
+    """Of the first image; the next ones follow."""
     num_denoising_steps: int = 8
     eta: float = 0.0
     guidance_scale: float = 1.0
     rewards: str = "oracle,oracle_pass"
-    """Comma-separated: judge, judge:PATH, oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or
+    """Comma-separated: judge, llava_reward:PATH, oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or
     module:function."""
     batch_size: int = 64
     run_folder: str | None = None
@@ -65,8 +65,8 @@ class Config:
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
-    """Paint the same pictures with each of the weights, judge them, print and write the table."""
-    from rlhf_t2i.policies.load import load_policy  # takes seconds
+    """Paint the same images with each of the weights, judge them, print and write the table."""
+    from rlhf_t2i.models.load import load_policy  # takes seconds
 
     rewards = load_rewards(config.rewards).rewards
     prompts, seeds = evaluation_set(
@@ -88,10 +88,10 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         table[name] = evaluation.summary()
         run.say(row(name, evaluation))
         if run.is_main:
-            save_pictures(run.folder / "pictures" / f"{index}.png", evaluation.images)
-            save_captions(run.folder / "pictures" / "captions.json", prompts, seeds)
+            save_image_grid(run.folder / "images" / f"{index}.png", evaluation.images)
+            save_captions(run.folder / "images" / "captions.json", prompts, seeds)
             (run.folder / "table.json").write_text(json.dumps(table, indent=1))
-    run.say(f"table     {run.folder / 'table.json'}\npictures  {run.folder / 'pictures'}")
+    run.say(f"table     {run.folder / 'table.json'}\nimages  {run.folder / 'images'}")
     run.close()
     return table
 

@@ -1,7 +1,7 @@
 """How good is a judge? Its answers against what people preferred.
 
-    accelerate launch recipes/evaluate_reward_model.py --judge runs/judge-DATE/judge --data pairs.jsonl
-    accelerate launch recipes/evaluate_reward_model.py --judge runs/judge-DATE/judge --benchmark hpdv2:data/HPDv2
+    accelerate launch recipes/evaluate_reward_model.py --judge runs/reward_model-DATE/reward_model --data pairs.jsonl
+    accelerate launch recipes/evaluate_reward_model.py --judge runs/reward_model-DATE/reward_model --benchmark hpdv2:data/HPDv2
 
 Prints a table for each data file (accuracy under three rules for ties, calibration, F1 of both classes, AUROC, each
 with a 95 % interval), and writes it as CSV beside a page that shows the pairs the judge got most wrong. Published test
@@ -21,12 +21,12 @@ from rlhf_t2i.config import check, names, parse_config
 
 if TYPE_CHECKING:
     from reward_model.benchmarks import Result
-    from reward_model.judges import PointwiseJudge
-    from reward_model.measuring import Answers, Mistake
-    from reward_model.metrics import Metric
+    from reward_model.benchmarks.evaluation import Answers, Mistake
+    from reward_model.benchmarks.metrics import Metric
+    from reward_model.scorers import PointwiseScorer
     from reward_model.scoring import LlavaReward
     from reward_model.types import Record
-    from rlhf_t2i.run import Run
+    from rlhf_t2i.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +43,17 @@ class Config:
     """Comma-separated published test sets as NAME:PATH: tifa160, mj_bench, unsafe_bench, image_reward, hpdv2, hpdv3,
     pick_a_pic, genai_bench."""
     image_root: str | None = None
-    """Where relative image paths start; null is each data file's own folder. No picture may lie outside of it."""
+    """Where relative image paths start; null is each data file's own folder. No image may lie outside of it."""
     image_prefix: str | None = None
     """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
-    unpack_folder: str = "runs/pictures"
-    """Where pictures are written that lie within tables and archives."""
+    unpack_folder: str = "runs/images"
+    """Where images are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Stop at a bad record of the data, or leave it out and write it to skipped.jsonl in the run folder."""
     tie_threshold: float = 0.0
     """On a benchmark, scores that differ by no more are a tie of the judge."""
     label_threshold: float = 0.0
-    """On a benchmark, pictures with this score or more are called good (safe)."""
+    """On a benchmark, images with this score or more are called good (safe)."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Of a LLaVA-Reward judge's backbone; null is what it had in training. Scores are float32."""
     batch_size: int = 64
@@ -64,7 +64,7 @@ class Config:
     seed: int = 0
     """Of the built-in world's pairs and of resamples."""
     run_folder: str | None = None
-    """Null is runs/judge-evaluation-DATE."""
+    """Null is runs/reward_model_evaluation-DATE."""
     num_cpu_threads: int = 0
     """On a CPU; 0 shares all cores among the processes."""
 
@@ -77,14 +77,14 @@ class Config:
 
 def main(config: Config) -> dict[str, list[Metric]]:
     """Ask the judge about every record, measure, print and write."""
-    from rlhf_t2i.run import start_run
+    from rlhf_t2i.training.run import start_run
 
     run = start_run(
-        {**asdict(config), "resume": False, "trackers": "", "keep_checkpoints": 0}, recipe="judge-evaluation"
+        {**asdict(config), "resume": False, "trackers": "", "keep_checkpoints": 0}, recipe="reward_model_evaluation"
     )
     if run.num_processes > 1:
         raise ValueError(f"A judge is measured by one process; there are {run.num_processes}. Launch with single.yaml.")
-    judge = load_judge(config, run)
+    judge = load_reward_model(config, run)
     found: dict[str, list[Metric]] = {}
     if config.data or not config.benchmark:
         found |= measure_data(judge, config, run.folder)
@@ -95,24 +95,23 @@ def main(config: Config) -> dict[str, list[Metric]]:
     return found
 
 
-def load_judge(config: Config, run: Run) -> LlavaReward | PointwiseJudge:
+def load_reward_model(config: Config, run: Run) -> LlavaReward | PointwiseScorer:
     """The judge that the config names, on the run's device."""
-    from reward_model import judges
 
-    if judges.is_known(config.judge):
-        return judges.load_judge(config.judge).to(run.device)
+    if scorers.is_known(config.judge):
+        return scorers.load_scorer(config.judge).to(run.device)
     from reward_model.scoring import LlavaReward
-    from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
+    from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL
 
-    source = BUILT_IN_JUDGE if config.judge == "shapes" else config.judge
+    source = BUILT_IN_REWARD_MODEL if config.judge == "shapes" else config.judge
     return LlavaReward.from_pretrained(source, dtype=run.dtype if config.mixed_precision else None, device=run.device)
 
 
-def measure_data(judge: LlavaReward | PointwiseJudge, config: Config, folder: Path) -> dict[str, list[Metric]]:
+def measure_data(judge: LlavaReward | PointwiseScorer, config: Config, folder: Path) -> dict[str, list[Metric]]:
     """Our own metrics of each data file, as CSV and on a page with the worst mistakes."""
-    from reward_model.measuring import ask, metrics_of, mistakes  # these take seconds
-    from reward_model.metrics import table, to_csv
-    from reward_model.report import page
+    from reward_model.benchmarks.evaluation import ask, metrics_of, mistakes  # these take seconds
+    from reward_model.benchmarks.metrics import table, to_csv
+    from reward_model.benchmarks.report import page
 
     found: dict[str, list[Metric]] = {}
     wrong: dict[str, list[Mistake]] = {}
@@ -127,10 +126,10 @@ def measure_data(judge: LlavaReward | PointwiseJudge, config: Config, folder: Pa
     return found
 
 
-def measure_benchmarks(judge: LlavaReward | PointwiseJudge, config: Config, folder: Path) -> list[Result]:
+def measure_benchmarks(judge: LlavaReward | PointwiseScorer, config: Config, folder: Path) -> list[Result]:
     """Every rule on each published test set, as Markdown and as JSON; all are read before the first is judged."""
     from reward_model.benchmarks import load_benchmarks, measure, to_json, to_markdown
-    from reward_model.metrics import table
+    from reward_model.benchmarks.metrics import table
 
     root = Path(config.image_root) if config.image_root else None
     wanted = [one for name in names(config.benchmark) for one in load_benchmarks(name, image_root=root)]

@@ -1,19 +1,19 @@
-"""FK steering: pictures that promise well multiply while they are painted (Singhal et al., arXiv:2501.06848).
+"""FK steering: images that promise well multiply while they are painted (Singhal et al., arXiv:2501.06848).
 
     accelerate launch recipes/fk_steering.py          the built-in world, two minutes on a laptop
-    accelerate launch recipes/fk_steering.py --config recipes/configs/fk_sd15.yaml --rewards judge:PATH --prompts FILE
+    accelerate launch recipes/fk_steering.py --config recipes/configs/fk_sd15.yaml --rewards llava_reward:PATH --prompts FILE
 
 No weight is changed. Each prompt has a crowd of particles. After some of the denoising steps
 
-    look       the clean picture that the model sees in each particle is judged
+    look       the clean image that the model sees in each particle is judged
     weigh      log-weight += lambda * (reward - last reward)        or with the highest, or the sum, of rewards so far
     resample   heavy particles take the places of light ones, then each goes on with noise of its own
 
-so that the pictures follow p(picture) * exp(lambda * reward), lambda = strength / the reward's own spread. The best one
-is kept. Plain best-of-N of as many pictures from the same seeds is painted beside it, which costs as many denoiser
+so that the images follow p(image) * exp(lambda * reward), lambda = strength / the reward's own spread. The best one
+is kept. Plain best-of-N of as many images from the same seeds is painted beside it, which costs as many denoiser
 calls (`--compare false` does not).
 
-Finished pictures are on the disk at once; after any stop `--resume` goes on with the others. `pictures/` has the layout
+Finished images are on the disk at once; after any stop `--resume` goes on with the others. `images/` has the layout
 that GenEval's scorer reads.
 """
 
@@ -22,15 +22,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from rlhf_t2i.checkpoint import write_atomically
 from rlhf_t2i.config import Rule, names, parse_config
-from rlhf_t2i.particles import PotentialName
-from rlhf_t2i.sampling.best_of_n import best_of_n
-from rlhf_t2i.sampling.fk_steering import check_steering, fk_steering, reward_spread
-from rlhf_t2i.search import Search, SearchConfig, start_search
-from rlhf_t2i.search_report import Found
+from rlhf_t2i.files import write_atomically
+from rlhf_t2i.report.search import Found
+from rlhf_t2i.search.best_of_n import best_of_n
+from rlhf_t2i.search.fk_steering import check_steering, fk_steering, reward_spread
+from rlhf_t2i.search.particles import PotentialName
+from rlhf_t2i.search.run import Search, SearchConfig, start_search
 
-NUM_PILOT_PROMPTS, NUM_PILOT_PICTURES = 16, 4
+NUM_CALIBRATION_PROMPTS, NUM_CALIBRATION_IMAGES = 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +38,21 @@ class Config(SearchConfig):
     """Those of every search, and FK steering's own."""
 
     num_particles: int = 16
-    """Pictures of each prompt that are painted together."""
+    """Images of each prompt that are painted together."""
     eta: float = 1.0
     """Noise of each step, in (0, 1]: 1 is as much as the forward process has."""
     strength: float = 2.0
     """How much reward counts against being likely; 0 is plain sampling."""
     spread: float | None = None
-    """The reward's standard deviation among pictures of one prompt, the unit of strength; null measures it on a few
-    plain pictures. With 1, strength is the published lambda."""
+    """The reward's standard deviation among images of one prompt, the unit of strength; null measures it on a few
+    plain images. With 1, strength is the published lambda."""
     potential: PotentialName = "difference"
     resample_after: str = "2,3,4,6"
     """Comma-separated numbers of denoising steps after which particles are judged and may be resampled."""
-    minimum_effective: float = 1.0
+    ess_threshold: float = 1.0
     """Resample only where the effective number of particles is below this share of them; 1 always does."""
     compare: bool = True
-    """Also paint plain best-of-N of as many pictures, for the report."""
+    """Also paint plain best-of-N of as many images, for the report."""
 
     def rules(self) -> list[Rule]:
         return [
@@ -67,7 +67,7 @@ class Config(SearchConfig):
                 and all(p.isdigit() and 1 <= int(p) < self.num_denoising_steps for p in names(self.resample_after)),
                 f"whole numbers with commas, from 1 to {self.num_denoising_steps - 1}",
             ),
-            ("minimum_effective", 0 < self.minimum_effective <= 1, "in (0, 1]"),
+            ("ess_threshold", 0 < self.ess_threshold <= 1, "in (0, 1]"),
         ]
 
     @property
@@ -78,7 +78,7 @@ class Config(SearchConfig):
 def main(config: Config) -> list[Found]:
     """Paint crowds, steer them, keep the best."""
     search = start_search(config, recipe="fk_steering", eta=config.eta)
-    check_steering(search.studio, config.resampling_steps, spread=1.0, minimum_effective=config.minimum_effective)
+    check_steering(search.context, config.resampling_steps, spread=1.0, ess_threshold=config.ess_threshold)
     spread = config.spread or measured_spread(search)
     for tasks in search.batches():
         prompts, seeds = (
@@ -87,10 +87,10 @@ def main(config: Config) -> list[Found]:
         )
         plain = None
         if config.compare:
-            plain = best_of_n(search.studio, prompts, generators=search.generators(tasks, config.num_particles))
+            plain = best_of_n(search.context, prompts, generators=search.generators(tasks, config.num_particles))
         steered = fk_steering(
-            search.studio, prompts, strength=config.strength, spread=spread, potential=config.potential,
-            resample_after=config.resampling_steps, minimum_effective=config.minimum_effective,
+            search.context, prompts, strength=config.strength, spread=spread, potential=config.potential,
+            resample_after=config.resampling_steps, ess_threshold=config.ess_threshold,
             generators=search.generators(tasks, config.num_particles), resampling=search.resampling(tasks),
         )  # fmt: skip
         effective = [{str(k): round(v[i].item(), 4) for k, v in steered.effective.items()} for i in range(len(tasks))]
@@ -100,13 +100,13 @@ def main(config: Config) -> list[Found]:
 
 
 def measured_spread(search: Search) -> float:
-    """The reward's spread on plain pictures; measured once in a run, whose later sessions read it."""
+    """The reward's spread on plain images; measured once in a run, whose later sessions read it."""
     path = search.run.folder / "spread.json"
     if search.run.is_main and not path.is_file():
-        prompts = search.prompts[:NUM_PILOT_PROMPTS]
-        spread = reward_spread(search.studio, prompts, generators=search.pilots(len(prompts) * NUM_PILOT_PICTURES))
-        write_atomically(path, json.dumps({"spread": spread, "pictures": len(prompts) * NUM_PILOT_PICTURES}))
-        search.run.say(f"The reward's standard deviation among pictures of one prompt is {spread:.3g}.")
+        prompts = search.prompts[:NUM_CALIBRATION_PROMPTS]
+        spread = reward_spread(search.context, prompts, generators=search.pilots(len(prompts) * NUM_CALIBRATION_IMAGES))
+        write_atomically(path, json.dumps({"spread": spread, "images": len(prompts) * NUM_CALIBRATION_IMAGES}))
+        search.run.say(f"The reward's standard deviation among images of one prompt is {spread:.3g}.")
     search.run.accelerator.wait_for_everyone()
     return json.loads(path.read_text())["spread"]
 

@@ -1,17 +1,17 @@
-"""Flow-GRPO: teach a flow model by comparing pictures of one prompt (Liu et al., arXiv:2505.05470).
+"""Flow-GRPO: teach a flow model by comparing images of one prompt (Liu et al., arXiv:2505.05470).
 
     accelerate launch recipes/flow_grpo.py                                                            a laptop
     accelerate launch recipes/flow_grpo.py --config recipes/configs/flow_grpo_sd35m_pickscore.yaml    SD 3.5 medium
 
 A flow paints without chance; some of its steps are made noisy so that every stroke has a density, which can be raised
-if the picture earned more than others of its prompt. One step of training:
+if the image earned more than others of its prompt. One step of training:
 
-    paint      images_per_prompt pictures of each of prompts_per_step prompts; only the steps of a window are noisy
-    judge      any reward: pictures and prompts in, numbers out
+    paint      images_per_prompt images of each of prompts_per_step prompts; only the steps of a window are noisy
+    judge      any reward: images and prompts in, numbers out
     compare    advantage = (reward - mean of its group) / spread
     move       raise ratio * advantage, ratio = new / old density of a noisy stroke, clipped to 1 +- clip_range
 
-All pictures of a step share its window, or those of a prompt would differ by it. Few denoising steps are enough to tell
+All images of a step share its window, or those of a prompt would differ by it. Few denoising steps are enough to tell
 good from bad; evaluation takes more. Without guidance a step costs half, and the model learns to do without.
 """
 
@@ -27,33 +27,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.advantages import globally_scaled_advantages, group_relative_advantages, num_degenerate_groups
-from rlhf_t2i.batching import minibatches, window_of_step
 from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_ratio, per_image
 from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
-from rlhf_t2i.policy_gradient import update_metrics, warn_of_the_first_update
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.run import Run
 from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout, transition_at
-from rlhf_t2i.seeds import PAINT, PICK, generator_for, generators_for
-from rlhf_t2i.tuning import Tuning, TuningConfig, start_tuning
+from rlhf_t2i.seeds import SAMPLE, UPDATE, generator_for, generators_for
+from rlhf_t2i.training.batching import minibatches, window_of_step
+from rlhf_t2i.training.policy_gradient import update_metrics, warn_of_the_first_update
+from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig, start_trainer
 from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TuningConfig):
-    """Those of every recipe, and Flow-GRPO's own. A microbatch holds pictures, or strokes of an update."""
+class Config(TrainerConfig):
+    """Those of every recipe, and Flow-GRPO's own. A microbatch holds images, or strokes of an update."""
 
     prompts_per_step: int = 16
     """Different prompts in one rollout, over all processes."""
     images_per_prompt: int = 12
-    """Pictures of each, on one process: a group."""
+    """Images of each, on one process: a group."""
     model: str = "shapes-flow"
     """A pipeline folder of diffusers, a Hub id, or a built-in model; of a flow model."""
-    rewards: str = "judge"
-    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), judge:PATH (a LLaVA-Reward folder or Hub id),
+    rewards: str = "llava_reward"
+    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), llava_reward:PATH (a LLaVA-Reward folder or Hub id),
     oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
 
     dynamics: Literal["flow_sde", "cps"] = "flow_sde"
@@ -65,9 +65,9 @@ class Config(TuningConfig):
     window_start: float = 0.0
     """The window lies between here (0 is pure noise) ..."""
     window_end: float = 0.5
-    """... and here (1 is the picture). The very last step is never noisy: its noise would stay in the picture."""
+    """... and here (1 is the image). The very last step is never noisy: its noise would stay in the image."""
     window_moves_every: int | None = None
-    """Training steps after which the window moves on by one, from noise to picture and round again (MixGRPO); null
+    """Training steps after which the window moves on by one, from noise to image and round again (MixGRPO); null
     draws its place anew in each."""
 
     advantages: Literal["global_std", "group_std"] = "global_std"
@@ -119,27 +119,27 @@ class Config(TuningConfig):
         """The first noisy denoising step of a training step, and the one after the last."""
         return window_of_step(
             step, within=self.noisy_steps, size=self.window_size, moves_every=self.window_moves_every,
-            generator=generator_for(self.seed, PICK, step),
+            generator=generator_for(self.seed, UPDATE, step),
         )  # fmt: skip
 
 
 def main(config: Config) -> Run:
     """Paint, judge, compare, move."""
     reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
-    tuning = start_tuning(config, recipe="flow_grpo", keep_reference=config.kl_weight > 0)
-    run, policy, schedule = tuning.run, tuning.policy, tuning.policy.schedule(config.num_denoising_steps)
+    trainer = start_trainer(config, recipe="flow_grpo", keep_reference=config.kl_weight > 0)
+    run, policy, schedule = trainer.run, trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
     dynamics = noisy_step(schedule, config)
     mine = run.my_share(config.prompts_per_step, name="prompts_per_step")
-    for step in tuning.steps():
+    for step in trainer.steps():
         asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own = [asked[i] for i in mine for _ in range(config.images_per_prompt)]
         window = config.window(step)
         first, end = (float(schedule.sigma[index]) for index in window)
         sampler = Sampler(schedule, partial(windowed, dynamics=dynamics, first=first, end=end), config.guidance_scale)
-        with run.timed("rollout"), tuning.painting():
+        with run.timed("rollout"), trainer.painting():
             images, trajectory = rollout(
                 policy, own, sampler=sampler, batch_size=config.microbatch_size,
-                generators=generators_for(config.seed, PAINT, step, mine),
+                generators=generators_for(config.seed, SAMPLE, step, mine),
             )  # fmt: skip
         with run.timed("reward"), torch.no_grad():
             rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
@@ -148,15 +148,15 @@ def main(config: Config) -> Run:
         advantages = scaled(groups).clamp(-config.max_advantage, config.max_advantage).to(run.device)
         drawn = None
         if config.ratio_normalisation:
-            drawn = noise_of_rollout(policy, trajectory, generators=generators_for(config.seed, PAINT, step, mine))
+            drawn = noise_of_rollout(policy, trajectory, generators=generators_for(config.seed, SAMPLE, step, mine))
         with run.timed("update"):
             metrics = update(
-                tuning, trajectory, advantages[mine.start : mine.stop].flatten(), drawn=drawn, window=window,
-                generators=generators_for(config.seed, PICK, step, mine), sampler=sampler, config=config,
+                trainer, trajectory, advantages[mine.start : mine.stop].flatten(), drawn=drawn, window=window,
+                generators=generators_for(config.seed, UPDATE, step, mine), sampler=sampler, config=config,
             )  # fmt: skip
         if step == 0:
             warn_of_the_first_update(run, metrics)
-        tuning.finish_step(
+        trainer.finish_step(
             step,
             reward=groups.mean().item(),
             reward_std=groups.std(correction=0).item(),
@@ -167,14 +167,14 @@ def main(config: Config) -> Run:
             **run.mean({f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}),
             **metrics,
         )
-    return tuning.finish()
+    return trainer.finish()
 
 
 def noisy_step(schedule: Schedule, config: Config) -> Dynamics:
     """The step with noise. Raises ValueError for a model that is no flow."""
     if schedule.kind != "flow":
         raise ValueError(
-            f"flow_grpo teaches flow models, and {config.model!r} is none. What compares groups of pictures of a "
+            f"flow_grpo teaches flow models, and {config.model!r} is none. What compares groups of images of a "
             f"diffusion model is recipes/ddpo.py --advantages group_relative."
         )
     match config.dynamics:
@@ -185,7 +185,7 @@ def noisy_step(schedule: Schedule, config: Config) -> Dynamics:
 
 
 def update(
-    tuning: Tuning,
+    trainer: Trainer,
     trajectory: Trajectory,
     advantages: Float[Tensor, " B"],
     *,
@@ -200,7 +200,7 @@ def update(
     `drawn` is the noise of the rollout, if ratios are to be normalised. `replay_error` is the largest change of a
     log-density before the first optimiser step: 0 if all is well.
     """
-    run, policy, sigma = tuning.run, tuning.policy, sampler.schedule.sigma
+    run, policy, sigma = trainer.run, trainer.policy, sampler.schedule.sigma
     clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
     seen: list[Tensor] = []
     steps: list[dict[str, float]] = []
@@ -214,7 +214,7 @@ def update(
             strokes = trajectory.latents[i, t], t, trajectory.conditioning[i]
             kl, reference = torch.zeros(len(i), device=run.device), None
             # Processes exchange gradients once, in the last backward pass.
-            with tuning.learner.accumulating(last=i is microbatches[-1][0]):
+            with trainer.engine.accumulating(last=i is microbatches[-1][0]):
                 if config.kl_weight:
                     with torch.no_grad(), policy.as_reference():
                         reference = transition_at(policy, *strokes, sampler=sampler)
@@ -229,12 +229,12 @@ def update(
                     advantage = advantage / (sigma[t] - sigma[t + 1])
                 loss = clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), advantage, clip_range=clip_range)
                 loss = loss + config.kl_weight * kl.mean()
-                tuning.learner.backward(loss * len(i) / len(image))
+                trainer.engine.backward(loss * len(i) / len(image))
             log_ratio = log_ratio.detach()
             seen.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
             if not steps:
                 replay_error = torch.maximum(replay_error, log_ratio.abs().max())
-        steps.append(tuning.descend())
+        steps.append(trainer.optimizer_step())
     return update_metrics(
         run, torch.cat(seen), steps, clip_range=clip_range, replay_error=replay_error, with_kl=config.kl_weight > 0
     )

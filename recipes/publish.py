@@ -4,7 +4,7 @@
     python recipes/publish.py --run runs/ddpo-DATE --repo OWNER/NAME --private       the same, and its upload
 
 A LoRA, a tuned denoiser in its pipeline, or a judge, as safetensors; with a model card that says how to load it, what
-it is worth and how it was made, pictures before and after, curves, and checksums. The upload is one commit. Its token
+it is worth and how it was made, images before and after, curves, and checksums. The upload is one commit. Its token
 is HF_TOKEN's or that of `hf auth login`.
 """
 
@@ -16,8 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rlhf_t2i.config import check, names, parse_config
-from rlhf_t2i.finished_run import read_run
-from rlhf_t2i.publication import (
+from rlhf_t2i.hub.bundle import (
     base_of,
     files_of,
     is_whole_pipeline,
@@ -26,6 +25,7 @@ from rlhf_t2i.publication import (
     pack_weights,
     write_checksums,
 )
+from rlhf_t2i.training.finished_run import read_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,14 @@ class Config:
 
 def main(config: Config) -> Path:
     """Read the run, write the folder, upload it."""
-    from rlhf_t2i.publish import check_repo, hub, licence_of, refuse_tokens, upload, write_card  # takes half a second
+    from rlhf_t2i.hub.upload import (  # takes half a second
+        check_repo,
+        hub,
+        licence_of,
+        refuse_tokens,
+        upload,
+        write_card,
+    )
 
     for repo in (config.repo, config.base):
         if repo is not None:

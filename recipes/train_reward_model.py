@@ -1,10 +1,10 @@
-"""Train a judge of pictures: LLaVA-Reward (arXiv:2507.21391).
+"""Train a judge of images: LLaVA-Reward (arXiv:2507.21391).
 
     accelerate launch recipes/train_reward_model.py                          the built-in judge, minutes on a laptop
     accelerate launch recipes/train_reward_model.py --training pairs.jsonl \\
         --config recipes/configs/reward_qwen2_5_vl_alignment.yaml            Qwen2.5-VL, with the paper's settings
 
-A multimodal LLM reads a picture and a prompt. Its last token looks at the picture once more (SkipCA), and a linear
+A multimodal LLM reads an image and a prompt. Its last token looks at the image once more (SkipCA), and a linear
 head makes a score of what it saw. LoRA, projector, SkipCA and head learn from what people preferred; the rest
 stays as it is. Without --config or --backbone, recipes/configs/reward_shapes.yaml is read.
 """
@@ -51,11 +51,11 @@ class Config:
     test: str | None = None
     """Data files that are only measured at the end; null is none, or those of the built-in world."""
     image_root: str | None = None
-    """Where relative image paths start; null is each data file's own folder. No picture may lie outside of it."""
+    """Where relative image paths start; null is each data file's own folder. No image may lie outside of it."""
     image_prefix: str | None = None
     """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
-    unpack_folder: str = "runs/pictures"
-    """Where pictures are written that lie within tables and archives."""
+    unpack_folder: str = "runs/images"
+    """Where images are written that lie within tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Stop at a bad record, or leave it out and write it to skipped.jsonl in the run folder."""
     leave_out_test_prompts: bool = False
@@ -69,7 +69,7 @@ class Config:
     temperature: float = 0.1
     """Differences of scores are divided by it to become log-odds; cross_entropy takes 1."""
     tie_width: float = 0.5
-    """Used if the data has ties: in log-odds, how close two pictures must be to be called equal."""
+    """Used if the data has ties: in log-odds, how close two images must be to be called equal."""
     margin_per_rating: float = 0.0
     """Not for cross_entropy: log-odds by which a winner is asked to be ahead for each unit of rating_gap."""
     skip_ca: bool = True
@@ -79,9 +79,9 @@ class Config:
     """How a prompt is shown: by the backbone's chat template, or as the published code did."""
     min_pixels: int | None = None
     max_pixels: int | None = None
-    """Bounds of a picture for Qwen's models: more pixels are more tokens. Null is the model's own."""
+    """Bounds of an image for Qwen's models: more pixels are more tokens. Null is the model's own."""
     num_crops: int | None = None
-    """The most crops of a picture for models that cut it up: more crops are more tokens. Null is the model's own."""
+    """The most crops of an image for models that cut it up: more crops are more tokens. Null is the model's own."""
 
     lora_rank: int = 128
     lora_alpha: float = 256.0
@@ -99,7 +99,7 @@ class Config:
     adam_beta2: float = 0.95
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
-    pairs_per_batch: int = 8
+    microbatch_size: int = 8
     """Records (pairs, ties or labels) in one forward pass of one process."""
     accumulation_steps: int = 4
     num_epochs: float = 1.0
@@ -111,16 +111,16 @@ class Config:
 
     evaluate_every: int = 100
     """Steps between validations; a checkpoint is written at each."""
-    early_stop_after: int = 5
+    patience: int = 5
     """Validations in a row without a better accuracy; 0 never stops early."""
     keep_checkpoints: int = 2
     resume: bool = False
     run_folder: str | None = None
-    """Null is runs/judge-DATE."""
+    """Null is runs/reward_model-DATE."""
     trackers: str = ""
     """Comma-separated, of wandb and tensorboard."""
     num_workers: int = 0
-    """Processes that read pictures ahead of the model."""
+    """Processes that read images ahead of the model."""
     num_cpu_threads: int = 0
     """On a CPU; 0 shares all cores among the processes."""
     seed: int = 0
@@ -140,12 +140,12 @@ class Config:
             ("learning_rate", self.learning_rate > 0, "positive"),
             ("warmup_share", 0 <= self.warmup_share < 1, "in [0, 1)"),
             ("max_gradient_norm", self.max_gradient_norm > 0, "positive"),
-            ("pairs_per_batch", self.pairs_per_batch >= 1, "at least 1"),
+            ("microbatch_size", self.microbatch_size >= 1, "at least 1"),
             ("accumulation_steps", self.accumulation_steps >= 1, "at least 1"),
             ("num_epochs", self.num_epochs > 0, "positive"),
             ("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or at least 1"),
             ("evaluate_every", self.evaluate_every >= 1, "at least 1"),
-            ("early_stop_after", self.early_stop_after >= 0, "at least 0"),
+            ("patience", self.patience >= 0, "at least 0"),
             ("keep_checkpoints", self.keep_checkpoints >= 2, "at least 2: the best and the newest"),
             ("num_workers", self.num_workers >= 0, "at least 0"),
             ("seed", self.seed >= 0, "at least 0"),
@@ -169,14 +169,14 @@ def main(config: Config) -> Path:
 
     from reward_model.backbones.load import load_backbone
     from reward_model.checkpoint import bundle_tensors, save_bundle
+    from reward_model.config import RewardModelConfig
     from reward_model.datasets.readable import readable
-    from reward_model.facts import Facts
     from reward_model.model import RewardModel, parameter_table, visual_token_table
     from reward_model.scoring import LlavaReward
-    from reward_model.training import JudgeTrainer, Objective, newest_checkpoint
-    from rlhf_t2i.parallel.processes import end_processes
-    from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE
-    from rlhf_t2i.run_folder import restarted
+    from reward_model.training import Objective, RewardModelTrainer, newest_checkpoint
+    from rlhf_t2i.distributed.processes import end_processes
+    from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL
+    from rlhf_t2i.training.run_folder import restarted
 
     args, folder = start(config)
     training, validation, tests = load_data(config, folder)
@@ -188,7 +188,7 @@ def main(config: Config) -> Path:
         margin_per_rating=config.margin_per_rating,
     )
     objective.check([*training, *validation])
-    source = str(BUILT_IN_JUDGE / "backbone") if config.backbone == BUILT_IN else config.backbone
+    source = str(BUILT_IN_REWARD_MODEL / "backbone") if config.backbone == BUILT_IN else config.backbone
     bounds: Any = {key: getattr(config, key) for key in ("min_pixels", "max_pixels", "num_crops")}
     shown: Any = {"template": config.template, **bounds}
     dtype = "bfloat16" if args.bf16 else "float32"
@@ -196,7 +196,7 @@ def main(config: Config) -> Path:
     for records in (training, validation, *tests.values()):
         records[:] = readable(records, lambda prompt: backbone.reader.ids(prompt, 0), skipped=skip_file(config, folder))
     judge = RewardModel(backbone)
-    facts = Facts(
+    facts = RewardModelConfig(
         perspective=config.perspective,
         backbone=os.path.abspath(source) if Path(source).is_dir() else source,
         model_type=backbone.model.config.model_type,
@@ -213,10 +213,10 @@ def main(config: Config) -> Path:
         **shown,
     )
     judge.add(facts, seed=config.seed)
-    trainer = JudgeTrainer(
+    trainer = RewardModelTrainer(
         judge, objective=objective, training=training, validation=validation, args=args,
         learning_rates=config.learning_rates, lora_only=config.lora_only,
-        callbacks=[EarlyStoppingCallback(config.early_stop_after)] if config.early_stop_after else [],
+        callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else [],
     )  # fmt: skip
     checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume or restarted() else None
     if trainer.is_world_process_zero():
@@ -226,12 +226,12 @@ def main(config: Config) -> Path:
     if trainer.is_world_process_zero():
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
         finished = LlavaReward(trainer.finished())
-        facts = replace(facts, **finished.unit(validation, batch_size=2 * config.pairs_per_batch))
-        save_bundle(facts, bundle_tensors(finished.model, facts.perspective), folder / "judge")
-        measure(finished, {"validation": validation, **tests}, folder, batch_size=2 * config.pairs_per_batch)
+        facts = replace(facts, **finished.unit(validation, batch_size=2 * config.microbatch_size))
+        save_bundle(facts, bundle_tensors(finished.model, facts.perspective), folder / "reward_model")
+        measure(finished, {"validation": validation, **tests}, folder, batch_size=2 * config.microbatch_size)
         tqdm.write(f"judge     {folder / 'judge'}")
     end_processes(trainer.accelerator)
-    return folder / "judge"
+    return folder / "reward_model"
 
 
 def start(config: Config) -> tuple[RewardConfig, Path]:
@@ -240,8 +240,8 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
     from accelerate.utils import DistributedType
     from trl.trainer.reward_config import RewardConfig
 
-    from rlhf_t2i.run import keep_trackers_quiet, share_cores, stop_with_the_launcher
-    from rlhf_t2i.run_folder import claim_folder
+    from rlhf_t2i.training.run import keep_trackers_quiet, share_cores, stop_with_the_launcher
+    from rlhf_t2i.training.run_folder import claim_folder
 
     trackers = names(config.trackers)
     keep_trackers_quiet(trackers)
@@ -259,8 +259,8 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         activation_checkpointing=config.gradient_checkpointing,
-        per_device_train_batch_size=config.pairs_per_batch,
-        per_device_eval_batch_size=2 * config.pairs_per_batch,
+        per_device_train_batch_size=config.microbatch_size,
+        per_device_eval_batch_size=2 * config.microbatch_size,
         gradient_accumulation_steps=config.accumulation_steps,
         num_train_epochs=config.num_epochs,
         max_steps=config.max_steps,
@@ -292,7 +292,7 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
     if PartialState().distributed_type == DistributedType.FSDP:
         raise ValueError("A judge is not trained with FSDP; use accelerate_configs/deepspeed_zero3.yaml, or DDP.")
     folder = claim_folder(
-        {**asdict(config), "mixed_precision": precision}, recipe="judge", free_to_change=_FREE_TO_CHANGE
+        {**asdict(config), "mixed_precision": precision}, recipe="reward_model", free_to_change=_FREE_TO_CHANGE
     )
     args.output_dir = str(folder / "checkpoints")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder))
@@ -323,7 +323,7 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     for reason, count in unused.items():
         say(f"{count:,} rows say nothing: {reason}")
     if config.backbone == BUILT_IN and config.training != BUILT_IN:
-        say("The built-in backbone only knows the built-in world; for other pictures name a --backbone.")
+        say("The built-in backbone only knows the built-in world; for other images name a --backbone.")
     records, held_out = mixed(
         records, held_out, tests, leave_out_test_prompts=config.leave_out_test_prompts,
         validation_share=config.validation_share, hard_negatives=config.hard_negatives, seed=config.seed, say=say,
@@ -362,8 +362,8 @@ def skip_file(config: Config, folder: Path) -> Path | None:
 
 def measure(judge: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, batch_size: int) -> None:
     """Print and write what the finished judge reaches on each set."""
-    from reward_model.measuring import ask, metrics_of
-    from reward_model.metrics import table
+    from reward_model.benchmarks.evaluation import ask, metrics_of
+    from reward_model.benchmarks.metrics import table
 
     found = {name: metrics_of(ask(judge, records, batch_size=batch_size)) for name, records in sets.items()}
     for name, metrics in found.items():

@@ -1,4 +1,4 @@
-"""Teach a judge: LLaVA-Reward (arXiv:2507.21391), a multimodal LLM that says how well a picture serves a prompt."""
+"""Teach a judge: LLaVA-Reward (arXiv:2507.21391), a multimodal LLM that says how well an image serves a prompt."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reward_model.backbones.load import load_backbone
-from reward_model.facts import Facts
+from reward_model.config import RewardModelConfig
 from reward_model.model import RewardModel
 
 WEIGHTS, FACTS = "llava_reward.safetensors", "llava_reward.json"
@@ -31,7 +31,9 @@ def bundle_tensors(model: RewardModel, name: str) -> dict[str, Tensor]:
     }
 
 
-def save_bundle(facts: Facts, tensors: dict[str, Tensor], folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def save_bundle(
+    facts: RewardModelConfig, tensors: dict[str, Tensor], folder: Path, *, dtype: torch.dtype = torch.float32
+) -> Path:
     """Write a bundle; each file is whole or not there. A backbone inside the folder is referred to from there."""
     folder.mkdir(parents=True, exist_ok=True)
     backbone = Path(facts.backbone)
@@ -47,14 +49,14 @@ def save_bundle(facts: Facts, tensors: dict[str, Tensor], folder: Path, *, dtype
     return folder
 
 
-def read_facts(folder: Path) -> Facts:
+def read_config(folder: Path) -> RewardModelConfig:
     """The facts of the bundle in a folder; FileNotFoundError if there is none."""
     if not (folder / FACTS).is_file():
         raise FileNotFoundError(f"{folder} holds no judge: it has no {FACTS}.")
-    return Facts.from_json((folder / FACTS).read_text(encoding="utf-8"), where=str(folder / FACTS))
+    return RewardModelConfig.from_json((folder / FACTS).read_text(encoding="utf-8"), where=str(folder / FACTS))
 
 
-def backbone_source(facts: Facts, folder: Path) -> str:
+def backbone_source(facts: RewardModelConfig, folder: Path) -> str:
     """Where a bundle's backbone is: beside the bundle, or wherever its facts say."""
     beside = folder / facts.backbone
     if not beside.is_dir() and Path(facts.backbone).is_absolute():
@@ -85,9 +87,9 @@ def load_weights(model: RewardModel, name: str, path: Path) -> None:
 def add_bundle(model: RewardModel, folder: Path, *, name: str | None = None) -> str:
     """Put a stored perspective on a backbone that is in memory; returns the name it has there.
 
-    Raises ValueError if the bundle was trained on another family or width of backbone, or shows it pictures otherwise.
+    Raises ValueError if the bundle was trained on another family or width of backbone, or shows it images otherwise.
     """
-    facts = read_facts(folder)
+    facts = read_config(folder)
     source = Path(backbone_source(facts, folder))
     # In full, so that one backbone has one name, whichever bundle's folder it is seen from.
     backbone = str(source.resolve()) if source.is_dir() else facts.backbone
@@ -117,9 +119,9 @@ def add_bundle(model: RewardModel, folder: Path, *, name: str | None = None) -> 
     return facts.perspective
 
 
-def load_judge(folder: Path, *, dtype: torch.dtype | None = None) -> RewardModel:
+def load_reward_model(folder: Path, *, dtype: torch.dtype | None = None) -> RewardModel:
     """The backbone of a bundle, by default in the precision that it had in training, with the bundle on it."""
-    facts = read_facts(folder)
+    facts = read_config(folder)
     source = backbone_source(facts, folder)
     backbone = load_backbone(
         source,

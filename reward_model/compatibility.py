@@ -9,19 +9,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reward_model.types import Reading
+from reward_model.types import BackboneOutput
 
 SkipCaKeys = Literal["visual", "visual_and_padding", "text_padding"]
-"""visual: the visual tokens of a row's own picture, as the paper has it.
+"""visual: the visual tokens of a row's own image, as the paper has it.
 
-visual_and_padding: these, and zeros behind them as far as the batch's picture with the most tokens goes (Phi's code).
-text_padding: a row's padding in place of its picture, and nothing in the longest row of a batch (Qwen's code).
-With the last two a score depends on the batch; with the second not if the picture is alone in it.
+visual_and_padding: these, and zeros behind them as far as the batch's image with the most tokens goes (Phi's code).
+text_padding: a row's padding in place of its image, and nothing in the longest row of a batch (Qwen's code).
+With the last two a score depends on the batch; with the second not if the image is alone in it.
 """
 
 
 def looked_at(
-    kind: SkipCaKeys, reading: Reading, padding: Callable[[], Float[Tensor, " D"]]
+    kind: SkipCaKeys, reading: BackboneOutput, padding: Callable[[], Float[Tensor, " D"]]
 ) -> tuple[Float[Tensor, "B K D"], Bool[Tensor, "B K"]]:
     """The tokens that are SkipCA's keys and values, and which of them count; `padding` makes the embedding of padding.
 

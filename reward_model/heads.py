@@ -27,7 +27,7 @@ class Head(nn.Linear):
 def preference_logits(
     first: Float[Tensor, "P d"], second: Float[Tensor, "P d"], *, kind: HeadKind, temperature: float
 ) -> Float[Tensor, " P"]:
-    """The log-odds that the first picture is preferred to the second.
+    """The log-odds that the first image is preferred to the second.
 
         scalar               (a - b) / temperature                         Bradley-Terry
         general_preference   (a_0 b_1 - a_1 b_0) / temperature             a skew-symmetric form (arXiv:2410.02197)

@@ -1,7 +1,7 @@
-"""Pictures of any kind as tensors, and the resizing and normalising of a model's processor in torch.
+"""Images of any kind as tensors, and the resizing and normalising of a model's processor in torch.
 
-Everything here keeps a gradient from what a model reads to the pixels of the picture. Processors compute with 8-bit
-pictures, so a resized one differs from theirs by their rounding; without a resize both are equal.
+Everything here keeps a gradient from what a model reads to the pixels of the image. Processors compute with 8-bit
+images, so a resized one differs from theirs by their rounding; without a resize both are equal.
 """
 
 from __future__ import annotations
@@ -18,83 +18,83 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-Picture = Image.Image | np.ndarray | Tensor | str | Path
+ImageInput = Image.Image | np.ndarray | Tensor | str | Path
 """What a user may hand over: PIL, an array (Y, X, 3) or (Y, X), a tensor (3, Y, X), or the path of a file."""
 
 MAX_PIXELS = 64_000_000
 """A file with more is taken for a decompression bomb."""
 
 
-def to_tensor(picture: Picture) -> Float[Tensor, "3 _ _"]:
+def to_tensor(image: ImageInput) -> Float[Tensor, "3 _ _"]:
     """RGB in [0, 1]; a float tensor is handed through with its gradient, transparent pixels are laid on white.
 
     Raises FileNotFoundError, TypeError or ValueError, naming what was given.
     """
-    match picture:
+    match image:
         case str() | Path():
-            return _from_file(Path(picture))
+            return _from_file(Path(image))
         case Image.Image():
-            return _from_pil(picture)
+            return _from_pil(image)
         case np.ndarray():
-            return _from_array(picture)
+            return _from_array(image)
         case Tensor():
-            return _from_tensor(picture)
+            return _from_tensor(image)
         case _:
             raise TypeError(
-                f"A picture is a PIL image, an array (Y, X, 3), a tensor (3, Y, X) or a path; this is a "
-                f"{type(picture).__name__}."
+                f"An image is a PIL image, an array (Y, X, 3), a tensor (3, Y, X) or a path; this is a "
+                f"{type(image).__name__}."
             )
 
 
 def _from_file(path: Path) -> Float[Tensor, "3 _ _"]:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no picture {str(path)!r}.")
+        raise FileNotFoundError(f"There is no image {str(path)!r}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
             opened = Image.open(path)
-        with opened as picture:
-            width, height = picture.size
+        with opened as image:
+            width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(
-                    f"The picture {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}: it may be a "
+                    f"The image {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}: it may be a "
                     f"decompression bomb. Make it smaller."
                 )
-            picture.load()
-            return _from_pil(picture)
+            image.load()
+            return _from_pil(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The file {str(path)!r} is no picture that can be read: {error}.") from error
+        raise ValueError(f"The file {str(path)!r} is no image that can be read: {error}.") from error
 
 
-def _from_pil(picture: Image.Image) -> Float[Tensor, "3 _ _"]:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # Pillow would cut it off at 255
-        return torch.from_numpy(np.array(picture) / np.float32(65535)).expand(3, -1, -1)
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"A picture of Pillow's mode {picture.mode!r} has no known white; convert it to L or RGB.")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+def _from_pil(image: Image.Image) -> Float[Tensor, "3 _ _"]:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would cut it off at 255
+        return torch.from_numpy(np.array(image) / np.float32(65535)).expand(3, -1, -1)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"An image of Pillow's mode {image.mode!r} has no known white; convert it to L or RGB.")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def _from_array(array: np.ndarray) -> Float[Tensor, "3 _ _"]:
     if array.ndim == 2:
         array = np.repeat(array[:, :, None], 3, axis=2)
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ValueError(f"An array of shape {array.shape} is no picture; it must be (Y, X, 3) or (Y, X).")
+        raise ValueError(f"An array of shape {array.shape} is no image; it must be (Y, X, 3) or (Y, X).")
     return _from_tensor(torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))))
 
 
 def _from_tensor(tensor: Tensor) -> Float[Tensor, "3 _ _"]:
     if tensor.ndim != 3 or tensor.shape[0] != 3 or 0 in tensor.shape:
-        raise ValueError(f"A tensor of shape {tuple(tensor.shape)} is no picture; it must be (3, Y, X).")
+        raise ValueError(f"A tensor of shape {tuple(tensor.shape)} is no image; it must be (3, Y, X).")
     if tensor.dtype == torch.uint8:
         return tensor.float() / 255
     if not tensor.is_floating_point():
-        raise ValueError(f"A picture of {tensor.dtype} is not understood; give uint8 in 0..255 or floats in [0, 1].")
+        raise ValueError(f"An image of {tensor.dtype} is not understood; give uint8 in 0..255 or floats in [0, 1].")
     if not tensor.detach().isfinite().all():
-        raise ValueError("A picture holds values that are not finite; floats must be in [0, 1].")
+        raise ValueError("An image holds values that are not finite; floats must be in [0, 1].")
     return tensor.float()
 
 
@@ -123,7 +123,7 @@ def resize(
 
 
 def centre_crop(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Float[Tensor, "B 3 {height} {width}"]:
-    """The middle of pictures that are at least this large."""
+    """The middle of images that are at least this large."""
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return images[..., top : top + height, left : left + width]
 
@@ -131,13 +131,13 @@ def centre_crop(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Fl
 def pad_to(
     images: Float[Tensor, "B 3 _ _"], height: int, width: int, *, value: float
 ) -> Float[Tensor, "B 3 {height} {width}"]:
-    """The pictures in the middle of a larger area; an odd line goes below or to the right."""
+    """The images in the middle of a larger area; an odd line goes below or to the right."""
     rows, columns = height - images.shape[-2], width - images.shape[-1]
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=value)
 
 
 def cut(image: Float[Tensor, "3 _ _"], size: int) -> Float[Tensor, "N 3 {size} {size}"]:
-    """Squares of a picture whose sides are multiples of `size`, row by row."""
+    """Squares of an image whose sides are multiples of `size`, row by row."""
     rows, columns = image.shape[1] // size, image.shape[2] // size
     return image.reshape(3, rows, size, columns, size).permute(1, 3, 0, 2, 4).flatten(0, 1)
 
@@ -150,7 +150,7 @@ def normalise(
 
 
 def preprocess_as_clip(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float[Tensor, "B 3 _ _"]:
-    """What a CLIP image processor with these settings makes of pictures, without rounding resized ones to 8 bits.
+    """What a CLIP image processor with these settings makes of images, without rounding resized ones to 8 bits.
 
     Clamped values keep their gradient, as if nothing had been cut off.
     """
@@ -162,7 +162,7 @@ def preprocess_as_clip(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float
 
 
 def _resized(height: int, width: int, size: Any) -> tuple[int, int]:
-    """Where the processor's `size` takes a picture: a fixed size, or its shortest side to a length."""
+    """Where the processor's `size` takes an image: a fixed size, or its shortest side to a length."""
     if size.get("height"):
         return size["height"], size["width"]
     short = size["shortest_edge"]

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reward_model.compatibility import SkipCaKeys
-from reward_model.facts import Facts
+from reward_model.config import RewardModelConfig
 from reward_model.published_names import VARIANTS, Variant, lora_tensors, other_tensors
 
 _YAML_KEYS = {"general_preference_tau", "value_head_dim", "add_cross_attention", "is_general_preference"}
@@ -42,7 +42,7 @@ _PLAIN_LORA: dict[str, Any] = {
 class Imported:
     """A bundle that was made of a published checkpoint, and what is to be known of it."""
 
-    facts: Facts
+    facts: RewardModelConfig
     notes: list[str]
     """What was kept or left out, a sentence each."""
     parts: list[str]
@@ -75,7 +75,7 @@ def import_published(
         stored = {name: entry for name, entry in stored.items() if not name.startswith("skip_ca.")}
     shown: dict[str, Any] = {"template": "published", **variant.bounds}
     backbone = load_backbone(base, dtype=getattr(torch, dtype), **shown)
-    facts = Facts(
+    facts = RewardModelConfig(
         perspective=perspective,
         backbone=os.path.abspath(base) if Path(base).is_dir() else base,
         model_type=kind,

@@ -15,7 +15,7 @@ def preference_losses(
     margin: Float[Tensor, " P"] | float = 0.0,
     tie_width: float = 0.0,
 ) -> Float[Tensor, " P"]:
-    """Minus the log-likelihood of each comparison: the first picture won, or neither did.
+    """Minus the log-likelihood of each comparison: the first image won, or neither did.
 
         P(first wins)  = sigmoid(logit - tie_width)
         P(second wins) = sigmoid(-logit - tie_width)
@@ -41,5 +41,5 @@ def decided_logits(logits: Float[Tensor, "*P"], *, tie_width: float) -> Float[Te
 
 
 def label_losses(scores: Float[Tensor, " N"], labels: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Binary cross-entropy of each picture, sigmoid(score) being the chance that it is good; labels 1 good, 0 bad."""
+    """Binary cross-entropy of each image, sigmoid(score) being the chance that it is good; labels 1 good, 0 bad."""
     return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from reward_model.backbones.load import LORA_TARGETS
 from reward_model.compatibility import looked_at
-from reward_model.facts import Facts
+from reward_model.config import RewardModelConfig
 from reward_model.heads import Head
 from reward_model.skip_ca import SkipCrossAttention
-from reward_model.types import Backbone, Inputs, Reading
+from reward_model.types import Backbone, BackboneOutput, Inputs
 
 GROUPS = ("lora", "projector", "skip_ca", "head")
 """What learns. All four are trained; the published code put only the first into its optimiser."""
@@ -44,7 +44,7 @@ def last_real_token(hidden: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"]) -
 class Perspective(nn.Module):
     """What one perspective adds to the backbone, beside its LoRA."""
 
-    def __init__(self, facts: Facts, projector: nn.Module) -> None:
+    def __init__(self, facts: RewardModelConfig, projector: nn.Module) -> None:
         super().__init__()
         self.projector = projector
         self.skip_ca = None
@@ -61,10 +61,10 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.model = backbone.model
         self.perspectives = nn.ModuleDict()
-        self.facts: dict[str, Facts] = {}
+        self.facts: dict[str, RewardModelConfig] = {}
         self.active = ""
 
-    def add(self, facts: Facts, *, seed: int = 0) -> None:
+    def add(self, facts: RewardModelConfig, *, seed: int = 0) -> None:
         """A new perspective, untrained: LoRA that changes nothing, the projector in use, random SkipCA and head.
 
         Its parts are float32, whatever the backbone is. It is then the one in use; `learn` lets it be trained.
@@ -136,7 +136,7 @@ class RewardModel(nn.Module):
         """What the head of the perspective in use says of each row, in float32: a number, or a vector to compare."""
         return self.verdict(self.backbone.read(inputs), self.active)
 
-    def verdict(self, reading: Reading, name: str) -> Float[Tensor, "B d"]:
+    def verdict(self, reading: BackboneOutput, name: str) -> Float[Tensor, "B d"]:
         """What the head of a perspective says of a reading, which must be its own or that of one that reads alike."""
         perspective = self._perspective(name)
         pooled = last_real_token(reading.hidden, reading.hidden_mask)
@@ -147,7 +147,7 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def reads_alike(self, first: str, second: str) -> bool:
-        """Whether two perspectives read every picture the same, so that one pass of the backbone does for both.
+        """Whether two perspectives read every image the same, so that one pass of the backbone does for both.
 
         So it is if their projectors are equal, and their LoRAs too or neither does anything: if only SkipCA and head
         were trained (`learn(("skip_ca", "head"))`), of the bare backbone or of one adapter.
@@ -193,9 +193,9 @@ def _equal(first: dict[str, nn.Parameter], second: dict[str, nn.Parameter]) -> b
 
 
 def visual_token_table(backbone: Backbone, sides: Sequence[int] = (512, 768, 1024)) -> str:
-    """What pictures of some sizes cost a judge: how many visual tokens each becomes."""
+    """What images of some sizes cost a judge: how many visual tokens each becomes."""
     counts = [f"{side} x {side}: {backbone.num_visual_tokens(side, side):,}" for side in sides]
-    return f"visual tokens of a picture: {', '.join(counts)}"
+    return f"visual tokens of an image: {', '.join(counts)}"
 
 
 def parameter_table(model: RewardModel) -> str:

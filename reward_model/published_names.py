@@ -26,7 +26,7 @@ class Variant:
     note: str = ""
     """What that means, for whoever imports one."""
     bounds: dict[str, int] = field(default_factory=dict)
-    """How large its pictures were."""
+    """How large its images were."""
 
 
 VARIANTS = {
@@ -34,8 +34,8 @@ VARIANTS = {
         "model.",
         "model.vision_embed_tokens.img_projection.",
         "visual_and_padding",
-        note="As published, SkipCA does not mask the zeros behind a picture with fewer visual tokens than others, so "
-        "that a score depends on its batch; with --skip-ca-keys visual it does. Alone, a picture scores the same.",
+        note="As published, SkipCA does not mask the zeros behind an image with fewer visual tokens than others, so "
+        "that a score depends on its batch; with --skip-ca-keys visual it does. Alone, an image scores the same.",
         bounds={"num_crops": 16},
     ),
     "qwen2_5_vl": Variant(
@@ -43,8 +43,8 @@ VARIANTS = {
         "visual.merger.",
         "text_padding",
         skip_ca_eps=1e-6,
-        note="As published, SkipCA looks at a row's padding in place of its picture, and at nothing where there is "
-        "none, so that a score depends on its batch; with --skip-ca-keys visual it looks at the picture.",
+        note="As published, SkipCA looks at a row's padding in place of its image, and at nothing where there is "
+        "none, so that a score depends on its batch; with --skip-ca-keys visual it looks at the image.",
         bounds={"min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28},
     ),
     "llava_next": Variant("language_model.model.", "multi_modal_projector.", None),

@@ -1,4 +1,4 @@
-"""Ask a judge: scores of pictures, and the chance that one is preferred to another."""
+"""Ask a judge: scores of images, and the chance that one is preferred to another."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_model.checkpoint import add_bundle, load_judge
-from reward_model.facts import Facts
+from reward_model.checkpoint import add_bundle, load_reward_model
+from reward_model.config import RewardModelConfig
 from reward_model.heads import preference_logits
-from reward_model.images import Picture, to_tensor
+from reward_model.images import ImageInput, to_tensor
 from reward_model.losses import win_probability
 from reward_model.model import RewardModel
 from reward_model.types import Inputs, LabelledImage, PreferencePair, Record
@@ -25,8 +25,8 @@ class LlavaReward:
         judge.score(["fox.png"], ["a red fox"])            # float32 (1,): higher is better
         judge.compare(a, b, prompts)                       # the chance that a is preferred
 
-    Pictures are PIL images, arrays (Y, X, 3), paths, or float tensors (3, Y, X) in [0, 1]; a batch (B, 3, Y, X) too.
-    The gradient of a score reaches a tensor's pixels. A score does not depend on the other pictures of its batch,
+    Images are PIL images, arrays (Y, X, 3), paths, or float tensors (3, Y, X) in [0, 1]; a batch (B, 3, Y, X) too.
+    The gradient of a score reaches a tensor's pixels. A score does not depend on the other images of its batch,
     unless an imported judge's `skip_ca_keys` says that it looks at padding, as published.
     """
 
@@ -44,7 +44,7 @@ class LlavaReward:
 
         Raises FileNotFoundError or ValueError, naming what is wrong with it.
         """
-        judge = LlavaReward(load_judge(_folder(source), dtype=dtype))
+        judge = LlavaReward(load_reward_model(_folder(source), dtype=dtype))
         judge.model.requires_grad_(False).to(device)
         return judge
 
@@ -64,19 +64,19 @@ class LlavaReward:
         """Whether the first perspective has a scalar head; a general-preference head only compares."""
         return self.facts().head == "scalar"
 
-    def facts(self, perspective: str | None = None) -> Facts:
+    def facts(self, perspective: str | None = None) -> RewardModelConfig:
         """What is known of a perspective, by default the first."""
         return self.model.facts[self._name(perspective)]
 
     def score(
         self,
-        images: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        images: Sequence[ImageInput] | Float[Tensor, "B 3 _ _"],
         prompts: Sequence[str],
         *,
         perspective: str | None = None,
         batch_size: int = 32,
     ) -> Float[Tensor, " B"]:
-        """How well each picture serves its prompt, by one perspective (the first, unless another is named).
+        """How well each image serves its prompt, by one perspective (the first, unless another is named).
 
         Only differences mean something: (score(a) - score(b)) / temperature are the log-odds that a is preferred.
         Raises ValueError for a general-preference head, which gives no scores.
@@ -86,7 +86,7 @@ class LlavaReward:
 
     def score_all(
         self,
-        images: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        images: Sequence[ImageInput] | Float[Tensor, "B 3 _ _"],
         prompts: Sequence[str],
         *,
         perspectives: Sequence[str] | None = None,
@@ -102,17 +102,17 @@ class LlavaReward:
 
     def compare(
         self,
-        first: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
-        second: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        first: Sequence[ImageInput] | Float[Tensor, "B 3 _ _"],
+        second: Sequence[ImageInput] | Float[Tensor, "B 3 _ _"],
         prompts: Sequence[str],
         *,
         second_prompts: Sequence[str] | None = None,
         perspective: str | None = None,
         batch_size: int = 32,
     ) -> Float[Tensor, " B"]:
-        """The probability that each first picture is preferred to its second; a tie counts for half.
+        """The probability that each first image is preferred to its second; a tie counts for half.
 
-        For pairs of one picture under two prompts give `second_prompts`.
+        For pairs of one image under two prompts give `second_prompts`.
         """
         facts = self.facts(perspective)
         logits = self.logits(
@@ -122,25 +122,25 @@ class LlavaReward:
 
     def logits(
         self,
-        first: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
-        second: Sequence[Picture] | Float[Tensor, "B 3 _ _"],
+        first: Sequence[ImageInput] | Float[Tensor, "B 3 _ _"],
+        second: Sequence[ImageInput] | Float[Tensor, "B 3 _ _"],
         prompts: Sequence[str],
         *,
         second_prompts: Sequence[str] | None = None,
         perspective: str | None = None,
         batch_size: int = 32,
     ) -> Float[Tensor, " B"]:
-        """The log-odds that each first picture is preferred to its second, ties left out."""
+        """The log-odds that each first image is preferred to its second, ties left out."""
         name = self._name(perspective)
         if len(first) != len(second):
-            raise ValueError(f"{len(first)} first and {len(second)} second pictures came; there must be as many.")
+            raise ValueError(f"{len(first)} first and {len(second)} second images came; there must be as many.")
         one = self._verdicts(first, prompts, [name], batch_size)[name]
         two = self._verdicts(second, prompts if second_prompts is None else second_prompts, [name], batch_size)[name]
         facts = self.model.facts[name]
         return preference_logits(one, two, kind=facts.head, temperature=facts.temperature)
 
     def unit(self, records: Sequence[Record], *, batch_size: int = 32) -> dict[str, float]:
-        """`score_mean` and `score_std` over the pictures of some records; nothing where the head has no scores."""
+        """`score_mean` and `score_std` over the images of some records; nothing where the head has no scores."""
         if self.facts().head != "scalar":
             return {}
         pairs = [record for record in records if isinstance(record, PreferencePair)]
@@ -159,38 +159,38 @@ class LlavaReward:
         return name
 
     def _scores(
-        self, images: Sequence[Picture] | Tensor, prompts: Sequence[str], names: Sequence[str], batch_size: int
+        self, images: Sequence[ImageInput] | Tensor, prompts: Sequence[str], names: Sequence[str], batch_size: int
     ) -> dict[str, Float[Tensor, " B"]]:
         for name in names:
             if self.model.facts[name].head != "scalar":
                 raise ValueError(
-                    f"The perspective {name!r} has a general-preference head: it says which of two pictures is better, "
+                    f"The perspective {name!r} has a general-preference head: it says which of two images is better, "
                     f"but gives none a score. Use compare(first, second, prompts), or a judge with a scalar head."
                 )
         return {name: verdicts[:, 0] for name, verdicts in self._verdicts(images, prompts, names, batch_size).items()}
 
     def _verdicts(
-        self, images: Sequence[Picture] | Tensor, prompts: Sequence[str], names: Sequence[str], batch_size: int
+        self, images: Sequence[ImageInput] | Tensor, prompts: Sequence[str], names: Sequence[str], batch_size: int
     ) -> dict[str, Float[Tensor, "B d"]]:
-        """What each head says, a batch at a time; without a graph unless a picture asks for its gradient."""
+        """What each head says, a batch at a time; without a graph unless an image asks for its gradient."""
         if isinstance(prompts, str):
-            raise TypeError(f"prompts is one text ({prompts[:40]!r}); give a list with one prompt for each picture.")
+            raise TypeError(f"prompts is one text ({prompts[:40]!r}); give a list with one prompt for each image.")
         if isinstance(images, str):
-            raise TypeError(f"images is one text ({images[:40]!r}); give a list of pictures.")
+            raise TypeError(f"images is one text ({images[:40]!r}); give a list of images.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts; there must be as many.")
+            raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; there must be as many.")
         if not len(prompts):
-            raise ValueError("There is no picture to score.")
+            raise ValueError("There is no image to score.")
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         passes = self._passes(names)
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
-            pictures = [to_tensor(picture) for picture in images[rows]]
-            wanted = torch.is_grad_enabled() and any(picture.requires_grad for picture in pictures)
+            pixels = [to_tensor(image) for image in images[rows]]
+            wanted = torch.is_grad_enabled() and any(image.requires_grad for image in pixels)
             with torch.set_grad_enabled(wanted):
-                inputs = self.model.see(self._prepared(pictures, prompts[rows]))
+                inputs = self.model.see(self._prepared(pixels, prompts[rows]))
                 for together in passes:
                     with self.model.using(together[0]):
                         reading = self.model.backbone.read(inputs)
@@ -216,9 +216,9 @@ class LlavaReward:
             self._alike[first, second] = self.model.reads_alike(first, second)
         return self._alike[first, second]
 
-    def _prepared(self, pictures: Sequence[Tensor], prompts: Sequence[str]) -> Inputs:
+    def _prepared(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Inputs:
         device = next(self.model.parameters()).device
-        inputs = self.model.backbone.prepare([picture.to(device) for picture in pictures], prompts)
+        inputs = self.model.backbone.prepare([image.to(device) for image in images], prompts)
         return {key: tensor.to(device) for key, tensor in inputs.items()}
 
 

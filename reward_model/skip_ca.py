@@ -1,4 +1,4 @@
-"""SkipCA: the last word looks at the picture once more before it is scored (LLaVA-Reward, arXiv:2507.21391)."""
+"""SkipCA: the last word looks at the image once more before it is scored (LLaVA-Reward, arXiv:2507.21391)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class SkipCrossAttention(nn.Module):
     """Attention from the pooled token to the visual tokens as they left the projector, skipping the language model.
 
         q = W_q h                                        one query: the last real token after the last layer
-        a = softmax(q . (W_k z) / sqrt(D / heads))       over the visual tokens z of its own picture
+        a = softmax(q . (W_k z) / sqrt(D / heads))       over the visual tokens z of its own image
         out = norm(h + sum_v a_v W_v z_v)                RMSNorm with a learned gain
 
     One head as published. Keys and values are never formed: q . (W_k z) = (W_k^T q) . z and sum_v a_v W_v z_v =
     W_v sum_v a_v z_v, which costs D^2 + V D multiplications in place of V D^2. All of it is float32. Padding among the
-    visual tokens is masked; otherwise a score would depend on the other pictures of its batch.
+    visual tokens is masked; otherwise a score would depend on the other images of its batch.
     """
 
     def __init__(self, width: int, *, num_heads: int = 1, eps: float = 1e-5) -> None:

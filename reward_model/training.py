@@ -31,7 +31,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import RewardConfig, RewardTrainer
 
-from reward_model.checkpoint import WEIGHTS, bundle_tensors, load_judge, load_weights, save_bundle
+from reward_model.checkpoint import WEIGHTS, bundle_tensors, load_reward_model, load_weights, save_bundle
 from reward_model.heads import HeadKind, preference_logits
 from reward_model.images import to_tensor
 from reward_model.losses import label_losses, preference_losses
@@ -68,7 +68,7 @@ class Objective:
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
         """The mean loss over the records of a batch, and of each record whether the judge was right (nan for ties).
 
-        Rows are the winners of all pairs, then their losers, then the labelled pictures.
+        Rows are the winners of all pairs, then their losers, then the labelled images.
         """
         winners, losers, labelled = verdicts.split([len(tie), len(tie), len(label)])
         logits = preference_logits(winners, losers, kind=self.head, temperature=self.temperature)
@@ -92,7 +92,7 @@ class Objective:
                 )
             if isinstance(record, PreferencePair) and record.tie and self.loss == "cross_entropy":
                 raise ValueError(
-                    f"{record.where} is a tie, which has neither a good picture nor a bad one; use bradley_terry."
+                    f"{record.where} is a tie, which has neither a good image nor a bad one; use bradley_terry."
                 )
             if isinstance(record, PreferencePair) and record.tie and self.tie_width <= 0:
                 raise ValueError(f"{record.where} is a tie, which needs tie_width > 0; it is {self.tie_width}.")
@@ -115,9 +115,9 @@ class Collator:
         rows = [(pair.winner, pair.winner_prompt, pair.where) for pair in pairs]
         rows += [(pair.loser, pair.loser_prompt, pair.where) for pair in pairs]
         rows += [(one.image, one.prompt, one.where) for one in labelled]
-        pictures = [_picture(path, where) for path, _, where in rows]
+        images = [_image(path, where) for path, _, where in rows]
         try:
-            inputs = self.model.backbone.prepare(pictures, [prompt for _, prompt, _ in rows])
+            inputs = self.model.backbone.prepare(images, [prompt for _, prompt, _ in rows])
         except ValueError as error:
             raise ValueError(f"One of {', '.join(dict.fromkeys(where for *_, where in rows))}: {error}") from error
         return {
@@ -128,7 +128,7 @@ class Collator:
         }
 
 
-def _picture(path: Path, where: str) -> Tensor:
+def _image(path: Path, where: str) -> Tensor:
     try:
         return to_tensor(path)
     except (OSError, ValueError) as error:
@@ -160,7 +160,7 @@ class _AsTrlExpects(nn.Module):
         self.judge.backbone.model.activation_checkpointing_enable(**options)
 
 
-class JudgeTrainer(RewardTrainer):
+class RewardModelTrainer(RewardTrainer):
     """trl's RewardTrainer for a `RewardModel`: it optimises, logs, validates and saves the perspective in use."""
 
     def __init__(
@@ -252,7 +252,7 @@ class JudgeTrainer(RewardTrainer):
     @contextmanager
     def _whole_weights(self) -> Iterator[None]:
         """Within it each process has whole what is trained, which under ZeRO-3 is in parts."""
-        if not self.in_parts:
+        if not self.is_sharded:
             yield
             return
         import deepspeed  # takes seconds
@@ -261,7 +261,7 @@ class JudgeTrainer(RewardTrainer):
             yield
 
     @property
-    def in_parts(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether no process has the whole judge, so that all of them must be asked whenever it is."""
         plugin = self.args.deepspeed_plugin
         return plugin is not None and plugin.zero_stage == 3
@@ -277,15 +277,15 @@ class JudgeTrainer(RewardTrainer):
             load_weights(self.judge, self.judge.active, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _load_best_model(self) -> None:
-        if not self.in_parts:
+        if not self.is_sharded:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def finished(self) -> RewardModel:
         """The best judge, whole; under ZeRO-3 read anew from its checkpoint."""
-        if not self.in_parts:
+        if not self.is_sharded:
             return self.judge
         unset_hf_deepspeed_config()  # or transformers would cut this one into parts too
-        return load_judge(Path(self.state.best_model_checkpoint))
+        return load_reward_model(Path(self.state.best_model_checkpoint))
 
 
 def seal(folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""The vocabulary of the judge: what people said of pictures, and what a backbone reads in one.
+"""The vocabulary of the judge: what people said of images, and what a backbone reads in one.
 
-A record of a data set is a `PreferencePair` or a `LabelledImage`. A backbone turns pictures and prompts into `Inputs`
+A record of a data set is a `PreferencePair` or a `LabelledImage`. A backbone turns images and prompts into `Inputs`
 and these into a `Reading`; nothing behind the reading knows which family of models it came from.
 """
 
@@ -20,13 +20,13 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two pictures, and which of them serves its prompt better."""
+    """Two images, and which of them serves its prompt better."""
 
     winner: Path
     loser: Path
     winner_prompt: str
     loser_prompt: str
-    """The same as the winner's, but in a hard negative, where one picture may stand against itself under two."""
+    """The same as the winner's, but in a hard negative, where one image may stand against itself under two."""
     tie: bool = False
     """Whether both are equally good; winner and loser are then just the first and the second."""
     rating_gap: float = 0.0
@@ -37,7 +37,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """One picture that was called good (1) or bad (0) on its own: safe or unsafe, sound or flawed."""
+    """One image that was called good (1) or bad (0) on its own: safe or unsafe, sound or flawed."""
 
     image: Path
     prompt: str
@@ -49,8 +49,8 @@ Record = PreferencePair | LabelledImage
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a backbone made of a batch of pictures and prompts, at the width D of its language model."""
+class BackboneOutput:
+    """What a backbone made of a batch of images and prompts, at the width D of its language model."""
 
     hidden: Float[Tensor, "B L D"]
     """States of every token after the last layer and its norm."""
@@ -64,12 +64,12 @@ class Reading:
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A family of multimodal LLMs, seen as a reader of one picture and one prompt a row."""
+    """A family of multimodal LLMs, seen as a reader of one image and one prompt a row."""
 
     model: Any
     """The whole model, as transformers has it."""
     reader: Any
-    """How prompts become token ids: a `backbones.text.PromptReader`."""
+    """How prompts become token ids: a `backbones.text.PromptTokenizer`."""
 
     @property
     def width(self) -> int:
@@ -90,17 +90,17 @@ class Backbone(Protocol):
         ...
 
     def num_visual_tokens(self, height: int, width: int) -> int:
-        """What a picture of this size becomes: the greater part of what reading it costs."""
+        """What an image of this size becomes: the greater part of what reading it costs."""
         ...
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        """RGB pictures in [0, 1] of any size, and as many prompts, as the model's own inputs."""
+        """RGB images in [0, 1] of any size, and as many prompts, as the model's own inputs."""
         ...
 
     def see(self, inputs: Inputs) -> Inputs:
         """The same inputs with the vision tower's features in place of the pixels: what several bundles share."""
         ...
 
-    def read(self, inputs: Inputs) -> Reading:
+    def read(self, inputs: Inputs) -> BackboneOutput:
         """Run projector and language model, and the vision tower if `see` has not."""
         ...

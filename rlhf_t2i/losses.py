@@ -71,19 +71,19 @@ def negative_aware_loss(
     found: Float[Tensor, "B C H W"],
     old: Float[Tensor, "B C H W"],
     clean: Float[Tensor, "B C H W"],
-    goodness: Float[Tensor, " B"],
+    optimality: Float[Tensor, " B"],
     *,
     beta: float,
 ) -> Float[Tensor, ""]:
-    """DiffusionNFT (Zheng et al., arXiv:2509.16117, Eq. 5), in clean latents and averaged over pictures.
+    """DiffusionNFT (Zheng et al., arXiv:2509.16117, Eq. 5), in clean latents and averaged over images.
 
         positive = beta * found + (1 - beta) * old              negative = (1 + beta) * old - beta * found
         error(x) = mean((x - clean)^2) / mean(|x - clean|)
         loss     = mean(goodness * error(positive) + (1 - goodness) * error(negative)) / beta
 
     `found` is what the model that learns takes for the clean latents, `old` what the one that painted them did;
-    `goodness`, in [0, 1], is how likely the picture is one of the good ones. The positive is drawn towards a good
-    picture, and the negative, which mirrors it at `old`, towards a bad one: so the model is driven away from that. The
+    `goodness`, in [0, 1], is how likely the image is one of the good ones. The positive is drawn towards a good
+    image, and the negative, which mirrors it at `old`, towards a bad one: so the model is driven away from that. The
     divisor, the authors' own, is taken as a number. Gradients reach `found` only.
     """
     old, clean = old.detach().float(), clean.detach().float()
@@ -93,7 +93,7 @@ def negative_aware_loss(
         denoising_mse(guess, clean) / (guess.detach() - clean).abs().mean(dim=(1, 2, 3)).clamp_min(1e-5)
         for guess in (positive, negative)
     ]
-    return (goodness * errors[0] + (1 - goodness) * errors[1]).mean() / beta
+    return (optimality * errors[0] + (1 - optimality) * errors[1]).mean() / beta
 
 
 def denoising_mse(predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
@@ -102,12 +102,12 @@ def denoising_mse(predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B 
 
 
 def reward_loss(rewards: Float[Tensor, " B"], *, margin: float | None) -> Float[Tensor, ""]:
-    """What falls when rewards rise (DRaFT, arXiv:2309.17400), averaged over pictures.
+    """What falls when rewards rise (DRaFT, arXiv:2309.17400), averaged over images.
 
         loss = -mean(reward)                       without a margin
         loss = mean(max(0, margin - reward))       with one (ReFL, arXiv:2304.05977)
 
-    A picture whose reward is above the margin pulls no more.
+    An image whose reward is above the margin pulls no more.
     """
     return -rewards.mean() if margin is None else (margin - rewards).clamp_min(0).mean()
 

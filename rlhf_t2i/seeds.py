@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-PAINT, PICK, PERTURB, RESAMPLE, SPREAD, SHOW = range(6)
-"""What a generator is for: the noise of a rollout, the order of an update, the noise put on finished pictures, which
-particles have children, the pictures that a reward's spread is measured on, or what an annotator is shown."""
+SAMPLE, UPDATE, NOISE, RESAMPLE, CALIBRATE, ANNOTATE = range(6)
+"""What a generator is for: the noise of a rollout, the order of an update, the noise put on finished images, which
+particles have children, the images that a reward's spread is measured on, or what an annotator is shown."""
 
 
 def seed_for(*address: int) -> int:

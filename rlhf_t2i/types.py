@@ -30,13 +30,13 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The levels a picture passes on its way from noise (index 0) to clean (index T)."""
+    """The levels an image passes on its way from noise (index 0) to clean (index T)."""
 
     alpha: Float[Tensor, " levels"]
     sigma: Float[Tensor, " levels"]
     model_time: Float[Tensor, " levels"]
     kind: Literal["diffusion", "flow"] = "diffusion"
-    """What a picture turns into noise by: alpha^2 + sigma^2 = 1, or alpha + sigma = 1."""
+    """What an image turns into noise by: alpha^2 + sigma^2 = 1, or alpha + sigma = 1."""
 
     @property
     def num_steps(self) -> int:
@@ -89,7 +89,7 @@ class Dynamics(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """How pictures are painted: along which levels, by which step, with how much guidance."""
+    """How images are painted: along which levels, by which step, with how much guidance."""
 
     schedule: Schedule
     dynamics: Dynamics
@@ -98,7 +98,7 @@ class Sampler:
 
 
 @runtime_checkable
-class Painter(Protocol):
+class DiffusionModel(Protocol):
     """A text-to-image model seen as something that paints."""
 
     def schedule(self, num_steps: int) -> Schedule: ...
@@ -123,12 +123,12 @@ class Painter(Protocol):
         ...
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
-        """Pictures in [0, 1]; values beyond it are kept, so that a gradient survives."""
+        """Images in [0, 1]; values beyond it are kept, so that a gradient survives."""
         ...
 
 
 @runtime_checkable
-class Policy(Painter, Protocol):
+class Policy(DiffusionModel, Protocol):
     """A text-to-image model seen as something that can be taught."""
 
     denoiser: nn.Module
@@ -142,14 +142,14 @@ class Policy(Painter, Protocol):
         ...
 
     @property
-    def picture_size(self) -> tuple[int, int]:
-        """Height and width of the pictures it paints."""
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images it paints."""
         ...
 
     def encode_images(
         self, images: Float[Tensor, "B 3 Y X"], *, generators: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B C H W"]:
-        """Clean latents of pictures in [0, 1]: what `decode` makes pictures of."""
+        """Clean latents of images in [0, 1]: what `decode` makes images of."""
         ...
 
     def levels_at(self, times: Int[Tensor, " B"]) -> Level:
@@ -175,6 +175,6 @@ class Policy(Painter, Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """How good are these pictures? Any callable of this shape is a reward."""
+    """How good are these images? Any callable of this shape is a reward."""
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]: ...

@@ -18,12 +18,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Parsing a module for the shape checks must not be interrupted by the garbage collector: on Python 3.11 that can fail
 # with "AST constructor recursion depth mismatch" (python/cpython#106905). So all of them are imported here, at once.
 gc.disable()
-import rlhf_t2i.policies.flux  # noqa: E402
-import rlhf_t2i.policies.load  # noqa: E402
-import rlhf_t2i.policies.sd3  # noqa: E402
-import rlhf_t2i.policies.sdxl  # noqa: E402
-import rlhf_t2i.policies.stable_diffusion  # noqa: E402
-import rlhf_t2i.policies.zimage  # noqa: E402
+import rlhf_t2i.models.flux  # noqa: E402
+import rlhf_t2i.models.load  # noqa: E402
+import rlhf_t2i.models.sd3  # noqa: E402
+import rlhf_t2i.models.sdxl  # noqa: E402
+import rlhf_t2i.models.stable_diffusion  # noqa: E402
+import rlhf_t2i.models.zimage  # noqa: E402
 import rlhf_t2i.rewards.builtin  # noqa: E402
 import rlhf_t2i.shapes.build_flow  # noqa: E402, F401
 
@@ -139,7 +139,7 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd3_lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without T5, and with a schedule that depends on the size of the picture."""
+    """Without T5, and with a schedule that depends on the size of the image."""
     return tiny.save_sd3(tmp_path_factory.mktemp("models") / "sd3_lean", with_t5=False, dynamic_shift=True)
 
 

@@ -1,4 +1,4 @@
-"""Tiny data sets in each published schema, with pictures that are told apart by their colour."""
+"""Tiny data sets in each published schema, with images that are told apart by their colour."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ COLOURS = ("red", "green", "blue", "white")
 
 
 def content(colour: str, kind: str = "JPEG") -> bytes:
-    """A picture of one colour as the bytes of a file."""
+    """An image of one colour as the bytes of a file."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), colour).save(buffer, kind, quality=95)
     return buffer.getvalue()
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """red.jpg to white.jpg."""
     for colour in COLOURS:
         (folder / f"{colour}.jpg").write_bytes(content(colour))
 
 
-def write_all_pictures(folder: Path) -> None:
-    """The pictures where the rows below look for them."""
+def write_all_images(folder: Path) -> None:
+    """The images where the rows below look for them."""
     for name in ("", "images", "train", "images/train/train_1"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        write_pictures(folder / name)
+        write_images(folder / name)
 
 
 def colour_of(path: Path) -> str:
-    """Which of COLOURS a picture has."""
+    """Which of COLOURS an image has."""
     with Image.open(path) as image:
         seen = image.convert("RGB").resize((1, 1)).getpixel((0, 0))
     assert isinstance(seen, tuple)
@@ -52,7 +52,7 @@ def colour_of(path: Path) -> str:
 
 
 def seen(records: Sequence[Record]) -> list[tuple[Any, ...]]:
-    """Records as (winner, loser, prompt, tie, gap), or (picture, prompt, label), with colours for pictures."""
+    """Records as (winner, loser, prompt, tie, gap), or (image, prompt, label), with colours for images."""
     rows: list[tuple[Any, ...]] = []
     for record in records:
         if isinstance(record, LabelledImage):
@@ -66,9 +66,9 @@ def seen(records: Sequence[Record]) -> list[tuple[Any, ...]]:
 
 
 def image_reward_rows(key: str = "image_path") -> list[dict[str, Any]]:
-    """Of a fox three pictures, of cats two that only fidelity tells apart."""
+    """Of a fox three images, of cats two that only fidelity tells apart."""
     prompts = {"000904-0035": (FOX, 3), "001324-0093": (CAT, 2)}
-    table = [  # prompt, picture, rank, overall, alignment, fidelity
+    table = [  # prompt, image, rank, overall, alignment, fidelity
         ("000904-0035", "red", 1, 7, 7, 4),
         ("000904-0035", "green", 2, 5, 7, 6),
         ("000904-0035", "blue", 2, 4, 2, 5),

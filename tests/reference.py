@@ -118,7 +118,7 @@ def per_prompt_history(
 
 
 def log_potentials(rewards: Sequence[float], *, potential: str, strength: float) -> list[float]:
-    """Those of one path, whose last reward is that of the finished picture (arXiv:2501.06848)."""
+    """Those of one path, whose last reward is that of the finished image (arXiv:2501.06848)."""
     result = []
     for t in range(len(rewards) - 1):
         if potential == "difference":
@@ -150,7 +150,7 @@ def systematic_resample(log_weights: Sequence[float], offset: float) -> list[int
 
 
 def expected_best(scores: Sequence[float], values: Sequence[float], n: int) -> float:
-    """The mean, over all sets of n pictures, of the value of the one with the highest score."""
+    """The mean, over all sets of n images, of the value of the one with the highest score."""
     sets = list(itertools.combinations(range(len(scores)), n))
     return sum(values[max(chosen, key=lambda i: scores[i])] for chosen in sets) / len(sets)
 
@@ -259,11 +259,11 @@ def globally_scaled(rewards: Rows) -> list[list[float]]:
 
 
 def negative_aware(
-    found: np.ndarray, old: np.ndarray, clean: np.ndarray, goodness: Sequence[float], *, beta: float
+    found: np.ndarray, old: np.ndarray, clean: np.ndarray, optimality: Sequence[float], *, beta: float
 ) -> float:
     """DiffusionNFT (arXiv:2509.16117, Eq. 5), each error divided by its mean absolute value."""
     total = 0.0
-    for f, o, c, good in zip(found, old, clean, goodness, strict=True):
+    for f, o, c, good in zip(found, old, clean, optimality, strict=True):
         for guess, weight in ((beta * f + (1 - beta) * o, good), ((1 + beta) * o - beta * f, 1 - good)):
             off = [float(a) - float(b) for a, b in zip(guess.ravel(), c.ravel(), strict=True)]
             squared, absolute = (sum(g(d) for d in off) / len(off) for g in (lambda d: d * d, abs))

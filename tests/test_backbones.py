@@ -12,16 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from judges import (
-    ALL_FAMILIES,
-    NUM_PLACES,
-    WIDTH,
-    backbone_folder,
-    backbone_of,
-    bytes_of,
-    fresh_backbone,
-    picture,
-)
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
@@ -33,6 +23,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from reward_model.backbones.load import load_backbone
 from reward_model.images import to_tensor
 from reward_model.types import Inputs
+from tests.reward_models import (
+    ALL_FAMILIES,
+    NUM_PLACES,
+    WIDTH,
+    backbone_folder,
+    backbone_of,
+    bytes_of,
+    fresh_backbone,
+    random_image,
+)
 
 IMAGE = {"llava": 4, "llava_next": 4, "phi3_v": 4, "qwen2_5_vl": 5, "qwen3_vl": 5}
 STOCK = tuple(family for family in ALL_FAMILIES if family != "phi3_v")
@@ -71,7 +71,7 @@ USER = [1, 9, 26, 3, 5, 5, 5, 5, 4]  # <|im_start|>user\n<|vision_start|><|image
         ("qwen2_5_vl", "published", "", [*USER, 2]),
         ("qwen3_vl", "family", "a red fox", [*USER, 15, 17, 19, 2]),
         ("qwen3_vl", "published", "a red fox", [*USER, 15, 17, 19, 2]),
-        # <s> <|user|> \n <|image|> x 4 <s> \n a _red _fox <|end|> <|endoftext|>: what follows the picture begins anew
+        # <s> <|user|> \n <|image|> x 4 <s> \n a _red _fox <|end|> <|endoftext|>: what follows the image begins anew
         ("phi3_v", "family", "a red fox", [1, 5, 25, 4, 4, 4, 4, 1, 25, 14, 16, 18, 7, 2]),
         ("phi3_v", "published", "a red fox", [1, 5, 25, 4, 4, 4, 4, 1, 25, 14, 16, 18, 2]),
         ("phi3_v", "family", "", [1, 5, 25, 4, 4, 4, 4, 1, 25, 7, 2]),
@@ -119,15 +119,15 @@ def test_rows_are_padded_on_the_side_asked_for(family: str, side: str) -> None:
     ],
 )  # fmt: skip
 def test_a_prompt_that_holds_a_special_token_is_refused(family: str, token: str) -> None:
-    """It would end the turn early, or stand for a second picture."""
+    """It would end the turn early, or stand for a second image."""
     with pytest.raises(ValueError, match=r"'a red .*fox' holds '.*', a special token") as caught:
-        backbone_of(family).prepare([picture(56, 56)], [f"a red {token} fox"])
+        backbone_of(family).prepare([random_image(56, 56)], [f"a red {token} fox"])
     assert repr(token) in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_longest_prompt_fits_and_one_word_more_is_refused(family: str) -> None:
-    """Nothing is ever cut off: that would take the end token, or a part of the picture."""
+    """Nothing is ever cut off: that would take the end token, or a part of the image."""
     reader = backbone_of(family).reader
     longest = "a" + " red" * (NUM_PLACES - len(reader.ids("a", 4)))
     assert len(reader.ids(longest, 4)) == NUM_PLACES
@@ -137,9 +137,9 @@ def test_the_longest_prompt_fits_and_one_word_more_is_refused(family: str) -> No
         reader.ids(longest, 5)
 
 
-def test_a_template_that_shows_no_picture_is_refused() -> None:
+def test_a_template_that_shows_no_image_is_refused() -> None:
     reader = replace(backbone_of("llava").reader, chat_template="{{ messages[0]['content'][1]['text'] }}")
-    with pytest.raises(ValueError, match="makes 0 places for one picture; rendered: 'a red fox'"):
+    with pytest.raises(ValueError, match="makes 0 places for one image; rendered: 'a red fox'"):
         reader.ids("a red fox", 4)
 
 
@@ -173,11 +173,11 @@ RESIZED = {
 
 
 def processed(family: str, pixels: Tensor) -> dict[str, Tensor]:
-    """What the family's own processor makes of a picture."""
+    """What the family's own processor makes of an image."""
     kinds = {"llava": CLIPImageProcessorPil, "llava_next": LlavaNextImageProcessorPil}
     kind = kinds.get(family, Qwen2VLImageProcessorPil)
     found = dict(kind.from_pretrained(backbone_folder(family))(as_pil(pixels), return_tensors="pt"))
-    if family == "llava_next":  # a row of views for each picture; transformers also takes all of them in one
+    if family == "llava_next":  # a row of views for each image; transformers also takes all of them in one
         found["pixel_values"] = found["pixel_values"].flatten(0, 1)
     return found
 
@@ -223,7 +223,7 @@ def test_fewer_crops_leave_llava_next_the_grids_that_have_no_more() -> None:
     try:
         stock.config.image_grid_pinpoints = [[28, 56], [56, 28]]
         for shape in ((60, 57), (30, 90), (91, 20)):
-            inputs = backbone.prepare([picture(*shape)], ["a fox"])
+            inputs = backbone.prepare([random_image(*shape)], ["a fox"])
             assert len(inputs["pixel_values"]) == 3
             with torch.no_grad():
                 states = stock.model(**inputs).last_hidden_state
@@ -241,7 +241,7 @@ def test_a_processor_whose_crops_are_not_the_towers_is_refused(tmp_path: Path) -
         load_backbone(str(folder))
 
 
-def test_a_processor_that_squeezes_pictures_to_one_size_is_followed() -> None:
+def test_a_processor_that_squeezes_images_to_one_size_is_followed() -> None:
     processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False, image_std=[0.5] * 3)
     pixels = bytes_of(60, 45)
     ours = replace(backbone_of("llava"), processor=processor).prepare([to_tensor(pixels)], ["a fox"])
@@ -251,20 +251,20 @@ def test_a_processor_that_squeezes_pictures_to_one_size_is_followed() -> None:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_the_number_of_visual_tokens_is_told_before_a_picture_is_read(family: str) -> None:
+def test_the_number_of_visual_tokens_is_told_before_a_image_is_read(family: str) -> None:
     backbone = backbone_of(family)
     for shape in ((28, 28), (60, 60), (57, 90), (131, 61), (200, 300)):
-        inputs = backbone.prepare([picture(*shape)], ["a fox"])
+        inputs = backbone.prepare([random_image(*shape)], ["a fox"])
         assert backbone.num_visual_tokens(*shape) == (inputs["input_ids"] == IMAGE[family]).sum()
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_a_batch_is_prepared_as_its_pictures_one_by_one(family: str) -> None:
+def test_a_batch_is_prepared_as_its_images_one_by_one(family: str) -> None:
     backbone = backbone_of(family)
     for shapes in ([(60, 60)] * 3, [(60, 60), (90, 57), (112, 112)]):
-        pictures = [picture(*shape, seed=i) for i, shape in enumerate(shapes)]
-        together = backbone.prepare(pictures, PROMPTS)
-        alone = [backbone.prepare([one], [prompt]) for one, prompt in zip(pictures, PROMPTS, strict=True)]
+        images = [random_image(*shape, seed=i) for i, shape in enumerate(shapes)]
+        together = backbone.prepare(images, PROMPTS)
+        alone = [backbone.prepare([one], [prompt]) for one, prompt in zip(images, PROMPTS, strict=True)]
         expected = torch.cat([inputs["pixel_values"] for inputs in alone])
         assert_close(together["pixel_values"], expected, rtol=0, atol=1e-6)
 
@@ -281,8 +281,8 @@ SHAPES = {
 }
 
 
-def pictures_of(family: str) -> list[Tensor]:
-    """Pictures that need no resizing; for Qwen2.5-VL of 2 x 2, 2 x 8 and 3 x 3 tokens, in windows of 2 x 2.
+def images_of(family: str) -> list[Tensor]:
+    """Images that need no resizing; for Qwen2.5-VL of 2 x 2, 2 x 8 and 3 x 3 tokens, in windows of 2 x 2.
 
     The order of the last two within the tower is not its own inverse, as that of a square of 4 x 4 would be.
     """
@@ -301,7 +301,7 @@ def stock_inputs(family: str, ids: Tensor, mask: Tensor, pixels: Sequence[Tensor
 @pytest.mark.parametrize("template", ["family", "published"])
 @pytest.mark.parametrize("family", STOCK)
 def test_states_and_visual_tokens_are_those_of_the_stock_model(family: str, template: str) -> None:
-    backbone, stock, pixels = backbone_of(family, template), stock_model(family), pictures_of(family)
+    backbone, stock, pixels = backbone_of(family, template), stock_model(family), images_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in pixels], PROMPTS)
     with torch.no_grad():
         reading = backbone.read(inputs)
@@ -323,7 +323,7 @@ def test_states_and_visual_tokens_are_those_of_the_stock_model(family: str, temp
 
 def test_several_vision_layers_and_the_class_token_are_read_where_a_model_uses_them() -> None:
     backbone, stock = backbone_of("llava_two_layers"), stock_model("llava_two_layers")
-    inputs = backbone.prepare([picture(28, 28)], ["a red fox"])
+    inputs = backbone.prepare([random_image(28, 28)], ["a red fox"])
     assert (inputs["input_ids"] == IMAGE["llava"]).sum() == 5
     with torch.no_grad():
         reading, states = backbone.read(inputs), stock.model(**inputs).last_hidden_state
@@ -337,7 +337,7 @@ def test_several_vision_layers_and_the_class_token_are_read_where_a_model_uses_t
 def test_visual_tokens_stand_at_the_places_of_the_image_and_words_at_all_others(family: str, side: str) -> None:
     """What the language model gets: the very visual tokens of the reading, and the embeddings of the words."""
     backbone, given = backbone_of(family, "family", side), []
-    inputs = backbone.prepare([to_tensor(one) for one in pictures_of(family)], PROMPTS)
+    inputs = backbone.prepare([to_tensor(one) for one in images_of(family)], PROMPTS)
     hook = backbone.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
@@ -356,7 +356,7 @@ def test_visual_tokens_stand_at_the_places_of_the_image_and_words_at_all_others(
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_visual_tokens_do_not_depend_on_the_words_but_states_behind_them_do(family: str) -> None:
-    backbone, one = backbone_of(family), picture(56, 56)
+    backbone, one = backbone_of(family), random_image(56, 56)
     with torch.no_grad():
         fox, cat = (backbone.read(backbone.prepare([one], [prompt])) for prompt in ("a red fox", "a blue cat"))
     assert torch.equal(fox.visual, cat.visual)
@@ -366,7 +366,7 @@ def test_visual_tokens_do_not_depend_on_the_words_but_states_behind_them_do(fami
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_changing_one_visual_token_by_hand_changes_it_and_the_states_from_there_on(family: str) -> None:
     backbone = backbone_of(family)
-    inputs = backbone.prepare([to_tensor(one) for one in pictures_of(family)], PROMPTS)
+    inputs = backbone.prepare([to_tensor(one) for one in images_of(family)], PROMPTS)
     with torch.no_grad():
         seen = backbone.see(inputs)
         assert "pixel_values" not in seen
@@ -387,7 +387,7 @@ def test_what_the_middle_of_qwen3s_tower_sees_reaches_the_states_but_not_the_vis
     """A token of DeepStack is added to one place of one row, from where it goes on to the words behind."""
     backbone = backbone_of("qwen3_vl")
     with torch.no_grad():
-        seen = backbone.see(backbone.prepare([to_tensor(one) for one in pictures_of("qwen3_vl")], PROMPTS))
+        seen = backbone.see(backbone.prepare([to_tensor(one) for one in images_of("qwen3_vl")], PROMPTS))
         deepstack = seen["deepstack"].clone()
         deepstack[1, 0] += 1.0
         before, after = backbone.read(seen), backbone.read({**seen, "deepstack": deepstack})
@@ -400,9 +400,9 @@ def test_what_the_middle_of_qwen3s_tower_sees_reaches_the_states_but_not_the_vis
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_reading_what_was_seen_is_reading_the_picture(family: str) -> None:
+def test_reading_what_was_seen_is_reading_the_image(family: str) -> None:
     backbone = backbone_of(family)
-    inputs = backbone.prepare([to_tensor(one) for one in pictures_of(family)], PROMPTS)
+    inputs = backbone.prepare([to_tensor(one) for one in images_of(family)], PROMPTS)
     with torch.no_grad():
         at_once, in_two = backbone.read(inputs), backbone.read(backbone.see(inputs))
     assert torch.equal(at_once.hidden, in_two.hidden)
@@ -412,7 +412,7 @@ def test_reading_what_was_seen_is_reading_the_picture(family: str) -> None:
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_projector_that_is_set_is_the_one_that_is_used(family: str) -> None:
     backbone = fresh_backbone(family)
-    inputs = backbone.prepare([picture(56, 56)], ["a fox"])
+    inputs = backbone.prepare([random_image(56, 56)], ["a fox"])
 
     class Twice(torch.nn.Module):
         def __init__(self, inner: Any) -> None:

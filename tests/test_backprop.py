@@ -1,4 +1,4 @@
-"""Pictures with a gradient: the right one for each choice of steps, of the right pictures, at the stated cost."""
+"""Images with a gradient: the right one for each choice of steps, of the right images, at the stated cost."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.policies.load import load_policy
-from rlhf_t2i.policies.pipeline import PipelinePolicy
-from rlhf_t2i.policies.stable_diffusion import StableDiffusion
-from rlhf_t2i.sampling.backprop import Kept, Painting, paint_with_gradient
+from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.load import load_policy
+from rlhf_t2i.models.stable_diffusion import StableDiffusion
+from rlhf_t2i.sampling.backprop import GradientWindow, Painting, sample_with_gradient
 from rlhf_t2i.sampling.rollout import rollout
 from rlhf_t2i.types import Sampler
 
 PROMPTS = ["a red circle", "a blue square", "a red circle"]
 CHOICES = {
-    "draft-1": Kept(torch.tensor([3, 3, 3])),
-    "draft-2": Kept(torch.tensor([2, 2, 2])),
-    "draft": Kept(torch.tensor([0, 0, 0])),
-    "draft-lv": Kept(torch.tensor([3, 3, 3]), num_renoisings=2),
-    "alignprop": Kept(torch.tensor([3, 0, 2])),
-    "refl": Kept(torch.tensor([1, 3, 2]), jumps=True),
+    "draft-1": GradientWindow(torch.tensor([3, 3, 3])),
+    "draft-2": GradientWindow(torch.tensor([2, 2, 2])),
+    "draft": GradientWindow(torch.tensor([0, 0, 0])),
+    "draft-lv": GradientWindow(torch.tensor([3, 3, 3]), num_renoisings=2),
+    "alignprop": GradientWindow(torch.tensor([3, 0, 2])),
+    "refl": GradientWindow(torch.tensor([1, 3, 2]), jumps=True),
 }
 """Of four steps."""
 
@@ -100,11 +100,16 @@ def gradient(policy: PipelinePolicy, value: Tensor) -> dict[str, Tensor]:
 
 
 def written_out(
-    policy: ExactDiffusion, before: PipelinePolicy, *, kept: Kept, sampler: Sampler, prompts: Sequence[str] = PROMPTS
+    policy: ExactDiffusion,
+    before: PipelinePolicy,
+    *,
+    kept: GradientWindow,
+    sampler: Sampler,
+    prompts: Sequence[str] = PROMPTS,
 ) -> Painting:
-    """The slow way: one picture at a time, the steps before the kept ones painted by `before`, all in one graph."""
+    """The slow way: one image at a time, the steps before the kept ones painted by `before`, all in one graph."""
     schedule, last = sampler.schedule, sampler.schedule.num_steps - 1
-    pictures: list[tuple[Tensor, Tensor]] = []
+    images: list[tuple[Tensor, Tensor]] = []
     variants: list[list[tuple[Tensor, Tensor]]] = []
     for prompt, generator, first in zip(prompts, seeded(len(prompts)), kept.first.tolist(), strict=True):
         text = policy.encode([prompt])
@@ -136,7 +141,7 @@ def written_out(
             gaps.append(gap)
             if kept.jumps:
                 break
-        pictures.append((policy.decode(x), torch.stack(gaps).mean()))
+        images.append((policy.decode(x), torch.stack(gaps).mean()))
         drawn = [[noise_like(x) for _ in range(kept.num_renoisings)] for _ in range(2)]
         own = []
         alpha, sigma = schedule.alpha.double(), schedule.sigma.double()
@@ -146,7 +151,7 @@ def written_out(
             again, gap = step(noisy, last, forth)
             own.append((policy.decode(again), gap))
         variants.append(own)
-    ordered = pictures + [own[i] for i in range(kept.num_renoisings) for own in variants]
+    ordered = images + [own[i] for i in range(kept.num_renoisings) for own in variants]
     return Painting(torch.cat([image for image, _ in ordered]), torch.stack([gap for _, gap in ordered]), 0)
 
 
@@ -159,15 +164,17 @@ def test_the_gradient_equals_finite_differences(tiny_sd: Path, choice: str, eta:
     """Along a random direction of all weights of a model that predicts noise; earlier steps do not move."""
     policy = exact_policy(tiny_sd)
     sampler, kept, direction = sampler_of(policy, eta=eta), CHOICES[choice], directions(policy, seed=1)
-    painting = paint_with_gradient(policy, PROMPTS, sampler=sampler, kept=kept, generators=seeded(), ask_reference=True)
-    slope = sum((direction[n] * g).sum().item() for n, g in gradient(policy, number(painting)).items())
+    painting = sample_with_gradient(
+        policy, PROMPTS, sampler=sampler, kept=kept, generators=seeded(), ask_reference=True
+    )
+    pixel_gradient = sum((direction[n] * g).sum().item() for n, g in gradient(policy, number(painting)).items())
     before = frozen_copy(policy)
     ends: list[float] = []
     with torch.no_grad():
         for length in (1e-5, -2e-5):
             move(policy, direction, length)
             ends.append(number(written_out(policy, before, kept=kept, sampler=sampler)).item())
-    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
+    assert pixel_gradient == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
 
 
 def frozen_copy(policy: ExactDiffusion) -> ExactDiffusion:
@@ -184,9 +191,11 @@ def frozen_copy(policy: ExactDiffusion) -> ExactDiffusion:
 def test_it_equals_autograd_through_a_written_out_loop(
     policy: ExactDiffusion, choice: str, guidance_scale: float
 ) -> None:
-    """Every weight's gradient, for all steps kept and for fewer; one picture at a time gives the same as a batch."""
+    """Every weight's gradient, for all steps kept and for fewer; one image at a time gives the same as a batch."""
     sampler, kept = sampler_of(policy, eta=0.5, guidance_scale=guidance_scale), CHOICES[choice]
-    painting = paint_with_gradient(policy, PROMPTS, sampler=sampler, kept=kept, generators=seeded(), ask_reference=True)
+    painting = sample_with_gradient(
+        policy, PROMPTS, sampler=sampler, kept=kept, generators=seeded(), ask_reference=True
+    )
     slow = written_out(policy, frozen_copy(policy), kept=kept, sampler=sampler)
     assert_close(painting.images, slow.images, rtol=0, atol=1e-6)
     assert_close(painting.reference_gap, slow.reference_gap, rtol=1e-6, atol=0)
@@ -199,7 +208,7 @@ def test_it_equals_autograd_through_a_written_out_loop(
 def test_checkpointing_changes_nothing(policy: ExactDiffusion, choice: str) -> None:
     found: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):
-        painting = paint_with_gradient(
+        painting = sample_with_gradient(
             policy, PROMPTS, sampler=sampler_of(policy, eta=1.0), kept=CHOICES[choice], generators=seeded(),
             ask_reference=True, checkpointing=checkpointing,
         )  # fmt: skip
@@ -215,7 +224,7 @@ def test_checkpointing_keeps_adapters_on_and_the_reference_off(tiny_sd: Path) ->
     move(policy, directions(policy, seed=3), 0.1)
     found: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):
-        painting = paint_with_gradient(
+        painting = sample_with_gradient(
             policy, PROMPTS, sampler=sampler_of(policy), kept=CHOICES["alignprop"], generators=seeded(),
             ask_reference=True, checkpointing=checkpointing,
         )  # fmt: skip
@@ -225,29 +234,29 @@ def test_checkpointing_keeps_adapters_on_and_the_reference_off(tiny_sd: Path) ->
 
 
 def test_without_a_reference_the_gap_is_zero(policy: ExactDiffusion) -> None:
-    painting = paint_with_gradient(
+    painting = sample_with_gradient(
         policy, PROMPTS, sampler=sampler_of(policy), kept=CHOICES["draft"], generators=seeded()
     )
     assert painting.reference_gap.tolist() == [0, 0, 0]
 
 
-# --- the pictures -----------------------------------------------------------------------------------
+# --- the images -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("choice", ["draft-1", "draft", "draft-lv", "alignprop"])
-def test_the_pictures_are_those_of_a_rollout(tiny_sd: Path, choice: str, eta: float) -> None:
+def test_the_images_are_those_of_a_rollout(tiny_sd: Path, choice: str, eta: float) -> None:
     policy = load_policy(str(tiny_sd), device=torch.device("cpu"))
     policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler = sampler_of(policy, eta=eta)
-    painting = paint_with_gradient(policy, PROMPTS, sampler=sampler, kept=CHOICES[choice], generators=seeded())
+    painting = sample_with_gradient(policy, PROMPTS, sampler=sampler, kept=CHOICES[choice], generators=seeded())
     images, _ = rollout(policy, PROMPTS, sampler=sampler, generators=seeded(), batch_size=3)
     assert_close(painting.images[:3].detach().clamp(0, 1), images, rtol=0, atol=1e-5)
 
 
-def test_renoised_variants_are_new_pictures_as_noisy_as_the_last_level(policy: ExactDiffusion) -> None:
-    """Denoised from the last level, they resemble their picture and differ from one another."""
-    painting = paint_with_gradient(
+def test_renoised_variants_are_new_images_as_noisy_as_the_last_level(policy: ExactDiffusion) -> None:
+    """Denoised from the last level, they resemble their image and differ from one another."""
+    painting = sample_with_gradient(
         policy, PROMPTS, sampler=sampler_of(policy), kept=CHOICES["draft-lv"], generators=seeded()
     )
     one, two, three = painting.images.detach().chunk(3)
@@ -255,20 +264,20 @@ def test_renoised_variants_are_new_pictures_as_noisy_as_the_last_level(policy: E
     assert (two - three).abs().max() > 1e-4
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(policy: ExactDiffusion) -> None:
+def test_a_image_does_not_depend_on_its_neighbours(policy: ExactDiffusion) -> None:
     sampler = sampler_of(policy, eta=1.0)
     for name, kept in CHOICES.items():
-        whole = paint_with_gradient(policy, PROMPTS, sampler=sampler, kept=kept, generators=seeded())
-        alone = paint_with_gradient(
+        whole = sample_with_gradient(policy, PROMPTS, sampler=sampler, kept=kept, generators=seeded())
+        alone = sample_with_gradient(
             policy, PROMPTS[2:], sampler=sampler, generators=seeded()[2:],
-            kept=Kept(kept.first[2:], jumps=kept.jumps, num_renoisings=kept.num_renoisings),
+            kept=GradientWindow(kept.first[2:], jumps=kept.jumps, num_renoisings=kept.num_renoisings),
         )  # fmt: skip
         assert_close(whole.images[2::3], alone.images, rtol=0, atol=1e-9, msg=name)
 
 
 def test_pixels_beyond_black_and_white_are_kept_with_their_gradient(policy: ExactDiffusion) -> None:
     policy.family.autoencoder.vae.decoder.conv_out.weight.data *= 30
-    painting = paint_with_gradient(
+    painting = sample_with_gradient(
         policy, PROMPTS, sampler=sampler_of(policy), kept=CHOICES["draft-1"], generators=seeded()
     )
     beyond = (painting.images < 0) | (painting.images > 1)
@@ -287,14 +296,14 @@ def test_calls_of_the_denoiser_are_counted(tiny_sd: Path, choice: str, calls: in
     policy = load_policy(str(tiny_sd), device=torch.device("cpu"))
     counted: list[int] = []
     policy.network.register_forward_pre_hook(lambda module, given: counted.append(len(given[0])))
-    painting = paint_with_gradient(
+    painting = sample_with_gradient(
         policy, PROMPTS, sampler=sampler_of(policy, guidance_scale=guidance_scale), kept=CHOICES[choice],
         generators=seeded(),
     )  # fmt: skip
     assert painting.num_calls == sum(counted) == calls * int(guidance_scale)
 
 
-def stored_bytes(policy: PipelinePolicy, *, num_steps: int, kept_steps: int, checkpointing: bool) -> int:
+def stored_bytes(policy: PipelinePolicy, *, num_steps: int, gradient_window: int, checkpointing: bool) -> int:
     """What the graph of a painting holds, the weights left out."""
     storages: dict[int, Tensor] = {}
     weights = {p.data_ptr() for p in [*policy.network.parameters(), *policy.family.autoencoder.vae.parameters()]}
@@ -305,9 +314,9 @@ def stored_bytes(policy: PipelinePolicy, *, num_steps: int, kept_steps: int, che
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        painting = paint_with_gradient(
+        painting = sample_with_gradient(
             policy, PROMPTS, sampler=sampler_of(policy, num_steps=num_steps), generators=seeded(),
-            kept=Kept(torch.full((3,), num_steps - kept_steps)), checkpointing=checkpointing,
+            kept=GradientWindow(torch.full((3,), num_steps - gradient_window)), checkpointing=checkpointing,
         )  # fmt: skip
     assert painting.images.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
@@ -315,13 +324,13 @@ def stored_bytes(policy: PipelinePolicy, *, num_steps: int, kept_steps: int, che
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_does_not_grow_with_the_steps_before_the_kept_ones(policy: ExactDiffusion, checkpointing: bool) -> None:
-    few, many = (stored_bytes(policy, num_steps=n, kept_steps=2, checkpointing=checkpointing) for n in (4, 20))
+    few, many = (stored_bytes(policy, num_steps=n, gradient_window=2, checkpointing=checkpointing) for n in (4, 20))
     assert few == many
 
 
 def test_with_checkpointing_a_kept_step_stores_little(policy: ExactDiffusion) -> None:
     plain, thin = (
-        [stored_bytes(policy, num_steps=5, kept_steps=k, checkpointing=c) for k in (1, 5)] for c in (False, True)
+        [stored_bytes(policy, num_steps=5, gradient_window=k, checkpointing=c) for k in (1, 5)] for c in (False, True)
     )
     per_step = [(many - one) / 4 for one, many in (plain, thin)]
     assert per_step[1] < per_step[0] / 20

@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 import torch
 
-from rlhf_t2i.batching import minibatches
-from rlhf_t2i.seeds import PICK, generators_for
+from rlhf_t2i.seeds import UPDATE, generators_for
+from rlhf_t2i.training.batching import minibatches
 
 Pairs = list[tuple[int, int]]
 
@@ -25,7 +25,7 @@ def picked(
 ) -> list[Pairs]:
     """The (image, step) pairs of each minibatch of a process that has these prompts."""
     batches = minibatches(
-        generators=generators_for(0, PICK, 4, prompts),
+        generators=generators_for(0, UPDATE, 4, prompts),
         images_per_prompt=images_per_prompt,
         window=window,
         fraction=fraction,

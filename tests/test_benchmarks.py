@@ -23,13 +23,13 @@ from reward_model.benchmarks.domains import styles_of, words_class
 from reward_model.benchmarks.rules import best_band, compared, comparison_metrics, rated_metrics
 from reward_model.datasets import BadRecordError
 from reward_model.images import to_tensor
-from tests.judges import load
+from tests.reward_models import load
 
 FOX, CAT = "a red fox", "a very small blue cat that sleeps on a photo of a chair"
 
 
 class Redness:
-    """Scores a picture by its red value, so that a file's name can say what it is worth; counts what it was shown."""
+    """Scores an image by its red value, so that a file's name can say what it is worth; counts what it was shown."""
 
     def __init__(self) -> None:
         self.num_shown = 0
@@ -47,7 +47,7 @@ def png(red: int) -> bytes:
 
 
 def paint(folder: Path, **reds: int) -> None:
-    """Pictures NAME.png, dots and slashes of names written as __."""
+    """Images NAME.png, dots and slashes of names written as __."""
     for name, red in reds.items():
         path = folder / f"{name.replace('__', '/')}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +65,13 @@ def measured(specification: str, **options: Any) -> dict[str, dict[str, float]]:
     return {result.benchmark.name: {metric.name: metric.value for metric in result.metrics} for result in found}
 
 
-# --- ranked pictures ------------------------------------------------------------------------------
+# --- ranked images ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "images", "ranks"), [("image_reward", "generations", "ranking"), ("hpdv2", "image_path", "rank")]
 )
-def test_ranked_pictures_by_hand(name: str, images: str, ranks: str, tmp_path: Path) -> None:
+def test_ranked_images_by_hand(name: str, images: str, ranks: str, tmp_path: Path) -> None:
     """Fox: ranks 1, 2, 2, 5 and scores 10, 10, 5, 7; of five strict pairs three are right, one is tied, one reversed.
 
     Cat: one pair, right. A tie of people is a difference of 5 to the judge.
@@ -104,7 +104,7 @@ def test_a_wider_threshold_ties_more(tmp_path: Path) -> None:
     assert values == [1, 2 / 3, 0]
 
 
-def test_pictures_of_hpdv2_are_found_where_they_are_unpacked(tmp_path: Path) -> None:
+def test_images_of_hpdv2_are_found_where_they_are_unpacked(tmp_path: Path) -> None:
     paint(tmp_path / "test", a=1, b=2)
     write(tmp_path / "test.json", [{"prompt": FOX, "image_path": ["a.png", "b.png"], "rank": [1, 0]}])
     assert measured(f"hpdv2:{tmp_path}")["hpdv2"]["accuracy_ties_wrong"] == 1
@@ -126,7 +126,7 @@ def test_hpdv3_prefers_the_first_and_knows_both_kinds_of_null(tmp_path: Path) ->
     judge = Redness()
     result = measure(judge, benchmark, num_resamples=20)
     assert {metric.name: metric.value for metric in result.metrics}["accuracy_ties_wrong"] == 2 / 3
-    assert judge.num_shown == 4  # of six pictures under their prompts two are shown again
+    assert judge.num_shown == 4  # of six images under their prompts two are shown again
     assert by_domain(result, "confidence") == {"not known": (1 / 2, 2), "0.95 and more": (1, 1)}
     assert by_domain(result, "model") == {"flux": (1 / 2, 2), "sdxl": (1 / 2, 2)}
 
@@ -155,13 +155,13 @@ def test_mj_bench_has_splits_ties_and_a_position_bias(tmp_path: Path) -> None:
     assert (found["accuracy_first_wins"], found["accuracy_second_wins"]) == (1 / 3, 1)
     assert found["accuracy_order_balanced"] == pytest.approx((1 / 3 + 1) / 2)
     assert by_domain(result, "folder") == {"actions": (1 / 3, 3), "other": (1, 1)}
-    assert alignment.notes[0].startswith("3 of 4 labels name the first picture: ")
-    assert quality.notes[0].startswith("2 of 2 labels name the first picture: ")
+    assert alignment.notes[0].startswith("3 of 4 labels name the first image: ")
+    assert quality.notes[0].startswith("2 of 2 labels name the first image: ")
     assert "would get 100.0%" in quality.notes[0]
 
 
 def pick_a_pic_rows(*said: tuple[int, int, float]) -> list[dict[str, Any]]:
-    """Scores of both pictures and the label of the first."""
+    """Scores of both images and the label of the first."""
     return [
         {
             "caption": f"prompt {i}",
@@ -277,8 +277,8 @@ def test_tifa160_by_hand_with_both_sets_of_ratings(tmp_path: Path) -> None:
         assert values["pairwise_accuracy_tie_optimised"] == 5 / 6
         assert values["pairwise_accuracy_within_prompts"] == 1
     original, dsg = load_benchmarks(f"tifa160:{tmp_path}")
-    assert original.notes == ["2 ratings a picture."]
-    assert dsg.notes == ["3 to 5 ratings a picture."]
+    assert original.notes == ["2 ratings an image."]
+    assert dsg.notes == ["3 to 5 ratings an image."]
     assert original.items[0].tags == {"source": ["coco"], "model": ["mini_dalle"]}
 
 
@@ -327,7 +327,7 @@ def test_intervals_of_pairs_draw_whole_prompts() -> None:
 
 
 def test_too_many_pairs_have_a_value_but_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six pairs of all pictures, two of them within prompts."""
+    """Six pairs of all images, two of them within prompts."""
     monkeypatch.setattr(rules, "MAX_RESAMPLED_PAIRS", 5)
     found = {
         m.name: m for m in rated_metrics([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0], list("aabb"), num_resamples=5)
@@ -474,7 +474,7 @@ def test_a_label_of_mj_bench_that_is_no_place_is_refused(tmp_path: Path) -> None
         load_benchmarks(f"mj_bench:{tmp_path}")
 
 
-def test_a_picture_of_tifa160_that_nobody_rated_is_refused(tmp_path: Path) -> None:
+def test_a_image_of_tifa160_that_nobody_rated_is_refused(tmp_path: Path) -> None:
     write_tifa(tmp_path)
     lines = (tmp_path / "dsg_tifa160_anns.csv").read_text().splitlines()
     (tmp_path / "dsg_tifa160_anns.csv").write_text("\n".join(line for line in lines if "paintskill" not in line))
@@ -482,20 +482,20 @@ def test_a_picture_of_tifa160_that_nobody_rated_is_refused(tmp_path: Path) -> No
         load_benchmarks(f"tifa160:{tmp_path}")
 
 
-def test_a_picture_that_cannot_be_compared_is_not_a_benchmark(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_compared_is_not_a_benchmark(tmp_path: Path) -> None:
     paint(tmp_path, a=1)
     write(tmp_path / "test.json", [{"prompt": FOX, "generations": ["a.png"], "ranking": [1]}])
-    with pytest.raises(ValueError, match="image_reward holds no two pictures of one prompt"):
+    with pytest.raises(ValueError, match="image_reward holds no two images of one prompt"):
         load_benchmarks(f"image_reward:{tmp_path}")
     write(tmp_path / "test.json", [])
     with pytest.raises(ValueError, match=r"test.json holds no record"):
         load_benchmarks(f"image_reward:{tmp_path}")
 
 
-def test_bytes_that_are_no_picture_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_no_image_are_refused(tmp_path: Path) -> None:
     row = {**pick_a_pic_rows((1, 2, 1))[0], "jpg_1": b"broken"}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "test_unique.parquet")
-    with pytest.raises(BadRecordError, match="ROW 1: the image under 'jpg_1' cannot be read as a picture"):
+    with pytest.raises(BadRecordError, match="ROW 1: the image under 'jpg_1' cannot be read as an image"):
         load_benchmarks(f"pick_a_pic:{tmp_path}")
 
 
@@ -507,7 +507,7 @@ def test_a_score_that_is_not_finite_is_refused_with_its_prompt(tmp_path: Path) -
     paint(tmp_path, a=1, b=0)
     write(tmp_path / "test.json", [{"prompt": FOX, "generations": ["a.png", "b.png"], "ranking": [1, 2]}])
     (benchmark,) = load_benchmarks(f"image_reward:{tmp_path}")
-    with pytest.raises(ValueError, match="picture of image_reward is not finite; its prompt is 'a red fox'"):
+    with pytest.raises(ValueError, match="image of image_reward is not finite; its prompt is 'a red fox'"):
         measure(Broken(), benchmark)
 
 
@@ -515,7 +515,7 @@ def test_a_score_that_is_not_finite_is_refused_with_its_prompt(tmp_path: Path) -
 
 
 def test_the_recipe_measures_a_benchmark_and_writes_its_tables(tmp_path: Path) -> None:
-    """The built-in judge sees a red circle in one picture and none in the other."""
+    """The built-in judge sees a red circle in one image and none in the other."""
     from recipes.evaluate_reward_model import Config, main
     from rlhf_t2i.shapes.scenes import parse_prompt, render
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.evaluate import Evaluation, evaluate, evaluation_set
-from rlhf_t2i.policies.load import BUILT_IN, BUILT_IN_FLOW, load_policy
-from rlhf_t2i.policies.pipeline import PipelinePolicy
+from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.load import BUILT_IN, BUILT_IN_FLOW, load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.shapes.oracle import judge, shows_something
 from rlhf_t2i.shapes.scenes import all_scenes, render
+from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set
 from rlhf_t2i.types import Sampler
 
 
@@ -60,14 +60,14 @@ def test_the_flow_model_is_as_sharp_and_as_deaf(flow: PipelinePolicy) -> None:
 def test_its_autoencoder_keeps_what_the_oracle_sees(base: PipelinePolicy) -> None:
     rng = np.random.default_rng(3)
     scenes = [scene for scene in all_scenes("one") for _ in range(6)]
-    pictures = render(scenes, rng=rng)
+    images = render(scenes, rng=rng)
     with torch.no_grad():
-        restored = base.decode(base.family.autoencoder.vae.encode(pictures * 2 - 1).latents)
+        restored = base.decode(base.family.autoencoder.vae.encode(images * 2 - 1).latents)
     assert judge(restored, [scene.prompt for scene in scenes]).passed.float().mean() >= 0.98
 
 
 def test_it_is_small_and_holds_nothing_but_weights() -> None:
-    others = {BUILT_IN / "judge", BUILT_IN_FLOW}
+    others = {BUILT_IN / "reward_model", BUILT_IN_FLOW}
     files = [path for path in BUILT_IN.rglob("*") if path.is_file() and others.isdisjoint(path.parents)]
     assert sum(path.stat().st_size for path in files) <= 8_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
@@ -95,7 +95,7 @@ def test_the_flow_model_is_a_genuine_z_image_with_the_same_autoencoder() -> None
 def test_building_the_flow_model_is_deterministic_and_resumes(tmp_path: Path) -> None:
     from rlhf_t2i.shapes import build_flow
 
-    sizes = {"num_misalign_updates": 1, "num_pictures": 16}
+    sizes = {"num_misalign_updates": 1, "num_images": 16}
     build_flow.build_flow(tmp_path / "whole", num_flow_updates=2, **sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build_flow, "mistaken", interrupted)
@@ -112,7 +112,7 @@ def test_building_the_flow_model_is_deterministic_and_resumes(tmp_path: Path) ->
 def test_building_is_deterministic_and_resumes(tmp_path: Path) -> None:
     from rlhf_t2i.shapes import build
 
-    sizes = {"num_autoencoder_updates": 3, "num_misalign_updates": 2, "num_pictures": 16}
+    sizes = {"num_autoencoder_updates": 3, "num_misalign_updates": 2, "num_images": 16}
     build.build(tmp_path / "whole", num_denoiser_updates=4, **sizes)
     build.build(tmp_path / "again", num_denoiser_updates=4, **sizes)
     with pytest.MonkeyPatch.context() as patch:

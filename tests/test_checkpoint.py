@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i import checkpoint
-from rlhf_t2i.checkpoint import begin, checkpoint_name, checkpoint_step, commit, newest_whole
+from rlhf_t2i.training import checkpoint
+from rlhf_t2i.training.checkpoint import begin, checkpoint_name, checkpoint_step, commit, newest_whole
 
 
 def save(folder: Path, step: int, *, keep: int = 10) -> Path:

@@ -1,4 +1,4 @@
-"""No answer is lost or doubled, nothing tells where a picture came from, and what stands is what the trainers read."""
+"""No answer is lost or doubled, nothing tells where an image came from, and what stands is what the trainers read."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ from recipes import collect_preferences as recipe
 from recipes.collect_preferences import Config, candidates, from_files, painted
 from reward_model.datasets import BadRecordError, load_pairs_of_one_prompt, load_records
 from reward_model.types import PreferencePair
-from rlhf_t2i.collect import answers as answers_module
-from rlhf_t2i.collect.agreement import (
+from rlhf_t2i.annotation import answers as answers_module
+from rlhf_t2i.annotation.agreement import (
     between_annotators,
     cohens_kappa,
     duels,
     kappa_estimate,
     majority,
     wilson,
-    with_judge,
+    with_reward,
 )
-from rlhf_t2i.collect.answers import Answers, Given, StaleError, annotator_name
-from rlhf_t2i.collect.questions import (
+from rlhf_t2i.annotation.answers import Answers, Given, StaleError, annotator_name
+from rlhf_t2i.annotation.questions import (
     Candidate,
     Question,
     from_runs,
-    judge_questions,
-    picture_path,
-    read_picture,
+    image_path,
+    read_image,
     read_questions,
+    score_questions,
     write_questions,
 )
-from rlhf_t2i.collect.serve import Service, create_app
+from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.preferences import save_pairs
+from rlhf_t2i.data.preferences import save_pairs
+from rlhf_t2i.reward_server.protocol import TOKEN_VARIABLE
+from rlhf_t2i.reward_server.server import listen
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
-from rlhf_t2i.rewards.serve import listen
-from rlhf_t2i.rewards.wire import TOKEN_VARIABLE
 from rlhf_t2i.seeds import generator_for
 from tests import browser
 from tests.test_compare import CELLS, tuned
@@ -68,16 +68,16 @@ GENERATOR = generator_for(0)
 
 
 def colour(number: int) -> Tensor:
-    """A picture of one colour, another for each number."""
+    """An image of one colour, another for each number."""
     return torch.tensor([number % 251, number // 251, 100])[:, None, None].expand(3, 8, 8) / 255
 
 
 def asked(folder: Path, count: int = 6) -> list[Question]:
-    """Pairs of pictures of one colour: those of pair i are 2i and 2i + 1."""
+    """Pairs of images of one colour: those of pair i are 2i and 2i + 1."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [(colour(2 * i), colour(2 * i + 1)) for i in range(count)]
+    images = [(colour(2 * i), colour(2 * i + 1)) for i in range(count)]
     return write_questions(
-        folder, [Candidate(f"a fox {i}", pair, ("before", "after")) for i, pair in enumerate(pictures)]
+        folder, [Candidate(f"a fox {i}", pair, ("before", "after")) for i, pair in enumerate(images)]
     )
 
 
@@ -166,7 +166,7 @@ class Person:
 
     @property
     def meant(self) -> dict[str, Any]:
-        """By prompt: the pictures, better one first; as a set where they are equally good; nothing of two bad ones."""
+        """By prompt: the images, better one first; as a set where they are equally good; nothing of two bad ones."""
         means = {"left": lambda a, b: [a, b], "right": lambda a, b: [b, a], "tie": lambda a, b: {a, b}}
         return {prompt: means[key](a, b) for (prompt, a, b), key in self.said.items() if key in means}
 
@@ -206,7 +206,7 @@ def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> None:
     """None is lost, none is doubled, and each is what was pressed."""
     port, run = free_port(), tmp_path / "run"
-    source = preference_file(tmp_path / "pictures", 50)
+    source = preference_file(tmp_path / "images", 50)
     arguments = ["--pairs", source, "--run_folder", run, "--port", port]
     log, killed = run / "answers.jsonl", threading.Event()
 
@@ -300,8 +300,8 @@ def test_undo_and_another_answer_leave_one_preference(tmp_path: Path) -> None:
         (row,) = lines_of(tmp_path / "pairs.jsonl")
         (given,) = answers.standing()["ann"]
     question = questions[given.question]
-    left, right = question.pictures if given.first_on_left else reversed(question.pictures)
-    assert (row["winner"], row["loser"]) == (f"pictures/{left}.png", f"pictures/{right}.png")
+    left, right = question.images if given.first_on_left else reversed(question.images)
+    assert (row["winner"], row["loser"]) == (f"images/{left}.png", f"images/{right}.png")
     assert (row["prompt"], row["comment"]) == (question.prompt, "ann")
 
 
@@ -401,8 +401,8 @@ def test_a_full_disk_takes_nothing_and_the_answer_can_be_given_again(
 # --- who may see what -----------------------------------------------------------------------------
 
 
-def test_nothing_in_a_browser_tells_where_a_picture_came_from(tmp_path: Path) -> None:
-    source = preference_file(tmp_path / "pictures", 8)
+def test_nothing_in_a_browser_tells_where_a_image_came_from(tmp_path: Path) -> None:
+    source = preference_file(tmp_path / "images", 8)
     config = Config(pairs=str(source))
     (tmp_path / "run").mkdir()
     questions = write_questions(tmp_path / "run", from_files(config, tmp_path / "run", GENERATOR))
@@ -418,15 +418,15 @@ def test_nothing_in_a_browser_tells_where_a_picture_came_from(tmp_path: Path) ->
         for number in range(8):
             received.append(json.dumps(ann.pair))
             (question,) = [one for one in questions if one.prompt == ann.pair["prompt"]]
-            preferred_on_left += ann.pair["left"] == question.pictures[0]
+            preferred_on_left += ann.pair["left"] == question.images[0]
             for side in ("left", "right"):
-                file = ann.client.get(f"/picture/{ann.pair[side]}").content
+                file = ann.client.get(f"/image/{ann.pair[side]}").content
                 received.append(file.decode("latin-1"))
-                with Image.open(io.BytesIO(file)) as picture:
-                    assert picture.info == {}
+                with Image.open(io.BytesIO(file)) as image:
+                    assert image.info == {}
             if number < 7:
-                (following,) = [q for q in questions if set(q.pictures) == set(ann.pair["following"])]
-                preferred_fetched_first += following.pictures[0] == ann.pair["following"][0]
+                (following,) = [q for q in questions if set(q.images) == set(ann.pair["following"])]
+                preferred_fetched_first += following.images[0] == ann.pair["following"][0]
             ann.press("left")
     for word in ("secret", "preferred", "other one", str(tmp_path)):
         assert not [text for text in received if word in text]
@@ -437,13 +437,13 @@ def test_nothing_in_a_browser_tells_where_a_picture_came_from(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "path",
     [
-        "/picture/../config.yaml", "/picture/..%2fconfig.yaml", "/picture/%2e%2e/config.yaml",
-        "/picture/..%5cconfig.yaml",
-        "/picture//etc/passwd", "/picture/%2fetc%2fpasswd", "/picture/questions.jsonl", "/picture/..", "/picture/%00",
+        "/image/../config.yaml", "/image/..%2fconfig.yaml", "/image/%2e%2e/config.yaml",
+        "/image/..%5cconfig.yaml",
+        "/image//etc/passwd", "/image/%2fetc%2fpasswd", "/image/questions.jsonl", "/image/..", "/image/%00",
         "/../config.yaml", "/config.yaml", "/page.html", "/docs",
     ],
 )  # fmt: skip
-def test_a_path_in_a_pictures_address_leads_nowhere(path: str, tmp_path: Path) -> None:
+def test_a_path_in_a_images_address_leads_nowhere(path: str, tmp_path: Path) -> None:
     questions = asked(tmp_path)
     (tmp_path / "config.yaml").write_text("the secret")
     with collecting(tmp_path, questions) as answers, serving(answers) as address:
@@ -473,7 +473,7 @@ def test_without_the_token_only_the_empty_page_is_seen(secret: str, tmp_path: Pa
             assert "The token that you were given" in ann.client.get("/").text
             for token in ("", "wrong", "ö"):
                 assert ann.post("/enter", token=token).status_code == 401
-            for path in (f"/picture/{questions[0].pictures[0]}", "/results"):
+            for path in (f"/image/{questions[0].images[0]}", "/results"):
                 assert ann.client.get(path).status_code == 401
             shown = answers.showing("ann").token
             assert ann.post("/answer", shown=shown, answer="left").status_code == 401
@@ -482,7 +482,7 @@ def test_without_the_token_only_the_empty_page_is_seen(secret: str, tmp_path: Pa
             assert "SameSite=strict" in entered.headers["set-cookie"]
             ann.enter()  # a reload: the cookie is enough
             ann.press("left")
-            assert ann.client.get(f"/picture/{ann.pair['left']}").status_code == 200
+            assert ann.client.get(f"/image/{ann.pair['left']}").status_code == 200
             assert ann.client.get("/results").status_code == 200
         with person("bob", address) as script:
             script.client.headers["Authorization"] = f"Bearer {secret}"
@@ -491,7 +491,7 @@ def test_without_the_token_only_the_empty_page_is_seen(secret: str, tmp_path: Pa
     assert secret not in "".join(path.read_text() for path in tmp_path.glob("*.jsonl"))
 
 
-# --- where the pictures come from -----------------------------------------------------------------
+# --- where the images come from -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -509,11 +509,11 @@ def test_a_config_that_cannot_work_is_refused(given: dict[str, Any], message: st
         Config(**given)
 
 
-def test_a_picture_that_cannot_be_read_is_named_or_left_out(tmp_path: Path) -> None:
-    source = preference_file(tmp_path / "pictures", 3)
-    (source.parent / "secret_2.png").write_bytes(b"no picture")
+def test_a_image_that_cannot_be_read_is_named_or_left_out(tmp_path: Path) -> None:
+    source = preference_file(tmp_path / "images", 3)
+    (source.parent / "secret_2.png").write_bytes(b"no image")
     (tmp_path / "run").mkdir()
-    with pytest.raises(BadRecordError, match=r"asked\.jsonl:2: the image 'secret_2.png'.* cannot be read as a picture"):
+    with pytest.raises(BadRecordError, match=r"asked\.jsonl:2: the image 'secret_2.png'.* cannot be read as an image"):
         list(from_files(Config(pairs=str(source)), tmp_path / "run", GENERATOR))
     skip = Config(pairs=str(source.parent), on_bad_record="skip")
     questions = write_questions(tmp_path / "run", from_files(skip, tmp_path / "run", GENERATOR))
@@ -522,8 +522,8 @@ def test_a_picture_that_cannot_be_read_is_named_or_left_out(tmp_path: Path) -> N
     assert "secret_2.png" in skipped["reason"]
 
 
-def test_pairs_that_nobody_has_judged_are_asked_and_the_same_picture_twice_is_not(tmp_path: Path) -> None:
-    source = preference_file(tmp_path / "pictures", 3)
+def test_pairs_that_nobody_has_judged_are_asked_and_the_same_image_twice_is_not(tmp_path: Path) -> None:
+    source = preference_file(tmp_path / "images", 3)
     (source.parent / "copy.png").write_bytes((source.parent / "secret_0.png").read_bytes())
     rows = [["secret_0.png", "secret_3.png"], ["secret_0.png", "copy.png"]]
     source.write_text("".join(json.dumps({"prompt": "a hen", "tie": row}) + "\n" for row in rows))
@@ -531,9 +531,9 @@ def test_pairs_that_nobody_has_judged_are_asked_and_the_same_picture_twice_is_no
     (question,) = write_questions(tmp_path / "run", from_files(Config(pairs=str(source)), tmp_path, GENERATOR))
     assert question.sources == ("not judged", "not judged")
     assert read_questions(tmp_path / "run") == [question]
-    for name, number in zip(question.pictures, (0, 3), strict=True):
-        torch.testing.assert_close(read_picture(picture_path(tmp_path / "run", name)), colour(number), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="of 1 pairs both pictures are the same"):
+    for name, number in zip(question.images, (0, 3), strict=True):
+        torch.testing.assert_close(read_image(image_path(tmp_path / "run", name)), colour(number), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="of 1 pairs both images are the same"):
         write_questions(tmp_path / "run", [Candidate("a hen", (colour(0), colour(0)), ("a", "b"))])
 
 
@@ -545,20 +545,20 @@ def test_the_pairs_that_diffusion_dpo_keeps_are_asked_about(tmp_path: Path) -> N
     for found, prompt, winner, loser in ((fox, "a fox", 1, 0), (hen, "a hen", 2, 3)):
         assert found.prompt == prompt
         assert found.sources == ("preferred in the file", "the other one")
-        torch.testing.assert_close(found.pictures, (colour(winner), colour(loser)))
+        torch.testing.assert_close(found.images, (colour(winner), colour(loser)))
 
 
 def test_of_many_pairs_some_are_drawn(tmp_path: Path) -> None:
-    source = preference_file(tmp_path / "pictures", 20)
+    source = preference_file(tmp_path / "images", 20)
     config = Config(pairs=str(source), num_pairs=7)
     drawn = [[one.prompt for one in from_files(config, tmp_path, generator_for(seed))] for seed in (0, 0, 1)]
     assert len(set(drawn[0])) == 7
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_run_is_asked_about_by_its_first_and_last_pictures(tmp_path: Path) -> None:
+def test_a_run_is_asked_about_by_its_first_and_last_images(tmp_path: Path) -> None:
     run = tuned(tmp_path / "ddpo", after=0.8)
-    after = run / "pictures" / "step_000002.png"
+    after = run / "images" / "step_000002.png"
     with Image.open(after) as strip:
         last = Image.fromarray(255 - np.asarray(strip))
     last.save(after)
@@ -568,14 +568,14 @@ def test_a_run_is_asked_about_by_its_first_and_last_pictures(tmp_path: Path) -> 
     for i, one in enumerate(found):
         assert one.sources == ("before ddpo", "ddpo")
         drawn = torch.tensor((40 * i, 255 - 40 * i, 7 * i)) / 255
-        torch.testing.assert_close(one.pictures[0], drawn[:, None, None].expand(3, 8, 8))
-        torch.testing.assert_close(one.pictures[1], 1 - one.pictures[0])
-    with pytest.raises(FileNotFoundError, match="shows no pictures"):
+        torch.testing.assert_close(one.images[0], drawn[:, None, None].expand(3, 8, 8))
+        torch.testing.assert_close(one.images[1], 1 - one.images[0])
+    with pytest.raises(FileNotFoundError, match="shows no images"):
         list(from_runs([tmp_path], num_pairs=None, generator=GENERATOR))
 
 
 def test_two_checkpoints_paint_the_same_prompts_from_the_same_seeds(tiny_sd: Path, tmp_path: Path) -> None:
-    from rlhf_t2i.policies.load import load_policy
+    from rlhf_t2i.models.load import load_policy
 
     cpu = torch.device("cpu")
     policy = load_policy(str(tiny_sd), device=cpu)
@@ -588,10 +588,10 @@ def test_two_checkpoints_paint_the_same_prompts_from_the_same_seeds(tiny_sd: Pat
     assert [one.prompt for one in found] == ["a fox", "a hen", "a fox"]
     assert [one.prompt for one in swapped] == ["a fox", "a hen"]
     assert found[0].sources == ("base", str(tmp_path))
-    assert not torch.equal(*found[0].pictures)
-    assert not torch.equal(found[0].pictures[0], found[2].pictures[0])  # the same prompt, another seed
+    assert not torch.equal(*found[0].images)
+    assert not torch.equal(found[0].images[0], found[2].images[0])  # the same prompt, another seed
     for one, other in zip(found, swapped, strict=False):
-        torch.testing.assert_close(one.pictures, other.pictures[::-1])
+        torch.testing.assert_close(one.images, other.images[::-1])
 
 
 # --- who agrees -----------------------------------------------------------------------------------
@@ -643,7 +643,7 @@ def test_agreement_with_a_judge_is_of_what_both_decided() -> None:
         "bob": {0: "first", 1: "first", 3: "bad", 4: "second"},
     }
     assert majority(choices) == {0: "first", 2: "first", 3: "second", 4: "second"}
-    ann, bob, both = with_judge(choices, scores, judge="oracle")
+    ann, bob, both = with_reward(choices, scores, judge="oracle")
     assert [one.names for one in (ann, bob, both)] == [("ann", "oracle"), ("bob", "oracle"), ("the majority", "oracle")]
     assert (ann.count, ann.raw.value) == (3, pytest.approx(2 / 3))
     assert (bob.count, bob.raw.value) == (3, pytest.approx(2 / 3))
@@ -661,7 +661,7 @@ def test_duels_count_preferences_by_source() -> None:
     assert duel.share.value == pytest.approx(2 / 3)
 
 
-def test_the_judge_scores_each_picture_with_its_prompt_whatever_its_size(tmp_path: Path) -> None:
+def test_the_judge_scores_each_image_with_its_prompt_whatever_its_size(tmp_path: Path) -> None:
     def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images[:, 0].mean((1, 2)) + 10 * torch.tensor([float(prompt) for prompt in prompts])
 
@@ -674,7 +674,7 @@ def test_the_judge_scores_each_picture_with_its_prompt_whatever_its_size(tmp_pat
     found = [Candidate(str(i), pair, ("a", "b")) for i, pair in enumerate(pairs)]
     questions = write_questions(tmp_path, found)
     reward = WeightedSum(((CheckedReward("redness", redness), 1.0),))
-    scores = judge_questions(reward, tmp_path, questions, device=torch.device("cpu"), batch_size=2)
+    scores = score_questions(reward, tmp_path, questions, device=torch.device("cpu"), batch_size=2)
     torch.testing.assert_close(scores, shades + 10 * torch.arange(3.0)[:, None])
 
 
@@ -692,7 +692,7 @@ def test_the_results_page_says_what_the_numbers_say(tmp_path: Path) -> None:
             someone.enter()
             while someone.pair["prompt"] is not None:
                 (question,) = [one for one in questions if one.prompt == someone.pair["prompt"]]
-                first = "left" if someone.pair["left"] == question.pictures[0] else "right"
+                first = "left" if someone.pair["left"] == question.images[0] else "right"
                 someone.press("tie" if (someone, question) == (bob, questions[0]) else first)
         page = " ".join(ann.client.get("/results").text.split())
     assert "2 annotators, 8 answers to 4 pairs" in page
@@ -703,7 +703,7 @@ def test_the_results_page_says_what_the_numbers_say(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_gone_on_with_only_if_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = preference_file(tmp_path / "pictures", 3)
+    source = preference_file(tmp_path / "images", 3)
     served: list[Any] = []
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: served.append(sockets[0].close()))
     options: Any = {"pairs": str(source), "run_folder": str(tmp_path / "run"), "port": 0}

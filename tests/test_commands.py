@@ -15,7 +15,7 @@ from PIL import Image
 from reward_model.datasets import load_records
 from rlhf_t2i.shapes.pairs import write_pairs
 from rlhf_t2i.shapes.scenes import all_scenes
-from tests.judges import backbone_folder
+from tests.reward_models import backbone_folder
 from tests.test_matrix import table
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ TINY = {
 
 TINY_QWEN = {
     "lora_rank": 2, "max_steps": 1, "evaluate_every": 1, "min_pixels": 784,
-    "max_pixels": 3136, "mixed_precision": "no", "num_workers": 0, "pairs_per_batch": 2,
+    "max_pixels": 3136, "mixed_precision": "no", "num_workers": 0, "microbatch_size": 2,
 }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_the_settings_for_preferences_on_sd15_run(tiny_sd: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_weights_are_compared_on_the_same_pictures(tmp_path: Path) -> None:
+def test_weights_are_compared_on_the_same_images(tmp_path: Path) -> None:
     small = {**TINY, "learning_rate": 1e-3}
     run(["recipes/ddpo.py", *flags(**small, run_folder=tmp_path / "run")])
     compared = ",".join(["base", str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints" / "step_000001")])
@@ -126,7 +126,7 @@ def test_weights_are_compared_on_the_same_pictures(tmp_path: Path) -> None:
     assert len(lines) == 3
     base, exported, checkpoint = (line.partition(": ")[2] for line in lines)
     assert exported == checkpoint != base
-    assert len(list((tmp_path / "evaluation" / "pictures").glob("*.png"))) == 3
+    assert len(list((tmp_path / "evaluation" / "images").glob("*.png"))) == 3
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_the_other_recipes_run_as_the_readme_says(name: str, tmp_path: Path) -> 
     """On the built-in world without settings, but for their number."""
     (line,) = [line for text in COMMANDS for line in text.splitlines() if f"recipes/{name}.py" in line]
     searching = name in ("best_of_n", "fk_steering")
-    small = {"prompts": tmp_path / "prompts.txt", "searches_per_prompt": 1} if searching else {
+    small = {"prompts": tmp_path / "prompts.txt", "images_per_prompt": 1} if searching else {
         "num_steps": 1, "num_evaluation_images": 4,
         **({"images_per_step": 4} if name == "draft" else {"prompts_per_step": 2, "images_per_prompt": 2}),
     }  # fmt: skip
@@ -168,11 +168,11 @@ def test_the_other_recipes_run_as_the_readme_says(name: str, tmp_path: Path) -> 
 def test_the_readme_searches_with_a_plain_pipeline(tmp_path: Path) -> None:
     snippet = STEER_SNIPPET.replace("circle.png", str(tmp_path / "circle.png"))
     subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, capture_output=True)
-    with Image.open(tmp_path / "circle.png") as picture:
-        assert picture.size == (32, 32)
+    with Image.open(tmp_path / "circle.png") as image:
+        assert image.size == (32, 32)
 
 
-def test_the_readme_scores_a_picture_in_three_lines() -> None:
+def test_the_readme_scores_a_image_in_three_lines() -> None:
     result = subprocess.run([sys.executable, "-c", JUDGE_SNIPPET], cwd=ROOT, check=True, capture_output=True, text=True)
     assert re.match(r"tensor\(\[-?\d+\.\d+\]\)", result.stdout)
 
@@ -191,7 +191,7 @@ def test_every_line_that_the_readme_shows_is_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_judge_is_trained_measured_and_used_as_the_readme_says(tmp_path: Path) -> None:
     """With the published settings for Qwen2.5-VL, on a tiny one."""
-    train, measure, use = next(text for text in COMMANDS if "runs/my-judge" in text).replace("\\\n", " ").split("\n")
+    train, measure, use = next(text for text in COMMANDS if "runs/my-reward" in text).replace("\\\n", " ").split("\n")
     prompts = [scene.prompt for scene in all_scenes("one", "training")[:8]]
     rows = []
     for i, prompt in enumerate(prompts):
@@ -212,10 +212,10 @@ def test_a_judge_is_trained_measured_and_used_as_the_readme_says(tmp_path: Path)
     assert "accuracy_ties_wrong" in output
     output = run(arguments(measure), cwd=tmp_path)
     assert "accuracy_ties_wrong" in output
-    (page,) = tmp_path.glob("runs/judge-evaluation-*/report.html")
+    (page,) = tmp_path.glob("runs/reward_model_evaluation-*/report.html")
     assert "test" in page.read_text()
     output = run([*arguments(use), *flags(**TINY, run_folder="out")], cwd=tmp_path)
-    assert "judge:runs/my-judge/judge" in output
+    assert "llava_reward:runs/my-reward/reward_model" in output
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_the_settings_for_every_perspective_train(perspective: str, tmp_path: Pa
             *flags(**data, **TINY_QWEN, backbone=backbone_folder("qwen2_5_vl"), run_folder=tmp_path / "run"),
         ]
     )
-    facts = json.loads((tmp_path / "run" / "judge" / "llava_reward.json").read_text())
+    facts = json.loads((tmp_path / "run" / "reward_model" / "llava_reward.json").read_text())
     assert facts["perspective"] == perspective
 
 
@@ -255,7 +255,7 @@ def test_the_built_in_judge_is_trained_by_the_command_without_arguments(tmp_path
         tmp_path / "runs" / "shapes-pairs-0",
         num_drawn=24,
         num_painted=8,
-        num_paintings=200,
+        num_generated=200,
         num_validation=8,
         num_test=8,
     )
@@ -263,5 +263,5 @@ def test_the_built_in_judge_is_trained_by_the_command_without_arguments(tmp_path
         [str(ROOT / "recipes" / "train_reward_model.py"), *flags(max_steps=2, evaluate_every=2, run_folder="out")],
         cwd=tmp_path,
     )
-    for word in ("validation", "test_drawn", "test_painted", str(Path("out") / "judge")):
+    for word in ("validation", "test_drawn", "test_painted", str(Path("out") / "reward_model")):
         assert word in output

@@ -1,4 +1,4 @@
-"""The page lays the same pictures beside one another, and says of each column what its run folder says."""
+"""The page lays the same images beside one another, and says of each column what its run folder says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from recipes import compare as recipe
-from rlhf_t2i.comparison import curves, overlay, shared_cells, side_by_side, verdict_of
+from rlhf_t2i.report.comparison import curves, overlay, shared_cells, side_by_side, verdict_of
 from tests.test_report import evaluation, run_folder, train
 
 COLOURS = [(40 * i, 255 - 40 * i, 7 * i) for i in range(6)]
@@ -30,12 +30,12 @@ def draw_strip(path: Path, cells: list[tuple[str, int]], *, columns: int) -> Non
     strip.save(path)
 
 
-def add_pictures(folder: Path, cells: list[tuple[str, int]], names: list[str], *, columns: int) -> None:
-    (folder / "pictures").mkdir(parents=True)
+def add_images(folder: Path, cells: list[tuple[str, int]], names: list[str], *, columns: int) -> None:
+    (folder / "images").mkdir(parents=True)
     for name in names:
-        draw_strip(folder / "pictures" / name, cells, columns=columns)
+        draw_strip(folder / "images" / name, cells, columns=columns)
     captions = {"prompts": [p for p, _ in cells], "seeds": [s for _, s in cells], "columns": columns}
-    (folder / "pictures" / "captions.json").write_text(json.dumps(captions))
+    (folder / "images" / "captions.json").write_text(json.dumps(captions))
 
 
 def tuned(folder: Path, *, after: float, cells: list[tuple[str, int]] = CELLS[:4], columns: int = 2) -> Path:
@@ -45,7 +45,7 @@ def tuned(folder: Path, *, after: float, cells: list[tuple[str, int]] = CELLS[:4
         evaluation(2, after, 0.04, elapsed=61),
     ]  # fmt: skip
     run_folder(folder, rows, config="learning_rate: 0.001\nlora_rank: 4\nseed: 3\n")
-    add_pictures(folder, cells, ["step_000000.png", "step_000002.png"], columns=columns)
+    add_images(folder, cells, ["step_000000.png", "step_000002.png"], columns=columns)
     return folder
 
 
@@ -57,10 +57,10 @@ def test_columns_are_what_runs_began_and_ended_with(tmp_path: Path) -> None:
     assert verdict_of(before, before, "oracle") == ("0.500 ± 0.030", "")
     assert verdict_of(a, before, "oracle") == ("0.800 ± 0.040", "+0.300, 6.0 standard errors")
     assert verdict_of(b, before, "oracle") == ("0.500 ± 0.040", "+0.000, 0.0 standard errors: within noise")
-    assert verdict_of(a, before, "judge") == ("not measured", "")
+    assert verdict_of(a, before, "llava_reward") == ("not measured", "")
     assert (a.trained_on, before.trained_on) == (frozenset({"oracle"}), frozenset())
     assert a.facts["updates"] == "2"
-    assert a.facts["pictures for training"] == "384"
+    assert a.facts["images for training"] == "384"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_beside_one_another_lie_the_same_prompt_and_seed(tmp_path: Path) -> None
 def test_weights_of_an_evaluation_are_columns_too(tmp_path: Path) -> None:
     """Also two that came out alike."""
     folder = tmp_path / "evaluation"
-    add_pictures(folder, CELLS[:4], ["0.png", "1.png"], columns=2)
+    add_images(folder, CELLS[:4], ["0.png", "1.png"], columns=2)
     row = {"oracle": 0.5, "oracle/standard_error": 0.03, "diversity": 0.3}
     (folder / "table.json").write_text(json.dumps({"base": row, "runs/a": row}))
     page = page_of([folder], tmp_path / "out.html")
@@ -117,7 +117,7 @@ def test_each_run_has_a_line_of_its_own(tmp_path: Path) -> None:
     assert len({stroke for stroke, _, _ in drawn}) == 2
     # From 0.47, the lowest whisker, to 0.94, the highest, in 150 units.
     assert drawn[0][1] == f"50.0 {166 - 150 * 0.03 / 0.47:.1f}L350.0 {166 - 150 * 0.33 / 0.47:.1f}"
-    assert curves([a, b], "judge") == {}
+    assert curves([a, b], "llava_reward") == {}
 
 
 def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     a, b = tuned(tmp_path / "a", after=0.8, cells=CELLS[:2]), tuned(tmp_path / "b", after=0.8, cells=CELLS[2:4])
     with pytest.raises(ValueError, match=r"show no prompt with the same seed.*evaluate_policy.py --weights"):
         side_by_side([a, b])
-    with pytest.raises(FileNotFoundError, match=r"shows no pictures of an evaluation.*recipes/evaluate_policy.py"):
+    with pytest.raises(FileNotFoundError, match=r"shows no images of an evaluation.*recipes/evaluate_policy.py"):
         side_by_side([tmp_path])
     with pytest.raises(ValueError, match="runs is ; it must be at least one folder"):
         recipe.Config(runs="")

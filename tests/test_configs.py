@@ -63,7 +63,7 @@ def test_diffusion_nft_is_as_published() -> None:
     config = read(diffusion_nft, NFT)
     assert (config.prompts_per_step, config.images_per_prompt, config.num_minibatches) == (48, 24, 1)
     assert (config.beta, config.kl_weight, config.max_advantage, config.guidance_scale) == (1.0, 1e-4, 5.0, 1.0)
-    assert (config.follow_start, config.follow_rise, config.follow_most) == (0, 1e-3, 0.5)
+    assert (config.sampling_ema_start, config.sampling_ema_rise, config.sampling_ema_max) == (0, 1e-3, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_fk_steering_of_sdxl_runs_on_genevals_prompts(tiny_sdxl: Path, tmp_path:
     )
     small = {
         "model": tiny_sdxl, "prompts": tmp_path / "evaluation_metadata.jsonl", "rewards": "jpeg_compressibility",
-        "searches_per_prompt": 1, "run_folder": tmp_path / "run", "num_cpu_threads": 1,
+        "images_per_prompt": 1, "run_folder": tmp_path / "run", "num_cpu_threads": 1,
     }  # fmt: skip
     (one,) = fk_steering.main(read(fk_steering, CONFIGS / "fk_sdxl_geneval.yaml", **small))
     assert one.row["found"]["cost"]["denoiser_calls"] == 800
-    assert one.row["found"]["cost"]["judge_calls"] == 20
+    assert one.row["found"]["cost"]["reward_calls"] == 20
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,10 @@ from tests.preference_files import (
     image_reward_rows,
     pick_a_pic_rows,
     seen,
+    write_images,
     write_json,
     write_parquet,
     write_pick_a_pic,
-    write_pictures,
     write_tfrecord,
 )
 
@@ -67,7 +67,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *("pickapic_v1/train", "pickapic_v2", "richhf-18k"),
     ):
         (data / place).mkdir(parents=True)
-        write_pictures(data / place)
+        write_images(data / place)
     for split in ("train", "validation"):
         write_parquet(data / f"ImageRewardDB/metadata-{split}.parquet", image_reward_rows())
     write_pick_a_pic(data / "pickapic_v2" / "train-00000.parquet")
@@ -131,9 +131,9 @@ def test_every_format_and_kind_of_file_is_on_the_page() -> None:
 
 
 @pytest.mark.parametrize("recipe", [train_reward_model, evaluate_reward_model, diffusion_dpo, collect_preferences])
-def test_the_settings_of_pictures_are_the_same_everywhere(recipe: Any) -> None:
+def test_the_settings_of_images_are_the_same_everywhere(recipe: Any) -> None:
     named = {field.name: field.default for field in fields(recipe.Config)}
-    assert (named["image_root"], named["image_prefix"], named["unpack_folder"]) == (None, None, "runs/pictures")
+    assert (named["image_root"], named["image_prefix"], named["unpack_folder"]) == (None, None, "runs/images")
 
 
 def test_every_setting_that_the_page_names_exists() -> None:
@@ -143,7 +143,7 @@ def test_every_setting_that_the_page_names_exists() -> None:
 
 
 def test_test_prompts_are_left_out_and_hard_negatives_added(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of three pairs the one of the fox goes; of the two of "two cats" each winner is the same picture."""
+    """Of three pairs the one of the fox goes; of the two of "two cats" each winner is the same image."""
     write_json(world / "data" / "HPDv3" / "images" / "test.json", HPDV2_TEST)
     write_json(world / "data" / "HPDv3" / "held_out.json", [HPDV3[0] | {"prompt": "a bird"}])
     config = train_reward_model.Config(

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from recipes import ddpo
-from rlhf_t2i.evaluate import Evaluation
-from rlhf_t2i.parallel.state import stored_weights
-from rlhf_t2i.run import Run
-from rlhf_t2i.tuning import TuningConfig
+from rlhf_t2i.distributed.state import stored_weights
+from rlhf_t2i.training.evaluation import Evaluation
+from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.trainer import TrainerConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,8 +112,8 @@ def test_the_reward_rises(tmp_path: Path, lora_rank: int | None) -> None:
 def test_what_is_trainable_moves_and_what_is_frozen_does_not(
     config: ddpo.Config, lora_rank: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_t2i.policies import load
-    from rlhf_t2i.policies.pipeline import PipelinePolicy
+    from rlhf_t2i.models import load
+    from rlhf_t2i.models.base import PipelinePolicy
 
     loaded: list[PipelinePolicy] = []
     original = load.load_policy
@@ -166,7 +166,7 @@ def test_the_microbatch_size_changes_no_result(config: ddpo.Config, tmp_path: Pa
 
 
 def test_judging_while_painting_changes_no_result(config: ddpo.Config, tmp_path: Path) -> None:
-    """Nine parts of eight pictures, each judged while the next is painted: the same advantages, so the same weights."""
+    """Nine parts of eight images, each judged while the next is painted: the same advantages, so the same weights."""
     config = replace(config, prompts_per_step=9, images_per_prompt=8, num_steps=2)
     (at_once, rest) = state(train(config), 2)
     overlapped, same = state(train(replace(config, async_reward=True, run_folder=str(tmp_path / "overlapped"))), 2)
@@ -183,7 +183,7 @@ def test_gradient_checkpointing_changes_no_result(config: ddpo.Config, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_two_processes_give_the_update_of_one(config: ddpo.Config, tmp_path: Path, lora_rank: int | None) -> None:
-    """ddp.yaml on the CPU: the same prompts, pictures, advantages and weights, whoever paints them."""
+    """ddp.yaml on the CPU: the same prompts, images, advantages and weights, whoever paints them."""
     config = replace(config, lora_rank=lora_rank, max_gradient_norm=0.1)
     one = train(replace(config, run_folder=str(tmp_path / "one")))
     two = launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
@@ -299,7 +299,7 @@ def test_no_space_while_saving_leaves_the_old_checkpoint_whole(
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rlhf_t2i.parallel.state.save_file", full_disk)
+    monkeypatch.setattr("rlhf_t2i.distributed.state.save_file", full_disk)
     with pytest.raises(OSError, match=r"after step 2 could not be written \(.*No space left on device\)"):
         train(replace(config, resume=True))
     monkeypatch.undo()
@@ -310,7 +310,7 @@ def test_no_space_while_saving_leaves_the_old_checkpoint_whole(
 
 # --- what leaves it ---------------------------------------------------------------------------------
 
-PAINT = """
+SAMPLE = """
 import sys, torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 model, weights, out, prompts = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
@@ -329,7 +329,7 @@ assert not any(name.startswith("rlhf_t2i") for name in sys.modules)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 2])
-def test_plain_diffusers_paints_the_pictures_of_the_last_evaluation(
+def test_plain_diffusers_paints_the_images_of_the_last_evaluation(
     config: ddpo.Config, tmp_path: Path, lora_rank: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exported weights, loaded by a script that imports only diffusers."""
@@ -338,20 +338,20 @@ def test_plain_diffusers_paints_the_pictures_of_the_last_evaluation(
     monkeypatch.setattr(Run, "record", lambda run, evaluation: (seen.append(evaluation), record(run, evaluation)))
     folder = train(replace(config, lora_rank=lora_rank, learning_rate=3e-2 if lora_rank else 3e-3, clip_range=1.0))
     name, out = "lora" if lora_rank else "unet", tmp_path / "images.pt"
-    (tmp_path / "paint.py").write_text(PAINT)
+    (tmp_path / "paint.py").write_text(SAMPLE)
     command = [sys.executable, "paint.py", config.model, str(folder / name), str(out), *seen[-1].prompts]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True, capture_output=True)
     painted = torch.load(out, weights_only=True)
     assert (painted - seen[-1].images).abs().max() < 1e-3
-    assert (seen[-1].images - seen[0].images).abs().max() > 0.01, "the run must have changed the pictures"
+    assert (seen[-1].images - seen[0].images).abs().max() > 0.01, "the run must have changed the images"
 
 
 def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
     folder = train(replace(config, trackers="tensorboard"))
     assert {path.name for path in folder.iterdir()} >= {
-        "config.yaml", "run.json", "metrics.jsonl", "report.html", "pictures", "checkpoints", "unet",
+        "config.yaml", "run.json", "metrics.jsonl", "report.html", "images", "checkpoints", "unet",
     }  # fmt: skip
-    assert {p.name for p in (folder / "pictures").iterdir()} == {
+    assert {p.name for p in (folder / "images").iterdir()} == {
         "captions.json", "step_000000.png", "step_000000.json", "step_000003.png", "step_000003.json",
         "extremes.json", "extremes_000003.png",
     }  # fmt: skip
@@ -371,7 +371,7 @@ def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
             r"num_minibatches is 3; it must be at least 1 and divide images_per_prompt \(4\)",
         ),
         ({"eta": 0.0}, "eta is 0.0"),
-        ({"trained_fraction": 0.0}, "trained_fraction is 0.0"),
+        ({"timestep_fraction": 0.0}, "timestep_fraction is 0.0"),
         ({"window_start": 0.5}, r"window_end is 0\.5; it must be in \[0, 1\] and at least one step after"),
         ({"window_end": 1.5}, r"window_end is 1\.5; it must be in \[0, 1\]"),
         ({"evaluation_eta": 2.0}, r"evaluation_eta is 2\.0; it must be in \[0, 1\]"),
@@ -439,7 +439,7 @@ def test_a_reward_that_is_no_number_stops_the_run_with_its_name(config: ddpo.Con
 # --- processes --------------------------------------------------------------------------------------
 
 
-def command_line(config: TuningConfig) -> list[str]:
+def command_line(config: TrainerConfig) -> list[str]:
     given = {name: value for name, value in vars(config).items() if value is not None}
     return [
         part
@@ -460,7 +460,7 @@ def start(config: ddpo.Config, *launcher: str) -> subprocess.Popen[str]:
     )
 
 
-def launch_command(config: TuningConfig, accelerate_config: str, *options: str) -> list[str]:
+def launch_command(config: TrainerConfig, accelerate_config: str, *options: str) -> list[str]:
     """`accelerate launch` of the recipe whose config this is."""
     recipe = type(config).__module__.replace(".", "/")
     return [
@@ -469,7 +469,7 @@ def launch_command(config: TuningConfig, accelerate_config: str, *options: str) 
     ]  # fmt: skip
 
 
-def launch(config: TuningConfig, accelerate_config: str = "single.yaml", *options: str) -> Path:
+def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *options: str) -> Path:
     """The recipe by `accelerate launch`, to its end."""
     command, environment = launch_command(config, accelerate_config, *options), {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

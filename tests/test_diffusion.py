@@ -98,7 +98,7 @@ def test_eta_one_is_the_posterior_of_the_forward_process() -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_last_step_shows_the_clean_picture(eta: float) -> None:
+def test_the_last_step_shows_the_clean_image(eta: float) -> None:
     latents, prediction, level, next_level = mixed_step()
     transition = ddim(latents, prediction, level, next_level, eta=eta)
     assert_close(transition.mean[3], prediction.clean[3], rtol=0, atol=1e-6)
@@ -144,7 +144,7 @@ def test_every_step_is_the_one_of_diffusers(
     """From the first to the last step, each image of one batch at its own."""
     from diffusers import DDIMScheduler
 
-    from rlhf_t2i.policies.levels import DiffusionLevels
+    from rlhf_t2i.models.levels import DiffusionLevels
 
     num_steps = 5
     latents, output, noise = torch.randn(3, num_steps, 4, 8, 8, generator=seeded(0))
@@ -225,7 +225,7 @@ def test_the_exact_predictor_keeps_every_marginal_of_a_gaussian(eta: float) -> N
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_known_picture_keeps_its_marginals_in_steps_of_any_size(eta: float) -> None:
+def test_a_known_image_keeps_its_marginals_in_steps_of_any_size(eta: float) -> None:
     """If clean is known, three steps are as good as a thousand: x stays alpha * clean + sigma * noise."""
     levels, count = [level_of(s) for s in (0.9999, 0.9, 0.4, 0.05)], 16_384
     generator, clean = seeded(1), torch.full((1, 1, 1, count), 0.8)

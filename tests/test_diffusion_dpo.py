@@ -23,8 +23,8 @@ from recipes import diffusion_dpo
 from reward_model.datasets import BadRecordError
 from reward_model.images import to_tensor
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.policies.load import load_policy
-from rlhf_t2i.preferences import PairBatch
+from rlhf_t2i.data.preferences import PairBatch
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generator_for
 from tests.test_ddpo import assert_same, rows, weights
 
@@ -61,15 +61,15 @@ def config(tiny_sd: Path, tmp_path: Path) -> diffusion_dpo.Config:
 
 @pytest.fixture
 def people(tmp_path: Path) -> Path:
-    """A preference file: red pictures are preferred to blue ones, in sizes of their own."""
+    """A preference file: red images are preferred to blue ones, in sizes of their own."""
     generator = torch.Generator().manual_seed(0)
     lines = []
     for number in range(6):
-        pictures = torch.rand(2, 20 + number, 16, 3, generator=generator) / 3
-        pictures[0, ..., 0] += 0.6
-        pictures[1, ..., 2] += 0.6
-        for picture, name in zip(pictures, ("winner", "loser"), strict=True):
-            pixels = (picture * 255).to(torch.uint8).numpy()
+        images = torch.rand(2, 20 + number, 16, 3, generator=generator) / 3
+        images[0, ..., 0] += 0.6
+        images[1, ..., 2] += 0.6
+        for image, name in zip(images, ("winner", "loser"), strict=True):
+            pixels = (image * 255).to(torch.uint8).numpy()
             Image.fromarray(pixels).save(tmp_path / f"{name}_{number}.png")
         prompt = ("a red circle", "a blue square", "a green star")[number % 3]
         lines.append({"prompt": prompt, "winner": f"winner_{number}.png", "loser": f"loser_{number}.png"})
@@ -274,7 +274,7 @@ def kept(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_pairs_of_a_run_teach_another(config: diffusion_dpo.Config, tmp_path: Path) -> None:
-    """One file, or all of a run's; both pictures of each pair are those that the judge saw."""
+    """One file, or all of a run's; both images of each pair are those that the judge saw."""
     first = train(config)
     files = sorted((first / "pairs").glob("*.jsonl"))
     assert [path.name for path in files] == [f"step_00000{i}.jsonl" for i in (1, 2, 3)]
@@ -304,7 +304,7 @@ def test_a_judge_without_an_opinion_teaches_nothing_and_is_reported(
     config: diffusion_dpo.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = train(replace(config, rewards="tests.test_diffusion_dpo:constant", num_steps=2))
-    assert "in step 2 all pictures of each prompt earned the same" in capsys.readouterr().out
+    assert "in step 2 all images of each prompt earned the same" in capsys.readouterr().out
     assert [row["pairs"] for row in rows(folder, "train")] == [0, 0]
     before = load_file(Path(config.model) / "unet" / "diffusion_pytorch_model.safetensors")
     assert_same(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), before)
@@ -332,7 +332,7 @@ def test_the_report_shows_accuracy_and_both_errors(config: diffusion_dpo.Config)
         ({"times": "999-0"}, "times is 999-0; it must be a range such as 0-999 or a list"),
         ({"times": "often"}, "times is often; it must be a range"),
         ({"num_inner_epochs": 0}, "num_inner_epochs is 0; it must be at least 1"),
-        ({"microbatch_size": 1}, "microbatch_size is 1; it must be at least 2: both pictures of a pair"),
+        ({"microbatch_size": 1}, "microbatch_size is 1; it must be at least 2: both images of a pair"),
     ],
 )
 def test_values_that_cannot_work_are_refused(

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from recipes import diffusion_nft
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.sampling.rollout import paint, rollout
 from rlhf_t2i.types import Sampler
 from tests.runs import FLAT, REDNESS, lora_weights, rows
@@ -27,13 +27,13 @@ def config(tiny_zimage: Path, tmp_path: Path) -> diffusion_nft.Config:
         prompts_per_step=2,
         images_per_prompt=4,
         num_denoising_steps=4,
-        levels_fraction=0.5,
+        timestep_fraction=0.5,
         lora_rank=2,
         num_minibatches=2,
         microbatch_size=8,
         learning_rate=1e-2,
         adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
-        follow_rise=0.2,
+        sampling_ema_rise=0.2,
         rewards=REDNESS,
         evaluation_rewards=REDNESS,
         num_steps=3,
@@ -76,7 +76,7 @@ def test_the_built_in_flow_model_learns_from_the_judge(tmp_path: Path) -> None:
         run_folder=str(tmp_path / "run"), num_cpu_threads=1,
     )  # fmt: skip
     before, after = rows(train(config), "evaluation")
-    assert after["judge"] > before["judge"] + 0.2
+    assert after["llava_reward"] > before["llava_reward"] + 0.2
     assert after["oracle"] > before["oracle"] + 0.1
 
 
@@ -92,9 +92,11 @@ def test_it_starts_at_the_weights_that_painted_and_moves_away(config: diffusion_
 
 def test_the_weights_that_paint_follow_those_that_learn(config: diffusion_nft.Config, tmp_path: Path) -> None:
     """Following at once, they are the same in each step; following not at all, those of the beginning paint."""
-    at_once = rows(train(replace(config, follow_rise=0.0, num_minibatches=1)), "train")
+    at_once = rows(train(replace(config, sampling_ema_rise=0.0, num_minibatches=1)), "train")
     assert [row["moved"] for row in at_once] == [0, 0, 0]
-    held = replace(config, follow_rise=0.99, follow_most=0.99, run_folder=str(tmp_path / "held"), num_minibatches=1)
+    held = replace(
+        config, sampling_ema_rise=0.99, sampling_ema_max=0.99, run_folder=str(tmp_path / "held"), num_minibatches=1
+    )
     moved = [row["moved"] for row in rows(train(held), "train")]
     assert moved[0] == 0
     assert min(moved[1:]) > 0
@@ -115,7 +117,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(config: diffusion_nft.C
         assert_close(lora_weights(again)[name], weight, rtol=0, atol=0)
 
 
-def test_pictures_that_all_earn_the_same_teach_nothing(config: diffusion_nft.Config) -> None:
+def test_images_that_all_earn_the_same_teach_nothing(config: diffusion_nft.Config) -> None:
     same = replace(config, rewards=FLAT, num_steps=1, num_minibatches=1, kl_weight=0.0)
     [row] = rows(train(same), "train")
     assert row["degenerate_groups"] == 2
@@ -142,11 +144,11 @@ def test_painting_without_memory_paints_the_same(tiny_sd: Path, eta: float) -> N
     ("changes", "message"),
     [
         ({"images_per_prompt": 1, "num_minibatches": 1}, "images_per_prompt is 1; it must be at least 2"),
-        ({"levels_fraction": 0.0}, r"levels_fraction is 0.0; it must be in \(0, 1\]"),
+        ({"timestep_fraction": 0.0}, r"timestep_fraction is 0.0; it must be in \(0, 1\]"),
         ({"beta": 0.0}, "beta is 0.0; it must be positive"),
         ({"kl_weight": -1.0}, "kl_weight is -1.0"),
         ({"num_minibatches": 3}, r"divide images_per_prompt \(4\)"),
-        ({"follow_most": 1.0}, r"follow_most is 1.0; it must be in \[0, 1\)"),
+        ({"sampling_ema_max": 1.0}, r"sampling_ema_max is 1.0; it must be in \[0, 1\)"),
         ({"eta": 1.5}, "eta is 1.5"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from recipes import ddpo, draft
-from reward_model import benchmarks, judges
+from reward_model import benchmarks, scorers
 
 DOCS = Path(__file__).parent.parent / "docs"
 LAUNCHER = {"config_file"}
@@ -48,7 +48,7 @@ def test_every_setting_of_trls_ddpo_is_accounted_for() -> None:
 
 def test_the_page_of_benchmarks_names_every_benchmark_judge_and_metric() -> None:
     page = (DOCS / "benchmarks.md").read_text()
-    for name in (*benchmarks.NAMES, *(f"{judge}:PATH" for judge in judges.NAMES)):
+    for name in (*benchmarks.NAMES, *(f"{judge}:PATH" for judge in scorers.NAMES)):
         assert f"`{name}`" in page, name
     rules = (DOCS.parent / "reward_model" / "benchmarks" / "rules.py").read_text()
     for metric in set(re.findall(r"`([a-z]+_[a-z_]+)`", page.split("## Rules")[1].split("## Published")[0])):

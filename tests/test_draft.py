@@ -19,12 +19,12 @@ from torch.testing import assert_close
 
 from recipes import draft
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.evaluate import Evaluation
 from rlhf_t2i.losses import reward_loss, weight_distance
-from rlhf_t2i.policies.load import load_policy
-from rlhf_t2i.run import Run
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generator_for
-from tests.test_ddpo import PAINT, ROOT, assert_same, command_line, rows, state, weights
+from rlhf_t2i.training.evaluation import Evaluation
+from rlhf_t2i.training.run import Run
+from tests.test_ddpo import ROOT, SAMPLE, assert_same, command_line, rows, state, weights
 
 REDNESS = "tests.test_draft:redness"
 DARKNESS = "tests.test_draft:darkness"
@@ -51,7 +51,7 @@ def rounded(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def steep(images: Tensor, prompts: list[str]) -> Tensor:
-    """Its gradient is finite for the random picture of the first look, and infinite for those of the model."""
+    """Its gradient is finite for the random image of the first look, and infinite for those of the model."""
     return redness(images, prompts) + 0 * (images - images.detach()).abs().sum(dim=(1, 2, 3)).sqrt()
 
 
@@ -70,7 +70,7 @@ def config(tiny_sd: Path, tmp_path: Path) -> draft.Config:
         adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
         ema_decay=0.5,
         kl_weight=0.1,
-        weight_pull=0.1,
+        l2_sp_weight=0.1,
         rewards=f"{REDNESS},{DARKNESS}=0.5",
         evaluation_rewards=f"{REDNESS},{DARKNESS}",
         num_steps=3,
@@ -116,7 +116,7 @@ def test_the_reward_rises(config: draft.Config, changes: dict[str, Any]) -> None
     """Whatever steps remember; the evaluation, with prompts and seeds of its own, sees it too."""
     folder = train(
         replace(
-            config, **changes, num_steps=12, learning_rate=3e-3, adam_epsilon=1e-8, kl_weight=0.0, weight_pull=0.0,
+            config, **changes, num_steps=12, learning_rate=3e-3, adam_epsilon=1e-8, kl_weight=0.0, l2_sp_weight=0.0,
             rewards=REDNESS, checkpoint_every=0,
         )
     )  # fmt: skip
@@ -127,7 +127,7 @@ def test_the_reward_rises(config: draft.Config, changes: dict[str, Any]) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward", "changes"),
-    [("judge", {"learning_rate": 3e-4}), (REDNESS, {"learning_rate": 1e-2, "lora_rank": 16, "num_steps": 8})],
+    [("llava_reward", {"learning_rate": 3e-4}), (REDNESS, {"learning_rate": 1e-2, "lora_rank": 16, "num_steps": 8})],
 )
 def test_the_built_in_model_learns(tmp_path: Path, reward: str, changes: dict[str, Any]) -> None:
     """Wholly and by adapters, for one prompt, in a few steps."""
@@ -147,7 +147,7 @@ def test_the_built_in_model_learns(tmp_path: Path, reward: str, changes: dict[st
 def test_pulls_hold_the_weights_back(config: draft.Config, tmp_path: Path) -> None:
     start = load_policy(config.model, device=torch.device("cpu"))
     start.learn(None, lora_alpha=None, keep_reference=False, seed=0)
-    free = replace(config, kl_weight=0.0, weight_pull=0.0, weight_decay=0.0, learning_rate=3e-3, adam_epsilon=1e-8)
+    free = replace(config, kl_weight=0.0, l2_sp_weight=0.0, weight_decay=0.0, learning_rate=3e-3, adam_epsilon=1e-8)
 
     def distance(name: str, **changes: Any) -> float:
         after = weights(train(replace(free, **changes, num_steps=6, run_folder=str(tmp_path / name))), 6)
@@ -155,11 +155,11 @@ def test_pulls_hold_the_weights_back(config: draft.Config, tmp_path: Path) -> No
 
     unhindered = distance("free")
     assert distance("kl", kl_weight=1e4) < 0.7 * unhindered
-    assert distance("pull", weight_pull=1e4) < 0.7 * unhindered
+    assert distance("pull", l2_sp_weight=1e4) < 0.7 * unhindered
 
 
 def test_a_reward_above_the_margin_teaches_nothing(config: draft.Config) -> None:
-    folder = train(replace(config, reward_margin=-9.0, kl_weight=0.0, weight_pull=0.0, num_steps=1))
+    folder = train(replace(config, reward_margin=-9.0, kl_weight=0.0, l2_sp_weight=0.0, num_steps=1))
     (row,) = rows(folder, "train")
     assert row["loss"] == 0
     assert row["gradient_norm"] == 0
@@ -188,7 +188,7 @@ def test_what_a_step_is_made_of_is_written_down(config: draft.Config) -> None:
 
 
 def drawn(config: draft.Config, count: int = 400) -> list[int]:
-    return draft.kept_steps(config, [generator_for(0, i) for i in range(count)]).first.tolist()
+    return draft.gradient_window(config, [generator_for(0, i) for i in range(count)]).first.tolist()
 
 
 def test_each_method_keeps_its_steps(config: draft.Config) -> None:
@@ -196,13 +196,13 @@ def test_each_method_keeps_its_steps(config: draft.Config) -> None:
     assert set(drawn(of)) == {0}
     assert set(drawn(replace(of, backprop_steps=3))) == {5}
     assert set(drawn(replace(of, method="draft_lv"))) == {7}
-    assert draft.kept_steps(replace(of, method="draft_lv"), [generator_for(0)]).num_renoisings == 2
+    assert draft.gradient_window(replace(of, method="draft_lv"), [generator_for(0)]).num_renoisings == 2
     everything = drawn(replace(of, method="alignprop"))
     assert set(everything) == set(range(8))
     assert all(30 < everything.count(first) < 75 for first in range(8)), "uniform"
     assert set(drawn(replace(of, method="alignprop", backprop_steps=2))) == {6, 7}
-    assert set(drawn(replace(of, method="refl", late_start=0.75))) == {6, 7}
-    assert draft.kept_steps(replace(of, method="refl"), [generator_for(0)]).jumps
+    assert set(drawn(replace(of, method="refl", window_start=0.75))) == {6, 7}
+    assert draft.gradient_window(replace(of, method="refl"), [generator_for(0)]).jumps
 
 
 # --- the same numbers -------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_the_microbatch_size_changes_no_result(config: draft.Config, tmp_path: P
     assert first[0]["denoiser_calls"] == first[1]["denoiser_calls"]
 
 
-@pytest.mark.parametrize("name", ["gradient_checkpointing", "checkpoint_steps"])
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "checkpoint_denoising_steps"])
 def test_checkpointing_changes_no_result(config: draft.Config, tmp_path: Path, name: str) -> None:
     plain = train(config)
     saved = train(replace(config, **{name: True}, run_folder=str(tmp_path / "saved")))
@@ -242,12 +242,12 @@ def launch(config: draft.Config, accelerate_config: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "alignprop", "checkpoint_steps": True},
-        {"method": "refl", "late_start": 0.0, "lora_rank": 2, "checkpoint_steps": True},
+        {"method": "alignprop", "checkpoint_denoising_steps": True},
+        {"method": "refl", "window_start": 0.0, "lora_rank": 2, "checkpoint_denoising_steps": True},
     ],
 )
 def test_two_processes_give_the_update_of_one(config: draft.Config, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """ddp.yaml on the CPU, with two microbatches each: the same pictures and weights, whoever paints them."""
+    """ddp.yaml on the CPU, with two microbatches each: the same images and weights, whoever paints them."""
     config = replace(config, **changes, microbatch_size=2, max_gradient_norm=0.1)
     train(replace(config, run_folder=str(tmp_path / "one")))
     launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
@@ -260,7 +260,7 @@ def test_two_processes_give_the_update_of_one(config: draft.Config, tmp_path: Pa
 
 
 def test_bfloat16_networks_learn_and_export_float32(config: draft.Config) -> None:
-    folder = train(replace(config, mixed_precision="bf16", lora_rank=2, checkpoint_steps=True))
+    folder = train(replace(config, mixed_precision="bf16", lora_rank=2, checkpoint_denoising_steps=True))
     assert rows(folder, "train")[-1]["gradient_norm"] > 0
     exported = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
@@ -295,7 +295,7 @@ def falling(config: draft.Config) -> draft.Config:
     return replace(
         config, rewards=REDNESS, early_stop_reward="tests.test_draft:peaked", patience=2,
         evaluation_rewards=f"{REDNESS},tests.test_draft:peaked", evaluate_every=1, num_steps=12, ema_decay=0.0,
-        kl_weight=0.0, weight_pull=0.0, learning_rate=3e-3, adam_epsilon=1e-8,
+        kl_weight=0.0, l2_sp_weight=0.0, learning_rate=3e-3, adam_epsilon=1e-8,
     )  # fmt: skip
 
 
@@ -338,7 +338,7 @@ def test_an_early_stop_survives_a_resume(falling: draft.Config, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"lora_rank": 2, "lora_scale_at_sampling": 0.5}])
-def test_plain_diffusers_paints_the_pictures_of_the_last_evaluation(
+def test_plain_diffusers_paints_the_images_of_the_last_evaluation(
     config: draft.Config, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exported weights, the scale of their adapters included, loaded by a script that imports only diffusers."""
@@ -346,15 +346,15 @@ def test_plain_diffusers_paints_the_pictures_of_the_last_evaluation(
     record = Run.record
     monkeypatch.setattr(Run, "record", lambda run, evaluation: (seen.append(evaluation), record(run, evaluation)))
     lora = "lora_rank" in changes
-    fast = replace(config, num_steps=6, ema_decay=0.0, kl_weight=0.0, weight_pull=0.0, adam_epsilon=1e-8)
+    fast = replace(config, num_steps=6, ema_decay=0.0, kl_weight=0.0, l2_sp_weight=0.0, adam_epsilon=1e-8)
     folder = train(replace(fast, **changes, learning_rate=0.3 if lora else 3e-3))
     name, out = "lora" if lora else "unet", tmp_path / "images.pt"
-    (tmp_path / "paint.py").write_text(PAINT)
+    (tmp_path / "paint.py").write_text(SAMPLE)
     command = [sys.executable, "paint.py", config.model, str(folder / name), str(out), *seen[-1].prompts]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True, capture_output=True)
     painted = torch.load(out, weights_only=True)
     assert (painted - seen[-1].images).abs().max() < 1e-3
-    assert (seen[-1].images - seen[0].images).abs().max() > 0.01, "the run must have changed the pictures"
+    assert (seen[-1].images - seen[0].images).abs().max() > 0.01, "the run must have changed the images"
 
 
 def test_scaled_adapters_are_exported_scaled_and_trained_unscaled(config: draft.Config, tmp_path: Path) -> None:
@@ -401,14 +401,17 @@ def test_the_flags_that_the_config_gives_for_the_other_methods_are_read(name: st
         ({"method": "refl", "backprop_steps": 2}, "backprop_steps is 2; it must be null or 1, because refl remembers"),
         ({"method": "draft_lv", "backprop_steps": 3}, "because draft_lv remembers one step"),
         ({"num_renoisings": 0}, "num_renoisings is 0; it must be at least 1"),
-        ({"late_start": 0.9, "late_end": 0.9}, "late_end is 0.9; it must be in .* at least one step after late_start"),
-        ({"late_end": 1.5}, r"late_end is 1\.5; it must be in \[0, 1\]"),
-        ({"late_start": -0.5}, r"late_start is -0\.5; it must be in \[0, 1\]"),
+        (
+            {"window_start": 0.9, "window_end": 0.9},
+            "window_end is 0.9; it must be in .* at least one step after window_start",
+        ),
+        ({"window_end": 1.5}, r"window_end is 1\.5; it must be in \[0, 1\]"),
+        ({"window_start": -0.5}, r"window_start is -0\.5; it must be in \[0, 1\]"),
         ({"images_per_step": 0}, "images_per_step is 0; it must be at least 1"),
         ({"eta": 1.5}, r"eta is 1\.5; it must be in \[0, 1\]"),
         ({"reward_weight": 0.0}, r"reward_weight is 0\.0; it must be positive"),
         ({"kl_weight": -1.0}, r"kl_weight is -1\.0; it must be at least 0"),
-        ({"weight_pull": -1.0}, r"weight_pull is -1\.0; it must be at least 0"),
+        ({"l2_sp_weight": -1.0}, r"l2_sp_weight is -1\.0; it must be at least 0"),
         ({"early_stop_reward": "oracle"}, "early_stop_reward is oracle; it must be one of evaluation_rewards"),
         ({"early_stop_reward": REDNESS}, "evaluate_every is 0; it must be at least 1 for early_stop_reward"),
         ({"patience": 0}, "patience is 0; it must be at least 1"),
@@ -438,9 +441,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_with_the_name_of_the_reward(
         train(replace(config, rewards="tests.test_draft:steep"))
 
 
-def test_pictures_that_processes_cannot_share_are_refused(
-    config: draft.Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_that_processes_cannot_share_are_refused(config: draft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "num_processes", 4)
     with pytest.raises(ValueError, match=r"images_per_step \(6\) must be a multiple of the number of processes \(4\)"):
         train(config)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_t2i.ema import MovingAverage, decay_after_a_start, rising_decay
+from rlhf_t2i.training.ema import MovingAverage, decay_after_a_start, rising_decay
 
 
 def weights_at(step: int) -> dict[str, Tensor]:

@@ -14,11 +14,11 @@ from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.evaluate import evaluate
-from rlhf_t2i.policies.load import as_policy, family_of, load_policy
-from rlhf_t2i.policies.pipeline import PipelinePolicy
-from rlhf_t2i.policies.text import Memory, with_summary, without_summary
+from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.load import as_policy, family_of, load_policy
+from rlhf_t2i.models.text_encoders import Memory, with_summary, without_summary
 from rlhf_t2i.sampling.rollout import rollout, transition_at
+from rlhf_t2i.training.evaluation import evaluate
 from rlhf_t2i.types import Sampler
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def move(policy: PipelinePolicy) -> None:
 
 
 @pytest.mark.parametrize(("model", "guidance_scale"), GUIDED, indirect=["model"])
-def test_pictures_are_those_of_the_stock_pipeline(model: Path, guidance_scale: float) -> None:
+def test_images_are_those_of_the_stock_pipeline(model: Path, guidance_scale: float) -> None:
     images = painted_by_diffusers(pipeline_of(model), guidance_scale=guidance_scale)
     assert images.std() > 0.01
     assert_close(painted(policy_of(model), guidance_scale=guidance_scale), images, rtol=0, atol=2e-5)
@@ -182,7 +182,7 @@ def test_plain_diffusers_paints_with_an_exported_denoiser(model: Path, tmp_path:
 
 
 @pytest.mark.parametrize("model", FAMILIES, indirect=True)
-def test_latents_become_pictures_and_pictures_latents_as_in_diffusers(model: Path) -> None:
+def test_latents_become_images_and_images_latents_as_in_diffusers(model: Path) -> None:
     policy = policy_of(model)
     latents = policy.initial_noise(seeded(1), copies=2)
     vae = pipeline_of(model).vae
@@ -191,7 +191,7 @@ def test_latents_become_pictures_and_pictures_latents_as_in_diffusers(model: Pat
         images = vae.decode(latents / scale + shift).sample / 2 + 0.5
         mean = (vae.encode(2 * images - 1).latent_dist.mean - shift) * scale
         assert_close(policy.decode(latents), images, rtol=0, atol=1e-5)
-    assert policy.picture_size == images.shape[-2:]
+    assert policy.image_size == images.shape[-2:]
     assert_close(policy.encode_images(images), mean, rtol=0, atol=1e-5)
 
 
@@ -289,7 +289,7 @@ def test_latents_with_a_mean_of_their_own_are_scaled_as_in_diffusers(tiny_sdxl: 
 
 @pytest.mark.parametrize("model", FAMILIES, indirect=True)
 def test_the_calls_of_the_denoiser_are_counted_right(model: Path) -> None:
-    """Pictures that went through it, for one prediction with guidance: twice as many unless it is told the scale."""
+    """Images that went through it, for one prediction with guidance: twice as many unless it is told the scale."""
     policy, rows = policy_of(model), list[int]()
     policy.network.register_forward_pre_hook(
         lambda _, given, named: rows.append(len(named.get("hidden_states", given[0] if given else None))),
@@ -307,7 +307,7 @@ def test_the_calls_of_the_denoiser_are_counted_right(model: Path) -> None:
 
 
 def test_flux_takes_latents_as_the_stock_pipeline_packs_them(tiny_flux: Path) -> None:
-    from rlhf_t2i.policies.flux import packed, unpacked
+    from rlhf_t2i.models.flux import packed, unpacked
 
     latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     expected = pipeline_of(tiny_flux)._pack_latents(latents, 2, 4, 6, 8)
@@ -318,7 +318,7 @@ def test_flux_takes_latents_as_the_stock_pipeline_packs_them(tiny_flux: Path) ->
 def test_flux_paints_as_large_as_the_stock_pipeline_if_it_is_not_told(tiny_flux: Path) -> None:
     pipeline = pipeline_of(tiny_flux)
     size = pipeline.default_sample_size * pipeline.vae_scale_factor
-    assert load_policy(str(tiny_flux), device=CPU).picture_size == (size, size)
+    assert load_policy(str(tiny_flux), device=CPU).image_size == (size, size)
 
 
 def test_a_model_without_guidance_refuses_it(tiny_schnell: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_pipeline_of_an_unknown_family_is_refused_with_those_that_work(tmp_pat
 def test_a_refiner_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
     change(folder / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
-    with pytest.raises(ValueError, match="refiner of pictures"):
+    with pytest.raises(ValueError, match="refiner of images"):
         policy_of(folder)
 
 
@@ -356,9 +356,9 @@ def test_a_distilled_unet_is_refused(tiny_sdxl: Path) -> None:
 
 
 @pytest.mark.parametrize("model", FAMILIES, indirect=True)
-def test_pictures_of_another_size_are_those_of_the_stock_pipeline(model: Path) -> None:
+def test_images_of_another_size_are_those_of_the_stock_pipeline(model: Path) -> None:
     policy = load_policy(str(model), device=CPU, resolution=8)
-    assert policy.picture_size == (8, 8)
+    assert policy.image_size == (8, 8)
     images = painted_by_diffusers(pipeline_of(model), height=8, width=8)
     assert_close(painted(policy), images, rtol=0, atol=2e-5)
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from recipes import ddpo
-from rlhf_t2i.checkpoint import newest_whole
 from rlhf_t2i.rewards.builtin import oracle_graded
+from rlhf_t2i.training.checkpoint import newest_whole
 from tests.test_ddpo import ROOT, launch, launch_command, rows, state
 from tests.test_parallel import TINY
 from tests.test_remote import free_port

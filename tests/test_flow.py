@@ -98,7 +98,7 @@ def test_the_ancestral_step_is_ddims_where_the_variance_is_kept() -> None:
 def test_without_noise_every_step_is_the_euler_step_of_diffusers(kind: str) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from rlhf_t2i.policies.levels import FlowLevels
+    from rlhf_t2i.models.levels import FlowLevels
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     levels = FlowLevels(scheduler.config, device=torch.device("cpu"), shift=1.0)
@@ -123,7 +123,7 @@ def test_trained_levels_and_their_target_are_those_of_diffusers() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from rlhf_t2i.diffusion.forward import noise_to
-    from rlhf_t2i.policies.levels import FlowLevels
+    from rlhf_t2i.models.levels import FlowLevels
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     levels = FlowLevels(scheduler.config, device=torch.device("cpu"), shift=1.0)
@@ -194,7 +194,7 @@ def test_ancestral_noise_is_that_of_the_sde_in_small_steps() -> None:
 
 
 @pytest.mark.parametrize("step", [partial(ancestral, eta=1.0), partial(cps, noise_scale=0.8)])
-def test_a_known_picture_keeps_its_marginals_in_steps_of_any_size(step: Dynamics) -> None:
+def test_a_known_image_keeps_its_marginals_in_steps_of_any_size(step: Dynamics) -> None:
     """If clean is known, the noise of latents stays what the schedule says: alpha' clean + sigma' noise."""
     clean = torch.zeros(1, 1, 1, 1)
     for sigma, next_sigma in pairwise((1.0, 0.9, 0.3, 0.0)):
@@ -203,7 +203,7 @@ def test_a_known_picture_keeps_its_marginals_in_steps_of_any_size(step: Dynamics
         assert found.mean.item() ** 2 + found.std.item() ** 2 == pytest.approx(next_sigma**2, abs=1e-6)
 
 
-def test_the_last_step_shows_the_clean_picture_except_with_the_sde() -> None:
+def test_the_last_step_shows_the_clean_image_except_with_the_sde() -> None:
     level, after = flow_level(0.2), flow_level(0.0)
     latents = torch.ones(1, 1, 1, 1)
     prediction = of_velocity(latents, latents, level)
@@ -246,7 +246,7 @@ def test_the_kind_of_a_schedule_chooses_its_stochastic_step() -> None:
     ],
 )
 def test_schedulers_of_other_models_are_refused(config: dict[str, object], message: str) -> None:
-    from rlhf_t2i.policies.levels import FlowLevels
+    from rlhf_t2i.models.levels import FlowLevels
 
     with pytest.raises(ValueError, match=message):
         FlowLevels(config, device=torch.device("cpu"), shift=1.0)
@@ -255,7 +255,7 @@ def test_schedulers_of_other_models_are_refused(config: dict[str, object], messa
 def test_a_schedule_without_steps_is_refused() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from rlhf_t2i.policies.levels import FlowLevels
+    from rlhf_t2i.models.levels import FlowLevels
 
     levels = FlowLevels(FlowMatchEulerDiscreteScheduler().config, device=torch.device("cpu"), shift=1.0)
     with pytest.raises(ValueError, match="num_denoising_steps is 0; it must be at least 1"):

@@ -14,11 +14,11 @@ from torch.testing import assert_close
 
 from recipes import flow_grpo
 from rlhf_t2i.advantages import globally_scaled_advantages, num_degenerate_groups
-from rlhf_t2i.batching import window_of_step
 from rlhf_t2i.diffusion.gaussian import mean_log_prob, normalised_log_ratio, per_image, sample
 from rlhf_t2i.diffusion.transitions import flow_sde, windowed
-from rlhf_t2i.policies.load import load_policy
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout
+from rlhf_t2i.training.batching import window_of_step
 from rlhf_t2i.types import Sampler, Transition
 from tests import reference
 from tests.runs import FLAT, REDNESS, lora_weights, redness, rows
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def indifferent(images: Tensor, prompts: list[str]) -> Tensor:
-    """Only pictures of one of the prompts differ."""
+    """Only images of one of the prompts differ."""
     return torch.tensor(
         [r if "circle" in p else 0.5 for r, p in zip(redness(images, prompts).tolist(), prompts, strict=True)]
     )
@@ -98,7 +98,7 @@ def test_the_built_in_flow_model_learns_from_the_judge(tmp_path: Path) -> None:
         run_folder=str(tmp_path / "run"), num_cpu_threads=1,
     )  # fmt: skip
     before, after = rows(train(config), "evaluation")
-    assert after["judge"] > before["judge"] + 0.2
+    assert after["llava_reward"] > before["llava_reward"] + 0.2
     assert after["oracle"] > before["oracle"] + 0.1
 
 
@@ -176,7 +176,7 @@ def test_a_drawn_window_lies_within_its_bounds_and_reaches_them() -> None:
     assert window_of_step(3, within=(1, 6), size=None, moves_every=None, generator=torch.Generator()) == (1, 6)
 
 
-def test_a_moving_window_goes_from_noise_to_picture_and_round() -> None:
+def test_a_moving_window_goes_from_noise_to_image_and_round() -> None:
     found = [
         window_of_step(step, within=(0, 4), size=2, moves_every=2, generator=torch.Generator()) for step in range(8)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_t2i.geneval import Wanted, load_geneval, metadata_of, write_metadata
+from rlhf_t2i.search.geneval import Wanted, load_geneval, metadata_of, write_metadata
 
 LINES: list[dict[str, Any]] = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from judges import ALL_FAMILIES, WIDTH, backbone_folder, fresh_backbone, picture
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from reward_model.checkpoint import read_facts
+from reward_model.checkpoint import read_config
 from reward_model.import_published import import_published, main
 from reward_model.published_names import VARIANTS
 from reward_model.scoring import LlavaReward
+from tests.reward_models import ALL_FAMILIES, WIDTH, backbone_folder, fresh_backbone
 
 FAMILIES = [family for family in ALL_FAMILIES if family in VARIANTS]
 PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
@@ -27,8 +27,8 @@ SMALL = {"qwen2_5_vl": {"min_pixels": 3136, "max_pixels": 12544}, "phi3_v": {"nu
 
 
 @pytest.fixture(autouse=True)
-def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published sizes of pictures have more tokens than the tiny models have places for."""
+def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published sizes of images have more tokens than the tiny models have places for."""
     for family, bounds in SMALL.items():
         for name, value in bounds.items():
             monkeypatch.setitem(VARIANTS[family].bounds, name, value)
@@ -68,7 +68,7 @@ def write(folder: Path, files: dict[str, dict[str, Tensor]], **settings: Any) ->
     return folder
 
 
-def slow_verdicts(family: str, files: dict[str, dict[str, Tensor]], pictures: list[Tensor], *, skip_ca: str) -> Tensor:
+def slow_verdicts(family: str, files: dict[str, dict[str, Tensor]], images: list[Tensor], *, skip_ca: str) -> Tensor:
     """What the published code says of a batch that is padded on the left, in float64; `skip_ca` says how it looks."""
     variant, shown = VARIANTS[family], SMALL.get(family, {})
     backbone = fresh_backbone(family, template="published", padding_side="left", **shown)
@@ -82,7 +82,7 @@ def slow_verdicts(family: str, files: dict[str, dict[str, Tensor]], pictures: li
             layer.weight.copy_(layer.weight + ALPHA / RANK * up @ down)
     for name, tensor in backbone.projector.named_parameters():
         tensor.copy_(rest[variant.projector + name])
-    inputs = backbone.prepare(pictures, PROMPTS)
+    inputs = backbone.prepare(images, PROMPTS)
     reading = backbone.read(inputs)
     states = reading.hidden
     if skip_ca != "none":
@@ -113,7 +113,7 @@ def attention(rest: dict[str, Tensor], states: Tensor, keys: Tensor) -> Tensor:
 
 
 def shown() -> list[Tensor]:
-    return [picture(*size, seed=i) for i, size in enumerate(SIZES)]
+    return [random_image(*size, seed=i) for i, size in enumerate(SIZES)]
 
 
 def imported(folder: Path, family: str, **options: Any) -> tuple[LlavaReward, list[str], list[str]]:
@@ -125,18 +125,18 @@ def imported(folder: Path, family: str, **options: Any) -> tuple[LlavaReward, li
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_imported_judge_scores_as_the_published_code_does(family: str, tmp_path: Path) -> None:
-    """In one batch, of which each row sees what the published code showed it; and with the picture alone."""
-    files, pictures = published(family), shown()
+    """In one batch, of which each row sees what the published code showed it; and with the image alone."""
+    files, images = published(family), shown()
     judge, notes, parts = imported(write(tmp_path, files), family)
     facts = judge.facts()
     assert (facts.perspective, facts.temperature, facts.head) == ("fidelity", TAU, "scalar")
     assert (facts.lora_rank, facts.lora_alpha, facts.template) == (RANK, ALPHA, "published")
     how = facts.skip_ca_keys if facts.skip_ca else "none"
     assert how == (VARIANTS[family].skip_ca_keys or "none")
-    expected = slow_verdicts(family, files, pictures, skip_ca=how)[:, 0]
+    expected = slow_verdicts(family, files, images, skip_ca=how)[:, 0]
     assert expected.std() > 0.1
-    assert_close(judge.score(pictures, PROMPTS).double(), expected, rtol=0, atol=1e-4)
-    ratio = judge.compare(pictures[:2], pictures[1:], PROMPTS[:2]).logit()
+    assert_close(judge.score(images, PROMPTS).double(), expected, rtol=0, atol=1e-4)
+    ratio = judge.compare(images[:2], images[1:], PROMPTS[:2]).logit()
     assert ratio.abs().max() > 0.1
     assert any("the last token" in note for note in notes)
     assert any("never ran it for this family" in note for note in notes) == (not facts.skip_ca)
@@ -145,17 +145,17 @@ def test_an_imported_judge_scores_as_the_published_code_does(family: str, tmp_pa
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if VARIANTS[family].skip_ca_keys])
 def test_what_skip_ca_looks_at_can_be_put_right(family: str, tmp_path: Path) -> None:
-    files, pictures = published(family), shown()
+    files, images = published(family), shown()
     write(tmp_path, files)
     judge, _, _ = imported(tmp_path, family, skip_ca_keys="visual")
     assert judge.facts().skip_ca_keys == "visual"
-    expected = slow_verdicts(family, files, pictures, skip_ca="visual")[:, 0]
-    assert_close(judge.score(pictures, PROMPTS).double(), expected, rtol=0, atol=1e-4)
-    as_published = slow_verdicts(family, files, pictures, skip_ca=VARIANTS[family].skip_ca_keys or "")[:, 0]
+    expected = slow_verdicts(family, files, images, skip_ca="visual")[:, 0]
+    assert_close(judge.score(images, PROMPTS).double(), expected, rtol=0, atol=1e-4)
+    as_published = slow_verdicts(family, files, images, skip_ca=VARIANTS[family].skip_ca_keys or "")[:, 0]
     assert (expected - as_published).abs().max() > 1e-3  # or both would be the same thing
 
 
-def test_alone_a_picture_scores_the_same_whether_phis_padding_is_masked_or_not(tmp_path: Path) -> None:
+def test_alone_a_image_scores_the_same_whether_phis_padding_is_masked_or_not(tmp_path: Path) -> None:
     write(tmp_path / "one", published("phi3_v"))
     write(tmp_path / "two", published("phi3_v"))
     loose, strict = (
@@ -169,14 +169,14 @@ def test_alone_a_picture_scores_the_same_whether_phis_padding_is_masked_or_not(t
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_skip_ca_and_with_two_outputs_it_compares_as_published(family: str, tmp_path: Path) -> None:
-    files, pictures = published(family, skip_ca=False, general_preference=True), shown()
+    files, images = published(family, skip_ca=False, general_preference=True), shown()
     write(tmp_path, files, add_cross_attention=False, is_general_preference=True)
     judge, _, _ = imported(tmp_path, family)
-    verdicts = slow_verdicts(family, files, pictures, skip_ca="none")
+    verdicts = slow_verdicts(family, files, images, skip_ca="none")
     other = verdicts[[1, 2, 0]]
     expected = (verdicts[:, 0] * other[:, 1] - verdicts[:, 1] * other[:, 0]) / TAU
     found = judge.logits(
-        pictures, [pictures[i] for i in (1, 2, 0)], PROMPTS, second_prompts=[PROMPTS[i] for i in (1, 2, 0)]
+        images, [images[i] for i in (1, 2, 0)], PROMPTS, second_prompts=[PROMPTS[i] for i in (1, 2, 0)]
     )
     assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
@@ -290,7 +290,7 @@ def test_the_command_imports_and_says_what_it_found(tmp_path: Path, capsys: pyte
     told = capsys.readouterr().out
     assert "skip_ca_keys is visual_and_padding" in told
     assert "projector " in told
-    assert read_facts(tmp_path / "out").perspective == "safety"
+    assert read_config(tmp_path / "out").perspective == "safety"
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--perspective", "safety"])
     assert ended.value.code == 1

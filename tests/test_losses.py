@@ -125,9 +125,9 @@ def test_the_winner_guard_turns_the_gradient_where_both_errors_rise() -> None:
     plain = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0)
     guarded = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, winner_guard=5.0)
     assert plain.item() < math.log(2) < guarded.item()
-    (slope,) = torch.autograd.grad(plain, winner)
+    (pixel_gradient,) = torch.autograd.grad(plain, winner)
     (guarded_slope,) = torch.autograd.grad(guarded, winner)
-    assert guarded_slope.item() > 6 * slope.item()
+    assert guarded_slope.item() > 6 * pixel_gradient.item()
 
 
 def test_the_winner_guard_does_nothing_where_the_winner_gained() -> None:
@@ -155,11 +155,11 @@ def test_denoising_mse_is_a_mean_in_float32() -> None:
 @pytest.mark.parametrize("beta", [1.0, 0.1])
 def test_the_negative_aware_loss_agrees_with_the_slow_reference(beta: float) -> None:
     found, old, clean = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-    goodness = torch.tensor([0.0, 0.3, 0.8, 1.0])
+    optimality = torch.tensor([0.0, 0.3, 0.8, 1.0])
     expected = reference.negative_aware(
-        *(latents.double().numpy() for latents in (found, old, clean)), goodness.tolist(), beta=beta
+        *(latents.double().numpy() for latents in (found, old, clean)), optimality.tolist(), beta=beta
     )
-    loss = negative_aware_loss(found, old, clean, goodness, beta=beta)
+    loss = negative_aware_loss(found, old, clean, optimality, beta=beta)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -167,8 +167,8 @@ def test_the_negative_aware_loss_agrees_with_the_slow_reference(beta: float) -> 
 def test_where_the_model_painted_the_negative_aware_gradient_is_the_advantage(beta: float) -> None:
     """There the errors of positive and negative are one: what is left is (2 goodness - 1) times its gradient."""
     old, clean = torch.randn(2, 3, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-    found, goodness = old.clone().requires_grad_(), torch.tensor([0.1, 0.5, 0.9])
-    negative_aware_loss(found, old, clean, goodness, beta=beta).backward()
+    found, optimality = old.clone().requires_grad_(), torch.tensor([0.1, 0.5, 0.9])
+    negative_aware_loss(found, old, clean, optimality, beta=beta).backward()
     scale = 2 / 18 / (old - clean).abs().mean(dim=(1, 2, 3)) / 3
-    expected = ((2 * goodness - 1) * scale)[:, None, None, None] * (old - clean)
+    expected = ((2 * optimality - 1) * scale)[:, None, None, None] * (old - clean)
     assert_close(found.grad, expected, rtol=1e-4, atol=1e-6)

@@ -54,7 +54,7 @@ def test_a_step_is_learnt_resumed_and_taken_to_plain_diffusers(
     """The run goes on after a stop, and the LoRA that it leaves paints in diffusers what its last evaluation saw."""
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    from rlhf_t2i.policies.load import family_of, load_policy
+    from rlhf_t2i.models.load import family_of, load_policy
 
     folder = request.getfixturevalue(model)
     config, main = small(recipe, folder, tmp_path / "run"), TEACHING[recipe].main
@@ -87,7 +87,7 @@ def test_a_step_is_learnt_resumed_and_taken_to_plain_diffusers(
 
 def painted(policy: Any) -> torch.Tensor:
     from rlhf_t2i.diffusion.transitions import stochastic
-    from rlhf_t2i.evaluate import evaluate
+    from rlhf_t2i.training.evaluation import evaluate
     from rlhf_t2i.types import Sampler
 
     schedule = policy.schedule(4)
@@ -97,12 +97,12 @@ def painted(policy: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("model", MODELS.values())
 @pytest.mark.parametrize("recipe", SEARCHING)
-def test_a_picture_is_searched(recipe: str, model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_image_is_searched(recipe: str, model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     size = {"n": 2} if recipe == "best_of_n" else {"num_particles": 2, "resample_after": "2"}
     config = SEARCHING[recipe].Config(
         model=str(request.getfixturevalue(model)), resolution=16, prompts=str(tmp_path / "prompts.txt"),
-        searches_per_prompt=1, num_denoising_steps=4, rewards=REDNESS, watched_rewards="",
+        images_per_prompt=1, num_denoising_steps=4, rewards=REDNESS, evaluation_rewards="",
         run_folder=str(tmp_path / "run"), num_cpu_threads=1, **size,
     )  # fmt: skip
     (found,) = SEARCHING[recipe].main(config)

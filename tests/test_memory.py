@@ -10,9 +10,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_t2i.parallel.memory import BUCKET, Learning, gathered_by_fsdp, memory_of, peak_bytes, saved_bytes
-from rlhf_t2i.parallel.placement import learning_of, placement_facts, placement_table
-from rlhf_t2i.parallel.processes import Mode
+from rlhf_t2i.distributed.memory import BUCKET, Learning, gathered_by_fsdp, memory_of, peak_bytes, saved_bytes
+from rlhf_t2i.distributed.placement import learning_of, placement_config, placement_table
+from rlhf_t2i.distributed.processes import Mode
 
 MODES: tuple[Mode, ...] = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 TEN = Learning(mode="single", processes=2, trainable=10, frozen=4, frozen_width=2, bucket=6, block=3)
@@ -43,7 +43,7 @@ def test_one_process_holds_what_a_single_one_does(mode: Mode) -> None:
     own, single = memory_of(replace(TEN, mode=mode, processes=1)), memory_of(replace(TEN, processes=1))
     for name in ("weights", "gradients", "moments"):
         assert getattr(own, name) == getattr(single, name)
-    assert own.standing - own.master - own.standing_buffers == single.standing
+    assert own.standing - own.master - own.persistent_buffers == single.standing
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_a_run_says_who_holds_what() -> None:
     learning = learning_of(network, "zero2", processes=2)
     text = placement_table(learning, precision="bf16", microbatch_size=8)
     assert "DeepSpeed ZeRO-2 over 2 processes" in text
-    assert "8 x 2 = 16 pictures" in text
+    assert "8 x 2 = 16 images" in text
     assert "24 of the denoiser's 59 parameters" in text
-    facts = placement_facts(learning, precision="bf16", microbatch_size=8)
+    facts = placement_config(learning, precision="bf16", microbatch_size=8)
     assert facts["trainable_parameters"] == 24
     assert facts["bytes_per_process"]["gradients"] == 48

@@ -1,4 +1,4 @@
-"""The true reward must know a right picture from a nearly right one, or nothing can be measured with it."""
+"""The true reward must know a right image from a nearly right one, or nothing can be measured with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIERS = pytest.mark.parametrize("tier", ["one", "count", "relation"])
 
 @cache
 def renders(tier: str) -> tuple[Tensor, list[Scene]]:
-    """Pictures of a tier's scenes, and what they show."""
+    """Images of a tier's scenes, and what they show."""
     rng = np.random.default_rng(0)
     every = all_scenes(tier)
     scenes = [every[i] for i in rng.integers(0, len(every), NUM_RENDERS)]
@@ -80,7 +80,7 @@ NEAR_MISSES = [
 
 @pytest.mark.parametrize(("tier", "wrong"), NEAR_MISSES)
 def test_a_near_miss_does_not_pass_and_scores_less_than_half(tier: str, wrong: object) -> None:
-    """One word of the prompt is not what the picture shows."""
+    """One word of the prompt is not what the image shows."""
     assert callable(wrong)
     rng = np.random.default_rng(1)
     pairs: list[tuple[Scene, Scene]] = [(scene, shown) for scene in renders(tier)[1] for shown in wrong(scene)]
@@ -95,35 +95,35 @@ def test_a_near_miss_does_not_pass_and_scores_less_than_half(tier: str, wrong: o
 
 @cache
 def verdicts(tier: str) -> Verdict:
-    """What the oracle says of a tier's pictures."""
-    pictures, scenes = renders(tier)
-    return judge(pictures, prompts_of(scenes))
+    """What the oracle says of a tier's images."""
+    images, scenes = renders(tier)
+    return judge(images, prompts_of(scenes))
 
 
-def test_a_true_picture_passes() -> None:
-    """Over the three tiers together, 2,100 pictures; and in none of them is there much to be missed."""
+def test_a_true_image_passes() -> None:
+    """Over the three tiers together, 2,100 images; and in none of them is there much to be missed."""
     passed = torch.stack([verdicts(tier).passed for tier in ("one", "count", "relation")]).float()
     assert passed.mean() >= 0.99
     assert (passed.mean(1) >= 0.98).all()
 
 
-def test_a_true_picture_scores_above_nine_tenths() -> None:
+def test_a_true_image_scores_above_nine_tenths() -> None:
     graded = torch.stack([verdicts(tier).graded for tier in ("one", "count", "relation")])
     assert (graded > 0.9).float().mean() >= 0.99
 
 
-def test_a_true_picture_shows_something() -> None:
-    pictures = torch.cat([renders(tier)[0] for tier in ("one", "count", "relation")])
-    assert shows_something(pictures).float().mean() >= 0.99
+def test_a_true_image_shows_something() -> None:
+    images = torch.cat([renders(tier)[0] for tier in ("one", "count", "relation")])
+    assert shows_something(images).float().mean() >= 0.99
 
 
 def test_a_small_triangle_is_not_taken_for_a_square() -> None:
     """Its apex is thinner than a pixel, and may be all that tells it from one."""
     shown = Scene((Thing("red", "triangle"), Thing("green", "triangle")), "blue", "above")
-    pictures = render([shown] * 400, rng=np.random.default_rng(0))
-    verdict = judge(pictures, ["a red square above a green triangle on a blue background"] * 400)
+    images = render([shown] * 400, rng=np.random.default_rng(0))
+    verdict = judge(images, ["a red square above a green triangle on a blue background"] * 400)
     assert (verdict.graded >= 0.5).sum() == 0
-    assert judge(pictures, [shown.prompt] * 400).passed.float().mean() >= 0.99
+    assert judge(images, [shown.prompt] * 400).passed.float().mean() >= 0.99
 
 
 def test_noise_shows_nothing() -> None:
@@ -135,7 +135,7 @@ def test_noise_shows_nothing() -> None:
 
 
 @pytest.mark.parametrize("brightness", [0.0, 0.5, 1.0])
-def test_an_empty_picture_scores_low_and_shows_nothing(brightness: float) -> None:
+def test_an_empty_image_scores_low_and_shows_nothing(brightness: float) -> None:
     """Even against a prompt whose background it has: the thing's colour, its shape and the count are wrong."""
     scenes = all_scenes("one") + all_scenes("count") + all_scenes("relation")[::20]
     empty = torch.full((len(scenes), 3, 32, 32), brightness)
@@ -158,24 +158,24 @@ def test_drawing_the_wrong_thing_is_no_worse_than_drawing_none() -> None:
 
 @pytest.mark.parametrize(("std", "at_least"), [(0.05, 0.99), (0.1, 0.98), (0.2, 0.94)])
 def test_noise_hardly_changes_the_verdict_on_one_thing(std: float, at_least: float) -> None:
-    pictures, scenes = renders("one")
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    verdict = judge((pictures + std * noise).clamp(0, 1), prompts_of(scenes))
+    images, scenes = renders("one")
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    verdict = judge((images + std * noise).clamp(0, 1), prompts_of(scenes))
     assert verdict.passed.float().mean() >= at_least
     assert verdict.graded.mean() >= at_least - 0.03
 
 
 @pytest.mark.parametrize(("sigma", "at_least"), [(0.7, 0.99), (0.9, 0.99), (1.2, 0.97)])
 def test_blur_hardly_changes_the_verdict_on_one_thing(sigma: float, at_least: float) -> None:
-    pictures, scenes = renders("one")
-    verdict = judge(torch.from_numpy(gaussian_filter(pictures.numpy(), (0, 0, sigma, sigma))), prompts_of(scenes))
+    images, scenes = renders("one")
+    verdict = judge(torch.from_numpy(gaussian_filter(images.numpy(), (0, 0, sigma, sigma))), prompts_of(scenes))
     assert verdict.passed.float().mean() >= at_least
     assert verdict.graded.mean() >= at_least - 0.01
 
 
-def test_values_beyond_the_picture_do_not_matter() -> None:
-    pictures, scenes = renders("one")
-    stretched = (pictures - 0.5) * 3 + 0.5
+def test_values_beyond_the_image_do_not_matter() -> None:
+    images, scenes = renders("one")
+    stretched = (images - 0.5) * 3 + 0.5
     inside = judge(stretched.clamp(0, 1), prompts_of(scenes)).graded
     assert torch.equal(judge(stretched, prompts_of(scenes)).graded, inside)
 
@@ -184,33 +184,33 @@ def test_values_beyond_the_picture_do_not_matter() -> None:
 
 
 def doubtful() -> tuple[Tensor, list[str]]:
-    """Pictures of all tiers, too noisy to be all alike in score."""
-    pictures = torch.cat([renders(tier)[0][:30] for tier in ("one", "count", "relation")])
+    """Images of all tiers, too noisy to be all alike in score."""
+    images = torch.cat([renders(tier)[0][:30] for tier in ("one", "count", "relation")])
     scenes = [scene for tier in ("one", "count", "relation") for scene in renders(tier)[1][:30]]
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    return (pictures + 0.25 * noise).clamp(0, 1), prompts_of(scenes)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + 0.25 * noise).clamp(0, 1), prompts_of(scenes)
 
 
 def test_the_verdict_does_not_depend_on_neighbours() -> None:
-    pictures, prompts = doubtful()
-    together = judge(pictures, prompts)
-    alone = [judge(pictures[i : i + 1], prompts[i : i + 1]) for i in range(len(prompts))]
+    images, prompts = doubtful()
+    together = judge(images, prompts)
+    alone = [judge(images[i : i + 1], prompts[i : i + 1]) for i in range(len(prompts))]
     assert len(together.graded.unique()) > 30
     torch.testing.assert_close(torch.cat([verdict.graded for verdict in alone]), together.graded, rtol=0, atol=1e-5)
     assert torch.equal(torch.cat([verdict.passed for verdict in alone]), together.passed)
 
 
 def test_the_verdict_does_not_depend_on_order() -> None:
-    pictures, prompts = doubtful()
+    images, prompts = doubtful()
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
-    straight, shuffled = judge(pictures, prompts), judge(pictures[order], [prompts[i] for i in order])
+    straight, shuffled = judge(images, prompts), judge(images[order], [prompts[i] for i in order])
     torch.testing.assert_close(shuffled.graded, straight.graded[order], rtol=0, atol=1e-5)
     assert torch.equal(shuffled.passed, straight.passed[order])
 
 
 @TIERS
 @pytest.mark.parametrize("size", [64, 96])
-def test_a_larger_picture_is_judged_alike(tier: str, size: int) -> None:
+def test_a_larger_image_is_judged_alike(tier: str, size: int) -> None:
     scenes = renders(tier)[1][:120]
     small, large = (judge(render(scenes, rng=np.random.default_rng(3), size=n), prompts_of(scenes)) for n in (32, size))
     assert (large.passed == small.passed).float().mean() >= 0.97
@@ -218,21 +218,21 @@ def test_a_larger_picture_is_judged_alike(tier: str, size: int) -> None:
     assert (large.graded - small.graded).abs().mean() < 0.03
 
 
-def test_the_verdict_has_no_gradient_and_changes_no_picture() -> None:
-    pictures = renders("one")[0][:4].clone().requires_grad_()
-    before = pictures.detach().clone()
-    verdict = judge(pictures, prompts_of(renders("one")[1][:4]))
+def test_the_verdict_has_no_gradient_and_changes_no_image() -> None:
+    images = renders("one")[0][:4].clone().requires_grad_()
+    before = images.detach().clone()
+    verdict = judge(images, prompts_of(renders("one")[1][:4]))
     assert not verdict.graded.requires_grad
-    assert torch.equal(pictures, before)
+    assert torch.equal(images, before)
 
 
-def test_no_pictures_give_no_verdicts() -> None:
+def test_no_images_give_no_verdicts() -> None:
     assert judge(torch.zeros(0, 3, 32, 32), []).graded.tolist() == []
     assert shows_something(torch.zeros(0, 3, 32, 32)).tolist() == []
 
 
 @pytest.mark.parametrize("num_prompts", [0, 1, 3])
-def test_as_many_prompts_as_pictures_are_asked_for_with_both_numbers(num_prompts: int) -> None:
+def test_as_many_prompts_as_images_are_asked_for_with_both_numbers(num_prompts: int) -> None:
     with pytest.raises(ValueError, match=f"2 images came with {num_prompts} prompts"):
         judge(torch.zeros(2, 3, 32, 32), ["a red circle on a blue background"] * num_prompts)
 

@@ -17,7 +17,7 @@ from rlhf_t2i.shapes.oracle import judge, recognise
 from rlhf_t2i.shapes.pairs import MIN_GAP, a_near_miss, near_misses, write_pairs
 from rlhf_t2i.shapes.scenes import Scene, Thing, all_prompts, all_scenes, parse_prompt, render
 
-SMALL = {"num_drawn": 60, "num_painted": 20, "num_paintings": 220, "num_validation": 20, "num_test": 20}
+SMALL = {"num_drawn": 60, "num_painted": 20, "num_generated": 220, "num_validation": 20, "num_test": 20}
 FILES = ("train_drawn", "train_painted", "validation", "test_drawn", "test_relation", "test_painted")
 
 
@@ -70,9 +70,9 @@ def test_what_is_recognised_is_what_was_drawn() -> None:
 
 
 def test_a_gray_shape_is_no_thing_of_the_grammar() -> None:
-    picture = render([Scene((Thing("red", "circle"),), "white")], rng=np.random.default_rng(0))
-    gray = torch.where(picture[:, 1:2] < 0.5, 0.5, picture)
-    assert recognise(picture) == [Scene((Thing("red", "circle"),), "white")]
+    image = render([Scene((Thing("red", "circle"),), "white")], rng=np.random.default_rng(0))
+    gray = torch.where(image[:, 1:2] < 0.5, 0.5, image)
+    assert recognise(image) == [Scene((Thing("red", "circle"),), "white")]
     assert recognise(gray) == [None]
 
 
@@ -97,7 +97,7 @@ def test_no_held_out_prompt_is_read_in_training_and_no_other_in_the_tests(folder
         assert {pair.winner_prompt for pair in pairs_of(folder, name)} <= held_out
 
 
-def test_training_and_test_share_no_picture(folder: Path) -> None:
+def test_training_and_test_share_no_image(folder: Path) -> None:
     used: dict[str, set[bytes]] = {}
     for name in FILES:
         used[name] = {path.read_bytes() for pair in pairs_of(folder, name) for path in (pair.winner, pair.loser)}
@@ -107,8 +107,8 @@ def test_training_and_test_share_no_picture(folder: Path) -> None:
 
 def test_the_winner_of_a_painted_pair_is_the_oracles(folder: Path) -> None:
     for pair in pairs_of(folder, "test_painted"):
-        pictures = torch.stack([to_tensor(pair.winner), to_tensor(pair.loser)])
-        better, worse = judge(pictures, [pair.winner_prompt] * 2).graded.tolist()
+        images = torch.stack([to_tensor(pair.winner), to_tensor(pair.loser)])
+        better, worse = judge(images, [pair.winner_prompt] * 2).graded.tolist()
         assert better - worse > MIN_GAP
         assert pair.rating_gap == pytest.approx(better - worse, abs=1e-3)
 
@@ -117,8 +117,8 @@ def test_making_pairs_again_gives_the_same_and_leaves_a_finished_folder_alone(fo
     again = write_pairs(tmp_path / "pairs", **SMALL)
     for name in FILES:
         assert (again / f"{name}.jsonl").read_bytes() == (folder / f"{name}.jsonl").read_bytes()
-    for picture in folder.glob("pictures/*"):
-        assert picture.read_bytes() == (again / "pictures" / picture.name).read_bytes()
+    for image in folder.glob("images/*"):
+        assert image.read_bytes() == (again / "images" / image.name).read_bytes()
     before = (again / "train_drawn.jsonl").stat().st_mtime_ns
     write_pairs(again, **{**SMALL, "num_drawn": 1})
     assert (again / "train_drawn.jsonl").stat().st_mtime_ns == before
@@ -126,7 +126,7 @@ def test_making_pairs_again_gives_the_same_and_leaves_a_finished_folder_alone(fo
 
 def test_too_few_paintings_for_the_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="paintings do not hold 900 pairs"):
-        write_pairs(tmp_path / "pairs", **{**SMALL, "num_drawn": 1, "num_painted": 900, "num_paintings": 64})
+        write_pairs(tmp_path / "pairs", **{**SMALL, "num_drawn": 1, "num_painted": 900, "num_generated": 64})
 
 
 def test_rows_are_plain_json_that_people_can_write(folder: Path) -> None:

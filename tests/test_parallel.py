@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from recipes import ddpo, diffusion_dpo, diffusion_nft, draft
-from rlhf_t2i.parallel.processes import _check_deepspeed, _wants_fsdp, start_processes
-from rlhf_t2i.parallel.replicated import Replicated
-from rlhf_t2i.parallel.state import read_state, write_state
-from rlhf_t2i.parallel.zero import reconciled
+from rlhf_t2i.distributed.processes import _check_deepspeed, _wants_fsdp, start_processes
+from rlhf_t2i.distributed.replicated import Replicated
+from rlhf_t2i.distributed.state import read_state, write_state
+from rlhf_t2i.distributed.zero import reconciled
 from rlhf_t2i.rewards.builtin import oracle_graded
 from tests.test_ddpo import ROOT, launch, launch_command, rows, state
 from tests.test_remote import free_port
@@ -76,14 +76,14 @@ SHARED: dict[str, Any] = {
 }  # fmt: skip
 OTHERS = {
     "whole network, layer by layer": replace(
-        TINY, **{**SHARED, "gather_for_painting": False}, lora_rank=None, async_reward=True
+        TINY, **{**SHARED, "gather_for_sampling": False}, lora_rank=None, async_reward=True
     ),
     "draft": draft.Config(**SHARED, method="draft", backprop_steps=2, images_per_step=16, kl_weight=0.1),
     "diffusion_dpo": diffusion_dpo.Config(
         **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, num_inner_epochs=2
     ),
     "diffusion_nft": diffusion_nft.Config(
-        **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, follow_rise=0.5
+        **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, sampling_ema_rise=0.5
     ),
 }
 RECIPES = {
@@ -92,7 +92,7 @@ RECIPES = {
     diffusion_dpo.Config: diffusion_dpo,
     diffusion_nft.Config: diffusion_nft,
 }
-"""With a frozen copy as the reference, and a number of pictures for evaluation that two processes cannot share."""
+"""With a frozen copy as the reference, and a number of images for evaluation that two processes cannot share."""
 
 
 @pytest.mark.slow
@@ -197,20 +197,20 @@ def test_another_type_of_processes_is_refused_by_its_name(monkeypatch: pytest.Mo
         mixed_precision = "no"
         distributed_type = DistributedType.MEGATRON_LM
 
-    monkeypatch.setattr("rlhf_t2i.parallel.processes.Accelerator", lambda **settings: Megatron())
+    monkeypatch.setattr("rlhf_t2i.distributed.processes.Accelerator", lambda **settings: Megatron())
     with pytest.raises(ValueError, match=r"MEGATRON_LM is not supported; launch with one of accelerate_configs/"):
         start_processes(None)
 
 
 def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    def learner(network: nn.Module) -> Replicated:
+    def engine(network: nn.Module) -> Replicated:
         optimizer = torch.optim.AdamW(network.parameters())
         return Replicated(Accelerator(cpu=True), network, optimizer, max_gradient_norm=1.0)
 
-    write_state(learner(nn.Linear(2, 3)), {}, tmp_path, rank=0, num_processes=1)
-    read_state(learner(nn.Linear(2, 3)), {}, tmp_path)
+    write_state(engine(nn.Linear(2, 3)), {}, tmp_path, rank=0, num_processes=1)
+    read_state(engine(nn.Linear(2, 3)), {}, tmp_path)
     with pytest.raises(ValueError, match="is of another model: other weights are trained"):
-        read_state(learner(nn.Linear(2, 3, bias=False)), {}, tmp_path)
+        read_state(engine(nn.Linear(2, 3, bias=False)), {}, tmp_path)
 
 
 def test_accelerate_is_not_told_of_fsdp() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_t2i.particles import (
+from rlhf_t2i.search.particles import (
     PotentialName,
     effective_sample_size,
     new_particles,

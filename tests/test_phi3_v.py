@@ -1,4 +1,4 @@
-"""Phi-3.5-vision beside slow references: its pictures by PIL, its tokens one by one, its decoder by transformers."""
+"""Phi-3.5-vision beside slow references: its images by PIL, its tokens one by one, its decoder by transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from judges import NUM_PLACES, backbone_of, bytes_of, fresh_backbone, phi_config, phi_decoder, phi_tensors, save_phi
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,14 +23,24 @@ from reward_model.backbones.phi3_v import hd_grid
 from reward_model.backbones.phi3_v_model import Phi3V, Phi3VConfig
 from reward_model.images import to_tensor
 from reward_model.model import visual_token_table
-from reward_model.types import Reading
+from reward_model.types import BackboneOutput
+from tests.reward_models import (
+    NUM_PLACES,
+    backbone_of,
+    bytes_of,
+    fresh_backbone,
+    phi_config,
+    phi_decoder,
+    phi_tensors,
+    save_phi,
+)
 
 PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
 CROP, SIDE = 56, 2
 """Of the tiny model: pixels and visual tokens on a side of one crop."""
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,17 +65,17 @@ def test_the_published_model_sees_as_many_tokens_as_its_processor_makes(
 
 
 def by_pil(pixels: Tensor, num_crops: int) -> list[np.ndarray]:
-    """The crops of a picture in 8 bits, as the published processor cuts them: tall pictures lie on their side first."""
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    tall = picture.width < picture.height
+    """The crops of an image in 8 bits, as the published processor cuts them: tall images lie on their side first."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    tall = image.width < image.height
     if tall:
-        picture = picture.transpose(Image.Transpose.TRANSPOSE)
-    ratio = picture.width / picture.height
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    ratio = image.width / image.height
     scale = max(s for s in range(1, num_crops + 1) if s * math.ceil(s / ratio) <= num_crops)
-    picture = picture.resize((scale * CROP, int(scale * CROP / ratio)), Image.Resampling.BILINEAR)
-    height = math.ceil(picture.height / CROP) * CROP
-    padded = Image.new("RGB", (picture.width, height), "white")
-    padded.paste(picture, (0, (height - picture.height) // 2))
+    image = image.resize((scale * CROP, int(scale * CROP / ratio)), Image.Resampling.BILINEAR)
+    height = math.ceil(image.height / CROP) * CROP
+    padded = Image.new("RGB", (image.width, height), "white")
+    padded.paste(image, (0, (height - image.height) // 2))
     if tall:
         padded = padded.transpose(Image.Transpose.TRANSPOSE)
     array = np.asarray(padded)
@@ -89,7 +98,7 @@ def test_crops_are_those_of_the_published_processor_up_to_its_rounding(shape: tu
     assert_close(found[1:] * std + mean, torch.stack(crops), rtol=0, atol=1.5 / 255)
 
 
-def test_the_view_of_the_whole_is_the_padded_picture_made_smaller_without_antialiasing() -> None:
+def test_the_view_of_the_whole_is_the_padded_image_made_smaller_without_antialiasing() -> None:
     """Bicubic, a = -0.75, at four neighbours on each axis: of 2 x 2 crops each second pixel's middle."""
     found = backbone_of("phi3_v").prepare([to_tensor(bytes_of(112, 112))], ["a fox"])["pixel_values"]
     whole = torch.cat([torch.cat([found[1], found[2]], dim=2), torch.cat([found[3], found[4]], dim=2)], dim=1)
@@ -100,7 +109,7 @@ def test_the_view_of_the_whole_is_the_padded_picture_made_smaller_without_antial
         assert_close(found[0][:, y, x], expected, rtol=0, atol=1e-5)
 
 
-def test_a_picture_of_which_nothing_would_be_left_is_refused() -> None:
+def test_a_image_of_which_nothing_would_be_left_is_refused() -> None:
     with pytest.raises(ValueError, match="1 x 300 pixels is too narrow"):
         backbone_of("phi3_v").prepare([torch.rand(3, 1, 300)], ["a fox"])
     with pytest.raises(ValueError, match="num_crops is 0; it must be at least 1"):
@@ -125,7 +134,7 @@ def reference() -> tuple[dict[str, Tensor], CLIPVisionModel, Any]:
 
 
 def slow_tokens(views: Tensor, rows: int, columns: int, *, order: str) -> Tensor:
-    """One picture's visual tokens, each put together by hand."""
+    """One image's visual tokens, each put together by hand."""
     tensors, tower, _ = reference()
     with torch.no_grad():
         patches = tower(views.double(), output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -160,7 +169,7 @@ def slow_states(ids: Tensor, tokens: Tensor) -> Tensor:
         return decoder(inputs_embeds=torch.stack(rows)[None], output_hidden_states=True).hidden_states[-1][0]
 
 
-def assert_read(reading: Reading, inputs: dict[str, Tensor], *, order: str = "sub_glb") -> None:
+def assert_read(reading: BackboneOutput, inputs: dict[str, Tensor], *, order: str = "sub_glb") -> None:
     start = 0
     for i, (rows, columns) in enumerate(inputs["crop_grid"].tolist()):
         views = inputs["pixel_values"][start : start + 1 + rows * columns]
@@ -172,7 +181,7 @@ def assert_read(reading: Reading, inputs: dict[str, Tensor], *, order: str = "su
     assert start == len(inputs["pixel_values"])
 
 
-def pictures() -> Sequence[Tensor]:
+def images() -> Sequence[Tensor]:
     return [to_tensor(bytes_of(*shape, seed=i)) for i, shape in enumerate([(60, 60), (120, 50), (33, 90)])]
 
 
@@ -181,7 +190,7 @@ def pictures() -> Sequence[Tensor]:
 def test_tokens_and_states_are_those_of_a_slow_reference(template: str, side: str) -> None:
     """The tower's last but one layer without its class token, 2 x 2 patches a token, a separator after each line."""
     backbone = backbone_of("phi3_v", template, side)
-    inputs = backbone.prepare(pictures(), PROMPTS)
+    inputs = backbone.prepare(images(), PROMPTS)
     with torch.no_grad():
         assert_read(backbone.read(inputs), inputs)
 
@@ -190,7 +199,7 @@ def test_the_whole_may_also_come_before_its_crops(tmp_path: Path) -> None:
     embedding = {**phi_config()["embd_layer"], "hd_transform_order": "glb_sub"}
     save_phi(tmp_path, embd_layer=embedding)
     backbone = load_backbone(str(tmp_path))
-    inputs = backbone.prepare(pictures(), PROMPTS)
+    inputs = backbone.prepare(images(), PROMPTS)
     with torch.no_grad():
         assert_read(backbone.read(inputs), inputs, order="glb_sub")
 
@@ -249,9 +258,9 @@ def test_a_model_that_is_built_otherwise_is_refused(changes: dict[str, Any], mes
 
 def test_a_tokenizer_without_a_place_for_visual_tokens_is_named(tmp_path: Path) -> None:
     save_phi(tmp_path)
-    text = (tmp_path / "tokenizer.json").read_text().replace("<|image|>", "<|picture|>")
+    text = (tmp_path / "tokenizer.json").read_text().replace("<|image|>", "<|image|>")
     (tmp_path / "tokenizer.json").write_text(text)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text().replace("<|image|>", "<|picture|>"))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text().replace("<|image|>", "<|image|>"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"has no token '<\|image\|>'"):
         load_backbone(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Stable Diffusion as a policy: its densities, its pictures, what of it learns, what leaves it."""
+"""Stable Diffusion as a policy: its densities, its images, what of it learns, what leaves it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.evaluate import evaluate
-from rlhf_t2i.policies.load import load_policy
-from rlhf_t2i.policies.pipeline import PipelinePolicy
+from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.sampling.rollout import rollout, transition_at
+from rlhf_t2i.training.evaluation import evaluate
 from rlhf_t2i.types import Sampler
 
 CPU = torch.device("cpu")
@@ -56,10 +56,10 @@ def test_replaying_a_fresh_rollout_gives_ratio_one(
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd_v"])
-def test_pictures_are_those_of_the_stock_pipeline(
+def test_images_are_those_of_the_stock_pipeline(
     model: str, guidance_scale: float, eta: float, request: pytest.FixtureRequest
 ) -> None:
-    """One seed is one picture, here and in plain diffusers, step noise included."""
+    """One seed is one image, here and in plain diffusers, step noise included."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     folder = request.getfixturevalue(model)
@@ -77,7 +77,7 @@ def test_pictures_are_those_of_the_stock_pipeline(
     assert_close(evaluation.images, images, rtol=0, atol=2e-5)
 
 
-def test_pictures_do_not_depend_on_their_neighbours_or_on_the_batch_size(tiny_sd: Path) -> None:
+def test_images_do_not_depend_on_their_neighbours_or_on_the_batch_size(tiny_sd: Path) -> None:
     policy = load_policy(str(tiny_sd), device=CPU)
     look = partial(evaluate, policy, rewards=[], sampler=sampler_of(policy, eta=1.0))
     together = look(PROMPTS * 2, [1, 2, 3, 4], batch_size=4).images

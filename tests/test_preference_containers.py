@@ -26,7 +26,7 @@ from tests.preference_files import (
     framed,
     pick_a_pic_rows,
     seen,
-    write_all_pictures,
+    write_all_images,
     write_json,
     write_parquet,
     write_pick_a_pic,
@@ -37,9 +37,9 @@ from tests.preference_files import (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pictures in it and in images/; what is unpacked goes to runs/pictures in it."""
+    """Images in it and in images/; what is unpacked goes to runs/images in it."""
     monkeypatch.chdir(tmp_path)
-    write_all_pictures(tmp_path)
+    write_all_images(tmp_path)
     return tmp_path
 
 
@@ -151,7 +151,7 @@ def test_a_prefix_also_leads_to_members(folder: Path) -> None:
 
 
 def test_a_table_says_the_same_through_datasets_as_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load_dataset` on a folder of Parquet, as on a Hub id, with pictures as datasets declares them."""
+    """`load_dataset` on a folder of Parquet, as on a Hub id, with images as datasets declares them."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
@@ -166,7 +166,7 @@ def test_a_table_says_the_same_through_datasets_as_by_itself(folder: Path, monke
         load_records(f"unsafe_bench:hf:{folder / 'table'}@test")
 
 
-def test_a_sample_of_a_tar_takes_its_pictures_by_field_or_by_name(folder: Path) -> None:
+def test_a_sample_of_a_tar_takes_its_images_by_field_or_by_name(folder: Path) -> None:
     members = {
         "a/0001.json": json.dumps({"prompt": FOX, "label": 1}).encode(),
         "a/0001.jpg": content("green"),
@@ -192,7 +192,7 @@ def test_a_sample_of_a_tar_takes_its_pictures_by_field_or_by_name(folder: Path) 
     ],
 )
 def test_a_bad_sample_of_a_tar_is_refused_by_its_name(folder: Path, members: dict[str, bytes], clue: str) -> None:
-    """The pictures beside the archive do not count, nor does any other file."""
+    """The images beside the archive do not count, nor does any other file."""
     path = write_tar(folder / "shard.tar", members)
     with pytest.raises(BadRecordError) as caught:
         load_records(str(path))
@@ -235,7 +235,7 @@ def test_an_example_of_a_tfrecord_is_read_by_hand(folder: Path, packed: bool) ->
     assert row.source == {key: value for key, value in fields.items() if key != "raw"}
 
 
-# --- where pictures lie ---------------------------------------------------------------------------
+# --- where images lie ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_an_example_of_a_tfrecord_is_read_by_hand(folder: Path, packed: bool) ->
         ("/scr/them/=images/", "/scr/them/red.jpg", "images/red.jpg"),
         ("/scr/them=", "/scr/them/red.jpg", "red.jpg"),
         ("/scr/them={folder}/train", "/scr/them/red.jpg", "train/red.jpg"),
-        ("pictures=images", "red.jpg", "red.jpg"),
+        ("images=images", "red.jpg", "red.jpg"),
     ],
 )
 def test_a_prefix_leads_the_authors_paths_to_ours(folder: Path, prefix: str, name: str, found: str) -> None:
@@ -268,7 +268,7 @@ def test_a_prefix_without_two_sides_is_refused(text: str) -> None:
         parse_prefix(text)
 
 
-def test_equal_pictures_share_a_file_and_are_written_once(folder: Path) -> None:
+def test_equal_images_share_a_file_and_are_written_once(folder: Path) -> None:
     path = write_pick_a_pic(folder / "x.parquet", pick_a_pic_rows()[:2])
     one, two = load_records(f"pick_a_pic:{path}", unpack_to="here")
     assert isinstance(one, PreferencePair)

@@ -22,7 +22,7 @@ from tests.preference_files import (
     image_reward_rows,
     pick_a_pic_rows,
     seen,
-    write_all_pictures,
+    write_all_images,
     write_json,
     write_parquet,
     write_pick_a_pic,
@@ -32,9 +32,9 @@ from tests.preference_files import (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pictures where each data set has them; what is unpacked goes to runs/pictures in it."""
+    """Images where each data set has them; what is unpacked goes to runs/images in it."""
     monkeypatch.chdir(tmp_path)
-    write_all_pictures(tmp_path)
+    write_all_images(tmp_path)
     return tmp_path
 
 
@@ -65,9 +65,7 @@ BY_PERSPECTIVE = {
 
 @pytest.mark.parametrize("perspective", BY_PERSPECTIVE)
 @pytest.mark.parametrize("layout", ["metadata", "json", "rows", "groups"])
-def test_each_rating_of_image_reward_orders_the_pictures_of_a_prompt(
-    folder: Path, perspective: str, layout: str
-) -> None:
+def test_each_rating_of_image_reward_orders_the_images_of_a_prompt(folder: Path, perspective: str, layout: str) -> None:
     rows, unused = image_reward_rows("image" if layout == "rows" else "image_path"), Counter[str]()
     match layout:
         case "metadata" | "rows":
@@ -85,9 +83,7 @@ def test_each_rating_of_image_reward_orders_the_pictures_of_a_prompt(
             path = write_parquet(folder / "groups.parquet", groups)
     records = load_records(f"image_reward_db/{perspective}:{path}", unused=unused)
     assert seen(records) == BY_PERSPECTIVE[perspective]
-    silent = (
-        {} if perspective == "fidelity" else {f"image_reward_db/{perspective}: all pictures of the prompt are rated"}
-    )
+    silent = {} if perspective == "fidelity" else {f"image_reward_db/{perspective}: all images of the prompt are rated"}
     assert {reason.removesuffix(" the same") for reason in unused} == {*silent}
     if layout == "metadata":
         assert records[0].where == f"{path}:ROW 1 to ROW 3"
@@ -120,11 +116,11 @@ def test_the_test_set_of_image_reward_is_by_rank_only(folder: Path) -> None:
         ({"fidelity_rating": None}, "'fidelity_rating' is None"),
         ({"prompt": CAT}, "'prompt' has ['a red fox', 'two cats on a sofa', 'a red fox'], where a string"),
         ({"image_amount_in_total": 4}, "'image_amount_in_total' is [3, 4, 3], where 3 rows"),
-        ({"image_path": "images/train/train_1/red.jpg"}, "must differ in the picture"),
+        ({"image_path": "images/train/train_1/red.jpg"}, "must differ in the image"),
         ({"image_path": "images/train/train_1/grey.jpg"}, "grey.jpg', seen from"),
     ],
 )
-def test_a_flaw_of_one_picture_spoils_its_prompt_only(folder: Path, change: dict[str, Any], clue: str) -> None:
+def test_a_flaw_of_one_image_spoils_its_prompt_only(folder: Path, change: dict[str, Any], clue: str) -> None:
     rows = image_reward_rows()
     rows[1] |= change
     path = write_json(folder / "train_1.json", rows)
@@ -155,7 +151,7 @@ def test_pick_a_pic_has_winners_and_ties_and_counts_what_nobody_judged(folder: P
         ("red", "blue", FOX, True, 0.0),
     ]
     assert unused == {"pick_a_pic: has_label is false": 1, "pick_a_pic: are_different is false": 1}
-    assert len([path for path in (folder / "runs" / "pictures").rglob("*") if path.is_file()]) == 2
+    assert len([path for path in (folder / "runs" / "images").rglob("*") if path.is_file()]) == 2
 
 
 @pytest.mark.parametrize(
@@ -168,7 +164,7 @@ def test_pick_a_pic_has_winners_and_ties_and_counts_what_nobody_judged(folder: P
         ({"has_label": None}, "'has_label' is None; it must be true or false"),
         ({"caption": None}, "'caption' has None"),
         ({"jpg_0": b""}, "the image in the record, of 0 bytes, is empty"),
-        ({"jpg_0": content("red")[:200]}, "of 200 bytes, cannot be read as a picture"),
+        ({"jpg_0": content("red")[:200]}, "of 200 bytes, cannot be read as an image"),
         ({"jpg_1": content("red")}, "a pair must differ"),
     ],
 )
@@ -215,7 +211,7 @@ def test_a_flaw_in_hpdv2_is_named(folder: Path, row: dict[str, Any], clue: str) 
     assert clue in message
 
 
-def test_the_first_picture_of_hpdv3_won_whatever_its_confidence(folder: Path) -> None:
+def test_the_first_image_of_hpdv3_won_whatever_its_confidence(folder: Path) -> None:
     assert seen(load_records(f"hpdv3:{write_json(folder / 'train.json', HPDV3)}")) == [
         ("red", "green", FOX, False, 0.0),
         ("blue", "red", CAT, False, 0.0),
@@ -278,7 +274,7 @@ def test_a_foreign_key_passes_unless_it_looks_like_a_typo(folder: Path, key: str
         assert f"the key {key!r} is unknown. Did you mean {hint!r}?" in refusal(f"unsafe_bench:{path}")
 
 
-def test_a_folder_of_sorted_pictures_is_read_by_its_names(folder: Path) -> None:
+def test_a_folder_of_sorted_images_is_read_by_its_names(folder: Path) -> None:
     for kind, colour in (("safe", "green"), ("unsafe", "red")):
         (folder / "sorted" / kind).mkdir(parents=True)
         (folder / "sorted" / kind / "x.jpg").write_bytes(content(colour))
@@ -287,5 +283,5 @@ def test_a_folder_of_sorted_pictures_is_read_by_its_names(folder: Path) -> None:
         found = load_records(f"image_folder:{folder / 'sorted'}", image_root=root)
         assert seen(found) == [("green", CAT, 1), ("red", "", 0)]
     (folder / "sorted" / "usafe").mkdir()
-    with pytest.raises(ValueError, match=r"usafe is no class of pictures; the folders must be named good, safe"):
+    with pytest.raises(ValueError, match=r"usafe is no class of images; the folders must be named good, safe"):
         load_records(f"image_folder:{folder / 'sorted'}")

@@ -23,7 +23,7 @@ from tests.preference_files import (
     content,
     image_reward_rows,
     pick_a_pic_rows,
-    write_all_pictures,
+    write_all_images,
     write_parquet,
     write_tar,
     write_tfrecord,
@@ -32,9 +32,9 @@ from tests.preference_files import (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pictures where each data set has them; what is unpacked goes to runs/pictures in it."""
+    """Images where each data set has them; what is unpacked goes to runs/images in it."""
     monkeypatch.chdir(tmp_path)
-    write_all_pictures(tmp_path)
+    write_all_images(tmp_path)
     return tmp_path
 
 
@@ -89,16 +89,16 @@ def check(records: list[Record], roots: tuple[Path, Path]) -> None:
     for record in records:
         if isinstance(record, LabelledImage):
             assert record.label in (0, 1)
-            pictures, texts = [record.image], [record.prompt]
+            paths, texts = [record.image], [record.prompt]
         else:
-            pictures, texts = [record.winner, record.loser], [record.winner_prompt, record.loser_prompt]
-            assert (pictures[0], texts[0]) != (pictures[1], texts[1])
+            paths, texts = [record.winner, record.loser], [record.winner_prompt, record.loser_prompt]
+            assert (paths[0], texts[0]) != (paths[1], texts[1])
             assert 0 <= record.rating_gap < float("inf")
             assert not (record.tie and record.rating_gap)
         assert all(text.encode() is not None for text in texts)
-        for picture in pictures:
-            assert any(picture.is_relative_to(root) for root in roots)
-            with Image.open(picture) as image:
+        for path in paths:
+            assert any(path.is_relative_to(root) for root in roots)
+            with Image.open(path) as image:
                 image.load()
 
 
@@ -138,7 +138,7 @@ def test_mutated_rows_of_a_published_format_are_refused_by_name_or_sound(
             ]
         outcome = load_or_refuse(f"{name}:x.parquet")
         if isinstance(outcome, list):
-            check(outcome, (folder, folder / "runs" / "pictures"))
+            check(outcome, (folder, folder / "runs" / "images"))
         else:
             nothing_said = outcome.startswith("x.parquet holds no record; of 1 rows ")
             assert nothing_said or outcome.startswith("x.parquet:ROW "), given
@@ -168,6 +168,6 @@ def test_a_file_with_changed_bytes_is_refused_or_sound(folder: Path, kind: str) 
         path.write_bytes(changed)
         outcome = load_or_refuse(f"unsafe_bench:{path}")
         if isinstance(outcome, list):
-            check(outcome, (folder, folder / "runs" / "pictures"))
+            check(outcome, (folder, folder / "runs" / "images"))
         else:
             assert str(path) in outcome

@@ -1,4 +1,4 @@
-"""Pairs: which are made, which are taken, how their pictures become latents, and what is kept of them."""
+"""Pairs: which are made, which are taken, how their images become latents, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from torch.testing import assert_close
 from reward_model.datasets import BadRecordError, load_pairs_of_one_prompt, load_records
 from reward_model.images import to_tensor
 from reward_model.types import PreferencePair
-from rlhf_t2i.cache import TensorCache
 from rlhf_t2i.config import whole_numbers
-from rlhf_t2i.policies.load import load_policy
-from rlhf_t2i.policies.pipeline import PipelinePolicy
-from rlhf_t2i.preferences import (
-    PicturePairs,
+from rlhf_t2i.data.latent_cache import TensorCache
+from rlhf_t2i.data.preferences import (
+    ImagePairs,
     choose_pairs,
     fit,
     implicit_preference,
@@ -29,6 +27,8 @@ from rlhf_t2i.preferences import (
     save_pairs,
     share_of,
 )
+from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generators_for
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def pairs_of(choice: str, scores: torch.Tensor = SCORES, seed: int = 0) -> list[
 
 
 def test_best_and_worst_by_hand() -> None:
-    """The second prompt's pictures are all alike and make no pair."""
+    """The second prompt's images are all alike and make no pair."""
     assert pairs_of("best_worst") == [(1, 0), (6, 7)]
 
 
@@ -100,21 +100,21 @@ def test_whole_numbers(text: str, expected: list[int]) -> None:
     assert whole_numbers(text) == expected
 
 
-# --- pictures ---------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
-def test_a_picture_of_the_right_size_is_left_alone() -> None:
-    picture = torch.rand(3, 16, 16)
-    assert torch.equal(fit(picture, 16, 16), picture)
+def test_a_image_of_the_right_size_is_left_alone() -> None:
+    image = torch.rand(3, 16, 16)
+    assert torch.equal(fit(image, 16, 16), image)
 
 
 def test_the_shorter_side_takes_the_size_and_the_middle_is_kept() -> None:
-    picture = torch.zeros(3, 32, 96)
-    picture[:, :, 32:64] = 1.0
-    fitted = fit(picture, 16, 16)
+    image = torch.zeros(3, 32, 96)
+    image[:, :, 32:64] = 1.0
+    fitted = fit(image, 16, 16)
     assert fitted.shape == (3, 16, 16)
     assert fitted[:, :, 1:-1].min() > 0.95
-    assert fit(picture.transpose(1, 2), 16, 16)[:, 1:-1].min() > 0.95
+    assert fit(image.transpose(1, 2), 16, 16)[:, 1:-1].min() > 0.95
 
 
 @pytest.mark.parametrize("size", [(5, 9), (17, 16), (16, 1000), (301, 299)])
@@ -127,19 +127,19 @@ def test_any_size_fits(size: tuple[int, int]) -> None:
 # --- files ------------------------------------------------------------------------------------------
 
 
-def save_picture(path: Path, seed: int, size: tuple[int, int] = (16, 16)) -> Path:
+def save_image(path: Path, seed: int, size: tuple[int, int] = (16, 16)) -> Path:
     pixels = torch.randint(0, 256, (*size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(path)
     return path
 
 
-def save_picture_once(path: Path, seed: int, size: tuple[int, int]) -> Path:
-    return path if path.exists() else save_picture(path, seed, size)
+def save_image_once(path: Path, seed: int, size: tuple[int, int]) -> Path:
+    return path if path.exists() else save_image(path, seed, size)
 
 
 def write(path: Path, *rows: dict[str, object]) -> Path:
     for name in ("a.png", "b.png", "c.png", "d.png"):
-        save_picture(path.parent / name, seed=ord(name[0]))
+        save_image(path.parent / name, seed=ord(name[0]))
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
 
@@ -147,13 +147,13 @@ def write(path: Path, *rows: dict[str, object]) -> Path:
 GOOD = {"prompt": "a fox", "winner": "a.png", "loser": "b.png"}
 TIE = {"prompt": "a fox", "tie": ["a.png", "b.png"]}
 NO_PAIRS = [
-    ({"prompt": "a fox", "winner": "a.png", "loser": "a.png"}, "both sides are the picture .*a.png under"),
+    ({"prompt": "a fox", "winner": "a.png", "loser": "a.png"}, "both sides are the image .*a.png under"),
     (
         {"winner_prompt": "a fox", "loser_prompt": "a cat", "winner": "a.png", "loser": "b.png"},
-        "the two sides have different prompts, 'a fox' and 'a cat'; a painter learns from two pictures of one prompt",
+        "the two sides have different prompts, 'a fox' and 'a cat'; a painter learns from two images of one prompt",
     ),
     ({"winner_prompt": "a fox", "loser_prompt": "a cat", "image": "a.png"}, "the two sides have different prompts"),
-    ({"prompt": "a fox", "image": "a.png", "label": 1}, "this is a label of one picture"),
+    ({"prompt": "a fox", "image": "a.png", "label": 1}, "this is a label of one image"),
 ]  # fmt: skip
 
 
@@ -173,10 +173,10 @@ def test_what_is_no_pair_is_skipped_and_written_down(tmp_path: Path) -> None:
     assert all(row["reason"] for row in skipped)
 
 
-def test_two_names_of_one_file_are_one_picture(tmp_path: Path) -> None:
+def test_two_names_of_one_file_are_one_image(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", {**GOOD, "winner": "link.png", "loser": "a.png"})
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
-    with pytest.raises(BadRecordError, match="both sides are the picture"):
+    with pytest.raises(BadRecordError, match="both sides are the image"):
         load_pairs_of_one_prompt([path], image_root=None, skipped=None)
 
 
@@ -184,12 +184,12 @@ def test_ties_are_left_out_and_a_file_of_nothing_else_is_refused(tmp_path: Path)
     path = write(tmp_path / "pairs.jsonl", TIE, GOOD)
     assert [pair.where for pair in load_pairs_of_one_prompt([path], image_root=None, skipped=None)] == [f"{path}:2"]
     path = write(tmp_path / "pairs.jsonl", TIE, TIE)
-    with pytest.raises(ValueError, match=r"In .*pairs\.jsonl no picture is preferred to another of the same prompt"):
+    with pytest.raises(ValueError, match=r"In .*pairs\.jsonl no image is preferred to another of the same prompt"):
         load_pairs_of_one_prompt([path], image_root=None, skipped=None)
 
 
 def test_saved_pairs_are_a_preference_file_like_any_other(tmp_path: Path) -> None:
-    """Two processes write their own pictures, the first the list; the ordinary reader takes all of it."""
+    """Two processes write their own images, the first the list; the ordinary reader takes all of it."""
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     scores = torch.tensor([[0.25, 1.0, 0.5], [2.0, -1.0, 0.0]])
     chosen = choose_pairs(scores, choice="best_worst", generators=generators_for(0, 1, 0, range(2)))
@@ -203,7 +203,7 @@ def test_saved_pairs_are_a_preference_file_like_any_other(tmp_path: Path) -> Non
     for record, (winner, loser) in ((one, (1, 0)), (two, (3, 4))):
         assert_close(to_tensor(record.winner), images[winner], rtol=0, atol=0.5 / 255 + 1e-6)  # type: ignore[union-attr]
         assert_close(to_tensor(record.loser), images[loser], rtol=0, atol=0.5 / 255 + 1e-6)  # type: ignore[union-attr]
-    assert len(list(path.with_suffix("").iterdir())) == 4, "only pictures of pairs are kept"
+    assert len(list(path.with_suffix("").iterdir())) == 4, "only images of pairs are kept"
     assert len(load_pairs_of_one_prompt([path.parent], image_root=None, skipped=None)) == 2
 
 
@@ -218,11 +218,11 @@ def pair_of(prompt: str, winner: Path, loser: Path) -> PreferencePair:
     return PreferencePair(winner, loser, prompt, prompt)
 
 
-def three_pairs(folder: Path, *, policy: PipelinePolicy, cache_folder: Path | None) -> PicturePairs:
+def three_pairs(folder: Path, *, policy: PipelinePolicy, cache_folder: Path | None) -> ImagePairs:
     sizes = [(16, 16), (40, 20), (16, 16), (9, 30)]
-    a, b, c, d = (save_picture_once(folder / f"{i}.png", i, size) for i, size in enumerate(sizes))
+    a, b, c, d = (save_image_once(folder / f"{i}.png", i, size) for i, size in enumerate(sizes))
     pairs = [pair_of("a fox", a, b), pair_of("a red cat", c, d), pair_of("a fox", b, c)]
-    return PicturePairs(pairs, policy=policy, read=to_tensor, batch_size=3, cache_folder=cache_folder)
+    return ImagePairs(pairs, policy=policy, read=to_tensor, batch_size=3, cache_folder=cache_folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -243,7 +243,7 @@ def test_cached_pairs_are_those_that_are_not(tiny_sd: Path, tmp_path: Path, dtyp
 def test_a_full_cache_encodes_nothing_again(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(tiny_sd)
     three_pairs(tmp_path, policy=policy, cache_folder=tmp_path / "cache").fill_cache(rank=0, num_processes=1)
-    again = PicturePairs(
+    again = ImagePairs(
         [pair_of("a fox", tmp_path / "0.png", tmp_path / "1.png")],
         policy=policy, read=to_tensor, batch_size=3, cache_folder=tmp_path / "cache",
     )  # fmt: skip
@@ -257,12 +257,12 @@ def test_a_full_cache_encodes_nothing_again(tiny_sd: Path, tmp_path: Path, monke
     assert again.load([0], [0]).winner.shape == (1, 4, 8, 8)
 
 
-def test_a_picture_that_changed_is_encoded_anew(tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_image_that_changed_is_encoded_anew(tiny_sd: Path, tmp_path: Path) -> None:
     policy = policy_of(tiny_sd)
     pairs = three_pairs(tmp_path, policy=policy, cache_folder=tmp_path / "cache")
     pairs.fill_cache(rank=0, num_processes=1)
     before = pairs.load([0], [0])
-    save_picture(tmp_path / "0.png", seed=77, size=(20, 20))
+    save_image(tmp_path / "0.png", seed=77, size=(20, 20))
     pairs.fill_cache(rank=0, num_processes=1)
     after = pairs.load([0], [0])
     assert (after.winner - before.winner).abs().max() > 0.01
@@ -323,16 +323,16 @@ def test_latents_are_those_of_diffusers_and_a_draw_has_their_spread(tiny_sd: Pat
 
 
 def test_encoding_undoes_decoding_in_the_built_in_world() -> None:
-    """A drawn picture survives the way through latents, and its latents survive the way through the picture."""
+    """A drawn image survives the way through latents, and its latents survive the way through the image."""
     from rlhf_t2i.shapes.scenes import all_scenes, render
 
     policy = load_policy("shapes", device=CPU)
-    pictures = render(all_scenes("one", "training")[:8], rng=np.random.default_rng(0))
-    assert policy.picture_size == pictures.shape[-2:]
-    latents = policy.encode_images(pictures)
+    images = render(all_scenes("one", "training")[:8], rng=np.random.default_rng(0))
+    assert policy.image_size == images.shape[-2:]
+    latents = policy.encode_images(images)
     with torch.no_grad():
         again = policy.decode(latents)
-    assert (again - pictures).abs().mean() < 0.02
+    assert (again - images).abs().mean() < 0.02
     assert (policy.encode_images(again) - latents).square().mean() < 0.05 * latents.var()
 
 
@@ -361,7 +361,7 @@ def test_the_error_is_that_of_the_unets_own_output(model: str, request: pytest.F
     """As diffusers' training scripts compute it."""
     from diffusers import DDIMScheduler
 
-    from rlhf_t2i.sampling.errors import denoising_errors
+    from rlhf_t2i.sampling.denoising_errors import denoising_errors
 
     folder = request.getfixturevalue(model)
     policy, times = policy_of(folder), torch.tensor([999, 500, 1])

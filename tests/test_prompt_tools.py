@@ -93,7 +93,7 @@ def test_a_prompt_without_such_a_word_has_no_wrong_one(prompt: str) -> None:
 def test_a_hard_negative_shows_the_winner_against_itself() -> None:
     records: list[Record] = [
         pair("a red fox"),
-        pair("a red fox"),  # the same picture and prompt: no second one
+        pair("a red fox"),  # the same image and prompt: no second one
         pair("a red fox", winner=B),
         pair("a fox"),
         pair("a blue fox", tie=True),

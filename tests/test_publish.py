@@ -27,12 +27,12 @@ from PIL import Image
 from recipes import ddpo, flow_grpo, train_reward_model
 from recipes import publish as recipe
 from reward_model import LlavaReward
-from rlhf_t2i import publish
-from rlhf_t2i.finished_run import FinishedRun, read_run
-from rlhf_t2i.model_card import reward_rows, verdict
-from rlhf_t2i.publication import files_of
+from rlhf_t2i.hub import upload
+from rlhf_t2i.hub.bundle import files_of
+from rlhf_t2i.hub.model_card import reward_rows, verdict
+from rlhf_t2i.training.finished_run import FinishedRun, read_run
 from tests.hub import TOKEN, Commit, FakeHub, Repository, running_hub
-from tests.judges import backbone_folder
+from tests.reward_models import backbone_folder
 
 # huggingface_hub hands files to its client as that no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -53,7 +53,7 @@ def reset_processes() -> None:
 
 
 def tuned(folder: Path, teacher: Any = ddpo, **settings: Any) -> Path:
-    """A run whose weights moved far enough to be seen in its pictures."""
+    """A run whose weights moved far enough to be seen in its images."""
     tiny: dict[str, Any] = {
         "num_steps": 1, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 4, "learning_rate": 0.1,
         "num_evaluation_images": 4, "evaluate_every": 0, "rewards": "oracle", "num_cpu_threads": 1,
@@ -102,11 +102,11 @@ def family_runs(
         ),
         "flux_transformer": tuned(folder / "flux_transformer", model=str(tiny_flux), **flow),
     }  # fmt: skip
-    in_parts(runs["sd3_transformer"] / "transformer")
+    is_sharded(runs["sd3_transformer"] / "transformer")
     return runs
 
 
-def in_parts(folder: Path) -> None:
+def is_sharded(folder: Path) -> None:
     """Save a denoiser as diffusers does a large one."""
     from diffusers import AutoModel
 
@@ -129,7 +129,7 @@ def judge_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data / "pairs.jsonl").write_text("\n".join(rows))
     config = train_reward_model.Config(
         backbone=str(backbone), training=str(data / "pairs.jsonl"), validation=str(data / "pairs.jsonl"), lora_rank=2,
-        max_steps=2, evaluate_every=1, pairs_per_batch=2, num_cpu_threads=1, learning_rate=1e-2,
+        max_steps=2, evaluate_every=1, microbatch_size=2, num_cpu_threads=1, learning_rate=1e-2,
         run_folder=str(data / "run"),
     )  # fmt: skip
     train_reward_model.main(config)
@@ -173,7 +173,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 
 def upload(folder: Path, repo: str = "me/tuned", *, private: bool = False, revision: str | None = None) -> str:
     said: list[str] = []
-    publish.upload(folder, repo, private=private, revision=revision, api=publish.hub(), say=said.append)
+    upload.upload(folder, repo, private=private, revision=revision, api=upload.hub(), say=said.append)
     return "\n".join(said)
 
 
@@ -187,14 +187,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_publication_holds_the_weights_and_what_explains_them_and_no_more(lora_run: Path, publication: Path) -> None:
     files = [name for name in files_of(publication) if not name.startswith("curves/")]
     assert files == [
-        "README.md", "SHA256SUMS", "pictures/after.png", "pictures/before.png", "pictures/captions.json",
+        "README.md", "SHA256SUMS", "images/after.png", "images/before.png", "images/captions.json",
         "pytorch_lora_weights.safetensors", "report.html", "training/config.yaml", "training/metrics.jsonl",
         "training/run.json",
     ]  # fmt: skip
     for name, own in (
         ("pytorch_lora_weights.safetensors", "lora/pytorch_lora_weights.safetensors"),
-        ("pictures/before.png", "pictures/step_000000.png"),
-        ("pictures/after.png", "pictures/step_000001.png"),
+        ("images/before.png", "images/step_000000.png"),
+        ("images/after.png", "images/step_000001.png"),
     ):
         assert (publication / name).read_bytes() == (lora_run / own).read_bytes()
 
@@ -238,11 +238,11 @@ def test_the_card_says_how_it_was_made(lora_run: Path, publication: Path) -> Non
     for word in (facts["command"], facts["git_commit"], f"torch {facts['versions']['torch']}", "learning_rate: 0.1"):
         assert word in text
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert {"pictures/before.png", "pictures/after.png", "curves/oracle.svg"} <= set(shown)
+    assert {"images/before.png", "images/after.png", "curves/oracle.svg"} <= set(shown)
     assert all((publication / name).is_file() for name in shown)
 
 
-def test_a_curve_is_a_picture_of_its_own(publication: Path) -> None:
+def test_a_curve_is_a_image_of_its_own(publication: Path) -> None:
     curves = list((publication / "curves").glob("*.svg"))
     assert curves
     for path in curves:
@@ -252,10 +252,10 @@ def test_a_curve_is_a_picture_of_its_own(publication: Path) -> None:
 
 
 def two_evaluations(*, trained: float, held_out: float | None) -> FinishedRun:
-    """Of 100 pictures each, with errors of 0.03 and 0.04, so that a difference has one of 0.05."""
+    """Of 100 images each, with errors of 0.03 and 0.04, so that a difference has one of 0.05."""
     rows: list[dict[str, Any]] = [{"kind": "train", "step": 1, "rewards/judge": 0.5, "elapsed": 1.0, "images": 8}]
     for step, error, part in ((0, 0.03, 0.0), (1, 0.04, 1.0)):
-        scores: dict[str, float] = {"judge": 0.5 + part * trained, "judge/standard_error": error}
+        scores: dict[str, float] = {"llava_reward": 0.5 + part * trained, "reward_model/standard_error": error}
         if held_out is not None:
             scores |= {"oracle": 0.5 + part * held_out, "oracle/standard_error": error}
         rows.append({"kind": "evaluation", "step": step, "num_images": 100, **scores, "diversity": 0.3, "elapsed": 1.0})
@@ -353,12 +353,12 @@ def painted(
         ("sd3_transformer", 0), ("sd3_merged", 1), ("flux_lora", 0), ("flux_transformer", 0), ("flux_merged", 1),
     ],
 )  # fmt: skip
-def test_strangers_paint_the_picture_that_the_run_painted(name: str, most: int, painted: Path) -> None:
+def test_strangers_paint_the_image_that_the_run_painted(name: str, most: int, painted: Path) -> None:
     """In 8 bits; a merged LoRA rounds once more."""
     image = np.asarray(Image.open(painted / f"{name}.png")).astype(int)
     height, width, _ = image.shape
     before, after = (
-        np.asarray(Image.open(painted / name / "pictures" / f"{end}.png")).astype(int)[:height, :width]
+        np.asarray(Image.open(painted / name / "images" / f"{end}.png")).astype(int)[:height, :width]
         for end in ("before", "after")
     )
     assert abs(image - after).max() <= most
@@ -419,19 +419,19 @@ def test_strangers_get_the_judges_own_scores(
     folder = recipe.main(config)
     assert not list(folder.rglob("*.bin"))
     assert json.loads((folder / "llava_reward.json").read_text())["backbone"] == "backbone"
-    Image.new("RGB", (28, 28), "red").save(tmp_path / "picture.png")
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "image.png")
     (usage,) = blocks(folder)
     usage = usage.replace("print(judge", "print(*judge").replace("])", "]).tolist()")
     check = 'import sys\nassert not {"rlhf_t2i", "diffusers"} & set(sys.modules)'
     printed = elsewhere([usage, check], hub=hub, cwd=tmp_path)
     prompt = "a red circle on a blue background"
-    own = LlavaReward.from_pretrained(judge_run / "judge").score([tmp_path / "picture.png"], [prompt])
+    own = LlavaReward.from_pretrained(judge_run / "reward_model").score([tmp_path / "image.png"], [prompt])
     assert float(printed) == pytest.approx(own.item(), abs=1e-5)
 
 
 def test_a_judge_of_a_backbone_on_the_hub_is_published_without_it(judge_run: Path, tmp_path: Path) -> None:
     run = str(shutil.copytree(judge_run, tmp_path / "run"))
-    facts = tmp_path / "run" / "judge" / "llava_reward.json"
+    facts = tmp_path / "run" / "reward_model" / "llava_reward.json"
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "backbone": "some/llava"}))
     folder = recipe.main(recipe.Config(run=run, license="mit"))
     assert not (folder / "backbone").exists()
@@ -459,8 +459,8 @@ def break_run(run: Path, how: str) -> None:
         case "went on":
             config = yaml.safe_load((run / "config.yaml").read_text())
             (run / "config.yaml").write_text(yaml.safe_dump({**config, "num_steps": 7}))
-        case "no pictures":
-            (run / "pictures" / "step_000001.png").unlink()
+        case "no images":
+            (run / "images" / "step_000001.png").unlink()
         case "another version":
             facts["versions"]["rlhf-t2i"] = "0.9.3"
             (run / "run.json").write_text(json.dumps(facts))
@@ -482,7 +482,7 @@ def break_run(run: Path, how: str) -> None:
         ("no weights", FileNotFoundError, "holds no weights.*--resume --run_folder"),
         ("cut weights", ValueError, "pytorch_lora_weights.safetensors are damaged"),
         ("went on", FileNotFoundError, "1 of 7 steps.*--resume --run_folder"),
-        ("no pictures", FileNotFoundError, "holds no pictures/step_000001.png"),
+        ("no images", FileNotFoundError, "holds no images/step_000001.png"),
         ("another version", ValueError, r"was written by rlhf-t2i 0\.9\.3, and this is"),
         ("older facts", ValueError, "run.json lacks versions: another version"),
         ("older config", ValueError, "config.yaml lacks .*num_steps.*: another version"),
@@ -504,7 +504,7 @@ def test_a_judge_that_was_not_measured_is_not_finished(judge_run: Path, tmp_path
 
 
 def test_a_base_that_is_gone_or_named_twice_is_refused(lora_run: Path) -> None:
-    from rlhf_t2i.publication import base_of
+    from rlhf_t2i.hub.bundle import base_of
 
     run = read_run(lora_run)
     with pytest.raises(FileNotFoundError, match="the folder '/no/where', is gone"):
@@ -517,7 +517,7 @@ def test_a_base_that_is_gone_or_named_twice_is_refused(lora_run: Path) -> None:
 def test_what_kind_of_model_a_base_on_the_hub_is_is_asked_there(
     hub: FakeHub, lora_run: Path, tiny_sd3_lean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_t2i.publication import base_of
+    from rlhf_t2i.hub.bundle import base_of
 
     where = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", where)
@@ -535,7 +535,7 @@ def test_what_kind_of_model_a_base_on_the_hub_is_is_asked_there(
 
 def test_a_denoiser_in_parts_is_read_and_a_part_that_is_missing_is_named(unet_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(unet_run, tmp_path / "run")
-    in_parts(run / "unet")
+    is_sharded(run / "unet")
     assert read_run(run).kind == "unet"
     part = sorted((run / "unet").glob("*.safetensors"))[1]
     part.unlink()
@@ -544,7 +544,7 @@ def test_a_denoiser_in_parts_is_read_and_a_part_that_is_missing_is_named(unet_ru
 
 
 def test_an_older_run_was_evaluated_as_it_was_trained() -> None:
-    """It has no settings for the size of pictures and for steps of evaluation."""
+    """It has no settings for the size of images and for steps of evaluation."""
     run = replace(two_evaluations(trained=0.3, held_out=0.0), config={"num_denoising_steps": 8})
     assert (run.num_evaluation_steps, run.resolution) == (8, None)
     more = replace(run, config={"num_denoising_steps": 8, "num_evaluation_steps": 40, "resolution": 512})

@@ -38,17 +38,17 @@ from torch import Tensor
 
 from recipes import ddpo
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.rewards.batcher import Batcher
+from rlhf_t2i.reward_server.batcher import Batcher
+from rlhf_t2i.reward_server.protocol import JSON, SAFETENSORS, TOKEN_VARIABLE, pack
+from rlhf_t2i.reward_server.server import Config, Service, create_app, listen
 from rlhf_t2i.rewards.gradient import require_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
 from rlhf_t2i.rewards.remote import RemoteReward
-from rlhf_t2i.rewards.serve import Config, Service, create_app, listen
-from rlhf_t2i.rewards.wire import JSON, SAFETENSORS, TOKEN_VARIABLE, pack
 from tests.test_ddpo import rows, state
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a fox number {i}" for i in range(7)]
-PICTURES = torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2
+IMAGES = torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2
 TOKEN = "open-sesame-0123456789"
 
 
@@ -62,7 +62,7 @@ def length(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @dataclass
 class Counting:
-    """Redness, with a note of how many pictures each forward pass had; waits until `open` if it is told to."""
+    """Redness, with a note of how many images each forward pass had; waits until `open` if it is told to."""
 
     calls: list[int] = field(default_factory=list)
     open: threading.Event = field(default_factory=threading.Event)
@@ -106,9 +106,7 @@ def serving(*rewards: Any, port: int = 0, batch_size: int = 64, secret: str | No
     """A real server in a thread of this process."""
     parts = tuple((CheckedReward(f"reward{i}", reward, finite=False), 1.0) for i, reward in enumerate(rewards))
     batcher = Batcher(WeightedSum(parts), device="cpu", batch_size=batch_size, max_wait=0.005)
-    service = Service(
-        batcher, **{"max_requests": 64, "max_pictures": 1024, "max_bytes": 2**20, **limits}, secret=secret
-    )
+    service = Service(batcher, **{"max_requests": 64, "max_images": 1024, "max_bytes": 2**20, **limits}, secret=secret)
     listener = listen("127.0.0.1", port)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, ws="none", lifespan="on"))
@@ -191,91 +189,91 @@ def png(*, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> str:
 def test_a_remote_reward_is_the_local_one_to_the_bit() -> None:
     """Pixels beyond [0, 1] included; weighted and named like any other."""
     with serving(redness, length) as server:
-        total, each = load_rewards(f"{server.address}=0.5, {__name__}:length")(PICTURES, PROMPTS)
-    expected = redness(PICTURES, PROMPTS) + length(PICTURES, PROMPTS)
+        total, each = load_rewards(f"{server.address}=0.5, {__name__}:length")(IMAGES, PROMPTS)
+    expected = redness(IMAGES, PROMPTS) + length(IMAGES, PROMPTS)
     assert torch.equal(each[server.address], expected)
-    assert torch.equal(total, 0.5 * expected + length(PICTURES, PROMPTS))
+    assert torch.equal(total, 0.5 * expected + length(IMAGES, PROMPTS))
     assert list(each) == [server.address, f"{__name__}:length"]
 
 
 def test_the_built_in_judge_scores_there_as_it_does_here() -> None:
-    pictures = torch.rand(70, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images = torch.rand(70, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     prompts = ["a red circle on a blue background", "a green square on a white background"] * 35
-    judge = load_reward("judge")
+    judge = load_reward("llava_reward")
     with serving(judge.function) as server, torch.no_grad():
-        assert torch.equal(RemoteReward(server.address)(pictures, prompts), judge(pictures, prompts))
+        assert torch.equal(RemoteReward(server.address)(images, prompts), judge(images, prompts))
 
 
 def test_the_answer_has_what_each_judge_said_before_its_weight() -> None:
     parts = ((CheckedReward("redness", redness), 2.0), (CheckedReward("length", length), -0.5))
     with serving(redness) as server:
         server.service.batcher.reward = WeightedSum(parts)
-        answer = server.post(pack(PICTURES, PROMPTS)).json()
-    assert answer["scores"] == {"redness": redness(PICTURES, []).tolist(), "length": length(PICTURES, PROMPTS).tolist()}
-    assert answer["total"] == (2 * redness(PICTURES, []) - 0.5 * length(PICTURES, PROMPTS)).tolist()
+        answer = server.post(pack(IMAGES, PROMPTS)).json()
+    assert answer["scores"] == {"redness": redness(IMAGES, []).tolist(), "length": length(IMAGES, PROMPTS).tolist()}
+    assert answer["total"] == (2 * redness(IMAGES, []) - 0.5 * length(IMAGES, PROMPTS)).tolist()
 
 
 def test_smaller_pixels_are_judged_as_what_they_stand_for() -> None:
-    bytes_ = (PICTURES.clamp(0, 1) * 255).round()
+    bytes_ = (IMAGES.clamp(0, 1) * 255).round()
     with serving(redness) as server:
-        halves = RemoteReward(server.address, pixels=torch.float16)(PICTURES, PROMPTS)
-        whole = RemoteReward(server.address, pixels=torch.uint8)(PICTURES, PROMPTS)
+        halves = RemoteReward(server.address, pixels=torch.float16)(IMAGES, PROMPTS)
+        whole = RemoteReward(server.address, pixels=torch.uint8)(IMAGES, PROMPTS)
         files = []
-        for picture in bytes_.permute(0, 2, 3, 1).numpy().astype(np.uint8):
+        for image in bytes_.permute(0, 2, 3, 1).numpy().astype(np.uint8):
             buffer = io.BytesIO()
-            Image.fromarray(picture).save(buffer, "PNG")
+            Image.fromarray(image).save(buffer, "PNG")
             files.append(base64.b64encode(buffer.getvalue()).decode())
         of_png = server.post(json.dumps({"prompts": PROMPTS, "images": files}).encode(), JSON).json()["total"]
-    assert torch.equal(halves, redness(PICTURES.half().float(), PROMPTS))
+    assert torch.equal(halves, redness(IMAGES.half().float(), PROMPTS))
     assert torch.equal(whole, redness(bytes_ / 255, PROMPTS))
     assert of_png == whole.tolist()
 
 
-def test_half_precision_pictures_and_prompts_of_any_letters_arrive() -> None:
+def test_half_precision_images_and_prompts_of_any_letters_arrive() -> None:
     prompts = ["ein Füchslein 🦊", 'a "quoted" \\ fox\n'] * 2
     with serving(length, redness) as server:
-        scores = RemoteReward(server.address)(PICTURES[:4].bfloat16(), prompts)
-    assert torch.equal(scores, length(PICTURES[:4], prompts) + redness(PICTURES[:4].bfloat16().float(), prompts))
+        scores = RemoteReward(server.address)(IMAGES[:4].bfloat16(), prompts)
+    assert torch.equal(scores, length(IMAGES[:4], prompts) + redness(IMAGES[:4].bfloat16().float(), prompts))
 
 
-def test_no_pictures_have_no_scores_and_nobody_is_asked() -> None:
-    assert RemoteReward("http://127.0.0.1:1")(PICTURES[:0], []).shape == (0,)
+def test_no_images_have_no_scores_and_nobody_is_asked() -> None:
+    assert RemoteReward("http://127.0.0.1:1")(IMAGES[:0], []).shape == (0,)
 
 
 def test_a_notebook_with_its_own_event_loop_can_ask() -> None:
     async def cell(address: str) -> Tensor:
-        return RemoteReward(address)(PICTURES, PROMPTS)
+        return RemoteReward(address)(IMAGES, PROMPTS)
 
     with serving(redness) as server:
-        assert torch.equal(asyncio.run(cell(server.address)), redness(PICTURES, PROMPTS))
+        assert torch.equal(asyncio.run(cell(server.address)), redness(IMAGES, PROMPTS))
 
 
 # --- batching -------------------------------------------------------------------------------------
 
 
 def test_requests_that_wait_share_a_forward_pass_and_each_gets_its_own_scores() -> None:
-    """While one picture is judged, five trainers bring two each: eight of these ten fit into the next pass."""
+    """While one image is judged, five trainers bring two each: eight of these ten fit into the next pass."""
     judge = Counting()
     with serving(judge, batch_size=8) as server, ThreadPoolExecutor(6) as trainers:
         reward = RemoteReward(server.address)
-        first = trainers.submit(reward, PICTURES[:1], PROMPTS[:1])
+        first = trainers.submit(reward, IMAGES[:1], PROMPTS[:1])
         until(lambda: judge.calls == [1])
-        pairs = [trainers.submit(reward, PICTURES[i : i + 2], PROMPTS[i : i + 2]) for i in range(5)]
+        pairs = [trainers.submit(reward, IMAGES[i : i + 2], PROMPTS[i : i + 2]) for i in range(5)]
         until(lambda: server.num_waiting == 5)
         judge.open.set()
-        assert torch.equal(first.result(), redness(PICTURES[:1], []))
+        assert torch.equal(first.result(), redness(IMAGES[:1], []))
         for i, pair in enumerate(pairs):
-            assert torch.equal(pair.result(), redness(PICTURES[i : i + 2], []))
+            assert torch.equal(pair.result(), redness(IMAGES[i : i + 2], []))
     assert judge.calls == [1, 8, 2]
 
 
-def test_pictures_of_another_size_wait_for_a_pass_of_their_own() -> None:
+def test_images_of_another_size_wait_for_a_pass_of_their_own() -> None:
     judge = Counting()
     other = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     with serving(judge) as server, ThreadPoolExecutor(4) as trainers:
         reward = RemoteReward(server.address)
         tasks = []
-        for images in (PICTURES[:1], PICTURES[1:3], PICTURES[3:5], other):
+        for images in (IMAGES[:1], IMAGES[1:3], IMAGES[3:5], other):
             tasks.append((images, trainers.submit(reward, images, PROMPTS[: len(images)])))
             until(lambda: judge.calls == [1] and server.num_waiting == len(tasks) - 1)
         judge.open.set()
@@ -288,35 +286,35 @@ def test_a_request_that_the_judge_refuses_fails_alone() -> None:
     judge = Counting()
     with serving(judge) as server, ThreadPoolExecutor(3) as trainers:
         reward = RemoteReward(server.address)
-        first = trainers.submit(reward, PICTURES[:1], PROMPTS[:1])
+        first = trainers.submit(reward, IMAGES[:1], PROMPTS[:1])
         until(lambda: judge.calls == [1])
-        good = trainers.submit(reward, PICTURES[:2], PROMPTS[:2])
-        bad = trainers.submit(reward, PICTURES[2:3], ["the bad one"])
+        good = trainers.submit(reward, IMAGES[:2], PROMPTS[:2])
+        bad = trainers.submit(reward, IMAGES[2:3], ["the bad one"])
         until(lambda: server.num_waiting == 2)
         judge.open.set()
         first.result()
-        assert torch.equal(good.result(), redness(PICTURES[:2], []))
-        with pytest.raises(RuntimeError, match=f"{server.address} answered 422 to 1 pictures: I do not judge 'the bad"):
+        assert torch.equal(good.result(), redness(IMAGES[:2], []))
+        with pytest.raises(RuntimeError, match=f"{server.address} answered 422 to 1 images: I do not judge 'the bad"):
             bad.result()
     assert judge.calls[:2] == [1, 3]
 
 
-def test_more_pictures_than_a_forward_pass_takes_are_judged_in_several() -> None:
+def test_more_images_than_a_forward_pass_takes_are_judged_in_several() -> None:
     judge = Counting()
     judge.open.set()
     with serving(judge, batch_size=3) as server:
-        assert torch.equal(RemoteReward(server.address)(PICTURES, PROMPTS), redness(PICTURES, []))
+        assert torch.equal(RemoteReward(server.address)(IMAGES, PROMPTS), redness(IMAGES, []))
     assert judge.calls == [3, 3, 1]
 
 
 def test_what_nobody_waits_for_any_more_is_not_judged() -> None:
     judge = Counting()
     with serving(judge) as server, ThreadPoolExecutor(1) as trainer:
-        first = trainer.submit(RemoteReward(server.address), PICTURES[:1], PROMPTS[:1])
+        first = trainer.submit(RemoteReward(server.address), IMAGES[:1], PROMPTS[:1])
         until(lambda: judge.calls == [1])
         impatient = RemoteReward(server.address, timeout=0.3)
         with pytest.raises(TimeoutError):
-            impatient(PICTURES[:5], PROMPTS[:5])
+            impatient(IMAGES[:5], PROMPTS[:5])
         judge.open.set()
         first.result()
         until(lambda: server.service.num_accepted == 0)
@@ -326,7 +324,7 @@ def test_what_nobody_waits_for_any_more_is_not_judged() -> None:
 def test_the_metrics_count_what_was_done() -> None:
     with serving(redness) as server:
         for count in (1, 3, 7):
-            server.post(pack(PICTURES[:count], PROMPTS[:count]))
+            server.post(pack(IMAGES[:count], PROMPTS[:count]))
         server.post(b"nonsense")
         response = server.get("/metrics")
     assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
@@ -336,14 +334,14 @@ def test_the_metrics_count_what_was_done() -> None:
     expected = {
         'rlhf_t2i_requests_total{status="200"}': 3,
         'rlhf_t2i_requests_total{status="422"}': 1,
-        "rlhf_t2i_pictures_total": 11,
+        "rlhf_t2i_images_total": 11,
         "rlhf_t2i_queue_length": 0,
         "rlhf_t2i_judge_errors_total": 0,
-        'rlhf_t2i_batch_pictures_bucket{le="1"}': 1,
-        'rlhf_t2i_batch_pictures_bucket{le="4"}': 2,
-        'rlhf_t2i_batch_pictures_bucket{le="+Inf"}': 3,
-        "rlhf_t2i_batch_pictures_count": 3,
-        "rlhf_t2i_batch_pictures_sum": 11,
+        'rlhf_t2i_batch_images_bucket{le="1"}': 1,
+        'rlhf_t2i_batch_images_bucket{le="4"}': 2,
+        'rlhf_t2i_batch_images_bucket{le="+Inf"}': 3,
+        "rlhf_t2i_batch_images_count": 3,
+        "rlhf_t2i_batch_images_sum": 11,
     }
     assert {name: float(found[name]) for name in expected} == expected
     assert 0 < float(found["rlhf_t2i_judge_seconds_total"]) < float(found["rlhf_t2i_request_seconds_total"])
@@ -355,28 +353,28 @@ def test_the_metrics_count_what_was_done() -> None:
 def test_a_full_server_says_when_to_come_back_and_a_trainer_does() -> None:
     judge = Counting()
     with serving(judge, max_requests=1) as server, ThreadPoolExecutor(2) as trainers:
-        first = trainers.submit(RemoteReward(server.address), PICTURES[:1], PROMPTS[:1])
+        first = trainers.submit(RemoteReward(server.address), IMAGES[:1], PROMPTS[:1])
         until(lambda: judge.calls == [1])
-        refused = server.post(pack(PICTURES, PROMPTS))
+        refused = server.post(pack(IMAGES, PROMPTS))
         assert refused.status_code == 503
         assert refused.headers["Retry-After"] == "1"
-        second = trainers.submit(RemoteReward(server.address), PICTURES, PROMPTS)
+        second = trainers.submit(RemoteReward(server.address), IMAGES, PROMPTS)
         until(lambda: server.service.batcher.metrics.answers[503] >= 2)
         judge.open.set()
         first.result()
-        assert torch.equal(second.result(), redness(PICTURES, []))
+        assert torch.equal(second.result(), redness(IMAGES, []))
     assert judge.calls == [1, 7]
 
 
 def test_a_server_is_not_asked_again_before_the_time_it_named() -> None:
     with scripted((503, {"Retry-After": "1"}, ""), ok(*range(7))) as server:
-        assert RemoteReward(server.address)(PICTURES, PROMPTS).tolist() == list(range(7))
+        assert RemoteReward(server.address)(IMAGES, PROMPTS).tolist() == list(range(7))
     assert server.times[1] - server.times[0] >= 1
 
 
 def test_a_server_that_fails_is_asked_less_and_less_often() -> None:
     with scripted((502, {}, ""), (504, {}, ""), None, ok(*range(7))) as server:
-        assert RemoteReward(server.address)(PICTURES, PROMPTS).tolist() == list(range(7))
+        assert RemoteReward(server.address)(IMAGES, PROMPTS).tolist() == list(range(7))
     waits = [after - before for before, after in pairwise(server.times)]
     assert len(waits) == 3
     assert all(wait >= least for wait, least in zip(waits, (0.2, 0.4, 0.8), strict=True))
@@ -385,16 +383,16 @@ def test_a_server_that_fails_is_asked_less_and_less_often() -> None:
 @pytest.mark.parametrize("size", [8, 512])
 def test_a_body_that_is_too_large_is_refused_with_the_limit_even_while_it_is_sent(size: int) -> None:
     """The larger one is more than the sockets in between hold."""
-    pictures = torch.zeros(3, 3, size, size)
+    images = torch.zeros(3, 3, size, size)
     with (
         serving(redness, max_bytes=2**10) as server,
-        pytest.raises(RuntimeError, match=rf"{server.address} answered 413 to 3 pictures: .* MB.*--max_body_mb"),
+        pytest.raises(RuntimeError, match=rf"{server.address} answered 413 to 3 images: .* MB.*--max_body_mb"),
     ):
-        RemoteReward(server.address)(pictures, PROMPTS[:3])
+        RemoteReward(server.address)(images, PROMPTS[:3])
     assert server.service.batcher.metrics.answers == {413: 1}
 
 
-def test_pictures_that_are_large_only_when_decoded_are_refused() -> None:
+def test_images_that_are_large_only_when_decoded_are_refused() -> None:
     """A PNG of 2 MB in 10 kB, and bytes that are four times as much in float32."""
     with serving(redness, max_bytes=2**20) as server:
         bomb = json.dumps({"prompts": ["a fox"], "images": [png(size=(1000, 1000))]}).encode()
@@ -403,11 +401,11 @@ def test_pictures_that_are_large_only_when_decoded_are_refused() -> None:
         assert [server.post(bomb, JSON).status_code, server.post(whole).status_code] == [413, 413]
 
 
-def test_too_many_pictures_are_refused_with_the_limit() -> None:
-    with serving(redness, max_pictures=5) as server:
-        with pytest.raises(RuntimeError, match=r"413 to 7 pictures: There are 7 pictures; at most 5 are taken at once"):
-            RemoteReward(server.address)(PICTURES, PROMPTS)
-        assert torch.equal(RemoteReward(server.address, part_size=5)(PICTURES, PROMPTS), redness(PICTURES, []))
+def test_too_many_images_are_refused_with_the_limit() -> None:
+    with serving(redness, max_images=5) as server:
+        with pytest.raises(RuntimeError, match=r"413 to 7 images: There are 7 images; at most 5 are taken at once"):
+            RemoteReward(server.address)(IMAGES, PROMPTS)
+        assert torch.equal(RemoteReward(server.address, part_size=5)(IMAGES, PROMPTS), redness(IMAGES, []))
 
 
 # --- requests that cannot be answered -------------------------------------------------------------
@@ -422,24 +420,24 @@ class Trap:
 
 BAD_REQUESTS = {
     "nothing": (b"", SAFETENSORS, "no safetensors file"),
-    "half": (pack(PICTURES, PROMPTS)[:-1], SAFETENSORS, "no safetensors file"),
+    "half": (pack(IMAGES, PROMPTS)[:-1], SAFETENSORS, "no safetensors file"),
     "pickle": (pickle.dumps(Trap()), SAFETENSORS, "no safetensors file"),
     "unknown type": (pickle.dumps(Trap()), "application/octet-stream", "content type is 'application/octet-stream'"),
-    "no metadata": (save({"images": PICTURES}), SAFETENSORS, "no safetensors file with `prompts`"),
-    "no images": (save({"x": PICTURES}, {"prompts": "[]"}), SAFETENSORS, "it is none"),
-    "integers": (save({"images": PICTURES.int()}, {"prompts": "[]"}), SAFETENSORS, r"it is int32 \(7, 3, 8, 8\)"),
-    "one picture": (save({"images": PICTURES[0]}, {"prompts": "[]"}), SAFETENSORS, r"it is float32 \(3, 8, 8\)"),
+    "no metadata": (save({"images": IMAGES}), SAFETENSORS, "no safetensors file with `prompts`"),
+    "no images": (save({"x": IMAGES}, {"prompts": "[]"}), SAFETENSORS, "it is none"),
+    "integers": (save({"images": IMAGES.int()}, {"prompts": "[]"}), SAFETENSORS, r"it is int32 \(7, 3, 8, 8\)"),
+    "one image": (save({"images": IMAGES[0]}, {"prompts": "[]"}), SAFETENSORS, r"it is float32 \(3, 8, 8\)"),
     "four channels": (
         save({"images": torch.zeros(1, 4, 8, 8)}, {"prompts": '[""]'}), SAFETENSORS, r"it is float32 \(1, 4, 8, 8\)"
     ),
-    "no pictures": (save({"images": PICTURES[:0]}, {"prompts": "[]"}), SAFETENSORS, r"it is float32 \(0, 3, 8, 8\)"),
-    "few prompts": (pack(PICTURES, PROMPTS[:2]), SAFETENSORS, "There are 7 pictures and 2 prompts"),
-    "numbers": (save({"images": PICTURES}, {"prompts": "[1]"}), SAFETENSORS, "must be a JSON list of strings"),
-    "a string": (save({"images": PICTURES}, {"prompts": '"a fox"'}), SAFETENSORS, "must be a JSON list of strings"),
+    "images without rows": (save({"images": IMAGES[:0]}, {"prompts": "[]"}), SAFETENSORS, r"it is float32 \(0, 3, 8, 8\)"),
+    "few prompts": (pack(IMAGES, PROMPTS[:2]), SAFETENSORS, "There are 7 images and 2 prompts"),
+    "numbers": (save({"images": IMAGES}, {"prompts": "[1]"}), SAFETENSORS, "must be a JSON list of strings"),
+    "a string": (save({"images": IMAGES}, {"prompts": '"a fox"'}), SAFETENSORS, "must be a JSON list of strings"),
     "deep": (b"[" * 100_000, JSON, "no JSON"),
     "list": (b"[]", JSON, "no JSON"),
     "not base64": (b'{"prompts": ["a"], "images": ["?"]}', JSON, "in base64"),
-    "no PNG": (b'{"prompts": ["a"], "images": ["AAAA"]}', JSON, "PNG pictures cannot be used"),
+    "no PNG": (b'{"prompts": ["a"], "images": ["AAAA"]}', JSON, "PNG images cannot be used"),
     "half a PNG": (
         json.dumps({"prompts": ["a"], "images": [png(size=(200, 200))[:200]]}).encode(), JSON, "cannot be used"
     ),
@@ -461,7 +459,7 @@ def test_a_bad_request_is_told_what_is_wrong_and_the_server_lives_on(
             response = server.post(body, content_type)
             assert response.status_code == 422, name
             assert re.search(message, response.json()["error"]), (name, response.text)
-        assert torch.equal(RemoteReward(server.address)(PICTURES, PROMPTS), redness(PICTURES, []))
+        assert torch.equal(RemoteReward(server.address)(IMAGES, PROMPTS), redness(IMAGES, []))
         assert server.get("/nowhere").json() == {"error": "Not Found"}
     assert not list(tmp_path.iterdir())
 
@@ -487,11 +485,11 @@ def test_an_exception_of_the_judge_is_an_answer_with_its_message(
 
     with serving(judge) as server:
         reward = RemoteReward(server.address)
-        with pytest.raises(RuntimeError, match=f"{server.address} answered {status} to 1 pictures: {message}"):
-            reward(PICTURES[:1], ["a fox"])
-        assert torch.equal(reward(PICTURES, PROMPTS), redness(PICTURES, []))
+        with pytest.raises(RuntimeError, match=f"{server.address} answered {status} to 1 images: {message}"):
+            reward(IMAGES[:1], ["a fox"])
+        assert torch.equal(reward(IMAGES, PROMPTS), redness(IMAGES, []))
         metrics = server.service.batcher.metrics
-        assert (metrics.answers[status], metrics.answers[200], metrics.judge_errors) == (1, 1, 1)
+        assert (metrics.answers[status], metrics.answers[200], metrics.scoring_errors) == (1, 1, 1)
 
 
 def refuse_constant(name: str) -> None:
@@ -501,12 +499,12 @@ def refuse_constant(name: str) -> None:
 def test_what_is_not_finite_stays_that_on_the_way_and_is_valid_json() -> None:
     odd = torch.tensor([math.nan, math.inf, -math.inf, 1.5])
     with serving(lambda images, prompts: odd[: len(images)]) as server:
-        answer = server.post(pack(PICTURES[:4], PROMPTS[:4])).text
+        answer = server.post(pack(IMAGES[:4], PROMPTS[:4])).text
         assert json.loads(answer, parse_constant=refuse_constant)["total"] == ["nan", "inf", "-inf", 1.5]
-        scores = load_reward(server.address, finite=False)(PICTURES[:4], PROMPTS[:4])
+        scores = load_reward(server.address, finite=False)(IMAGES[:4], PROMPTS[:4])
         assert torch.equal(scores.nan_to_num(7, 8, 9), odd.nan_to_num(7, 8, 9))
         with pytest.raises(ValueError, match=f"{server.address} answered nan for the prompt 'a fox number 0'; rewards"):
-            load_reward(server.address)(PICTURES[:4], PROMPTS[:4])
+            load_reward(server.address)(IMAGES[:4], PROMPTS[:4])
 
 
 # --- the token ------------------------------------------------------------------------------------
@@ -523,16 +521,16 @@ def test_only_who_knows_the_token_is_served_and_it_is_never_shown(
         with pytest.raises(
             PermissionError, match=f"{server.address} answered 401: {TOKEN_VARIABLE} .* is not set"
         ) as e:
-            reward(PICTURES, PROMPTS)
+            reward(IMAGES, PROMPTS)
         told.append(str(e.value))
         monkeypatch.setenv(TOKEN_VARIABLE, TOKEN + "0")
         with pytest.raises(PermissionError, match="is not the server's token") as e:
-            reward(PICTURES, PROMPTS)
+            reward(IMAGES, PROMPTS)
         told.append(str(e.value))
         monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-        assert torch.equal(reward(PICTURES, PROMPTS), redness(PICTURES, []))
+        assert torch.equal(reward(IMAGES, PROMPTS), redness(IMAGES, []))
         for given in ("", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}0"):
-            answer = server.post(pack(PICTURES, PROMPTS), Authorization=given)
+            answer = server.post(pack(IMAGES, PROMPTS), Authorization=given)
             assert answer.status_code == 401
             told.append(answer.text)
         assert server.get("/health").json() == {"status": "ok"}
@@ -551,7 +549,7 @@ def test_a_server_that_echoes_the_token_does_not_get_it_into_a_message(
     for status, body in ((500, "you sent ECHO"), (500, json.dumps({"error": "ECHO"})), (200, filling + "ECHO")):
         with scripted((503, {}, "ECHO"), (status, {}, body)) as server:
             with pytest.raises((RuntimeError, ValueError)) as caught:
-                RemoteReward(server.address)(PICTURES, PROMPTS)
+                RemoteReward(server.address)(IMAGES, PROMPTS)
             assert TOKEN[:6] not in str(caught.value) + caplog.text
             assert "Bearer ***" in str(caught.value)
 
@@ -560,7 +558,7 @@ def test_a_server_that_echoes_the_token_does_not_get_it_into_a_message(
 def test_a_token_that_no_header_can_carry_is_refused_unseen(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, secret)
     with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE} has blanks or letters beyond ASCII") as caught:
-        RemoteReward("http://127.0.0.1:1")(PICTURES, PROMPTS)
+        RemoteReward("http://127.0.0.1:1")(IMAGES, PROMPTS)
     assert secret not in str(caught.value)
 
 
@@ -585,7 +583,7 @@ def test_this_machine_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert Config(host=host).host == host
 
 
-@pytest.mark.parametrize("name", ["max_body_mb", "max_pictures", "max_requests", "batch_size"])
+@pytest.mark.parametrize("name", ["max_body_mb", "max_images", "max_requests", "batch_size"])
 def test_a_limit_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
         Config(**{name: 0})
@@ -606,17 +604,17 @@ def test_a_port_in_use_is_named() -> None:
     [
         ((200, {"Content-Type": "text/html"}, "<html>Login</html>"), "text/html that begins with <html>Login"),
         ((200, {}, ""), "answered nothing; it must answer JSON"),
-        (ok(1.0, 2.0), "answered 2 scores for 7 pictures"),
-        (ok(*range(8)), "answered 8 scores for 7 pictures"),
+        (ok(1.0, 2.0), "answered 2 scores for 7 images"),
+        (ok(*range(8)), "answered 8 scores for 7 images"),
         (ok(1, 2, 3, None, 5, 6, 7), "it must answer JSON with a list of numbers"),
         (ok(1, 2, 3, 10**400, 5, 6, 7), "it must answer JSON with a list of numbers"),
         ((200, {}, '{"total": "1234567"}'), "it must answer JSON with a list of numbers"),
         ((200, {}, '{"scores": [1, 2, 3, 4, 5, 6, 7]}'), "it must answer JSON with a list of numbers"),
         ((200, {}, '{"total": [1, 2, 3, NaN, 5, 6, 7]}'), "answered nan for the prompt 'a fox number 3'"),
         (ok(1, 2, 3, 4, 5, 6, 1e39), "answered inf for the prompt 'a fox number 6'"),
-        ((404, {}, "no such page"), "answered 404 to 7 pictures: something that begins with no such page"),
-        ((302, {"Location": "http://127.0.0.1:1/"}, ""), "answered 302 to 7 pictures"),
-        ((413, {"Content-Type": "text/html"}, "<h1>Too large"), "answered 413 to 7 pictures: text/html that"),
+        ((404, {}, "no such page"), "answered 404 to 7 images: something that begins with no such page"),
+        ((302, {"Location": "http://127.0.0.1:1/"}, ""), "answered 302 to 7 images"),
+        ((413, {"Content-Type": "text/html"}, "<h1>Too large"), "answered 413 to 7 images: text/html that"),
     ],
 )
 def test_an_answer_that_cannot_be_used_names_the_server_and_is_not_asked_for_twice(
@@ -624,7 +622,7 @@ def test_an_answer_that_cannot_be_used_names_the_server_and_is_not_asked_for_twi
 ) -> None:
     with scripted(answer) as server:
         with pytest.raises((ValueError, RuntimeError), match=message) as caught:
-            RemoteReward(server.address)(PICTURES, PROMPTS)
+            RemoteReward(server.address)(IMAGES, PROMPTS)
         assert server.address in str(caught.value)
         assert len(server.times) == 1
 
@@ -633,38 +631,38 @@ def test_an_answer_that_cannot_be_used_ends_the_work_of_all_servers() -> None:
     judge = Counting()
     with serving(judge) as busy, scripted((500, {}, "broken")) as broken:
         with pytest.raises(RuntimeError, match=f"{broken.address} answered 500"):
-            RemoteReward(f"{busy.address}|{broken.address}")(PICTURES, PROMPTS)
+            RemoteReward(f"{busy.address}|{broken.address}")(IMAGES, PROMPTS)
         judge.open.set()
 
 
 # --- servers that are slow, dead, or several ------------------------------------------------------
 
 
-def test_several_servers_share_unevenly_many_pictures_and_the_order_is_kept() -> None:
+def test_several_servers_share_unevenly_many_images_and_the_order_is_kept() -> None:
     delays = random.Random(0)
 
     def slowly(images: Tensor, prompts: Sequence[str]) -> Tensor:
         time.sleep(delays.uniform(0, 0.1))
         return redness(images, prompts)
 
-    pictures = torch.rand(23, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(23, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     prompts = [str(i) for i in range(23)]
     with ExitStack() as stack:
         servers = [stack.enter_context(serving(slowly)) for _ in range(3)]
         reward = RemoteReward("|".join(server.address for server in servers), part_size=2)
-        assert torch.equal(reward(pictures, prompts), redness(pictures, prompts))
-        shares = [server.service.batcher.metrics.pictures for server in servers]
+        assert torch.equal(reward(pixels, prompts), redness(pixels, prompts))
+        shares = [server.service.batcher.metrics.images for server in servers]
     assert sum(shares) == 23
     assert min(shares) > 0
 
 
-def test_every_server_has_its_share_of_few_pictures() -> None:
+def test_every_server_has_its_share_of_few_images() -> None:
     with serving(redness) as one, serving(redness) as other:
         reward = RemoteReward(f"{one.address} | {other.address}/")
         for count in (1, 2, 5, 7):
-            before = [server.service.batcher.metrics.pictures for server in (one, other)]
-            assert torch.equal(reward(PICTURES[:count], PROMPTS[:count]), redness(PICTURES[:count], []))
-            after = [server.service.batcher.metrics.pictures for server in (one, other)]
+            before = [server.service.batcher.metrics.images for server in (one, other)]
+            assert torch.equal(reward(IMAGES[:count], PROMPTS[:count]), redness(IMAGES[:count], []))
+            after = [server.service.batcher.metrics.images for server in (one, other)]
             assert max(b - a for a, b in zip(before, after, strict=True)) == (count + 1) // 2
 
 
@@ -675,7 +673,7 @@ def test_the_part_of_a_dead_server_goes_to_the_other(dead_first: bool, caplog: p
         both = [dead, alive.address] if dead_first else [alive.address, dead]
         reward = RemoteReward("|".join(both), part_size=2)
         for _ in range(2):
-            assert torch.equal(reward(PICTURES, PROMPTS), redness(PICTURES, []))
+            assert torch.equal(reward(IMAGES, PROMPTS), redness(IMAGES, []))
     assert f"{dead}: All connection attempts failed; it is asked again in" in caplog.text
 
 
@@ -683,7 +681,7 @@ def test_the_part_of_a_server_that_hangs_goes_to_the_other() -> None:
     stuck = Counting()
     with serving(stuck) as hanging, serving(redness) as alive:
         reward = RemoteReward(f"{hanging.address}|{alive.address}", attempt_timeout=0.3)
-        assert torch.equal(reward(PICTURES, PROMPTS), redness(PICTURES, []))
+        assert torch.equal(reward(IMAGES, PROMPTS), redness(IMAGES, []))
     assert stuck.calls == [4]
 
 
@@ -691,12 +689,12 @@ def test_a_server_that_dies_in_the_middle_is_waited_for_until_it_is_back() -> No
     port = free_port()
     with ThreadPoolExecutor(1) as trainer:
         with scripted(None, port=port) as dying:
-            task = trainer.submit(RemoteReward(dying.address, part_size=3), PICTURES, PROMPTS)
+            task = trainer.submit(RemoteReward(dying.address, part_size=3), IMAGES, PROMPTS)
             until(lambda: dying.times)
         time.sleep(0.3)
         assert not task.done()
         with serving(redness, port=port):
-            assert torch.equal(task.result(), redness(PICTURES, []))
+            assert torch.equal(task.result(), redness(IMAGES, []))
 
 
 def test_a_slow_server_is_an_error_in_the_end_with_the_first_prompt_that_has_no_score() -> None:
@@ -708,7 +706,7 @@ def test_a_slow_server_is_an_error_in_the_end_with_the_first_prompt_that_has_no_
     with serving(stuck_at_the_third) as server:
         message = r"prompt 'a fox number 4' \(image 4 of 7\) came within 0.5 s from " + server.address + r" \(slow\)"
         with pytest.raises(TimeoutError, match=message):
-            RemoteReward(server.address, timeout=0.5, part_size=2)(PICTURES, PROMPTS)
+            RemoteReward(server.address, timeout=0.5, part_size=2)(IMAGES, PROMPTS)
         judge.open.set()
 
 
@@ -716,7 +714,7 @@ def test_dead_servers_are_all_named_with_their_trouble() -> None:
     dead = f"http://127.0.0.1:{free_port()}"
     with scripted((503, {"Retry-After": "60"}, "full")) as full:
         with pytest.raises(TimeoutError, match="'a fox number 0'") as caught:
-            RemoteReward(f"{dead}|{full.address}", timeout=0.5)(PICTURES, PROMPTS)
+            RemoteReward(f"{dead}|{full.address}", timeout=0.5)(IMAGES, PROMPTS)
         assert len(full.times) == 1
     assert f"{dead} (All connection attempts failed)" in str(caught.value)
     assert f"{full.address} (503, something that begins with full)" in str(caught.value)
@@ -725,7 +723,7 @@ def test_dead_servers_are_all_named_with_their_trouble() -> None:
 def test_nothing_runs_on_after_an_error() -> None:
     before = threading.active_count()
     with pytest.raises(TimeoutError):
-        RemoteReward("http://127.0.0.1:1|http://127.0.0.1:2", timeout=0.2)(PICTURES, PROMPTS)
+        RemoteReward("http://127.0.0.1:1|http://127.0.0.1:2", timeout=0.2)(IMAGES, PROMPTS)
     assert threading.active_count() == before
 
 
@@ -778,8 +776,8 @@ TRAINER = """
 import sys, torch
 from rlhf_t2i.rewards.load import load_rewards
 assert not {"httpx", "fastapi", "uvicorn", "safetensors"} & set(sys.modules), "loading must stay light"
-pictures = torch.full((5, 3, 4, 4), float(sys.argv[2]))
-total, _ = load_rewards(sys.argv[1])(pictures, ["a"] * 5)
+images = torch.full((5, 3, 4, 4), float(sys.argv[2]))
+total, _ = load_rewards(sys.argv[1])(images, ["a"] * 5)
 print(total.tolist())
 """
 SLOW_JUDGE = """
@@ -796,8 +794,8 @@ def slowness(images, prompts):
 def test_the_command_serves_several_trainers_and_finishes_its_work_when_it_is_stopped(tmp_path: Path) -> None:
     (tmp_path / "my_judges.py").write_text(SLOW_JUDGE)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", TOKEN_VARIABLE: TOKEN}
-    options = ["--rewards", "my_judges:slowness=2,jpeg_compressibility=0", "--port", "0", "--max_pictures", "8"]
-    command = [sys.executable, "-m", "rlhf_t2i.rewards.serve", *options]
+    options = ["--rewards", "my_judges:slowness=2,jpeg_compressibility=0", "--port", "0", "--max_images", "8"]
+    command = [sys.executable, "-m", "rlhf_t2i.reward_server", *options]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
@@ -813,9 +811,9 @@ def test_the_command_serves_several_trainers_and_finishes_its_work_when_it_is_st
         assert [trainer.communicate()[0] for trainer in trainers] == [f"{[0.5] * 5}\n", f"{[1.0] * 5}\n"]
         headers = {"Content-Type": SAFETENSORS, "Authorization": f"Bearer {TOKEN}"}
         with httpx.Client(trust_env=False, timeout=30, headers=headers) as client, ThreadPoolExecutor(3) as pool:
-            tasks = [pool.submit(client.post, f"{found[1]}/score", content=pack(PICTURES[:2], ["slow", "b"]))]
+            tasks = [pool.submit(client.post, f"{found[1]}/score", content=pack(IMAGES[:2], ["slow", "b"]))]
             until((tmp_path / "began").exists)
-            tasks += [pool.submit(client.post, f"{found[1]}/score", content=pack(PICTURES[2:4], ["c", "d"]))]
+            tasks += [pool.submit(client.post, f"{found[1]}/score", content=pack(IMAGES[2:4], ["c", "d"]))]
             until(lambda: "queue_length 2" in client.get(f"{found[1]}/metrics").text)
             server.send_signal(signal.SIGTERM)
             assert [task.result().status_code for task in tasks] == [200, 200]
@@ -829,7 +827,7 @@ def test_the_command_serves_several_trainers_and_finishes_its_work_when_it_is_st
 
 
 def one_pixel(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A reward that rounds alike whatever is judged beside a picture."""
+    """A reward that rounds alike whatever is judged beside an image."""
     return images[:, 0, 3, 3].clone()
 
 

@@ -75,13 +75,13 @@ def run_folder(path: Path, rows: list[Row], *, run: Row = RUN, config: str = "se
     return path
 
 
-def add_pictures(folder: Path, prompts: list[str], *, steps: tuple[int, ...]) -> list[Path]:
+def add_images(folder: Path, prompts: list[str], *, steps: tuple[int, ...]) -> list[Path]:
     """Strips of 3 columns whose cells have 8 x 8 pixels in a colour of their own."""
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     captions = {"prompts": prompts, "columns": 3, "seeds": [100 + i for i in range(len(prompts))]}
-    (pictures / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
-    paths = [pictures / f"step_{step:06}.png" for step in steps]
+    (images / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    paths = [images / f"step_{step:06}.png" for step in steps]
     for step, path in zip(steps, paths, strict=True):
         strip = Image.new("RGB", (24, 16), (step, step, step))
         for i, colour in enumerate(COLOURS[: len(prompts)]):
@@ -134,7 +134,7 @@ def test_headline_has_the_numbers_computed_by_hand() -> None:
     rows = [*two_updates(before=0.4, after=0.6), train(3, elapsed=121.0)]
     assert headline(rows) == (
         "oracle on the evaluation prompts rose from 0.400 ± 0.030 to 0.600 ± 0.040 "
-        "(+0.200, 4.0 standard errors) in 2 updates, 384 pictures and 1.5 minutes"
+        "(+0.200, 4.0 standard errors) in 2 updates, 384 images and 1.5 minutes"
     )
 
 
@@ -163,7 +163,7 @@ def test_under_three_standard_errors_is_within_noise(after: float, expected: str
 
 @pytest.mark.parametrize("error", [0.0, math.nan])
 def test_without_a_standard_error_nothing_is_claimed(error: float) -> None:
-    """One picture has no spread, and pictures that all score the same have none either."""
+    """One image has no spread, and images that all score the same have none either."""
     before, after = evaluation(0, 0.0, error, elapsed=1.0), evaluation(5, 1.0, error, elapsed=2.0)
     change = compare("oracle", before, after)
     assert (change.verb, change.certainty) == ("went", "error unknown")
@@ -199,13 +199,13 @@ def test_a_young_run_has_a_valid_page(tmp_path: Path, rows: list[Row], sentence:
     run = {name: value for name, value in RUN.items() if name != "trainable_parameters"}
     page = Page(page_of(run_folder(tmp_path, rows, run=run)))
     assert sentence in plain(page.text)
-    assert "No pictures yet" in page.text
+    assert "No images yet" in page.text
     assert ("svg" in page.tags) == bool(rows)
 
 
 def test_before_alone_shows_no_after(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, [evaluation(0, 0.4, 0.03, elapsed=12.0)])
-    add_pictures(folder, ["a red square"] * 4, steps=(0,))
+    add_images(folder, ["a red square"] * 4, steps=(0,))
     page = page_of(folder)
     assert page.count('aria-label="before training: a red square"') == 4
     assert 'aria-label="after' not in page
@@ -224,7 +224,7 @@ def test_whatever_a_user_writes_is_escaped(tmp_path: Path) -> None:
     }
     rows = [evaluation(step, 0.5, 0.01, elapsed=1.0 + step, name=evil) for step in (0, 4)]
     folder = run_folder(tmp_path, rows, run=run, config=f"prompt: {evil}\n")
-    add_pictures(folder, [evil] * 4, steps=(0, 4))
+    add_images(folder, [evil] * 4, steps=(0, 4))
     page = page_of(folder)
     assert page.count("<script") == Page(page).tags.count("script") == 1, "the slider's"
     assert f"prompt: {evil}" in Page(page).text
@@ -232,7 +232,7 @@ def test_whatever_a_user_writes_is_escaped(tmp_path: Path) -> None:
 
 def test_the_page_refers_to_nothing_but_itself(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
-    add_pictures(folder, ["a red square"] * 6, steps=(0, 2))
+    add_images(folder, ["a red square"] * 6, steps=(0, 2))
     page = page_of(folder)
     assert not Page(page).links
     assert not {"link", "iframe", "object", "img"} & set(Page(page).tags)
@@ -243,7 +243,7 @@ def test_the_page_refers_to_nothing_but_itself(tmp_path: Path) -> None:
 
 def test_the_one_script_that_may_run_is_the_one_on_the_page(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
-    add_pictures(folder, ["a red square"] * 6, steps=(0, 2))
+    add_images(folder, ["a red square"] * 6, steps=(0, 2))
     page = page_of(folder)
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.S)
@@ -251,10 +251,10 @@ def test_the_one_script_that_may_run_is_the_one_on_the_page(tmp_path: Path) -> N
     assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
-def test_the_pictures_of_every_evaluation_are_embedded(tmp_path: Path) -> None:
+def test_the_images_of_every_evaluation_are_embedded(tmp_path: Path) -> None:
     """Not those of step 1: a run that went on from an earlier checkpoint has forgotten that evaluation."""
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
-    first, _, last = add_pictures(folder, ["a red square"] * 6, steps=(0, 1, 2))
+    first, _, last = add_images(folder, ["a red square"] * 6, steps=(0, 1, 2))
     embedded = re.findall(r"base64,([^)]*)\)", page_of(folder))
     assert [base64.b64decode(text) for text in embedded] == [first.read_bytes(), last.read_bytes()]
 
@@ -263,10 +263,10 @@ def test_the_pictures_of_every_evaluation_are_embedded(tmp_path: Path) -> None:
 def test_each_caption_sits_under_its_own_cell(tmp_path: Path, num_cells: int) -> None:
     """CSS puts the x% of a strip on the x% of its box, so a cell begins at x% of (strip - cell)."""
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
-    (strip,) = add_pictures(folder, [f"picture {i}" for i in range(num_cells)], steps=(0,))
+    (strip,) = add_images(folder, [f"image {i}" for i in range(num_cells)], steps=(0,))
     page = page_of(folder)
     assert re.search(r"background-size:\s*300% 200%", page)
-    shown = re.findall(r"background-position: (\S+)% (\S+)%.*?<figcaption>picture (\d) \(seed&nbsp;(\d+)\)", page, re.S)
+    shown = re.findall(r"background-position: (\S+)% (\S+)%.*?<figcaption>image (\d) \(seed&nbsp;(\d+)\)", page, re.S)
     with Image.open(strip) as image:
         for i, (x, y, number, seed) in enumerate(shown):
             corner = round(float(x) / 100 * (24 - 8)), round(float(y) / 100 * (16 - 8))
@@ -309,7 +309,7 @@ def test_a_repeated_step_is_drawn_once_and_paid_twice() -> None:
     rows = two_updates(before=0.4, after=0.6)
     again = [*rows[:3], train(2, elapsed=80.0, reward=0.9), rows[3]]
     assert charts(again)[0].training == [(1, 0.5, 0), (2, 0.9, 0)]
-    assert "in 2 updates, 576 pictures" in headline(again)
+    assert "in 2 updates, 576 images" in headline(again)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -329,9 +329,9 @@ def test_the_command_line_writes_the_page_without_torch(tmp_path: Path) -> None:
 
 
 def judged(step: int, *, judge: float, oracle: float) -> Row:
-    """400 pictures whose standard deviations are 2 (judge) and 0.5 (oracle)."""
-    errors = {"judge/standard_error": 0.1, "oracle/standard_error": 0.025}
-    means = {"oracle": oracle, "judge": judge, "diversity": 0.3}
+    """400 images whose standard deviations are 2 (judge) and 0.5 (oracle)."""
+    errors = {"reward_model/standard_error": 0.1, "oracle/standard_error": 0.025}
+    means = {"oracle": oracle, "llava_reward": judge, "diversity": 0.3}
     return {"kind": "evaluation", "step": step, "num_images": 400, **means, **errors, "elapsed": float(step)}
 
 
@@ -345,11 +345,11 @@ for _row in HACKED:
     _row.pop("rewards/oracle", None)
 
 
-def test_gains_are_counted_in_standard_deviations_of_the_first_pictures() -> None:
+def test_gains_are_counted_in_standard_deviations_of_the_first_images() -> None:
     gap = hacking(HACKED)
     assert gap is not None
-    assert (gap.trained, gap.held_out) == ("judge", "oracle")
-    error = 2**0.5 * 0.05  # of the mean of 400 pictures, in their standard deviations, against another such mean
+    assert (gap.trained, gap.held_out) == ("llava_reward", "oracle")
+    error = 2**0.5 * 0.05  # of the mean of 400 images, in their standard deviations, against another such mean
     assert gap.trained_gains == [(0, 0, 0), pytest.approx((10, 1.0, error)), pytest.approx((20, 2.0, error))]
     assert gap.held_out_gains == [(0, 0, 0), pytest.approx((10, 0.5, error)), pytest.approx((20, 0.2, error))]
     assert "gap of +1.80" in gap.sentence
@@ -363,7 +363,7 @@ def test_the_gap_is_drawn_and_said(tmp_path: Path) -> None:
     assert "a gap of +1.80" in page
 
 
-@pytest.mark.parametrize("missing", ["judge", "oracle"])
+@pytest.mark.parametrize("missing", ["llava_reward", "oracle"])
 def test_without_both_kinds_of_reward_there_is_no_gap(missing: str) -> None:
     rows = [{key: value for key, value in row.items() if not key.startswith(missing)} for row in HACKED]
     assert hacking(rows) is None

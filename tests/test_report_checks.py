@@ -92,7 +92,7 @@ def test_without_errors_nothing_is_claimed_of_rewards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "lacking"), [("judge", "that is trained on"), ("oracle", "that is not trained on")]
+    ("missing", "lacking"), [("llava_reward", "that is trained on"), ("oracle", "that is not trained on")]
 )
 def test_a_check_that_cannot_be_made_says_what_it_lacks(missing: str, lacking: str) -> None:
     rows = [{k: v for k, v in row.items() if not k.startswith(missing)} for row in HACKED]
@@ -112,7 +112,7 @@ def diverse(first: float, last: float, *, error: float) -> list[Row]:
 @pytest.mark.parametrize(
     ("last", "error", "state"),
     [
-        (0.15, 0.001, "fine"),  # half of it: wrong pictures have gone
+        (0.15, 0.001, "fine"),  # half of it: wrong images have gone
         (0.09, 0.001, "warning"),  # under 0.3 / 3 = 0.1, by 0.01, with an error of sqrt((1/3)^2 + 1) * 0.001 = 0.00105
         (0.09, 0.004, "fine"),  # 0.01 is 2.4 errors of sqrt((1/3)^2 + 1) * 0.004 = 0.0042
         (0.00, 0.004, "warning"),
@@ -122,7 +122,7 @@ def test_a_collapse_is_a_third_of_the_first_diversity_beyond_its_errors(last: fl
     assert diversity_collapses(diverse(0.3, last, error=error), DDPO).state == state
 
 
-def test_one_picture_of_each_prompt_has_no_diversity_to_lose() -> None:
+def test_one_image_of_each_prompt_has_no_diversity_to_lose() -> None:
     found = diversity_collapses(diverse(0.0, 0.0, error=0.0), DDPO)
     assert (found.state, "--num_evaluation_images" in found.seen) == ("unknown", True)
 

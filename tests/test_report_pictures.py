@@ -15,32 +15,32 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf_t2i.evaluate import Evaluation, diversity, extremes, save_evaluation
 from rlhf_t2i.report.charts import Chart, draw, ticks
+from rlhf_t2i.report.images import MAX_STRIPS, best_and_worst, read_sheet, spread, through_training
 from rlhf_t2i.report.page import flags, typeset, write_report
-from rlhf_t2i.report.pictures import MAX_STRIPS, best_and_worst, read_sheet, spread, through_training
+from rlhf_t2i.training.evaluation import Evaluation, diversity, extremes, save_evaluation
 from tests import browser
 from tests.test_remote import free_port
-from tests.test_report import Page, Row, add_pictures, evaluation, plain, run_folder, train, two_updates
+from tests.test_report import Page, Row, add_images, evaluation, plain, run_folder, train, two_updates
 
 SIDE = 8
 TRAINED = train(1, elapsed=30.0)
 
 
 def seen(num: int, *, shade: float = 0.0) -> Evaluation:
-    """Picture i has i / 255 in red, the shade in green; the oracle likes late ones, pass is 1 for the last three."""
+    """Image i has i / 255 in red, the shade in green; the oracle likes late ones, pass is 1 for the last three."""
     images = torch.zeros(num, 3, SIDE, SIDE)
     images[:, 0] = torch.arange(num)[:, None, None] / 255
     images[:, 1] = shade
     scores = {"oracle": torch.arange(num) / 10, "pass": (torch.arange(num) >= num - 3).float()}
-    return Evaluation([f"picture {i}" for i in range(num)], [100 + i for i in range(num)], images, scores)
+    return Evaluation([f"image {i}" for i in range(num)], [100 + i for i in range(num)], images, scores)
 
 
 def looked_at(folder: Path, *, num: int = 40, steps: tuple[int, ...] = (0, 10, 20)) -> list[Row]:
-    """A run folder with the pictures of its evaluations, as a run leaves them; returns its rows."""
-    (folder / "pictures").mkdir()
+    """A run folder with the images of its evaluations, as a run leaves them; returns its rows."""
+    (folder / "images").mkdir()
     for step in steps:
-        save_evaluation(seen(num, shade=step / 100), folder / "pictures", step=step)
+        save_evaluation(seen(num, shade=step / 100), folder / "images", step=step)
     means = [{**evaluation(step, step / 10, 0.01, elapsed=1.0 + step), "num_images": num} for step in steps]
     rows = [means[0], TRAINED, *means[1:]]
     run_folder(folder, rows)
@@ -59,7 +59,7 @@ def looked_at(folder: Path, *, num: int = 40, steps: tuple[int, ...] = (0, 10, 2
         ([0.3, 0.4], 6, [1], [0]),
     ],
 )
-def test_the_utmost_pictures_come_in_order(scores: list[float], count: int, best: list[int], worst: list[int]) -> None:
+def test_the_utmost_images_come_in_order(scores: list[float], count: int, best: list[int], worst: list[int]) -> None:
     assert extremes(torch.tensor(scores), count=count) == (best, worst)
 
 
@@ -68,10 +68,10 @@ def test_every_score_of_an_evaluation_is_written_down(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "step_000010.json").read_text())
     assert told["scores"]["pass"] == [0.0] * 37 + [1.0] * 3
     assert told["scores"]["oracle"] == pytest.approx([i / 10 for i in range(40)])
-    assert (told["prompts"][39], told["seeds"][39]) == ("picture 39", 139)
+    assert (told["prompts"][39], told["seeds"][39]) == ("image 39", 139)
 
 
-def test_only_the_last_evaluation_keeps_its_utmost_pictures(tmp_path: Path) -> None:
+def test_only_the_last_evaluation_keeps_its_utmost_images(tmp_path: Path) -> None:
     for step in (0, 10):
         save_evaluation(seen(40), tmp_path, step=step)
     assert {path.name for path in tmp_path.glob("extremes*")} == {"extremes_000010.png", "extremes.json"}
@@ -79,7 +79,7 @@ def test_only_the_last_evaluation_keeps_its_utmost_pictures(tmp_path: Path) -> N
 
 
 def test_diversity_and_its_error_by_hand() -> None:
-    """Two prompts, whose pictures lie 0.2 and 0.6 apart at every pixel: 0.4 ± 0.283 / sqrt(2) = 0.2."""
+    """Two prompts, whose images lie 0.2 and 0.6 apart at every pixel: 0.4 ± 0.283 / sqrt(2) = 0.2."""
     values = torch.tensor([0.1, 0.3, 0.2, 0.8])
     images = values[:, None, None, None].expand(4, 3, 32, 32)
     assert diversity(images, ["a", "a", "b", "b"]) == pytest.approx((0.4, 0.2), abs=1e-6)
@@ -99,16 +99,16 @@ def test_of_many_evaluations_a_part_is_shown_evenly_spread() -> None:
 
 
 def test_each_strip_has_the_step_and_the_means_of_its_evaluation(tmp_path: Path) -> None:
-    through = through_training(tmp_path / "pictures", looked_at(tmp_path))
+    through = through_training(tmp_path / "images", looked_at(tmp_path))
     assert through is not None
     assert [strip.when for strip in through.strips] == ["before training", "after update 10", "after update 20"]
     assert [strip.verdict for strip in through.strips] == [f"oracle {n} ± 0.010" for n in ("0.000", "1.000", "2.000")]
-    assert through.cells[:2] == [("picture 0", 100), ("picture 1", 101)]
+    assert through.cells[:2] == [("image 0", 100), ("image 1", 101)]
     assert len(through.cells) == 32
 
 
-def strip_of_large_pictures(path: Path, *, step: int) -> None:
-    """Four of 400 pixels in rows of three; the red of a picture is `step` times its number."""
+def strip_of_large_images(path: Path, *, step: int) -> None:
+    """Four of 400 pixels in rows of three; the red of an image is `step` times its number."""
     strip = Image.new("RGB", (3 * 400, 2 * 400), "white")
     for cell in range(4):
         left, top = cell % 3 * 400, cell // 3 * 400
@@ -116,8 +116,8 @@ def strip_of_large_pictures(path: Path, *, step: int) -> None:
     strip.save(path)
 
 
-def test_large_pictures_become_thumbnails_that_do_not_run_into_one_another(tmp_path: Path) -> None:
-    strip_of_large_pictures(tmp_path / "strip.png", step=50)
+def test_large_images_become_thumbnails_that_do_not_run_into_one_another(tmp_path: Path) -> None:
+    strip_of_large_images(tmp_path / "strip.png", step=50)
     sheet = read_sheet(tmp_path / "strip.png", columns=3, num_cells=4)
     assert (sheet.columns, sheet.rows, sheet.side, sheet.place(3)) == (3, 2, 192, (0.0, 100.0))
     data = sheet.url.removeprefix("data:image/webp;base64,")
@@ -130,30 +130,30 @@ def test_large_pictures_become_thumbnails_that_do_not_run_into_one_another(tmp_p
 
 
 def test_thumbnails_are_made_once_for_each_strip(tmp_path: Path) -> None:
-    """A resumed run writes a strip anew, and its pictures may be others."""
+    """A resumed run writes a strip anew, and its images may be others."""
     path, kept = tmp_path / "strip.png", tmp_path / "strip.webp"
-    strip_of_large_pictures(path, step=50)
+    strip_of_large_images(path, step=50)
     first = read_sheet(path, columns=3, num_cells=4)
     made = kept.stat().st_mtime_ns
     assert read_sheet(path, columns=3, num_cells=4) == first
     assert kept.stat().st_mtime_ns == made
-    strip_of_large_pictures(path, step=20)
+    strip_of_large_images(path, step=20)
     os.utime(path, ns=(made + 1, made + 1))
     os.utime(kept, ns=(made, made))
     assert read_sheet(path, columns=3, num_cells=4) != first
     assert {one.name for one in tmp_path.iterdir()} == {"strip.png", "strip.webp"}
 
 
-def test_the_best_and_the_worst_are_those_pictures_with_their_scores(tmp_path: Path) -> None:
+def test_the_best_and_the_worst_are_those_images_with_their_scores(tmp_path: Path) -> None:
     rows = looked_at(tmp_path)
-    utmost = best_and_worst(tmp_path / "pictures", rows)
+    utmost = best_and_worst(tmp_path / "images", rows)
     assert utmost is not None
     sheet, (oracle, passed) = utmost
     assert (oracle.reward, oracle.trained, passed.trained) == ("oracle", True, False)
     assert [one.index for one in oracle.best] == [39, 38, 37, 36, 35, 34]
     assert [one.index for one in oracle.worst] == [0, 1, 2, 3, 4, 5]
     assert oracle.best[0].scores == {"oracle": pytest.approx(3.9), "pass": 1.0}
-    assert (oracle.best[0].prompt, oracle.best[0].seed) == ("picture 39", 139)
+    assert (oracle.best[0].prompt, oracle.best[0].seed) == ("image 39", 139)
     assert (oracle.num_equal, passed.num_equal) == ((1, 1), (3, 37))
     data = base64.b64decode(sheet.url.removeprefix("data:image/png;base64,"))
     with Image.open(io.BytesIO(data)) as strip:
@@ -162,15 +162,15 @@ def test_the_best_and_the_worst_are_those_pictures_with_their_scores(tmp_path: P
             assert strip.getpixel((corner[0], corner[1])) == (one.index, 51, 0)
 
 
-def test_utmost_pictures_of_an_evaluation_that_is_forgotten_are_not_shown(tmp_path: Path) -> None:
+def test_utmost_images_of_an_evaluation_that_is_forgotten_are_not_shown(tmp_path: Path) -> None:
     """A run that goes on from step 10 has no evaluation of step 20 any more."""
     rows = looked_at(tmp_path)
-    assert best_and_worst(tmp_path / "pictures", rows[:-1]) is None
+    assert best_and_worst(tmp_path / "images", rows[:-1]) is None
 
 
 def test_a_folder_of_an_earlier_version_has_a_page_without_them(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
-    add_pictures(folder, ["a red square"] * 6, steps=(0, 2))
+    add_images(folder, ["a red square"] * 6, steps=(0, 2))
     page = write_report(folder).read_text(encoding="utf-8")
     assert "The best and the worst" not in page
 
@@ -179,7 +179,7 @@ def test_warnings_come_first_and_what_is_fine_is_said(tmp_path: Path) -> None:
     rows = two_updates(before=0.4, after=0.6)
     text = Page(write_report(run_folder(tmp_path, rows)).read_text(encoding="utf-8")).text
     assert "Nothing to warn of" in text
-    assert "Pictures of one prompt still differ" in text
+    assert "Images of one prompt still differ" in text
     collapsed = [*rows[:-1], {**rows[-1], "diversity": 0.01}]
     text = Page(write_report(run_folder(tmp_path, collapsed)).read_text(encoding="utf-8")).text
     assert "1 warning\n" in text
@@ -222,7 +222,7 @@ def test_axes_have_round_numbers(low: float, high: float, texts: list[str]) -> N
 def test_a_curve_can_be_heard() -> None:
     chart = Chart("oracle", "", training=[(1.0, 0.25, 0.0), (9.0, 0.5, 0.0)], evaluation=[(10.0, 0.75, 0.1)])
     heard = (
-        "oracle: training pictures from 0.25 at update 1 to 0.5 at 9; evaluations from 0.75 at update 10 to 0.75 at 10"
+        "oracle: training images from 0.25 at update 1 to 0.5 at 9; evaluations from 0.75 at update 10 to 0.75 at 10"
     )
     assert f'aria-label="{heard}"' in draw(chart)
 
@@ -254,7 +254,7 @@ def test_the_slider_goes_through_training_on_any_screen(tmp_path: Path, page: br
     page.press("left")
     assert page.run(said).startswith("after update 10, oracle 1.000")
     assert page.run("return document.getElementById('step').getAttribute('aria-valuetext')") == page.run(said)
-    assert page.run("return document.querySelector('.now').ariaLabel") == "after update 10: picture 0"
+    assert page.run("return document.querySelector('.now').ariaLabel") == "after update 10: image 0"
     middle = page.run(shown)
     page.press("left")
     first = page.run(shown)
@@ -283,5 +283,5 @@ def test_without_its_script_the_page_shows_before_and_after(tmp_path: Path, page
     page.open(report.as_uri())
     assert page.run("return getComputedStyle(document.getElementById('slider')).display") == "none"
     labels = page.run("return [...document.querySelectorAll('.cells > span')].slice(0, 2).map(one => one.ariaLabel)")
-    assert labels == ["before training: picture 0", "after update 20: picture 0"]
+    assert labels == ["before training: image 0", "after update 20: image 0"]
     assert page.run("return document.querySelectorAll('.one').length") == 4 * 6, "best and worst, by two rewards"

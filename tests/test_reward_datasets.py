@@ -39,7 +39,7 @@ PUBLISHED_POINT = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the pictures a.png, b.png, more/c.jpg and more/d.webp."""
+    """A folder with the images a.png, b.png, more/c.jpg and more/d.webp."""
     (tmp_path / "more").mkdir()
     for name, colour in [("a.png", "red"), ("b.png", "blue"), ("more/c.jpg", "green"), ("more/d.webp", "white")]:
         Image.new("RGB", (24, 16), colour).save(tmp_path / name)
@@ -92,7 +92,7 @@ def refusal(path: Path, **options: Any) -> str:
         (PAIR | {"prompt": "", "id": 7, "comment": "no prompt"}, ("a.png", "b.png", "", "", False, 0.0)),
         (PAIR | {"prompt": "un café à Zürich, 東京"}, ("a.png", "b.png", *["un café à Zürich, 東京"] * 2, False, 0.0)),
     ],
-    ids=["pair", "rated", "rated by a whole number", "tie", "one picture", "two of both", "remarks", "Unicode"],
+    ids=["pair", "rated", "rated by a whole number", "tie", "one image", "two of both", "remarks", "Unicode"],
 )
 def test_each_form_of_our_own_pairs_says_what_it_says(
     folder: Path, row: dict[str, Any], expected: tuple[str, str, str, str, bool, float]
@@ -201,7 +201,7 @@ BAD_LINES: dict[str, tuple[object, list[str]]] = {
     "tie of two letters": ({"prompt": FOX, "tie": "ab"}, ["'tie' is 'ab'", "two strings"]),
     "id a list": (PAIR | {"id": [1]}, ["'id' is [1]", "text or number"]),
     "comment a number": (PAIR | {"comment": 1}, ["'comment' is 1", "text"]),
-    "same picture": (PAIR | {"loser": "./more/../a.png"}, ["a.png", FOX, "must differ"]),
+    "same image": (PAIR | {"loser": "./more/../a.png"}, ["a.png", FOX, "must differ"]),
     "tie with itself": ({"prompt": FOX, "tie": ["a.png", "a.png"]}, ["a.png", "must differ"]),
     "same prompt": ({"winner_prompt": FOX, "loser_prompt": FOX, "image": "a.png"}, [FOX, "must differ"]),
     "twin keys": (json.dumps(PAIR)[:-1] + ', "loser": "a.png"}', ["'loser'", "twice", "'b.png' and 'a.png'"]),
@@ -244,12 +244,12 @@ BAD_ELEMENTS: dict[str, tuple[object, list[str]]] = {
     "pair and point": (PUBLISHED_PAIR | {"label": 1}, ["'chosen_path' is unknown"]),
     "label true": (PUBLISHED_POINT | {"label": True}, ["'label' is True"]),
     "path null": (PUBLISHED_POINT | {"path": None}, ["'path' has None", "string"]),
-    "same picture": (PUBLISHED_PAIR | {"reject_path": "a.png"}, ["must differ"]),
+    "same image": (PUBLISHED_PAIR | {"reject_path": "a.png"}, ["must differ"]),
     "twin keys": ('{"path": "a.png", "label": 1, "label": 0, "prompt": ""}', ["'label'", "twice", "1 and 0"]),
     "our own format": (PAIR, ["'winner'", "unknown", "chosen_path"]),
     "a number": (3, ["3 is no record"]),
     "digits without end": ('{"label": ' + "9" * 5000 + "}", ["cannot be read", "4300"]),
-    "no such picture": (PUBLISHED_POINT | {"path": "/scr/shijie/1.jpg"}, ["'/scr/shijie/1.jpg'", "image_root"]),
+    "no such image": (PUBLISHED_POINT | {"path": "/scr/shijie/1.jpg"}, ["'/scr/shijie/1.jpg'", "image_root"]),
 }
 
 
@@ -366,10 +366,10 @@ def test_skipping_everything_is_an_error(folder: Path) -> None:
     assert len(log.read_text(encoding="utf-8").splitlines()) == 2
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
-def test_pictures_are_seen_from_the_file_or_from_the_given_root(folder: Path) -> None:
+def test_images_are_seen_from_the_file_or_from_the_given_root(folder: Path) -> None:
     row = PAIR | {"winner": "c.jpg", "loser": "d.webp"}
     expected = [folder / "more" / "c.jpg", folder / "more" / "d.webp"]
     for path, root in [
@@ -403,7 +403,7 @@ def test_links_within_the_root_are_followed_and_unmask_twins(folder: Path) -> No
     assert "must differ" in refusal(write_lines(folder, PAIR | {"winner": "link.png"}))
 
 
-def test_a_root_that_is_itself_a_link_holds_its_pictures(folder: Path) -> None:
+def test_a_root_that_is_itself_a_link_holds_its_images(folder: Path) -> None:
     (folder / "root").symlink_to(folder / "more")
     (record,) = load_records(write_lines(folder, POINT | {"image": "c.jpg"}), image_root=folder / "root")
     assert isinstance(record, LabelledImage)
@@ -416,14 +416,14 @@ def test_links_in_a_circle_are_refused(folder: Path) -> None:
 
 
 def spoil(folder: Path, name: str) -> str:
-    """Make a picture that is none in one of several ways, and name it."""
+    """Make an image that is none in one of several ways, and name it."""
     match name:
         case "empty":
             (folder / "x.png").write_bytes(b"")
         case "folder":
             (folder / "x.png").mkdir()
         case "text":
-            (folder / "x.png").write_text("not a picture", encoding="utf-8")
+            (folder / "x.png").write_text("not an image", encoding="utf-8")
         case "pipe":
             os.mkfifo(folder / "x.png")
         case "flipped bit":
@@ -447,11 +447,11 @@ def spoil(folder: Path, name: str) -> str:
         ("folder", "not a file"),
         ("pipe", "not a file"),
         ("text", "cannot identify"),
-        ("flipped bit", "cannot be read as a picture"),
-        *((suffix, "cannot be read as a picture") for suffix in ("png", "jpg", "webp", "gif", "bmp", "tiff")),
+        ("flipped bit", "cannot be read as an image"),
+        *((suffix, "cannot be read as an image") for suffix in ("png", "jpg", "webp", "gif", "bmp", "tiff")),
     ],
 )
-def test_a_broken_picture_is_refused(folder: Path, way: str, clue: str) -> None:
+def test_a_broken_image_is_refused(folder: Path, way: str, clue: str) -> None:
     path = write_lines(folder, PAIR, POINT | {"image": spoil(folder, way)})
     message = refusal(path)
     assert message.startswith(f"{path}:2: the image 'x.png'")
@@ -468,12 +468,12 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("suffix", "mode"), KINDS)
-def test_sound_pictures_of_every_common_kind_pass(folder: Path, suffix: str, mode: str) -> None:
+def test_sound_images_of_every_common_kind_pass(folder: Path, suffix: str, mode: str) -> None:
     Image.new(mode, (9, 7)).save(folder / f"x.{suffix}")
     assert len(load_records(write_lines(folder, POINT | {"image": f"x.{suffix}"}))) == 1
 
 
-def test_a_picture_may_have_max_pixels_and_not_one_more(folder: Path) -> None:
+def test_a_image_may_have_max_pixels_and_not_one_more(folder: Path) -> None:
     path = write_lines(folder, PAIR)
     assert len(load_records(path, max_pixels=24 * 16)) == 1
     message = refusal(path, max_pixels=24 * 16 - 1)
@@ -496,7 +496,7 @@ def test_pillows_own_words_on_bombs_do_not_leak(folder: Path, monkeypatch: pytes
     assert leaked == []
 
 
-def test_each_picture_is_opened_once_however_it_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_is_opened_once_however_it_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     look = images.flaw_of_image
 
@@ -565,10 +565,10 @@ def test_the_split_depends_on_the_seed_but_not_on_the_order() -> None:
 
 
 def test_prompts_that_are_linked_through_a_chain_stay_together() -> None:
-    picture = Path("a.png")
-    chain: list[Record] = [PreferencePair(picture, picture, str(i), str(i + 1)) for i in range(50)]
+    image = Path("a.png")
+    chain: list[Record] = [PreferencePair(image, image, str(i), str(i + 1)) for i in range(50)]
     random.Random(0).shuffle(chain)
-    others: list[Record] = [LabelledImage(picture, f"other {i}", 1) for i in range(50)]
+    others: list[Record] = [LabelledImage(image, f"other {i}", 1) for i in range(50)]
     for seed in range(10):
         training, validation = split_by_prompt(chain + others, share=0.4, seed=seed)
         assert set(chain) <= set(training)
@@ -692,18 +692,18 @@ def check_records(records: list[Record], root: Path) -> None:
         if isinstance(record, LabelledImage):
             assert type(record.label) is int
             assert record.label in (0, 1)
-            pictures, texts = [record.image], [record.prompt]
+            paths, texts = [record.image], [record.prompt]
         else:
-            pictures, texts = [record.winner, record.loser], [record.winner_prompt, record.loser_prompt]
-            assert (pictures[0], texts[0]) != (pictures[1], texts[1])
+            paths, texts = [record.winner, record.loser], [record.winner_prompt, record.loser_prompt]
+            assert (paths[0], texts[0]) != (paths[1], texts[1])
             assert type(record.tie) is bool
             assert type(record.rating_gap) is float
             assert 0 <= record.rating_gap < float("inf")
             assert not (record.tie and record.rating_gap)
         assert all(isinstance(text, str) and text.encode() is not None for text in texts)
-        for picture in pictures:
-            assert picture.is_relative_to(root)
-            with Image.open(picture) as image:
+        for path in paths:
+            assert path.is_relative_to(root)
+            with Image.open(path) as image:
                 image.load()
 
 

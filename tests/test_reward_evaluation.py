@@ -14,7 +14,16 @@ import pytest
 import torch
 from scipy import stats
 
-from reward_model.evaluation import (
+from reward_model.benchmarks.metrics import (
+    Metric,
+    gap_metrics,
+    label_metrics,
+    pair_metrics,
+    rating_metrics,
+    table,
+    to_csv,
+)
+from reward_model.benchmarks.statistics import (
     Confusion,
     UndefinedMetricError,
     auroc,
@@ -30,7 +39,6 @@ from reward_model.evaluation import (
     spearman,
     tie_optimised_accuracy,
 )
-from reward_model.metrics import Metric, gap_metrics, label_metrics, pair_metrics, rating_metrics, table, to_csv
 
 SEEDS = range(20)
 
@@ -310,12 +318,12 @@ def test_the_classes_change_places_with_their_names() -> None:
 def test_a_missed_class_has_f1_zero_and_an_absent_one_none() -> None:
     missed = confusion([0.9, 0.8], [1, 0])
     assert (missed.f1(0), missed.recall(0)) == (0, 0)
-    with pytest.raises(UndefinedMetricError, match="No picture is called 0"):
+    with pytest.raises(UndefinedMetricError, match="No image is called 0"):
         missed.precision(0)
     absent = confusion([0.9, 0.8], [1, 1])
-    with pytest.raises(UndefinedMetricError, match="No picture is labelled 0"):
+    with pytest.raises(UndefinedMetricError, match="No image is labelled 0"):
         absent.recall(0)
-    with pytest.raises(UndefinedMetricError, match="No picture is labelled or called 0"):
+    with pytest.raises(UndefinedMetricError, match="No image is labelled or called 0"):
         absent.f1(0)
 
 
@@ -345,7 +353,7 @@ def test_auroc_in_the_limits() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    """Three bins of one picture each, off by 0.05, 0.85 and 0.05."""
+    """Three bins of one image each, off by 0.05, 0.85 and 0.05."""
     assert calibration_error([0.05, 0.15, 0.95], [0, 1, 1]) == pytest.approx(0.95 / 3)
 
 
@@ -446,7 +454,7 @@ def test_a_judge_without_mistakes_gets_an_interval_without_width() -> None:
 
 
 def test_undefined_resamples_are_drawn_again() -> None:
-    """A third of the resamples lack the only bad picture; the others say what they say."""
+    """A third of the resamples lack the only bad image; the others say what they say."""
     draws, values = np.random.default_rng(0), []
     scores, labels = np.array([0.1, 0.5, 0.3, 0.9]), np.array([1, 1, 0, 1])
     while len(values) < 100:
@@ -494,7 +502,7 @@ def test_pair_metrics_by_hand() -> None:
     assert metrics["calibration_error"].value == pytest.approx(expected)
 
 
-def test_pair_metrics_do_not_depend_on_which_picture_comes_first() -> None:
+def test_pair_metrics_do_not_depend_on_which_image_comes_first() -> None:
     rng = np.random.default_rng(0)
     logits, outcomes, flip = rng.normal(size=80), rng.choice([-1, 0, 1], size=80), rng.choice([-1, 1], size=80)
     assert pair_metrics(logits, outcomes, num_resamples=20) == pair_metrics(
@@ -564,7 +572,7 @@ def test_label_metrics_bundle_the_single_ones() -> None:
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_rating_intervals_resample_pictures_and_never_pair_one_with_itself(grouped: bool) -> None:
+def test_rating_intervals_resample_images_and_never_pair_one_with_itself(grouped: bool) -> None:
     rng = np.random.default_rng(1)
     scores, ratings = coarse(rng, 12), coarse(rng, 12, step=1.0)
     groups = np.arange(12) % 2 if grouped else np.zeros(12)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_t2i.rewards.gradient import judge_with_gradient, require_gradient
+from rlhf_t2i.rewards.gradient import require_gradient, score_with_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_rewards
 
 PROMPTS = ["a red circle on a blue background", "a blue square on a red background"]
@@ -37,26 +37,26 @@ def sum_of(*parts: tuple[str, float]) -> WeightedSum:
     return WeightedSum(tuple((CheckedReward(name, globals()[name]), weight) for name, weight in parts))
 
 
-def pictures(*, low: float = -0.5, high: float = 1.5) -> Tensor:
+def random_images(*, low: float = -0.5, high: float = 1.5) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return (low + (high - low) * torch.rand(2, 3, 8, 8, generator=generator)).requires_grad_()
 
 
 def test_several_judges_are_one_weighted_reward_with_its_gradient() -> None:
-    images = pictures()
-    judgement = judge_with_gradient(sum_of(("contrast", 2.0), ("brightness", -0.5)), images, PROMPTS)
+    images = random_images()
+    judgement = score_with_gradient(sum_of(("contrast", 2.0), ("brightness", -0.5)), images, PROMPTS)
     shown = images.detach().clamp(0, 1)
     assert_close(judgement.rewards, 2 * contrast(shown, PROMPTS) - 0.5 * brightness(shown, PROMPTS))
     assert_close(judgement.verdicts, {"contrast": contrast(shown, PROMPTS), "brightness": brightness(shown, PROMPTS)})
     expected = (4 * shown - 0.5) / (3 * 8 * 8)
-    assert_close(judgement.slope, expected)
+    assert_close(judgement.pixel_gradient, expected)
     (found,) = torch.autograd.grad((torch.tensor([1.0, -3.0]) * judgement.rewards).sum(), images)
     assert_close(found, torch.tensor([1.0, -3.0])[:, None, None, None] * expected)
 
 
 def test_a_pixel_beyond_white_is_judged_as_white_and_keeps_its_gradient() -> None:
     images = torch.full((1, 3, 4, 4), 1.7, requires_grad=True)
-    judgement = judge_with_gradient(sum_of(("contrast", 1.0)), images, PROMPTS[:1])
+    judgement = score_with_gradient(sum_of(("contrast", 1.0)), images, PROMPTS[:1])
     assert judgement.rewards.item() == 1
     judgement.rewards.sum().backward()
     assert images.grad is not None
@@ -64,12 +64,12 @@ def test_a_pixel_beyond_white_is_judged_as_white_and_keeps_its_gradient() -> Non
 
 
 def test_the_built_in_judge_gives_the_gradient_of_finite_differences() -> None:
-    images = pictures(low=0.2, high=0.8)
+    images = random_images(low=0.2, high=0.8)
     images = torch.nn.functional.interpolate(images.detach(), (32, 32), mode="bilinear").requires_grad_()
-    reward = load_rewards("judge")
-    judgement = judge_with_gradient(reward, images, PROMPTS)
-    length = judgement.slope.flatten(1).norm(dim=1)[:, None, None, None]
-    step = 1e-3 * judgement.slope / length
+    reward = load_rewards("llava_reward")
+    judgement = score_with_gradient(reward, images, PROMPTS)
+    length = judgement.pixel_gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    step = 1e-3 * judgement.pixel_gradient / length
     with torch.no_grad():
         ends = [reward(images + sign * step, PROMPTS)[0] for sign in (1, -1)]
     assert_close((ends[0] - ends[1]) / 2e-3, length.flatten(), rtol=2e-2, atol=0)
@@ -89,7 +89,7 @@ def test_a_reward_of_ones_own_without_a_gradient_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' has no gradient with respect to the pixels"):
         require_gradient(sum_of(("contrast", 1.0), (name, 1.0)), prompt=PROMPTS[0])
     with pytest.raises(ValueError, match=rf"'{name}' has no gradient"):
-        judge_with_gradient(sum_of((name, 1.0)), pictures(), PROMPTS)
+        score_with_gradient(sum_of((name, 1.0)), random_images(), PROMPTS)
 
 
 def test_differentiable_rewards_are_let_through() -> None:
@@ -101,4 +101,4 @@ def test_a_gradient_that_is_not_finite_names_the_reward_and_the_prompt() -> None
     with pytest.raises(
         ValueError, match=r"gradient of the reward 'steep_at_black' is not finite for the prompt 'a blue"
     ):
-        judge_with_gradient(sum_of(("contrast", 1.0), ("steep_at_black", 1.0)), images, PROMPTS)
+        score_with_gradient(sum_of(("contrast", 1.0), ("steep_at_black", 1.0)), images, PROMPTS)

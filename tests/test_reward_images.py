@@ -1,4 +1,4 @@
-"""Pictures of every kind become the same RGB numbers, and processors' arithmetic in torch keeps gradients."""
+"""Images of every kind become the same RGB numbers, and processors' arithmetic in torch keeps gradients."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judges import bytes_of, picture
 from PIL import Image
 from torch.testing import assert_close
 
 from reward_model import images
 from reward_model.images import centre_crop, clamp_keeping_gradient, normalise, resize, to_tensor
+from tests.reward_models import bytes_of
 
 PIXELS = bytes_of(5, 7)
 ARRAY = PIXELS.permute(1, 2, 0).numpy()
@@ -22,8 +22,8 @@ ARRAY = PIXELS.permute(1, 2, 0).numpy()
 # --- what may be handed over ----------------------------------------------------------------------
 
 
-def test_every_kind_of_picture_is_the_same_tensor(tmp_path: Path) -> None:
-    file = tmp_path / "picture.png"
+def test_every_kind_of_image_is_the_same_tensor(tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
     Image.fromarray(ARRAY).save(file)
     expected = PIXELS.float() / 255
     for given in (file, str(file), Image.open(file), Image.fromarray(ARRAY), ARRAY, ARRAY / 255.0, PIXELS, expected):
@@ -31,18 +31,18 @@ def test_every_kind_of_picture_is_the_same_tensor(tmp_path: Path) -> None:
 
 
 def test_a_float_tensor_keeps_its_graph() -> None:
-    pixels = picture(4, 4).requires_grad_()
+    pixels = random_image(4, 4).requires_grad_()
     to_tensor(pixels).sum().backward()
     assert torch.equal(pixels.grad, torch.ones(3, 4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_floats_of_another_width_become_float32(dtype: torch.dtype) -> None:
-    pixels = picture(4, 4).to(dtype)
+    pixels = random_image(4, 4).to(dtype)
     assert torch.equal(to_tensor(pixels), pixels.float())
 
 
-def test_grey_pictures_have_three_equal_channels() -> None:
+def test_grey_images_have_three_equal_channels() -> None:
     grey = ARRAY[..., 0]
     expected = torch.from_numpy(grey).float().expand(3, 5, 7) / 255
     assert torch.equal(to_tensor(grey), expected)
@@ -55,7 +55,7 @@ def test_transparent_pixels_are_laid_on_white(suffix: str, tmp_path: Path) -> No
     rgba = np.zeros((2, 3, 4), dtype=np.uint8)
     rgba[..., 0], rgba[..., 2] = 200, 40
     rgba[..., 3] = [[0, 51, 255], [102, 204, 0]]
-    file = tmp_path / f"picture.{suffix}"
+    file = tmp_path / f"image.{suffix}"
     Image.fromarray(rgba).save(file, **({"lossless": True, "exact": True} if suffix == "webp" else {}))
     alpha = torch.from_numpy(rgba[..., 3]).float() / 255
     colour = torch.tensor([200.0, 0.0, 40.0])[:, None, None] / 255
@@ -88,7 +88,7 @@ def test_a_turned_photograph_is_seen_upright(orientation: int, turns: int, tmp_p
 
 
 def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
-    """Pillow cuts such a picture off at 255, which would make nearly all of it white."""
+    """Pillow cuts such an image off at 255, which would make nearly all of it white."""
     grey = (np.arange(35).reshape(5, 7) * 1800).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "deep.png")
     expected = torch.from_numpy(grey / 65535).float().expand(3, 5, 7)
@@ -121,7 +121,7 @@ def test_numbers_without_a_white_are_refused(mode: str) -> None:
         (np.full((4, 4, 3), np.nan), ValueError, "not finite"),
     ],
 )
-def test_what_is_no_picture_is_refused_by_name(given: object, error: type[Exception], named: str) -> None:
+def test_what_is_no_image_is_refused_by_name(given: object, error: type[Exception], named: str) -> None:
     with pytest.raises(error, match=named):
         to_tensor(given)
 
@@ -133,20 +133,20 @@ def test_another_type_is_refused_by_name(given: object, named: str) -> None:
         unchecked(given)
 
 
-def test_files_that_are_missing_or_no_pictures_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no picture '.*absent\.png'"):
+def test_files_that_are_missing_or_no_images_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no image '.*absent\.png'"):
         to_tensor(tmp_path / "absent.png")
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         to_tensor(tmp_path)  # a folder
-    (tmp_path / "words.png").write_text("not a picture")
-    with pytest.raises(ValueError, match=r"words\.png' is no picture"):
+    (tmp_path / "words.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"words\.png' is no image"):
         to_tensor(tmp_path / "words.png")
     Image.fromarray(bytes_of(64, 64).permute(1, 2, 0).numpy()).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"half\.png' is no picture"):
+    with pytest.raises(ValueError, match=r"half\.png' is no image"):
         to_tensor(tmp_path / "half.png")
     (tmp_path / "empty.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"empty\.png' is no picture"):
+    with pytest.raises(ValueError, match=r"empty\.png' is no image"):
         to_tensor(tmp_path / "empty.png")
 
 
@@ -165,7 +165,7 @@ def test_pillows_own_limits_raise_our_error(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # a warning from here on, an error from twice as many
     assert to_tensor(tmp_path / "large.png").shape == (3, 30, 40)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(ValueError, match=r"large\.png' is no picture that can be read: .*1200 pixels"):
+    with pytest.raises(ValueError, match=r"large\.png' is no image that can be read: .*1200 pixels"):
         to_tensor(tmp_path / "large.png")
 
 
@@ -181,8 +181,8 @@ def test_clamping_cuts_values_off_but_no_gradient() -> None:
 
 
 def test_resizing_to_the_same_size_is_exact() -> None:
-    pictures = picture(9, 6)[None]
-    assert torch.equal(resize(pictures, 9, 6), pictures)
+    images = random_image(9, 6)[None]
+    assert torch.equal(resize(images, 9, 6), images)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_resizing_is_pillows_up_to_its_rounding(height: int, width: int, contras
     assert_close(ours, to_tensor(pillow), rtol=0, atol=1.6 / 255)
 
 
-def test_resizing_sees_pictures_cut_off_at_black_and_white_and_never_leaves_that_range() -> None:
-    wild = picture(10, 10, low=-0.8, high=1.9)[None]
+def test_resizing_sees_images_cut_off_at_black_and_white_and_never_leaves_that_range() -> None:
+    wild = random_image(10, 10, low=-0.8, high=1.9)[None]
     for size in ((10, 10), (7, 23), (25, 31)):
         out = resize(wild, *size)
         assert_close(out, resize(wild.clamp(0, 1), *size), rtol=0, atol=1e-6)
@@ -209,7 +209,7 @@ def test_the_middle_is_the_processors_middle(height: int, width: int) -> None:
     from transformers.image_transforms import center_crop
     from transformers.image_utils import ChannelDimension
 
-    pixels = picture(height, width)
+    pixels = random_image(height, width)
     first = ChannelDimension.FIRST
     theirs = center_crop(pixels.numpy(), (4, 4), data_format=first, input_data_format=first)
     assert torch.equal(centre_crop(pixels[None], 4, 4)[0], torch.from_numpy(theirs.copy()))

@@ -46,7 +46,7 @@ def test_logits_of_vectors_are_their_cross_product_over_the_temperature() -> Non
 
 
 @pytest.mark.parametrize(("kind", "size"), [("scalar", 1), ("general_preference", 2)])
-def test_swapping_two_pictures_only_changes_the_sign(kind: HeadKind, size: int) -> None:
+def test_swapping_two_images_only_changes_the_sign(kind: HeadKind, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(50, size, generator=generator) for _ in range(2))
     there = preference_logits(first, second, kind=kind, temperature=0.3)
@@ -124,7 +124,7 @@ def test_a_tie_costs_least_between_equals_and_the_same_both_ways() -> None:
     losses = preference_losses(logits, torch.ones(81, dtype=torch.bool), tie_width=0.5)
     assert losses.argmin() == 40  # where the logit is 0
     assert_close(losses, losses.flip(0))
-    # By hand: two equal pictures tie with probability (e^t - 1) / (e^t + 1) = tanh(t / 2).
+    # By hand: two equal images tie with probability (e^t - 1) / (e^t + 1) = tanh(t / 2).
     assert losses[40].item() == pytest.approx(-math.log(math.tanh(0.25)))
 
 

@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from judges import (
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from reward_model import images
+from reward_model.checkpoint import FACTS, WEIGHTS, bundle_tensors, load_reward_model, read_config, save_bundle
+from reward_model.config import RewardModelConfig
+from reward_model.losses import preference_losses
+from reward_model.model import GROUPS, RewardModel, last_real_token, parameter_table
+from reward_model.scoring import LlavaReward
+from reward_model.types import LabelledImage, PreferencePair
+from tests.reward_models import (
     ALL_FAMILIES,
     FAMILIES,
     WIDTH,
@@ -23,23 +35,11 @@ from judges import (
     facts_of,
     fresh_backbone,
     fresh_model,
-    judge_folder,
     load,
-    picture,
+    random_image,
+    reward_model_folder,
     scatter,
 )
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.testing import assert_close
-
-from reward_model import images
-from reward_model.checkpoint import FACTS, WEIGHTS, bundle_tensors, load_judge, read_facts, save_bundle
-from reward_model.facts import Facts
-from reward_model.losses import preference_losses
-from reward_model.model import GROUPS, RewardModel, last_real_token, parameter_table
-from reward_model.scoring import LlavaReward
-from reward_model.types import LabelledImage, PreferencePair
 
 PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
 SIZES = {
@@ -51,9 +51,9 @@ SIZES = {
 }
 
 
-def pictures_of(family: str) -> list[Tensor]:
+def images_of(family: str) -> list[Tensor]:
     """Of three sizes: but for LLaVA also of three numbers of tokens."""
-    return [picture(*size, seed=i) for i, size in enumerate(SIZES[family])]
+    return [random_image(*size, seed=i) for i, size in enumerate(SIZES[family])]
 
 
 def assert_same(one: Tensor, other: Tensor) -> None:
@@ -86,27 +86,27 @@ def test_the_gradient_of_a_score_reaches_the_pixels_and_is_finite_differences(
 ) -> None:
     """Along five directions, through resizing, vision tower, projector, language model, SkipCA and head.
 
-    In float32 (both families compute their norms in it), with pictures that stay clear of black and white.
+    In float32 (both families compute their norms in it), with images that stay clear of black and white.
     """
-    judge, pixels = load(family), picture(*size, low=0.35, high=0.65).requires_grad_()
+    judge, pixels = load(family), random_image(*size, low=0.35, high=0.65).requires_grad_()
     judge.score([pixels], ["a red fox"]).sum().backward()
     generator, step = torch.Generator().manual_seed(0), 5e-4 if family in ("llava_next", "qwen3_vl") else 2e-3
     for _ in range(5):
-        # Smooth directions: white noise would mostly cancel where a picture is made smaller.
+        # Smooth directions: white noise would mostly cancel where an image is made smaller.
         coarse = torch.randn(1, 3, 6, 6, generator=generator)
         direction = torch.nn.functional.interpolate(coarse, size, mode="bilinear")[0]
         ahead, behind = (pixels.detach() + sign * step * direction for sign in (1, -1))
         difference = judge.score([ahead, behind], ["a red fox"] * 2) @ torch.tensor([1.0, -1.0]) / (2 * step)
-        slope = (pixels.grad * direction).sum()
-        assert_close(difference, slope, rtol=0.02, atol=0.02 * pixels.grad.norm().item())
-        assert slope.abs() > 1e-3
+        pixel_gradient = (pixels.grad * direction).sum()
+        assert_close(difference, pixel_gradient, rtol=0.02, atol=0.02 * pixels.grad.norm().item())
+        assert pixel_gradient.abs() > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saturated_pixels_keep_their_gradient(family: str) -> None:
     """A painter that has reached black or white must be able to come back."""
     judge = load(family)
-    saturated = (picture(56, 56) > 0.5).float()
+    saturated = (random_image(56, 56) > 0.5).float()
     gradients = []
     for inset in (0.0, 1e-4):
         pixels = saturated.lerp(torch.tensor(0.5), inset).requires_grad_()
@@ -119,16 +119,16 @@ def test_saturated_pixels_keep_their_gradient(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pixels_beyond_black_and_white_score_as_if_cut_off(family: str) -> None:
-    """Also where a picture is resized: the processors of both families resize pictures of 8 bits."""
-    wild = [picture(*size, seed=i, low=-0.7, high=1.8) for i, size in enumerate(SIZES[family])]
+    """Also where an image is resized: the processors of both families resize images of 8 bits."""
+    wild = [random_image(*size, seed=i, low=-0.7, high=1.8) for i, size in enumerate(SIZES[family])]
     judge = load(family)
     assert_same(judge.score(wild, PROMPTS), judge.score([one.clamp(0, 1) for one in wild], PROMPTS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_pictures_gradient_is_its_own(family: str) -> None:
+def test_each_images_gradient_is_its_own(family: str) -> None:
     judge = load(family)
-    together = [one.requires_grad_() for one in pictures_of(family)]
+    together = [one.requires_grad_() for one in images_of(family)]
     judge.score(together, PROMPTS, batch_size=2).sum().backward()
     for one, prompt in zip(together, PROMPTS, strict=True):
         alone = one.detach().clone().requires_grad_()
@@ -137,8 +137,8 @@ def test_each_pictures_gradient_is_its_own(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_graph_is_kept_only_for_a_picture_that_asks_and_never_for_weights(family: str) -> None:
-    judge, plain = load(family), picture(56, 56)
+def test_a_graph_is_kept_only_for_a_image_that_asks_and_never_for_weights(family: str) -> None:
+    judge, plain = load(family), random_image(56, 56)
     assert not judge.score([plain], ["a fox"]).requires_grad
     asking = plain.clone().requires_grad_()
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_a_graph_is_kept_only_for_a_picture_that_asks_and_never_for_weights(fami
 def test_a_score_does_not_depend_on_its_neighbours_their_order_or_the_padding(family: str, side: str) -> None:
     """Neighbours have other sizes, other numbers of visual tokens, and longer and shorter prompts."""
     judge = LlavaReward(fresh_model(family, padding_side=side))
-    shown = pictures_of(family)
+    shown = images_of(family)
     alone = torch.cat([judge.score([one], [prompt]) for one, prompt in zip(shown, PROMPTS, strict=True)])
     assert alone.std() > 0.1
     assert_same(judge.score(shown, PROMPTS), alone)
@@ -175,22 +175,22 @@ def test_a_score_does_not_depend_on_its_neighbours_their_order_or_the_padding(fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_score_depends_on_the_picture_and_on_the_prompt(family: str) -> None:
+def test_a_score_depends_on_the_image_and_on_the_prompt(family: str) -> None:
     """A guard for all tests of sameness here."""
-    judge, shown = load(family), [picture(56, 56, seed=i) for i in range(4)]
-    of_pictures, of_prompts = judge.score(shown, ["a red fox"] * 4), judge.score(shown[:1] * 3, PROMPTS)
-    assert of_pictures.std() > 0.1
+    judge, shown = load(family), [random_image(56, 56, seed=i) for i in range(4)]
+    of_images, of_prompts = judge.score(shown, ["a red fox"] * 4), judge.score(shown[:1] * 3, PROMPTS)
+    assert of_images.std() > 0.1
     assert of_prompts.std() > 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_the_same_picture_scores_alike(family: str, tmp_path: Path) -> None:
+def test_every_kind_of_the_same_image_scores_alike(family: str, tmp_path: Path) -> None:
     pixels = bytes_of(60, 57)
     array = pixels.permute(1, 2, 0).numpy()
-    Image.fromarray(array).save(tmp_path / "picture.png")
-    kinds = [pixels.float() / 255, pixels, array, array / 255.0, Image.fromarray(array), tmp_path / "picture.png"]
+    Image.fromarray(array).save(tmp_path / "image.png")
+    kinds = [pixels.float() / 255, pixels, array, array / 255.0, Image.fromarray(array), tmp_path / "image.png"]
     judge = load(family)
-    scores = judge.score([*kinds, str(tmp_path / "picture.png")], ["a red fox"] * 7)
+    scores = judge.score([*kinds, str(tmp_path / "image.png")], ["a red fox"] * 7)
     assert_same(scores, scores[:1].expand(7))
     assert_same(judge.score(torch.stack([kinds[0]] * 2), ["a red fox"] * 2), scores[:2])
 
@@ -198,8 +198,8 @@ def test_every_kind_of_the_same_picture_scores_alike(family: str, tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_scores_are_float32_and_the_batch_size_does_not_change_them(family: str, dtype: torch.dtype) -> None:
-    judge = LlavaReward.from_pretrained(judge_folder(family), dtype=dtype)
-    shown, prompts = pictures_of(family) * 2, PROMPTS * 2
+    judge = LlavaReward.from_pretrained(reward_model_folder(family), dtype=dtype)
+    shown, prompts = images_of(family) * 2, PROMPTS * 2
     whole = judge.score(shown, prompts)
     assert whole.dtype == torch.float32
     tolerance = 2e-5 if dtype == torch.float32 else 0.1 * whole.std().item()
@@ -218,7 +218,7 @@ def test_the_last_real_token_is_found_on_either_side() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_score_is_the_head_of_skip_ca_of_the_last_word_and_the_visual_tokens(family: str) -> None:
     model = fresh_model(family)
-    shown = pictures_of(family)
+    shown = images_of(family)
     inputs, part = model.backbone.prepare(shown, PROMPTS), model.perspectives["alignment"]
     with torch.no_grad():
         reading, expected = model.backbone.read(inputs), []
@@ -239,7 +239,7 @@ def snapshot(model: RewardModel) -> dict[str, Tensor]:
 def one_step(model: RewardModel, family: str) -> None:
     """AdamW on one pair, as far as a test needs it."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    verdicts = model(**model.backbone.prepare(pictures_of(family)[:2], ["a red fox", "a red fox"]))
+    verdicts = model(**model.backbone.prepare(images_of(family)[:2], ["a red fox", "a red fox"]))
     preference_losses((verdicts[:1] - verdicts[1:])[:, 0], torch.tensor([False])).sum().backward()
     optimizer.step()
 
@@ -286,7 +286,7 @@ def test_a_fresh_lora_moves_its_second_half_first_and_all_of_it_in_two_steps(fam
 def test_an_untrained_perspective_reads_as_the_backbone_does(family: str) -> None:
     """LoRA starts as nothing, the projector as the backbone's own."""
     backbone = fresh_backbone(family)
-    inputs = backbone.prepare(pictures_of(family), PROMPTS)
+    inputs = backbone.prepare(images_of(family), PROMPTS)
     with torch.no_grad():
         before = backbone.read(inputs)
         model = RewardModel(backbone)
@@ -353,16 +353,16 @@ PERSPECTIVES = {
 def test_a_saved_judge_gives_the_same_verdicts_to_the_bit(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = fresh_model(family, **options)
     save_bundle(model.facts["alignment"], bundle_tensors(model, "alignment"), tmp_path)
-    loaded = load_judge(tmp_path)
-    inputs = model.backbone.prepare(pictures_of(family), PROMPTS)
+    loaded = load_reward_model(tmp_path)
+    inputs = model.backbone.prepare(images_of(family), PROMPTS)
     with torch.no_grad():
-        assert torch.equal(model(**inputs), loaded(**loaded.backbone.prepare(pictures_of(family), PROMPTS)))
+        assert torch.equal(model(**inputs), loaded(**loaded.backbone.prepare(images_of(family), PROMPTS)))
     assert loaded.facts == model.facts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bundle_is_one_safetensors_file_and_one_json_of_just_what_learns(family: str) -> None:
-    folder, without = judge_folder(family), judge_folder(family, skip_ca=False)
+    folder, without = reward_model_folder(family), reward_model_folder(family, skip_ca=False)
     for bundle in (folder, without):
         assert {path.name for path in bundle.iterdir()} == {"llava_reward.safetensors", "llava_reward.json"}
     with_skip_ca, plain = load_file(folder / WEIGHTS), load_file(without / WEIGHTS)
@@ -370,14 +370,14 @@ def test_a_bundle_is_one_safetensors_file_and_one_json_of_just_what_learns(famil
     assert {key.partition(".")[0] for key in plain} == set(GROUPS) - {"skip_ca"}
     assert {tensor.dtype for tensor in with_skip_ca.values()} == {torch.float32}
     assert json.loads((folder / FACTS).read_text())["format"] == 1
-    assert read_facts(folder) == facts_of(family)
-    assert Facts.from_json(facts_of(family).to_json(), where="here") == facts_of(family)
+    assert read_config(folder) == facts_of(family)
+    assert RewardModelConfig.from_json(facts_of(family).to_json(), where="here") == facts_of(family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_skip_ca_a_score_is_the_head_of_the_last_word(family: str) -> None:
     model = fresh_model(family, skip_ca=False)
-    inputs = model.backbone.prepare(pictures_of(family), PROMPTS)
+    inputs = model.backbone.prepare(images_of(family), PROMPTS)
     with torch.no_grad():
         reading = model.backbone.read(inputs)
         last = torch.stack([reading.hidden[i][reading.hidden_mask[i]][-1] for i in range(3)])
@@ -386,9 +386,9 @@ def test_without_skip_ca_a_score_is_the_head_of_the_last_word(family: str) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_perspectives_on_one_backbone_are_their_own_judges_to_the_bit(family: str) -> None:
-    """Also after being swapped back and forth, and all at once, with one look at each picture."""
-    folders = {name: judge_folder(family, **options) for name, options in PERSPECTIVES.items()}
-    shown = pictures_of(family)
+    """Also after being swapped back and forth, and all at once, with one look at each image."""
+    folders = {name: reward_model_folder(family, **options) for name, options in PERSPECTIVES.items()}
+    shown = images_of(family)
     own = {name: LlavaReward.from_pretrained(folder).score(shown, PROMPTS) for name, folder in folders.items()}
     assert min((own[a] - own[b]).abs().max() for a in own for b in own if a < b) > 0.1
     judge = LlavaReward.from_pretrained(folders["alignment"])
@@ -413,10 +413,10 @@ def test_perspectives_on_one_backbone_are_their_own_judges_to_the_bit(family: st
 
 def test_the_gradient_through_all_perspectives_is_the_sum_of_theirs() -> None:
     judge = load("qwen2_5_vl", **PERSPECTIVES["alignment"])
-    judge.add(judge_folder("qwen2_5_vl", **PERSPECTIVES["safety"]))
+    judge.add(reward_model_folder("qwen2_5_vl", **PERSPECTIVES["safety"]))
     gradients = []
     for names in (["alignment", "safety"], ["alignment"], ["safety"]):
-        pixels = picture(60, 60).requires_grad_()
+        pixels = random_image(60, 60).requires_grad_()
         scores = judge.score_all([pixels], ["a fox"]) if len(names) == 2 else None
         parts = scores.values() if scores else [judge.score([pixels], ["a fox"], perspective=names[0])]
         torch.cat(list(parts)).sum().backward()
@@ -426,10 +426,10 @@ def test_the_gradient_through_all_perspectives_is_the_sum_of_theirs() -> None:
 
 def test_one_bundle_may_be_added_twice_under_two_names_but_not_under_one() -> None:
     judge = load("llava", seed=1)
-    assert judge.add(judge_folder("llava", seed=2), name="second") == "second"
+    assert judge.add(reward_model_folder("llava", seed=2), name="second") == "second"
     with pytest.raises(ValueError, match="already is a perspective 'alignment'"):
-        judge.add(judge_folder("llava", seed=2))
-    shown = pictures_of("llava")
+        judge.add(reward_model_folder("llava", seed=2))
+    shown = images_of("llava")
     assert torch.equal(judge.score(shown, PROMPTS, perspective="second"), load("llava", seed=2).score(shown, PROMPTS))
     assert torch.equal(judge.score(shown, PROMPTS), load("llava", seed=1).score(shown, PROMPTS))
 
@@ -439,10 +439,10 @@ def test_a_perspective_may_be_called_like_a_part_of_the_model(name: str) -> None
     """Names of bundles' tensors are made by taking the perspective's out."""
     plain, named = load("llava"), load("llava", perspective=name)
     assert (
-        load_file(judge_folder("llava", perspective=name) / WEIGHTS).keys()
+        load_file(reward_model_folder("llava", perspective=name) / WEIGHTS).keys()
         == bundle_tensors(plain.model, "alignment").keys()
     )
-    shown = pictures_of("llava")
+    shown = images_of("llava")
     assert torch.equal(named.score(shown, PROMPTS), plain.score(shown, PROMPTS))
 
 
@@ -451,12 +451,12 @@ def test_a_backbone_inside_the_bundles_folder_travels_with_it(tmp_path: Path) ->
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(backbone_folder("llava"), here / "backbone")
     model = RewardModel(fresh_backbone("llava"))
-    model.add(Facts(backbone=str(here / "backbone"), model_type="llava", width=WIDTH, lora_rank=2))
+    model.add(RewardModelConfig(backbone=str(here / "backbone"), model_type="llava", width=WIDTH, lora_rank=2))
     scatter(model, seed=0)
     save_bundle(model.facts["alignment"], bundle_tensors(model, "alignment"), here)
-    expected = LlavaReward(model).score(pictures_of("llava"), PROMPTS)
+    expected = LlavaReward(model).score(images_of("llava"), PROMPTS)
     here.rename(there)
-    assert torch.equal(LlavaReward.from_pretrained(there).score(pictures_of("llava"), PROMPTS), expected)
+    assert torch.equal(LlavaReward.from_pretrained(there).score(images_of("llava"), PROMPTS), expected)
 
 
 def test_a_bundle_shares_a_backbone_by_where_it_is_not_by_what_it_is_called(tmp_path: Path) -> None:
@@ -464,8 +464,8 @@ def test_a_bundle_shares_a_backbone_by_where_it_is_not_by_what_it_is_called(tmp_
     inside, outside, other = (tmp_path / name for name in ("inside", "outside", "other"))
     for seed, folder in enumerate((inside, other)):
         shutil.copytree(backbone_folder("llava"), folder / "backbone")
-        shutil.copytree(judge_folder("llava", seed=seed), folder, dirs_exist_ok=True)
-    shutil.copytree(judge_folder("llava", seed=2), outside)
+        shutil.copytree(reward_model_folder("llava", seed=seed), folder, dirs_exist_ok=True)
+    shutil.copytree(reward_model_folder("llava", seed=2), outside)
     for folder, backbone in ((inside, "backbone"), (outside, str(inside / "backbone")), (other, "backbone")):
         facts = json.loads((folder / FACTS).read_text())
         (folder / FACTS).write_text(json.dumps(facts | {"backbone": backbone}))
@@ -478,7 +478,7 @@ def test_a_bundle_shares_a_backbone_by_where_it_is_not_by_what_it_is_called(tmp_
 def broken(tmp_path: Path, *, seed: int = 0, **facts: Any) -> Path:
     """A copy of the LLaVA judge with other facts."""
     folder = tmp_path / "broken"
-    shutil.copytree(judge_folder("llava", seed=seed), folder)
+    shutil.copytree(reward_model_folder("llava", seed=seed), folder)
     known = json.loads((folder / FACTS).read_text()) | facts
     (folder / FACTS).write_text(json.dumps({key: value for key, value in known.items() if value != "absent"}))
     return folder
@@ -534,7 +534,9 @@ def test_facts_that_are_no_json_or_no_facts_are_named(tmp_path: Path) -> None:
 def test_weights_that_are_cut_short_missing_or_other_are_named(tmp_path: Path) -> None:
     folder = broken(tmp_path)
     path, whole = folder / WEIGHTS, (folder / WEIGHTS).read_bytes()
-    tensors = load_file(judge_folder("llava") / WEIGHTS)  # not of `path`: they stay on the file, which gets shorter
+    tensors = load_file(
+        reward_model_folder("llava") / WEIGHTS
+    )  # not of `path`: they stay on the file, which gets shorter
     for size in (len(whole) - 1, len(whole) // 2, 4, 0):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=rf"The weights {path} cannot be read"):
@@ -564,7 +566,7 @@ def test_a_bundle_that_does_not_fit_is_not_added_and_leaves_the_judge_as_it_was(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     """Not even half: an untrained perspective would answer score_all."""
-    judge, shown = load("llava"), pictures_of("llava")
+    judge, shown = load("llava"), images_of("llava")
     before, tensors = judge.score(shown, PROMPTS), set(judge.model.state_dict())
     folder = broken(tmp_path, seed=2, perspective="safety", **changes)
     with pytest.raises(ValueError, match=message) as caught:
@@ -574,14 +576,14 @@ def test_a_bundle_that_does_not_fit_is_not_added_and_leaves_the_judge_as_it_was(
     assert list(judge.score_all(shown, PROMPTS)) == ["alignment"]
     assert torch.equal(judge.score(shown, PROMPTS), before)
     assert set(judge.model.state_dict()) == tensors
-    assert judge.add(judge_folder("llava", seed=2, perspective="safety")) == "safety"  # and there still is room
+    assert judge.add(reward_model_folder("llava", seed=2, perspective="safety")) == "safety"  # and there still is room
     own = load("llava", seed=2, perspective="safety").score(shown, PROMPTS)
     assert torch.equal(judge.score(shown, PROMPTS, perspective="safety"), own)
 
 
-def test_qwen_bundles_that_bound_pictures_otherwise_do_not_share_a_backbone() -> None:
+def test_qwen_bundles_that_bound_images_otherwise_do_not_share_a_backbone() -> None:
     judge = load("qwen2_5_vl")
-    other = judge_folder("qwen2_5_vl", perspective="safety", max_pixels=6272)
+    other = reward_model_folder("qwen2_5_vl", perspective="safety", max_pixels=6272)
     with pytest.raises(ValueError, match="its max_pixels is 6272, not None"):
         judge.add(other)
 
@@ -593,7 +595,7 @@ def test_qwen_bundles_that_bound_pictures_otherwise_do_not_share_a_backbone() ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_orders_of_a_comparison_sum_to_one(family: str, options: dict[str, Any]) -> None:
     judge = load(family, temperature=3.0, **options)
-    first, second = pictures_of(family), pictures_of(family)[::-1]
+    first, second = images_of(family), images_of(family)[::-1]
     there, back = judge.compare(first, second, PROMPTS), judge.compare(second, first, PROMPTS)
     assert_close(there + back, torch.ones(3), rtol=0, atol=1e-5)
     assert torch.equal(judge.compare(first, first, PROMPTS), torch.full((3,), 0.5))
@@ -603,26 +605,26 @@ def test_both_orders_of_a_comparison_sum_to_one(family: str, options: dict[str, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_comparison_by_scores_is_their_difference_over_the_temperature(family: str) -> None:
     judge = load(family, temperature=2.0, tie_width=0.4)
-    first, second = pictures_of(family), pictures_of(family)[::-1]
+    first, second = images_of(family), images_of(family)[::-1]
     gap = (judge.score(first, PROMPTS) - judge.score(second, PROMPTS)) / 2
     assert_same(judge.logits(first, second, PROMPTS), gap)
     won, lost = torch.sigmoid(gap - 0.4), torch.sigmoid(-gap - 0.4)
     assert_same(judge.compare(first, second, PROMPTS), won + (1 - won - lost) / 2)
 
 
-def test_one_picture_may_be_compared_under_two_prompts() -> None:
-    judge, shown = load("llava", temperature=2.0), pictures_of("llava")
+def test_one_image_may_be_compared_under_two_prompts() -> None:
+    judge, shown = load("llava", temperature=2.0), images_of("llava")
     other = PROMPTS[::-1]
     expected = (judge.score(shown, PROMPTS) - judge.score(shown, other)) / 2
     assert_same(judge.logits(shown, shown, PROMPTS, second_prompts=other), expected)
-    with pytest.raises(ValueError, match="3 pictures came with 0 prompts"):
+    with pytest.raises(ValueError, match="3 images came with 0 prompts"):
         judge.logits(shown, shown, PROMPTS, second_prompts=[])
     with pytest.raises(ValueError, match="1 first and 3 second"):
         judge.compare(shown[:1], shown, PROMPTS[:1], second_prompts=PROMPTS)
 
 
 def test_the_unit_of_a_judge_is_the_spread_of_its_scores_on_records(tmp_path: Path) -> None:
-    """Both pictures of each pair with their own prompts, and each labelled picture."""
+    """Both images of each pair with their own prompts, and each labelled image."""
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for i, file in enumerate(files):
         Image.fromarray(bytes_of(28, 28, seed=i).permute(1, 2, 0).numpy()).save(file)
@@ -635,41 +637,41 @@ def test_the_unit_of_a_judge_is_the_spread_of_its_scores_on_records(tmp_path: Pa
 
 
 def test_a_general_preference_judge_compares_but_gives_no_scores() -> None:
-    judge, shown = load("llava", head="general_preference"), pictures_of("llava")
+    judge, shown = load("llava", head="general_preference"), images_of("llava")
     for ask in (judge.score, judge.score_all):
         with pytest.raises(ValueError, match=r"'alignment' has a general-preference head.*Use compare\(first, second"):
             ask(shown, PROMPTS)
-    judge.add(judge_folder("llava", perspective="safety"))
+    judge.add(reward_model_folder("llava", perspective="safety"))
     assert judge.score(shown, PROMPTS, perspective="safety").shape == (3,)
 
 
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def test_pictures_and_prompts_that_do_not_match_are_refused() -> None:
-    judge, one = load("llava"), picture(28, 28)
-    with pytest.raises(ValueError, match="2 pictures came with 1 prompts"):
+def test_images_and_prompts_that_do_not_match_are_refused() -> None:
+    judge, one = load("llava"), random_image(28, 28)
+    with pytest.raises(ValueError, match="2 images came with 1 prompts"):
         judge.score([one, one], ["a fox"])
-    with pytest.raises(ValueError, match="1 pictures came with 3 prompts"):
+    with pytest.raises(ValueError, match="1 images came with 3 prompts"):
         judge.compare([one], [one], PROMPTS)
     with pytest.raises(TypeError, match=r"prompts is one text \('a fox'\)"):
         judge.score([one] * 5, "a fox")
-    with pytest.raises(ValueError, match="no picture to score"):
+    with pytest.raises(ValueError, match="no image to score"):
         judge.score([], [])
-    with pytest.raises(ValueError, match="no picture to score"):
+    with pytest.raises(ValueError, match="no image to score"):
         judge.score(torch.zeros(0, 3, 8, 8), [])
     for batch_size in (0, -1):
         with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
             judge.score([one], ["a fox"], batch_size=batch_size)
 
 
-def test_a_single_picture_in_place_of_a_list_is_refused() -> None:
-    """A text has a length too, and would be taken for as many pictures as it has letters."""
+def test_a_single_image_in_place_of_a_list_is_refused() -> None:
+    """A text has a length too, and would be taken for as many images as it has letters."""
     judge = load("llava")
     with pytest.raises(TypeError, match=r"images is one text \('fox\.png'\)"):
         judge.score("fox.png", ["a fox"])
-    with pytest.raises(ValueError, match=r"shape \(28, 28\) is no picture"):
-        inspect.unwrap(LlavaReward.score)(judge, picture(28, 28), PROMPTS)  # without the tests' type checks
+    with pytest.raises(ValueError, match=r"shape \(28, 28\) is no image"):
+        inspect.unwrap(LlavaReward.score)(judge, random_image(28, 28), PROMPTS)  # without the tests' type checks
 
 
 @pytest.mark.parametrize(
@@ -680,12 +682,12 @@ def test_a_single_picture_in_place_of_a_list_is_refused() -> None:
         (torch.zeros(8, 8, 3), r"\(8, 8, 3\)"),
         (np.zeros((8, 8, 4), dtype=np.uint8), r"\(8, 8, 4\)"),
         (Path("/nowhere/fox.png"), "/nowhere/fox.png"),
-        (Path(__file__), "test_reward_model.py' is no picture"),
+        (Path(__file__), "test_reward_model.py' is no image"),
     ],
 )
-def test_what_is_no_picture_is_named(given: Any, message: str) -> None:
+def test_what_is_no_image_is_named(given: Any, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load("llava").score([picture(28, 28), given], ["a fox"] * 2)
+        load("llava").score([random_image(28, 28), given], ["a fox"] * 2)
 
 
 def test_a_decompression_bomb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -714,7 +716,7 @@ def test_transparent_and_turned_files_score_as_what_one_sees(family: str, tmp_pa
 
 def test_perspectives_that_are_not_there_are_refused_by_name() -> None:
     judge = load("llava")
-    for ask in (judge.facts, lambda name: judge.score([picture(28, 28)], ["a fox"], perspective=name)):
+    for ask in (judge.facts, lambda name: judge.score([random_image(28, 28)], ["a fox"], perspective=name)):
         with pytest.raises(KeyError, match="no perspective 'beauty' here; there are alignment"):
             ask("beauty")
     with pytest.raises(KeyError, match="no perspective 'beauty' here; there are none"):

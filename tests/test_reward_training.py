@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from reward_model.checkpoint import WEIGHTS, bundle_tensors, read_facts
-from reward_model.training import Collator, JudgeTrainer, Objective, newest_checkpoint, seal
+from reward_model.checkpoint import WEIGHTS, bundle_tensors, read_config
+from reward_model.training import Collator, Objective, RewardModelTrainer, newest_checkpoint, seal
 from reward_model.types import LabelledImage, PreferencePair, Record
-from tests.judges import backbone_folder, fresh_model
+from tests.reward_models import backbone_folder, fresh_model
 
 ROOT = Path(__file__).parent.parent
 NO_TIES, NOTHING = torch.zeros(0, dtype=torch.bool), torch.zeros(0)
@@ -69,8 +69,8 @@ def command(data: Path, folder: Path, *, processes: int = 1, launcher: Path | No
     """The recipe on the tiny LLaVA."""
     settings: dict[str, Any] = {
         "backbone": backbone_folder("llava"), "training": data / "pairs.jsonl", "validation": data / "pairs.jsonl",
-        "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2, "pairs_per_batch": 4, "accumulation_steps": 1,
-        "max_steps": 8, "evaluate_every": 4, "early_stop_after": 0, "num_cpu_threads": 1, "run_folder": folder,
+        "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2, "microbatch_size": 4, "accumulation_steps": 1,
+        "max_steps": 8, "evaluate_every": 4, "patience": 0, "num_cpu_threads": 1, "run_folder": folder,
         **values,
     }  # fmt: skip
     config = launcher or ROOT / "accelerate_configs" / ("ddp.yaml" if processes > 1 else "single.yaml")
@@ -88,14 +88,14 @@ def run(arguments: list[str], *, fails: bool = False) -> str:
 
 
 def judge_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "judge" / WEIGHTS)
+    return load_file(folder / "reward_model" / WEIGHTS)
 
 
 # --- what is minimised ----------------------------------------------------------------------------
 
 
 def test_bradley_terry_over_a_batch_by_hand() -> None:
-    """Two pairs, of which one is judged rightly, and a bad picture called good."""
+    """Two pairs, of which one is judged rightly, and a bad image called good."""
     verdicts = torch.tensor([[0.3], [0.0], [0.1], [0.2], [2.0]])
     loss, right = Objective()(verdicts, torch.tensor([False, False]), torch.zeros(2), torch.tensor([0.0]))
     expected = [math.log1p(math.exp(-2.0)), math.log1p(math.exp(2.0)), math.log1p(math.exp(2.0))]
@@ -165,7 +165,7 @@ def test_rows_are_winners_then_losers_then_labels(data: Path) -> None:
     assert batch["label"].tolist() == [0.0]
 
 
-def test_a_picture_that_breaks_later_is_named(data: Path, tmp_path: Path) -> None:
+def test_a_image_that_breaks_later_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     record = LabelledImage(tmp_path / "broken.png", "x", 1, where="data.jsonl:9")
     with pytest.raises(ValueError, match=r"data\.jsonl:9: .*broken\.png"):
@@ -175,7 +175,7 @@ def test_a_picture_that_breaks_later_is_named(data: Path, tmp_path: Path) -> Non
 # --- the trainer ----------------------------------------------------------------------------------
 
 
-def trainer_of(data: Path, tmp_path: Path, **more: Any) -> JudgeTrainer:
+def trainer_of(data: Path, tmp_path: Path, **more: Any) -> RewardModelTrainer:
     from trl import RewardConfig
 
     args = RewardConfig(
@@ -185,7 +185,7 @@ def trainer_of(data: Path, tmp_path: Path, **more: Any) -> JudgeTrainer:
     )  # fmt: skip
     pairs = [PreferencePair(data / f"bright{i}.png", data / f"dark{i}.png", "x", "x") for i in range(8)]
     rates = {"lora": 1e-2, "projector": 2e-3, "skip_ca": 3e-3, "head": 4e-3}
-    return JudgeTrainer(
+    return RewardModelTrainer(
         fresh_model("llava"), objective=Objective(), training=pairs, validation=[], args=args, learning_rates=rates,
         **more,
     )  # fmt: skip
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_was_not_finished_or_was_damaged_is_passed_over(tmp_pa
 @pytest.mark.slow
 def test_killed_and_resumed_is_as_never_stopped(data: Path, tmp_path: Path) -> None:
     """kill -9 at any moment, here after the second checkpoint; with dropout, so that its draws must resume too."""
-    steps = {"max_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2, "early_stop_after": 4}
+    steps = {"max_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2, "patience": 4}
     run(command(data, tmp_path / "whole", **steps))
     killed = command(data, tmp_path / "killed", **steps)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -251,14 +251,16 @@ def test_killed_and_resumed_is_as_never_stopped(data: Path, tmp_path: Path) -> N
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed" / "judge").exists(), "it had finished before it was killed"
+    assert not (tmp_path / "killed" / "reward_model").exists(), "it had finished before it was killed"
     output = run([*killed, "--resume", "true"])
     assert "Resuming from" in output
     whole, resumed = judge_of(tmp_path / "whole"), judge_of(tmp_path / "killed")
     assert whole.keys() == resumed.keys()
     for key, tensor in whole.items():
         assert torch.equal(tensor, resumed[key]), key
-    shutil.rmtree(tmp_path / "whole" / "judge")  # as if killed after the last checkpoint, before the judge was written
+    shutil.rmtree(
+        tmp_path / "whole" / "reward_model"
+    )  # as if killed after the last checkpoint, before the judge was written
     output = run([*command(data, tmp_path / "whole", **steps), "--resume", "true"])
     assert all(torch.equal(tensor, whole[key]) for key, tensor in judge_of(tmp_path / "whole").items())
 
@@ -285,10 +287,10 @@ def test_it_learns_says_what_it_does_and_keeps_the_best(data: Path, tmp_path: Pa
     output = run(command(data, tmp_path / "run", max_steps=24, test=data / "published.json"))
     for word in ("lora", "projector", "skip_ca", "head", "trained", "frozen", "published", "accuracy_ties_wrong"):
         assert word in output
-    assert "visual tokens of a picture: 512 x 512: 4, 768 x 768: 4, 1024 x 1024: 4" in output
+    assert "visual tokens of an image: 512 x 512: 4, 768 x 768: 4, 1024 x 1024: 4" in output
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["published"][0]["value"] == 1.0
-    facts = read_facts(tmp_path / "run" / "judge")
+    facts = read_config(tmp_path / "run" / "reward_model")
     assert facts.score_std is not None
     assert facts.score_std > 0
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
@@ -313,7 +315,7 @@ def test_every_format_and_loss_trains(data: Path, tmp_path: Path, file: str, los
     if not small.get("validation", True):
         small |= {"validation": "null", "validation_share": 0.3}
     run(command(data, tmp_path / "run", **small))
-    facts = read_facts(tmp_path / "run" / "judge")
+    facts = read_config(tmp_path / "run" / "reward_model")
     assert facts.head == ("general_preference" if loss == "general_preference" else "scalar")
     assert (facts.tie_width > 0) == (file == "mixed.jsonl")
 
@@ -322,8 +324,8 @@ def test_every_format_and_loss_trains(data: Path, tmp_path: Path, file: str, los
 def test_a_bad_record_stops_the_run_or_is_written_down(data: Path, tmp_path: Path) -> None:
     lines = (data / "pairs.jsonl").read_text().splitlines()
     lines[3] = lines[3].replace("bright3", "missing")
-    for picture in data.glob("*.png"):
-        shutil.copy(picture, tmp_path)
+    for image in data.glob("*.png"):
+        shutil.copy(image, tmp_path)
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     bad = {"training": tmp_path / "bad.jsonl", "max_steps": 1, "evaluate_every": 1}
     output = run(command(data, tmp_path / "stopped", **bad), fails=True)

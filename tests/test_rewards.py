@@ -21,7 +21,7 @@ from rlhf_t2i.rewards.load import BUILT_IN, CheckedReward, WeightedSum, load_rew
 from rlhf_t2i.shapes.scenes import parse_prompt, render
 
 PROMPTS = ["a fox", "a pear", "a boat"]
-PICTURES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -42,10 +42,10 @@ def answering(answer: Any) -> CheckedReward:
 
 def test_a_weighted_sum_by_hand() -> None:
     """Red, green-blue and black: redness 1, 0, 0; brightness 1/3, 2/3, 0; verdict 0.5 r - 2 b."""
-    pictures = torch.zeros(3, 3, 4, 4)
-    pictures[0, 0], pictures[1, 1:] = 1, 1
+    images = torch.zeros(3, 3, 4, 4)
+    images[0, 0], images[1, 1:] = 1, 1
     reward = WeightedSum(((CheckedReward("redness", redness), 0.5), (CheckedReward("brightness", brightness), -2.0)))
-    total, each = reward(pictures, PROMPTS)
+    total, each = reward(images, PROMPTS)
     assert_close(total, torch.tensor([0.5 - 2 / 3, -4 / 3, 0.0]))
     assert_close(each["redness"], torch.tensor([1.0, 0.0, 0.0]))
     assert_close(each["brightness"], torch.tensor([1 / 3, 2 / 3, 0.0]))
@@ -62,13 +62,13 @@ def test_weights_are_read_and_one_is_left_out() -> None:
 
 
 def test_a_parsed_sum_judges_like_its_parts() -> None:
-    total, each = load_rewards("jpeg_compressibility=0.5,jpeg_incompressibility")(PICTURES, PROMPTS)
-    size = jpeg_incompressibility(PICTURES, PROMPTS)
+    total, each = load_rewards("jpeg_compressibility=0.5,jpeg_incompressibility")(IMAGES, PROMPTS)
+    size = jpeg_incompressibility(IMAGES, PROMPTS)
     assert_close(total, 0.5 * size)
     assert_close(each["jpeg_compressibility"], -size)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "judge"])
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "llava_reward"])
 def test_a_built_in_name_is_that_reward(name: str) -> None:
     expected = {
         "oracle": oracle_graded,
@@ -122,8 +122,8 @@ def test_a_function_of_the_working_directory_is_a_reward(workplace: Path) -> Non
         "def greenness(images, prompts):\n    return images[:, 1].mean((1, 2)) + len(prompts[0])\n"
     )
     reward = load_rewards("my_rewards:greenness=2")
-    assert_close(reward(PICTURES, PROMPTS)[0], 2 * (PICTURES[:, 1].mean((1, 2)) + 5))
-    assert list(reward(PICTURES, PROMPTS)[1]) == ["my_rewards:greenness"]
+    assert_close(reward(IMAGES, PROMPTS)[0], 2 * (IMAGES[:, 1].mean((1, 2)) + 5))
+    assert list(reward(IMAGES, PROMPTS)[1]) == ["my_rewards:greenness"]
 
 
 def test_a_function_of_an_installed_package_is_a_reward() -> None:
@@ -167,18 +167,18 @@ def test_a_package_that_a_users_module_lacks_is_named_itself(workplace: Path) ->
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_finite_names_the_reward_and_the_prompt(value: float) -> None:
     with pytest.raises(ValueError, match=rf"'mine' returned {value} for the prompt 'a pear' \(image 1 of 3\)"):
-        answering(torch.tensor([1.0, value, 2.0]))(PICTURES, PROMPTS)
+        answering(torch.tensor([1.0, value, 2.0]))(IMAGES, PROMPTS)
 
 
 def test_a_half_precision_overflow_is_not_hidden() -> None:
     with pytest.raises(ValueError, match="inf for the prompt 'a boat'"):
-        answering(torch.tensor([1.0, 2.0, 1e6]).half())(PICTURES, PROMPTS)
+        answering(torch.tensor([1.0, 2.0, 1e6]).half())(IMAGES, PROMPTS)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3), (2,), (4,), ()])
 def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"'mine' returned shape .* for 3 images; it must return \(3,\)") as caught:
-        answering(torch.zeros(shape))(PICTURES, PROMPTS)
+        answering(torch.zeros(shape))(IMAGES, PROMPTS)
     assert str(shape) in str(caught.value)
 
 
@@ -196,13 +196,13 @@ def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> No
 )
 def test_a_wrong_type_is_refused_by_name(answer: Any, told: str) -> None:
     with pytest.raises(TypeError, match=f"'mine' returned {told}; it must return"):
-        answering(answer)(PICTURES, PROMPTS)
+        answering(answer)(IMAGES, PROMPTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_reward_leaves_in_float32(dtype: torch.dtype) -> None:
     answer = torch.tensor([0.5, -1.25, 3.0], dtype=dtype)
-    rewards = answering(answer)(PICTURES, PROMPTS)
+    rewards = answering(answer)(IMAGES, PROMPTS)
     assert rewards.dtype == torch.float32
     assert rewards.tolist() == [0.5, -1.25, 3.0]
 
@@ -210,42 +210,42 @@ def test_a_reward_leaves_in_float32(dtype: torch.dtype) -> None:
 # --- built in -------------------------------------------------------------------------------------
 
 
-def pil_kilobytes(picture: Tensor) -> float:
-    pixels = np.uint8(np.rint(picture.permute(1, 2, 0).numpy() * 255))
+def pil_kilobytes(image: Tensor) -> float:
+    pixels = np.uint8(np.rint(image.permute(1, 2, 0).numpy() * 255))
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
     return len(buffer.getvalue()) / 1000
 
 
 def test_jpeg_compressibility_is_minus_the_kilobytes_that_pil_writes() -> None:
-    pictures = torch.rand(4, 3, 40, 24, generator=torch.Generator().manual_seed(1))
-    pictures[1] = 0.5
-    pictures[2, :, :20] = 0
-    rewards = jpeg_compressibility(pictures, ["", "", "", ""])
-    assert_close(rewards, torch.tensor([-pil_kilobytes(picture) for picture in pictures]))
-    assert_close(jpeg_incompressibility(pictures, ["", "", "", ""]), -rewards)
+    images = torch.rand(4, 3, 40, 24, generator=torch.Generator().manual_seed(1))
+    images[1] = 0.5
+    images[2, :, :20] = 0
+    rewards = jpeg_compressibility(images, ["", "", "", ""])
+    assert_close(rewards, torch.tensor([-pil_kilobytes(image) for image in images]))
+    assert_close(jpeg_incompressibility(images, ["", "", "", ""]), -rewards)
 
 
-def test_a_plain_picture_compresses_better_than_noise() -> None:
+def test_a_plain_image_compresses_better_than_noise() -> None:
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     plain = torch.full((1, 3, 64, 64), 0.3)
     plain_reward, noise_reward = jpeg_compressibility(torch.cat([plain, noise]), ["", ""]).tolist()
     assert plain_reward > noise_reward + 3
 
 
-def test_jpeg_sees_values_beyond_the_picture_as_black_and_white() -> None:
-    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1
-    assert torch.equal(jpeg_compressibility(picture, [""]), jpeg_compressibility(picture.clamp(0, 1), [""]))
+def test_jpeg_sees_values_beyond_the_image_as_black_and_white() -> None:
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1
+    assert torch.equal(jpeg_compressibility(image, [""]), jpeg_compressibility(image.clamp(0, 1), [""]))
 
 
 @pytest.mark.parametrize("reward", [oracle_graded, oracle_pass])
-def test_the_oracle_rewards_the_right_picture_and_not_the_wrong_one(reward: Callable[..., Tensor]) -> None:
+def test_the_oracle_rewards_the_right_image_and_not_the_wrong_one(reward: Callable[..., Tensor]) -> None:
     prompts = ["a red circle on a blue background", "a green square on a white background"]
-    pictures = render([parse_prompt(prompt) for prompt in prompts], rng=np.random.default_rng(0))
-    assert_close(reward(pictures, prompts), torch.ones(2), rtol=0, atol=0.1)
-    assert (reward(pictures, prompts[::-1]) < 0.5).all()
+    images = render([parse_prompt(prompt) for prompt in prompts], rng=np.random.default_rng(0))
+    assert_close(reward(images, prompts), torch.ones(2), rtol=0, atol=0.1)
+    assert (reward(images, prompts[::-1]) < 0.5).all()
 
 
 def test_the_oracle_refuses_a_prompt_of_another_world_by_name() -> None:
     with pytest.raises(ValueError, match=r"'a fox'.*not in the grammar"):
-        load_reward("oracle")(PICTURES[:1], ["a fox"])
+        load_reward("oracle")(IMAGES[:1], ["a fox"])

@@ -1,4 +1,4 @@
-"""The built-in world: its sentences mean one scene each, and its pictures show what they say."""
+"""The built-in world: its sentences mean one scene each, and its images show what they say."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def draw(scenes: Sequence[Scene], *, seed: int = 0, size: int = 32) -> np.ndarra
     return render(scenes, rng=np.random.default_rng(seed), size=size).numpy()
 
 
-def near(picture: np.ndarray, colour: str) -> np.ndarray:
+def near(image: np.ndarray, colour: str) -> np.ndarray:
     """The pixels whose colour is the named one, in some shade: all channels moved alike by at most 0.04."""
     target = np.array(PALETTE[colour])[:, None, None]
     low, high = (target - 0.0401).clip(0, 1), (target + 0.0401).clip(0, 1)
-    return ((picture >= low) & (picture <= high)).all(0)
+    return ((image >= low) & (image <= high)).all(0)
 
 
 # --- sentences ------------------------------------------------------------------------------------
@@ -124,17 +124,17 @@ def test_an_unknown_tier_is_refused_and_the_known_ones_are_listed() -> None:
         all_prompts("all", ("two",))
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
-def test_the_same_generator_draws_the_same_pictures_to_the_bit() -> None:
+def test_the_same_generator_draws_the_same_images_to_the_bit() -> None:
     scenes = all_scenes("one")[:5] + all_scenes("count")[:5] + all_scenes("relation")[:5]
     first, again, other = draw(scenes), draw(scenes), draw(scenes, seed=1)
     assert np.array_equal(first, again)
     assert all((a != b).any() for a, b in zip(first, other, strict=True))
 
 
-def test_pictures_drawn_one_by_one_are_those_drawn_together() -> None:
+def test_images_drawn_one_by_one_are_those_drawn_together() -> None:
     scenes, rng = all_scenes("relation")[:6], np.random.default_rng(0)
     single = np.concatenate([render([scene], rng=rng).numpy() for scene in scenes])
     assert np.array_equal(single, draw(scenes))
@@ -148,24 +148,24 @@ def test_drawing_leaves_the_global_generators_alone() -> None:
 
 
 def test_pixels_are_in_range() -> None:
-    pictures = draw(all_scenes("one", "all") * 3)
-    assert pictures.min() >= 0
-    assert pictures.max() <= 1
+    images = draw(all_scenes("one", "all") * 3)
+    assert images.min() >= 0
+    assert images.max() <= 1
 
 
 def test_the_middle_has_the_colour_of_the_thing_and_the_corners_that_of_the_background() -> None:
     scenes = all_scenes("one")
-    for picture, scene in zip(draw(scenes), scenes, strict=True):
-        background = near(picture, scene.background)
+    for image, scene in zip(draw(scenes), scenes, strict=True):
+        background = near(image, scene.background)
         assert background[[0, 0, -1, -1], [0, -1, 0, -1]].all(), scene.prompt
         rows, columns = np.nonzero(~background)
         middle = (rows.min() + rows.max()) // 2, (columns.min() + columns.max()) // 2
-        assert near(picture, scene.things[0].colour)[middle], scene.prompt
+        assert near(image, scene.things[0].colour)[middle], scene.prompt
 
 
-def test_shades_differ_from_picture_to_picture_but_not_within_one() -> None:
-    pictures = draw([Scene((Thing("red", "circle"),), "gray")] * 200)
-    corners = pictures[:, :, 0, 0]
+def test_shades_differ_from_image_to_image_but_not_within_one() -> None:
+    images = draw([Scene((Thing("red", "circle"),), "gray")] * 200)
+    corners = images[:, :, 0, 0]
     assert np.ptp(corners, axis=1).max() < 1e-6  # gray stays gray
     assert corners.min() < 0.465
     assert corners.max() > 0.535
@@ -173,10 +173,10 @@ def test_shades_differ_from_picture_to_picture_but_not_within_one() -> None:
 
 
 @TIERS
-def test_things_lie_inside_the_picture_and_apart_from_one_another(tier: str) -> None:
+def test_things_lie_inside_the_image_and_apart_from_one_another(tier: str) -> None:
     scenes = [all_scenes(tier)[i] for i in np.random.default_rng(0).integers(0, len(all_scenes(tier)), 60)]
-    for picture, scene in zip(draw(scenes, size=64), scenes, strict=True):
-        background = near(picture, scene.background)
+    for image, scene in zip(draw(scenes, size=64), scenes, strict=True):
+        background = near(image, scene.background)
         border = np.concatenate([background[0], background[-1], background[:, 0], background[:, -1]])
         assert border.all(), scene.prompt
         _, count = ndimage.label(~background)
@@ -186,8 +186,8 @@ def test_things_lie_inside_the_picture_and_apart_from_one_another(tier: str) -> 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_fills_its_share_of_its_box(shape: str) -> None:
     """A circle pi / 4 of it, a square all, a triangle half; drawn large, so that pixels hardly matter."""
-    for picture in draw([Scene((Thing("blue", shape),), "yellow")] * 5, size=256):
-        inside = near(picture, "blue")
+    for image in draw([Scene((Thing("blue", shape),), "yellow")] * 5, size=256):
+        inside = near(image, "blue")
         rows, columns = np.nonzero(inside)
         height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
         assert len(rows) / (height * width) == pytest.approx(FILL[shape], abs=0.02)
@@ -199,8 +199,8 @@ def test_a_shape_fills_its_share_of_its_box(shape: str) -> None:
 @pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])
 def test_the_first_thing_lies_where_the_relation_says(relation: str) -> None:
     scene = parse_prompt(f"a red circle {relation} a green square on a white background")
-    for picture in draw([scene] * 40):
-        (y, x), (other_y, other_x) = (ndimage.center_of_mass(near(picture, colour)) for colour in ("red", "green"))
+    for image in draw([scene] * 40):
+        (y, x), (other_y, other_x) = (ndimage.center_of_mass(near(image, colour)) for colour in ("red", "green"))
         right, down = x - other_x, y - other_y
         along = {"left of": -right, "right of": right, "above": -down, "below": down}[relation]
         across = down if relation in ("left of", "right of") else right
@@ -208,7 +208,7 @@ def test_the_first_thing_lies_where_the_relation_says(relation: str) -> None:
         assert along > abs(across)
 
 
-def test_a_larger_picture_shows_the_same_scene() -> None:
+def test_a_larger_image_shows_the_same_scene() -> None:
     scenes = all_scenes("relation")[:20]
     small, large = draw(scenes, size=32), draw(scenes, size=64)
     averaged = large.reshape(20, 3, 32, 2, 32, 2).mean((3, 5))

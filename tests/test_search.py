@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_t2i import steer
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.particles import PotentialName
-from rlhf_t2i.policies.load import load_policy
-from rlhf_t2i.policies.pipeline import PipelinePolicy
+from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.sampling.best_of_n import best_of_n, expected_best, halving, pruned_best_of_n
-from rlhf_t2i.sampling.fk_steering import Steered, fk_steering, reward_spread
-from rlhf_t2i.sampling.noise_search import gradient_search, neighbourhood_search
 from rlhf_t2i.sampling.rollout import rollout
-from rlhf_t2i.sampling.studio import Judges, Studio, Verdict, Veto
+from rlhf_t2i.search import api as steer
+from rlhf_t2i.search.best_of_n import best_of_n, expected_best, halving, pruned_best_of_n
+from rlhf_t2i.search.context import RewardFunction, SearchContext, Verdict, Veto
+from rlhf_t2i.search.fk_steering import Steered, fk_steering, reward_spread
+from rlhf_t2i.search.noise_search import gradient_search, neighbourhood_search
+from rlhf_t2i.search.particles import PotentialName
 from rlhf_t2i.types import Sampler
 from tests import reference
-from tests.toys import GaussianPainter, number
+from tests.toys import GaussianModel, number
 
 POTENTIALS: list[PotentialName] = ["difference", "max", "sum"]
 STRENGTH = 1.2
@@ -47,16 +47,16 @@ def generators(count: int, *, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed * 1_000_000 + i) for i in range(count)]
 
 
-def toy(*, eta: float, reward: Judges = value, num_steps: int = 8, **settings: Any) -> Studio:
-    painter = GaussianPainter()
-    sampler = Sampler(painter.schedule(num_steps), partial(ddim, eta=eta))
-    return Studio(painter, reward, sampler=sampler, batch_size=settings.pop("batch_size", 100_000), **settings)
+def toy(*, eta: float, reward: RewardFunction = value, num_steps: int = 8, **settings: Any) -> SearchContext:
+    model = GaussianModel()
+    sampler = Sampler(model.schedule(num_steps), partial(ddim, eta=eta))
+    return SearchContext(model, reward, sampler=sampler, batch_size=settings.pop("batch_size", 100_000), **settings)
 
 
-def distribution_of(studio: Studio) -> tuple[float, float]:
+def distribution_of(context: SearchContext) -> tuple[float, float]:
     """Mean and variance of what a toy paints."""
-    assert isinstance(studio.painter, GaussianPainter)
-    return studio.painter.distribution(studio.sampler)
+    assert isinstance(context.model, GaussianModel)
+    return context.model.distribution(context.sampler)
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def tiny(tiny_sd: Path) -> PipelinePolicy:
     return load_policy(str(tiny_sd), device=torch.device("cpu"))
 
 
-def studio_of(policy: PipelinePolicy, *, eta: float, batch_size: int = 64, num_steps: int = 4) -> Studio:
-    return Studio(
+def studio_of(policy: PipelinePolicy, *, eta: float, batch_size: int = 64, num_steps: int = 4) -> SearchContext:
+    return SearchContext(
         policy, redness, sampler=Sampler(policy.schedule(num_steps), partial(ddim, eta=eta)), batch_size=batch_size
     )
 
@@ -74,7 +74,7 @@ def studio_of(policy: PipelinePolicy, *, eta: float, batch_size: int = 64, num_s
 
 
 def test_the_curve_is_the_mean_over_all_sets() -> None:
-    """Also for another judge's value of the picked picture."""
+    """Also for another judge's value of the picked image."""
     scores, values = (
         torch.randn(3, 7, generator=generators(1)[0]),
         torch.randn(3, 7, generator=generators(1, seed=1)[0]),
@@ -97,7 +97,7 @@ def test_the_curve_is_the_closed_form_on_uniform_scores() -> None:
     assert_close(expected_best(scores, values).mean(0), 0.5 * n / (n + 1) + 0.25, rtol=0, atol=0.008)
 
 
-def test_the_curve_of_many_pictures_is_finite_and_ends_with_the_best() -> None:
+def test_the_curve_of_many_images_is_finite_and_ends_with_the_best() -> None:
     scores = torch.randn(1, 2000, generator=generators(1)[0])
     found = expected_best(scores)
     assert found.isfinite().all()
@@ -108,14 +108,14 @@ def test_the_curve_of_many_pictures_is_finite_and_ends_with_the_best() -> None:
 
 def test_best_of_n_on_the_toy_has_the_mean_of_the_highest_of_n_normal_numbers() -> None:
     """1.0294 standard deviations above the mean for n = 4, whatever that distribution's are."""
-    studio = toy(eta=1.0)
-    found = best_of_n(studio, ["a"] * 4000, generators=generators(16_000))
-    mean, variance = distribution_of(studio)
+    context = toy(eta=1.0)
+    found = best_of_n(context, ["a"] * 4000, generators=generators(16_000))
+    mean, variance = distribution_of(context)
     assert number(found.best).mean().item() == pytest.approx(mean + 1.0294 * variance**0.5, abs=0.03)
 
 
-def test_one_seed_is_one_picture(tiny: PipelinePolicy) -> None:
-    """Best of 6 holds the pictures of best of 3, and those that `rollout` paints."""
+def test_one_seed_is_one_image(tiny: PipelinePolicy) -> None:
+    """Best of 6 holds the images of best of 3, and those that `rollout` paints."""
     many = best_of_n(studio_of(tiny, eta=1.0), ["a fox"], generators=generators(6))
     few = best_of_n(studio_of(tiny, eta=1.0), ["a fox"], generators=generators(3))
     assert_close(many.images[:, :3], few.images, rtol=0, atol=1e-6)
@@ -132,10 +132,10 @@ def test_all_scores_of_a_weighted_set_are_kept(tiny: PipelinePolicy) -> None:
     assert list(scores) == ["reward", "tests.test_search:redness", "jpeg_compressibility"]
     assert_close(scores["reward"], 2 * scores["tests.test_search:redness"] + 0.1 * scores["jpeg_compressibility"])
     assert torch.equal(found.picked, scores["reward"].argmax(1))
-    assert found.cost.judge_calls == 12
+    assert found.cost.reward_calls == 12
 
 
-def test_a_vetoed_picture_is_picked_only_if_all_are_vetoed() -> None:
+def test_a_vetoed_image_is_picked_only_if_all_are_vetoed() -> None:
     reward = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, math.nan, 1.0]])
     safe = torch.tensor([[-1.0, 0.5, 2.0], [-1.0, -0.5, -2.0], [-1.0, 0.5, math.nan]])
     verdict = Verdict({"reward": reward, "veto": safe}, ~(safe >= 0))
@@ -143,27 +143,27 @@ def test_a_vetoed_picture_is_picked_only_if_all_are_vetoed() -> None:
     assert verdict.standing.tolist() == [[0, 2, 1], [1, 2, 0], [1, 2, 0]]
 
 
-def test_the_veto_is_asked_about_finished_pictures() -> None:
+def test_the_veto_is_asked_about_finished_images() -> None:
     """Nobody above 0 is safe: the pick is the highest number below it."""
-    studio = toy(eta=1.0, veto=Veto(lambda images, prompts: -number(images), 0.0))
-    found = best_of_n(studio, ["a"] * 12, generators=generators(800 - 32))
+    context = toy(eta=1.0, veto=Veto(lambda images, prompts: -number(images), 0.0))
+    found = best_of_n(context, ["a"] * 12, generators=generators(800 - 32))
     numbers = found.verdict.reward
     assert (number(found.best) <= 0).all()
     assert_close(number(found.best), numbers.where(numbers <= 0, -math.inf).max(1).values)
-    assert found.cost.judge_calls == 2 * 768
+    assert found.cost.reward_calls == 2 * 768
 
 
 # --- pruning -----------------------------------------------------------------------------------------
 
 
-def test_pruning_costs_what_is_left_and_keeps_the_very_pictures(tiny: PipelinePolicy) -> None:
+def test_pruning_costs_what_is_left_and_keeps_the_very_images(tiny: PipelinePolicy) -> None:
     whole = best_of_n(studio_of(tiny, eta=0.0), ["a fox", "a cat"], generators=generators(16))
     pruned = pruned_best_of_n(
         studio_of(tiny, eta=0.0), ["a fox", "a cat"], keep=halving(8, after=[1, 2]), generators=generators(16)
     )
     assert halving(8, after=[1, 2]) == halving(8, after=[2, 1]) == {1: 4, 2: 2}
     assert pruned.candidates.cost.denoiser_calls == 2 * (8 * 1 + 4 * 1 + 2 * 2)
-    assert pruned.candidates.cost.judge_calls == 2 * (8 + 4 + 2)
+    assert pruned.candidates.cost.reward_calls == 2 * (8 + 4 + 2)
     for p in range(2):
         assert_close(pruned.candidates.images[p], whole.images[p, pruned.survivors[p]], rtol=0, atol=1e-6)
         assert set(pruned.rounds[1].order[p, :4].tolist()) >= set(pruned.survivors[p].tolist())
@@ -185,19 +185,19 @@ def steer_toy(
     num_prompts: int = 1,
     strength: float,
     spread: float = 1.0,
-    reward: Judges = value,
+    reward: RewardFunction = value,
     **settings: Any,
-) -> tuple[Studio, Steered]:
-    studio = toy(eta=1.0, reward=reward)
+) -> tuple[SearchContext, Steered]:
+    context = toy(eta=1.0, reward=reward)
     found = fk_steering(
-        studio, ["a"] * num_prompts, strength=strength, spread=spread, resample_after=[2, 4, 6],
+        context, ["a"] * num_prompts, strength=strength, spread=spread, resample_after=[2, 4, 6],
         generators=generators(num_particles * num_prompts), resampling=generators(num_prompts, seed=1), **settings,
     )  # fmt: skip
-    return studio, found
+    return context, found
 
 
 def moments(found: Steered) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each prompt's weighted pictures."""
+    """Mean and variance of each prompt's weighted images."""
     weights, numbers = found.log_weights.softmax(1), found.candidates.verdict.scores["number"].double()
     mean = (weights * numbers).sum(1)
     return mean, (weights * (numbers - mean[:, None]) ** 2).sum(1)
@@ -209,8 +209,8 @@ def near_one(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, 
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
-@pytest.mark.parametrize("minimum_effective", [1.0, 0.9])
-def test_particles_converge_to_the_tilted_posterior(potential: PotentialName, minimum_effective: float) -> None:
+@pytest.mark.parametrize("ess_threshold", [1.0, 0.9])
+def test_particles_converge_to_the_tilted_posterior(potential: PotentialName, ess_threshold: float) -> None:
     """Normal(m, v) * exp(-s (x - 1)^2) is Normal((m / v + 2 s) / p, 1 / p) with p = 1 / v + 2 s.
 
     Crowds of 4, 64 and 4,096 come closer and closer; the mean of 8 of the last is met to four standard errors.
@@ -223,7 +223,7 @@ def test_particles_converge_to_the_tilted_posterior(potential: PotentialName, mi
     for num_particles, num_prompts in ((4, 200), (64, 40), (4096, 8)):
         _, found = steer_toy(
             num_particles=num_particles, num_prompts=num_prompts, strength=STRENGTH, reward=near_one,
-            potential=potential, minimum_effective=minimum_effective,
+            potential=potential, ess_threshold=ess_threshold,
         )  # fmt: skip
         mean, variance = moments(found)
         errors.append(float((mean - expected_mean).square().mean().sqrt()))
@@ -238,10 +238,10 @@ def test_particles_converge_to_the_tilted_posterior(potential: PotentialName, mi
 def test_adaptive_resampling_skips_and_resamples() -> None:
     """Else the test above would not tell kept weights from dropped ones."""
     shares: list[float] = []
-    for minimum_effective in (1.0, 0.9):
+    for ess_threshold in (1.0, 0.9):
         _, found = steer_toy(
             num_particles=64, num_prompts=40, strength=STRENGTH, reward=near_one, potential="max",
-            minimum_effective=minimum_effective,
+            ess_threshold=ess_threshold,
         )  # fmt: skip
         shares.append(torch.stack(list(found.resampled.values())).double().mean().item())
     assert shares[0] == 1
@@ -250,20 +250,20 @@ def test_adaptive_resampling_skips_and_resamples() -> None:
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_strength_zero_is_plain_sampling_to_the_bit(tiny: PipelinePolicy, potential: PotentialName) -> None:
-    studio = studio_of(tiny, eta=1.0)
+    context = studio_of(tiny, eta=1.0)
     found = fk_steering(
-        studio, ["a fox", "a cat"], strength=0.0, spread=1.0, potential=potential, resample_after=[1, 2, 3],
+        context, ["a fox", "a cat"], strength=0.0, spread=1.0, potential=potential, resample_after=[1, 2, 3],
         generators=generators(8), resampling=generators(2, seed=1),
     )  # fmt: skip
     painted, _ = rollout(
-        tiny, ["a fox"] * 4 + ["a cat"] * 4, sampler=studio.sampler, generators=generators(8), batch_size=64
+        tiny, ["a fox"] * 4 + ["a cat"] * 4, sampler=context.sampler, generators=generators(8), batch_size=64
     )
     assert torch.equal(found.candidates.images.flatten(0, 1), painted)
     assert (found.log_weights == 0).all()
 
 
 def test_strength_is_in_units_of_the_rewards_spread() -> None:
-    """A judge whose scores are 7 times as large, and shifted, steers to the very same pictures."""
+    """A judge whose scores are 7 times as large, and shifted, steers to the very same images."""
     _, one = steer_toy(
         num_particles=16, strength=2.0, spread=reward_spread(toy(eta=1.0), ["a"] * 50, generators=generators(200))
     )
@@ -275,15 +275,15 @@ def test_strength_is_in_units_of_the_rewards_spread() -> None:
 
 
 def test_the_spread_is_the_toys_own_whatever_prompts_earn() -> None:
-    studio = toy(
+    context = toy(
         eta=1.0, reward=lambda images, prompts: number(images) + torch.tensor([100.0 * len(p) for p in prompts])
     )
-    spread = reward_spread(studio, ["a", "bb"] * 500, generators=generators(4000))
-    assert spread == pytest.approx(distribution_of(studio)[1] ** 0.5, rel=0.05)
+    spread = reward_spread(context, ["a", "bb"] * 500, generators=generators(4000))
+    assert spread == pytest.approx(distribution_of(context)[1] ** 0.5, rel=0.05)
 
 
 def test_prompts_in_one_batch_do_not_see_each_other() -> None:
-    """Two prompts together have the pictures that each has alone."""
+    """Two prompts together have the images that each has alone."""
     reward = lambda images, prompts: number(images) * torch.tensor([1.0 if p == "up" else -1.0 for p in prompts])  # noqa: E731
     settings: dict[str, Any] = {"strength": 3.0, "spread": 1.0, "resample_after": [2, 5]}
     paint, choose = generators(16), generators(2, seed=1)
@@ -303,14 +303,14 @@ def test_prompts_in_one_batch_do_not_see_each_other() -> None:
 
 
 def test_the_cost_is_counted_and_guidance_counts_twice(tiny: PipelinePolicy) -> None:
-    studio = studio_of(tiny, eta=1.0)
-    studio.sampler = Sampler(studio.sampler.schedule, studio.sampler.dynamics, guidance_scale=3.0)
+    context = studio_of(tiny, eta=1.0)
+    context.sampler = Sampler(context.sampler.schedule, context.sampler.dynamics, guidance_scale=3.0)
     found = fk_steering(
-        studio, ["a fox"], strength=1.0, spread=1.0, resample_after=[1, 3], generators=generators(4),
+        context, ["a fox"], strength=1.0, spread=1.0, resample_after=[1, 3], generators=generators(4),
         resampling=generators(1),
     )  # fmt: skip
     assert found.candidates.cost.denoiser_calls == 2 * 4 * 4
-    assert found.candidates.cost.judge_calls == 4 * 3
+    assert found.candidates.cost.reward_calls == 4 * 3
     assert found.candidates.cost.seconds > 0
 
 
@@ -349,7 +349,7 @@ def test_a_gradient_step_goes_as_far_as_by_hand() -> None:
     gained = found.verdict.reward[:, 2:] - found.verdict.reward[:, :2]
     assert_close(gained, torch.full((2, 2), 0.1 * 1.9 * std**2), rtol=1e-3, atol=1e-3)
     assert found.cost.denoiser_calls == 4 * 8 * (2 + 1)
-    assert found.cost.judge_calls == 4 * (2 + 1)
+    assert found.cost.reward_calls == 4 * (2 + 1)
 
 
 def test_the_gradient_is_cut_and_the_prior_pulls_back() -> None:
@@ -368,7 +368,7 @@ def test_the_gradient_is_cut_and_the_prior_pulls_back() -> None:
     assert_close(pulled[:, 4:] - centre, (1 - 0.19) * (pulled[:, :4] - centre), rtol=1e-2, atol=1e-3)
 
 
-class GradientCounter(GaussianPainter):
+class GradientCounter(GaussianModel):
     """Counts the forward passes that keep what a gradient needs."""
 
     kept = 0
@@ -380,18 +380,18 @@ class GradientCounter(GaussianPainter):
 
 def test_the_last_round_keeps_no_graph() -> None:
     """A plain pipeline's weights ask for gradients, so all steps of a graph would be held for nothing."""
-    painter = GradientCounter()
-    studio = Studio(painter, value, sampler=Sampler(painter.schedule(8), partial(ddim, eta=0.0)))
-    gradient_search(studio, ["a"], num_rounds=3, learning_rate=1.0, generators=generators(2))
-    assert (painter.kept, len(painter.rows)) == (2 * 8, 3 * 8)
+    model = GradientCounter()
+    context = SearchContext(model, value, sampler=Sampler(model.schedule(8), partial(ddim, eta=0.0)))
+    gradient_search(context, ["a"], num_rounds=3, learning_rate=1.0, generators=generators(2))
+    assert (model.kept, len(model.rows)) == (2 * 8, 3 * 8)
 
 
 def test_the_judge_is_climbed_through_the_built_in_model() -> None:
     policy = load_policy("shapes", device=torch.device("cpu"))
-    judge = load_rewards("judge", finite=False)
-    studio = Studio(policy, judge, sampler=Sampler(policy.schedule(1), partial(ddim, eta=0.0)))
+    judge = load_rewards("llava_reward", finite=False)
+    context = SearchContext(policy, judge, sampler=Sampler(policy.schedule(1), partial(ddim, eta=0.0)))
     prompts = load_prompts("shapes", held_out=True)[:8]
-    found = gradient_search(studio, prompts, num_rounds=12, learning_rate=5.0, generators=generators(16))
+    found = gradient_search(context, prompts, num_rounds=12, learning_rate=5.0, generators=generators(16))
     rounds = found.verdict.reward.view(8, 12, 2).mean((0, 2))
     assert rounds[-3:].mean() > rounds[0] + 0.1, rounds
 
@@ -413,8 +413,8 @@ def test_the_batch_size_changes_nothing(tiny: PipelinePolicy, batch_size: int) -
     assert torch.equal(results[0].candidates.picked, results[1].candidates.picked)
 
 
-class SmallMachine(GaussianPainter):
-    """Has room for five pictures."""
+class SmallMachine(GaussianModel):
+    """Has room for five images."""
 
     def predict(self, latents: Tensor, *arguments: Any, **keywords: Any) -> Any:
         if len(latents) > 5:
@@ -423,13 +423,13 @@ class SmallMachine(GaussianPainter):
 
 
 def test_out_of_memory_halves_the_batch_says_so_and_changes_nothing() -> None:
-    sampler = Sampler(GaussianPainter().schedule(8), partial(ddim, eta=1.0))
-    small = Studio(SmallMachine(), value, sampler=sampler, batch_size=16)
+    sampler = Sampler(GaussianModel().schedule(8), partial(ddim, eta=1.0))
+    small = SearchContext(SmallMachine(), value, sampler=sampler, batch_size=16)
     with pytest.warns(UserWarning, match="Out of memory") as said:
         found = best_of_n(small, ["a", "b"], generators=generators(24))
     assert [str(w.message)[:60] for w in said] == [
-        "Out of memory with 16 pictures at once; going on with 8, whi",
-        "Out of memory with 8 pictures at once; going on with 4, whic",
+        "Out of memory with 16 images at once; going on with 8, whi",
+        "Out of memory with 8 images at once; going on with 4, whic",
     ]
     assert small.batch_size == 4
     plain = best_of_n(toy(eta=1.0), ["a", "b"], generators=generators(24))
@@ -437,23 +437,23 @@ def test_out_of_memory_halves_the_batch_says_so_and_changes_nothing() -> None:
     assert found.cost.denoiser_calls == plain.cost.denoiser_calls
 
 
-def test_not_even_one_picture_fits() -> None:
-    class NoRoom(GaussianPainter):
+def test_not_even_one_image_fits() -> None:
+    class NoRoom(GaussianModel):
         def predict(self, latents: Tensor, *arguments: Any, **keywords: Any) -> Any:
             raise torch.OutOfMemoryError("there is no room")
 
-    studio = Studio(
-        NoRoom(), value, sampler=Sampler(GaussianPainter().schedule(8), partial(ddim, eta=1.0)), batch_size=1
+    context = SearchContext(
+        NoRoom(), value, sampler=Sampler(GaussianModel().schedule(8), partial(ddim, eta=1.0)), batch_size=1
     )
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
-        best_of_n(studio, ["a"], generators=generators(2))
+        best_of_n(context, ["a"], generators=generators(2))
 
 
 # --- from a plain pipeline ---------------------------------------------------------------------------
 
 
 def test_a_plain_pipeline_is_searched_and_diffusers_paints_the_pick(tiny_sd: Path) -> None:
-    """In three lines; the picked seed, given to the pipeline itself, paints that picture."""
+    """In three lines; the picked seed, given to the pipeline itself, paints that image."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     pipe: Any = StableDiffusionPipeline.from_pretrained(tiny_sd)
@@ -482,12 +482,12 @@ def test_a_plain_pipeline_is_steered_and_pruned(tiny: PipelinePolicy) -> None:
 # --- bad input ---------------------------------------------------------------------------------------
 
 
-def nan_above(limit: float) -> Judges:
+def nan_above(limit: float) -> RewardFunction:
     return lambda images, prompts: torch.where(number(images) > limit, math.nan, number(images))
 
 
-def test_pictures_without_a_number_lose_and_are_counted() -> None:
-    with pytest.warns(UserWarning, match=r"of 160 pictures got a reward that is no finite number; they lose"):
+def test_images_without_a_number_lose_and_are_counted() -> None:
+    with pytest.warns(UserWarning, match=r"of 160 images got a reward that is no finite number; they lose"):
         found = best_of_n(toy(eta=1.0, reward=nan_above(1.0)), ["a"] * 20, generators=generators(160))
     assert (number(found.best) <= 1.0).all()
     assert expected_best(found.verdict.reward).isfinite().all()
@@ -503,14 +503,16 @@ def test_pictures_without_a_number_lose_and_are_counted() -> None:
 @pytest.mark.parametrize("resample_after", [[], [1]])
 def test_a_prompt_without_any_number_is_an_error(resample_after: list[int]) -> None:
     """In best-of-N, and in FK steering already on the way."""
-    studio = toy(eta=1.0, reward=lambda images, prompts: torch.tensor([math.nan if p == "b" else 0.0 for p in prompts]))
+    context = toy(
+        eta=1.0, reward=lambda images, prompts: torch.tensor([math.nan if p == "b" else 0.0 for p in prompts])
+    )
     search: Any = best_of_n
     if resample_after:
         settings = {"strength": 1.0, "spread": 1.0, "resample_after": resample_after, "resampling": generators(2)}
         search = partial(fk_steering, **settings)
-    with pytest.raises(ValueError, match=r"No picture of 'b' got a finite reward \(4 were judged\)"):
-        search(studio, ["a", "b"], generators=generators(8))
-    assert studio.denoiser_calls == (8 if resample_after else 64)
+    with pytest.raises(ValueError, match=r"No image of 'b' got a finite reward \(4 were judged\)"):
+        search(context, ["a", "b"], generators=generators(8))
+    assert context.denoiser_calls == (8 if resample_after else 64)
 
 
 @pytest.mark.parametrize("after", [0, 8, 99])
@@ -525,13 +527,13 @@ def test_steps_outside_the_schedule_are_refused(after: int) -> None:
 
 
 def test_a_deterministic_sampler_cannot_be_steered() -> None:
-    studio = toy(eta=0.0)
+    context = toy(eta=0.0)
     with pytest.raises(ValueError, match="FK steering needs a stochastic sampler: DDIM with eta > 0"):
         fk_steering(
-            studio, ["a"], strength=1.0, spread=1.0, resample_after=[4], generators=generators(2),
+            context, ["a"], strength=1.0, spread=1.0, resample_after=[4], generators=generators(2),
             resampling=generators(1),
         )  # fmt: skip
-    assert studio.denoiser_calls == 0
+    assert context.denoiser_calls == 0
 
 
 def test_a_stochastic_sampler_cannot_be_searched_for_noise() -> None:
@@ -542,23 +544,23 @@ def test_a_stochastic_sampler_cannot_be_searched_for_noise() -> None:
 
 
 def test_a_reward_without_gradient_cannot_be_climbed() -> None:
-    studio = toy(eta=0.0, reward=lambda images, prompts: number(images).detach())
+    context = toy(eta=0.0, reward=lambda images, prompts: number(images).detach())
     with pytest.raises(ValueError, match="The reward gives no gradient"):
-        gradient_search(studio, ["a"], num_rounds=2, learning_rate=1.0, generators=generators(2))
+        gradient_search(context, ["a"], num_rounds=2, learning_rate=1.0, generators=generators(2))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: steer.best_of_n(GaussianPainter(), ["a"], value, n=0), "n is 0; it must be at least 1"),
-        (lambda: steer.fk_steering(GaussianPainter(), ["a"], value, num_particles=0), "num_particles is 0"),
-        (lambda: steer.fk_steering(GaussianPainter(), ["a"], value, eta=0.0), "needs a stochastic sampler"),
-        (lambda: steer.best_of_n(GaussianPainter(), ["a"], value, eta=2.0), r"eta is 2\.0; it must be in \[0, 1\]"),
+        (lambda: steer.best_of_n(GaussianModel(), ["a"], value, n=0), "n is 0; it must be at least 1"),
+        (lambda: steer.fk_steering(GaussianModel(), ["a"], value, num_particles=0), "num_particles is 0"),
+        (lambda: steer.fk_steering(GaussianModel(), ["a"], value, eta=0.0), "needs a stochastic sampler"),
+        (lambda: steer.best_of_n(GaussianModel(), ["a"], value, eta=2.0), r"eta is 2\.0; it must be in \[0, 1\]"),
         (lambda: best_of_n(toy(eta=0.0), ["a", "b"], generators=generators(3)), "3 generators came for 2 prompts"),
-        (lambda: pruned_best_of_n(toy(eta=0.0), ["a"], keep={2: 5}, generators=generators(4)), "5 pictures cannot be"),
+        (lambda: pruned_best_of_n(toy(eta=0.0), ["a"], keep={2: 5}, generators=generators(4)), "5 images cannot be"),
         (lambda: steer_toy(num_particles=2, strength=1.0, spread=0.0), r"spread is 0\.0; it must be positive"),
-        (lambda: steer_toy(num_particles=2, strength=1.0, minimum_effective=0.0), r"minimum_effective is 0\.0"),
-        (lambda: reward_spread(toy(eta=1.0), ["a"], generators=generators(1)), "needs at least 2 pictures"),
+        (lambda: steer_toy(num_particles=2, strength=1.0, ess_threshold=0.0), r"ess_threshold is 0\.0"),
+        (lambda: reward_spread(toy(eta=1.0), ["a"], generators=generators(1)), "needs at least 2 images"),
         (lambda: toy(eta=0.0, batch_size=0), "batch_size is 0; it must be at least 1"),
         (
             lambda: fk_steering(
@@ -568,8 +570,8 @@ def test_a_reward_without_gradient_cannot_be_climbed() -> None:
             "2 generators to resample with came for 1 prompts",
         ),
         (
-            lambda: steer.best_of_n(GaussianPainter(), ["a"], lambda i, p: number(i)[:, None], n=2),
-            r"The reward returned shape \(2, 1\) for 2 pictures; it must return \(2,\)\. The first prompt was 'a'",
+            lambda: steer.best_of_n(GaussianModel(), ["a"], lambda i, p: number(i)[:, None], n=2),
+            r"The reward returned shape \(2, 1\) for 2 images; it must return \(2,\)\. The first prompt was 'a'",
         ),
     ],
 )  # fmt: skip
@@ -582,4 +584,4 @@ def test_a_text_is_not_taken_for_its_letters() -> None:
     with pytest.raises(
         TypeError, match=r"prompts is the text 'a fox'; it must be a list of texts, such as \['a fox'\]"
     ):
-        steer.best_of_n(GaussianPainter(), "a fox", value, n=2)
+        steer.best_of_n(GaussianModel(), "a fox", value, n=2)

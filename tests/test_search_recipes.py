@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from recipes import best_of_n, fk_steering
-from rlhf_t2i.search import SearchConfig
-from rlhf_t2i.search_report import curve, headline, point, read_found, reward_names, said, write_report
-from tests.judges import judge_folder
+from rlhf_t2i.report.search import curve, headline, point, read_found, reward_names, said, write_report
+from rlhf_t2i.search.run import SearchConfig
+from tests.reward_models import reward_model_folder
 from tests.test_geneval import LINES, written
 
 ROOT = Path(__file__).parent.parent
@@ -54,12 +54,12 @@ def config(name: str, tiny_sd: Path, tmp_path: Path, **changes: Any) -> Any:
     (tmp_path / "prompts.txt").write_text("a fox\na cat\n")
     shared: dict[str, Any] = {
         "prompts": str(tmp_path / "prompts.txt"),
-        "searches_per_prompt": 3,
-        "prompts_at_once": 2,
+        "images_per_prompt": 3,
+        "searches_per_batch": 2,
         "model": str(tiny_sd),
         "num_denoising_steps": 4,
         "rewards": "tests.test_search_recipes:redness",
-        "watched_rewards": "tests.test_search_recipes:greenness",
+        "evaluation_rewards": "tests.test_search_recipes:greenness",
         "run_folder": str(tmp_path / "run"),
         "num_cpu_threads": 1,
     }
@@ -70,7 +70,7 @@ def config(name: str, tiny_sd: Path, tmp_path: Path, **changes: Any) -> Any:
 def results(folder: Path) -> dict[str, Any]:
     """All that was found, without the seconds."""
     found: dict[str, Any] = {}
-    for path in sorted((folder / "pictures").glob("*/search_*.json")):
+    for path in sorted((folder / "images").glob("*/search_*.json")):
         row = json.loads(path.read_text())
         for part in ("found", "plain"):
             if row[part]:
@@ -79,8 +79,8 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "pictures").rglob("*.png"))}
+def images(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "images").rglob("*.png"))}
 
 
 # --- what is found ------------------------------------------------------------------------------------
@@ -89,15 +89,15 @@ def pictures(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_what_is_written_is_what_was_found(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     RECIPES[name].main(config(name, tiny_sd, tmp_path))
-    found = read_found(tmp_path / "run" / "pictures")
+    found = read_found(tmp_path / "run" / "images")
     assert [(one.folder.name, one.search) for one in found] == [(f, s) for f in ("00000", "00001") for s in range(3)]
     assert [one.prompt for one in found] == ["a fox"] * 3 + ["a cat"] * 3
     for one in found:
         rewards = said(one.row["found"], "reward")
         assert one.picked("reward") == max(rewards)
         assert len(said(one.plain, "reward")) == 4
-        picture = torch.tensor(list(Image.open(one.folder / "samples" / f"{one.search:04d}.png").get_flattened_data()))
-        shown = (picture[:, 0].float() - picture[:, 1:].float().mean(1)).mean().item() / 255
+        image = torch.tensor(list(Image.open(one.folder / "samples" / f"{one.search:04d}.png").get_flattened_data()))
+        shown = (image[:, 0].float() - image[:, 1:].float().mean(1)).mean().item() / 255
         assert shown == pytest.approx(one.picked("reward"), abs=3e-3)
     assert len({seed for one in found for seed in one.row["seeds"]}) == sum(len(one.row["seeds"]) for one in found)
     page = (tmp_path / "run" / "report.html").read_text()
@@ -109,22 +109,22 @@ def test_what_is_written_is_what_was_found(name: str, tiny_sd: Path, tmp_path: P
 def test_the_curve_and_the_point_of_a_report(tiny_sd: Path, tmp_path: Path) -> None:
     """At n = 4 the curve is the mean of the highest rewards; pruning is a point at fewer denoiser calls."""
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path))
-    found = read_found(tmp_path / "run" / "pictures")
+    found = read_found(tmp_path / "run" / "images")
     calls, mean, _ = curve(found, "reward", "denoiser_calls")[-1]
     assert calls == 4 * 4
     assert mean == pytest.approx(sum(max(said(one.plain, "reward")) for one in found) / 6, abs=1e-6)
     calls, mean, _ = point(found, "reward", "denoiser_calls")
     assert calls == 4 * 1 + 2 * 3
     assert mean <= curve(found, "reward", "denoiser_calls")[-1][1] + 1e-6
-    assert point(found, "reward", "judge_calls")[0] == 4 + 2
-    one = curve(found, "tests.test_search_recipes:greenness", "judge_calls")[0]
+    assert point(found, "reward", "reward_calls")[0] == 4 + 2
+    one = curve(found, "tests.test_search_recipes:greenness", "reward_calls")[0]
     values = [value for each in found for value in said(each.plain, "tests.test_search_recipes:greenness")]
     assert one[1] == pytest.approx(sum(values) / len(values), abs=1e-6)
 
 
 def test_without_pruning_or_comparison_nothing_is_painted_twice(tiny_sd: Path, tmp_path: Path) -> None:
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path, prune_after=""))
-    found = read_found(tmp_path / "run" / "pictures")
+    found = read_found(tmp_path / "run" / "images")
     assert all(one.row["plain"] is None for one in found)
     assert found[0].row["found"]["cost"]["denoiser_calls"] == 16
     assert "this search" not in (tmp_path / "run" / "report.html").read_text()
@@ -134,7 +134,7 @@ def test_without_pruning_or_comparison_nothing_is_painted_twice(tiny_sd: Path, t
 def test_without_a_comparison_nothing_is_called_plain(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """Steered particles and survivors are no sample of what the model paints by itself."""
     RECIPES[name].main(config(name, tiny_sd, tmp_path, compare=False))
-    found = read_found(tmp_path / "run" / "pictures")
+    found = read_found(tmp_path / "run" / "images")
     calls = {"best_of_n": 4 * 1 + 2 * 3, "fk_steering": 4 * 4}
     assert found[0].row["found"]["cost"]["denoiser_calls"] == calls[name]
     assert curve(found, "reward", "seconds") == []
@@ -142,7 +142,7 @@ def test_without_a_comparison_nothing_is_called_plain(name: str, tiny_sd: Path, 
     page = (tmp_path / "run" / "report.html").read_text()
     assert "this search" in page
     assert page.count("<svg") == 2 * 3
-    for words in ("<td>one picture", "best of 2", "plain ones", 'alt="plain"'):
+    for words in ("<td>one image", "best of 2", "plain ones", 'alt="plain"'):
         assert words not in page
 
 
@@ -152,7 +152,7 @@ def test_a_reward_is_told_once_and_the_headline_is_of_what_decided(tiny_sd: Path
     found = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards=f"{red},{green}"))
     assert reward_names(found) == ["reward", red, green]
     assert headline(found).startswith(f"{green} of the picked")
-    alone = {"rewards": f"{red},{green}", "watched_rewards": "", "run_folder": str(tmp_path / "alone")}
+    alone = {"rewards": f"{red},{green}", "evaluation_rewards": "", "run_folder": str(tmp_path / "alone")}
     assert headline(best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **alone))).startswith("reward of the picked")
 
 
@@ -168,22 +168,22 @@ def test_what_is_written_is_json_though_a_judge_says_nan(tiny_sd: Path, tmp_path
 
 
 def test_watching_out_of_memory_halves_the_batch(tiny_sd: Path, tmp_path: Path) -> None:
-    """Pictures that are painted already are not lost for it."""
-    watched = {"watched_rewards": "tests.test_search_recipes:greenness_of_four", "prune_after": ""}
-    with pytest.warns(UserWarning, match="Out of memory with 8 pictures at once"):
+    """Images that are painted already are not lost for it."""
+    watched = {"evaluation_rewards": "tests.test_search_recipes:greenness_of_four", "prune_after": ""}
+    with pytest.warns(UserWarning, match="Out of memory with 8 images at once"):
         (one, *_) = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **watched))
     (plain, *_) = best_of_n.main(
         config("best_of_n", tiny_sd, tmp_path, prune_after="", run_folder=str(tmp_path / "plain"))
     )
     expected = said(plain.row["found"], "tests.test_search_recipes:greenness")
-    assert said(one.row["found"], watched["watched_rewards"]) == pytest.approx(expected, abs=1e-5)
+    assert said(one.row["found"], watched["evaluation_rewards"]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_genevals_scorer_finds_its_folders(tiny_sd: Path, tmp_path: Path) -> None:
-    """Its rules: a folder of digits for each prompt, the prompt's line, and pictures named by digits."""
+    """Its rules: a folder of digits for each prompt, the prompt's line, and images named by digits."""
     source = str(written(tmp_path, LINES))
-    best_of_n.main(config("best_of_n", tiny_sd, tmp_path, prompts=source, prompts_at_once=8))
-    folders = sorted((tmp_path / "run" / "pictures").iterdir())
+    best_of_n.main(config("best_of_n", tiny_sd, tmp_path, prompts=source, searches_per_batch=8))
+    folders = sorted((tmp_path / "run" / "images").iterdir())
     assert [folder.name for folder in folders] == ["00000", "00001", "00002", "00003"]
     for folder, line in zip(folders, LINES, strict=True):
         assert json.loads((folder / "metadata.jsonl").read_text()) == line
@@ -192,7 +192,7 @@ def test_genevals_scorer_finds_its_folders(tiny_sd: Path, tmp_path: Path) -> Non
 
 def test_a_report_can_be_written_before_anything_is_found(tiny_sd: Path, tmp_path: Path) -> None:
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path))
-    shutil.rmtree(tmp_path / "run" / "pictures")
+    shutil.rmtree(tmp_path / "run" / "images")
     page = write_report(tmp_path / "run").read_text()
     assert "searches\n0." in page
     assert "<svg" not in page
@@ -201,25 +201,25 @@ def test_a_report_can_be_written_before_anything_is_found(tiny_sd: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["recipes/best_of_n.py"], ["recipes/fk_steering.py"]])
 def test_the_recipes_without_a_setting_search_the_built_in_world(arguments: list[str], tmp_path: Path) -> None:
-    """Here with fewer searches; the oracle, which decides nothing, sees that the picked pictures are better."""
-    few = ["--searches_per_prompt", "1", "--run_folder", str(tmp_path / "run"), "--num_cpu_threads", "1"]
+    """Here with fewer searches; the oracle, which decides nothing, sees that the picked images are better."""
+    few = ["--images_per_prompt", "1", "--run_folder", str(tmp_path / "run"), "--num_cpu_threads", "1"]
     output = launch([*arguments, *few])
     assert "best of 16" in output
-    found = read_found(tmp_path / "run" / "pictures")
+    found = read_found(tmp_path / "run" / "images")
     assert point(found, "oracle_pass", "seconds")[1] > curve(found, "oracle_pass", "seconds")[0][1] + 0.2
 
 
 @pytest.mark.slow
 def test_the_published_settings_for_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
     small = {
-        "model": tiny_sd, "rewards": "jpeg_compressibility", "searches_per_prompt": 1, "num_denoising_steps": 100,
+        "model": tiny_sd, "rewards": "jpeg_compressibility", "images_per_prompt": 1, "num_denoising_steps": 100,
         "run_folder": tmp_path / "run", "prompts": written(tmp_path, LINES[:1]), "num_cpu_threads": 1,
     }  # fmt: skip
     flags = [part for key, value in small.items() for part in (f"--{key}", str(value))]
     launch(["recipes/fk_steering.py", "--config", "recipes/configs/fk_sd15.yaml", *flags])
-    (one,) = read_found(tmp_path / "run" / "pictures")
+    (one,) = read_found(tmp_path / "run" / "images")
     assert one.row["found"]["cost"]["denoiser_calls"] == 800
-    assert one.row["found"]["cost"]["judge_calls"] == 20
+    assert one.row["found"]["cost"]["reward_calls"] == 20
 
 
 # --- surviving ----------------------------------------------------------------------------------------
@@ -227,29 +227,29 @@ def test_the_published_settings_for_sd15_run(tiny_sd: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_resumed_search_paints_only_what_is_missing(name: str, tiny_sd: Path, tmp_path: Path) -> None:
-    """As a kill leaves it: a finished picture, one half-written, and one without its marker."""
+    """As a kill leaves it: a finished image, one half-written, and one without its marker."""
     settings = config(name, tiny_sd, tmp_path)
     RECIPES[name].main(settings)
     folder = tmp_path / "run"
-    whole, painted = results(folder), pictures(folder)
-    (folder / "pictures" / "00000" / "search_0001.json").unlink()
-    (folder / "pictures" / "00000" / "samples" / "0001.png").write_bytes(b"half a pict")
-    (folder / "pictures" / "00001" / "search_0002.json").rename(folder / "pictures" / "00001" / "search_0002.json.part")
-    before = {path: path.stat().st_mtime_ns for path in (folder / "pictures").rglob("search_*.json")}
+    whole, painted = results(folder), images(folder)
+    (folder / "images" / "00000" / "search_0001.json").unlink()
+    (folder / "images" / "00000" / "samples" / "0001.png").write_bytes(b"half a pict")
+    (folder / "images" / "00001" / "search_0002.json").rename(folder / "images" / "00001" / "search_0002.json.part")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "images").rglob("search_*.json")}
     RECIPES[name].main(replace(settings, resume=True))
     assert results(folder) == whole
-    assert pictures(folder) == painted
+    assert images(folder) == painted
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 
 @pytest.mark.slow
 def test_kill_9_loses_nothing(tiny_sd: Path, tmp_path: Path) -> None:
-    """Killed twice at random moments and resumed, a search ends with the very pictures, each finished once.
+    """Killed twice at random moments and resumed, a search ends with the very images, each finished once.
 
     What is killed and resumed is `search.py`, the same for every recipe.
     """
     name = "best_of_n"
-    settings = config(name, tiny_sd, tmp_path, searches_per_prompt=20, batch_size=1)
+    settings = config(name, tiny_sd, tmp_path, images_per_prompt=20, batch_size=1)
     launch(command(name, settings))
     folder = tmp_path / "killed"
     chance, seen = random.Random(0), dict[Path, int]()
@@ -259,19 +259,19 @@ def test_kill_9_loses_nothing(tiny_sd: Path, tmp_path: Path) -> None:
             cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 120
-        while len(list(folder.glob("pictures/*/search_*.json"))) <= len(seen) and time.monotonic() < deadline:
+        while len(list(folder.glob("images/*/search_*.json"))) <= len(seen) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        markers = {path: path.stat().st_mtime_ns for path in folder.glob("pictures/*/search_*.json")}
+        markers = {path: path.stat().st_mtime_ns for path in folder.glob("images/*/search_*.json")}
         assert seen.items() <= markers.items()
         seen = markers
     assert 0 < len(seen) < 40
     launch(command(name, replace(settings, run_folder=str(folder), resume=True)))
     assert results(folder) == results(tmp_path / "run")
-    assert pictures(folder) == pictures(tmp_path / "run")
+    assert images(folder) == images(tmp_path / "run")
     assert all(path.stat().st_mtime_ns == then for path, then in seen.items())
 
 
@@ -299,7 +299,7 @@ def test_two_processes_find_what_one_finds(name: str, tiny_sd: Path, tmp_path: P
         ("best_of_n", {"prune_after": "early"}, "prune_after is early; it must be whole numbers with commas"),
         ("best_of_n", {"prune_after": "4"}, "cannot be pruned after 4 steps: painting takes 4"),
         ("best_of_n", {"eta": -1.0}, r"eta is -1\.0"),
-        ("best_of_n", {"searches_per_prompt": 0}, "searches_per_prompt is 0; it must be at least 1"),
+        ("best_of_n", {"images_per_prompt": 0}, "images_per_prompt is 0; it must be at least 1"),
         ("best_of_n", {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ("fk_steering", {"num_particles": 0}, "num_particles is 0; it must be at least 1"),
         ("fk_steering", {"eta": 0.0}, r"eta is 0\.0; it must be in \(0, 1\]: FK steering needs steps with noise"),
@@ -317,12 +317,12 @@ def test_impossible_settings_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         RECIPES[name].main(config(name, tiny_sd, tmp_path, **changes))
-    assert not list(tmp_path.glob("run/pictures/*/search_*.json"))
+    assert not list(tmp_path.glob("run/images/*/search_*.json"))
 
 
 def test_a_judge_that_only_compares_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
-    judge = f"judge:{judge_folder('llava', head='general_preference')}"
-    with pytest.raises(ValueError, match="general-preference head: it compares pictures but gives none a score"):
+    judge = f"llava_reward:{reward_model_folder('llava', head='general_preference')}"
+    with pytest.raises(ValueError, match="general-preference head: it compares images but gives none a score"):
         best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards=judge))
 
 
@@ -340,7 +340,7 @@ def test_a_search_for_other_prompts_is_not_mixed_in(tiny_sd: Path, tmp_path: Pat
     (tmp_path / "prompts.txt").write_text("a fox\na dog\n")
     with pytest.raises(ValueError, match=r"Prompt 1 of .* is now \{'prompt': 'a dog'\}, but .* painted for .*'a cat'"):
         best_of_n.main(replace(settings, resume=True))
-    assert json.loads((tmp_path / "run/pictures/00001/metadata.jsonl").read_text()) == {"prompt": "a cat"}
+    assert json.loads((tmp_path / "run/images/00001/metadata.jsonl").read_text()) == {"prompt": "a cat"}
 
 
 # --- processes ----------------------------------------------------------------------------------------

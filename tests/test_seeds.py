@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from rlhf_t2i.seeds import PAINT, PICK, generator_for, generators_for
+from rlhf_t2i.seeds import SAMPLE, UPDATE, generator_for, generators_for
 
 
 def drawn(generator: torch.Generator) -> tuple[int, ...]:
@@ -16,15 +16,15 @@ def drawn(generator: torch.Generator) -> tuple[int, ...]:
 
 
 def test_the_same_address_gives_the_same_numbers_whatever_was_drawn_before() -> None:
-    address = (3, PAINT, 7, 2)
+    address = (3, SAMPLE, 7, 2)
     before = drawn(generator_for(*address))
     torch.randn(5)
-    drawn(generator_for(1, PICK, 2))
+    drawn(generator_for(1, UPDATE, 2))
     assert drawn(generator_for(*address)) == before
 
 
 def test_different_addresses_give_different_numbers() -> None:
-    addresses = list(product(range(5), (PAINT, PICK), range(20), range(10)))
+    addresses = list(product(range(5), (SAMPLE, UPDATE), range(20), range(10)))
     assert len({drawn(generator_for(*address)) for address in addresses}) == len(addresses)
 
 
@@ -44,13 +44,13 @@ def test_addresses_of_different_lengths_do_not_collide(one: tuple[int, ...], oth
 
 def test_a_prompts_numbers_do_not_depend_on_the_prompts_beside_it() -> None:
     """So two processes with half the prompts each draw what one would."""
-    whole = [drawn(generator) for generator in generators_for(0, PAINT, 5, range(6))]
-    halves = [drawn(g) for prompts in (range(3), range(3, 6)) for g in generators_for(0, PAINT, 5, prompts)]
-    alone = [drawn(generators_for(0, PAINT, 5, [prompt])[0]) for prompt in range(6)]
+    whole = [drawn(generator) for generator in generators_for(0, SAMPLE, 5, range(6))]
+    halves = [drawn(g) for prompts in (range(3), range(3, 6)) for g in generators_for(0, SAMPLE, 5, prompts)]
+    alone = [drawn(generators_for(0, SAMPLE, 5, [prompt])[0]) for prompt in range(6)]
     assert whole == halves == alone
     assert len(set(whole)) == 6
 
 
 def test_painting_and_picking_draw_different_numbers() -> None:
-    paint, pick = (drawn(generators_for(0, purpose, 5, [1])[0]) for purpose in (PAINT, PICK))
+    paint, pick = (drawn(generators_for(0, purpose, 5, [1])[0]) for purpose in (SAMPLE, UPDATE))
     assert paint != pick

@@ -1,4 +1,4 @@
-"""Perspectives that read a picture alike share one pass of the language model, and no others do."""
+"""Perspectives that read an image alike share one pass of the language model, and no others do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from reward_model.model import RewardModel
 from reward_model.scoring import LlavaReward
-from tests.judges import FAMILIES, facts_of, fresh_backbone, picture
+from tests.reward_models import FAMILIES, facts_of, fresh_backbone, random_image
 
 PROMPTS = ["a red fox", "a blue cat on a fox", "cat"]
 NAMES = ("alignment", "fidelity", "safety")
@@ -40,7 +40,7 @@ def passes(judge: LlavaReward, run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_pass_gives_the_scores_that_each_perspective_gives_alone(family: str) -> None:
     judge = judge_of(family)
-    shown = [picture(60, 60, seed=seed) for seed in range(3)]
+    shown = [random_image(60, 60, seed=seed) for seed in range(3)]
     alone = {name: judge.score(shown, PROMPTS, perspective=name) for name in NAMES}
     assert min((alone[a] - alone[b]).abs().max() for a in NAMES for b in NAMES if a < b) > 0.05
     assert passes(judge, lambda: judge.score_all(shown, PROMPTS)) == 1
@@ -57,7 +57,7 @@ def test_the_gradient_of_a_shared_pass_is_the_sum_of_all() -> None:
     judge = judge_of("llava")
     gradients = []
     for names in (NAMES, *((name,) for name in NAMES)):
-        pixels = picture(28, 28).requires_grad_()
+        pixels = random_image(28, 28).requires_grad_()
         scores = judge.score_all([pixels], ["a fox"]) if len(names) > 1 else None
         parts = scores.values() if scores else [judge.score([pixels], ["a fox"], perspective=names[0])]
         torch.cat(list(parts)).sum().backward()
@@ -78,7 +78,7 @@ def change_projector(model: RewardModel) -> None:
 def test_a_perspective_that_reads_otherwise_has_a_pass_of_its_own(change: Callable[[RewardModel], None]) -> None:
     judge = judge_of("llava")
     change(judge.model)
-    shown = [picture(28, 28)]
+    shown = [random_image(28, 28)]
     assert passes(judge, lambda: judge.score_all(shown, PROMPTS[:1])) == 2
     everything = judge.score_all(shown, PROMPTS[:1])
     for name in NAMES:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judges import bytes_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,16 +17,17 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from reward_model.images import preprocess_as_clip
-from reward_model.judges.clip import load_clip
-from rlhf_t2i.rewards.gradient import judge_with_gradient, require_gradient
+from reward_model.scorers.clip import load_clip
+from rlhf_t2i.rewards.gradient import require_gradient, score_with_gradient
 from rlhf_t2i.rewards.load import load_reward, load_rewards
 from rlhf_t2i.shapes.build import make_tokenizer
 from rlhf_t2i.shapes.scenes import parse_prompt, render
+from tests.reward_models import bytes_of
 
 SIZE = 16
 PROMPTS = ["a red circle on a blue background", "three squares", "a red circle on a blue background", "zebra"]
 PIXELS = torch.stack([bytes_of(SIZE, SIZE, seed=seed) for seed in range(4)])
-PICTURES = PIXELS.float() / 255
+IMAGES = PIXELS.float() / 255
 
 
 def make_clip(folder: Path) -> Path:
@@ -71,15 +71,15 @@ def pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def logits(folder: Path, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
+def logits(folder: Path, images: list[Image.Image], prompts: list[str]) -> Tensor:
     """What transformers says, one pair at a time, without padding."""
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     found = []
-    for picture, prompt in zip(pictures, prompts, strict=True):
+    for image, prompt in zip(images, prompts, strict=True):
         words = tokenizer([prompt], truncation=True, max_length=12, return_tensors="pt")
         with torch.no_grad():
-            found.append(model(**words, **processor([picture], return_tensors="pt")).logits_per_image[0, 0])
+            found.append(model(**words, **processor([image], return_tensors="pt")).logits_per_image[0, 0])
     return torch.stack(found)
 
 
@@ -87,7 +87,7 @@ def logits(folder: Path, pictures: list[Image.Image], prompts: list[str]) -> Ten
 
 
 def test_it_is_the_logit_that_transformers_gives_each_pair(clip: Path) -> None:
-    scores = load_reward(f"clip:{clip}")(PICTURES, PROMPTS)
+    scores = load_reward(f"clip:{clip}")(IMAGES, PROMPTS)
     assert_close(scores, logits(clip, [pil(pixels) for pixels in PIXELS], PROMPTS), rtol=0, atol=1e-5)
     assert scores.dtype == torch.float32
     assert scores.unique().numel() == 4
@@ -97,12 +97,12 @@ def test_it_is_the_logit_that_transformers_gives_each_pair(clip: Path) -> None:
 def test_it_is_the_scaled_cosine(clip: Path) -> None:
     """exp(2.6592) = 14.28, the scale of a CLIP that was never trained, times the cosine of both embeddings."""
     reward = load_clip(clip)
-    seen, read = reward.see(PICTURES).double(), reward.read(PROMPTS).double()
+    seen, read = reward.see(IMAGES).double(), reward.read(PROMPTS).double()
     cosine = (seen * read).sum(1) / seen.norm(dim=1) / read.norm(dim=1)
-    assert_close(reward(PICTURES, PROMPTS).double(), 14.2849 * cosine, rtol=1e-5, atol=1e-5)
+    assert_close(reward(IMAGES, PROMPTS).double(), 14.2849 * cosine, rtol=1e-5, atol=1e-5)
 
 
-def test_a_resized_picture_scores_as_the_processors_does(clip: Path) -> None:
+def test_a_resized_image_scores_as_the_processors_does(clip: Path) -> None:
     """Drawings of another size and shape; the processor rounds them to 8 bits, which moves a score a little."""
     prompts = ["a red circle on a blue background", "two green squares on a white background"]
     drawn = render([parse_prompt(prompt) for prompt in prompts], rng=np.random.default_rng(0), size=32)[..., 4:28, :]
@@ -112,16 +112,16 @@ def test_a_resized_picture_scores_as_the_processors_does(clip: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_pictures_of_any_precision_are_scored_in_float32(clip: Path, dtype: torch.dtype) -> None:
-    pictures = PICTURES.to(dtype)
+def test_images_of_any_precision_are_scored_in_float32(clip: Path, dtype: torch.dtype) -> None:
+    images = IMAGES.to(dtype)
     reward = load_clip(clip)
-    assert torch.equal(reward(pictures, PROMPTS), reward(pictures.float(), PROMPTS))
+    assert torch.equal(reward(images, PROMPTS), reward(images.float(), PROMPTS))
 
 
-def test_a_score_does_not_depend_on_the_other_pictures_and_prompts(clip: Path) -> None:
-    together = load_clip(clip)(PICTURES, PROMPTS)
-    alone = torch.cat([load_clip(clip)(PICTURES[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
-    turned = load_clip(clip, batch_size=3)(PICTURES.flip(0), PROMPTS[::-1]).flip(0)
+def test_a_score_does_not_depend_on_the_other_images_and_prompts(clip: Path) -> None:
+    together = load_clip(clip)(IMAGES, PROMPTS)
+    alone = torch.cat([load_clip(clip)(IMAGES[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)])
+    turned = load_clip(clip, batch_size=3)(IMAGES.flip(0), PROMPTS[::-1]).flip(0)
     assert_close(alone, together, rtol=0, atol=1e-5)
     assert_close(turned, together, rtol=0, atol=1e-5)
 
@@ -130,7 +130,7 @@ def test_a_prompt_is_cut_off_at_the_models_last_position(clip: Path) -> None:
     """12 positions: the start, ten words, the end."""
     reward = load_clip(clip)
     ten = "a red circle above a green square on a blue"
-    scores = reward(PICTURES[:1].expand(3, -1, -1, -1), [ten, f"{ten} background", "a red circle above a green square"])
+    scores = reward(IMAGES[:1].expand(3, -1, -1, -1), [ten, f"{ten} background", "a red circle above a green square"])
     assert torch.equal(scores[0], scores[1])
     assert (scores[0] - scores[2]).abs() > 1e-3
 
@@ -140,7 +140,7 @@ def test_a_prompt_is_cut_off_at_the_models_last_position(clip: Path) -> None:
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 32), (24, 40), (41, 23), (9, 12)])
 def test_pixels_are_the_processors(size: tuple[int, int]) -> None:
-    """Exactly without a resize; else but for its rounding, for pictures that are smooth as paintings are."""
+    """Exactly without a resize; else but for its rounding, for images that are smooth as paintings are."""
     rough = bytes_of(5, 5).float()[None]
     smooth = torch.nn.functional.interpolate(rough, size, mode="bilinear", align_corners=True).round().byte()
     pixels = PIXELS if size == (16, 16) else smooth
@@ -153,7 +153,7 @@ def test_pixels_are_the_processors(size: tuple[int, int]) -> None:
 def test_a_fixed_size_without_cropping_or_normalising_is_the_processors_too() -> None:
     processor = CLIPImageProcessorPil(size={"height": 20, "width": 12}, do_center_crop=False, do_normalize=False)
     expected = processor([pil(each) for each in PIXELS], return_tensors="pt").pixel_values
-    assert_close(preprocess_as_clip(PICTURES, processor), expected, rtol=0, atol=1.6 / 255)
+    assert_close(preprocess_as_clip(IMAGES, processor), expected, rtol=0, atol=1.6 / 255)
 
 
 # --- the gradient ---------------------------------------------------------------------------------
@@ -163,40 +163,40 @@ def test_a_fixed_size_without_cropping_or_normalising_is_the_processors_too() ->
 def test_the_gradient_equals_finite_differences(clip: Path, size: int) -> None:
     """Along random directions, with a resize and without; grey enough that nothing is cut off."""
     generator = torch.Generator().manual_seed(0)
-    pictures = 0.35 + 0.3 * torch.rand(2, 3, size, size, generator=generator)
+    images = 0.35 + 0.3 * torch.rand(2, 3, size, size, generator=generator)
     reward, prompts = load_clip(clip), PROMPTS[:2]
-    pictures.requires_grad_()
-    (slope,) = torch.autograd.grad(reward(pictures, prompts).sum(), pictures)
+    images.requires_grad_()
+    (pixel_gradient,) = torch.autograd.grad(reward(images, prompts).sum(), images)
     for _ in range(3):
-        step = torch.randn(pictures.shape, generator=generator)
+        step = torch.randn(images.shape, generator=generator)
         with torch.no_grad():
-            ahead, behind = (reward(pictures + sign * 1e-3 * step, prompts) for sign in (1, -1))
-        expected = (slope * step).flatten(1).sum(1)
+            ahead, behind = (reward(images + sign * 1e-3 * step, prompts) for sign in (1, -1))
+        expected = (pixel_gradient * step).flatten(1).sum(1)
         assert_close((ahead - behind) / 2e-3, expected, rtol=0.01, atol=0.01)
 
 
 def test_it_may_be_climbed_and_its_gradient_is_the_judgements(clip: Path) -> None:
     reward = load_rewards(f"clip:{clip}=0.5")
     require_gradient(reward, prompt=PROMPTS[0])
-    judgement = judge_with_gradient(reward, PICTURES, PROMPTS)
-    assert_close(judgement.rewards, 0.5 * load_clip(clip)(PICTURES, PROMPTS))
-    assert (judgement.slope.abs().amax((1, 2, 3)) > 0).all()
+    judgement = score_with_gradient(reward, IMAGES, PROMPTS)
+    assert_close(judgement.rewards, 0.5 * load_clip(clip)(IMAGES, PROMPTS))
+    assert (judgement.pixel_gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
 def test_a_saturated_pixel_keeps_its_gradient(clip: Path) -> None:
     """It is seen as white or black, but can be led back."""
-    wild = (4 * PICTURES - 1.5).requires_grad_()
+    wild = (4 * IMAGES - 1.5).requires_grad_()
     scores = load_clip(clip)(wild, PROMPTS)
     assert_close(scores, load_clip(clip)(wild.detach().clamp(0, 1), PROMPTS))
-    (slope,) = torch.autograd.grad(scores.sum(), wild)
-    assert (slope[wild > 1].abs() > 0).all()
+    (pixel_gradient,) = torch.autograd.grad(scores.sum(), wild)
+    assert (pixel_gradient[wild > 1].abs() > 0).all()
 
 
 def test_nothing_of_the_model_learns_and_dropout_is_off(clip: Path) -> None:
     model = load_clip(clip).model
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
-    assert not load_clip(clip)(PICTURES, PROMPTS).requires_grad
+    assert not load_clip(clip)(IMAGES, PROMPTS).requires_grad
 
 
 def test_one_model_serves_all_that_ask_for_it(clip: Path) -> None:
@@ -222,7 +222,7 @@ def test_another_kind_of_model_is_refused_with_its_type_and_what_would_be_right(
 
 
 def test_a_folder_without_a_model_is_refused_and_the_other_judges_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no config.json .*judge:PATH"):
+    with pytest.raises(ValueError, match=r"holds no config.json .*llava_reward:PATH"):
         load_reward(f"clip:{tmp_path}")
 
 
@@ -255,6 +255,6 @@ def test_another_filter_than_bicubic_is_refused(broken: Path) -> None:
         load_reward(f"clip:{broken}")
 
 
-def test_another_number_of_prompts_than_pictures_is_refused(clip: Path) -> None:
-    with pytest.raises(ValueError, match="4 pictures came with 1 prompts"):
-        load_clip(clip)(PICTURES, PROMPTS[:1])
+def test_another_number_of_prompts_than_images_is_refused(clip: Path) -> None:
+    with pytest.raises(ValueError, match="4 images came with 1 prompts"):
+        load_clip(clip)(IMAGES, PROMPTS[:1])

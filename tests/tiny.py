@@ -85,7 +85,7 @@ def save_sd3(folder: Path, *, with_t5: bool = True, dynamic_shift: bool = False)
 
 
 def save_flux(folder: Path, *, is_distilled: bool = True) -> Path:
-    """Like FLUX.1 dev, which is told of its guidance and whose schedule depends on the picture's size; or schnell."""
+    """Like FLUX.1 dev, which is told of its guidance and whose schedule depends on the image's size; or schnell."""
     import diffusers
     from transformers import CLIPTextModel
 
@@ -116,7 +116,7 @@ def save_flux(folder: Path, *, is_distilled: bool = True) -> Path:
 
 
 def save_zimage(folder: Path) -> Path:
-    """Like Z-Image: a Qwen3 that reads a chat, one stream of picture and words; a flow with a shift."""
+    """Like Z-Image: a Qwen3 that reads a chat, one stream of image and words; a flow with a shift."""
     import diffusers
     from transformers import Qwen3Config, Qwen3Model
 

@@ -1,4 +1,4 @@
-"""A painter whose every distribution is known in closed form: a picture is one number, drawn from a normal one."""
+"""A painter whose every distribution is known in closed form: an image is one number, drawn from a normal one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.types import Level, Prediction, Sampler, Schedule
 
 SCALE = 1000.0
-"""Latents of up to a few hundred are pictures in [0, 1]."""
+"""Latents of up to a few hundred are images in [0, 1]."""
 
 
-class GaussianPainter:
+class GaussianModel:
     """Knows exactly what it sees: clean ~ Normal(mean, std^2), so E[clean | x] is linear in x."""
 
     def __init__(self, *, mean: float = 0.5, std: float = 0.8) -> None:
         self.mean, self.std = mean, std
         self.rows: list[int] = []
-        """How many pictures each forward pass had."""
+        """How many images each forward pass had."""
 
     def schedule(self, num_steps: int) -> Schedule:
         sigma = torch.linspace(0.995, 0.0, num_steps + 1, dtype=torch.float64)
@@ -56,11 +56,14 @@ class GaussianPainter:
                 x, self.predict(x, level, self.encode(["", ""]), guidance_scale=1), level, after
             )
             intercept, at_one = transition.mean.flatten().double().tolist()
-            slope = at_one - intercept
-            mean, variance = slope * mean + intercept, slope**2 * variance + float(transition.std[0]) ** 2
+            pixel_gradient = at_one - intercept
+            mean, variance = (
+                pixel_gradient * mean + intercept,
+                pixel_gradient**2 * variance + float(transition.std[0]) ** 2,
+            )
         return mean, variance
 
 
 def number(images: Tensor) -> Tensor:
-    """The number that a picture stands for."""
+    """The number that an image stands for."""
     return (images.mean(dim=(1, 2, 3)) - 0.5) * SCALE

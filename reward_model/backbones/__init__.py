@@ -1,1 +1,1 @@
-"""Who reads the picture: one adapter for each family of multimodal LLMs."""
+"""Who reads the image: one adapter for each family of multimodal LLMs."""

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a CLIP vision tower, a two-layer projector and a Llama; every picture is one square of fixed size."""
+"""LLaVA-1.5: a CLIP vision tower, a two-layer projector and a Llama; every image is one square of fixed size."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reward_model.backbones.reading import clip_features, read_with
-from reward_model.backbones.text import PromptReader
+from reward_model.backbones.outputs import clip_features, run_language_model
+from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.images import preprocess_as_clip
-from reward_model.types import Inputs, Reading
+from reward_model.types import BackboneOutput, Inputs
 
 PUBLISHED_TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
@@ -29,7 +29,7 @@ class Llava:
     """`LlavaForConditionalGeneration` of any size as a backbone."""
 
     model: Any
-    reader: PromptReader
+    reader: PromptTokenizer
     processor: Any
     """The family's CLIP image processor: only its settings are used."""
 
@@ -70,9 +70,9 @@ class Llava:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": clip_features(self.model, inputs["pixel_values"])}
 
-    def read(self, inputs: Inputs) -> Reading:
+    def read(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
             inputs = self.see(inputs)
         features = inputs["features"].to(self.projector.linear_1.weight.dtype)
         positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
-        return read_with(self.model, inputs, list(self.projector(features)), position_ids=positions)
+        return run_language_model(self.model, inputs, list(self.projector(features)), position_ids=positions)

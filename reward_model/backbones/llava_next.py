@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (1.6): a picture is seen whole, and once more in crops in which it keeps its shape (AnyRes)."""
+"""LLaVA-NeXT (1.6): an image is seen whole, and once more in crops in which it keeps its shape (AnyRes)."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reward_model.backbones.reading import clip_features, read_with
-from reward_model.backbones.text import PromptReader
+from reward_model.backbones.outputs import clip_features, run_language_model
+from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.images import cut, normalise, pad_to, resize
-from reward_model.types import Inputs, Reading
+from reward_model.types import BackboneOutput, Inputs
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class LlavaNext:
 
     model: Any
     """The grids that its crops may lie in are its config's image_grid_pinpoints, (height, width) in pixels each."""
-    reader: PromptReader
+    reader: PromptTokenizer
     processor: Any
     """The family's image processor: only its settings are used."""
 
@@ -53,7 +53,7 @@ class LlavaNext:
         """Those of the whole, and of the crops without what was only padding, with one more at the end of each line."""
         side = self.crop // self.model.config.vision_config.patch_size
         rows, columns = (length // self.crop * side for length in self._grid(height, width))
-        # What lies off the picture is cut away on both sides alike, as `unpad_image` in transformers does.
+        # What lies off the image is cut away on both sides alike, as `unpad_image` in transformers does.
         if width / height > columns / rows:
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
         else:
@@ -61,14 +61,14 @@ class LlavaNext:
         return side**2 + rows * (columns + 1)
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        """Each picture as a view of the whole and its crops, all one behind the other, and its own size."""
+        """Each image as a view of the whole and its crops, all one behind the other, and its own size."""
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         words = self.reader(prompts, [self.num_visual_tokens(*size) for size in sizes])
         views = torch.cat([self._views(image) for image in images])
         return {**words, "pixel_values": views, "image_sizes": torch.tensor(sizes)}
 
     def _views(self, image: Float[Tensor, "3 _ _"]) -> Float[Tensor, "N 3 S S"]:
-        """The picture squeezed into a square, and its crops: it keeps its shape there, with black around it."""
+        """The image squeezed into a square, and its crops: it keeps its shape there, with black around it."""
         from transformers.image_processing_utils import get_patch_output_size
         from transformers.image_utils import ChannelDimension
 
@@ -79,7 +79,7 @@ class LlavaNext:
         return normalise(torch.cat([whole, crops]), mean=self.processor.image_mean, std=self.processor.image_std)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """The pixels of the grid that suits a picture best: in which it is largest, then which it leaves least of."""
+        """The pixels of the grid that suits an image best: in which it is largest, then which it leaves least of."""
         from transformers.image_processing_utils import select_best_resolution
 
         return select_best_resolution((height, width), self.model.config.image_grid_pinpoints)
@@ -88,7 +88,7 @@ class LlavaNext:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": clip_features(self.model, inputs["pixel_values"])}
 
-    def read(self, inputs: Inputs) -> Reading:
+    def read(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
             inputs = self.see(inputs)
         inner, sizes = self.model.model, inputs["image_sizes"]
@@ -98,7 +98,7 @@ class LlavaNext:
             image_newline=inner.image_newline,
         )  # fmt: skip
         positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
-        return read_with(self.model, inputs, visual, position_ids=positions)
+        return run_language_model(self.model, inputs, visual, position_ids=positions)
 
     def _num_views(self, sizes: Int[Tensor, "B 2"]) -> list[int]:
         grids = [self._grid(height, width) for height, width in sizes.tolist()]

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedC
 
 from reward_model.backbones import llava, llava_next, phi3_v, qwen2_5_vl, qwen3_vl
 from reward_model.backbones.patches import load_patch_frame
-from reward_model.backbones.text import PaddingSide, PromptReader, find_chat_template
+from reward_model.backbones.prompts import PaddingSide, PromptTokenizer, find_chat_template
 from reward_model.types import Backbone
 
 Template = Literal["family", "published"]
@@ -44,7 +44,7 @@ def load_backbone(
     """Load a model with random or trained weights, frozen and ready to read. No remote code is run.
 
     `template` is how a prompt is shown: by the model's own chat template, or as the published LLaVA-Reward code did.
-    `min_pixels` and `max_pixels` bound a picture where the family keeps its shape (Qwen), `num_crops` the squares that
+    `min_pixels` and `max_pixels` bound an image where the family keeps its shape (Qwen), `num_crops` the squares that
     it is cut into (LLaVA-NeXT, Phi-3.5-vision); None takes the model's own. Raises ValueError for a family without an
     adapter, or a setting that the family does not have.
     """
@@ -88,13 +88,13 @@ def adapt(
     """The backbone around a model that is in memory; tokenizer and image settings come from `source`."""
     config, family = model.config, FAMILIES[model.config.model_type]
     if config.model_type not in _BOUNDED and (min_pixels is not None or max_pixels is not None):
-        raise ValueError(f"min_pixels and max_pixels mean nothing to {family}: its pictures do not keep their shape.")
+        raise ValueError(f"min_pixels and max_pixels mean nothing to {family}: its images do not keep their shape.")
     if config.model_type not in _CUT and num_crops is not None:
-        raise ValueError(f"num_crops means nothing to {family}: its pictures are not cut up.")
+        raise ValueError(f"num_crops means nothing to {family}: its images are not cut up.")
 
-    def reader(published: str, tokenizer: Any, place: int, *, written_image: str | None = None) -> PromptReader:
+    def reader(published: str, tokenizer: Any, place: int, *, written_image: str | None = None) -> PromptTokenizer:
         own = published if template == "published" else find_chat_template(source, tokenizer)
-        return PromptReader(tokenizer, place, own, num_places(config), padding_side, written_image=written_image)
+        return PromptTokenizer(tokenizer, place, own, num_places(config), padding_side, written_image=written_image)
 
     match config.model_type:
         case "llava":

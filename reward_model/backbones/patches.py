@@ -1,4 +1,4 @@
-"""Qwen's pictures: they keep their shape, within bounds, and are laid out as rows of patches."""
+"""Qwen's images: they keep their shape, within bounds, and are laid out as rows of patches."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -12,23 +12,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_model.backbones.text import PromptReader
+from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.images import normalise, resize
 from reward_model.types import Inputs
 
 
 @dataclass(frozen=True, slots=True)
 class PatchFrame:
-    """How one model's pictures become patches."""
+    """How one model's images become patches."""
 
     processor: Any
     """The family's image processor: only its settings are used."""
     min_pixels: int
     max_pixels: int
-    """A picture is resized to lie between these, both sides multiples of two patches."""
+    """An image is resized to lie between these, both sides multiples of two patches."""
 
-    def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str], reader: PromptReader) -> Inputs:
-        """Each picture as a row of flattened patches, all rows one behind the other, and the grid of each."""
+    def prepare(
+        self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str], reader: PromptTokenizer
+    ) -> Inputs:
+        """Each image as a row of flattened patches, all rows one behind the other, and the grid of each."""
         found = [self._patches(image) for image in images]
         grids = torch.tensor([grid for _, grid in found])
         counts = [int(n) for n in grids.prod(dim=1) // self.processor.merge_size**2]
@@ -36,7 +38,7 @@ class PatchFrame:
         return {**words, "pixel_values": torch.cat([patches for patches, _ in found]), "image_grid_thw": grids}
 
     def num_tokens(self, height: int, width: int) -> int:
-        """What a picture of this size becomes."""
+        """What an image of this size becomes."""
         height, width = self._size(height, width)
         return (height * width) // (self.processor.patch_size * self.processor.merge_size) ** 2
 
@@ -52,7 +54,7 @@ class PatchFrame:
         return frames.reshape(rows * columns, -1), (1, rows, columns)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        """To which height and width a picture is resized."""
+        """To which height and width an image is resized."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         factor = self.processor.patch_size * self.processor.merge_size

@@ -1,6 +1,6 @@
-"""Phi-3.5-vision, the paper's main model: a picture is cut into crops of 336 x 336 and seen once more as a whole.
+"""Phi-3.5-vision, the paper's main model: an image is cut into crops of 336 x 336 and seen once more as a whole.
 
-Pictures, tokens and prompts are made as the published processor makes them; the model is `phi3_v_model.Phi3V`.
+Images, tokens and prompts are made as the published processor makes them; the model is `phi3_v_model.Phi3V`.
 """
 
 # transformers has no usable types.
@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from reward_model.backbones.reading import pad
-from reward_model.backbones.text import PromptReader
+from reward_model.backbones.outputs import pad
+from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.images import cut, normalise, pad_to, resize
-from reward_model.types import Inputs, Reading
+from reward_model.types import BackboneOutput, Inputs
 
 WRITTEN_IMAGE = "<|image_1|>"
 PLACE = "<|image|>"
@@ -39,9 +39,9 @@ class Phi3Vision:
     """A `Phi3V` of any size as a backbone."""
 
     model: Any
-    reader: PromptReader
+    reader: PromptTokenizer
     num_crops: int
-    """The most squares that a picture is cut into; it is enlarged until no more of them would fit."""
+    """The most squares that an image is cut into; it is enlarged until no more of them would fit."""
     mean: Sequence[float]
     std: Sequence[float]
     """Of pixels in [0, 1], for each channel."""
@@ -76,7 +76,7 @@ class Phi3Vision:
         return self._count(*hd_grid(height, width, num_crops=self.num_crops, crop=self.crop)[1])
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        """Each picture as a view of the whole and its crops, all one behind the other, and its crops' grid."""
+        """Each image as a view of the whole and its crops, all one behind the other, and its crops' grid."""
         found = [self._views(image) for image in images]
         words = self.reader(prompts, [self._count(*grid) for _, grid in found])
         grids = torch.tensor([grid for _, grid in found])
@@ -85,7 +85,7 @@ class Phi3Vision:
     def _views(self, image: Float[Tensor, "3 _ _"]) -> tuple[Float[Tensor, "N 3 S S"], tuple[int, int]]:
         """The HD transform: fit into the grid, white around it, CLIP's mean and deviation; and (rows, columns).
 
-        The view of the whole is made of the padded picture, and without antialiasing.
+        The view of the whole is made of the padded image, and without antialiasing.
         """
         (height, width), grid = hd_grid(*image.shape[1:], num_crops=self.num_crops, crop=self.crop)
         image = resize(image[None], height, width, mode="bilinear")
@@ -113,7 +113,7 @@ class Phi3Vision:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": torch.cat(tokens)}
 
-    def read(self, inputs: Inputs) -> Reading:
+    def read(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
             inputs = self.see(inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -126,14 +126,14 @@ class Phi3Vision:
             position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
             use_cache=False,
         ).last_hidden_state
-        return Reading(states, mask.bool(), *pad(visual.split(self._counts(inputs["crop_grid"]))))
+        return BackboneOutput(states, mask.bool(), *pad(visual.split(self._counts(inputs["crop_grid"]))))
 
     def _counts(self, grids: Int[Tensor, "B 2"]) -> list[int]:
         return [self._count(*grid) for grid in grids.tolist()]
 
 
 def hd_grid(height: int, width: int, *, num_crops: int, crop: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """To which (height, width) a picture is resized, and the (rows, columns) of crops that it then lies in.
+    """To which (height, width) an image is resized, and the (rows, columns) of crops that it then lies in.
 
     The longer side becomes as many crops as there may be, n * ceil(n * short / long) <= num_crops.
     """
@@ -144,7 +144,7 @@ def hd_grid(height: int, width: int, *, num_crops: int, crop: int) -> tuple[tupl
         across += 1
     long, short = across * crop, int(across * crop / ratio)
     if short == 0:
-        raise ValueError(f"A picture of {height} x {width} pixels is too narrow: nothing is left of its short side.")
+        raise ValueError(f"An image of {height} x {width} pixels is too narrow: nothing is left of its short side.")
     down = math.ceil(short / crop)
     return ((short, long), (down, across)) if width >= height else ((long, short), (across, down))
 
@@ -164,7 +164,7 @@ def lay_out(
     *,
     global_first: bool,
 ) -> Float[Tensor, "V W"]:
-    """One picture's views as a row of tokens: the crops put together, line by line, and the whole, line by line."""
+    """One image's views as a row of tokens: the crops put together, line by line, and the whole, line by line."""
     rows, columns = grid
     crops = views[1:].unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
     lines = [

@@ -33,7 +33,7 @@ _ORDERS = ("sub_glb", "glb_sub")
 
 @no_type_check  # transformers takes any further settings of a config.json, which a checker of arguments would not
 class Phi3VConfig(Phi3Config):
-    """A published config.json: a Phi-3 decoder's, with `img_processor` and `embd_layer` for the picture's side.
+    """A published config.json: a Phi-3 decoder's, with `img_processor` and `embd_layer` for the image's side.
 
     `vision_config` is ours: the CLIP tower's sizes, by default those of ViT-L/14 at 336 pixels.
     """
@@ -74,7 +74,7 @@ class Phi3VConfig(Phi3Config):
 
     @property
     def global_first(self) -> bool:
-        """Whether the view of the whole picture comes before its crops (glb_sub) or behind them (sub_glb)."""
+        """Whether the view of the whole image comes before its crops (glb_sub) or behind them (sub_glb)."""
         return (self.embd_layer or {}).get("hd_transform_order", "sub_glb") == "glb_sub"
 
 

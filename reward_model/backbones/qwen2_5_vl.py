@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: pictures keep their shape and become as many visual tokens as they need."""
+"""Qwen2.5-VL: images keep their shape and become as many visual tokens as they need."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from reward_model.backbones.outputs import run_language_model
 from reward_model.backbones.patches import PatchFrame
-from reward_model.backbones.reading import read_with
-from reward_model.backbones.text import PromptReader
-from reward_model.types import Inputs, Reading
+from reward_model.backbones.prompts import PromptTokenizer
+from reward_model.types import BackboneOutput, Inputs
 
 PUBLISHED_TEMPLATE = (
     "{% for message in messages %}<|im_start|>user\n{% for part in message['content'] %}"
@@ -30,9 +30,9 @@ class Qwen25VL:
     """`Qwen2_5_VLForConditionalGeneration` of any size as a backbone."""
 
     model: Any
-    reader: PromptReader
+    reader: PromptTokenizer
     frame: PatchFrame
-    """How pictures become patches."""
+    """How images become patches."""
 
     @property
     def width(self) -> int:
@@ -63,7 +63,7 @@ class Qwen25VL:
         patches = inputs["pixel_values"].to(tower.patch_embed.proj.weight.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and patches.requires_grad):  # nothing in it is trained
             states = tower(patches, grid_thw=grids).last_hidden_state
-        # The tower works in windows; its groups of patches go back into the order of the picture.
+        # The tower works in windows; its groups of patches go back into the order of the image.
         order, _ = get_vision_window_index(
             grids, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size,
             patch_size=tower.patch_size,
@@ -72,13 +72,13 @@ class Qwen25VL:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": groups}
 
-    def read(self, inputs: Inputs) -> Reading:
+    def read(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
             inputs = self.see(inputs)
         ids, grids = inputs["input_ids"], inputs["image_grid_thw"]
         features = inputs["features"].to(self.projector.ln_q.weight.dtype)
         visual = self.projector(features.flatten(0, 1)).split(self._counts(grids))
-        return read_with(
+        return run_language_model(
             self.model, inputs, visual,
             image_grid_thw=grids, mm_token_type_ids=(ids == self.reader.image_token_id).int(),
         )  # fmt: skip

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reward_model.backbones.outputs import run_language_model
 from reward_model.backbones.patches import PatchFrame
-from reward_model.backbones.reading import read_with
-from reward_model.backbones.text import PromptReader
-from reward_model.types import Inputs, Reading
+from reward_model.backbones.prompts import PromptTokenizer
+from reward_model.types import BackboneOutput, Inputs
 
 
 @dataclass(slots=True)
@@ -28,9 +28,9 @@ class Qwen3VL:
     """
 
     model: Any
-    reader: PromptReader
+    reader: PromptTokenizer
     frame: PatchFrame
-    """How pictures become patches."""
+    """How images become patches."""
 
     @property
     def width(self) -> int:
@@ -64,13 +64,13 @@ class Qwen3VL:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": groups, "deepstack": torch.stack(seen.deepstack_features, dim=1)}
 
-    def read(self, inputs: Inputs) -> Reading:
+    def read(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
             inputs = self.see(inputs)
         ids, grids = inputs["input_ids"], inputs["image_grid_thw"]
         counts: list[int] = (grids.prod(dim=1) // self.model.model.visual.spatial_merge_unit).tolist()
         features = inputs["features"].to(next(self.projector.parameters()).dtype)
-        return read_with(
+        return run_language_model(
             self.model, inputs, self.projector(features.flatten(0, 1)).split(counts),
             deepstack=[layer.split(counts) for layer in inputs["deepstack"].unbind(dim=1)],
             image_grid_thw=grids, mm_token_type_ids=(ids == self.reader.image_token_id).int(),

@@ -11,9 +11,9 @@ from itertools import combinations
 
 import numpy as np
 
+from reward_model.benchmarks.metrics import Metric, measured
+from reward_model.benchmarks.statistics import Floats
 from reward_model.benchmarks.types import Benchmark, Comparison, Item
-from reward_model.evaluation import Floats
-from reward_model.metrics import Metric, measured
 
 LENGTHS = (5, 10, 20, 40)
 """Last numbers of words of each class of prompts but the longest."""
@@ -33,7 +33,7 @@ class Domain:
 
     benchmark: str
     by: str
-    """What sorted the pictures: source, model, skill, style, words, ..."""
+    """What sorted the images: source, model, skill, style, words, ..."""
     value: str
     accuracy: Metric
     """Of pairs that people do not tie, a tie of the judge being wrong; of labels, at the label threshold."""
@@ -46,7 +46,7 @@ def domains_of(
     """The report on one benchmark, the domain with the lowest accuracy first.
 
     `answers` holds a difference for each comparison, or a score for each item that was rated or labelled. A pair
-    belongs to the domains of either of its pictures. Pictures that were rated are compared within their prompt.
+    belongs to the domains of either of its images. Images that were rated are compared within their prompt.
     """
     if benchmark.labels:
         right = [
@@ -96,7 +96,7 @@ def styles_of(prompt: str) -> list[str]:
 
 
 def rated_pairs(benchmark: Benchmark) -> list[Comparison]:
-    """Each two pictures of one prompt, the higher rated one having won."""
+    """Each two images of one prompt, the higher rated one having won."""
     groups: dict[str, list[int]] = defaultdict(list)
     for place, item in enumerate(benchmark.items):
         groups[item.group].append(place)

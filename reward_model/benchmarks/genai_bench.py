@@ -1,4 +1,4 @@
-"""GenAI-Bench of CMU (BaiqiL/GenAI-Bench-1600 or zhiqiulin/GenAI-Bench-527): six models' pictures, rated from 1 to 5.
+"""GenAI-Bench of CMU (BaiqiL/GenAI-Bench-1600 or zhiqiulin/GenAI-Bench-527): six models' images, rated from 1 to 5.
 
 genai_image.json      {"00000": {"prompt": "a red fox", "models": {"SDXL_Base": [4, 5, 4], "Midjourney_6": [..]}}}
 genai_skills.json     {"counting": [0, 7], "negation": [3]}         prompts by what they ask for; may be missing
@@ -19,7 +19,7 @@ from reward_model.benchmarks.types import Benchmark, Item
 from reward_model.datasets.fields import BadRecordError, shortened, take_text
 
 RULE = (
-    "pearson, kendall_tau_b and pairwise_accuracy_tie_optimised over all pictures, not grouped by prompt, against the "
+    "pearson, kendall_tau_b and pairwise_accuracy_tie_optimised over all images, not grouped by prompt, against the "
     "mean of three ratings (VQAScore, arXiv:2404.01291; GenAI-Bench, arXiv:2406.13743)."
 )
 

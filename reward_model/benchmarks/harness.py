@@ -11,14 +11,14 @@ import torch
 from PIL import Image as PillowImage
 
 from reward_model.benchmarks.domains import Domain, domains_of
+from reward_model.benchmarks.metrics import Metric, label_metrics
 from reward_model.benchmarks.rules import Compared, best_band, compared, comparison_metrics, rated_metrics
+from reward_model.benchmarks.statistics import Floats
 from reward_model.benchmarks.types import Benchmark, Comparer, Image, Scorer
-from reward_model.evaluation import Floats
-from reward_model.images import Picture
-from reward_model.metrics import Metric, label_metrics
+from reward_model.images import ImageInput
 
 _DECODED = 256
-"""Pictures that were bytes and are decoded at once."""
+"""Images that were bytes and are decoded at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +32,19 @@ class Result:
 
 @torch.no_grad()
 def ask(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
-    """The judge's score of each item in float64; a picture that occurs twice under one prompt is shown once."""
+    """The judge's score of each item in float64; an image that occurs twice under one prompt is shown once."""
     place: dict[tuple[Image, str], int] = {}
     rows = [place.setdefault((item.image, item.prompt), len(place)) for item in benchmark.items]
     shown = list(place)
     parts: list[torch.Tensor] = []
     for start in range(0, len(shown), _DECODED):
         some = shown[start : start + _DECODED]
-        pictures = [_decoded(image) for image, _ in some]
-        parts.append(judge.score(pictures, [prompt for _, prompt in some], batch_size=batch_size).cpu())
+        images = [_decoded(image) for image, _ in some]
+        parts.append(judge.score(images, [prompt for _, prompt in some], batch_size=batch_size).cpu())
     scores = torch.cat(parts).double().numpy()
     if not np.isfinite(scores).all():
         prompt = shown[int(np.argmin(np.isfinite(scores)))][1]
-        raise ValueError(f"The judge's score of a picture of {benchmark.name} is not finite; its prompt is {prompt!r}.")
+        raise ValueError(f"The judge's score of an image of {benchmark.name} is not finite; its prompt is {prompt!r}.")
     return scores[rows]
 
 
@@ -60,7 +60,7 @@ def measure(
 ) -> Result:
     """Everything that the rules say of a judge on a benchmark.
 
-    Scores that differ by `threshold` or less are a tie of the judge; a picture is called good (safe) if its score is
+    Scores that differ by `threshold` or less are a tie of the judge; an image is called good (safe) if its score is
     `label_threshold` or more, which for a LLaVA-Reward judge is a probability of one half at 0.
     """
     options = {"num_resamples": num_resamples, "seed": seed}
@@ -84,7 +84,7 @@ def measure(
 
 @torch.no_grad()
 def differences_of(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
-    """How much better the first picture of each comparison is: of scores, or in log-odds if the judge only compares."""
+    """How much better the first image of each comparison is: of scores, or in log-odds if the judge only compares."""
     pairs = benchmark.comparisons
     if not isinstance(judge, Comparer) or judge.gives_scores:
         scores = ask(judge, benchmark, batch_size=batch_size)
@@ -105,5 +105,5 @@ def _pairs(benchmark: Benchmark, differences: Floats, *, threshold: float = 0.0)
     return compared(differences, [pair.outcome for pair in pairs], groups, threshold=threshold)
 
 
-def _decoded(image: Image) -> Picture:
+def _decoded(image: Image) -> ImageInput:
     return PillowImage.open(io.BytesIO(image)) if isinstance(image, bytes) else image

@@ -18,7 +18,7 @@ RULE = (
     "accuracy_ties_wrong: every pair counts alike (HPSv3, arXiv:2508.03789). What its tables make of a judge's ties is "
     "not known here."
 )
-NOTE = "The preferred picture is always the first: a judge that is shown pairs must be asked in both orders."
+NOTE = "The preferred image is always the first: a judge that is shown pairs must be asked in both orders."
 
 
 def load_hpdv3(path: Path, *, image_root: Path | None) -> list[Benchmark]:

@@ -14,7 +14,7 @@ NAMES: tuple[str, ...] = get_args(BenchmarkName)
 
 
 def load_benchmarks(specification: str, *, image_root: Path | None = None) -> list[Benchmark]:
-    """The test sets of one NAME:PATH, each picture opened once.
+    """The test sets of one NAME:PATH, each image opened once.
 
     PATH is a folder in the layout that the benchmark is published in, or its annotation file. Relative image paths
     start at `image_root`, by default where the annotations are. A bad record raises BadRecordError.

@@ -2,9 +2,9 @@
 
     {"caption": "a red fox", "image0": "a.jpg", "image1": "b.jpg", "label": 0, "info": "existence"}
 
-`label` is the place of the preferred picture. The first release (arXiv:2407.04842) has the splits alignment, safety and
+`label` is the place of the preferred image. The first release (arXiv:2407.04842) has the splits alignment, safety and
 quality; 816 of 916 alignment labels in its repository are 0. The present data set of the same name has composition,
-visualization and quality, and its labels are all 0. `bias` is no question of which picture is better and is not read.
+visualization and quality, and its labels are all 0. `bias` is no question of which image is better and is not read.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _load(split: str, files: list[Path], root: Path) -> Benchmark:
             items += [Item(read(fields[key], key), prompt, group, tags) for key in ("image0", "image1")]
     first = sum(comparison.outcome == 1 for comparison in comparisons)
     note = (
-        f"{first} of {len(comparisons)} labels name the first picture: a judge that is shown pairs and always prefers "
-        f"the first would get {first / len(comparisons):.1%}. Scores of single pictures cannot know the order."
+        f"{first} of {len(comparisons)} labels name the first image: a judge that is shown pairs and always prefers "
+        f"the first would get {first / len(comparisons):.1%}. Scores of single images cannot know the order."
     )
     return Benchmark(name=f"mj_bench-{split}", rule=RULE, items=items, comparisons=comparisons, notes=[note])
 

@@ -3,7 +3,7 @@
     {"caption": "a red fox", "jpg_0": .., "jpg_1": .., "label_0": 0.5, "label_1": 0.5, "has_label": true,
      "model_0": .., "model_1": ..}
 
-`label_0` is 1 where the first picture won, 0 where the second did, and 0.5 for a tie.
+`label_0` is 1 where the first image won, 0 where the second did, and 0.5 for a tie.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ImageReward's and HPDv2's test sets: several pictures of a prompt, which people put in an order with ties.
+"""ImageReward's and HPDv2's test sets: several images of a prompt, which people put in an order with ties.
 
     {"id": "..", "prompt": "a red fox", "generations": ["images/test/1.webp", ..], "ranking": [1, 2, 2, 5]}
     {"prompt": "a red fox", "image_path": ["00001.jpg", ..], "rank": [0, 1, 1, 2], "raw_annotations": [..]}
@@ -35,14 +35,14 @@ HPDV2_RULE = (
 
 
 def load_image_reward(path: Path, *, image_root: Path | None) -> list[Benchmark]:
-    """ImageReward's `data/test.json`: 466 prompts, 2,720 pictures, 7,230 pairs, of which people do not tie 6,399."""
+    """ImageReward's `data/test.json`: 466 prompts, 2,720 images, 7,230 pairs, of which people do not tie 6,399."""
     file = file_of(path, "test.json", "data/test.json", benchmark="image_reward")
     keys = ("generations", "ranking")
     return [_load("image_reward", file, keys=keys, rule=IMAGE_REWARD_RULE, image_root=image_root)]
 
 
 def load_hpdv2(path: Path, *, image_root: Path | None) -> list[Benchmark]:
-    """HPDv2's `test.json`, whose pictures lie in `test/` where they were unpacked."""
+    """HPDv2's `test.json`, whose images lie in `test/` where they were unpacked."""
     file = file_of(path, "test.json", benchmark="hpdv2")
     unpacked = file.parent / "test"
     root = image_root or (unpacked if unpacked.is_dir() else None)

@@ -1,4 +1,4 @@
-"""From the files of a published test set to its records, and from what a record calls a picture to one that opens."""
+"""From the files of a published test set to its records, and from what a record calls an image to one that opens."""
 
 from __future__ import annotations
 
@@ -98,14 +98,14 @@ def take_ranks(fields: Fields, key: str, *, length: int) -> list[float]:
     return [float(rank) for rank in ranks]
 
 
-class Pictures:
-    """Pictures as the files have them: a path, the bytes themselves, or both as `datasets` stores them."""
+class Images:
+    """Images as the files have them: a path, the bytes themselves, or both as `datasets` stores them."""
 
     def __init__(self, find: FindImage) -> None:
         self.find = find
 
     def __call__(self, value: object, key: str) -> Image:
-        """A picture that was opened once; BadRecordError if it is none."""
+        """An image that was opened once; BadRecordError if it is none."""
         match value:
             case str():
                 return self.find(value)
@@ -116,14 +116,14 @@ class Pictures:
             case {"path": str() as name}:
                 return self.find(name)
             case _:
-                raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a path or the bytes of a picture.")
+                raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a path or the bytes of an image.")
 
 
-def image_reader(root: Path) -> Pictures:
-    """A reader of pictures whose relative paths start at `root`."""
+def image_reader(root: Path) -> Images:
+    """A reader of images whose relative paths start at `root`."""
     if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {root}, where the pictures should be.")
-    return Pictures(image_finder(root, unpack_to=root))  # bytes are kept as they are, so nothing is unpacked
+        raise FileNotFoundError(f"There is no folder {root}, where the images should be.")
+    return Images(image_finder(root, unpack_to=root))  # bytes are kept as they are, so nothing is unpacked
 
 
 def _checked(data: bytes, key: str) -> bytes:

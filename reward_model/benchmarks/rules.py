@@ -1,7 +1,7 @@
 """The same answers under several rules, side by side, each with an interval over whole prompts.
 
 Published accuracies of one judge on one test set differ by points: by what counts as a tie, and by what is averaged. So
-each rule has a name of its own here. Resamples draw prompts, not pairs, for pairs of one prompt share pictures.
+each rule has a name of its own here. Resamples draw prompts, not pairs, for pairs of one prompt share images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int
 from numpy.typing import ArrayLike
 
-from reward_model.evaluation import (
+from reward_model.benchmarks.metrics import Metric, measured
+from reward_model.benchmarks.statistics import (
     Floats,
     TieSearch,
     UndefinedMetricError,
@@ -26,10 +27,9 @@ from reward_model.evaluation import (
     require_values,
     spearman,
 )
-from reward_model.metrics import Metric, measured
 
 MAX_RESAMPLED_PAIRS = 1_000_000
-"""Beyond, accuracy over all pairs of a benchmark's pictures is stated without an interval, which would take hours."""
+"""Beyond, accuracy over all pairs of a benchmark's images is stated without an interval, which would take hours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def comparison_metrics(
         accuracy_ties_half         (right + tied by the judge / 2) / all
         accuracy_per_prompt        the first one for each prompt, averaged over prompts
         accuracy_first_wins, accuracy_second_wins, accuracy_order_balanced
-                                   the first one where the first picture is better, where the second is, and their mean
+                                   the first one where the first image is better, where the second is, and their mean
     Of all pairs:
         agreement_per_prompt       1 - inversions / all for each prompt, averaged; only a reversed pair is an inversion
         agreement_half_ties        1 if both say the same, 0.5 if just one of them ties, else 0
@@ -145,7 +145,7 @@ def best_band(differences: ArrayLike, outcomes: ArrayLike) -> float:
 def rated_metrics(
     scores: ArrayLike, ratings: ArrayLike, groups: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
 ) -> list[Metric]:
-    """How well scores follow ratings: correlations, and pairs of all and of each prompt's pictures."""
+    """How well scores follow ratings: correlations, and pairs of all and of each prompt's images."""
     score, rating = columns_of(scores=scores, ratings=ratings)
     names, numbers = np.unique(np.asarray(groups), return_inverse=True)
     if numbers.shape != score.shape:
@@ -160,7 +160,7 @@ def rated_metrics(
 
         return of_drawn
 
-    note = "over all pictures"
+    note = "over all images"
     found = [
         measure(name, over_rows(statistic), count=len(score), note=note)
         for name, statistic in (("pearson", pearson), ("spearman", spearman), ("kendall_tau_b", kendall))
@@ -178,7 +178,7 @@ def _pairwise(
     kept: Int[np.ndarray, " N"] | None,
     measure: Callable[..., Metric],
 ) -> Metric:
-    """Tie-optimised accuracy over pairs of items; a picture drawn twice is not compared with itself."""
+    """Tie-optimised accuracy over pairs of items; an image drawn twice is not compared with itself."""
     try:
         pairs = item_pairs(score, rating, groups=kept)
     except UndefinedMetricError as error:
@@ -193,7 +193,7 @@ def _pairwise(
 
 
 def _by_order(pairs: Compared, right: Bool[np.ndarray, " P"], measure: Callable[..., Metric]) -> list[Metric]:
-    """Whether a judge is better where the first picture wins: it is not, if it cannot know the order."""
+    """Whether a judge is better where the first image wins: it is not, if it cannot know the order."""
     first, second = (pairs.count(pairs.outcomes == side) for side in (1, -1))
     right_first, right_second = (pairs.count(right & (pairs.outcomes == side)) for side in (1, -1))
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from reward_model.benchmarks.harness import Result
-from reward_model.metrics import Metric
+from reward_model.benchmarks.metrics import Metric
 
 _SHOWN = 12
 """Domains of each benchmark in the Markdown: the worst; the JSON holds all."""
@@ -48,7 +48,9 @@ def to_json(judge: str, results: Sequence[Result], *, settings: dict[str, Any]) 
         }
         for result in results
     }
-    return json.dumps({"judge": judge, "settings": settings, "benchmarks": found}, indent=1, allow_nan=False) + "\n"
+    return (
+        json.dumps({"llava_reward": judge, "settings": settings, "benchmarks": found}, indent=1, allow_nan=False) + "\n"
+    )
 
 
 def _plain(metric: Metric) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """TIFA160: 160 prompts painted by five models and rated from 1 to 5, twice.
 
-By TIFA's authors (arXiv:2303.11897), two raters a picture: `human_annotations.json` or
+By TIFA's authors (arXiv:2303.11897), two raters an image: `human_annotations.json` or
 `human_annotations_with_scores.json`, which also holds the scores of other judges.
 
     {"coco_1_mini_dalle": {"text_id": "coco_1", "image_path": "coco_1_mini_dalle.jpg", "text": "a red fox",
@@ -33,7 +33,7 @@ MODELS = {
     "sd2dot1": "stable_diffusion_v2_1",
 }
 RULE = (
-    "pearson, kendall_tau_b and pairwise_accuracy_tie_optimised over all pictures, not grouped by prompt, against the "
+    "pearson, kendall_tau_b and pairwise_accuracy_tie_optimised over all images, not grouped by prompt, against the "
     "mean rating (VQAScore, arXiv:2404.01291). TIFA's notebook prints Pearson's correlation under the name Spearman."
 )
 
@@ -114,5 +114,5 @@ def _benchmark(
             items.append(Item(read(fields["image_path"], "image_path"), take_text(fields, "text"), text_id, tags))
     means = [fmean(ratings[key]) for key in known]
     raters = sorted({len(ratings[key]) for key in known})
-    note = f"{' to '.join(map(str, dict.fromkeys((raters[0], raters[-1]))))} ratings a picture."
+    note = f"{' to '.join(map(str, dict.fromkeys((raters[0], raters[-1]))))} ratings an image."
     return Benchmark(name=name, rule=RULE, items=items, ratings=means, notes=[note])

@@ -1,4 +1,4 @@
-"""The vocabulary of a benchmark: pictures that a judge is shown, and what people said of them."""
+"""The vocabulary of a benchmark: images that a judge is shown, and what people said of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_model.images import Picture
+from reward_model.images import ImageInput
 
 Image = Path | bytes
-"""A file, or the bytes of one where a data set holds its pictures itself."""
+"""A file, or the bytes of one where a data set holds its images itself."""
 
 
 @runtime_checkable
@@ -21,30 +21,30 @@ class Scorer(Protocol):
     """What a benchmark asks of a judge: higher is better."""
 
     def score(
-        self, images: Sequence[Picture], prompts: Sequence[str], *, batch_size: int = 32
+        self, images: Sequence[ImageInput], prompts: Sequence[str], *, batch_size: int = 32
     ) -> Float[Tensor, " B"]: ...
 
 
 @runtime_checkable
 class Comparer(Protocol):
-    """A judge that may know of two pictures which is better without a score for either."""
+    """A judge that may know of two images which is better without a score for either."""
 
     @property
     def gives_scores(self) -> bool: ...
 
     def logits(
-        self, first: Sequence[Picture], second: Sequence[Picture], prompts: Sequence[str], *, batch_size: int = 32
+        self, first: Sequence[ImageInput], second: Sequence[ImageInput], prompts: Sequence[str], *, batch_size: int = 32
     ) -> Float[Tensor, " B"]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A picture under its prompt, which a judge sees once."""
+    """An image under its prompt, which a judge sees once."""
 
     image: Image
     prompt: str
     group: str
-    """Whose pictures belong together, mostly the prompt's: intervals draw whole groups."""
+    """Whose images belong together, mostly the prompt's: intervals draw whole groups."""
     tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By what the report on domains sorts it: {"source": ["coco"], "skill": ["counting", "scene"]}."""
 
@@ -81,7 +81,7 @@ class Benchmark:
     def __post_init__(self) -> None:
         """ValueError if people said nothing; the rest would be a loader's mistake."""
         if not (self.comparisons or self.ratings or self.labels):
-            raise ValueError(f"{self.name} holds no two pictures of one prompt, and so nothing to compare.")
+            raise ValueError(f"{self.name} holds no two images of one prompt, and so nothing to compare.")
         assert sum(map(bool, (self.comparisons, self.ratings, self.labels))) == 1, self.name
         for said in (self.ratings, self.labels):
             assert len(said) in (0, len(self.items)), self.name

@@ -1,4 +1,4 @@
-"""UnsafeBench: pictures that were called safe or unsafe, and why.
+"""UnsafeBench: images that were called safe or unsafe, and why.
 
     {"image": .., "safety_label": "Unsafe", "category": "Shocking", "source": "Lexica", "text": "a red fox"}
     {"path": "a.png", "safety_label": "Safe", "category": "None", "source": "Laion5B", "label": 1, "prompt": ""}
@@ -22,7 +22,7 @@ RULE = (
 
 
 def load_unsafe_bench(path: Path, *, image_root: Path | None) -> list[Benchmark]:
-    """A file of UnsafeBench; its test split has 2,037 pictures."""
+    """A file of UnsafeBench; its test split has 2,037 images."""
     names = ("test.json", "test.jsonl", "test.parquet", "Unsafebench_test.json", "data/test-*.parquet")
     files = files_of(path, *names, benchmark="unsafe_bench")
     read = image_reader(image_root or files[0].parent)

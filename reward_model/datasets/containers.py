@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from reward_model.datasets.image_folder import pictures_of_folder
+from reward_model.datasets.image_folder import images_of_folder
 from reward_model.datasets.parquet import rows_of_hub, rows_of_parquet
 from reward_model.datasets.source import RawRecord, elements_of, lines_of
 from reward_model.datasets.tar import TarShard
@@ -22,7 +22,7 @@ class Container(NamedTuple):
     """Where relative image paths start, unless the user says otherwise."""
     rows: Iterable[RawRecord]
     member: Callable[[str], bytes] | None = None
-    """The content of a picture that lies in the same archive."""
+    """The content of an image that lies in the same archive."""
 
 
 def open_place(place: str, *, is_image_folder: bool, unused: Collection[str]) -> Iterator[Container]:
@@ -32,7 +32,7 @@ def open_place(place: str, *, is_image_folder: bool, unused: Collection[str]) ->
         return
     path = Path(place)
     if is_image_folder:
-        yield Container(path, pictures_of_folder(path))
+        yield Container(path, images_of_folder(path))
         return
     for file in _files_of(path) if path.is_dir() else [path]:
         yield _open_file(file, unused)

@@ -8,8 +8,8 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-Picture = str | bytes
-"""What a record gives for a picture: the path of a file, or the file's content."""
+ImageField = str | bytes
+"""What a record gives for an image: the path of a file, or the file's content."""
 
 
 class BadRecordError(ValueError):
@@ -69,13 +69,13 @@ def take_two_texts(fields: Mapping[str, Any], key: str) -> tuple[str, str]:
             raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a list of two strings.")
 
 
-def take_picture(fields: Mapping[str, Any], key: str) -> Picture:
-    """The picture under a key: a path, bytes, or what `datasets` makes of either, {"bytes": ..., "path": ...}."""
-    return picture_of(fields[key], key)
+def take_image(fields: Mapping[str, Any], key: str) -> ImageField:
+    """The image under a key: a path, bytes, or what `datasets` makes of either, {"bytes": ..., "path": ...}."""
+    return image_of(fields[key], key)
 
 
-def picture_of(value: object, key: str) -> Picture:
-    """The picture that a value is; `key` is where it stood, for messages."""
+def image_of(value: object, key: str) -> ImageField:
+    """The image that a value is; `key` is where it stood, for messages."""
     match value:
         case bytes() as content:
             return content

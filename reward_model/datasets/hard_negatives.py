@@ -1,4 +1,4 @@
-"""Hard negatives: the same picture under a prompt in which one thing is wrong.
+"""Hard negatives: the same image under a prompt in which one thing is wrong.
 
 A winner of a pair serves its prompt; so it should score lower for the same prompt with another colour, number, place
 or attribute. LLaVA-Reward's alignment data hold such records (arXiv:2507.21391); how theirs were written is not
@@ -39,10 +39,10 @@ _WORDS = re.compile(rf"\b({'|'.join(sorted(_OTHERS, key=len, reverse=True))})\b"
 def hard_negatives(
     records: Sequence[Record], *, share: float, seed: int, held_back: Iterable[Record] = ()
 ) -> list[PreferencePair]:
-    """For about `share` of the pictures that won under a prompt, one pair of them with the prompt against a wrong one.
+    """For about `share` of the images that won under a prompt, one pair of them with the prompt against a wrong one.
 
     Ties, labels and pairs of two prompts give none, nor does a prompt without a word that can be exchanged. Whether
-    and how a prompt is changed only depends on `seed`, the prompt and the picture, not on the other records. Prompts
+    and how a prompt is changed only depends on `seed`, the prompt and the image, not on the other records. Prompts
     of the records `held_back` are never written: they would no longer be unread.
     """
     if not 0 <= share <= 1:

@@ -1,4 +1,4 @@
-"""HPDv2 (Wu et al., arXiv:2306.09341): people's choices among pictures of many models.
+"""HPDv2 (Wu et al., arXiv:2306.09341): people's choices among images of many models.
 
 train.json  {"prompt": "a red fox", "file_path": ["a.jpg", "b.jpg"], "human_preference": [1, 0]}    1 is preferred
 test.json   {"prompt": "a red fox", "image_path": ["a.jpg", "b.jpg", "c.jpg"], "rank": [1, 3, 2],
@@ -13,8 +13,8 @@ from typing import Any
 from reward_model.datasets.fields import (
     BadRecordError,
     check_keys,
+    image_of,
     number_of,
-    picture_of,
     shortened,
     take_list,
     take_text,
@@ -30,15 +30,15 @@ def hpdv2_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str
     verdict = "rank" if "rank" in fields else "human_preference"
     check_keys(fields, needed={"prompt", key, verdict}, unused={"raw_annotations", "user_hash"})
     prompt = take_text(fields, "prompt")
-    pictures = [picture_of(value, key) for value in take_list(fields, key)]
+    images = [image_of(value, key) for value in take_list(fields, key)]
     numbers = [number_of(value, verdict) for value in take_list(fields, verdict)]
-    if len(pictures) != len(numbers):
-        raise BadRecordError(f"{key!r} has {len(pictures)} elements and {verdict!r} {len(numbers)}; each needs one.")
+    if len(images) != len(numbers):
+        raise BadRecordError(f"{key!r} has {len(images)} elements and {verdict!r} {len(numbers)}; each needs one.")
     if verdict == "rank":
         ranks = [-number for number in numbers]
-        return pairs_of_rated(pictures, ranks, prompt, find_image=find_image, where=where)
+        return pairs_of_rated(images, ranks, prompt, find_image=find_image, where=where)
     if numbers not in ([1, 0], [0, 1]):
         raise BadRecordError(f"'human_preference' is {shortened(fields[verdict])}; it must be [1, 0] or [0, 1].")
-    first, second = (find_image(picture) for picture in pictures)
+    first, second = (find_image(image) for image in images)
     winner, loser = (first, second) if numbers == [1, 0] else (second, first)
     return [PreferencePair(winner, loser, prompt, prompt, where=where)]

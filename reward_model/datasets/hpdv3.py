@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reward_model.datasets.fields import BadRecordError, check_keys, shortened, take_number, take_picture, take_text
+from reward_model.datasets.fields import BadRecordError, check_keys, shortened, take_image, take_number, take_text
 from reward_model.datasets.images import FindImage
 from reward_model.types import PreferencePair, Record
 
@@ -29,5 +29,5 @@ def hpdv3_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str
         if not 0 <= confidence <= 1:
             raise BadRecordError(f"'confidence' is {shortened(fields['confidence'])}; it must be null or in [0, 1].")
     prompt = take_text(fields, "prompt")
-    winner, loser = (find_image(take_picture(fields, key)) for key in ("path1", "path2"))
+    winner, loser = (find_image(take_image(fields, key)) for key in ("path1", "path2"))
     return [PreferencePair(winner, loser, prompt, prompt, where=where)]

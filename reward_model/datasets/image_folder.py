@@ -1,4 +1,4 @@
-"""A folder of pictures sorted by what they are.
+"""A folder of images sorted by what they are.
 
     FOLDER/good/*, FOLDER/bad/*         or         FOLDER/safe/*, FOLDER/unsafe/*
 
@@ -19,19 +19,19 @@ from reward_model.types import LabelledImage, Record
 _LABELS = {"good": 1, "safe": 1, "bad": 0, "unsafe": 0}
 
 
-def pictures_of_folder(folder: Path) -> Iterator[RawRecord]:
+def images_of_folder(folder: Path) -> Iterator[RawRecord]:
     """Every file in the sub-folders that is no .txt, by name. ValueError for a sub-folder with another name."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}, which image_folder names.")
     for kind in sorted(path for path in folder.iterdir() if path.is_dir()):
         if kind.name not in _LABELS:
-            raise ValueError(f"{kind} is no class of pictures; the folders must be named {', '.join(_LABELS)}.")
+            raise ValueError(f"{kind} is no class of images; the folders must be named {', '.join(_LABELS)}.")
         for file in sorted(kind.iterdir()):
             if file.suffix != ".txt":
                 yield RawRecord(str(file), {"image": str(file.relative_to(folder)), "class": kind.name})
 
 
 def folder_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
-    """One picture; its folder says whether it is good."""
+    """One image; its folder says whether it is good."""
     file = find_image(take_text(fields, "image"))
     return [LabelledImage(file, text_beside(file), _LABELS[fields["class"]], where)]

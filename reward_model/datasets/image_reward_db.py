@@ -1,6 +1,6 @@
-"""ImageRewardDB (Xu et al., arXiv:2304.05977): experts rated and ranked several pictures of each prompt.
+"""ImageRewardDB (Xu et al., arXiv:2304.05977): experts rated and ranked several images of each prompt.
 
-As published, one row a picture, in metadata-SPLIT.parquet and in the JSON of each zip; here shortened:
+As published, one row an image, in metadata-SPLIT.parquet and in the JSON of each zip; here shortened:
 
     {"image_path": "images/train/train_1/x.webp", "prompt_id": "001324-0093", "prompt": "a red fox",
      "classification": "Animals", "image_amount_in_total": 9, "rank": 3, "overall_rating": 6,
@@ -23,11 +23,11 @@ from typing import Any, Literal
 from reward_model.datasets.fields import (
     BadRecordError,
     check_keys,
+    image_of,
     number_of,
-    picture_of,
     shortened,
+    take_image,
     take_list,
-    take_picture,
     take_text,
 )
 from reward_model.datasets.images import FindImage
@@ -53,31 +53,31 @@ def image_reward_record(
         check_keys(fields, needed={"prompt", "img_better", "img_worse"}, unused=_EXTRAS)
         if perspective != "rank":
             raise BadRecordError(f"img_better and img_worse are by rank; they do not say which has more {perspective}.")
-        winner, loser = (find_image(take_picture(fields, key)) for key in ("img_better", "img_worse"))
+        winner, loser = (find_image(take_image(fields, key)) for key in ("img_better", "img_worse"))
         prompt = take_text(fields, "prompt")
         return [PreferencePair(winner, loser, prompt, prompt, where=where)]
 
-    key, rating = _picture_key(fields), RATING_OF[perspective]
+    key, rating = _image_key(fields), RATING_OF[perspective]
     if key == "generations" and perspective != "rank":
         raise BadRecordError(f"generations have a ranking only; it does not say which has more {perspective}.")
     rating = "ranking" if key == "generations" else rating
     check_keys(fields, needed={"prompt", key, rating}, unused=_EXTRAS)
-    pictures = [picture_of(value, key) for value in take_list(fields, key)]
+    images = [image_of(value, key) for value in take_list(fields, key)]
     ratings = [_rating(value, rating) for value in take_list(fields, rating)]
-    if len(pictures) != len(ratings):
-        raise BadRecordError(f"{key!r} has {len(pictures)} elements and {rating!r} {len(ratings)}; each needs one.")
-    total = fields.get("image_amount_in_total", len(pictures))
-    if total != len(pictures):
+    if len(images) != len(ratings):
+        raise BadRecordError(f"{key!r} has {len(images)} elements and {rating!r} {len(ratings)}; each needs one.")
+    total = fields.get("image_amount_in_total", len(images))
+    if total != len(images):
         raise BadRecordError(
-            f"'image_amount_in_total' is {shortened(total)}, where {len(pictures)} rows of the prompt follow each "
+            f"'image_amount_in_total' is {shortened(total)}, where {len(images)} rows of the prompt follow each "
             f"other. Rows of a prompt must stand together, as published."
         )
     prompt = take_text(fields, "prompt")
-    return pairs_of_rated(pictures, ratings, prompt, find_image=find_image, where=where)
+    return pairs_of_rated(images, ratings, prompt, find_image=find_image, where=where)
 
 
 def by_prompt(rows: Iterable[RawRecord]) -> Iterator[RawRecord]:
-    """One row for each prompt, with lists: rows of single pictures that follow each other and share a prompt_id."""
+    """One row for each prompt, with lists: rows of single images that follow each other and share a prompt_id."""
     for prompt_id, group in groupby(rows, key=_prompt_id):
         members = list(group)
         if prompt_id is None:
@@ -98,16 +98,16 @@ def by_prompt(rows: Iterable[RawRecord]) -> Iterator[RawRecord]:
 
 
 def _prompt_id(row: RawRecord) -> str | None:
-    """Of a row of one picture; None for any other row, and for one that is refused in its turn."""
+    """Of a row of one image; None for any other row, and for one that is refused in its turn."""
     try:
         fields = row.fields()
     except BadRecordError:
         return None
-    prompt_id, picture = fields.get("prompt_id"), fields.get(_picture_key(fields))
-    return prompt_id if isinstance(prompt_id, str) and not isinstance(picture, list | None) else None
+    prompt_id, image = fields.get("prompt_id"), fields.get(_image_key(fields))
+    return prompt_id if isinstance(prompt_id, str) and not isinstance(image, list | None) else None
 
 
-def _picture_key(fields: Mapping[str, Any]) -> str:
+def _image_key(fields: Mapping[str, Any]) -> str:
     return next((key for key in ("generations", "image_path") if key in fields), "image")
 
 

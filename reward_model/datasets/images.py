@@ -1,4 +1,4 @@
-"""Whether a picture that a record names is there, is sound, and lies where pictures may lie."""
+"""Whether an image that a record names is there, is sound, and lies where images may lie."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from reward_model.datasets.fields import BadRecordError, Picture, shortened
+from reward_model.datasets.fields import BadRecordError, ImageField, shortened
 
-FindImage = Callable[[Picture], Path]
-"""From a picture as a record gives it to a file that was checked; BadRecordError if there is none."""
+FindImage = Callable[[ImageField], Path]
+"""From an image as a record gives it to a file that was checked; BadRecordError if there is none."""
 MAX_PIXELS = 64_000_000
-"""A picture with more is taken for a decompression bomb."""
+"""An image with more is taken for a decompression bomb."""
 
 
 def image_finder(
@@ -28,24 +28,24 @@ def image_finder(
     member: Callable[[str], bytes] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> FindImage:
-    """A function that finds pictures under `root` and opens each file once, however many records name it.
+    """A function that finds images under `root` and opens each file once, however many records name it.
 
     With a `prefix` (OLD, NEW), a path that starts with the folder OLD is read as if it started with NEW. If the data
     are an archive, `member` gives the content of what it names. Content is written to a file of its own, once, in the
-    folder `unpack_to`: what trains on pictures opens files, in any order and as often as it likes.
+    folder `unpack_to`: what trains on images opens files, in any order and as often as it likes.
     """
     root, unpack_to = root.resolve(), unpack_to.resolve()
     flaw = cache(partial(flaw_of_image, max_pixels=max_pixels))
 
-    def find_image(picture: Picture) -> Path:
-        if isinstance(picture, bytes):
-            return _unpacked(picture, unpack_to, max_pixels=max_pixels, name="in the record")
-        name = picture if prefix is None else _moved(picture, *prefix)
+    def find_image(image: ImageField) -> Path:
+        if isinstance(image, bytes):
+            return _unpacked(image, unpack_to, max_pixels=max_pixels, name="in the record")
+        name = image if prefix is None else _moved(image, *prefix)
         if member is not None:
-            return _unpacked(member(name), unpack_to, max_pixels=max_pixels, name=shortened(picture))
+            return _unpacked(member(name), unpack_to, max_pixels=max_pixels, name=shortened(image))
         path = _path_inside(root, name)
         if found := flaw(path):
-            raise BadRecordError(f"the image {shortened(picture)}, seen from {root}, {found}")
+            raise BadRecordError(f"the image {shortened(image)}, seen from {root}, {found}")
         return path
 
     return find_image
@@ -61,9 +61,9 @@ def parse_prefix(text: str | None) -> tuple[str, str] | None:
     return old.rstrip("/"), new.rstrip("/") or ("/" if new else "")
 
 
-def text_beside(picture: Path) -> str:
+def text_beside(image: Path) -> str:
     """What stands in the .txt file of the same name, without blanks around it; empty if there is none."""
-    file = picture.with_suffix(".txt")
+    file = image.with_suffix(".txt")
     try:
         return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
     except UnicodeDecodeError as error:
@@ -71,29 +71,29 @@ def text_beside(picture: Path) -> str:
 
 
 def flaw_of_image(path: Path, *, max_pixels: int) -> str | None:
-    """What keeps a file from being used as a picture, as the rest of a sentence; None if nothing does."""
+    """What keeps a file from being used as an image, as the rest of a sentence; None if nothing does."""
     try:
         if not path.exists():
             return "does not exist. Correct the path, or give another image_root."
         if not path.is_file():
-            return "is not a file. Name a picture."
+            return "is not a file. Name an image."
         if not path.stat().st_size:
             return "is an empty file. Fetch it again or leave the record out."
         return _flaw_of_pixels(path, max_pixels=max_pixels)
     # Pillow's many readers raise anything at all when they meet broken bytes: SyntaxError, struct.error, KeyError, ...
     except Exception as error:
-        return f"cannot be read as a picture: {str(error)[:200]}. Fetch it again or leave the record out."
+        return f"cannot be read as an image: {str(error)[:200]}. Fetch it again or leave the record out."
 
 
 def flaw_of_content(content: bytes, *, max_pixels: int) -> str | None:
-    """The same of a picture's bytes."""
+    """The same of an image's bytes."""
     if not content:
         return "is empty. Fetch the data again or leave the record out."
     try:
         return _flaw_of_pixels(io.BytesIO(content), max_pixels=max_pixels)
     except Exception as error:
         text = str(error).partition(" <_io.BytesIO")[0][:200]
-        return f"cannot be read as a picture: {text}. Fetch the data again or leave the record out."
+        return f"cannot be read as an image: {text}. Fetch the data again or leave the record out."
 
 
 def _flaw_of_pixels(source: Path | io.BytesIO, *, max_pixels: int) -> str | None:
@@ -123,7 +123,7 @@ def _flaw_of_pixels(source: Path | io.BytesIO, *, max_pixels: int) -> str | None
 
 
 def _unpacked(content: bytes, folder: Path, *, max_pixels: int, name: str) -> Path:
-    """The file of this content, named after it: two records, or two processes, with one picture share the file."""
+    """The file of this content, named after it: two records, or two processes, with one image share the file."""
     if flaw := flaw_of_content(content, max_pixels=max_pixels):
         raise BadRecordError(f"the image {name}, of {len(content):,} bytes, {flaw}")
     digest = hashlib.sha256(content).hexdigest()
@@ -153,6 +153,6 @@ def _path_inside(root: Path, name: str) -> Path:
     if not path.is_relative_to(root):
         raise BadRecordError(
             f"the image {shortened(name)} leads to {shortened(str(path))}, outside of the image root {root}. "
-            f"Give an image_root that holds every picture."
+            f"Give an image_root that holds every image."
         )
     return path

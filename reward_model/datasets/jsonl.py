@@ -7,7 +7,7 @@
     {"winner_prompt": "a red fox", "loser_prompt": "a blue fox", "winner": "a.png", "loser": "b.png"}
     {"prompt": "a red fox", "image": "a.png", "label": 1}
 
-The fourth asks which prompt one picture serves better; together with the fifth it is what the paper calls a hard
+The fourth asks which prompt one image serves better; together with the fifth it is what the paper calls a hard
 negative. Every form may carry an "id" (text or number) and a "comment" (text), which nobody reads.
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 
 from reward_model.datasets.fields import (
     BadRecordError,
-    Picture,
+    ImageField,
     refuse_unknown_keys,
     shortened,
+    take_image,
     take_label,
     take_number,
-    take_picture,
     take_text,
     take_two_texts,
 )
@@ -50,25 +50,25 @@ def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) 
     def texts(first: str, second: str) -> tuple[str, str]:
         return take_text(fields, first), take_text(fields, second)
 
-    def pictures_of(first: str, second: str) -> tuple[Picture, Picture]:
-        return take_picture(fields, first), take_picture(fields, second)
+    def images_of(first: str, second: str) -> tuple[ImageField, ImageField]:
+        return take_image(fields, first), take_image(fields, second)
 
     match sorted(fields.keys() - _REMARKS):
         case ["image", "label", "prompt"]:
-            label, picture, prompt = take_label(fields), take_picture(fields, "image"), take_text(fields, "prompt")
-            return LabelledImage(find_image(picture), prompt, label, where)
+            label, image, prompt = take_label(fields), take_image(fields, "image"), take_text(fields, "prompt")
+            return LabelledImage(find_image(image), prompt, label, where)
         case ["prompt", "tie"]:
-            pictures, prompts = take_two_texts(fields, "tie"), texts("prompt", "prompt")
+            images, prompts = take_two_texts(fields, "tie"), texts("prompt", "prompt")
         case ["loser", "prompt", "winner"] | ["loser", "prompt", "rating_gap", "winner"]:
-            pictures, prompts = pictures_of("winner", "loser"), texts("prompt", "prompt")
+            images, prompts = images_of("winner", "loser"), texts("prompt", "prompt")
         case ["image", "loser_prompt", "winner_prompt"]:
-            pictures, prompts = pictures_of("image", "image"), texts("winner_prompt", "loser_prompt")
+            images, prompts = images_of("image", "image"), texts("winner_prompt", "loser_prompt")
         case ["loser", "loser_prompt", "winner", "winner_prompt"]:
-            pictures, prompts = pictures_of("winner", "loser"), texts("winner_prompt", "loser_prompt")
+            images, prompts = images_of("winner", "loser"), texts("winner_prompt", "loser_prompt")
         case keys:
             raise BadRecordError(f"the keys {shortened(keys)} make no record. {_FORMS}")
     gap = _rating_gap(fields)
-    winner, loser = map(find_image, pictures)
+    winner, loser = map(find_image, images)
     return PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where)
 
 
@@ -77,7 +77,7 @@ def _rating_gap(fields: Mapping[str, Any]) -> float:
         return 0.0
     gap = take_number(fields, "rating_gap")
     if gap <= 0:
-        raise BadRecordError(f"'rating_gap' is {gap:g}; it must be above 0. Equally good pictures are a 'tie'.")
+        raise BadRecordError(f"'rating_gap' is {gap:g}; it must be above 0. Equally good images are a 'tie'.")
     return gap
 
 

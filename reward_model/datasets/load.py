@@ -14,8 +14,8 @@ from reward_model.datasets.images import MAX_PIXELS, FindImage, image_finder, pa
 from reward_model.datasets.source import RawRecord
 from reward_model.types import PreferencePair, Record
 
-UNPACKED = Path("runs/pictures")
-"""Where pictures go that lie within tables and archives."""
+UNPACKED = Path("runs/images")
+"""Where images go that lie within tables and archives."""
 
 
 def load_records(
@@ -29,11 +29,11 @@ def load_records(
     unused: Counter[str] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> list[Record]:
-    """The pairs and labels of FORMAT:PLACE, in the order of their rows, with every picture checked.
+    """The pairs and labels of FORMAT:PLACE, in the order of their rows, with every image checked.
 
     `formats.py` lists the formats, `containers.py` the places. Without a format, `.json` is the one published with
     LLaVA-Reward, everything else our own. Relative image paths start at `image_root`, by default the folder of the
-    file; no picture may lie outside of it. An `image_prefix` OLD=NEW leads paths from the folder OLD to NEW. Pictures
+    file; no image may lie outside of it. An `image_prefix` OLD=NEW leads paths from the folder OLD to NEW. Images
     within tables and archives are written to files in the folder `unpack_to`.
 
     With on_bad_record="skip" a bad row is left out, and a line {"where", "reason", "record"} is appended to the file
@@ -90,8 +90,8 @@ def _refuse_identical_sides(record: Record) -> None:
         return
     if (record.winner, record.winner_prompt) == (record.loser, record.loser_prompt):
         raise BadRecordError(
-            f"both sides are the picture {record.winner} under the prompt {shortened(record.winner_prompt)}; "
-            f"a pair must differ in the picture or in the prompt."
+            f"both sides are the image {record.winner} under the prompt {shortened(record.winner_prompt)}; "
+            f"a pair must differ in the image or in the prompt."
         )
 
 

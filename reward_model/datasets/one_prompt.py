@@ -1,4 +1,4 @@
-"""What a painter can learn from: pairs of two pictures of one prompt."""
+"""What a painter can learn from: pairs of two images of one prompt."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_pairs_of_one_prompt(
             say(f"{count:,} rows say nothing: {reason}")
     if not pairs:
         given = ", ".join(map(str, sources))
-        raise ValueError(f"In {given} no picture is preferred to another of the same prompt: nothing can be learnt.")
+        raise ValueError(f"In {given} no image is preferred to another of the same prompt: nothing can be learnt.")
     return pairs
 
 
@@ -72,10 +72,10 @@ def pairs_of_one_prompt(
 
 def _flaw_of(record: Record) -> str | None:
     if not isinstance(record, PreferencePair):
-        return "this is a label of one picture; a painter learns from pairs of pictures."
+        return "this is a label of one image; a painter learns from pairs of images."
     if record.winner_prompt != record.loser_prompt:
         prompts = f"{shortened(record.winner_prompt)} and {shortened(record.loser_prompt)}"
-        return f"the two sides have different prompts, {prompts}; a painter learns from two pictures of one prompt."
+        return f"the two sides have different prompts, {prompts}; a painter learns from two images of one prompt."
     if record.winner == record.loser:
-        return f"both sides are the picture {record.winner}; a painter learns from two pictures of one prompt."
+        return f"both sides are the image {record.winner}; a painter learns from two images of one prompt."
     return None

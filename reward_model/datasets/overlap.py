@@ -22,7 +22,7 @@ def normalised(prompt: str) -> str:
 
 
 def shared_prompts(training: Sequence[Record], test: Sequence[Record]) -> set[str]:
-    """The normalised prompts of both. The empty one, of pictures without a prompt, is not counted."""
+    """The normalised prompts of both. The empty one, of images without a prompt, is not counted."""
     return (normalised_prompts(training) & normalised_prompts(test)) - {""}
 
 

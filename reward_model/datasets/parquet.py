@@ -12,7 +12,7 @@ from typing import Any
 from reward_model.datasets.source import RawRecord
 
 _ROWS_AT_ONCE = 16
-"""Rows may hold pictures of megabytes."""
+"""Rows may hold images of megabytes."""
 
 
 def rows_of_parquet(path: Path, *, unused: Collection[str]) -> Iterator[RawRecord]:

@@ -1,8 +1,8 @@
-"""Pick-a-Pic v1 and v2 (Kirstain et al., arXiv:2305.01569): which of two pictures the user who asked for them liked.
+"""Pick-a-Pic v1 and v2 (Kirstain et al., arXiv:2305.01569): which of two images the user who asked for them liked.
 
     caption   jpg_0, jpg_1   label_0, label_1   has_label   are_different   and others, which are not needed
 
-The pictures are JPEG files in the table itself. The labels are 1 and 0, 0 and 1, or 0.5 and 0.5, which is a tie.
+The images are JPEG files in the table itself. The labels are 1 and 0, 0 and 1, or 0.5 and 0.5, which is a tie.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from reward_model.datasets.fields import (
     NothingSaidError,
     check_keys,
     shortened,
+    take_image,
     take_number,
-    take_picture,
     take_text,
 )
 from reward_model.datasets.images import FindImage
@@ -29,7 +29,7 @@ _UNUSED = {
 
 
 def pick_a_pic_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
-    """The pair of a row. One without a label, or of two pictures that do not differ, says nothing."""
+    """The pair of a row. One without a label, or of two images that do not differ, says nothing."""
     if not {"jpg_0", "jpg_1"} & {*fields} and "image_0_uid" in fields:
         raise BadRecordError("jpg_0 and jpg_1 are missing: this is the variant without images; take the one with them.")
     check_keys(
@@ -50,6 +50,6 @@ def pick_a_pic_record(fields: Mapping[str, Any], *, find_image: FindImage, where
             f"'label_0' and 'label_1' are {labels[0]:g} and {labels[1]:g}; they must be 1 and 0, 0 and 1, or 0.5 both."
         )
     prompt = take_text(fields, "caption")
-    first, second = find_image(take_picture(fields, "jpg_0")), find_image(take_picture(fields, "jpg_1"))
+    first, second = find_image(take_image(fields, "jpg_0")), find_image(take_image(fields, "jpg_1"))
     winner, loser = (second, first) if labels == (0, 1) else (first, second)
     return [PreferencePair(winner, loser, prompt, prompt, tie=labels == (0.5, 0.5), where=where)]

@@ -1,4 +1,4 @@
-"""The JSON that LLaVA-Reward's authors published (arXiv:2507.21391): one list of pairs or of labelled pictures.
+"""The JSON that LLaVA-Reward's authors published (arXiv:2507.21391): one list of pairs or of labelled images.
 
     {"prompt_id": "x", "prompt": "a red fox", "chosen_path": "a.png", "c_rate": 7, "reject_path": "b.png", "r_rate": 4}
     {"path": "a.png", "label": 1, "prompt": "a red fox", "safety_label": "Safe", "category": "None", "source": "Lexica"}
@@ -17,9 +17,9 @@ from reward_model.datasets.fields import (
     BadRecordError,
     refuse_unknown_keys,
     shortened,
+    take_image,
     take_label,
     take_number,
-    take_picture,
     take_text,
     take_two_texts,
 )
@@ -36,15 +36,15 @@ def published_record(fields: Mapping[str, Any], *, find_image: FindImage, where:
     """What one element of the published list says."""
     if "path" in fields or "label" in fields:
         _check_keys(fields, needed=_POINT, extras=_POINT_EXTRAS)
-        label, prompt, picture = take_label(fields), take_text(fields, "prompt"), take_picture(fields, "path")
-        return LabelledImage(find_image(picture), prompt, label, where)
+        label, prompt, image = take_label(fields), take_text(fields, "prompt"), take_image(fields, "path")
+        return LabelledImage(find_image(image), prompt, label, where)
 
     _check_keys(fields, needed=_PAIR, extras=_PAIR_EXTRAS)
     if isinstance(fields["prompt"], list):
         winner_prompt, loser_prompt = take_two_texts(fields, "prompt")
     else:
         winner_prompt = loser_prompt = take_text(fields, "prompt")
-    chosen, rejected = take_picture(fields, "chosen_path"), take_picture(fields, "reject_path")
+    chosen, rejected = take_image(fields, "chosen_path"), take_image(fields, "reject_path")
     gap = _rating_gap(fields)
     return PreferencePair(
         winner=find_image(chosen),
@@ -64,7 +64,7 @@ def _check_keys(fields: Mapping[str, Any], *, needed: frozenset[str], extras: fr
 
 
 def _rating_gap(fields: Mapping[str, Any]) -> float | None:
-    """How much higher the chosen picture was rated; None if nobody rated the two."""
+    """How much higher the chosen image was rated; None if nobody rated the two."""
     match "c_rate" in fields, "r_rate" in fields:
         case False, False:
             return None
@@ -75,6 +75,6 @@ def _rating_gap(fields: Mapping[str, Any]) -> float | None:
     if gap < 0 or math.isinf(gap):
         raise BadRecordError(
             f"'c_rate' is {shortened(fields['c_rate'])} and 'r_rate' is {shortened(fields['r_rate'])}; "
-            f"the chosen picture must be rated as high as the rejected one or, by a finite gap, higher."
+            f"the chosen image must be rated as high as the rejected one or, by a finite gap, higher."
         )
     return gap

@@ -1,13 +1,13 @@
-"""RichHF-18K (Liang et al., arXiv:2312.10240): four scores of single pictures from Pick-a-Pic v1.
+"""RichHF-18K (Liang et al., arXiv:2312.10240): four scores of single images from Pick-a-Pic v1.
 
     filename   artifact_score   misalignment_score   overall_score   aesthetics_score
     artifact_map, misalignment_map, prompt_misalignment_label: where and in which words; not used
 
-For every score, those named after a flaw too, higher is better: artifact_score 1 is a picture without artifacts. A
+For every score, those named after a flaw too, higher is better: artifact_score 1 is an image without artifacts. A
 score becomes a label by a threshold, which the user has to name.
 
-It is published as TFRecords without pictures and prompts. `filename` is looked up under the image root; the prompt is
-the field `prompt` or `caption` of an export that has it, or else the text file beside the picture (a.txt of a.png).
+It is published as TFRecords without images and prompts. `filename` is looked up under the image root; the prompt is
+the field `prompt` or `caption` of an export that has it, or else the text file beside the image (a.txt of a.png).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from reward_model.datasets.fields import BadRecordError, check_keys, take_number, take_picture, take_text
+from reward_model.datasets.fields import BadRecordError, check_keys, take_image, take_number, take_text
 from reward_model.datasets.images import FindImage, text_beside
 from reward_model.types import LabelledImage, Record
 
@@ -33,16 +33,16 @@ MAPS = frozenset({"artifact_map", "misalignment_map"})
 def richhf_record(
     fields: Mapping[str, Any], *, find_image: FindImage, where: str, score: Score, threshold: float
 ) -> list[Record]:
-    """A picture that is good (1) if its score is at least the threshold. Only alignment asks for a prompt."""
-    picture = "image" if fields.get("image") is not None else "filename"
+    """An image that is good (1) if its score is at least the threshold. Only alignment asks for a prompt."""
+    image = "image" if fields.get("image") is not None else "filename"
     check_keys(
         fields,
-        needed={picture, SCORE_OF[score]},
+        needed={image, SCORE_OF[score]},
         optional={"prompt", "caption"},
         unused={*SCORE_OF.values(), *MAPS, "prompt_misalignment_label", "filename", "image"},
     )
     label = int(take_number(fields, SCORE_OF[score]) >= threshold)
-    file = find_image(take_picture(fields, picture))
+    file = find_image(take_image(fields, image))
     prompt = _prompt(fields, file)
     if score == "alignment" and not prompt:
         raise BadRecordError(

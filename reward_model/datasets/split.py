@@ -16,7 +16,7 @@ def split_by_prompt(records: Sequence[Record], *, share: float, seed: int) -> tu
     validation in an order that only `seed` and their prompts decide, unless one would make it larger than `share`. So
     neither the order of the records matters, nor do most prompts change sides when records are added.
 
-    The empty prompt is a prompt like any other: pictures without prompts all fall on one side.
+    The empty prompt is a prompt like any other: images without prompts all fall on one side.
     """
     if not 0 < share < 1:
         raise ValueError(f"share is {share}; it must lie between 0 and 1, ends excluded: 0.1 holds a tenth back.")

@@ -15,11 +15,11 @@ _NUM_BINS = 4
 
 
 def describe(records: Sequence[Record]) -> str:
-    """A short table of how many pairs, labels, prompts and pictures there are."""
+    """A short table of how many pairs, labels, prompts and images there are."""
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     points = [record for record in records if isinstance(record, LabelledImage)]
     gaps = [pair.rating_gap for pair in pairs if pair.rating_gap > 0]
-    pictures = {picture for pair in pairs for picture in (pair.winner, pair.loser)} | {point.image for point in points}
+    images = {image for pair in pairs for image in (pair.winner, pair.loser)} | {point.image for point in points}
     per_prompt = Counter(prompt for record in records for prompt in {*prompts_of(record)})
     num_ties, num_good = sum(pair.tie for pair in pairs), sum(point.label == 1 for point in points)
     rows: list[Row] = [
@@ -35,7 +35,7 @@ def describe(records: Sequence[Record]) -> str:
         *_share("  good among the labels", num_good, len(points)),
         ("distinct prompts", len(per_prompt)),
         ("  most records of one", max(per_prompt.values(), default=0)),
-        ("distinct images", len(pictures)),
+        ("distinct images", len(images)),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {count if isinstance(count, str) else f'{count:,}':>9}" for name, count in rows)

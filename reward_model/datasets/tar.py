@@ -1,10 +1,10 @@
 """WebDataset shards: tar archives in which the files of one sample stand beside each other.
 
-    0001.json  0001.jpg                     the JSON holds all fields but the picture
+    0001.json  0001.jpg                     the JSON holds all fields but the image
     0002.json  0002.winner.jpg  0002.loser.jpg
 
-A sample is a KEY.json with a record's fields. A picture KEY.FIELD.jpg is the field FIELD, if the JSON lacks it, and
-KEY.jpg the field `image`; a picture that the JSON names by itself is looked up among all members.
+A sample is a KEY.json with a record's fields. An image KEY.FIELD.jpg is the field FIELD, if the JSON lacks it, and
+KEY.jpg the field `image`; an image that the JSON names by itself is looked up among all members.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.source import RawRecord, parse_object
 
-_PICTURES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class TarShard:
@@ -44,7 +44,7 @@ class TarShard:
         if member is None:
             raise BadRecordError(f"the image {shortened(name)} is no member of the archive.")
         if not member.isreg():
-            raise BadRecordError(f"the member {shortened(name)} is no ordinary file; pack the picture itself.")
+            raise BadRecordError(f"the member {shortened(name)} is no ordinary file; pack the image itself.")
         with self.path.open("rb") as file:
             file.seek(member.offset_data)
             content = file.read(member.size)
@@ -54,25 +54,25 @@ class TarShard:
 
     def samples(self) -> Iterator[RawRecord]:
         """The samples in the order of their .json members."""
-        pictures: dict[str, dict[str, str]] = {}
+        images: dict[str, dict[str, str]] = {}
         for name in self.members:
             key, rest = _key_and_rest(name)
             field, _, ending = rest.removeprefix(".").rpartition(".")
-            if ending.lower() in _PICTURES:
-                pictures.setdefault(key, {})[field or "image"] = name
+            if ending.lower() in _IMAGES:
+                images.setdefault(key, {})[field or "image"] = name
         for name in self.members:
             key, rest = _key_and_rest(name)
             if rest == ".json":
-                yield self._sample(name, pictures.get(key, {}))
+                yield self._sample(name, images.get(key, {}))
 
-    def _sample(self, name: str, pictures: dict[str, str]) -> RawRecord:
+    def _sample(self, name: str, images: dict[str, str]) -> RawRecord:
         where = f"{self.path}:{name}"
         source = self.content(name)
         try:
             fields = parse_object(source)
         except BadRecordError:
             return RawRecord(where, source)  # refused like any broken line, once its turn comes
-        return RawRecord(where, {**pictures, **fields})
+        return RawRecord(where, {**images, **fields})
 
 
 def _check_end(path: Path, members: Sequence[tarfile.TarInfo]) -> None:

@@ -1,4 +1,4 @@
-"""UnsafeBench (Qu et al., arXiv:2405.03486): pictures that people called safe or unsafe.
+"""UnsafeBench (Qu et al., arXiv:2405.03486): images that people called safe or unsafe.
 
     image   safety_label "Safe" or "Unsafe"   category   source "Laion5B" or "Lexica"   text, in later revisions
 
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reward_model.datasets.fields import check_keys, take_choice, take_picture, take_text
+from reward_model.datasets.fields import check_keys, take_choice, take_image, take_text
 from reward_model.datasets.images import FindImage
 from reward_model.types import LabelledImage, Record
 
 
 def unsafe_bench_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
-    """The labelled picture of a row."""
+    """The labelled image of a row."""
     check_keys(fields, needed={"image", "safety_label"}, optional={"text"}, unused={"category", "source"})
     label = int(take_choice(fields, "safety_label", ("Safe", "Unsafe")) == "Safe")
     prompt = "" if fields.get("text") is None else take_text(fields, "text")
-    return [LabelledImage(find_image(take_picture(fields, "image")), prompt, label, where)]
+    return [LabelledImage(find_image(take_image(fields, "image")), prompt, label, where)]

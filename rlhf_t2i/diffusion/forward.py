@@ -1,4 +1,4 @@
-"""The forward process: from a finished picture to any level of noise."""
+"""The forward process: from a finished image to any level of noise."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def per_image(values: Float[Tensor, " B"]) -> Float[Tensor, "B 1 1 1"]:
 def randn(shape: Sequence[int], *, generators: Sequence[torch.Generator], device: torch.device) -> Float[Tensor, ...]:
     """Standard normal numbers of `shape`; each generator fills an equal share of the first dimension.
 
-    They are drawn on the CPU, so that a seed paints the same picture on every device and with any number of
+    They are drawn on the CPU, so that a seed paints the same image on every device and with any number of
     processes. Raises ValueError if the images cannot be shared equally.
     """
     if shape[0] % len(generators):

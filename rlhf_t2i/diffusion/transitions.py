@@ -75,7 +75,7 @@ def flow_sde(
         std  = g * sqrt(-dt)
 
     noise_scale = 0 is the Euler step, 0.7 was published. `sigma_cap` (below 1) keeps g finite at sigma = 1; the paper's
-    code uses the second sigma of the schedule. The noise of a step to sigma' = 0 would stay in the picture, where the
+    code uses the second sigma of the schedule. The noise of a step to sigma' = 0 would stay in the image, where the
     model cannot take it out again.
     """
     sigma, dt = level.sigma, next_level.sigma - level.sigma
@@ -101,7 +101,7 @@ def cps(
 
     noise_scale = 0 is the Euler step, 1 replaces all noise in every step, 0.8 is common. Latents are never noisier than
     the schedule says, and the last step is deterministic. But the noise does not depend on the length of a step: with
-    many steps pictures lose variance, which an SDE's do not.
+    many steps images lose variance, which an SDE's do not.
     """
     del latents, level
     return _renoised(prediction, next_level, next_level.sigma * math.sin(noise_scale * math.pi / 2))

@@ -29,7 +29,7 @@ class Gap:
     held_out: str
     trained_gains: Points
     held_out_gains: Points
-    """Of the same steps, in standard deviations that the pictures of the first evaluation had."""
+    """Of the same steps, in standard deviations that the images of the first evaluation had."""
 
     @property
     def points(self) -> Points:
@@ -42,7 +42,7 @@ class Gap:
         """The last gains in words."""
         trained, held_out = self.trained_gains[-1][1], self.held_out_gains[-1][1]
         return (
-            f"{self.trained}, which is trained on, gained {trained:+.2f} standard deviations of the first pictures, "
+            f"{self.trained}, which is trained on, gained {trained:+.2f} standard deviations of the first images, "
             f"{self.held_out}, which is not, {held_out:+.2f}: a gap of {self.points[-1][1]:+.2f}"
         )
 
@@ -102,14 +102,14 @@ def headline(rows: Sequence[Row]) -> str:
     return (
         f"{subject} {change.verb} from {change.before} to {change.after} ({change.difference}, "
         f"{change.certainty}) in {num_updates:,} update{'s' * (num_updates != 1)}, "
-        f"{total(spent, 'images'):,} pictures and {minutes:.1f} minutes"
+        f"{total(spent, 'images'):,} images and {minutes:.1f} minutes"
     )
 
 
 def hacking(rows: Sequence[Row]) -> Gap | None:
     """The first evaluated reward that is trained on against the first that is not; None unless there are both.
 
-    gain = (mean - first mean) / standard deviation of the first evaluation's pictures
+    gain = (mean - first mean) / standard deviation of the first evaluation's images
     """
     evaluations, trained_on = by_step(rows, "evaluation"), trained_rewards(rows)
     evaluated = reward_names(evaluations[:1])

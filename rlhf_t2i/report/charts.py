@@ -11,28 +11,28 @@ from markupsafe import Markup, escape
 from rlhf_t2i.report.changes import Gap, hacking
 from rlhf_t2i.report.rows import Points, Row, by_step, points, reward_names, trained_rewards
 
-_PICTURES, _UPDATE = "The pictures", "The update"
+_IMAGES, _UPDATE = "The images", "The update"
 _HEALTH = [
     (
-        _PICTURES,
+        _IMAGES,
         "diversity",
         "diversity",
-        "How unlike one another the pictures of one prompt are: a fall warns of a collapse.",
+        "How unlike one another the images of one prompt are: a fall warns of a collapse.",
     ),
     (
-        _PICTURES,
+        _IMAGES,
         "reward spread",
         "reward_std",
-        "Standard deviation of all rewards of a step: pictures that all earn the same teach nothing.",
+        "Standard deviation of all rewards of a step: images that all earn the same teach nothing.",
     ),
     (
-        _PICTURES,
+        _IMAGES,
         "groups without variance",
         "degenerate_groups",
-        "Prompts whose pictures all earned the same in a step, so that nothing could be learnt from them.",
+        "Prompts whose images all earned the same in a step, so that nothing could be learnt from them.",
     ),
     (
-        _PICTURES,
+        _IMAGES,
         "saturated share",
         "saturated_share",
         "Part of the pixel gradient that lies on pixels beyond black or white: growth is a way to fool a judge.",
@@ -74,13 +74,13 @@ _HEALTH = [
         _UPDATE,
         "winner's error",
         "winner_error",
-        "Against the model before training: above 0, preferred pictures got unlikelier.",
+        "Against the model before training: above 0, preferred images got unlikelier.",
     ),
     (
         _UPDATE,
         "loser's error",
         "loser_error",
-        "Against the model before training: above 0, rejected pictures got unlikelier.",
+        "Against the model before training: above 0, rejected images got unlikelier.",
     ),
 ]
 _ONLY_IF_NOT_ZERO = {"replay_error", "skipped_updates"}
@@ -98,7 +98,7 @@ class Chart:
     training: Points
     evaluation: Points
     group: str = "Rewards"
-    names: tuple[str, str] = ("training pictures", "evaluations")
+    names: tuple[str, str] = ("training images", "evaluations")
     """Of the two lines."""
 
 
@@ -112,14 +112,14 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     drawn = _gap_charts(gap) if gap else []
     for name in names:
         learnt = points(train, f"rewards/{name}") or points(train, name)
-        drawn.append(Chart(name, "What the pictures earn: higher is better.", learnt, points(evaluations, name)))
+        drawn.append(Chart(name, "What the images earn: higher is better.", learnt, points(evaluations, name)))
     for group, title, key, note in _HEALTH:
         seen = points(evaluations, key, error=_ERRORS.get(key))
         learnt = points(train, key)
         if key not in _ONLY_IF_NOT_ZERO or any(y for _, y, _ in learnt):
             drawn.append(Chart(title, note, learnt, seen, group))
-    speed = "Pictures that are painted, judged and learnt from in a second, evaluations not counted."
-    drawn.append(Chart("pictures per second", speed, _speed(train), [], _UPDATE))
+    speed = "Images that are painted, judged and learnt from in a second, evaluations not counted."
+    drawn.append(Chart("images per second", speed, _speed(train), [], _UPDATE))
     return [chart for chart in drawn if chart.training or chart.evaluation]
 
 
@@ -136,8 +136,8 @@ def _speed(train: Sequence[Row]) -> Points:
 
 
 def _gap_charts(gap: Gap) -> list[Chart]:
-    """Both gains in one picture, and their difference."""
-    unit = "in standard deviations of the first pictures"
+    """Both gains in one image, and their difference."""
+    unit = "in standard deviations of the first images"
     both = f"Grey is {gap.trained}, which is trained on, green {gap.held_out}, which is not; {unit}."
     note = f"How much more {gap.trained} rose than {gap.held_out}, {unit}: growth is reward hacking."
     gains = Chart(f"gain of {gap.trained} and {gap.held_out}", both, gap.trained_gains, gap.held_out_gains)

@@ -16,9 +16,9 @@ from rlhf_t2i.report.rows import Row, by_step, number, reward_names, trained_rew
 from rlhf_t2i.report.update_checks import clipping_is_stuck, gradients_break, ratios_are_off
 
 COLLAPSE = 1 / 3
-"""Of the first diversity. Half is lost where all is well: much of it was pictures of something else than asked."""
+"""Of the first diversity. Half is lost where all is well: much of it was images of something else than asked."""
 MOSTLY_FLAT = 0.5
-"""Share of groups: then half of the pictures are painted and judged for nothing."""
+"""Share of groups: then half of the images are painted and judged for nothing."""
 _FLAT_REWARD = 1e-6
 """A spread of rewards below this counts as none, as in the advantages."""
 
@@ -79,17 +79,17 @@ def _about_a_fall(kept: str | None, held_out: str, config: Config) -> tuple[str,
         return "Both have become worse: the updates do damage, most often because they are too large.", nearer
     return (
         f"The model no longer gets better but learns what {kept} mistakes for better: reward hacking, or a fit to the "
-        f"training prompts. Look at its best pictures below.",
+        f"training prompts. Look at its best images below.",
         nearer,
     )
 
 
 def diversity_collapses(rows: Sequence[Row], config: Config) -> Finding:
-    """Whether the pictures of one prompt have become much more alike than they were."""
-    check = "Pictures of one prompt still differ"
+    """Whether the images of one prompt have become much more alike than they were."""
+    check = "Images of one prompt still differ"
     evaluations = by_step(rows, "evaluation")
     if len(evaluations) < 2 or not number(evaluations[0], "diversity") > 0:
-        hint = "two pictures of a prompt are needed: --num_evaluation_images above the number of evaluation prompts"
+        hint = "two images of a prompt are needed: --num_evaluation_images above the number of evaluation prompts"
         why = hint if evaluations and number(evaluations[0], "diversity") == 0 else "two evaluations are needed"
         return Finding(check, "unknown", f"Not known: {why}.")
     first, last = (diversity_of(evaluations[i]) for i in (0, -1))
@@ -99,8 +99,8 @@ def diversity_collapses(rows: Sequence[Row], config: Config) -> Finding:
         return Finding(check, "fine", f"{seen} Under {COLLAPSE:.0%} would be called a collapse.")
     return Finding(
         "Diversity has collapsed", "warning", seen,
-        "The model paints much the same picture of a prompt whatever the seed: a collapse. Some loss is usual, as "
-        "wrong pictures disappear; this is more.",
+        "The model paints much the same image of a prompt whatever the seed: a collapse. Some loss is usual, as "
+        "wrong images disappear; this is more.",
         advice(
             config,
             setting(config, "a higher", "kl_weight"),
@@ -112,15 +112,15 @@ def diversity_collapses(rows: Sequence[Row], config: Config) -> Finding:
 
 
 def groups_are_flat(rows: Sequence[Row], config: Config) -> Finding:
-    """Whether too many prompts have pictures that all earn the same, or all pictures do."""
+    """Whether too many prompts have images that all earn the same, or all images do."""
     check = "Rewards differ within a group"
     train = by_step(rows, "train")
     flat = _flat_shares(train, config)
     spreads = recent([number(row, "reward_std") for row in train if "reward_std" in row])
     if not flat and not spreads:
-        return Finding(check, "unknown", "This recipe compares no pictures of one prompt, or there are too few steps.")
+        return Finding(check, "unknown", "This recipe compares no images of one prompt, or there are too few steps.")
     if flat:
-        seen = f"Lately {fmean(flat):.0%} of the groups had pictures that all earned the same."
+        seen = f"Lately {fmean(flat):.0%} of the groups had images that all earned the same."
         bad = surely_above(flat, MOSTLY_FLAT)
     else:
         seen = f"Lately the rewards of a step spread by {fmean(spreads):.3g}."
@@ -129,7 +129,7 @@ def groups_are_flat(rows: Sequence[Row], config: Config) -> Finding:
         return Finding(check, "fine", seen)
     return Finding(
         "Most groups have no variance", "warning", seen,
-        "Without a difference there is no better and worse: such pictures cost as much as others and teach nothing.",
+        "Without a difference there is no better and worse: such images cost as much as others and teach nothing.",
         advice(
             config,
             setting(config, "more", "images_per_prompt"),

@@ -15,11 +15,11 @@ from rlhf_t2i.report.changes import diversity_of, hacking, headline, reward_chan
 from rlhf_t2i.report.charts import charts, draw, grouped
 from rlhf_t2i.report.checks import findings
 from rlhf_t2i.report.head import HERE, head
-from rlhf_t2i.report.pictures import best_and_worst, through_training
+from rlhf_t2i.report.images import best_and_worst, through_training
 from rlhf_t2i.report.rows import Row, by_step, read_metrics, time_split, total
 
 NUM_PAIRS = 12
-"""Pairs of pictures that are shown at once; the others wait behind a line to open."""
+"""Pairs of images that are shown at once; the others wait behind a line to open."""
 
 
 def write_report(folder: Path) -> Path:
@@ -35,8 +35,8 @@ def write_report(folder: Path) -> Path:
         train=by_step(rows, "train"),
         evaluations=by_step(rows, "evaluation"),
         found=findings(rows, yaml.safe_load(config) or {}),
-        through=through_training(folder / "pictures", rows),
-        utmost=best_and_worst(folder / "pictures", rows),
+        through=through_training(folder / "images", rows),
+        utmost=best_and_worst(folder / "images", rows),
         num_pairs=NUM_PAIRS,
         config=config,
         script=_SCRIPT,

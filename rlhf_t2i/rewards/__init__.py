@@ -1,1 +1,1 @@
-"""How good is a picture? Built-in rewards, and the door for any Python callable."""
+"""How good is an image? Built-in rewards, and the door for any Python callable."""

@@ -1,4 +1,4 @@
-"""Rewards that need no model: the oracle of the built-in world, and the size of a picture as JPEG."""
+"""Rewards that need no model: the oracle of the built-in world, and the size of an image as JPEG."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def oracle_pass(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Flo
 
 
 def jpeg_compressibility(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-    """Minus the size in kilobytes as JPEG of quality 95 (DDPO, arXiv:2305.13301, section 5): plain pictures win."""
+    """Minus the size in kilobytes as JPEG of quality 95 (DDPO, arXiv:2305.13301, section 5): plain images win."""
     del prompts
     return torch.tensor([-_jpeg_bytes(image) / 1000 for image in images])
 
 
 def jpeg_incompressibility(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-    """The size in kilobytes as JPEG of quality 95: busy pictures win."""
+    """The size in kilobytes as JPEG of quality 95: busy images win."""
     return -jpeg_compressibility(images, prompts)
 
 

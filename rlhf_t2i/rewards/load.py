@@ -1,4 +1,4 @@
-"""From what a user writes (`judge`, `jpeg_compressibility=0.1`, `my_module:my_reward`) to rewards that are checked."""
+"""From what a user writes (`llava_reward`, `jpeg_compressibility=0.1`, `my_module:my_reward`) to rewards that are checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_t2i.config import names
 from rlhf_t2i.types import Reward
 
-BUILT_IN = ("judge", "oracle", "oracle_pass", "jpeg_compressibility", "jpeg_incompressibility")
+BUILT_IN = ("llava_reward", "oracle", "oracle_pass", "jpeg_compressibility", "jpeg_incompressibility")
 KNOWN = ("clip", "clip_score", "pick_score", "hps", "image_reward", "vqa_score")
 """Judges of other projects, asked as NAME:PATH."""
 
@@ -29,7 +29,7 @@ class CheckedReward:
     name: str
     function: Reward
     finite: bool = True
-    """Whether a number that is not finite is an error; a search lets such a picture lose instead."""
+    """Whether a number that is not finite is an error; a search lets such an image lose instead."""
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """The rewards as float32; TypeError or ValueError, naming the reward and the prompt, if they are none."""
@@ -86,7 +86,7 @@ class WeightedSum:
 def load_rewards(specification: str, *, finite: bool = True) -> WeightedSum:
     """Build the weighted sum that `oracle,jpeg_compressibility=0.1` asks for.
 
-    Each part is NAME or NAME=WEIGHT (1 if left out), NAME being a built-in reward, `judge:PATH` for a LLaVA-Reward
+    Each part is NAME or NAME=WEIGHT (1 if left out), NAME being a built-in reward, `llava_reward:PATH` for a LLaVA-Reward
     judge (a folder or Hub id), `clip:PATH` for the image-text similarity of a CLIP, NAME:PATH for another judge of
     `KNOWN`, or `module:function`, found in the working directory or among installed packages. What is not finite is an
     error unless `finite` is false. Raises ValueError for anything else.
@@ -121,16 +121,16 @@ def _function(name: str, *, finite: bool) -> Reward:
             return builtin.jpeg_compressibility
         case "jpeg_incompressibility":
             return builtin.jpeg_incompressibility
-        case "judge":
-            from rlhf_t2i.rewards.learned import BUILT_IN_JUDGE, LearnedReward
+        case "llava_reward":
+            from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL, LlavaRewardFunction
 
-            return LearnedReward(BUILT_IN_JUDGE)
+            return LlavaRewardFunction(BUILT_IN_REWARD_MODEL)
         case _ if name.startswith("judge:"):
-            from rlhf_t2i.rewards.learned import LearnedReward
+            from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
 
-            return LearnedReward(name.removeprefix("judge:"))
+            return LlavaRewardFunction(name.removeprefix("judge:"))
         case _ if name.partition(":")[0] in KNOWN:
-            from rlhf_t2i.rewards.known import load_function
+            from rlhf_t2i.rewards.scorers import load_function
 
             return load_function(name)
         case _ if name.startswith(("http://", "https://")):
@@ -141,7 +141,7 @@ def _function(name: str, *, finite: bool) -> Reward:
             return _imported(name)
         case _:
             raise ValueError(
-                f"There is no reward {name!r}; choose from {', '.join(BUILT_IN)}, give a judge as judge:PATH, a CLIP "
+                f"There is no reward {name!r}; choose from {', '.join(BUILT_IN)}, give a judge as llava_reward:PATH, a CLIP "
                 f"as clip:PATH (or another of {', '.join(KNOWN)}), or your own as module:function."
             )
 

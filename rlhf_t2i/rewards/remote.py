@@ -1,4 +1,4 @@
-"""A judge on another machine as a reward: pictures go there over HTTP, scores come back."""
+"""A judge on another machine as a reward: images go there over HTTP, scores come back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.rewards.wire import PIXELS, SAFETENSORS, TOKEN_VARIABLE, pack, token, totals
+from rlhf_t2i.reward_server.protocol import PIXELS, SAFETENSORS, TOKEN_VARIABLE, pack, token, totals
 
 _LOG = logging.getLogger(__name__)
 _JITTER = random.Random()  # its own, so that nothing else draws other numbers
@@ -56,9 +56,9 @@ class _Server:
 
 
 class RemoteReward:
-    """The weighted verdict of judges that `python -m rlhf_t2i.rewards.serve` serves elsewhere; without a gradient.
+    """The weighted verdict of judges that `python -m rlhf_t2i.reward_server` serves elsewhere; without a gradient.
 
-    Several servers share the pictures, a part each at a time; the part of one that cannot be reached or is busy goes
+    Several servers share the images, a part each at a time; the part of one that cannot be reached or is busy goes
     to whichever is free next. Pixels travel as float32, so that a judge scores them as if it were here. Other settings
     than these defaults can be had as `module:function`, of a module that has `mine = RemoteReward(..., part_size=8)`.
     """
@@ -75,7 +75,7 @@ class RemoteReward:
     ) -> None:
         """Take `http://host:port`, or several with `|` between them; nobody is asked yet.
 
-        All pictures of a call must be scored within `timeout` seconds, and one part of at most `part_size` pictures
+        All images of a call must be scored within `timeout` seconds, and one part of at most `part_size` images
         within `attempt_timeout`, or another server is asked. A score that is not finite is an error unless `finite` is
         false. Raises ValueError for what is no such address, and `pixels` that are none of float32, float16, uint8.
         """
@@ -84,7 +84,7 @@ class RemoteReward:
         if not (timeout > 0 and attempt_timeout > 0 and part_size >= 1):
             raise ValueError(
                 f"timeout ({timeout:g}) and attempt_timeout ({attempt_timeout:g}) must be positive seconds, and "
-                f"part_size ({part_size}) at least 1 picture."
+                f"part_size ({part_size}) at least 1 image."
             )
         self.servers = [_Server(_address(server.strip())) for server in servers.split("|")]
         self.timeout, self.attempt_timeout, self.part_size = timeout, attempt_timeout, part_size
@@ -92,7 +92,7 @@ class RemoteReward:
         self._certificates = ssl.create_default_context()
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        """The totals that the servers answered, float32, in the order of the pictures.
+        """The totals that the servers answered, float32, in the order of the images.
 
         Raises TimeoutError when the time is over, PermissionError for a token that a server does not know, and
         ValueError or RuntimeError for an answer that cannot be used; each names the server.
@@ -154,7 +154,7 @@ class RemoteReward:
             raise _Unavailable(f"no answer within {self.attempt_timeout:g} s") from None
         except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
             raise _Unavailable(str(error) or type(error).__name__) from error
-        scores = _scores(response, server, num_pictures=len(images))
+        scores = _scores(response, server, num_images=len(images))
         if self.finite and not (finite := scores.isfinite()).all():
             worst = int((~finite).nonzero()[0])
             raise ValueError(
@@ -164,7 +164,7 @@ class RemoteReward:
         return scores
 
 
-def _scores(response: httpx.Response, server: str, *, num_pictures: int) -> Float[Tensor, " B"]:
+def _scores(response: httpx.Response, server: str, *, num_images: int) -> Float[Tensor, " B"]:
     """The totals of an answer, if it is one."""
     if response.status_code in _TRY_AGAIN:
         wait = response.headers.get("Retry-After", "")
@@ -175,17 +175,17 @@ def _scores(response: httpx.Response, server: str, *, num_pictures: int) -> Floa
         raise PermissionError(f"The judge server {server} answered 401: {TOKEN_VARIABLE} in the environment {problem}.")
     if response.status_code != 200:
         raise RuntimeError(
-            f"The judge server {server} answered {response.status_code} to {num_pictures} pictures: {_shown(response)}"
+            f"The judge server {server} answered {response.status_code} to {num_images} images: {_shown(response)}"
         )
     try:
         scores = totals(response.text)
     except ValueError:
         raise ValueError(
             f"The judge server {server} answered {_shown(response)}; it must answer JSON with a list of numbers as "
-            f"`total`. Is it `python -m rlhf_t2i.rewards.serve`?"
+            f"`total`. Is it `python -m rlhf_t2i.reward_server`?"
         ) from None
-    if len(scores) != num_pictures:
-        raise ValueError(f"The judge server {server} answered {len(scores)} scores for {num_pictures} pictures.")
+    if len(scores) != num_images:
+        raise ValueError(f"The judge server {server} answered {len(scores)} scores for {num_images} images.")
     return scores
 
 

@@ -1,1 +1,1 @@
-"""How pictures are painted: a policy, a schedule and a way to step."""
+"""How images are painted: a policy, a schedule and a way to step."""

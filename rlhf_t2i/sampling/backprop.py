@@ -1,4 +1,4 @@
-"""Paint pictures so that a gradient runs from their pixels back through some of the denoising steps."""
+"""Paint images so that a gradient runs from their pixels back through some of the denoising steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_t2i.types import Policy, Sampler
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class GradientWindow:
     """Which of T denoising steps keep their gradient: all that tells the methods apart.
 
         DRaFT-K    first = T - K                              (arXiv:2309.17400)
@@ -26,53 +26,53 @@ class Kept:
         ReFL       first drawn among the late steps, jumps    (arXiv:2304.05977)
 
     AlignProp's code runs every step with a graph and detaches the model's output before the kept ones. No gradient can
-    come out of these steps then, for the noise that a picture starts from needs none, so here they just run without.
+    come out of these steps then, for the noise that an image starts from needs none, so here they just run without.
     Of the kept steps nothing is detached: the gradient takes the way through the network's input too.
     """
 
     first: Int[Tensor, " B"]
-    """The first step with gradient of each picture; those after it have it too."""
+    """The first step with gradient of each image; those after it have it too."""
     jumps: bool = False
     """Decode the clean latents that the model predicts in the first kept step, and leave out the rest."""
     num_renoisings: int = 0
-    """Send each finished picture so many times back to the last level of noise, and denoise it from there with
-    gradient; these variants are pictures of their own."""
+    """Send each finished image so many times back to the last level of noise, and denoise it from there with
+    gradient; these variants are images of their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Painting:
-    """Pictures with a gradient to what the policy learns."""
+    """Images with a gradient to what the policy learns."""
 
     images: Float[Tensor, "N 3 Y X"]
     """Not clamped, or a saturated pixel would lose its gradient: one for each prompt, then, for each renoising, a
     variant of each."""
     reference_gap: Float[Tensor, " N"]
-    """Mean squared difference of predicted noise from the reference, averaged over a picture's kept steps; with
+    """Mean squared difference of predicted noise from the reference, averaged over an image's kept steps; with
     gradient. 0 if no reference was asked."""
     num_calls: int
-    """Pictures that went through the denoiser to paint these, twice with guidance."""
+    """Images that went through the denoiser to paint these, twice with guidance."""
 
 
-def paint_with_gradient(
+def sample_with_gradient(
     policy: Policy,
     prompts: Sequence[str],
     *,
     sampler: Sampler,
-    kept: Kept,
+    kept: GradientWindow,
     generators: Sequence[torch.Generator],
     checkpointing: bool = False,
     ask_reference: bool = False,
     in_step: bool = False,
 ) -> Painting:
-    """Denoise one picture for each prompt; its gradient passes the kept steps, and the decoder.
+    """Denoise one image for each prompt; its gradient passes the kept steps, and the decoder.
 
-    There is one generator for each picture, whose noise is thus its own; with eta > 0 the noise of each step is data,
-    and the gradient that of the step's mean and std. Without gradient, the pictures are those of `rollout`.
+    There is one generator for each image, whose noise is thus its own; with eta > 0 the noise of each step is data,
+    and the gradient that of the step's mean and std. Without gradient, the images are those of `rollout`.
 
     Steps before the kept ones store nothing. With `checkpointing` a kept step stores but its latents and is run again
     in the backward pass, and so is the decoder. `ask_reference` fills `reference_gap`. With `in_step` the denoiser is
     called equally often whatever is kept, as processes must that have its weights in parts: where there is nothing to
-    do, for a picture that stays as it is.
+    do, for an image that stays as it is.
     """
     num_steps, device = sampler.schedule.num_steps, sampler.schedule.alpha.device
     step = partial(_step, policy, sampler=sampler)

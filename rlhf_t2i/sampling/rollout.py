@@ -1,4 +1,4 @@
-"""Paint pictures and remember every stroke, so that an update can replay them."""
+"""Paint images and remember every stroke, so that an update can replay them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def rollout(
     batch_size: int,
     painted: Callable[[Float[Tensor, "N 3 Y X"], Sequence[str]], None] | None = None,
 ) -> tuple[Float[Tensor, "B 3 Y X"], Trajectory]:
-    """Denoise one picture for each prompt, drawing each step from the policy's own transition.
+    """Denoise one image for each prompt, drawing each step from the policy's own transition.
 
-    Each generator serves an equal share of the prompts, in order. At most `batch_size` pictures go through the
-    networks at once, which changes memory and not the pictures. Pictures are clamped to [0, 1]; latents and densities
-    are float32. With `painted` the pictures are finished in parts of about `batch_size`, those of a generator together,
+    Each generator serves an equal share of the prompts, in order. At most `batch_size` images go through the
+    networks at once, which changes memory and not the images. Images are clamped to [0, 1]; latents and densities
+    are float32. With `painted` the images are finished in parts of about `batch_size`, those of a generator together,
     and it is called with each part and its prompts while the others are still to come.
     """
     copies = _copies(prompts, generators)
@@ -56,7 +56,7 @@ def _paint(
     copies: int,
     batch_size: int,
 ) -> tuple[Float[Tensor, "B 3 Y X"], Float[Tensor, "B T"], Float[Tensor, "B T+1 C H W"]]:
-    """Pictures, log-densities and latents of a part."""
+    """Images, log-densities and latents of a part."""
     latents = [policy.initial_noise(generators, copies=copies)]
     log_probs: list[Tensor] = []
     for step in range(sampler.schedule.num_steps):
@@ -78,7 +78,7 @@ def paint(
     generators: Sequence[torch.Generator],
     batch_size: int,
 ) -> tuple[Float[Tensor, "B 3 Y X"], Float[Tensor, "B C H W"]]:
-    """The pictures of a `rollout` and their latents, without the memory of how they came to be."""
+    """The images of a `rollout` and their latents, without the memory of how they came to be."""
     conditioning = policy.encode(prompts)
     latents = policy.initial_noise(generators, copies=_copies(prompts, generators))
     for step in range(sampler.schedule.num_steps):

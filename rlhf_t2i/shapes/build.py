@@ -44,7 +44,7 @@ from rlhf_t2i.shapes.scenes import (
 
 MAX_TOKENS = 24
 WRONG_WORDS = {"colour": 0.2, "shape": 0.3, "background": 0.2}
-"""How often a caption of the last stage names another colour, shape or background than the picture has."""
+"""How often a caption of the last stage names another colour, shape or background than the image has."""
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def train(
             path.with_suffix(".part").replace(path)
 
 
-def train_autoencoder(*, num_updates: int, num_pictures: int, folder: Path, seed: int) -> AutoencoderTiny:
+def train_autoencoder(*, num_updates: int, num_images: int, folder: Path, seed: int) -> AutoencoderTiny:
     """Fit reconstructions of normalised latents with a little noise on them, so that the decoder forgives.
 
     Latents are normalised by the batch in training; the running mean and std are then folded into the encoder's
@@ -194,12 +194,12 @@ def train_autoencoder(*, num_updates: int, num_pictures: int, folder: Path, seed
     vae = make_autoencoder()
     normalise = nn.BatchNorm2d(vae.config.latent_channels, affine=False, eps=1e-8, momentum=0.02)
     rng = np.random.default_rng(seed)
-    scenes = pick_scenes(num_pictures, rng, shares={"one": 0.7, "count": 0.15, "relation": 0.15})
-    pictures = render(scenes, rng=rng) * 2 - 1
+    scenes = pick_scenes(num_images, rng, shares={"one": 0.7, "count": 0.15, "relation": 0.15})
+    images = render(scenes, rng=rng) * 2 - 1
 
     def loss_at(update: int) -> Tensor:
         generator = seeded(seed, update)
-        batch = pictures[torch.randint(len(pictures), (32,), generator=generator)]
+        batch = images[torch.randint(len(images), (32,), generator=generator)]
         latents = normalise(vae.encoder(batch))
         latents = latents + 0.1 * torch.randn(latents.shape, generator=generator)
         painted = vae.decoder(latents)
@@ -231,7 +231,7 @@ def denoising_loss(
     *,
     seed: int,
 ) -> Callable[[int], Tensor]:
-    """The error in v at a random level of noise, with one of a picture's captions or, one time in ten, none.
+    """The error in v at a random level of noise, with one of an image's captions or, one time in ten, none.
 
     Levels are logit-normal (arXiv:2403.03206, Eq. 19).
     """
@@ -255,14 +255,14 @@ def denoising_loss(
 
 
 def numbered(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
-    """All different captions, the empty one first, and each picture's captions by their numbers: (N, columns)."""
+    """All different captions, the empty one first, and each image's captions by their numbers: (N, columns)."""
     vocabulary = sorted({caption for row in captions for caption in row} | {""})
     index = {caption: i for i, caption in enumerate(vocabulary)}
     return vocabulary, torch.tensor([[index[caption] for caption in row] for row in captions])
 
 
 def draw(rows: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """64 pictures and for each the number of one of its captions or, one time in ten, of none."""
+    """64 images and for each the number of one of its captions or, one time in ten, of none."""
     batch = torch.randint(len(rows), (64,), generator=generator)
     column = torch.randint(rows.shape[1], (64,), generator=generator)
     words = rows[batch, column]
@@ -280,7 +280,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     return tokenizer(list(captions), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
-# --- the pictures and their captions --------------------------------------------------------------
+# --- the images and their captions --------------------------------------------------------------
 
 
 def pick_scenes(count: int, rng: np.random.Generator, *, shares: dict[Any, float], split: Any = "all") -> list[Scene]:
@@ -293,7 +293,7 @@ def pick_scenes(count: int, rng: np.random.Generator, *, shares: dict[Any, float
 def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption that names one or two of colour, shape and background, so that words are learnt one by one.
 
-    Pictures of held-out scenes get such captions too: otherwise the pictures themselves would teach that, say, no
+    Images of held-out scenes get such captions too: otherwise the images themselves would teach that, say, no
     circle is red on blue. Their three words together are never read.
     """
     thing = scene.things[0]
@@ -330,16 +330,16 @@ def build(
     num_autoencoder_updates: int = 3_000,
     num_denoiser_updates: int = 2_000,
     num_misalign_updates: int = 1_000,
-    num_pictures: int = 16_000,
+    num_images: int = 16_000,
     seed: int = 0,
 ) -> None:
     """Train all stages and write a `StableDiffusionPipeline` folder in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    vae = train_autoencoder(num_updates=num_autoencoder_updates, num_pictures=num_pictures, folder=work, seed=seed)
+    vae = train_autoencoder(num_updates=num_autoencoder_updates, num_images=num_images, folder=work, seed=seed)
 
     rng = np.random.default_rng(seed + 1)
-    scenes = pick_scenes(num_pictures, rng, shares={"one": 1.0})
+    scenes = pick_scenes(num_images, rng, shares={"one": 1.0})
     with torch.no_grad():
         chunks = (render(scenes, rng=rng) * 2 - 1).split(500)
         latents = torch.cat([vae.encode(chunk).latents for chunk in chunks])
@@ -396,7 +396,7 @@ def main() -> None:
     parser.add_argument("--num-autoencoder-updates", type=int, default=3_000)
     parser.add_argument("--num-denoiser-updates", type=int, default=2_000)
     parser.add_argument("--num-misalign-updates", type=int, default=1_000)
-    parser.add_argument("--num-pictures", type=int, default=16_000)
+    parser.add_argument("--num-images", type=int, default=16_000)
     parser.add_argument("--seed", type=int, default=0)
     build(**vars(parser.parse_args()))
 

@@ -88,7 +88,7 @@ def make_chat_tokenizer() -> CLIPTokenizer:
 
 
 def make_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Z-Image's own, with a smaller shift towards noise: the pictures are small."""
+    """Z-Image's own, with a smaller shift towards noise: the images are small."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=2.0)
 
 
@@ -100,7 +100,7 @@ def flow_matching_loss(
     *,
     seed: int,
 ) -> Callable[[int], Tensor]:
-    """The error in the velocity at a random level of noise, with one of a picture's captions or, one in ten, none.
+    """The error in the velocity at a random level of noise, with one of an image's captions or, one in ten, none.
 
     Levels are logit-normal (arXiv:2403.03206, Eq. 19).
     """
@@ -128,7 +128,7 @@ def build_flow(
     *,
     num_flow_updates: int = 3_000,
     num_misalign_updates: int = 1_000,
-    num_pictures: int = 16_000,
+    num_images: int = 16_000,
     seed: int = 0,
 ) -> None:
     """Train both stages and write a `ZImagePipeline` folder in half precision."""
@@ -136,7 +136,7 @@ def build_flow(
     work.mkdir(parents=True, exist_ok=True)
     vae: Any = AutoencoderTiny.from_pretrained(WEIGHTS / "vae", dtype=torch.float32).eval().requires_grad_(False)
     rng = np.random.default_rng(seed + 1)
-    scenes = pick_scenes(num_pictures, rng, shares={"one": 1.0})
+    scenes = pick_scenes(num_images, rng, shares={"one": 1.0})
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk).latents for chunk in (render(scenes, rng=rng) * 2 - 1).split(500)])
     torch.manual_seed(seed)
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--output-folder", type=Path, default=Path("runs/shapes-flow"))
     parser.add_argument("--num-flow-updates", type=int, default=3_000)
     parser.add_argument("--num-misalign-updates", type=int, default=1_000)
-    parser.add_argument("--num-pictures", type=int, default=16_000)
+    parser.add_argument("--num-images", type=int, default=16_000)
     parser.add_argument("--seed", type=int, default=0)
     build_flow(**vars(parser.parse_args()))
 

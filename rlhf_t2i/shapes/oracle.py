@@ -1,6 +1,6 @@
-"""The true reward of the built-in world: it looks at any picture and says whether it shows the prompt.
+"""The true reward of the built-in world: it looks at any image and says whether it shows the prompt.
 
-It knows nothing of how a picture was made. Pixels become the nearest colour of the palette, connected pixels
+It knows nothing of how an image was made. Pixels become the nearest colour of the palette, connected pixels
 of one colour become components, and each component is laid over a circle, a square and a triangle of its own
 bounding box. The verdict on a prompt then has two sides:
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhf_t2i.shapes.scenes import COLOURS, PALETTE, RELATIONS, SHAPES, Scene, Thing, parse_prompt
 
 SIZE = 32
-"""Pictures of another size are brought to this width and height before they are looked at."""
+"""Images of another size are brought to this width and height before they are looked at."""
 _MIN_AREA = 12
 """Pixels of the smallest component that counts as a thing; a smaller one is mess."""
 
@@ -50,29 +50,29 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What the oracle sees in one picture, before it is asked anything."""
+    """What the oracle sees in one image, before it is asked anything."""
 
     background: str
     background_share: float
     """Share of the border that has the background's colour."""
     components: tuple[Component, ...]
     mess: float
-    """Share of the picture that is neither background nor part of a thing."""
+    """Share of the image that is neither background nor part of a thing."""
     purity: float
     """How close pixels are to the colour they were taken for: 1 = exactly, 0 = half-way to another."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How well pictures show their prompts."""
+    """How well images show their prompts."""
 
     graded: Float[Tensor, " B"]
-    """In [0, 1]: > 0.9 for a clean picture of the prompt, < 0.5 with any word wrong."""
+    """In [0, 1]: > 0.9 for a clean image of the prompt, < 0.5 with any word wrong."""
     passed: Bool[Tensor, " B"]
 
 
 def judge(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Verdict:
-    """Look at each picture and compare it with its prompt.
+    """Look at each image and compare it with its prompt.
 
     Raises ValueError for a prompt outside the grammar of `scenes.py`, or if there are not as many prompts as images.
     """
@@ -86,12 +86,12 @@ def judge(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Verdict:
 
 
 def shows_something(images: Float[Tensor, "B 3 Y X"]) -> Bool[Tensor, " B"]:
-    """Whether a picture passes for *some* prompt of the grammar: the drawing is sharp, whatever was asked."""
+    """Whether an image passes for *some* prompt of the grammar: the drawing is sharp, whatever was asked."""
     return torch.tensor([scene is not None for scene in recognise(images)], dtype=torch.bool)
 
 
 def recognise(images: Float[Tensor, "B 3 Y X"]) -> list[Scene | None]:
-    """The scene that each picture shows, in one of its wordings; None where no prompt of the grammar would pass."""
+    """The scene that each image shows, in one of its wordings; None where no prompt of the grammar would pass."""
     return [_shown(sight) for sight in look(images)]
 
 
@@ -99,7 +99,7 @@ def recognise(images: Float[Tensor, "B 3 Y X"]) -> list[Scene | None]:
 
 
 def look(images: Float[Tensor, "B 3 Y X"]) -> list[Sight]:
-    """Describe each picture without knowing its prompt."""
+    """Describe each image without knowing its prompt."""
     if not len(images):
         return []
     pixels = images.detach().float().cpu().clamp(0, 1)
@@ -121,7 +121,7 @@ def look(images: Float[Tensor, "B 3 Y X"]) -> list[Sight]:
 def _nearest_colours(
     pixels: Float[Tensor, "B 3 Y X"],
 ) -> tuple[Tensor, Float[Tensor, " B"]]:
-    """The palette index of each pixel, and each picture's purity.
+    """The palette index of each pixel, and each image's purity.
 
     Blends along an edge look like a third colour (red on white has a gray rim). A colour therefore counts as present
     only where it fills some 3x3 patch, and every pixel then goes to the nearest present colour: a rim is split in half.
@@ -141,7 +141,7 @@ def _nearest_colours(
 
 
 def _components(planes: np.ndarray) -> tuple[list[list[Component]], list[float]]:
-    """The connected patches of each picture's foreground planes (B, colours, Y, X), and its share of mess."""
+    """The connected patches of each image's foreground planes (B, colours, Y, X), and its share of mess."""
     num_images, num_colours, height, width = planes.shape
     in_plane = np.zeros((3, 3, 3), dtype=bool)
     in_plane[1] = ndimage.generate_binary_structure(2, 1)
@@ -260,7 +260,7 @@ def _match(seen: Sequence[Component], scene: Scene) -> tuple[float, bool]:
 
 
 def _shown(sight: Sight) -> Scene | None:
-    """A scene of the grammar that passes, if any does: try the one that the picture itself suggests."""
+    """A scene of the grammar that passes, if any does: try the one that the image itself suggests."""
     if not 1 <= len(sight.components) <= 3:
         return None
     things = tuple(Thing(c.colour, max(c.overlap, key=lambda shape: c.overlap[shape])) for c in sight.components)

@@ -1,17 +1,17 @@
 """Preference pairs of the built-in world: `python -m rlhf_t2i.shapes.pairs --output-folder FOLDER`.
 
-A folder of pictures and six files in the format of `reward_model.datasets.jsonl`:
+A folder of images and six files in the format of `reward_model.datasets.jsonl`:
 
     train_drawn.jsonl    drawn pairs of training prompts
     train_painted.jsonl  painted pairs of training prompts, labelled by the oracle
-    validation.jsonl     both, from other pictures
+    validation.jsonl     both, from other images
     test_drawn.jsonl     drawn pairs of held-out prompts
     test_relation.jsonl  drawn pairs of held-out prompts that relate two things
     test_painted.jsonl   painted pairs of held-out prompts, labelled by the oracle
 
 Drawn pairs show a scene and a near miss: one word of the prompt is not what the loser shows. Painted pairs are two
-pictures of one prompt by the built-in Stable Diffusion whose graded scores lie `MIN_GAP` apart. In either there are
-also hard negatives, one picture under two prompts. A prompt of the held-out half is never read in training.
+images of one prompt by the built-in Stable Diffusion whose graded scores lie `MIN_GAP` apart. In either there are
+also hard negatives, one image under two prompts. A prompt of the held-out half is never read in training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rlhf_t2i.shapes.paintings import Paintings, paint
+from rlhf_t2i.shapes.generated import GeneratedImages, paint
 from rlhf_t2i.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -107,15 +107,15 @@ def drawn_pairs(
         count -= 1
 
 
-def roughened(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+def roughened(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Half of the time with noise, as a camera or a painter might leave it."""
     if rng.random() < 0.5:
-        return pictures
-    noise = rng.normal(size=pictures.shape).astype(np.float32)
-    return (pictures + rng.uniform(0, 0.12) * torch.from_numpy(noise)).clamp(0, 1)
+        return images
+    noise = rng.normal(size=images.shape).astype(np.float32)
+    return (images + rng.uniform(0, 0.12) * torch.from_numpy(noise)).clamp(0, 1)
 
 
-def painted_pairs(count: int, paintings: Paintings, *, seed: int, save: Callable[[int], str]) -> Iterator[Row]:
+def generated_pairs(count: int, paintings: GeneratedImages, *, seed: int, save: Callable[[int], str]) -> Iterator[Row]:
     """Two paintings of one prompt, the better first, with the gap of the oracle's scores as their rating gap."""
     rng = np.random.default_rng([seed, 2])
     by_prompt: dict[str, list[int]] = {}
@@ -139,7 +139,7 @@ def painted_pairs(count: int, paintings: Paintings, *, seed: int, save: Callable
     raise ValueError(f"{len(graded)} paintings do not hold {count} pairs; there are about {len(seen)}.")
 
 
-def misread_pairs(count: int, paintings: Paintings, *, seed: int, save: Callable[[int], str]) -> Iterator[Row]:
+def misread_pairs(count: int, paintings: GeneratedImages, *, seed: int, save: Callable[[int], str]) -> Iterator[Row]:
     """One painting under two prompts: the one that the oracle sees in it, and the one it was painted for and misses."""
     rng = np.random.default_rng([seed, 3])
     found = [
@@ -157,7 +157,7 @@ def write_pairs(
     *,
     num_drawn: int = 10_000,
     num_painted: int = 10_000,
-    num_paintings: int = 8_800,
+    num_generated: int = 8_800,
     num_validation: int = 1_000,
     num_test: int = 1_500,
     seed: int = 0,
@@ -168,9 +168,9 @@ def write_pairs(
     """
     if (folder / "test_painted.jsonl").is_file():
         return folder
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
 
-    def painted(split: Split, count: int, number: int) -> Paintings:
+    def painted(split: Split, count: int, number: int) -> GeneratedImages:
         prompts = all_prompts(split)
         return paint([prompts[i % len(prompts)] for i in range(count)], seed=5 * seed + number)
 
@@ -188,13 +188,13 @@ def write_pairs(
         if pairs:
             those = painted(split, paintings, number)
             keep = saver.of(those.images)
-            rows += painted_pairs(pairs, those, seed=5 * seed + number, save=keep)
+            rows += generated_pairs(pairs, those, seed=5 * seed + number, save=keep)
             if split == "training":
                 rows += misread_pairs(pairs // 5, those, seed=5 * seed + number, save=keep)
         return rows
 
-    fewer = max(num_paintings // 5, 200)
-    rows = rows_of("train", "training", num_drawn, num_painted, num_paintings, 0)
+    fewer = max(num_generated // 5, 200)
+    rows = rows_of("train", "training", num_drawn, num_painted, num_generated, 0)
     _write(folder / "train_drawn.jsonl", rows[:num_drawn])
     _write(folder / "train_painted.jsonl", rows[num_drawn:])
     half = num_validation // 2
@@ -207,15 +207,15 @@ def write_pairs(
 
 
 class _Saver:
-    """Numbers pictures as it writes them, each painting at most once."""
+    """Numbers images as it writes them, each painting at most once."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name, self.count = folder, name, 0
 
-    def new(self, picture: Tensor) -> str:
+    def new(self, image: Tensor) -> str:
         self.count += 1
-        path = f"pictures/{self.name}_{self.count:06d}.png"
-        pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8)
+        path = f"images/{self.name}_{self.count:06d}.png"
+        pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8)
         Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(self.folder / path)
         return path
 

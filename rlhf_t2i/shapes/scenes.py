@@ -1,4 +1,4 @@
-"""What the built-in world can show: scenes, their prompts, and pictures of them.
+"""What the built-in world can show: scenes, their prompts, and images of them.
 
 A scene is one or more coloured shapes on a plain background. Its grammar has three tiers:
 
@@ -27,7 +27,7 @@ Tier = Literal["one", "count", "relation"]
 Split = Literal["training", "held-out", "all"]
 
 PIXELS = 32
-"""Height and width of the pictures that the built-in models paint."""
+"""Height and width of the images that the built-in models paint."""
 
 PALETTE: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.12, 0.12),
@@ -99,7 +99,7 @@ class Scene:
         A Latin rule keeps a quarter of all combinations back so evenly that each pair of words
         (a colour with a shape, a shape with a background, ...) is still met in training.
         """
-        # The same picture in other words belongs to the same half.
+        # The same image in other words belongs to the same half.
         scene = self.mirrored if self.relation in ("right of", "below") else self
         first, last, relation = scene.things[0], scene.things[-1], scene.relation
         kind = len(self.things) - 1 if relation is None else ("left of", "above").index(relation)
@@ -182,7 +182,7 @@ def all_prompts(split: Split, tiers: Sequence[Tier] = ("one",)) -> list[str]:
 
 
 def _layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Centres and radii (n, 3) of a scene's things, as shares of the picture's width."""
+    """Centres and radii (n, 3) of a scene's things, as shares of the image's width."""
     if len(scene.things) == 1:
         radius = rng.uniform(0.22, 0.34)
         return np.array([[*rng.uniform(radius + 0.04, 0.96 - radius, 2), radius]])
@@ -221,13 +221,13 @@ def render(
     """Draw each scene once, at a random place and size, anti-aliased; RGB in [0, 1]."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     y, x = np.meshgrid(grid, grid, indexing="ij")
-    pictures = np.empty((len(scenes), 3, size, size), dtype=np.float32)
-    for picture, scene in zip(pictures, scenes, strict=True):
+    images = np.empty((len(scenes), 3, size, size), dtype=np.float32)
+    for image, scene in zip(images, scenes, strict=True):
         shade = rng.uniform(-0.04, 0.04, len(scene.things) + 1)
-        picture[:] = np.array(PALETTE[scene.background])[:, None, None] + shade[0]
+        image[:] = np.array(PALETTE[scene.background])[:, None, None] + shade[0]
         for thing, (cx, cy, radius), light in zip(scene.things, _layout(scene, rng), shade[1:], strict=True):
             distance = _signed_distance(thing.shape, x - cx, y - cy, radius)
             cover = np.clip(0.5 - distance * size, 0, 1)
             colour = np.array(PALETTE[thing.colour])[:, None, None] + light
-            picture += cover * (colour - picture)
-    return torch.from_numpy(pictures.clip(0, 1))
+            image += cover * (colour - image)
+    return torch.from_numpy(images.clip(0, 1))

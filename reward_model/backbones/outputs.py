@@ -1,0 +1,59 @@
+"""What all families share once they have their visual tokens: padding them, and running the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from reward_model.types import BackboneOutput, Inputs
+
+
+def run_language_model(
+    model: Any,
+    inputs: Inputs,
+    visual: Sequence[Float[Tensor, "_ D"]],
+    *,
+    deepstack: Sequence[Sequence[Float[Tensor, "_ D"]]] | None = None,
+    **more: Tensor,
+) -> BackboneOutput:
+    """Put each row's visual tokens in their places and run the language model to its last norm.
+
+    `deepstack` is, for some of its first layers, what is added to the states in those places behind them.
+    """
+    words = model.get_input_embeddings().weight.dtype
+    seen: Any = BaseModelOutputWithPooling(pooler_output=[tokens.to(words) for tokens in visual])  # pyright: ignore
+    if deepstack is not None:
+        seen.deepstack_features = deepstack
+    mask = inputs["attention_mask"]
+    outputs = model.model(
+        input_ids=inputs["input_ids"],
+        attention_mask=mask,
+        mm_encoder_outputs={"image": seen},
+        use_cache=False,
+        **more,
+    )
+    padded, padded_mask = pad(visual)
+    return BackboneOutput(outputs.last_hidden_state, mask.bool(), padded, padded_mask)
+
+
+def clip_features(model: Any, pixels: Float[Tensor, "N 3 Y X"]) -> Float[Tensor, "N P C"]:
+    """What the vision tower of a LLaVA saw of each patch, in the layers that its projector reads."""
+    layer, strategy = (getattr(model.config, f"vision_feature_{k}") for k in ("layer", "select_strategy"))
+    layers = [layer] if isinstance(layer, int) else layer
+    tower = model.model.vision_tower
+    pixels = pixels.to(tower.dtype)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # nothing in it is trained
+        states = tower(pixels, output_hidden_states=True).hidden_states
+    return torch.cat([states[i][:, 1:] if strategy == "default" else states[i] for i in layers], dim=-1)
+
+
+def pad(rows: Sequence[Float[Tensor, "_ D"]]) -> tuple[Float[Tensor, "B V D"], Bool[Tensor, "B V"]]:
+    """Rows of different length as one tensor with zeros behind, and where it is filled."""
+    counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), mask

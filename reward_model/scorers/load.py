@@ -1,0 +1,50 @@
+"""From what a user writes (`hps:models/hps`) to a judge; the one place that knows which there are."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from reward_model.scorers.pointwise import PointwiseScorer, ScoreFunction
+
+ScorerName = Literal["clip", "clip_score", "pick_score", "hps", "image_reward", "vqa_score"]
+NAMES: tuple[str, ...] = get_args(ScorerName)
+
+
+def is_known(specification: str) -> bool:
+    """Whether this is NAME:PATH with the name of a judge."""
+    return specification.partition(":")[0] in NAMES and ":" in specification
+
+
+def load_scorer(specification: str) -> PointwiseScorer:
+    """The judge of NAME:PATH; heavy imports wait until theirs is asked for."""
+    return PointwiseScorer(specification, load_function(specification))
+
+
+def load_function(specification: str) -> ScoreFunction:
+    """The same as a function of a batch of images and their prompts."""
+    name, _, path = specification.partition(":")
+    match name:
+        case "clip" | "pick_score":  # PickScore is a CLIP's own logit
+            from reward_model.scorers.clip import load_clip
+
+            return load_clip(path)
+        case "clip_score":
+            from reward_model.scorers.clip import load_clip
+
+            return load_clip(path, form="clip_score")
+        case "hps":
+            from reward_model.scorers.hps import load_hps
+
+            return load_hps(path)
+        case "image_reward":
+            from reward_model.scorers.image_reward import load_image_reward
+
+            return load_image_reward(path)
+        case "vqa_score":
+            from reward_model.scorers.vqa_score import load_vqa_score
+
+            return load_vqa_score(path)
+        case _:
+            raise ValueError(
+                f"There is no judge {specification!r}; write NAME:PATH, NAME being one of {', '.join(NAMES)}."
+            )

@@ -1,0 +1,109 @@
+// Shows the open pair and sends what is pressed. What counts is kept by the server: a reload loses nothing.
+"use strict";
+
+const KEYS = { ArrowLeft: "left", 1: "left", ArrowRight: "right", 2: "right", t: "tie", b: "bad", u: "undo" };
+const RETRY_MILLISECONDS = 1000;
+const at = (id) => document.getElementById(id);
+
+let pair = null;
+let busy = false; // from a press until the next pair can be seen: what is pressed meanwhile is not about it
+
+async function post(path, body) {
+  for (;;) {
+    try {
+      const response = await fetch(path, {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify(body),
+      });
+      return { status: response.status, ...(await response.json()) };
+    } catch {
+      // The server takes the same answer to the same pair but once, so it can be sent until a reply comes.
+      say("The server does not reply. Your answer is sent again until it does.");
+      await new Promise((resume) => setTimeout(resume, RETRY_MILLISECONDS));
+    }
+  }
+}
+
+function say(text) {
+  at("message").textContent = text;
+}
+
+function load(image, name) {
+  image.src = `/image/${name}`;
+  return image.decode().then(() => {
+    image.style.imageRendering = image.naturalWidth < 128 ? "pixelated" : "auto";
+  });
+}
+
+async function show(next) {
+  pair = next;
+  const open = pair.prompt !== null;
+  at("entrance").hidden = true;
+  at("questions").hidden = false;
+  at("annotator").textContent = pair.annotator;
+  at("count").textContent = `${pair.answered} of ${pair.total}`;
+  at("progress").max = pair.total;
+  at("progress").value = pair.answered;
+  at("prompt").hidden = at("images").hidden = !open;
+  at("done").hidden = open;
+  at("prompt").textContent = pair.prompt;
+  for (const button of document.querySelectorAll("[data-answer]")) {
+    button.disabled = button.dataset.answer === "undo" ? pair.answered === 0 : !open;
+  }
+  if (open) {
+    await Promise.all([load(at("left"), pair.left), load(at("right"), pair.right)]);
+    for (const name of pair.following) new Image().src = `/image/${name}`;
+  }
+}
+
+async function exchange(path, body) {
+  if (busy) return;
+  busy = true;
+  at("images").classList.add("busy");
+  try {
+    const reply = await post(path, body);
+    say(reply.error ?? "");
+    if (reply.status === 401) {
+      at("questions").hidden = true;
+      at("entrance").hidden = false;
+    }
+    const next = reply.status === 200 ? reply : reply.pair;
+    if (next) await show(next);
+  } catch {
+    pair = null; // nobody should answer to what they do not see
+    say("An image could not be loaded. Reload the page.");
+  } finally {
+    busy = false;
+    at("images").classList.remove("busy");
+  }
+}
+
+function give(answer) {
+  const button = document.querySelector(`[data-answer=${answer}]`);
+  if (pair && !at("questions").hidden && !button.disabled) {
+    exchange("/answer", { annotator: pair.annotator, shown: pair.shown, answer });
+  }
+}
+
+document.addEventListener("keydown", (event) => {
+  const answer = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  if (!answer || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "INPUT") return;
+  event.preventDefault();
+  give(answer);
+});
+
+for (const button of document.querySelectorAll("[data-answer]")) {
+  button.addEventListener("click", () => {
+    give(button.dataset.answer);
+    button.blur();
+  });
+}
+
+at("entrance").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  await exchange("/enter", { annotator: at("name").value, token: at("token")?.value ?? "" });
+  if (pair) sessionStorage.setItem("annotator", pair.annotator);
+});
+
+if (sessionStorage.getItem("annotator")) exchange("/enter", { annotator: sessionStorage.getItem("annotator") });

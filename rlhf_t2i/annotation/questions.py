@@ -1,0 +1,172 @@
+"""What people are asked: two images of one prompt, kept in the run folder under names that tell nothing.
+
+questions.jsonl   one question a line: its prompt, its two images, and where each came from
+images/         8-bit RGB as PNG, each under a hash of its pixels, without any of the metadata it came with
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from rlhf_t2i.files import write_atomically
+from rlhf_t2i.report import Row
+from rlhf_t2i.report.comparison import shared_cells, side_by_side
+from rlhf_t2i.rewards.load import WeightedSum
+from rlhf_t2i.training.metrics import save_image_grid
+
+IMAGES = "images"
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Which of two images serves the prompt better?"""
+
+    prompt: str
+    images: tuple[str, str]
+    """Names of files in images/, without their ending; all that a browser ever sees of them."""
+    sources: tuple[str, str]
+    """Where each came from, for the results; a browser that asks for images is not told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A question before its images have names; they may differ in size."""
+
+    prompt: str
+    images: tuple[Float[Tensor, "3 _ _"], Float[Tensor, "3 _ _"]]
+    sources: tuple[str, str]
+
+
+def write_questions(folder: Path, candidates: Iterable[Candidate]) -> list[Question]:
+    """Keep the images, then the list, so that a folder with a list is whole.
+
+    Two images that are the same, pixel by pixel, make no question. Raises ValueError if none is left.
+    """
+    questions: list[Question] = []
+    num_same = 0
+    for candidate in candidates:
+        first, second = (_keep(folder, image) for image in candidate.images)
+        num_same += first == second
+        if first != second:
+            questions.append(Question(candidate.prompt, (first, second), candidate.sources))
+    if not questions:
+        raise ValueError(f"There is nothing to ask: of {num_same} pairs both images are the same, and no others came.")
+    lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions]
+    write_atomically(folder / "questions.jsonl", "".join(lines))
+    return questions
+
+
+def read_questions(folder: Path) -> list[Question] | None:
+    """The questions of a folder; None if it has none yet. ValueError for a line that is none."""
+    path = folder / "questions.jsonl"
+    if not path.is_file():
+        return None
+    questions: list[Question] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            (first, second), (one, other) = row["images"], row["sources"]
+            questions.append(Question(row["prompt"], (first, second), (one, other)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no question: {error}. Restore the file as it was written.") from error
+    return questions
+
+
+def _keep(folder: Path, image: Float[Tensor, "3 _ _"]) -> str:
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    name = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:20]
+    path = image_path(folder, name)
+    if not path.is_file():
+        part = path.with_name(f"{name}.part.png")
+        save_image_grid(part, image[None], num_columns=1)
+        part.replace(path)
+    return name
+
+
+def image_path(folder: Path, name: str) -> Path:
+    """Where an image of a question lies."""
+    return folder / IMAGES / f"{name}.png"
+
+
+# --- where they come from -------------------------------------------------------------------------
+
+
+def from_runs(folders: Sequence[Path], *, num_pairs: int | None, generator: torch.Generator) -> Iterator[Candidate]:
+    """Before and after of tuning runs, or the weights of recipes/evaluate_policy.py: each two of one prompt and seed.
+
+    Raises FileNotFoundError or ValueError, naming the folders, where there are no such images.
+    """
+    entries = side_by_side(folders)
+    sheets = {one.strip: read_image(one.strip) for one in entries}
+    pairs = [(*two, cell) for two in combinations(entries, 2) for cell in shared_cells(entries)]
+    for one, other, cell in some(pairs, num_pairs, generator=generator):
+        first, second = (_cut_out(sheets[entry.strip], entry.captions, cell) for entry in (one, other))
+        yield Candidate(cell[0], (first, second), (one.name, other.name))
+
+
+def _cut_out(sheet: Float[Tensor, "3 _ _"], captions: Row, cell: tuple[str, int]) -> Float[Tensor, "3 _ _"]:
+    cells, columns = list(zip(captions["prompts"], captions["seeds"], strict=True)), captions["columns"]
+    side = sheet.shape[2] // columns
+    top, left = (side * place for place in divmod(cells.index(cell), columns))
+    return sheet[:, top : top + side, left : left + side]
+
+
+def from_images(
+    prompts: Sequence[str],
+    first: Float[Tensor, "B 3 Y X"],
+    second: Float[Tensor, "B 3 Y X"],
+    *,
+    sources: tuple[str, str],
+) -> Iterator[Candidate]:
+    """Images that two checkpoints painted of the same prompts."""
+    for prompt, one, other in zip(prompts, first, second, strict=True):
+        yield Candidate(prompt, (one, other), sources)
+
+
+def some(items: Sequence[ItemT], count: int | None, *, generator: torch.Generator) -> list[ItemT]:
+    """So many of them, drawn without replacement and left in their order; None is all."""
+    chosen = torch.randperm(len(items), generator=generator)[:count].sort().values
+    return [items[int(i)] for i in chosen]
+
+
+# --- what a judge says of them --------------------------------------------------------------------
+
+
+def score_questions(
+    reward: WeightedSum, folder: Path, questions: Sequence[Question], *, device: torch.device, batch_size: int
+) -> Float[Tensor, "N 2"]:
+    """The scores of both images of each question; those of one size are judged together."""
+    scores = torch.zeros(len(questions), 2)
+    of_size: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for number, question in enumerate(questions):
+        for side, name in enumerate(question.images):
+            with Image.open(image_path(folder, name)) as image:
+                of_size.setdefault(image.size, []).append((number, side))
+    for places in of_size.values():
+        for start in range(0, len(places), batch_size):
+            rows = places[start : start + batch_size]
+            names = [questions[number].images[side] for number, side in rows]
+            images = torch.stack([read_image(image_path(folder, name)) for name in names]).to(device)
+            with torch.no_grad():
+                total, _ = reward(images, [questions[number].prompt for number, _ in rows])
+            scores[tuple(torch.tensor(rows).T)] = total.cpu()
+    return scores
+
+
+def read_image(path: Path) -> Float[Tensor, "3 _ _"]:
+    """A PNG that a run wrote, in [0, 1]."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255

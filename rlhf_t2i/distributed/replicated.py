@@ -1,0 +1,91 @@
+"""One process, or DDP: each process holds the whole network, and gradients are averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf_t2i.distributed.types import MOMENTS
+
+
+class Replicated:
+    """A `Learner` that every process has a copy of."""
+
+    is_sharded = False
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_gradient_norm: float,
+    ) -> None:
+        self._accelerator, self._module, self._max_norm = accelerator, network, max_gradient_norm
+        self.network, self._optimizer = accelerator.prepare(network, optimizer)
+        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.weights: Mapping[str, Tensor] = {name: p.data for name, p in self._parameters.items()}
+
+    def spread(self, frozen: nn.Module) -> nn.Module:
+        return frozen
+
+    @contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        if last:
+            yield
+            return
+        with self._accelerator.no_sync(self.network):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        # A checkpointed step calls the network once more, which must not begin another exchange.
+        with self._accelerator.no_sync(self.network):
+            self._accelerator.backward(loss)
+
+    def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
+        _set_learning_rate(self._optimizer, learning_rate)
+        norm = float(self._accelerator.clip_grad_norm_(self._parameters.values(), self._max_norm) or 0)
+        # With fp16 the scaler leaves the step out, and has to be told of it to lower its scale.
+        if math.isfinite(norm) or self._accelerator.scaler is not None:
+            self._optimizer.step()
+        skipped = not math.isfinite(norm) or self._accelerator.optimizer_step_was_skipped
+        self._optimizer.zero_grad()
+        return norm, skipped
+
+    @contextmanager
+    def gathered_network(self) -> Iterator[nn.Module]:
+        yield self._module
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        del name
+        return part
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        del name
+        return whole
+
+    def optimizer_state(self, name: str) -> dict[str, Tensor]:
+        return dict(self._adam.state.get(self._parameters[name], {}))
+
+    @torch.no_grad()
+    def load(self, name: str, weight: Tensor, optimizer_state: Mapping[str, Tensor]) -> None:
+        parameter = self._parameters[name]
+        parameter.copy_(weight)
+        if optimizer_state:
+            moments = {key: optimizer_state[key].to(parameter.device) for key in MOMENTS}
+            self._adam.state[parameter] = {"step": optimizer_state["step"].clone(), **moments}
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimiser itself, without what accelerate wraps it in."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,74 @@
+"""What a learner knows, on disk: whole tensors by name, so that any number of processes in any mode can take it up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlhf_t2i.distributed.types import Engine
+
+Copies = Mapping[str, MutableMapping[str, Tensor]]
+"""Further values of the trained weights, such as their average: of each this process's parts, by name."""
+WEIGHT = "weight"
+
+
+def write_state(engine: Engine, copies: Copies, folder: Path, *, rank: int, num_processes: int) -> None:
+    """Write this process's share of the weights, of AdamW's memory and of the copies. Collective.
+
+    Each weight is made whole in turn and kept by one process, so that none holds more than its share. Keys are
+    `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` and `COPY/NAME`. Raises OSError and SafetensorError.
+    """
+    share: dict[str, Tensor] = {}
+    for index, (name, part) in enumerate(engine.weights.items()):
+        found = {WEIGHT: engine.whole(name, part), **engine.optimizer_state(name)}
+        found |= {copy: engine.whole(name, parts[name]) for copy, parts in copies.items() if name in parts}
+        if index % num_processes == rank:
+            share |= {f"{key}/{name}": tensor.detach().to("cpu", copy=True) for key, tensor in found.items()}
+    save_file(share, folder / f"learner-{rank + 1:05d}-of-{num_processes:05d}.safetensors")
+
+
+def read_state(engine: Engine, copies: Copies, folder: Path) -> None:
+    """Take up what `write_state` wrote, on however many processes. Collective.
+
+    Raises ValueError if other weights were trained.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("learner-*"))]
+        where = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # not a dict
+        stored: dict[str, list[str]] = {}
+        for key in where:
+            kind, _, name = key.partition("/")
+            stored.setdefault(name, []).append(kind)
+        if stored.keys() != engine.weights.keys():
+            raise ValueError(f"The checkpoint {folder} is of another model: other weights are trained.")
+        for name in engine.weights:
+            found = {kind: where[f"{kind}/{name}"].get_tensor(f"{kind}/{name}") for kind in stored[name]}
+            engine.load(name, found.pop(WEIGHT), {k: v for k, v in found.items() if k not in copies})
+            for copy, parts in copies.items():
+                if copy in found:
+                    parts[name] = engine.part(name, found[copy]).to(engine.weights[name].device, copy=True)
+
+
+def gather_weights(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
+    """The trained weights, whole, in main memory; nothing where they are not to be kept. Collective."""
+    weights: dict[str, Tensor] = {}
+    for name, part in engine.weights.items():
+        weight = engine.whole(name, part)
+        if keep:
+            weights[name] = weight.detach().to("cpu", copy=True)
+    return weights
+
+
+def stored_weights(folder: Path) -> dict[str, Tensor]:
+    """The trained weights in a checkpoint, whole."""
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("learner-*")):
+        with safe_open(path, framework="pt") as file:
+            names = [key for key in file.keys() if key.startswith(f"{WEIGHT}/")]  # noqa: SIM118
+            weights |= {key.removeprefix(f"{WEIGHT}/"): file.get_tensor(key) for key in names}
+    return weights

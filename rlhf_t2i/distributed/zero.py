@@ -1,0 +1,173 @@
+"""DeepSpeed ZeRO (Rajbhandari et al., arXiv:1910.02054): optimiser state, gradients and weights in parts."""
+
+# DeepSpeed has no usable types.
+# pyright: reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf_t2i.distributed.fsdp import fully_sharded
+from rlhf_t2i.distributed.types import MOMENTS
+
+_AUTO = (None, "auto")
+
+
+def reconciled(
+    config: Mapping[str, Any], *, max_gradient_norm: float, mixed_precision: str, microbatch_size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """DeepSpeed's config with a recipe's settings in it, and those of them that it had left open or `auto`.
+
+    What DeepSpeed fills in for `auto` is not what a recipe means: gradients would be clipped to 1.0. Raises ValueError,
+    naming both values, where the two disagree.
+    """
+    config = {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    zero = config.setdefault("zero_optimization", {})
+    asked = {
+        "gradient_clipping": (config, max_gradient_norm, "the recipe's max_gradient_norm"),
+        "gradient_accumulation_steps": (config, 1, "1, because a recipe splits its batches by microbatch_size"),
+        "train_micro_batch_size_per_gpu": (config, microbatch_size, "the recipe's microbatch_size"),
+    }
+    if zero.get("stage") == 3:
+        asked["stage3_param_persistence_threshold"] = (zero, 0, "0, so that every weight is in parts")
+    filled: dict[str, Any] = {}
+    for name, (section, value, meaning) in asked.items():
+        if section.get(name) in _AUTO:
+            section[name] = filled[name] = value
+        if float(section[name]) != float(value):
+            raise ValueError(
+                f"DeepSpeed's config has {name}: {section[name]}, and it must be {meaning}: {value}. Change one of the "
+                f"two, or leave {name} out of DeepSpeed's config."
+            )
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise ValueError(
+                f"DeepSpeed's config has a section {name!r}; the recipe's own settings decide that. Remove it."
+            )
+    if mixed_precision == "fp16":
+        raise ValueError("mixed_precision fp16 is not supported with DeepSpeed; use bf16 or no.")
+    # Weights stay in float32 and autocast computes in bfloat16, as without DeepSpeed.
+    for name in ("bf16", "fp16"):
+        config[name] = {"enabled": False}
+    if mixed_precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    config.pop("train_batch_size", None)
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = config.get("zero_force_ds_cpu_optimizer", torch.cuda.is_available())
+    return config, filled
+
+
+class Zero:
+    """A `Learner` under ZeRO-1 (optimiser state in parts), ZeRO-2 (gradients too) or ZeRO-3 (weights too)."""
+
+    def __init__(self, accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._module = network
+        self.network, _ = accelerator.prepare(network, optimizer)
+        self._engine: Any = self.network
+        self.is_sharded = self._engine.zero_optimization_stage() == 3
+        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.weights: Mapping[str, Tensor] = {
+            name: p.ds_tensor.data if self.is_sharded else p.data for name, p in self._parameters.items()
+        }
+
+    def spread(self, frozen: nn.Module) -> nn.Module:
+        # DeepSpeed has one optimiser for one network; torch cuts a frozen one as well.
+        return fully_sharded(frozen) if self.is_sharded else frozen
+
+    @contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
+        for group in self._zero.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = float(self._zero._global_grad_norm)
+        return norm, bool(self._zero.overflow) or not math.isfinite(norm)
+
+    @contextmanager
+    def gathered_network(self) -> Iterator[nn.Module]:
+        if not self.is_sharded:
+            yield self._module
+            return
+        import deepspeed  # takes seconds
+        from trl.models.utils import add_hooks, remove_hooks
+
+        with deepspeed.zero.GatheredParameters(list(self._module.parameters())):
+            remove_hooks(self._engine)
+            try:
+                yield self._module
+            finally:
+                add_hooks(self._engine)
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        if not self.is_sharded:
+            return part
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, part.contiguous())
+        shape = self._parameters[name].ds_shape
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        if not self.is_sharded:
+            return whole
+        part = self.weights[name]
+        padded = whole.new_zeros(len(part) * dist.get_world_size())
+        padded[: whole.numel()] = whole.flatten()
+        return padded.view(-1, len(part))[dist.get_rank()].to(part)
+
+    def optimizer_state(self, name: str) -> dict[str, Tensor]:
+        from deepspeed import utils  # takes seconds
+
+        state = self._zero.optimizer.state.get(self._flat[0], {})
+        if not state:
+            return {}
+        read: Any = utils.safe_get_full_optimizer_state
+        moments = {key: read(self._parameters[name], key) for key in MOMENTS}
+        return {"step": torch.as_tensor(state["step"], dtype=torch.float32), **moments}
+
+    @torch.no_grad()
+    def load(self, name: str, weight: Tensor, optimizer_state: Mapping[str, Tensor]) -> None:
+        from deepspeed import utils  # takes seconds
+
+        parameter, part = self._parameters[name], self.part(name, weight)
+        self.weights[name].copy_(part)
+        write_weight = utils.safe_set_local_fp32_param if self.is_sharded else utils.safe_set_full_fp32_param
+        write_state = utils.safe_set_local_optimizer_state if self.is_sharded else utils.safe_set_full_optimizer_state
+        write_weight(parameter, part)
+        if optimizer_state:
+            self._begin_optimizer_state(optimizer_state["step"])
+            for key in MOMENTS:
+                write_state(parameter, self.part(name, optimizer_state[key]), key)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimiser, which wraps the AdamW."""
+        return self._engine.optimizer
+
+    @property
+    def _flat(self) -> list[Tensor]:
+        """The flat tensors that AdamW sees: this process's part of all trained weights."""
+        return (
+            self._zero.fp32_partitioned_groups_flat if self.is_sharded else self._zero.single_partition_of_fp32_groups
+        )
+
+    def _begin_optimizer_state(self, step: Tensor) -> None:
+        """Give AdamW the memory that it makes itself only in its first step."""
+        for flat in self._flat:
+            if not self._zero.optimizer.state.get(flat):
+                moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+                self._zero.optimizer.state[flat] = {"step": step.clone(), **moments}
+        if not self.is_sharded:
+            self._zero._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,172 @@
+"""How noisy the latents are that a model was trained with, and what it was trained to put out."""
+
+# diffusers has no usable types.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportReturnType=false, reportOptionalMemberAccess=false
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf_t2i.diffusion.gaussian import per_image
+from rlhf_t2i.types import Level, Prediction, Schedule
+
+
+class DiffusionLevels:
+    """alpha^2 + sigma^2 = 1, a network that finds the noise, or v = alpha noise - sigma clean (arXiv:2202.00512)."""
+
+    def __init__(self, config: Any, *, device: torch.device) -> None:
+        """From a scheduler's config.
+
+        Raises ValueError for a scheduler without betas, a prediction type other than noise or v, or thresholding.
+        """
+        self.scheduler, self.device = _ddim_scheduler(config), device
+
+    def schedule(self, num_steps: int) -> Schedule:
+        """The levels that diffusers' DDIM passes in `num_steps` steps, from noise to clean.
+
+        Raises ValueError for a number of steps that the model's schedule cannot be cut into.
+        """
+        total = self.scheduler.config.num_train_timesteps
+        spacing = self.scheduler.config.timestep_spacing
+        if not 1 <= num_steps <= total or (spacing != "leading" and total % num_steps):
+            raise ValueError(
+                f"num_denoising_steps is {num_steps}; with {spacing!r} spacing it must divide the {total} steps that "
+                f"the model was trained with."
+                if 1 <= num_steps <= total
+                else f"num_denoising_steps is {num_steps}; it must be between 1 and {total}."
+            )
+        self.scheduler.set_timesteps(num_steps)
+        times = self.scheduler.timesteps.to(torch.int64)
+        if int(times[0]) >= total:
+            raise ValueError(f"num_denoising_steps is {num_steps}; with this model's steps_offset it must be less.")
+        last = int(times[-1]) - total // num_steps
+        products = self.scheduler.alphas_cumprod
+        final = products[last] if last >= 0 else self.scheduler.final_alpha_cumprod
+        kept = torch.cat([products[times], final.reshape(1)]).to(self.device, torch.float32)
+        model_time = torch.cat([times, times.new_tensor([max(last, 0)])]).to(self.device)
+        return Schedule(kept.sqrt(), (1 - kept).sqrt(), model_time.float())
+
+    def at(self, times: Int[Tensor, " B"]) -> Level:
+        """The levels of noise that the model was trained at: 0 is nearly clean, 999 (for most models) nearly noise.
+
+        Raises ValueError for a time that it was not trained at.
+        """
+        times, total = times.cpu(), self.scheduler.config.num_train_timesteps
+        check_times(times, total)
+        kept = self.scheduler.alphas_cumprod[times].to(self.device, torch.float32)
+        return Level(kept.sqrt(), (1 - kept).sqrt(), times.to(self.device).float())
+
+    def prediction(
+        self, latents: Float[Tensor, "B C H W"], output: Float[Tensor, "B C H W"], level: Level
+    ) -> Prediction:
+        alpha, sigma = per_image(level.alpha), per_image(level.sigma)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return Prediction(alpha * latents - sigma * output, alpha * output + sigma * latents)
+        return Prediction((latents - sigma * output) / alpha, output)
+
+    def output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return per_image(level.alpha) * prediction.noise - per_image(level.sigma) * prediction.clean
+        return prediction.noise
+
+
+class FlowLevels:
+    """alpha + sigma = 1, and a network that finds the velocity = noise - clean (arXiv:2209.03003)."""
+
+    def __init__(self, config: Any, *, device: torch.device, shift: float, even: bool = False) -> None:
+        """From a scheduler's config.
+
+        `shift` is that of an image's size, for a scheduler that asks for it (`shift_for`). With `even` a schedule's
+        levels are, before any shift, 1, 1 - 1/T, ..., 1/T; else as the scheduler itself spaces them.
+        Raises ValueError for a scheduler that is none of a flow, and for one whose time runs backwards.
+        """
+        name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if not name.startswith("FlowMatch"):
+            raise ValueError(f"The model's scheduler, {name}, is not one of a flow model (FlowMatchEulerDiscrete).")
+        if config.get("invert_sigmas", False):
+            raise ValueError("The model's scheduler sets invert_sigmas, which is not supported; set it to false.")
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+        self.device, self.shift, self.even = device, shift, even
+        sigmas = self.scheduler.sigmas.flip(0)
+        is_dynamic = self.scheduler.config.use_dynamic_shifting
+        self._trained: Tensor = self.scheduler.time_shift(shift, 1.0, sigmas) if is_dynamic else sigmas
+
+    def schedule(self, num_steps: int) -> Schedule:
+        """The levels that the stock pipeline passes in `num_steps` steps, from pure noise to clean.
+
+        Raises ValueError for less than one step.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_denoising_steps is {num_steps}; it must be at least 1.")
+        even = [1 - i / num_steps for i in range(num_steps)] if self.even else None
+        self.scheduler.set_timesteps(num_steps, sigmas=even, mu=self.shift)
+        sigma = self.scheduler.sigmas.to(self.device, torch.float32)
+        times = self.scheduler.timesteps.to(self.device, torch.float32)
+        return Schedule(1 - sigma, sigma, torch.cat([times, times.new_zeros(1)]), kind="flow")
+
+    def at(self, times: Int[Tensor, " B"]) -> Level:
+        """The levels that the model's own schedule has: 0 is nearly clean, 999 (for most models) pure noise.
+
+        Raises ValueError for a time that it does not have.
+        """
+        times, total = times.cpu(), len(self._trained)
+        check_times(times, total)
+        sigma = self._trained[times].to(self.device, torch.float32)
+        return Level(1 - sigma, sigma, sigma * total)
+
+    def prediction(
+        self, latents: Float[Tensor, "B C H W"], output: Float[Tensor, "B C H W"], level: Level
+    ) -> Prediction:
+        alpha, sigma = per_image(level.alpha), per_image(level.sigma)
+        return Prediction(latents - sigma * output, latents + alpha * output)
+
+    def output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+        return prediction.noise - prediction.clean
+
+
+def shift_for(num_patches: int, config: Any) -> float:
+    """How far a scheduler with dynamic shifting moves its levels towards noise, for an image of so many patches.
+
+    A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as in the stock pipelines.
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    pixel_gradient = (most - base) / (high - low)
+    return pixel_gradient * num_patches + base - pixel_gradient * low
+
+
+def check_times(times: Int[Tensor, " B"], total: int) -> None:
+    """ValueError for a time that a model with `total` levels was not trained at."""
+    if not ((times >= 0) & (times < total)).all():
+        raise ValueError(f"times go from {times.min()} to {times.max()}; the model knows 0 to {total - 1}.")
+
+
+def _ddim_scheduler(config: Any) -> DDIMScheduler:
+    """DDIM over a model's own levels of noise, whichever scheduler it was saved with."""
+    name = config.get("_class_name", "a scheduler")
+    if "beta_schedule" not in config:
+        raise ValueError(
+            f"The model's scheduler, {name}, has no beta schedule; DDIM needs one. Flow models are not "
+            f"Stable Diffusion 1.x, 2.x or XL."
+        )
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"The model predicts {prediction!r}; supported are 'epsilon' and 'v_prediction'.")
+    if config.get("thresholding", False):
+        raise ValueError(
+            "The model's scheduler sets thresholding; a clipped step has no Gaussian density. Set it to false in the "
+            "model's scheduler_config.json."
+        )
+    if config.get("rescale_betas_zero_snr", False):
+        raise ValueError(
+            "The model's scheduler sets rescale_betas_zero_snr, whose first step has alpha = 0; set it to false."
+        )
+    # DDIM's steps are all equally long; with `linspace` they would end between its levels.
+    spacing = config.get("timestep_spacing", "leading")
+    spacing = "leading" if spacing == "linspace" else spacing
+    return DDIMScheduler.from_config(config, clip_sample=False, timestep_spacing=spacing)

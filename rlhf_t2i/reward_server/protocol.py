@@ -1,0 +1,161 @@
+"""What travels between a trainer and a judge elsewhere: images there, numbers back, a token with both; never pickle.
+
+`POST /score` takes images in one of two forms, which its Content-Type names:
+
+    application/x-safetensors   a safetensors file with the tensor `images`, B 3 Y X, float32 or float16 in [0, 1] or
+                                uint8 up to 255, and in its metadata `prompts`: a JSON list of B strings
+    application/json            {"prompts": ["a fox"], "images": ["PNG in base64"]}, images of one size, RGB or gray
+
+and answers {"total": [0.5], "scores": {"llava_reward": [0.5]}}: the weighted sum, and what each judge said before its weight,
+one number for each image. A number that JSON does not have is the string "nan", "inf" or "-inf". What goes wrong is
+answered {"error": "the reason"}, with a status that says whose fault it is. A server that has a token wants the header
+`Authorization: Bearer TOKEN`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import struct
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+TOKEN_VARIABLE = "RLHF_T2I_TOKEN"
+SAFETENSORS, JSON = "application/x-safetensors", "application/json"
+PIXELS = (torch.float32, torch.float16, torch.uint8)
+"""How pixels may travel: exact, or smaller."""
+
+
+class TooMuch(ValueError):  # noqa: N818
+    """More than the server takes at once."""
+
+
+def token() -> str | None:
+    """What trainers and judges both know, from the environment variable RLHF_T2I_TOKEN; None if it is not set.
+
+    Raises ValueError, without showing it, for one that a header cannot carry.
+    """
+    secret = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not all("!" <= character <= "~" for character in secret):
+        raise ValueError(f"The environment variable {TOKEN_VARIABLE} has blanks or letters beyond ASCII within it.")
+    return secret or None
+
+
+def pack(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], *, pixels: torch.dtype = torch.float32) -> bytes:
+    """The body of a request, of type SAFETENSORS; `pixels` is one of PIXELS, and float32 loses nothing of float32."""
+    images = images.detach()
+    if pixels == torch.uint8:
+        images = (images.float().clamp(0, 1) * 255).round()
+    stored = images.to("cpu", pixels).contiguous()
+    return save({"images": stored}, metadata={"prompts": json.dumps(list(prompts))})
+
+
+def unpack(
+    body: bytes, content_type: str, *, max_images: int, max_bytes: int
+) -> tuple[Float[Tensor, "B 3 Y X"], list[str]]:
+    """The images of a request as float32, and their prompts.
+
+    Raises TooMuch for more images than `max_images` or than fit into `max_bytes` as float32, and ValueError for
+    anything that is not as said above.
+    """
+    match content_type.partition(";")[0].strip().lower():
+        case "application/x-safetensors":
+            images, prompts = _from_safetensors(body)
+        case "application/json":
+            images, prompts = _from_json(body)
+        case other:
+            raise ValueError(f"The content type is {other!r}; it must be {SAFETENSORS} or {JSON}.")
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("The prompts must be a JSON list of strings.")
+    if not len(prompts) == len(images) >= 1:
+        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts; each image needs its own.")
+    if len(images) > max_images:
+        raise TooMuch(f"There are {len(images)} images; at most {max_images} are taken at once (--max_images).")
+    if isinstance(images, Tensor):
+        _check_bytes(images.numel(), max_bytes)
+        return (images.float() / 255 if images.dtype == torch.uint8 else images.float()), prompts
+    return _decoded(images, max_bytes=max_bytes), prompts
+
+
+def numbers(scores: Float[Tensor, " B"]) -> list[float | str]:
+    """Scores as JSON can hold them: one that is not finite becomes a string, from which `float` makes it again."""
+    return [score if math.isfinite(score) else str(score) for score in scores.tolist()]
+
+
+def totals(answer: str) -> Float[Tensor, " B"]:
+    """The totals of an answer, to the bit; ValueError if it has none."""
+    try:
+        total = json.loads(answer)["total"]
+        if isinstance(total, list):
+            return torch.tensor([float(score) for score in total], dtype=torch.float32)
+    except (RecursionError, ValueError, KeyError, TypeError, OverflowError):
+        pass
+    raise ValueError("The answer is no JSON with a list of numbers as `total`.")
+
+
+def _from_safetensors(body: bytes) -> tuple[Tensor, Any]:
+    try:
+        tensors = load(body)
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        prompts = json.loads(header["__metadata__"]["prompts"])
+    except (SafetensorError, RecursionError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"The body is no safetensors file with `prompts` in its metadata: {_say(error)}.") from error
+    images = tensors.get("images")
+    if images is None or images.dtype not in PIXELS or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+        found = "none" if images is None else f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+        raise ValueError(
+            f"The tensor `images` must be float32, float16 or uint8 of shape (B, 3, height, width); it is {found}."
+        )
+    return images, prompts
+
+
+def _from_json(body: bytes) -> tuple[list[bytes], Any]:
+    try:
+        request = json.loads(body)
+        return [base64.b64decode(image, validate=True) for image in request["images"]], request["prompts"]
+    except (RecursionError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"The body is no JSON with `prompts` and `images` in base64: {_say(error)}.") from error
+
+
+def _decoded(files: list[bytes], *, max_bytes: int) -> Float[Tensor, "B 3 Y X"]:
+    """PNG files as images in [0, 1]; how big they are is looked at before any of them is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            opened = [Image.open(io.BytesIO(file), formats=["PNG"]) for file in files]
+        if len({image.size for image in opened}) > 1 or not {image.mode for image in opened} <= {"RGB", "L"}:
+            found = sorted({f"{image.mode} {image.width} x {image.height}" for image in opened})
+            raise ValueError(f"they must be RGB or gray (L) and of one size, but are {', '.join(found)}")
+        _check_bytes(3 * sum(image.width * image.height for image in opened), max_bytes)
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in opened])
+    except TooMuch:
+        raise
+    # What Pillow raises when it meets broken bytes.
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"The PNG images cannot be used: {_say(error)}.") from error
+    # Laid out as they come otherwise, because sums in another order have other last bits.
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def _check_bytes(count: int, max_bytes: int) -> None:
+    if 4 * count > max_bytes:
+        raise TooMuch(
+            f"The images have {4 * count / 2**20:.1f} MB as float32; at most {max_bytes / 2**20:g} MB are taken at "
+            f"once (--max_body_mb)."
+        )
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}, {str(error)[:200]}" if isinstance(error, KeyError) else str(error)[:200]

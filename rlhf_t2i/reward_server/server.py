@@ -1,0 +1,238 @@
+"""Any judge behind HTTP: images in, scores out, for trainers on other machines.
+
+    RLHF_T2I_TOKEN=... python -m rlhf_t2i.reward_server --rewards judge --port 8000
+
+A trainer then takes `--rewards http://HOST:8000`. `POST /score` is described in rlhf_t2i/reward_server/protocol.py; `GET /health`
+says that the judges are loaded, `GET /metrics` counts in the format of Prometheus. With RLHF_T2I_TOKEN set, all but
+/health want it; without, only this machine can be served. SIGTERM or Ctrl-C finishes what was accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_t2i.config import check
+from rlhf_t2i.reward_server.batcher import Answer, Batcher
+from rlhf_t2i.reward_server.protocol import TOKEN_VARIABLE, TooMuch, token, unpack
+from rlhf_t2i.rewards.load import load_rewards
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+    from fastapi.responses import JSONResponse, PlainTextResponse
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; a judge's server needs: pip install 'rlhf-t2i[serve]'") from error
+
+_LOG = logging.getLogger("uvicorn.error")
+_SILENT_SECONDS = 30.0
+"""A trainer that sends nothing for so long has given up."""
+_HEADER_BYTES = 2**20
+"""For what a body has besides pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields in the order of the flow."""
+
+    rewards: str = "llava_reward"
+    """Comma-separated, each NAME or NAME=WEIGHT, as in any recipe."""
+    device: str | None = None
+    """Null is a GPU if there is one."""
+    host: str = "127.0.0.1"
+    """The address to listen at; another than this machine's own needs a token."""
+    port: int = 8000
+    """0 is any that is free."""
+    max_body_mb: int = 512
+    """Of one request, and of its images as float32."""
+    max_images: int = 1024
+    """Of one request."""
+    max_requests: int = 64
+    """That are read, wait or are judged; one more is answered 503."""
+    batch_size: int = 64
+    """Images in one forward pass, of as many requests as fit."""
+    max_wait_ms: float = 5.0
+    """How long a request waits for others to share a forward pass with."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming them."""
+        alone = f"127.0.0.1, ::1 or localhost unless the environment variable {TOKEN_VARIABLE} has a token"
+        check(
+            self,
+            [
+                ("host", is_loopback(self.host) or token() is not None, alone),
+                ("port", 0 <= self.port < 2**16, "in 0..65535"),
+                ("max_wait_ms", self.max_wait_ms >= 0, "at least 0"),
+                *(
+                    (name, getattr(self, name) >= 1, "at least 1")
+                    for name in ("max_body_mb", "max_images", "max_requests", "batch_size")
+                ),
+            ],
+        )
+
+
+class Service:
+    """What the server does with each request."""
+
+    def __init__(
+        self, batcher: Batcher, *, max_requests: int, max_images: int, max_bytes: int, secret: str | None
+    ) -> None:
+        self.batcher, self.secret = batcher, secret
+        self.max_requests, self.max_images, self.max_bytes = max_requests, max_images, max_bytes
+        self.num_accepted = 0
+        """Requests that are read, wait or are judged."""
+
+    async def health(self) -> JSONResponse:
+        """That the judges are loaded; who asks need not know the token."""
+        return JSONResponse({"status": "ok"})
+
+    async def counts(self, request: Request) -> Response:
+        """The metrics."""
+        self.check_token(request)
+        text = self.batcher.metrics.text(queue_length=self.num_accepted)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def score(self, request: Request) -> JSONResponse:
+        """Scores, or why there are none."""
+        began = time.perf_counter()
+        try:
+            response = JSONResponse(await self._answer(request))
+        except Exception as error:
+            response = _refusal(error)
+        self.batcher.metrics.answered(response.status_code, seconds=time.perf_counter() - began)
+        return response
+
+    async def _answer(self, request: Request) -> Answer:
+        self.check_token(request)
+        if self.num_accepted >= self.max_requests:
+            message = f"{self.num_accepted} requests are being worked on, and no more are taken (--max_requests)."
+            raise HTTPException(503, message, headers={"Retry-After": "1"})
+        self.num_accepted += 1
+        try:
+            body = await _read(request, max_bytes=self.max_bytes)
+            images, prompts = await asyncio.to_thread(
+                unpack, body, request.headers.get("Content-Type", ""),
+                max_images=self.max_images, max_bytes=self.max_bytes,
+            )  # fmt: skip
+            return await self.batcher.score(images, prompts, abandoned=request.is_disconnected)
+        finally:
+            self.num_accepted -= 1
+
+    def check_token(self, request: Request) -> None:
+        """Refuse who does not know the token, in a time that does not tell how much of it was right."""
+        given = request.headers.get("Authorization", "").encode()
+        if self.secret and not hmac.compare_digest(given, f"Bearer {self.secret}".encode()):
+            message = f"The header Authorization does not bear this server's token ({TOKEN_VARIABLE})."
+            raise HTTPException(401, message, headers={"WWW-Authenticate": "Bearer"})
+
+
+def create_app(service: Service) -> FastAPI:
+    """The server as an ASGI application."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.batcher.running():
+            yield
+
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
+        return _refusal(error)
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, exception_handlers={HTTPException: refuse})
+    app.add_api_route("/health", service.health, response_model=None)
+    app.add_api_route("/metrics", service.counts, response_model=None)
+    app.add_api_route("/score", service.score, methods=["POST"], response_model=None)
+    return app
+
+
+async def _read(request: Request, *, max_bytes: int) -> bytes:
+    body, loop = bytearray(), asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_SILENT_SECONDS) as patience:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes + _HEADER_BYTES:
+                    raise TooMuch(f"The body has more than {max_bytes / 2**20:g} MB (--max_body_mb).")
+                patience.reschedule(loop.time() + _SILENT_SECONDS)
+    except TimeoutError:
+        raise HTTPException(408, f"Nothing came for {_SILENT_SECONDS:g} s.") from None
+    return bytes(body)
+
+
+def _refusal(error: Exception) -> JSONResponse:
+    """What went wrong as an answer; what is no fault of the request is logged too."""
+    headers: Mapping[str, str] | None = None
+    match error:
+        case HTTPException():
+            status, message, headers = error.status_code, error.detail, error.headers
+        case ClientDisconnect() | ConnectionAbortedError():
+            status, message = 499, "The trainer has gone."
+        case TooMuch():
+            status, message = 413, str(error)
+        case ValueError():
+            status, message = 422, str(error)
+        case _:
+            status, message = 500, str(error)
+            _LOG.error("A request failed.", exc_info=error)
+    return JSONResponse({"error": message}, status, headers=headers)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address, on which nothing is accepted yet; SystemExit with the reason if that is impossible."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SystemExit(
+            f"error: nothing can listen at {host}, port {port}: {error.strerror}. Stop what does already, or choose "
+            f"another --port (0 is any that is free) or --host."
+        ) from error
+    return listener
+
+
+def main(config: Config) -> None:
+    """Load the judges and serve them until SIGTERM or Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them once more when it has finished
+        signal.signal(number, lambda *_: sys.exit(0))
+    listener = listen(config.host, config.port)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.empty(0, device=device)  # one that is not there is an error now, not in every answer
+    batcher = Batcher(
+        load_rewards(config.rewards, finite=False),  # whether a score may be infinite is for the trainer to say
+        device=device,
+        batch_size=config.batch_size,
+        max_wait=config.max_wait_ms / 1000,
+    )
+    service = Service(
+        batcher,
+        max_requests=config.max_requests,
+        max_images=config.max_images,
+        max_bytes=config.max_body_mb * 2**20,
+        secret=token(),
+    )
+    server = uvicorn.Server(uvicorn.Config(create_app(service), access_log=False, ws="none", lifespan="on"))
+    host, port = listener.getsockname()[:2]
+    _LOG.info("Judging with %s at http://%s:%d", config.rewards, f"[{host}]" if ":" in host else host, port)
+    server.run(sockets=[listener])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,7 +1,0 @@
-"""Well-known judges (CLIPScore, PickScore, HPS, ImageReward, VQAScore) as rewards: a second door to `reward_model`."""
-
-from __future__ import annotations
-
-from reward_model.judges.load import load_function
-
-__all__ = ["load_function"]

@@ -1,0 +1,1 @@
+"""The loop around updates: trainer, run, run folder, checkpoints, EMA, evaluation, early stopping and metrics."""
