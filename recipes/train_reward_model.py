@@ -168,7 +168,7 @@ def main(config: Config) -> Path:
     from transformers import EarlyStoppingCallback  # these take seconds
 
     from reward_model.backbones.load import load_backbone
-    from reward_model.checkpoint import bundle_tensors, save_bundle
+    from reward_model.checkpoint import adapter_tensors, save_adapter
     from reward_model.config import RewardModelConfig
     from reward_model.datasets.readable import readable
     from reward_model.model import RewardModel, parameter_table, visual_token_table
@@ -194,9 +194,11 @@ def main(config: Config) -> Path:
     dtype = "bfloat16" if args.bf16 else "float32"
     backbone = load_backbone(source, dtype=getattr(torch, dtype), **shown)
     for records in (training, validation, *tests.values()):
-        records[:] = readable(records, lambda prompt: backbone.reader.ids(prompt, 0), skipped=skip_file(config, folder))
+        records[:] = readable(
+            records, lambda prompt: backbone.prompt_tokenizer.ids(prompt, 0), skipped=skip_file(config, folder)
+        )
     judge = RewardModel(backbone)
-    facts = RewardModelConfig(
+    model_config = RewardModelConfig(
         perspective=config.perspective,
         backbone=os.path.abspath(source) if Path(source).is_dir() else source,
         model_type=backbone.model.config.model_type,
@@ -212,7 +214,7 @@ def main(config: Config) -> Path:
         dtype=dtype,
         **shown,
     )
-    judge.add(facts, seed=config.seed)
+    judge.add(model_config, seed=config.seed)
     trainer = RewardModelTrainer(
         judge, objective=objective, training=training, validation=validation, args=args,
         learning_rates=config.learning_rates, lora_only=config.lora_only,
@@ -226,8 +228,8 @@ def main(config: Config) -> Path:
     if trainer.is_world_process_zero():
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
         finished = LlavaReward(trainer.finished())
-        facts = replace(facts, **finished.unit(validation, batch_size=2 * config.microbatch_size))
-        save_bundle(facts, bundle_tensors(finished.model, facts.perspective), folder / "reward_model")
+        model_config = replace(model_config, **finished.unit(validation, batch_size=2 * config.microbatch_size))
+        save_adapter(model_config, adapter_tensors(finished.model, model_config.perspective), folder / "reward_model")
         measure(finished, {"validation": validation, **tests}, folder, batch_size=2 * config.microbatch_size)
         tqdm.write(f"judge     {folder / 'judge'}")
     end_processes(trainer.accelerator)

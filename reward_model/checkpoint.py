@@ -1,6 +1,6 @@
-"""A judge on disk: one safetensors file of what was trained, and one JSON of facts, for each perspective.
+"""Adapter checkpoints: the trained weights of one perspective and its config, without the frozen backbone.
 
-llava_reward.json          the facts (`facts.Facts`)
+llava_reward.json          the config (`config.RewardModelConfig`)
 llava_reward.safetensors   lora.*  projector.*  skip_ca.*  head.*
 """
 
@@ -19,11 +19,11 @@ from reward_model.backbones.load import load_backbone
 from reward_model.config import RewardModelConfig
 from reward_model.model import RewardModel
 
-WEIGHTS, FACTS = "llava_reward.safetensors", "llava_reward.json"
+WEIGHTS_NAME, CONFIG_NAME = "llava_reward.safetensors", "llava_reward.json"
 
 
-def bundle_tensors(model: RewardModel, name: str) -> dict[str, Tensor]:
-    """The weights of a perspective by the names under which a bundle stores them."""
+def adapter_tensors(model: RewardModel, name: str) -> dict[str, Tensor]:
+    """Return the weights of a perspective by their names in an adapter checkpoint."""
     return {
         f"{group}.{key}": parameter.data
         for group, named in model.groups(name).items()
@@ -31,106 +31,111 @@ def bundle_tensors(model: RewardModel, name: str) -> dict[str, Tensor]:
     }
 
 
-def save_bundle(
-    facts: RewardModelConfig, tensors: dict[str, Tensor], folder: Path, *, dtype: torch.dtype = torch.float32
+def save_adapter(
+    config: RewardModelConfig, tensors: dict[str, Tensor], folder: Path, *, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Write a bundle; each file is whole or not there. A backbone inside the folder is referred to from there."""
+    """Write an adapter checkpoint and return its folder; each file is replaced atomically.
+
+    The path of a backbone inside the folder is stored relative to it, so that the folder can be moved.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    backbone = Path(facts.backbone)
+    backbone = Path(config.backbone)
     if backbone.is_absolute() and backbone.is_relative_to(folder.resolve()):
-        facts = replace(facts, backbone=str(backbone.relative_to(folder.resolve())))
+        config = replace(config, backbone=str(backbone.relative_to(folder.resolve())))
     stored = {key: tensor.detach().to(dtype).cpu().contiguous() for key, tensor in tensors.items()}
-    part = folder / (WEIGHTS + ".part")
+    part = folder / (WEIGHTS_NAME + ".part")
     save_file(stored, part)
-    os.replace(part, folder / WEIGHTS)
-    part = folder / (FACTS + ".part")
-    part.write_text(facts.to_json(), encoding="utf-8")
-    os.replace(part, folder / FACTS)
+    os.replace(part, folder / WEIGHTS_NAME)
+    part = folder / (CONFIG_NAME + ".part")
+    part.write_text(config.to_json(), encoding="utf-8")
+    os.replace(part, folder / CONFIG_NAME)
     return folder
 
 
 def read_config(folder: Path) -> RewardModelConfig:
-    """The facts of the bundle in a folder; FileNotFoundError if there is none."""
-    if not (folder / FACTS).is_file():
-        raise FileNotFoundError(f"{folder} holds no judge: it has no {FACTS}.")
-    return RewardModelConfig.from_json((folder / FACTS).read_text(encoding="utf-8"), where=str(folder / FACTS))
+    """Return the config of an adapter checkpoint; FileNotFoundError if the folder holds none."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a reward model: it has no {CONFIG_NAME}.")
+    return RewardModelConfig.from_json(path.read_text(encoding="utf-8"), where=str(path))
 
 
-def backbone_source(facts: RewardModelConfig, folder: Path) -> str:
-    """Where a bundle's backbone is: beside the bundle, or wherever its facts say."""
-    beside = folder / facts.backbone
-    if not beside.is_dir() and Path(facts.backbone).is_absolute():
+def backbone_source(config: RewardModelConfig, folder: Path) -> str:
+    """Return the path or Hub id of an adapter checkpoint's backbone; FileNotFoundError if its folder is gone."""
+    beside = folder / config.backbone
+    if not beside.is_dir() and Path(config.backbone).is_absolute():
         raise FileNotFoundError(
-            f"The backbone {facts.backbone} of the judge {folder} is gone. If it was moved, write its new place under "
-            f"'backbone' in {folder / FACTS}."
+            f"The backbone {config.backbone} of the reward model {folder} is gone. If it was moved, write its new path "
+            f"under 'backbone' in {folder / CONFIG_NAME}."
         )
-    return str(beside) if beside.is_dir() else facts.backbone
+    return str(beside) if beside.is_dir() else config.backbone
 
 
-def load_weights(model: RewardModel, name: str, path: Path) -> None:
-    """Take the weights of a perspective from a bundle's file; ValueError unless it holds exactly those."""
+def load_adapter_weights(model: RewardModel, name: str, path: Path) -> None:
+    """Copy stored weights into a perspective; ValueError unless names and shapes are exactly those of the model."""
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"The weights {path} cannot be read: {error}.") from error
-    own = bundle_tensors(model, name)
+    own = adapter_tensors(model, name)
     for key in sorted(own.keys() ^ stored.keys()):
-        raise ValueError(f"{path} does not fit its facts: {key} is {'missing' if key in own else 'too much'}.")
+        raise ValueError(f"{path} does not fit its config: {key} is {'missing' if key in own else 'unexpected'}.")
     for key, tensor in own.items():
         if tensor.shape != stored[key].shape:
             raise ValueError(
-                f"{path} does not fit its facts: {key} is {tuple(stored[key].shape)}, not {tuple(tensor.shape)}."
+                f"{path} does not fit its config: {key} is {tuple(stored[key].shape)}, not {tuple(tensor.shape)}."
             )
         tensor.copy_(stored[key])
 
 
-def add_bundle(model: RewardModel, folder: Path, *, name: str | None = None) -> str:
-    """Put a stored perspective on a backbone that is in memory; returns the name it has there.
+def load_adapter(model: RewardModel, folder: Path, *, name: str | None = None) -> str:
+    """Add a stored perspective to a model in memory and return its name there, by default its own.
 
-    Raises ValueError if the bundle was trained on another family or width of backbone, or shows it images otherwise.
+    Raises ValueError for a backbone of another family or width, or another template or image size; the model is then
+    unchanged.
     """
-    facts = read_config(folder)
-    source = Path(backbone_source(facts, folder))
-    # In full, so that one backbone has one name, whichever bundle's folder it is seen from.
-    backbone = str(source.resolve()) if source.is_dir() else facts.backbone
-    facts = replace(facts, perspective=name or facts.perspective, backbone=backbone)
+    config = read_config(folder)
+    source = Path(backbone_source(config, folder))
+    # An absolute path, so that perspectives from different folders name the same backbone alike.
+    backbone = str(source.resolve()) if source.is_dir() else config.backbone
+    config = replace(config, perspective=name or config.perspective, backbone=backbone)
     own = model.backbone.model.config.model_type
-    if facts.model_type != own:
-        raise ValueError(f"{folder} was trained on a backbone of type {facts.model_type!r}; this one is {own!r}.")
-    for other in model.facts.values():
+    if config.model_type != own:
+        raise ValueError(f"{folder} was trained on a backbone of type {config.model_type!r}; this one is {own!r}.")
+    for other in model.configs.values():
         for shared in ("backbone", "template", "min_pixels", "max_pixels", "num_crops"):
-            if getattr(other, shared) != getattr(facts, shared):
+            if getattr(other, shared) != getattr(config, shared):
                 raise ValueError(
                     f"{folder} cannot share a backbone with {other.perspective!r}: its {shared} is "
-                    f"{getattr(facts, shared)!r}, not {getattr(other, shared)!r}."
+                    f"{getattr(config, shared)!r}, not {getattr(other, shared)!r}."
                 )
     before = model.active
     try:
-        model.add(facts)
+        model.add(config)
     except ValueError as error:
         raise ValueError(f"{folder} does not fit: {error}") from error
     try:
-        load_weights(model, facts.perspective, folder / WEIGHTS)
+        load_adapter_weights(model, config.perspective, folder / WEIGHTS_NAME)
     except ValueError:
         if before:  # an untrained perspective must not stay among the others
             model.use(before)
-            model.remove(facts.perspective)
+            model.remove(config.perspective)
         raise
-    return facts.perspective
+    return config.perspective
 
 
 def load_reward_model(folder: Path, *, dtype: torch.dtype | None = None) -> RewardModel:
-    """The backbone of a bundle, by default in the precision that it had in training, with the bundle on it."""
-    facts = read_config(folder)
-    source = backbone_source(facts, folder)
+    """Load an adapter checkpoint and its backbone, in the backbone's precision of training unless `dtype` is given."""
+    config = read_config(folder)
+    source = backbone_source(config, folder)
     backbone = load_backbone(
         source,
-        dtype=dtype or getattr(torch, facts.dtype),
-        template=facts.template,
-        min_pixels=facts.min_pixels,
-        max_pixels=facts.max_pixels,
-        num_crops=facts.num_crops,
+        dtype=dtype or getattr(torch, config.dtype),
+        template=config.template,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        num_crops=config.num_crops,
     )
     model = RewardModel(backbone)
-    add_bundle(model, folder)
+    load_adapter(model, folder)
     return model.eval()

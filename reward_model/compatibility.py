@@ -21,7 +21,7 @@ With the last two a score depends on the batch; with the second not if the image
 
 
 def looked_at(
-    kind: SkipCaKeys, reading: BackboneOutput, padding: Callable[[], Float[Tensor, " D"]]
+    kind: SkipCaKeys, output: BackboneOutput, padding: Callable[[], Float[Tensor, " D"]]
 ) -> tuple[Float[Tensor, "B K D"], Bool[Tensor, "B K"]]:
     """The tokens that are SkipCA's keys and values, and which of them count; `padding` makes the embedding of padding.
 
@@ -30,9 +30,9 @@ def looked_at(
     """
     match kind:
         case "visual":
-            return reading.visual, reading.visual_mask
+            return output.visual, output.visual_mask
         case "visual_and_padding":
-            return reading.visual, torch.ones_like(reading.visual_mask)
+            return output.visual, torch.ones_like(output.visual_mask)
         case "text_padding":
-            padded = ~reading.hidden_mask.all(dim=1)
+            padded = ~output.hidden_mask.all(dim=1)
             return torch.where(padded[:, None], padding(), 0.0)[:, None], torch.ones_like(padded)[:, None]

@@ -1,4 +1,4 @@
-"""What one has to know of a trained judge beside its weights; it travels as JSON."""
+"""The config of a perspective: everything that its weights do not say, stored as JSON beside them."""
 
 from __future__ import annotations
 
@@ -18,46 +18,49 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
-    """One perspective of a judge: how it is built on its backbone, and how its scores are meant."""
+    """One perspective of a reward model: its modules on the backbone, and the units of its scores."""
 
     perspective: str = "alignment"
-    """A name of lower-case letters, digits and _: alignment, fidelity, safety and ranking are the paper's."""
+    """Lower-case letters, digits and _. The paper has alignment, fidelity, safety and ranking."""
     backbone: str
-    """A folder, as seen from the bundle's own, or a path or Hub id."""
+    """A folder relative to the adapter checkpoint's, an absolute path, or a Hub id."""
     model_type: str
-    """The backbone's family, as transformers calls it."""
+    """`model_type` of the backbone's config.json."""
     width: int
-    """D, the width of the backbone's language model."""
+    """D: hidden size of the backbone's language model."""
     head: HeadKind = "scalar"
     temperature: float = 0.1
-    """Scores are divided by it to become log-odds."""
+    """Score differences divided by it are log-odds; > 0."""
     tie_width: float = 0.0
-    """Rao and Kupper's, in log-odds: how close two images must be to be called equal; 0 for a judge without ties."""
+    """Half-width of a tie in log-odds, >= 0 (Rao and Kupper, 1967); 0 for a model without ties."""
     skip_ca: bool = True
     skip_ca_heads: int = 1
     skip_ca_keys: SkipCaKeys = "visual"
-    """What SkipCA looks at: the image's visual tokens, or what a published checkpoint's did (`compatibility`)."""
+    """Keys and values of SkipCA: the image's visual tokens, or those of a published checkpoint."""
     skip_ca_eps: float = 1e-5
-    """Of its norm."""
+    """Epsilon of SkipCA's RMSNorm; > 0."""
     lora_rank: int = 128
     lora_alpha: float = 256.0
     lora_dropout: float = 0.05
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the backbone in training, and so in use unless one says otherwise."""
+    """Precision of the backbone in training, and the default of inference."""
     template: Literal["family", "published"] = "family"
+    """Chat template of the prompt: the backbone's own, or that of the published LLaVA-Reward code."""
     min_pixels: int | None = None
     max_pixels: int | None = None
     num_crops: int | None = None
-    """What bounds an image's visual tokens, as its family does; None is the backbone's own."""
+    """Bounds of an image's visual tokens, for families that have them; None is the backbone's own."""
     score_mean: float | None = None
     score_std: float | None = None
-    """Of the scores on the validation images: the judge's own unit. None where the head has no scores."""
+    """Mean and standard deviation of the scores on the validation images; None for a head without scores."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be, naming them."""
+        """Raise ValueError for a value out of range, with its name and the range."""
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.perspective) or hasattr(nn.ModuleDict, self.perspective):
-            raise ValueError(f"perspective is {self.perspective!r}; it must be a-z, 0-9 and _, and no word of torch.")
-        for name, works, rule in (
+            raise ValueError(
+                f"perspective is {self.perspective!r}; it must be a-z, 0-9 and _, and no attribute of nn.ModuleDict."
+            )
+        for name, valid, rule in (
             ("head", self.head in get_args(HeadKind), "scalar or general_preference"),
             ("temperature", math.isfinite(self.temperature) and self.temperature > 0, "positive"),
             ("tie_width", math.isfinite(self.tie_width) and self.tie_width >= 0, "at least 0"),
@@ -70,26 +73,26 @@ class RewardModelConfig:
             ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("template", self.template in ("family", "published"), "family or published"),
         ):
-            if not works:
+            if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
 
     def to_json(self) -> str:
-        """The facts and the version of this format, for people and programs to read."""
+        """Return the config as JSON, with the version of the format."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str, *, where: str) -> RewardModelConfig:
-        """Read what `to_json` wrote; ValueError for another format, a missing fact or an unknown one."""
+        """Parse the output of `to_json`; ValueError, naming `where`, for another format, a missing or an unknown key."""
         try:
             values: Any = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON: {error}.") from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ValueError(f"{where} is not a judge of format {FORMAT}, the one that this version reads.")
+            raise ValueError(f"{where} is not a reward model config of format {FORMAT}, the one that is supported.")
         if unknown := values.keys() - {field.name for field in fields(RewardModelConfig)}:
-            raise ValueError(f"{where} holds facts that this version does not know: {', '.join(sorted(unknown))}.")
+            raise ValueError(f"{where} has unknown keys: {', '.join(sorted(unknown))}.")
         if missing := {"backbone", "model_type", "width"} - values.keys():
-            raise ValueError(f"{where} lacks facts: {', '.join(sorted(missing))}.")
+            raise ValueError(f"{where} lacks keys: {', '.join(sorted(missing))}.")
         try:
             return RewardModelConfig(**values)
         except (TypeError, ValueError) as error:

@@ -59,10 +59,10 @@ def import_published(
     bfloat16. Raises FileNotFoundError, FileExistsError or ValueError, naming the file, the key or the tensor.
     """
     from reward_model.backbones.load import load_backbone
-    from reward_model.checkpoint import FACTS, bundle_tensors, save_bundle
+    from reward_model.checkpoint import CONFIG_NAME, adapter_tensors, save_adapter
     from reward_model.model import RewardModel
 
-    if (output / FACTS).exists():
+    if (output / CONFIG_NAME).exists():
         raise FileExistsError(f"{output} already holds a judge; choose another --output.")
     settings, lora = read_settings(folder / "reward_config.yaml"), read_lora_config(folder / "lora")
     kind, variant = variant_of(base)
@@ -91,10 +91,10 @@ def import_published(
     )
     model = RewardModel(backbone)
     model.add(facts)
-    start = {name: tensor.detach().clone() for name, tensor in bundle_tensors(model, perspective).items()}
+    start = {name: tensor.detach().clone() for name, tensor in adapter_tensors(model, perspective).items()}
     tensors = fitting(stored, start, where=folder)
     exact = torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in tensors.values()) else torch.float32
-    save_bundle(facts, tensors, output, dtype=exact)
+    save_adapter(facts, tensors, output, dtype=exact)
     return Imported(facts, notes, [*parts_of(tensors, start)])
 
 

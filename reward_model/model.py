@@ -44,13 +44,13 @@ def last_real_token(hidden: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"]) -
 class Perspective(nn.Module):
     """What one perspective adds to the backbone, beside its LoRA."""
 
-    def __init__(self, facts: RewardModelConfig, projector: nn.Module) -> None:
+    def __init__(self, config: RewardModelConfig, projector: nn.Module) -> None:
         super().__init__()
         self.projector = projector
         self.skip_ca = None
-        if facts.skip_ca:
-            self.skip_ca = SkipCrossAttention(facts.width, num_heads=facts.skip_ca_heads, eps=facts.skip_ca_eps)
-        self.head = Head(facts.width, facts.head)
+        if config.skip_ca:
+            self.skip_ca = SkipCrossAttention(config.width, num_heads=config.skip_ca_heads, eps=config.skip_ca_eps)
+        self.head = Head(config.width, config.head)
 
 
 class RewardModel(nn.Module):
@@ -61,39 +61,39 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.model = backbone.model
         self.perspectives = nn.ModuleDict()
-        self.facts: dict[str, RewardModelConfig] = {}
+        self.configs: dict[str, RewardModelConfig] = {}
         self.active = ""
 
-    def add(self, facts: RewardModelConfig, *, seed: int = 0) -> None:
+    def add(self, config: RewardModelConfig, *, seed: int = 0) -> None:
         """A new perspective, untrained: LoRA that changes nothing, the projector in use, random SkipCA and head.
 
         Its parts are float32, whatever the backbone is. It is then the one in use; `learn` lets it be trained.
         """
-        name = facts.perspective
-        if name in self.facts:
+        name = config.perspective
+        if name in self.configs:
             raise ValueError(f"There already is a perspective {name!r} on this backbone.")
-        if facts.width != self.backbone.width:
+        if config.width != self.backbone.width:
             raise ValueError(
-                f"The perspective {name!r} was made for a backbone of width {facts.width}; this one has "
+                f"The perspective {name!r} was made for a backbone of width {config.width}; this one has "
                 f"{self.backbone.width}."
             )
         device = next(self.model.parameters()).device
         # The first perspective takes the backbone's own projector; each later one is loaded over a copy.
-        projector = copy.deepcopy(self.backbone.projector) if self.facts else self.backbone.projector
+        projector = copy.deepcopy(self.backbone.projector) if self.configs else self.backbone.projector
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.perspectives[name] = Perspective(facts, projector).to(device)
+            self.perspectives[name] = Perspective(config, projector).to(device)
             lora = LoraConfig(
-                r=facts.lora_rank,
-                lora_alpha=facts.lora_alpha,  # pyright: ignore[reportArgumentType]: any number will do
-                lora_dropout=facts.lora_dropout,
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]: any number will do
+                lora_dropout=config.lora_dropout,
                 target_modules=list(LORA_TARGETS),
                 init_lora_weights="gaussian",
             )
             with warnings.catch_warnings():  # that there are several is the point
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(lora, self.backbone.language_model, adapter_name=name)
-        self.facts[name] = facts
+        self.configs[name] = config
         for parameters in self.groups(name).values():
             for parameter in parameters.values():
                 parameter.data = parameter.data.float()
@@ -104,12 +104,12 @@ class RewardModel(nn.Module):
         assert name != self.active
         delete_adapter(self.backbone.language_model, name, prefix="lora_")
         known: Any = self.backbone.language_model.peft_config
-        del known[name], self.perspectives[name], self.facts[name]
+        del known[name], self.perspectives[name], self.configs[name]
 
     def use(self, name: str) -> None:
         """Put one perspective's LoRA and projector in place; KeyError, naming those there are, for any other."""
-        if name not in self.facts:
-            raise KeyError(f"There is no perspective {name!r} here; there are {', '.join(self.facts) or 'none'}.")
+        if name not in self.configs:
+            raise KeyError(f"There is no perspective {name!r} here; there are {', '.join(self.configs) or 'none'}.")
         if name != self.active:
             set_adapter(self.backbone.language_model, name, inference_mode=True)
             self.backbone.projector = self._perspective(name).projector
@@ -134,34 +134,20 @@ class RewardModel(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Float[Tensor, "B d"]:
         """What the head of the perspective in use says of each row, in float32: a number, or a vector to compare."""
-        return self.verdict(self.backbone.read(inputs), self.active)
+        return self.score(self.backbone.forward(inputs), self.active)
 
-    def verdict(self, reading: BackboneOutput, name: str) -> Float[Tensor, "B d"]:
-        """What the head of a perspective says of a reading, which must be its own or that of one that reads alike."""
+    def score(self, output: BackboneOutput, name: str) -> Float[Tensor, "B d"]:
+        """Return the float32 output of a perspective's head; `output` must come from a forward with its LoRA."""
         perspective = self._perspective(name)
-        pooled = last_real_token(reading.hidden, reading.hidden_mask)
+        pooled = last_real_token(output.hidden, output.hidden_mask)
         if perspective.skip_ca is not None:
-            keys = self.facts[name].skip_ca_keys
-            pooled = perspective.skip_ca(pooled, *looked_at(keys, reading, self._padding))
+            keys = self.configs[name].skip_ca_keys
+            pooled = perspective.skip_ca(pooled, *looked_at(keys, output, self._padding))
         return perspective.head(pooled)
 
-    @torch.no_grad()
-    def reads_alike(self, first: str, second: str) -> bool:
-        """Whether two perspectives read every image the same, so that one pass of the backbone does for both.
-
-        So it is if their projectors are equal, and their LoRAs too or neither does anything: if only SkipCA and head
-        were trained (`learn(("skip_ca", "head"))`), of the bare backbone or of one adapter.
-        """
-        one, two = (self.groups(name) for name in (first, second))
-        same_sum = [self.facts[name].lora_alpha / self.facts[name].lora_rank for name in (first, second)]
-        silent = all(not tensor.any() for part in (one, two) for key, tensor in part["lora"].items() if "lora_B" in key)
-        return _equal(one["projector"], two["projector"]) and (
-            silent or (same_sum[0] == same_sum[1] and _equal(one["lora"], two["lora"]))
-        )
-
-    def see(self, inputs: Inputs) -> Inputs:
+    def encode_image(self, inputs: Inputs) -> Inputs:
         """Run the vision tower, which all perspectives share, once for many."""
-        return self.backbone.see(inputs)
+        return self.backbone.encode_image(inputs)
 
     def groups(self, name: str) -> dict[str, dict[str, nn.Parameter]]:
         """The parameters that belong to a perspective, in the groups that learn; names as a bundle stores them."""
@@ -179,17 +165,12 @@ class RewardModel(nn.Module):
     def _padding(self) -> Float[Tensor, " D"]:
         """The embedding of the token that rows are padded with."""
         words = self.model.get_input_embeddings()
-        return words(torch.tensor(self.backbone.reader.padding_id, device=words.weight.device))
+        return words(torch.tensor(self.backbone.prompt_tokenizer.padding_id, device=words.weight.device))
 
     def _perspective(self, name: str) -> Perspective:
         part = self.perspectives[name]
         assert isinstance(part, Perspective)
         return part
-
-
-def _equal(first: dict[str, nn.Parameter], second: dict[str, nn.Parameter]) -> bool:
-    """Whether both hold the same numbers by the same names."""
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
 def visual_token_table(backbone: Backbone, sides: Sequence[int] = (512, 768, 1024)) -> str:

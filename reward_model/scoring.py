@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_model.checkpoint import add_bundle, load_reward_model
+from reward_model.checkpoint import load_adapter, load_reward_model
 from reward_model.config import RewardModelConfig
 from reward_model.heads import preference_logits
 from reward_model.images import ImageInput, to_tensor
@@ -32,7 +32,6 @@ class LlavaReward:
 
     def __init__(self, model: RewardModel) -> None:
         self.model = model.eval()
-        self._alike: dict[tuple[str, str], bool] = {}
 
     @staticmethod
     def from_pretrained(
@@ -50,23 +49,22 @@ class LlavaReward:
 
     def add(self, source: str | Path, *, name: str | None = None) -> str:
         """Put another perspective on the same backbone; returns its name, by default its own."""
-        name = add_bundle(self.model, _folder(source), name=name)
+        name = load_adapter(self.model, _folder(source), name=name)
         self.model.eval().requires_grad_(False)
-        self._alike.clear()
         return name
 
     @property
     def perspectives(self) -> list[str]:
-        return list(self.model.facts)
+        return list(self.model.configs)
 
     @property
     def gives_scores(self) -> bool:
         """Whether the first perspective has a scalar head; a general-preference head only compares."""
-        return self.facts().head == "scalar"
+        return self.config().head == "scalar"
 
-    def facts(self, perspective: str | None = None) -> RewardModelConfig:
+    def config(self, perspective: str | None = None) -> RewardModelConfig:
         """What is known of a perspective, by default the first."""
-        return self.model.facts[self._name(perspective)]
+        return self.model.configs[self._name(perspective)]
 
     def score(
         self,
@@ -94,8 +92,8 @@ class LlavaReward:
     ) -> dict[str, Float[Tensor, " B"]]:
         """The scores of every perspective, or of those that are named.
 
-        The vision tower runs once for all of them, the language model once for all that share LoRA and projector: each
-        LoRA of its own changes every token after the first layer, so that nothing of a pass can be used again.
+        The vision tower runs once for all of them. The language model runs once for each: a LoRA changes every state
+        after the first layer.
         """
         wanted = self.perspectives if perspectives is None else [self._name(name) for name in perspectives]
         return self._scores(images, prompts, wanted, batch_size)
@@ -114,11 +112,11 @@ class LlavaReward:
 
         For pairs of one image under two prompts give `second_prompts`.
         """
-        facts = self.facts(perspective)
+        config = self.config(perspective)
         logits = self.logits(
             first, second, prompts, second_prompts=second_prompts, perspective=perspective, batch_size=batch_size
         )
-        return win_probability(logits, tie_width=facts.tie_width)
+        return win_probability(logits, tie_width=config.tie_width)
 
     def logits(
         self,
@@ -136,12 +134,12 @@ class LlavaReward:
             raise ValueError(f"{len(first)} first and {len(second)} second images came; there must be as many.")
         one = self._verdicts(first, prompts, [name], batch_size)[name]
         two = self._verdicts(second, prompts if second_prompts is None else second_prompts, [name], batch_size)[name]
-        facts = self.model.facts[name]
-        return preference_logits(one, two, kind=facts.head, temperature=facts.temperature)
+        config = self.model.configs[name]
+        return preference_logits(one, two, kind=config.head, temperature=config.temperature)
 
     def unit(self, records: Sequence[Record], *, batch_size: int = 32) -> dict[str, float]:
         """`score_mean` and `score_std` over the images of some records; nothing where the head has no scores."""
-        if self.facts().head != "scalar":
+        if self.config().head != "scalar":
             return {}
         pairs = [record for record in records if isinstance(record, PreferencePair)]
         labelled = [record for record in records if isinstance(record, LabelledImage)]
@@ -154,7 +152,7 @@ class LlavaReward:
 
     def _name(self, perspective: str | None) -> str:
         name = self.perspectives[0] if perspective is None else perspective
-        if name not in self.model.facts:
+        if name not in self.model.configs:
             raise KeyError(f"There is no perspective {name!r} here; there are {', '.join(self.perspectives)}.")
         return name
 
@@ -162,7 +160,7 @@ class LlavaReward:
         self, images: Sequence[ImageInput] | Tensor, prompts: Sequence[str], names: Sequence[str], batch_size: int
     ) -> dict[str, Float[Tensor, " B"]]:
         for name in names:
-            if self.model.facts[name].head != "scalar":
+            if self.model.configs[name].head != "scalar":
                 raise ValueError(
                     f"The perspective {name!r} has a general-preference head: it says which of two images is better, "
                     f"but gives none a score. Use compare(first, second, prompts), or a judge with a scalar head."
@@ -184,37 +182,16 @@ class LlavaReward:
         if not len(prompts):
             raise ValueError("There is no image to score.")
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        passes = self._passes(names)
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             pixels = [to_tensor(image) for image in images[rows]]
             wanted = torch.is_grad_enabled() and any(image.requires_grad for image in pixels)
             with torch.set_grad_enabled(wanted):
-                inputs = self.model.see(self._prepared(pixels, prompts[rows]))
-                for together in passes:
-                    with self.model.using(together[0]):
-                        reading = self.model.backbone.read(inputs)
-                    for name in together:
-                        parts[name].append(self.model.verdict(reading, name))
+                inputs = self.model.encode_image(self._prepared(pixels, prompts[rows]))
+                for name in names:
+                    with self.model.using(name):
+                        parts[name].append(self.model(**inputs))
         return {name: torch.cat(verdicts) for name, verdicts in parts.items()}
-
-    def _passes(self, names: Sequence[str]) -> list[list[str]]:
-        """The names in groups, each of which needs one pass of the language model."""
-        passes: list[list[str]] = []
-        for name in names:
-            for together in passes:
-                if self._reads_alike(together[0], name):
-                    together.append(name)
-                    break
-            else:
-                passes.append([name])
-        return passes
-
-    def _reads_alike(self, first: str, second: str) -> bool:
-        """Found out once for each two, as it takes a look at all their weights."""
-        if (first, second) not in self._alike:
-            self._alike[first, second] = self.model.reads_alike(first, second)
-        return self._alike[first, second]
 
     def _prepared(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Inputs:
         device = next(self.model.parameters()).device

@@ -31,7 +31,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import RewardConfig, RewardTrainer
 
-from reward_model.checkpoint import WEIGHTS, bundle_tensors, load_reward_model, load_weights, save_bundle
+from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, load_adapter_weights, load_reward_model, save_adapter
 from reward_model.heads import HeadKind, preference_logits
 from reward_model.images import to_tensor
 from reward_model.losses import label_losses, preference_losses
@@ -189,7 +189,7 @@ class RewardModelTrainer(RewardTrainer):
             data_collator=Collator(judge, records),
             train_dataset=Dataset.from_dict({"record": numbers[: len(training)]}),
             eval_dataset=Dataset.from_dict({"record": numbers[len(training) :]}) if validation else None,
-            processing_class=copy.deepcopy(judge.backbone.reader.tokenizer),
+            processing_class=copy.deepcopy(judge.backbone.prompt_tokenizer.tokenizer),
             callbacks=callbacks,
         )
 
@@ -246,8 +246,8 @@ class RewardModelTrainer(RewardTrainer):
         judge = self.judge
         with self._whole_weights():
             if self.args.should_save:
-                tensors = bundle_tensors(judge, judge.active)
-                save_bundle(judge.facts[judge.active], tensors, Path(output_dir or self.args.output_dir))
+                tensors = adapter_tensors(judge, judge.active)
+                save_adapter(judge.configs[judge.active], tensors, Path(output_dir or self.args.output_dir))
 
     @contextmanager
     def _whole_weights(self) -> Iterator[None]:
@@ -274,7 +274,7 @@ class RewardModelTrainer(RewardTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with torch.no_grad():
-            load_weights(self.judge, self.judge.active, Path(resume_from_checkpoint) / WEIGHTS)
+            load_adapter_weights(self.judge, self.judge.active, Path(resume_from_checkpoint) / WEIGHTS_NAME)
 
     def _load_best_model(self) -> None:
         if not self.is_sharded:

@@ -68,8 +68,8 @@ class Backbone(Protocol):
 
     model: Any
     """The whole model, as transformers has it."""
-    reader: Any
-    """How prompts become token ids: a `backbones.text.PromptTokenizer`."""
+    prompt_tokenizer: Any
+    """Prompts to token ids: a `backbones.prompts.PromptTokenizer`."""
 
     @property
     def width(self) -> int:
@@ -97,10 +97,10 @@ class Backbone(Protocol):
         """RGB images in [0, 1] of any size, and as many prompts, as the model's own inputs."""
         ...
 
-    def see(self, inputs: Inputs) -> Inputs:
+    def encode_image(self, inputs: Inputs) -> Inputs:
         """The same inputs with the vision tower's features in place of the pixels: what several bundles share."""
         ...
 
-    def read(self, inputs: Inputs) -> BackboneOutput:
-        """Run projector and language model, and the vision tower if `see` has not."""
+    def forward(self, inputs: Inputs) -> BackboneOutput:
+        """Run projector and language model, and the vision tower if `encode_image` has not."""
         ...

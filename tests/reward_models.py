@@ -38,7 +38,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from reward_model.backbones.load import load_backbone
-from reward_model.checkpoint import bundle_tensors, save_bundle
+from reward_model.checkpoint import adapter_tensors, save_adapter
 from reward_model.config import RewardModelConfig
 from reward_model.model import RewardModel
 from reward_model.scoring import LlavaReward
@@ -419,7 +419,7 @@ def backbone_of(family: str, template: str = "family", padding_side: str = "righ
 # --- judges ---------------------------------------------------------------------------------------
 
 
-def facts_of(family: str, **changes: Any) -> RewardModelConfig:
+def config_of(family: str, **changes: Any) -> RewardModelConfig:
     """Small enough for the tiny models."""
     options = {"width": WIDTH, "lora_rank": 2, "lora_alpha": 4.0, **changes}
     return RewardModelConfig(backbone=str(backbone_folder(family)), model_type=family, **options)
@@ -429,14 +429,14 @@ def scatter(model: RewardModel, *, seed: int) -> None:
     """Move every weight of the perspective in use far from its start, as a long training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for key, tensor in bundle_tensors(model, model.active).items():
+        for key, tensor in adapter_tensors(model, model.active).items():
             scale = 1.0 if key.startswith("head") else 0.2
             tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
 
 
 def fresh_model(family: str, *, seed: int = 0, padding_side: str = "right", **facts: Any) -> RewardModel:
     """A judge in memory with one perspective whose weights are random and matter."""
-    known = facts_of(family, **facts)
+    known = config_of(family, **facts)
     options = {key: getattr(known, key) for key in ("template", "min_pixels", "max_pixels", "num_crops")}
     model = RewardModel(fresh_backbone(family, padding_side=padding_side, **options))
     model.add(known)
@@ -448,7 +448,7 @@ def fresh_model(family: str, *, seed: int = 0, padding_side: str = "right", **fa
 def _saved(family: str, seed: int, facts: str) -> Path:
     model = fresh_model(family, seed=seed, **json.loads(facts))
     folder = Path(tempfile.mkdtemp(dir=_root()))
-    return save_bundle(model.facts[model.active], bundle_tensors(model, model.active), folder)
+    return save_adapter(model.configs[model.active], adapter_tensors(model, model.active), folder)
 
 
 def reward_model_folder(family: str, *, seed: int = 0, **facts: Any) -> Path:

@@ -79,13 +79,13 @@ USER = [1, 9, 26, 3, 5, 5, 5, 5, 4]  # <|im_start|>user\n<|vision_start|><|image
     ],
 )
 def test_the_token_ids_of_a_prompt(family: str, template: str, prompt: str, expected: list[int]) -> None:
-    assert backbone_of(family, template).reader.ids(prompt, 4) == expected
+    assert backbone_of(family, template).prompt_tokenizer.ids(prompt, 4) == expected
 
 
 @pytest.mark.parametrize("template", ["family", "published"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_one_run_of_image_tokens_and_the_end_token_last(family: str, template: str) -> None:
-    reader = backbone_of(family, template).reader
+    reader = backbone_of(family, template).prompt_tokenizer
     for prompt in PROMPTS:
         for count in (1, 7, 16):
             ids = reader.ids(prompt, count)
@@ -98,7 +98,7 @@ def test_one_run_of_image_tokens_and_the_end_token_last(family: str, template: s
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_rows_are_padded_on_the_side_asked_for(family: str, side: str) -> None:
-    reader = backbone_of(family, "family", side).reader
+    reader = backbone_of(family, "family", side).prompt_tokenizer
     words = reader(PROMPTS, [4, 5, 6])
     lengths = [len(reader.ids(prompt, count)) for prompt, count in zip(PROMPTS, [4, 5, 6], strict=True)]
     for i, length in enumerate(lengths):
@@ -128,7 +128,7 @@ def test_a_prompt_that_holds_a_special_token_is_refused(family: str, token: str)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_longest_prompt_fits_and_one_word_more_is_refused(family: str) -> None:
     """Nothing is ever cut off: that would take the end token, or a part of the image."""
-    reader = backbone_of(family).reader
+    reader = backbone_of(family).prompt_tokenizer
     longest = "a" + " red" * (NUM_PLACES - len(reader.ids("a", 4)))
     assert len(reader.ids(longest, 4)) == NUM_PLACES
     with pytest.raises(ValueError, match=rf"'a red .*\.\.\.' .*{NUM_PLACES + 1} tokens \(4 of .* {NUM_PLACES}\."):
@@ -138,7 +138,7 @@ def test_the_longest_prompt_fits_and_one_word_more_is_refused(family: str) -> No
 
 
 def test_a_template_that_shows_no_image_is_refused() -> None:
-    reader = replace(backbone_of("llava").reader, chat_template="{{ messages[0]['content'][1]['text'] }}")
+    reader = replace(backbone_of("llava").prompt_tokenizer, chat_template="{{ messages[0]['content'][1]['text'] }}")
     with pytest.raises(ValueError, match="makes 0 places for one image; rendered: 'a red fox'"):
         reader.ids("a red fox", 4)
 
@@ -153,7 +153,9 @@ def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_name
         load_backbone(str(folder))
     load_backbone(str(folder), template="published")  # which brings its own
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    assert load_backbone(str(folder)).reader.ids("a fox", 4) == backbone_of("llava").reader.ids("a fox", 4)
+    assert load_backbone(str(folder)).prompt_tokenizer.ids("a fox", 4) == backbone_of("llava").prompt_tokenizer.ids(
+        "a fox", 4
+    )
 
 
 # --- pixels ---------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def test_fewer_crops_leave_llava_next_the_grids_that_have_no_more() -> None:
             assert len(inputs["pixel_values"]) == 3
             with torch.no_grad():
                 states = stock.model(**inputs).last_hidden_state
-                assert_close(backbone.read(inputs).hidden, states, rtol=0, atol=1e-5)
+                assert_close(backbone.forward(inputs).hidden, states, rtol=0, atol=1e-5)
     finally:
         stock.config.image_grid_pinpoints = before
 
@@ -304,7 +306,7 @@ def test_states_and_visual_tokens_are_those_of_the_stock_model(family: str, temp
     backbone, stock, pixels = backbone_of(family, template), stock_model(family), images_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in pixels], PROMPTS)
     with torch.no_grad():
-        reading = backbone.read(inputs)
+        output = backbone.forward(inputs)
         theirs = stock_inputs(family, inputs["input_ids"], inputs["attention_mask"], pixels)
         if family == "llava_next":  # whose view of the whole is always resized, which rounds
             theirs["pixel_values"] = inputs["pixel_values"]
@@ -312,13 +314,13 @@ def test_states_and_visual_tokens_are_those_of_the_stock_model(family: str, temp
         shown = {k: theirs[k] for k in ("pixel_values", "image_grid_thw", "image_sizes") if k in theirs}
         seen = stock.get_image_features(**shown)
     mask = inputs["attention_mask"].bool()
-    assert torch.equal(reading.hidden_mask, mask)
-    assert_close(reading.hidden[mask], states[mask], rtol=0, atol=1e-5)
-    assert reading.visual_mask.sum(dim=1).tolist() == [len(row) for row in seen.pooler_output]
+    assert torch.equal(output.hidden_mask, mask)
+    assert_close(output.hidden[mask], states[mask], rtol=0, atol=1e-5)
+    assert output.visual_mask.sum(dim=1).tolist() == [len(row) for row in seen.pooler_output]
     for i, row in enumerate(seen.pooler_output):
-        assert reading.visual.shape[2] == row.shape[1] == WIDTH
-        assert_close(reading.visual[i][reading.visual_mask[i]], row, rtol=0, atol=1e-5)
-        assert torch.all(reading.visual[i][~reading.visual_mask[i]] == 0)
+        assert output.visual.shape[2] == row.shape[1] == WIDTH
+        assert_close(output.visual[i][output.visual_mask[i]], row, rtol=0, atol=1e-5)
+        assert torch.all(output.visual[i][~output.visual_mask[i]] == 0)
 
 
 def test_several_vision_layers_and_the_class_token_are_read_where_a_model_uses_them() -> None:
@@ -326,16 +328,16 @@ def test_several_vision_layers_and_the_class_token_are_read_where_a_model_uses_t
     inputs = backbone.prepare([random_image(28, 28)], ["a red fox"])
     assert (inputs["input_ids"] == IMAGE["llava"]).sum() == 5
     with torch.no_grad():
-        reading, states = backbone.read(inputs), stock.model(**inputs).last_hidden_state
+        output, states = backbone.forward(inputs), stock.model(**inputs).last_hidden_state
         seen = stock.get_image_features(inputs["pixel_values"]).pooler_output
-    assert_close(reading.hidden, states, rtol=0, atol=1e-5)
-    assert_close(reading.visual[0], seen[0], rtol=0, atol=1e-5)
+    assert_close(output.hidden, states, rtol=0, atol=1e-5)
+    assert_close(output.visual[0], seen[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_visual_tokens_stand_at_the_places_of_the_image_and_words_at_all_others(family: str, side: str) -> None:
-    """What the language model gets: the very visual tokens of the reading, and the embeddings of the words."""
+    """What the language model gets: the very visual tokens of the output, and the embeddings of the words."""
     backbone, given = backbone_of(family, "family", side), []
     inputs = backbone.prepare([to_tensor(one) for one in images_of(family)], PROMPTS)
     hook = backbone.language_model.register_forward_pre_hook(
@@ -343,22 +345,22 @@ def test_visual_tokens_stand_at_the_places_of_the_image_and_words_at_all_others(
     )
     try:
         with torch.no_grad():
-            reading = backbone.read(inputs)
+            output = backbone.forward(inputs)
     finally:
         hook.remove()
     at_image = inputs["input_ids"] == IMAGE[family]
-    assert torch.equal(given[0][at_image], reading.visual[reading.visual_mask])
+    assert torch.equal(given[0][at_image], output.visual[output.visual_mask])
     words = backbone.model.get_input_embeddings().weight[inputs["input_ids"]]
     assert torch.equal(given[0][~at_image], words[~at_image])
     # No embedding of a word is taken for a visual token (as padding was in the published code).
-    assert torch.cdist(reading.visual[reading.visual_mask], backbone.model.get_input_embeddings().weight).min() > 0.1
+    assert torch.cdist(output.visual[output.visual_mask], backbone.model.get_input_embeddings().weight).min() > 0.1
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_visual_tokens_do_not_depend_on_the_words_but_states_behind_them_do(family: str) -> None:
     backbone, one = backbone_of(family), random_image(56, 56)
     with torch.no_grad():
-        fox, cat = (backbone.read(backbone.prepare([one], [prompt])) for prompt in ("a red fox", "a blue cat"))
+        fox, cat = (backbone.forward(backbone.prepare([one], [prompt])) for prompt in ("a red fox", "a blue cat"))
     assert torch.equal(fox.visual, cat.visual)
     assert (fox.hidden[:, -1] - cat.hidden[:, -1]).abs().max() > 0.01
 
@@ -368,12 +370,12 @@ def test_changing_one_visual_token_by_hand_changes_it_and_the_states_from_there_
     backbone = backbone_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in images_of(family)], PROMPTS)
     with torch.no_grad():
-        seen = backbone.see(inputs)
+        seen = backbone.encode_image(inputs)
         assert "pixel_values" not in seen
-        before = backbone.read(seen)
+        before = backbone.forward(seen)
         features = seen["features"].clone()
         features[(0, 1) if family in ("llava", "llava_next") else 1] += 1.0  # rows of tokens, or groups of all rows
-        after = backbone.read({**seen, "features": features})
+        after = backbone.forward({**seen, "features": features})
     changed = (before.visual != after.visual).any(dim=2)
     assert changed.nonzero().tolist() == [[0, 1]]
     start = inputs["input_ids"][0].tolist().index(IMAGE[family]) + 1
@@ -387,10 +389,10 @@ def test_what_the_middle_of_qwen3s_tower_sees_reaches_the_states_but_not_the_vis
     """A token of DeepStack is added to one place of one row, from where it goes on to the words behind."""
     backbone = backbone_of("qwen3_vl")
     with torch.no_grad():
-        seen = backbone.see(backbone.prepare([to_tensor(one) for one in images_of("qwen3_vl")], PROMPTS))
+        seen = backbone.encode_image(backbone.prepare([to_tensor(one) for one in images_of("qwen3_vl")], PROMPTS))
         deepstack = seen["deepstack"].clone()
         deepstack[1, 0] += 1.0
-        before, after = backbone.read(seen), backbone.read({**seen, "deepstack": deepstack})
+        before, after = backbone.forward(seen), backbone.forward({**seen, "deepstack": deepstack})
     assert torch.equal(before.visual, after.visual)
     start = seen["input_ids"][0].tolist().index(IMAGE["qwen3_vl"]) + 1
     moved = (before.hidden != after.hidden).any(dim=2)
@@ -404,7 +406,7 @@ def test_reading_what_was_seen_is_reading_the_image(family: str) -> None:
     backbone = backbone_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in images_of(family)], PROMPTS)
     with torch.no_grad():
-        at_once, in_two = backbone.read(inputs), backbone.read(backbone.see(inputs))
+        at_once, in_two = backbone.forward(inputs), backbone.forward(backbone.encode_image(inputs))
     assert torch.equal(at_once.hidden, in_two.hidden)
     assert torch.equal(at_once.visual, in_two.visual)
 
@@ -426,9 +428,9 @@ def test_the_projector_that_is_set_is_the_one_that_is_used(family: str) -> None:
             return 2 * self.inner(features)
 
     with torch.no_grad():
-        before = backbone.read(inputs)
+        before = backbone.forward(inputs)
         backbone.projector = Twice(backbone.projector)
-        after = backbone.read(inputs)
+        after = backbone.forward(inputs)
     expected = 2 * before.visual
     if family == "llava_next":  # the ends of lines come in behind the projector
         newline = backbone.model.model.image_newline

@@ -49,8 +49,8 @@ def test_it_is_small_and_a_genuine_llava() -> None:
 
 def test_its_bundle_lies_beside_its_backbone() -> None:
     judge = LlavaReward.from_pretrained(BUILT_IN_REWARD_MODEL)
-    assert Path(judge.facts().backbone) == BUILT_IN_REWARD_MODEL / "backbone"
-    assert judge.facts().score_std is not None
+    assert Path(judge.config().backbone) == BUILT_IN_REWARD_MODEL / "backbone"
+    assert judge.config().score_std is not None
 
 
 def test_building_the_reader_is_deterministic_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from reward_model.checkpoint import read_config
 from reward_model.import_published import import_published, main
 from reward_model.published_names import VARIANTS
 from reward_model.scoring import LlavaReward
-from tests.reward_models import ALL_FAMILIES, WIDTH, backbone_folder, fresh_backbone
+from tests.reward_models import ALL_FAMILIES, WIDTH, backbone_folder, fresh_backbone, random_image
 
 FAMILIES = [family for family in ALL_FAMILIES if family in VARIANTS]
 PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
@@ -83,11 +83,11 @@ def slow_verdicts(family: str, files: dict[str, dict[str, Tensor]], images: list
     for name, tensor in backbone.projector.named_parameters():
         tensor.copy_(rest[variant.projector + name])
     inputs = backbone.prepare(images, PROMPTS)
-    reading = backbone.read(inputs)
-    states = reading.hidden
+    output = backbone.forward(inputs)
+    states = output.hidden
     if skip_ca != "none":
         looked_up = torch.stack(
-            [attention(rest, states[i], keys_of(skip_ca, backbone, inputs, reading, i)) for i in range(len(states))]
+            [attention(rest, states[i], keys_of(skip_ca, backbone, inputs, output, i)) for i in range(len(states))]
         )
         added = states + looked_up
         scale = added.square().mean(dim=-1, keepdim=True) + variant.skip_ca_eps
@@ -95,13 +95,13 @@ def slow_verdicts(family: str, files: dict[str, dict[str, Tensor]], images: list
     return (states @ rest["value_head.weight"].T)[:, -1]
 
 
-def keys_of(skip_ca: str, backbone: Any, inputs: Any, reading: Any, row: int) -> Tensor:
+def keys_of(skip_ca: str, backbone: Any, inputs: Any, output: Any, row: int) -> Tensor:
     if skip_ca == "visual":
-        return reading.visual[row][reading.visual_mask[row]]
+        return output.visual[row][output.visual_mask[row]]
     if skip_ca == "visual_and_padding":
-        return reading.visual[row]
+        return output.visual[row]
     embedded = backbone.model.get_input_embeddings().weight[inputs["input_ids"][row]]
-    return embedded[inputs["input_ids"][row] == backbone.reader.tokenizer.pad_token_id]
+    return embedded[inputs["input_ids"][row] == backbone.prompt_tokenizer.tokenizer.pad_token_id]
 
 
 def attention(rest: dict[str, Tensor], states: Tensor, keys: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def test_an_imported_judge_scores_as_the_published_code_does(family: str, tmp_pa
     """In one batch, of which each row sees what the published code showed it; and with the image alone."""
     files, images = published(family), shown()
     judge, notes, parts = imported(write(tmp_path, files), family)
-    facts = judge.facts()
+    facts = judge.config()
     assert (facts.perspective, facts.temperature, facts.head) == ("fidelity", TAU, "scalar")
     assert (facts.lora_rank, facts.lora_alpha, facts.template) == (RANK, ALPHA, "published")
     how = facts.skip_ca_keys if facts.skip_ca else "none"
@@ -148,7 +148,7 @@ def test_what_skip_ca_looks_at_can_be_put_right(family: str, tmp_path: Path) -> 
     files, images = published(family), shown()
     write(tmp_path, files)
     judge, _, _ = imported(tmp_path, family, skip_ca_keys="visual")
-    assert judge.facts().skip_ca_keys == "visual"
+    assert judge.config().skip_ca_keys == "visual"
     expected = slow_verdicts(family, files, images, skip_ca="visual")[:, 0]
     assert_close(judge.score(images, PROMPTS).double(), expected, rtol=0, atol=1e-4)
     as_published = slow_verdicts(family, files, images, skip_ca=VARIANTS[family].skip_ca_keys or "")[:, 0]

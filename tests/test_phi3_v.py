@@ -57,7 +57,7 @@ def test_the_published_model_sees_as_many_tokens_as_its_processor_makes(
     """Sizes are (height, width); the rest of the model is not needed to count."""
     with torch.device("meta"):
         model = Phi3V(Phi3VConfig(num_hidden_layers=1, pad_token_id=0))
-    backbone = type(backbone_of("phi3_v"))(model, backbone_of("phi3_v").reader, 16, (0.5,) * 3, (0.5,) * 3)
+    backbone = type(backbone_of("phi3_v"))(model, backbone_of("phi3_v").prompt_tokenizer, 16, (0.5,) * 3, (0.5,) * 3)
     rows, columns = hd_grid(*size, num_crops=16, crop=336)[1]
     assert rows * columns == crops
     assert backbone.num_visual_tokens(*size) == tokens == (crops + 1) * 144 + 1 + (rows + 1) * 12
@@ -169,15 +169,15 @@ def slow_states(ids: Tensor, tokens: Tensor) -> Tensor:
         return decoder(inputs_embeds=torch.stack(rows)[None], output_hidden_states=True).hidden_states[-1][0]
 
 
-def assert_read(reading: BackboneOutput, inputs: dict[str, Tensor], *, order: str = "sub_glb") -> None:
+def assert_read(output: BackboneOutput, inputs: dict[str, Tensor], *, order: str = "sub_glb") -> None:
     start = 0
     for i, (rows, columns) in enumerate(inputs["crop_grid"].tolist()):
         views = inputs["pixel_values"][start : start + 1 + rows * columns]
         start += len(views)
         tokens, mask = slow_tokens(views, rows, columns, order=order), inputs["attention_mask"][i].bool()
-        assert_close(reading.visual[i][reading.visual_mask[i]].double(), tokens, rtol=0, atol=1e-4)
+        assert_close(output.visual[i][output.visual_mask[i]].double(), tokens, rtol=0, atol=1e-4)
         states = slow_states(inputs["input_ids"][i][mask], tokens)
-        assert_close(reading.hidden[i][reading.hidden_mask[i]].double(), states, rtol=0, atol=1e-4)
+        assert_close(output.hidden[i][output.hidden_mask[i]].double(), states, rtol=0, atol=1e-4)
     assert start == len(inputs["pixel_values"])
 
 
@@ -192,7 +192,7 @@ def test_tokens_and_states_are_those_of_a_slow_reference(template: str, side: st
     backbone = backbone_of("phi3_v", template, side)
     inputs = backbone.prepare(images(), PROMPTS)
     with torch.no_grad():
-        assert_read(backbone.read(inputs), inputs)
+        assert_read(backbone.forward(inputs), inputs)
 
 
 def test_the_whole_may_also_come_before_its_crops(tmp_path: Path) -> None:
@@ -201,12 +201,12 @@ def test_the_whole_may_also_come_before_its_crops(tmp_path: Path) -> None:
     backbone = load_backbone(str(tmp_path))
     inputs = backbone.prepare(images(), PROMPTS)
     with torch.no_grad():
-        assert_read(backbone.read(inputs), inputs, order="glb_sub")
+        assert_read(backbone.forward(inputs), inputs, order="glb_sub")
 
 
 def test_no_row_is_so_long_that_the_positions_of_its_neighbours_would_be_scaled_otherwise() -> None:
     """Under longrope one long row switches a whole batch to the long factors; the config has four times more."""
-    reader = backbone_of("phi3_v").reader
+    reader = backbone_of("phi3_v").prompt_tokenizer
     assert phi_config()["max_position_embeddings"] == 4 * NUM_PLACES
     assert reader.max_length == NUM_PLACES
     with pytest.raises(ValueError, match=rf"this model has places for {NUM_PLACES}"):
@@ -258,9 +258,9 @@ def test_a_model_that_is_built_otherwise_is_refused(changes: dict[str, Any], mes
 
 def test_a_tokenizer_without_a_place_for_visual_tokens_is_named(tmp_path: Path) -> None:
     save_phi(tmp_path)
-    text = (tmp_path / "tokenizer.json").read_text().replace("<|image|>", "<|image|>")
+    text = (tmp_path / "tokenizer.json").read_text().replace("<|image|>", "<|photo|>")
     (tmp_path / "tokenizer.json").write_text(text)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text().replace("<|image|>", "<|image|>"))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text().replace("<|image|>", "<|photo|>"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"has no token '<\|image\|>'"):
         load_backbone(str(tmp_path))
@@ -270,5 +270,5 @@ def test_a_tokenizer_that_says_so_begins_no_text_with_its_start_token(tmp_path: 
     save_phi(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": False}))
-    ids = load_backbone(str(tmp_path), template="published").reader.ids("a red fox", 4)
-    assert ids == [i for i in backbone_of("phi3_v", "published").reader.ids("a red fox", 4) if i != 1]
+    ids = load_backbone(str(tmp_path), template="published").prompt_tokenizer.ids("a red fox", 4)
+    assert ids == [i for i in backbone_of("phi3_v", "published").prompt_tokenizer.ids("a red fox", 4) if i != 1]

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from reward_model import images
 from reward_model.images import centre_crop, clamp_keeping_gradient, normalise, resize, to_tensor
-from tests.reward_models import bytes_of
+from tests.reward_models import bytes_of, random_image
 
 PIXELS = bytes_of(5, 7)
 ARRAY = PIXELS.permute(1, 2, 0).numpy()

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from reward_model import images
-from reward_model.checkpoint import FACTS, WEIGHTS, bundle_tensors, load_reward_model, read_config, save_bundle
+from reward_model.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    adapter_tensors,
+    load_reward_model,
+    read_config,
+    save_adapter,
+)
 from reward_model.config import RewardModelConfig
 from reward_model.losses import preference_losses
 from reward_model.model import GROUPS, RewardModel, last_real_token, parameter_table
@@ -32,7 +39,7 @@ from tests.reward_models import (
     WIDTH,
     backbone_folder,
     bytes_of,
-    facts_of,
+    config_of,
     fresh_backbone,
     fresh_model,
     load,
@@ -221,9 +228,9 @@ def test_a_score_is_the_head_of_skip_ca_of_the_last_word_and_the_visual_tokens(f
     shown = images_of(family)
     inputs, part = model.backbone.prepare(shown, PROMPTS), model.perspectives["alignment"]
     with torch.no_grad():
-        reading, expected = model.backbone.read(inputs), []
+        output, expected = model.backbone.forward(inputs), []
         for i in range(3):
-            last, visual = reading.hidden[i][reading.hidden_mask[i]][-1:], reading.visual[i][reading.visual_mask[i]]
+            last, visual = output.hidden[i][output.hidden_mask[i]][-1:], output.visual[i][output.visual_mask[i]]
             everything = torch.ones(1, len(visual), dtype=torch.bool)
             expected.append(part.head(part.skip_ca(last, visual[None], everything)))
         assert_same(model(**inputs), torch.cat(expected))
@@ -257,7 +264,7 @@ def test_one_step_moves_every_tensor_of_the_groups_that_learn_and_nothing_else(
 ) -> None:
     """LoRA's B is scattered first: while it is zero, as at the start, A has no gradient (the next test)."""
     model = fresh_model(family)
-    model.add(facts_of(family, perspective="safety"))  # frozen too
+    model.add(config_of(family, perspective="safety"))  # frozen too
     model.use("alignment")
     model.learn(groups)
     before = snapshot(model)
@@ -271,7 +278,7 @@ def test_one_step_moves_every_tensor_of_the_groups_that_learn_and_nothing_else(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_lora_moves_its_second_half_first_and_all_of_it_in_two_steps(family: str) -> None:
     model = RewardModel(fresh_backbone(family))
-    model.add(facts_of(family))
+    model.add(config_of(family))
     model.learn()
     lora = model.groups("alignment")["lora"]
     start = {name: parameter.detach().clone() for name, parameter in lora.items()}
@@ -288,10 +295,10 @@ def test_an_untrained_perspective_reads_as_the_backbone_does(family: str) -> Non
     backbone = fresh_backbone(family)
     inputs = backbone.prepare(images_of(family), PROMPTS)
     with torch.no_grad():
-        before = backbone.read(inputs)
+        before = backbone.forward(inputs)
         model = RewardModel(backbone)
-        model.add(facts_of(family))
-        after = backbone.read(inputs)
+        model.add(config_of(family))
+        after = backbone.forward(inputs)
     assert torch.equal(before.hidden, after.hidden)
     assert torch.equal(before.visual, after.visual)
     lora = model.groups("alignment")["lora"]
@@ -301,7 +308,7 @@ def test_an_untrained_perspective_reads_as_the_backbone_does(family: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_learns_is_float32_and_the_rest_as_it_was_loaded(dtype: torch.dtype) -> None:
     model = RewardModel(fresh_backbone("qwen2_5_vl", dtype=dtype))
-    model.add(facts_of("qwen2_5_vl"))
+    model.add(config_of("qwen2_5_vl"))
     model.learn()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
@@ -327,8 +334,8 @@ def test_the_parameter_table_adds_up(family: str, skip_ca: bool) -> None:
 def test_the_seed_makes_the_start_and_leaves_the_callers_generator_alone() -> None:
     def start(seed: int) -> dict[str, Tensor]:
         model = RewardModel(fresh_backbone("llava"))
-        model.add(facts_of("llava"), seed=seed)
-        return bundle_tensors(model, "alignment")
+        model.add(config_of("llava"), seed=seed)
+        return adapter_tensors(model, "alignment")
 
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -352,12 +359,12 @@ PERSPECTIVES = {
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_saved_judge_gives_the_same_verdicts_to_the_bit(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = fresh_model(family, **options)
-    save_bundle(model.facts["alignment"], bundle_tensors(model, "alignment"), tmp_path)
+    save_adapter(model.configs["alignment"], adapter_tensors(model, "alignment"), tmp_path)
     loaded = load_reward_model(tmp_path)
     inputs = model.backbone.prepare(images_of(family), PROMPTS)
     with torch.no_grad():
         assert torch.equal(model(**inputs), loaded(**loaded.backbone.prepare(images_of(family), PROMPTS)))
-    assert loaded.facts == model.facts
+    assert loaded.configs == model.configs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -365,13 +372,13 @@ def test_a_bundle_is_one_safetensors_file_and_one_json_of_just_what_learns(famil
     folder, without = reward_model_folder(family), reward_model_folder(family, skip_ca=False)
     for bundle in (folder, without):
         assert {path.name for path in bundle.iterdir()} == {"llava_reward.safetensors", "llava_reward.json"}
-    with_skip_ca, plain = load_file(folder / WEIGHTS), load_file(without / WEIGHTS)
+    with_skip_ca, plain = load_file(folder / WEIGHTS_NAME), load_file(without / WEIGHTS_NAME)
     assert {key.partition(".")[0] for key in with_skip_ca} == set(GROUPS)
     assert {key.partition(".")[0] for key in plain} == set(GROUPS) - {"skip_ca"}
     assert {tensor.dtype for tensor in with_skip_ca.values()} == {torch.float32}
-    assert json.loads((folder / FACTS).read_text())["format"] == 1
-    assert read_config(folder) == facts_of(family)
-    assert RewardModelConfig.from_json(facts_of(family).to_json(), where="here") == facts_of(family)
+    assert json.loads((folder / CONFIG_NAME).read_text())["format"] == 1
+    assert read_config(folder) == config_of(family)
+    assert RewardModelConfig.from_json(config_of(family).to_json(), where="here") == config_of(family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -379,8 +386,8 @@ def test_without_skip_ca_a_score_is_the_head_of_the_last_word(family: str) -> No
     model = fresh_model(family, skip_ca=False)
     inputs = model.backbone.prepare(images_of(family), PROMPTS)
     with torch.no_grad():
-        reading = model.backbone.read(inputs)
-        last = torch.stack([reading.hidden[i][reading.hidden_mask[i]][-1] for i in range(3)])
+        output = model.backbone.forward(inputs)
+        last = torch.stack([output.hidden[i][output.hidden_mask[i]][-1] for i in range(3)])
         assert_same(model(**inputs), last @ model.perspectives["alignment"].head.weight.T)
 
 
@@ -397,9 +404,9 @@ def test_perspectives_on_one_backbone_are_their_own_judges_to_the_bit(family: st
     for name in ("safety", "alignment", "fidelity", "safety", "fidelity", "alignment"):
         assert torch.equal(judge.score(shown, PROMPTS, perspective=name), own[name])
     assert torch.equal(judge.score(shown, PROMPTS), own["alignment"])  # the first, unless another is named
-    with counting(vision_tower(judge)) as calls:
+    with counting(vision_tower(judge)) as calls, counting(judge.model.backbone.language_model) as passes:
         everything = judge.score_all(shown, PROMPTS)
-    assert len(calls) == 1
+    assert (len(calls), len(passes)) == (1, 3)
     assert {name: scores.tolist() for name, scores in everything.items()} == {
         name: scores.tolist() for name, scores in own.items()
     }
@@ -407,6 +414,9 @@ def test_perspectives_on_one_backbone_are_their_own_judges_to_the_bit(family: st
         for name, scores in judge.score_all(shown, PROMPTS, batch_size=2).items():
             assert_same(scores, own[name])
     assert len(calls) == 2
+    some = judge.score_all(shown, PROMPTS, perspectives=["safety", "fidelity"])
+    assert list(some) == ["safety", "fidelity"]
+    assert torch.equal(some["safety"], own["safety"])
     assert all(not p.requires_grad for p in judge.model.parameters())
     assert not any(module.training for module in judge.model.modules())
 
@@ -439,8 +449,8 @@ def test_a_perspective_may_be_called_like_a_part_of_the_model(name: str) -> None
     """Names of bundles' tensors are made by taking the perspective's out."""
     plain, named = load("llava"), load("llava", perspective=name)
     assert (
-        load_file(reward_model_folder("llava", perspective=name) / WEIGHTS).keys()
-        == bundle_tensors(plain.model, "alignment").keys()
+        load_file(reward_model_folder("llava", perspective=name) / WEIGHTS_NAME).keys()
+        == adapter_tensors(plain.model, "alignment").keys()
     )
     shown = images_of("llava")
     assert torch.equal(named.score(shown, PROMPTS), plain.score(shown, PROMPTS))
@@ -453,7 +463,7 @@ def test_a_backbone_inside_the_bundles_folder_travels_with_it(tmp_path: Path) ->
     model = RewardModel(fresh_backbone("llava"))
     model.add(RewardModelConfig(backbone=str(here / "backbone"), model_type="llava", width=WIDTH, lora_rank=2))
     scatter(model, seed=0)
-    save_bundle(model.facts["alignment"], bundle_tensors(model, "alignment"), here)
+    save_adapter(model.configs["alignment"], adapter_tensors(model, "alignment"), here)
     expected = LlavaReward(model).score(images_of("llava"), PROMPTS)
     here.rename(there)
     assert torch.equal(LlavaReward.from_pretrained(there).score(images_of("llava"), PROMPTS), expected)
@@ -467,8 +477,8 @@ def test_a_bundle_shares_a_backbone_by_where_it_is_not_by_what_it_is_called(tmp_
         shutil.copytree(reward_model_folder("llava", seed=seed), folder, dirs_exist_ok=True)
     shutil.copytree(reward_model_folder("llava", seed=2), outside)
     for folder, backbone in ((inside, "backbone"), (outside, str(inside / "backbone")), (other, "backbone")):
-        facts = json.loads((folder / FACTS).read_text())
-        (folder / FACTS).write_text(json.dumps(facts | {"backbone": backbone}))
+        facts = json.loads((folder / CONFIG_NAME).read_text())
+        (folder / CONFIG_NAME).write_text(json.dumps(facts | {"backbone": backbone}))
     judge = LlavaReward.from_pretrained(inside)
     judge.add(outside, name="outside")
     with pytest.raises(ValueError, match=rf"{other} cannot share .* is '{other}/backbone', not '{inside}/backbone'"):
@@ -479,8 +489,8 @@ def broken(tmp_path: Path, *, seed: int = 0, **facts: Any) -> Path:
     """A copy of the LLaVA judge with other facts."""
     folder = tmp_path / "broken"
     shutil.copytree(reward_model_folder("llava", seed=seed), folder)
-    known = json.loads((folder / FACTS).read_text()) | facts
-    (folder / FACTS).write_text(json.dumps({key: value for key, value in known.items() if value != "absent"}))
+    known = json.loads((folder / CONFIG_NAME).read_text()) | facts
+    (folder / CONFIG_NAME).write_text(json.dumps({key: value for key, value in known.items() if value != "absent"}))
     return folder
 
 
@@ -489,10 +499,10 @@ def broken(tmp_path: Path, *, seed: int = 0, **facts: Any) -> Path:
     [
         ({"width": 64}, "width 64; this one has 32"),
         ({"model_type": "qwen2_5_vl"}, "a backbone of type 'qwen2_5_vl'; this one is 'llava'"),
-        ({"colour": "red", "age": 3}, "does not know: age, colour"),
-        ({"width": "absent", "backbone": "absent"}, "lacks facts: backbone, width"),
-        ({"format": 2}, "not a judge of format 1"),
-        ({"format": "absent"}, "not a judge of format 1"),
+        ({"colour": "red", "age": 3}, "unknown keys: age, colour"),
+        ({"width": "absent", "backbone": "absent"}, "lacks keys: backbone, width"),
+        ({"format": 2}, "not a reward model config of format 1"),
+        ({"format": "absent"}, "not a reward model config of format 1"),
         ({"head": "vector"}, "'vector'"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
         ({"tie_width": -0.1}, "tie_width is -0.1; it must be at least 0"),
@@ -502,10 +512,10 @@ def broken(tmp_path: Path, *, seed: int = 0, **facts: Any) -> Path:
         ({"skip_ca_keys": "text"}, "'text'"),
         ({"skip_ca_eps": 0.0}, "skip_ca_eps is 0.0; it must be positive"),
         ({"perspective": "Not a name"}, "perspective is 'Not a name'; it must be a-z"),
-        ({"perspective": "train"}, "perspective is 'train'; it must be .* no word of torch"),
-        ({"lora_rank": 3}, "does not fit its facts: lora.* is .*not"),
-        ({"skip_ca": False}, r"does not fit its facts: skip_ca.* is too much"),
-        ({"head": "general_preference"}, r"does not fit its facts: head.weight is \(1, 32\), not \(2, 32\)"),
+        ({"perspective": "train"}, "perspective is 'train'; it must be .* no attribute"),
+        ({"lora_rank": 3}, "does not fit its config: lora.* is .*not"),
+        ({"skip_ca": False}, r"does not fit its config: skip_ca.* is unexpected"),
+        ({"head": "general_preference"}, r"does not fit its config: head.weight is \(1, 32\), not \(2, 32\)"),
         ({"skip_ca_heads": 5}, r"skip_ca_heads \(5\) must divide the width"),
     ],
 )
@@ -518,14 +528,14 @@ def test_wrong_facts_are_named_with_their_file(facts: dict[str, Any], message: s
 
 def test_facts_that_are_no_json_or_no_facts_are_named(tmp_path: Path) -> None:
     folder = broken(tmp_path)
-    (folder / FACTS).write_text("{")
+    (folder / CONFIG_NAME).write_text("{")
     with pytest.raises(ValueError, match=r"llava_reward\.json is not JSON"):
         LlavaReward.from_pretrained(folder)
-    (folder / FACTS).write_text("[1]")
-    with pytest.raises(ValueError, match=r"llava_reward\.json is not a judge of format 1"):
+    (folder / CONFIG_NAME).write_text("[1]")
+    with pytest.raises(ValueError, match=r"llava_reward\.json is not a reward model config of format 1"):
         LlavaReward.from_pretrained(folder)
-    (folder / FACTS).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{folder} holds no judge: it has no llava_reward\.json"):
+    (folder / CONFIG_NAME).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{folder} is not a reward model: it has no llava_reward\.json"):
         LlavaReward.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match=f"no judge in '{tmp_path}/nowhere'"):
         LlavaReward.from_pretrained(tmp_path / "nowhere")
@@ -533,9 +543,9 @@ def test_facts_that_are_no_json_or_no_facts_are_named(tmp_path: Path) -> None:
 
 def test_weights_that_are_cut_short_missing_or_other_are_named(tmp_path: Path) -> None:
     folder = broken(tmp_path)
-    path, whole = folder / WEIGHTS, (folder / WEIGHTS).read_bytes()
+    path, whole = folder / WEIGHTS_NAME, (folder / WEIGHTS_NAME).read_bytes()
     tensors = load_file(
-        reward_model_folder("llava") / WEIGHTS
+        reward_model_folder("llava") / WEIGHTS_NAME
     )  # not of `path`: they stay on the file, which gets shorter
     for size in (len(whole) - 1, len(whole) // 2, 4, 0):
         path.write_bytes(whole[:size])
@@ -545,10 +555,10 @@ def test_weights_that_are_cut_short_missing_or_other_are_named(tmp_path: Path) -
     with pytest.raises(ValueError, match=rf"The weights {path} cannot be read"):
         LlavaReward.from_pretrained(folder)
     save_file({key: tensor for key, tensor in tensors.items() if key != "skip_ca.key.weight"}, path)
-    with pytest.raises(ValueError, match=rf"{path} does not fit its facts: skip_ca\.key\.weight is missing"):
+    with pytest.raises(ValueError, match=rf"{path} does not fit its config: skip_ca\.key\.weight is missing"):
         LlavaReward.from_pretrained(folder)
     save_file({**tensors, "skip_ca.bias": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=rf"{path} does not fit its facts: skip_ca\.bias is too much"):
+    with pytest.raises(ValueError, match=rf"{path} does not fit its config: skip_ca\.bias is unexpected"):
         LlavaReward.from_pretrained(folder)
 
 
@@ -559,7 +569,7 @@ def test_weights_that_are_cut_short_missing_or_other_are_named(tmp_path: Path) -
         ({"width": 64}, "width 64; this one has 32"),
         ({"model_type": "qwen2_5_vl"}, "of type 'qwen2_5_vl'; this one is 'llava'"),
         ({"backbone": "elsewhere"}, "its backbone is 'elsewhere'"),
-        ({"lora_rank": 3}, "does not fit its facts"),
+        ({"lora_rank": 3}, "does not fit its config"),
     ],
 )
 def test_a_bundle_that_does_not_fit_is_not_added_and_leaves_the_judge_as_it_was(
@@ -716,7 +726,12 @@ def test_transparent_and_turned_files_score_as_what_one_sees(family: str, tmp_pa
 
 def test_perspectives_that_are_not_there_are_refused_by_name() -> None:
     judge = load("llava")
-    for ask in (judge.facts, lambda name: judge.score([random_image(28, 28)], ["a fox"], perspective=name)):
+    image, prompt = [random_image(28, 28)], ["a fox"]
+    for ask in (
+        judge.config,
+        lambda name: judge.score(image, prompt, perspective=name),
+        lambda name: judge.score_all(image, prompt, perspectives=[name]),
+    ):
         with pytest.raises(KeyError, match="no perspective 'beauty' here; there are alignment"):
             ask("beauty")
     with pytest.raises(KeyError, match="no perspective 'beauty' here; there are none"):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from reward_model.checkpoint import WEIGHTS, bundle_tensors, read_config
+from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, read_config
 from reward_model.training import Collator, Objective, RewardModelTrainer, newest_checkpoint, seal
 from reward_model.types import LabelledImage, PreferencePair, Record
 from tests.reward_models import backbone_folder, fresh_model
@@ -88,7 +88,7 @@ def run(arguments: list[str], *, fails: bool = False) -> str:
 
 
 def judge_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "reward_model" / WEIGHTS)
+    return load_file(folder / "reward_model" / WEIGHTS_NAME)
 
 
 # --- what is minimised ----------------------------------------------------------------------------
@@ -212,9 +212,9 @@ def test_all_parts_move_and_the_backbone_does_not(data: Path, tmp_path: Path) ->
 def test_lora_only_leaves_the_rest_as_it_began(data: Path, tmp_path: Path) -> None:
     """The published optimiser."""
     trainer = trainer_of(data, tmp_path, lora_only=True)
-    before = {k: v.clone() for k, v in bundle_tensors(trainer.judge, trainer.judge.active).items()}
+    before = {k: v.clone() for k, v in adapter_tensors(trainer.judge, trainer.judge.active).items()}
     trainer.train()
-    for key, tensor in bundle_tensors(trainer.judge, trainer.judge.active).items():
+    for key, tensor in adapter_tensors(trainer.judge, trainer.judge.active).items():
         assert torch.equal(tensor, before[key]) != key.startswith("lora."), key
 
 
@@ -296,7 +296,7 @@ def test_it_learns_says_what_it_does_and_keeps_the_best(data: Path, tmp_path: Pa
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None
     state = json.loads((newest / "trainer_state.json").read_text())
-    best = load_file(Path(state["best_model_checkpoint"]) / WEIGHTS)
+    best = load_file(Path(state["best_model_checkpoint"]) / WEIGHTS_NAME)
     assert all(torch.equal(tensor, best[key]) for key, tensor in judge_of(tmp_path / "run").items())
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lora_rank"] == 4
 

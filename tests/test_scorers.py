@@ -287,7 +287,7 @@ def test_vqa_score_is_the_chance_of_the_answer_that_transformers_gives(family: s
     source = str(backbone_folder(family))
     score = PointwiseScorer(family, load_vqa_score(source, answer="red"))
     model = AutoModelForImageTextToText.from_pretrained(source).eval()
-    reader = score.function.backbone.reader  # pyright: ignore
+    reader = score.function.backbone.prompt_tokenizer  # pyright: ignore
     pixels = torch.stack([bytes_of(28, 28, seed=seed) for seed in range(2)]).float() / 255
     expected = []
     for image, prompt in zip(pixels, ["a red fox", "cat"], strict=True):

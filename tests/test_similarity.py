@@ -97,7 +97,7 @@ def test_it_is_the_logit_that_transformers_gives_each_pair(clip: Path) -> None:
 def test_it_is_the_scaled_cosine(clip: Path) -> None:
     """exp(2.6592) = 14.28, the scale of a CLIP that was never trained, times the cosine of both embeddings."""
     reward = load_clip(clip)
-    seen, read = reward.see(IMAGES).double(), reward.read(PROMPTS).double()
+    seen, read = reward.encode_image(IMAGES).double(), reward.encode_text(PROMPTS).double()
     cosine = (seen * read).sum(1) / seen.norm(dim=1) / read.norm(dim=1)
     assert_close(reward(IMAGES, PROMPTS).double(), 14.2849 * cosine, rtol=1e-5, atol=1e-5)
 

@@ -29,7 +29,7 @@ class Llava:
     """`LlavaForConditionalGeneration` of any size as a backbone."""
 
     model: Any
-    reader: PromptTokenizer
+    prompt_tokenizer: PromptTokenizer
     processor: Any
     """The family's CLIP image processor: only its settings are used."""
 
@@ -56,7 +56,7 @@ class Llava:
             pixels = preprocess_as_clip(torch.stack(list(images)), self.processor)
         else:
             pixels = torch.cat([preprocess_as_clip(image[None], self.processor) for image in images])
-        return {**self.reader(prompts, [self._count(pixels)] * len(images)), "pixel_values": pixels}
+        return {**self.prompt_tokenizer(prompts, [self._count(pixels)] * len(images)), "pixel_values": pixels}
 
     def num_visual_tokens(self, height: int, width: int) -> int:
         return self._count(preprocess_as_clip(torch.zeros(1, 3, height, width), self.processor))
@@ -66,13 +66,13 @@ class Llava:
         count = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         return count + (self.model.config.vision_feature_select_strategy == "full")  # the class token too
 
-    def see(self, inputs: Inputs) -> Inputs:
+    def encode_image(self, inputs: Inputs) -> Inputs:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": clip_features(self.model, inputs["pixel_values"])}
 
-    def read(self, inputs: Inputs) -> BackboneOutput:
+    def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
-            inputs = self.see(inputs)
+            inputs = self.encode_image(inputs)
         features = inputs["features"].to(self.projector.linear_1.weight.dtype)
         positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         return run_language_model(self.model, inputs, list(self.projector(features)), position_ids=positions)

@@ -24,7 +24,7 @@ class LlavaNext:
 
     model: Any
     """The grids that its crops may lie in are its config's image_grid_pinpoints, (height, width) in pixels each."""
-    reader: PromptTokenizer
+    prompt_tokenizer: PromptTokenizer
     processor: Any
     """The family's image processor: only its settings are used."""
 
@@ -63,7 +63,7 @@ class LlavaNext:
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         """Each image as a view of the whole and its crops, all one behind the other, and its own size."""
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        words = self.reader(prompts, [self.num_visual_tokens(*size) for size in sizes])
+        words = self.prompt_tokenizer(prompts, [self.num_visual_tokens(*size) for size in sizes])
         views = torch.cat([self._views(image) for image in images])
         return {**words, "pixel_values": views, "image_sizes": torch.tensor(sizes)}
 
@@ -84,13 +84,13 @@ class LlavaNext:
 
         return select_best_resolution((height, width), self.model.config.image_grid_pinpoints)
 
-    def see(self, inputs: Inputs) -> Inputs:
+    def encode_image(self, inputs: Inputs) -> Inputs:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": clip_features(self.model, inputs["pixel_values"])}
 
-    def read(self, inputs: Inputs) -> BackboneOutput:
+    def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
-            inputs = self.see(inputs)
+            inputs = self.encode_image(inputs)
         inner, sizes = self.model.model, inputs["image_sizes"]
         views = self.projector(inputs["features"].to(next(self.projector.parameters()).dtype))
         visual, _ = inner.pack_image_features(

@@ -69,7 +69,7 @@ def no_adapter(source: str, kind: str | None) -> str:
     return (
         f"{source!r} is a model of type {kind!r}, for which there is no adapter; there are {known}. An adapter is a "
         f"class that follows reward_model.types.Backbone, in a file of its own in reward_model/backbones/: `prepare` "
-        f"(pixels and token ids), `see` (vision features), `read` (visual tokens and last hidden states), "
+        f"(pixels and token ids), `encode_image` (vision features), `forward` (visual tokens and last hidden states), "
         f"`num_visual_tokens`, `width`, `projector`, `language_model`; and a case in reward_model/backbones/load.py. "
         f"The linear layers of its language model must be among LORA_TARGETS there."
     )
@@ -92,7 +92,9 @@ def adapt(
     if config.model_type not in _CUT and num_crops is not None:
         raise ValueError(f"num_crops means nothing to {family}: its images are not cut up.")
 
-    def reader(published: str, tokenizer: Any, place: int, *, written_image: str | None = None) -> PromptTokenizer:
+    def tokenizer_for(
+        published: str, tokenizer: Any, place: int, *, written_image: str | None = None
+    ) -> PromptTokenizer:
         own = published if template == "published" else find_chat_template(source, tokenizer)
         return PromptTokenizer(tokenizer, place, own, num_places(config), padding_side, written_image=written_image)
 
@@ -100,26 +102,36 @@ def adapt(
         case "llava":
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-            words = reader(llava.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id)
-            return llava.Llava(model, words, CLIPImageProcessorPil.from_pretrained(source))
+            prompt_tokenizer = tokenizer_for(
+                llava.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id
+            )
+            return llava.Llava(model, prompt_tokenizer, CLIPImageProcessorPil.from_pretrained(source))
         case "llava_next":
             from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
             processor = LlavaNextImageProcessorPil.from_pretrained(source)
             llava_next.bound_crops(model, processor, num_crops)
-            words = reader(llava.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id)
-            return llava_next.LlavaNext(model, words, processor)
+            prompt_tokenizer = tokenizer_for(
+                llava.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id
+            )
+            return llava_next.LlavaNext(model, prompt_tokenizer, processor)
         case "phi3_v":
             tokenizer = phi3_v.load_tokenizer(source)
             place = tokenizer.convert_tokens_to_ids(phi3_v.PLACE)
-            words = reader(phi3_v.PUBLISHED_TEMPLATE, tokenizer, place, written_image=phi3_v.WRITTEN_IMAGE)
-            return phi3_v.Phi3Vision(model, words, **phi3_v.image_settings(source, num_crops))
+            prompt_tokenizer = tokenizer_for(
+                phi3_v.PUBLISHED_TEMPLATE, tokenizer, place, written_image=phi3_v.WRITTEN_IMAGE
+            )
+            return phi3_v.Phi3Vision(model, prompt_tokenizer, **phi3_v.image_settings(source, num_crops))
         case "qwen2_5_vl":
-            words = reader(qwen2_5_vl.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id)
-            return qwen2_5_vl.Qwen25VL(model, words, load_patch_frame(source, min_pixels, max_pixels))
+            prompt_tokenizer = tokenizer_for(
+                qwen2_5_vl.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id
+            )
+            return qwen2_5_vl.Qwen25VL(model, prompt_tokenizer, load_patch_frame(source, min_pixels, max_pixels))
         case "qwen3_vl":
-            words = reader(qwen2_5_vl.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id)
-            return qwen3_vl.Qwen3VL(model, words, load_patch_frame(source, min_pixels, max_pixels))
+            prompt_tokenizer = tokenizer_for(
+                qwen2_5_vl.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id
+            )
+            return qwen3_vl.Qwen3VL(model, prompt_tokenizer, load_patch_frame(source, min_pixels, max_pixels))
         case other:
             raise ValueError(no_adapter(source, other))
 

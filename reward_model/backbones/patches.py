@@ -28,14 +28,14 @@ class PatchFrame:
     """An image is resized to lie between these, both sides multiples of two patches."""
 
     def prepare(
-        self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str], reader: PromptTokenizer
+        self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str], prompt_tokenizer: PromptTokenizer
     ) -> Inputs:
         """Each image as a row of flattened patches, all rows one behind the other, and the grid of each."""
         found = [self._patches(image) for image in images]
         grids = torch.tensor([grid for _, grid in found])
         counts = [int(n) for n in grids.prod(dim=1) // self.processor.merge_size**2]
-        words = reader(prompts, counts)
-        return {**words, "pixel_values": torch.cat([patches for patches, _ in found]), "image_grid_thw": grids}
+        tokens = prompt_tokenizer(prompts, counts)
+        return {**tokens, "pixel_values": torch.cat([patches for patches, _ in found]), "image_grid_thw": grids}
 
     def num_tokens(self, height: int, width: int) -> int:
         """What an image of this size becomes."""

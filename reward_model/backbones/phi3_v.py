@@ -39,7 +39,7 @@ class Phi3Vision:
     """A `Phi3V` of any size as a backbone."""
 
     model: Any
-    reader: PromptTokenizer
+    prompt_tokenizer: PromptTokenizer
     num_crops: int
     """The most squares that an image is cut into; it is enlarged until no more of them would fit."""
     mean: Sequence[float]
@@ -78,7 +78,7 @@ class Phi3Vision:
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         """Each image as a view of the whole and its crops, all one behind the other, and its crops' grid."""
         found = [self._views(image) for image in images]
-        words = self.reader(prompts, [self._count(*grid) for _, grid in found])
+        words = self.prompt_tokenizer(prompts, [self._count(*grid) for _, grid in found])
         grids = torch.tensor([grid for _, grid in found])
         return {**words, "pixel_values": torch.cat([views for views, _ in found]), "crop_grid": grids}
 
@@ -98,7 +98,7 @@ class Phi3Vision:
         """Tokens of the crops and of the whole, one more at the end of each line, and one between both."""
         return (rows * columns + 1) * self.side**2 + (rows + 1) * self.side + 1
 
-    def see(self, inputs: Inputs) -> Inputs:
+    def encode_image(self, inputs: Inputs) -> Inputs:
         """`features`: all rows' tokens before the projector, four patches wide, separators among them."""
         tower = self.model.vision_tower
         pixels = inputs["pixel_values"].to(tower.dtype)
@@ -113,13 +113,13 @@ class Phi3Vision:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": torch.cat(tokens)}
 
-    def read(self, inputs: Inputs) -> BackboneOutput:
+    def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
-            inputs = self.see(inputs)
+            inputs = self.encode_image(inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         visual = self.projector(inputs["features"].to(next(self.projector.parameters()).dtype))
         words = self.model.get_input_embeddings()(ids)
-        places = (ids == self.reader.image_token_id)[..., None]
+        places = (ids == self.prompt_tokenizer.image_token_id)[..., None]
         states = self.language_model(
             inputs_embeds=words.masked_scatter(places, visual.to(words.dtype)),
             attention_mask=mask,

@@ -30,7 +30,7 @@ class Qwen25VL:
     """`Qwen2_5_VLForConditionalGeneration` of any size as a backbone."""
 
     model: Any
-    reader: PromptTokenizer
+    prompt_tokenizer: PromptTokenizer
     frame: PatchFrame
     """How images become patches."""
 
@@ -54,9 +54,9 @@ class Qwen25VL:
         return self.frame.num_tokens(height, width)
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        return self.frame.prepare(images, prompts, self.reader)
+        return self.frame.prepare(images, prompts, self.prompt_tokenizer)
 
-    def see(self, inputs: Inputs) -> Inputs:
+    def encode_image(self, inputs: Inputs) -> Inputs:
         from transformers.vision_utils import get_vision_window_index
 
         tower, grids = self.model.model.visual, inputs["image_grid_thw"]
@@ -72,15 +72,15 @@ class Qwen25VL:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": groups}
 
-    def read(self, inputs: Inputs) -> BackboneOutput:
+    def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
-            inputs = self.see(inputs)
+            inputs = self.encode_image(inputs)
         ids, grids = inputs["input_ids"], inputs["image_grid_thw"]
         features = inputs["features"].to(self.projector.ln_q.weight.dtype)
         visual = self.projector(features.flatten(0, 1)).split(self._counts(grids))
         return run_language_model(
             self.model, inputs, visual,
-            image_grid_thw=grids, mm_token_type_ids=(ids == self.reader.image_token_id).int(),
+            image_grid_thw=grids, mm_token_type_ids=(ids == self.prompt_tokenizer.image_token_id).int(),
         )  # fmt: skip
 
     def _counts(self, grids: Int[Tensor, "B 3"]) -> list[int]:

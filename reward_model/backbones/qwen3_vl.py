@@ -28,7 +28,7 @@ class Qwen3VL:
     """
 
     model: Any
-    reader: PromptTokenizer
+    prompt_tokenizer: PromptTokenizer
     frame: PatchFrame
     """How images become patches."""
 
@@ -52,9 +52,9 @@ class Qwen3VL:
         return self.frame.num_tokens(height, width)
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        return self.frame.prepare(images, prompts, self.reader)
+        return self.frame.prepare(images, prompts, self.prompt_tokenizer)
 
-    def see(self, inputs: Inputs) -> Inputs:
+    def encode_image(self, inputs: Inputs) -> Inputs:
         """`features`: each token's patches behind the last layer; `deepstack`: its merged ones of the middle layers."""
         tower, grids = self.model.model.visual, inputs["image_grid_thw"]
         patches = inputs["pixel_values"].to(tower.patch_embed.proj.weight.dtype)
@@ -64,16 +64,16 @@ class Qwen3VL:
         rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         return {**rest, "features": groups, "deepstack": torch.stack(seen.deepstack_features, dim=1)}
 
-    def read(self, inputs: Inputs) -> BackboneOutput:
+    def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
-            inputs = self.see(inputs)
+            inputs = self.encode_image(inputs)
         ids, grids = inputs["input_ids"], inputs["image_grid_thw"]
         counts: list[int] = (grids.prod(dim=1) // self.model.model.visual.spatial_merge_unit).tolist()
         features = inputs["features"].to(next(self.projector.parameters()).dtype)
         return run_language_model(
             self.model, inputs, self.projector(features.flatten(0, 1)).split(counts),
             deepstack=[layer.split(counts) for layer in inputs["deepstack"].unbind(dim=1)],
-            image_grid_thw=grids, mm_token_type_ids=(ids == self.reader.image_token_id).int(),
+            image_grid_thw=grids, mm_token_type_ids=(ids == self.prompt_tokenizer.image_token_id).int(),
         )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def _logits(
         [[getattr(pair, side + kind) for pair in pairs] for side in (first, second)] for kind in ("", "_prompt")
     )
     logits = judge.logits(images[0], images[1], prompts[0], second_prompts=prompts[1], batch_size=batch_size)
-    return decided_logits(logits, tie_width=judge.facts().tie_width if isinstance(judge, LlavaReward) else 0.0)
+    return decided_logits(logits, tie_width=judge.config().tie_width if isinstance(judge, LlavaReward) else 0.0)
 
 
 def metrics_of(answers: Answers) -> list[Metric]:

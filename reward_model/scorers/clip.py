@@ -66,18 +66,18 @@ class Clip:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; there must be as many.")
         self.model.to(images.device)
-        seen = torch.cat([self.see(some) for some in images.split(self.batch_size)])
+        image_embeddings = torch.cat([self.encode_image(some) for some in images.split(self.batch_size)])
         texts = list(dict.fromkeys(prompts))
         starts = range(0, len(texts), self.batch_size)
-        read = torch.cat([self.read(texts[start : start + self.batch_size]) for start in starts])
-        place = {text: row for row, text in enumerate(texts)}
-        return F.cosine_similarity(seen, read[[place[prompt] for prompt in prompts]])
+        text_embeddings = torch.cat([self.encode_text(texts[start : start + self.batch_size]) for start in starts])
+        rows = {text: row for row, text in enumerate(texts)}
+        return F.cosine_similarity(image_embeddings, text_embeddings[[rows[prompt] for prompt in prompts]])
 
-    def see(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B D"]:
+    def encode_image(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B D"]:
         """The embeddings of images, whose values are cut off at black and white as a processor does."""
         return self.model.get_image_features(pixel_values=self.prepare(images.to(self.model.dtype))).pooler_output
 
-    def read(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
+    def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
         """The embeddings of texts; what is beyond the model's last position is not read."""
         # Every row has the same length, so that a text is read alike in any company.
         words = self.tokenizer(

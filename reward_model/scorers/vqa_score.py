@@ -44,8 +44,8 @@ class VqaScore:
         self.model.to(images.device)
         asked = [QUESTION.format(prompt) for prompt in prompts]
         inputs = self.backbone.prepare(list(images.to(self.model.dtype)), asked)
-        reading = self.backbone.read({key: tensor.to(images.device) for key, tensor in inputs.items()})
-        last = last_real_token(reading.hidden, reading.hidden_mask)
+        output = self.backbone.forward({key: tensor.to(images.device) for key, tensor in inputs.items()})
+        last = last_real_token(output.hidden, output.hidden_mask)
         logits = F.linear(last, self.model.lm_head.weight)
         return torch.log_softmax(logits, dim=-1)[:, self.answer_id].exp()
 
@@ -54,9 +54,9 @@ class VqaScore:
 def load_vqa_score(source: str | Path, *, answer: str = ANSWER) -> VqaScore:
     """Load a multimodal LLM of a known family from a folder or Hub id; ValueError if its answer is no single token."""
     backbone = load_backbone(str(source))
-    backbone.reader = replace(backbone.reader, answering=True)
-    ids = backbone.reader.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1 or ids[0] == backbone.reader.tokenizer.unk_token_id:
+    backbone.prompt_tokenizer = replace(backbone.prompt_tokenizer, answering=True)
+    ids = backbone.prompt_tokenizer.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == backbone.prompt_tokenizer.tokenizer.unk_token_id:
         raise ValueError(
             f"The tokenizer of {str(source)!r} makes {ids} of the answer {answer!r}; it must be one token of its own."
         )

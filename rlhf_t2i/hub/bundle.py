@@ -105,7 +105,7 @@ def pack_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: bool
 
 
 def _pack_reward_model(run: FinishedRun, base: Base, folder: Path) -> None:
-    from reward_model.checkpoint import FACTS, WEIGHTS, read_config
+    from reward_model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_config
 
     backbone = base.hub_id or "backbone"
     if base.hub_id is None:
@@ -119,9 +119,9 @@ def _pack_reward_model(run: FinishedRun, base: Base, folder: Path) -> None:
             )
         for path in weights:
             check_safetensors(path)
-    _copy(run.weights / WEIGHTS, folder)
+    _copy(run.weights / WEIGHTS_NAME, folder)
     facts = replace(read_config(run.weights), backbone=backbone)
-    (folder / FACTS).write_text(facts.to_json(), encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(facts.to_json(), encoding="utf-8")
 
 
 def pack_story(run: FinishedRun, folder: Path) -> list[tuple[str, Chart]]:

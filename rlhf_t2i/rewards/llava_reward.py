@@ -28,7 +28,7 @@ class LlavaRewardFunction:
         """Load a judge; FileNotFoundError or ValueError if there is none, or if its head has no scores."""
         self.judge = _loaded(str(source))
         self.perspective, self.batch_size = perspective, batch_size
-        head = self.judge.facts(perspective).head
+        head = self.judge.config(perspective).head
         if head != "scalar":
             raise ValueError(
                 f"The judge {str(source)!r} has a {head.replace('_', '-')} head: it compares images but gives none a "

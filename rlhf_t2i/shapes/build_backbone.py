@@ -162,7 +162,7 @@ def reading_loss(backbone: Backbone, shown: Shown, *, num_captioning: int, seed:
     A true text is predicted word by word after its image. After any text the next token is `y` or `n`, as an
     assistant would answer the question whether this is what the image shows.
     """
-    model, tokenizer = backbone.model, backbone.reader.tokenizer
+    model, tokenizer = backbone.model, backbone.prompt_tokenizer.tokenizer
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(["n</w>", "y</w>"]))
 
     def loss_at(update: int) -> Tensor:
