@@ -223,7 +223,7 @@ def measured(painting: Painting, judgement: ScoredImages, loss: Tensor) -> Tenso
     beyond = (painting.images < 0) | (painting.images > 1)
     numbers = [
         judgement.rewards, loss.expand(len(squared)), painting.reference_gap,
-        (squared * beyond).flatten(1).sum(1), squared.flatten(1).sum(1), *judgement.verdicts.values(),
+        (squared * beyond).flatten(1).sum(1), squared.flatten(1).sum(1), *judgement.scores.values(),
     ]  # fmt: skip
     return torch.stack(numbers, dim=1)
 

@@ -60,7 +60,7 @@ from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
 from rlhf_t2i.seeds import generator_for
 from tests import browser
 from tests.test_compare import CELLS, tuned
-from tests.test_remote import free_port
+from tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "open-sesame-0123456789"

@@ -25,7 +25,7 @@ from rlhf_t2i.rewards.builtin import oracle_graded
 from rlhf_t2i.training.checkpoint import newest_whole
 from tests.test_ddpo import ROOT, launch, launch_command, rows, state
 from tests.test_parallel import TINY
-from tests.test_remote import free_port
+from tests.servers import free_port
 
 CALLS = count(1)
 

@@ -732,7 +732,7 @@ def test_nothing_runs_on_after_an_error() -> None:
 
 def test_servers_are_written_with_a_bar_and_a_weight() -> None:
     reward = load_rewards("http://10.0.0.1:8000|https://judge.example/a=0.5,oracle")
-    assert [(part.name, weight) for part, weight in reward.parts] == [
+    assert [(term.name, weight) for term, weight in reward.terms] == [
         ("http://10.0.0.1:8000|https://judge.example/a", 0.5),
         ("oracle", 1.0),
     ]
@@ -767,7 +767,7 @@ def test_pixels_that_cannot_travel_are_refused() -> None:
 
 def test_a_remote_reward_has_no_gradient_and_is_refused_without_being_asked() -> None:
     with pytest.raises(ValueError, match=r"'http://127\.0\.0\.1:1' has no gradient .* recipes/ddpo\.py"):
-        require_gradient(load_rewards("judge,http://127.0.0.1:1=0.1"), prompt="a red circle on a blue background")
+        require_gradient(load_rewards("llava_reward,http://127.0.0.1:1=0.1"), prompt="a red circle on a blue background")
 
 
 # --- as a command ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from rlhf_t2i.report.images import MAX_STRIPS, best_and_worst, read_sheet, sprea
 from rlhf_t2i.report.page import flags, typeset, write_report
 from rlhf_t2i.training.evaluation import Evaluation, diversity, extremes, save_evaluation
 from tests import browser
-from tests.test_remote import free_port
+from tests.servers import free_port
 from tests.test_report import Page, Row, add_images, evaluation, plain, run_folder, train, two_updates
 
 SIDE = 8

@@ -1,4 +1,4 @@
-"""The gradient of a reward: the right one, handed on, and refused with a name where there is none."""
+"""The gradient of a reward: its value, its way to the images, and the refusal of rewards that have none."""
 
 from __future__ import annotations
 
@@ -42,34 +42,34 @@ def random_images(*, low: float = -0.5, high: float = 1.5) -> Tensor:
     return (low + (high - low) * torch.rand(2, 3, 8, 8, generator=generator)).requires_grad_()
 
 
-def test_several_judges_are_one_weighted_reward_with_its_gradient() -> None:
+def test_several_rewards_sum_with_their_weights_and_so_do_their_gradients() -> None:
     images = random_images()
-    judgement = score_with_gradient(sum_of(("contrast", 2.0), ("brightness", -0.5)), images, PROMPTS)
+    scored = score_with_gradient(sum_of(("contrast", 2.0), ("brightness", -0.5)), images, PROMPTS)
     shown = images.detach().clamp(0, 1)
-    assert_close(judgement.rewards, 2 * contrast(shown, PROMPTS) - 0.5 * brightness(shown, PROMPTS))
-    assert_close(judgement.verdicts, {"contrast": contrast(shown, PROMPTS), "brightness": brightness(shown, PROMPTS)})
+    assert_close(scored.rewards, 2 * contrast(shown, PROMPTS) - 0.5 * brightness(shown, PROMPTS))
+    assert_close(scored.scores, {"contrast": contrast(shown, PROMPTS), "brightness": brightness(shown, PROMPTS)})
     expected = (4 * shown - 0.5) / (3 * 8 * 8)
-    assert_close(judgement.pixel_gradient, expected)
-    (found,) = torch.autograd.grad((torch.tensor([1.0, -3.0]) * judgement.rewards).sum(), images)
+    assert_close(scored.pixel_gradient, expected)
+    (found,) = torch.autograd.grad((torch.tensor([1.0, -3.0]) * scored.rewards).sum(), images)
     assert_close(found, torch.tensor([1.0, -3.0])[:, None, None, None] * expected)
 
 
-def test_a_pixel_beyond_white_is_judged_as_white_and_keeps_its_gradient() -> None:
+def test_a_pixel_above_one_is_scored_as_one_and_keeps_its_gradient() -> None:
     images = torch.full((1, 3, 4, 4), 1.7, requires_grad=True)
-    judgement = score_with_gradient(sum_of(("contrast", 1.0)), images, PROMPTS[:1])
-    assert judgement.rewards.item() == 1
-    judgement.rewards.sum().backward()
+    scored = score_with_gradient(sum_of(("contrast", 1.0)), images, PROMPTS[:1])
+    assert scored.rewards.item() == 1
+    scored.rewards.sum().backward()
     assert images.grad is not None
     assert_close(images.grad, torch.full_like(images, 2 / 48))
 
 
-def test_the_built_in_judge_gives_the_gradient_of_finite_differences() -> None:
+def test_the_gradient_of_the_built_in_reward_model_equals_finite_differences() -> None:
     images = random_images(low=0.2, high=0.8)
     images = torch.nn.functional.interpolate(images.detach(), (32, 32), mode="bilinear").requires_grad_()
     reward = load_rewards("llava_reward")
-    judgement = score_with_gradient(reward, images, PROMPTS)
-    length = judgement.pixel_gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    step = 1e-3 * judgement.pixel_gradient / length
+    scored = score_with_gradient(reward, images, PROMPTS)
+    length = scored.pixel_gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    step = 1e-3 * scored.pixel_gradient / length
     with torch.no_grad():
         ends = [reward(images + sign * step, PROMPTS)[0] for sign in (1, -1)]
     assert_close((ends[0] - ends[1]) / 2e-3, length.flatten(), rtol=2e-2, atol=0)
@@ -81,19 +81,19 @@ def test_the_built_in_judge_gives_the_gradient_of_finite_differences() -> None:
 @pytest.mark.parametrize("name", ["oracle", "oracle_pass", "jpeg_compressibility", "jpeg_incompressibility"])
 def test_built_in_rewards_without_a_gradient_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' has no gradient .* recipes/ddpo\.py, which takes any reward"):
-        require_gradient(load_rewards(f"judge,{name}=0.1"), prompt=PROMPTS[0])
+        require_gradient(load_rewards(f"llava_reward,{name}=0.1"), prompt=PROMPTS[0])
 
 
 @pytest.mark.parametrize("name", ["detached", "constant_of_a_parameter"])
-def test_a_reward_of_ones_own_without_a_gradient_is_refused(name: str) -> None:
+def test_a_users_reward_without_a_gradient_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' has no gradient with respect to the pixels"):
         require_gradient(sum_of(("contrast", 1.0), (name, 1.0)), prompt=PROMPTS[0])
     with pytest.raises(ValueError, match=rf"'{name}' has no gradient"):
         score_with_gradient(sum_of((name, 1.0)), random_images(), PROMPTS)
 
 
-def test_differentiable_rewards_are_let_through() -> None:
-    require_gradient(load_rewards("judge,tests.test_reward_gradient:contrast=0.5"), prompt=PROMPTS[0])
+def test_differentiable_rewards_are_accepted() -> None:
+    require_gradient(load_rewards("llava_reward,tests.test_reward_gradient:contrast=0.5"), prompt=PROMPTS[0])
 
 
 def test_a_gradient_that_is_not_finite_names_the_reward_and_the_prompt() -> None:

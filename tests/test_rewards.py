@@ -1,9 +1,11 @@
-"""From what a user writes to rewards that can be trusted."""
+"""The table of rewards, weighted sums, and the checks of what a reward returns."""
 
 from __future__ import annotations
 
 import io
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
+from reward_model import scorers
 from rlhf_t2i.rewards.builtin import jpeg_compressibility, jpeg_incompressibility, oracle_graded, oracle_pass
-from rlhf_t2i.rewards.load import BUILT_IN, CheckedReward, WeightedSum, load_reward, load_rewards
+from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
+from rlhf_t2i.rewards.table import REWARDS, find_reward, markdown_table, rewards_help
 from rlhf_t2i.shapes.scenes import parse_prompt, render
 
+ROOT = Path(__file__).parent.parent
 PROMPTS = ["a fox", "a pear", "a boat"]
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -32,57 +37,101 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def answering(answer: Any) -> CheckedReward:
-    """A reward that always says the same."""
-    return CheckedReward("mine", lambda images, prompts: answer)
+def returning(result: Any) -> CheckedReward:
+    """A reward that always returns the same object."""
+    return CheckedReward("constant", lambda images, prompts: result)
 
 
-# --- several judges, one verdict ------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
+
+
+def test_the_table_in_the_docs_is_the_table_in_the_code() -> None:
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert markdown_table() in page, "write rlhf_t2i.rewards.table.markdown_table() into docs/rewards.md"
+
+
+def test_the_table_is_imported_without_torch() -> None:
+    command = "import sys, rlhf_t2i.rewards.table; assert not {'torch', 'numpy', 'httpx'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", command], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_option_help_lists_every_name_and_that_of_a_gradient_recipe_only_what_may_have_one() -> None:
+    assert all(entry.name in rewards_help() for entry in REWARDS)
+    listed = rewards_help(differentiable=True).split(": ")[1].rstrip(".").split(", ")
+    assert listed == [entry.name for entry in REWARDS if entry.differentiable is not False]
+
+
+def test_the_table_has_every_scorer_of_other_projects() -> None:
+    paths = {entry.name.removesuffix(":PATH") for entry in REWARDS if entry.takes_path}
+    assert paths == {"llava_reward", *scorers.NAMES}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "argument"),
+    [
+        ("oracle", "oracle", ""),
+        ("llava_reward:runs/a:b", "llava_reward:PATH", "runs/a:b"),
+        ("oracle:score", "module:function", "oracle:score"),
+        ("my.rewards:score", "module:function", "my.rewards:score"),
+        ("https://a:80|http://b:80", "http://HOST:PORT", "https://a:80|http://b:80"),
+    ],
+)
+def test_a_name_is_found_with_the_argument_of_its_loader(name: str, row: str, argument: str) -> None:
+    entry, found = find_reward(name)
+    assert (entry.name, found) == (row, argument)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("oracle", oracle_graded),
+        ("oracle_pass", oracle_pass),
+        ("jpeg_compressibility", jpeg_compressibility),
+        ("jpeg_incompressibility", jpeg_incompressibility),
+    ],
+)
+def test_a_built_in_name_loads_that_reward(name: str, function: Any) -> None:
+    reward = load_reward(name)
+    assert reward.function is function
+    assert reward.differentiable is False
+
+
+@pytest.mark.parametrize("name", ["orcale", "clip"])
+def test_an_unknown_reward_is_refused_and_the_known_ones_are_listed(name: str) -> None:
+    with pytest.raises(ValueError, match=f"no reward '{name}'") as caught:
+        load_rewards(f"oracle_pass,{name}=2")
+    assert all(entry.name in str(caught.value) for entry in REWARDS)
+
+
+# --- weighted sums --------------------------------------------------------------------------------
 
 
 def test_a_weighted_sum_by_hand() -> None:
-    """Red, green-blue and black: redness 1, 0, 0; brightness 1/3, 2/3, 0; verdict 0.5 r - 2 b."""
+    """Red, green-blue and black: redness 1, 0, 0; brightness 1/3, 2/3, 0; total 0.5 r - 2 b."""
     images = torch.zeros(3, 3, 4, 4)
     images[0, 0], images[1, 1:] = 1, 1
     reward = WeightedSum(((CheckedReward("redness", redness), 0.5), (CheckedReward("brightness", brightness), -2.0)))
-    total, each = reward(images, PROMPTS)
+    total, scores = reward(images, PROMPTS)
     assert_close(total, torch.tensor([0.5 - 2 / 3, -4 / 3, 0.0]))
-    assert_close(each["redness"], torch.tensor([1.0, 0.0, 0.0]))
-    assert_close(each["brightness"], torch.tensor([1 / 3, 2 / 3, 0.0]))
+    assert_close(scores["redness"], torch.tensor([1.0, 0.0, 0.0]))
+    assert_close(scores["brightness"], torch.tensor([1 / 3, 2 / 3, 0.0]))
 
 
-def test_weights_are_read_and_one_is_left_out() -> None:
+def test_weights_are_parsed_and_default_to_one() -> None:
     reward = load_rewards(" jpeg_compressibility=0.5, jpeg_incompressibility ,oracle=-1e-1")
-    assert [(part.name, weight) for part, weight in reward.parts] == [
+    assert [(term.name, weight) for term, weight in reward.terms] == [
         ("jpeg_compressibility", 0.5),
         ("jpeg_incompressibility", 1.0),
         ("oracle", -0.1),
     ]
-    assert [part.name for part in reward.rewards] == ["jpeg_compressibility", "jpeg_incompressibility", "oracle"]
+    assert [term.name for term in reward.rewards] == ["jpeg_compressibility", "jpeg_incompressibility", "oracle"]
 
 
-def test_a_parsed_sum_judges_like_its_parts() -> None:
-    total, each = load_rewards("jpeg_compressibility=0.5,jpeg_incompressibility")(IMAGES, PROMPTS)
+def test_a_parsed_sum_scores_like_its_terms() -> None:
+    total, scores = load_rewards("jpeg_compressibility=0.5,jpeg_incompressibility")(IMAGES, PROMPTS)
     size = jpeg_incompressibility(IMAGES, PROMPTS)
     assert_close(total, 0.5 * size)
-    assert_close(each["jpeg_compressibility"], -size)
-
-
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "llava_reward"])
-def test_a_built_in_name_is_that_reward(name: str) -> None:
-    expected = {
-        "oracle": oracle_graded,
-        "oracle_pass": oracle_pass,
-        "jpeg_compressibility": jpeg_compressibility,
-        "jpeg_incompressibility": jpeg_incompressibility,
-    }
-    assert load_reward(name).function is expected[name]
-
-
-def test_an_unknown_reward_is_refused_and_the_known_ones_are_listed() -> None:
-    with pytest.raises(ValueError, match="no reward 'orcale'") as caught:
-        load_rewards("oracle_pass,orcale=2")
-    assert all(name in str(caught.value) for name in [*BUILT_IN, "module:function"])
+    assert_close(scores["jpeg_compressibility"], -size)
 
 
 @pytest.mark.parametrize("specification", ["oracle,oracle", "oracle=0.5,jpeg_compressibility,oracle=2"])
@@ -92,14 +141,14 @@ def test_a_reward_given_twice_is_refused_by_name(specification: str) -> None:
 
 
 @pytest.mark.parametrize("weight", ["much", "", "nan", "inf", "1=2"])
-def test_a_weight_that_is_no_number_is_refused_and_shown(weight: str) -> None:
+def test_a_weight_that_is_no_finite_number_is_refused_with_its_text(weight: str) -> None:
     with pytest.raises(ValueError, match=f"'oracle={weight}' the weight '{weight}' is not a number"):
         load_rewards(f"oracle={weight}")
 
 
 @pytest.mark.parametrize("specification", ["", " ", ",,"])
-def test_no_reward_at_all_is_refused_and_the_known_ones_are_listed(specification: str) -> None:
-    with pytest.raises(ValueError, match="No reward was given; choose from judge, oracle"):
+def test_an_empty_list_is_refused_and_the_known_names_are_listed(specification: str) -> None:
+    with pytest.raises(ValueError, match=r"No reward was given; choose from llava_reward, .* oracle"):
         load_rewards(specification)
 
 
@@ -135,14 +184,14 @@ def test_a_function_of_an_installed_package_is_a_reward() -> None:
     "name",
     ["no_such_module_here:score", "os.no_such_module:score", "no_such.module.here:score", "rlhf_t2i.no.such:score"],
 )
-def test_a_missing_module_is_refused_and_where_it_was_sought_is_said(workplace: Path, name: str) -> None:
+def test_a_missing_module_is_refused_with_the_folder_that_was_searched(workplace: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' names a module that is neither installed nor in") as caught:
         load_reward(name)
     assert str(workplace) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [":score", "..:score", ".my_rewards:score"])
-def test_half_a_module_name_is_refused_by_what_was_written(workplace: Path, name: str) -> None:
+def test_an_incomplete_module_name_is_refused_with_its_text(workplace: Path, name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}'"):
         load_reward(name)
 
@@ -154,36 +203,36 @@ def test_a_missing_function_is_refused_by_name(workplace: Path, function: str) -
         load_reward(f"other_rewards:{function}")
 
 
-def test_a_package_that_a_users_module_lacks_is_named_itself(workplace: Path) -> None:
-    """Saying that the user's module is missing would be wrong."""
+def test_a_package_that_a_users_module_lacks_is_named(workplace: Path) -> None:
+    """A message that the user's module is missing would be wrong."""
     (workplace / "needy_rewards.py").write_text("import no_such_package\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         load_reward("needy_rewards:score")
 
 
-# --- answers that cannot be used ------------------------------------------------------------------
+# --- results that cannot be used ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_finite_names_the_reward_and_the_prompt(value: float) -> None:
-    with pytest.raises(ValueError, match=rf"'mine' returned {value} for the prompt 'a pear' \(image 1 of 3\)"):
-        answering(torch.tensor([1.0, value, 2.0]))(IMAGES, PROMPTS)
+    with pytest.raises(ValueError, match=rf"'constant' returned {value} for the prompt 'a pear' \(image 1 of 3\)"):
+        returning(torch.tensor([1.0, value, 2.0]))(IMAGES, PROMPTS)
 
 
 def test_a_half_precision_overflow_is_not_hidden() -> None:
     with pytest.raises(ValueError, match="inf for the prompt 'a boat'"):
-        answering(torch.tensor([1.0, 2.0, 1e6]).half())(IMAGES, PROMPTS)
+        returning(torch.tensor([1.0, 2.0, 1e6]).half())(IMAGES, PROMPTS)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3), (2,), (4,), ()])
 def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"'mine' returned shape .* for 3 images; it must return \(3,\)") as caught:
-        answering(torch.zeros(shape))(IMAGES, PROMPTS)
+    with pytest.raises(ValueError, match=r"'constant' returned shape .* for 3 images; it must return \(3,\)") as caught:
+        returning(torch.zeros(shape))(IMAGES, PROMPTS)
     assert str(shape) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("result", "shown"),
     [
         ([1.0, 2.0, 3.0], "a list"),
         (np.ones(3), "a ndarray"),
@@ -194,15 +243,15 @@ def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> No
     ],
     ids=["list", "array", "number", "nothing", "int tensor", "bool tensor"],
 )
-def test_a_wrong_type_is_refused_by_name(answer: Any, told: str) -> None:
-    with pytest.raises(TypeError, match=f"'mine' returned {told}; it must return"):
-        answering(answer)(IMAGES, PROMPTS)
+def test_a_wrong_type_is_refused_by_name(result: Any, shown: str) -> None:
+    with pytest.raises(TypeError, match=f"'constant' returned {shown}; it must return"):
+        returning(result)(IMAGES, PROMPTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_a_reward_leaves_in_float32(dtype: torch.dtype) -> None:
-    answer = torch.tensor([0.5, -1.25, 3.0], dtype=dtype)
-    rewards = answering(answer)(IMAGES, PROMPTS)
+def test_scores_are_float32(dtype: torch.dtype) -> None:
+    result = torch.tensor([0.5, -1.25, 3.0], dtype=dtype)
+    rewards = returning(result)(IMAGES, PROMPTS)
     assert rewards.dtype == torch.float32
     assert rewards.tolist() == [0.5, -1.25, 3.0]
 
@@ -217,7 +266,7 @@ def pil_kilobytes(image: Tensor) -> float:
     return len(buffer.getvalue()) / 1000
 
 
-def test_jpeg_compressibility_is_minus_the_kilobytes_that_pil_writes() -> None:
+def test_jpeg_compressibility_is_minus_the_kilobytes_of_the_file_that_pil_writes() -> None:
     images = torch.rand(4, 3, 40, 24, generator=torch.Generator().manual_seed(1))
     images[1] = 0.5
     images[2, :, :20] = 0
@@ -233,19 +282,19 @@ def test_a_plain_image_compresses_better_than_noise() -> None:
     assert plain_reward > noise_reward + 3
 
 
-def test_jpeg_sees_values_beyond_the_image_as_black_and_white() -> None:
+def test_jpeg_clamps_values_outside_zero_and_one() -> None:
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1
     assert torch.equal(jpeg_compressibility(image, [""]), jpeg_compressibility(image.clamp(0, 1), [""]))
 
 
 @pytest.mark.parametrize("reward", [oracle_graded, oracle_pass])
-def test_the_oracle_rewards_the_right_image_and_not_the_wrong_one(reward: Callable[..., Tensor]) -> None:
+def test_the_oracle_scores_the_right_image_one_and_the_wrong_one_low(reward: Callable[..., Tensor]) -> None:
     prompts = ["a red circle on a blue background", "a green square on a white background"]
     images = render([parse_prompt(prompt) for prompt in prompts], rng=np.random.default_rng(0))
     assert_close(reward(images, prompts), torch.ones(2), rtol=0, atol=0.1)
     assert (reward(images, prompts[::-1]) < 0.5).all()
 
 
-def test_the_oracle_refuses_a_prompt_of_another_world_by_name() -> None:
+def test_the_oracle_refuses_a_prompt_outside_the_toy_world_with_its_text() -> None:
     with pytest.raises(ValueError, match=r"'a fox'.*not in the grammar"):
         load_reward("oracle")(IMAGES[:1], ["a fox"])

@@ -1,1 +1,4 @@
-"""How good is an image? Built-in rewards, and the door for any Python callable."""
+"""Rewards: functions from images and prompts to scores.
+
+Here belong the table of reward names, the built-in rewards, and adapters for reward models, scorers and servers.
+"""

@@ -1,4 +1,4 @@
-"""Judge while the painter paints on: images are handed over as they come, and all verdicts are fetched at the end."""
+"""Score images in a background thread while the next ones are sampled."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from torch import Tensor
 
 from rlhf_t2i.rewards.load import WeightedSum
 
-Verdicts = tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]
+TotalAndScores = tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]
 
 
 class AsyncReward:
-    """A reward that works in the background, on one thing after the other and without a gradient.
+    """A weighted sum of rewards that is computed in one background thread, in order, without a gradient.
 
-        with Overlap(reward) as judges:
-            for images, prompts in painting:
-                judges.submit(images, prompts)
-            totals, verdicts = judges.results()
+        with AsyncReward(reward) as scoring:
+            for images, prompts in batches:
+                scoring.submit(images, prompts)
+            total, scores = scoring.results()
 
-    Leaving the block, however that happens, drops what has not begun and waits for what has.
+    Leaving the block, also by an exception, cancels what has not started and waits for what has.
     """
 
     def __init__(self, reward: WeightedSum, *, batch_size: int | None = None) -> None:
-        """At most `batch_size` images are judged at once."""
+        """Call each reward with at most `batch_size` images at once; None is all images of a submission."""
         self.reward, self.batch_size = reward, batch_size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
-        self._submitted: list[Future[Verdicts]] = []
+        self._submitted: list[Future[TotalAndScores]] = []
 
     def submit(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> None:
-        """Have these judged, soon; they must not be changed until the results are there."""
-        self._submitted.append(self._thread.submit(self._judge, images, list(prompts)))
+        """Queue images for scoring and return at once; they must not be changed before `results` returns."""
+        self._submitted.append(self._thread.submit(self._score, images, list(prompts)))
 
-    def results(self) -> Verdicts:
-        """What `reward` would have said of all images since the last results at once, in the order of submission.
+    def results(self) -> TotalAndScores:
+        """Wait for all submissions since the last call and return `reward` of all their images, in order.
 
-        Raises what it raised, for the first submission that failed; ValueError if there was none at all.
+        Raises the exception of the first submission that failed, and ValueError if there was no submission.
         """
         submitted, self._submitted = self._submitted, []
         if not submitted:
             raise ValueError("No images were submitted, so there are no results.")
         try:
-            totals, verdicts = zip(*[future.result() for future in submitted], strict=True)
+            totals, scores = zip(*[future.result() for future in submitted], strict=True)
         finally:
             for future in submitted:
                 future.cancel()
-        return torch.cat(totals), {name: torch.cat([each[name] for each in verdicts]) for name in verdicts[0]}
+        return torch.cat(totals), {name: torch.cat([each[name] for each in scores]) for name in scores[0]}
 
     def __enter__(self) -> AsyncReward:
         return self
@@ -59,7 +59,7 @@ class AsyncReward:
     ) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _judge(self, images: Tensor, prompts: list[str]) -> Verdicts:
-        # The caller's grad mode and current device are its thread's own.
+    def _score(self, images: Tensor, prompts: list[str]) -> TotalAndScores:
+        # Grad mode and the current CUDA device belong to a thread and are not inherited from the caller's.
         with torch.no_grad(), torch.cuda.device_of(images):
             return self.reward(images, prompts, batch_size=self.batch_size)

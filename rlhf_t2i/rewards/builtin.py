@@ -1,4 +1,4 @@
-"""Rewards that need no model: the oracle of the built-in world, and the size of an image as JPEG."""
+"""Rewards that need no model: the oracle of the toy world, and the size of an image as JPEG."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from rlhf_t2i.shapes import oracle
 
 
 def oracle_graded(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-    """The oracle's graded score in [0, 1]; ValueError for a prompt outside the built-in world."""
+    """Return the oracle's graded score in [0, 1]; raises ValueError for a prompt outside the toy world."""
     return oracle.judge(images, prompts).graded
 
 
 def oracle_pass(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-    """1 where the oracle finds every condition of the prompt fulfilled, else 0."""
+    """Return 1 for an image that meets every condition of its prompt, else 0; raises ValueError as `oracle_graded`."""
     return oracle.judge(images, prompts).passed.float()
 
 
 def jpeg_compressibility(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-    """Minus the size in kilobytes as JPEG of quality 95 (DDPO, arXiv:2305.13301, section 5): plain images win."""
+    """Return minus the size in kB as JPEG of quality 95 (DDPO, arXiv:2305.13301, section 5)."""
     del prompts
     return torch.tensor([-_jpeg_bytes(image) / 1000 for image in images])
 
 
 def jpeg_incompressibility(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-    """The size in kilobytes as JPEG of quality 95: busy images win."""
+    """Return the size in kB as JPEG of quality 95."""
     return -jpeg_compressibility(images, prompts)
 
 

@@ -1,4 +1,4 @@
-"""Which way is better? The gradient of a reward with respect to the pixels, looked at before it is used."""
+"""The gradient of a reward with respect to the pixels of the images."""
 
 from __future__ import annotations
 
@@ -11,77 +11,76 @@ from torch import Tensor
 
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
 
-_WITHOUT_GRADIENT = ("oracle", "oracle_pass", "jpeg_compressibility", "jpeg_incompressibility")
 _PROBE_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredImages:
-    """What judges say of images, and where they point."""
+    """The rewards of images and their gradient with respect to the pixels."""
 
     rewards: Float[Tensor, " B"]
-    """The verdicts, with a gradient to the images."""
-    verdicts: dict[str, Float[Tensor, " B"]]
-    """What each judge said before its weight."""
+    """The weighted sum, with a gradient to the images."""
+    scores: dict[str, Float[Tensor, " B"]]
+    """The unweighted scores of each reward by its name, without a gradient."""
     pixel_gradient: Float[Tensor, "B 3 Y X"]
-    """How each reward changes with the pixels of its image."""
+    """d rewards[i] / d images[i]."""
 
 
 def require_gradient(reward: WeightedSum, *, prompt: str) -> None:
-    """Refuse rewards that cannot be climbed; one that is not built in is asked about a small random image.
+    """Raise ValueError, naming the reward, if a reward is not differentiable with respect to the pixels.
 
-    Raises ValueError with the name of the reward.
+    The table of rewards decides; a user's own module:function is tested on one random image with `prompt`.
     """
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 3, _PROBE_SIZE, _PROBE_SIZE, generator=generator)
-    for judge, _ in reward.parts:
-        if judge.name == "llava_reward" or judge.name.startswith("judge:"):
-            continue
-        if judge.name in _WITHOUT_GRADIENT or judge.name.startswith(("http://", "https://")):
-            raise ValueError(_refusal(judge.name))
-        _judge(judge, image, [prompt])
+    for term in reward.rewards:
+        if term.differentiable is None:
+            _score(term, image, [prompt])
+        elif not term.differentiable:
+            raise ValueError(_refusal(term.name))
 
 
 def score_with_gradient(reward: WeightedSum, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> ScoredImages:
-    """Let each judge look at the images as they are shown, clamped, and hand its gradient on as if nothing had been.
+    """Score images clamped to [0, 1], and compute the gradient straight through the clamp.
 
-    So a saturated pixel keeps its gradient and can be led back. One judge's graph is gone before the next one looks and
-    before the painter's is walked. Each image's reward must depend on that image alone. Raises ValueError, naming
-    the judge, for a gradient that is missing or not finite.
+    A saturated pixel so keeps its gradient. The graph of one reward is freed before the next one is called, and all of
+    them before `rewards` is backpropagated. The reward of an image must depend on that image alone. Raises ValueError,
+    naming the reward, for a gradient that is missing or not finite.
     """
-    shown = images.detach().clamp(0, 1)
-    verdicts: dict[str, Tensor] = {}
-    total, pixel_gradient = shown.new_zeros(len(shown)), torch.zeros_like(shown)
-    for judge, weight in reward.parts:
-        verdicts[judge.name], own = _judge(judge, shown, prompts)
-        total, pixel_gradient = total + weight * verdicts[judge.name], pixel_gradient + weight * own
+    clamped = images.detach().clamp(0, 1)
+    scores: dict[str, Tensor] = {}
+    total, pixel_gradient = clamped.new_zeros(len(clamped)), torch.zeros_like(clamped)
+    for term, weight in reward.terms:
+        scores[term.name], gradient = _score(term, clamped, prompts)
+        total, pixel_gradient = total + weight * scores[term.name], pixel_gradient + weight * gradient
+    # Its value is zero and its gradient is pixel_gradient.
     linear = (pixel_gradient * images).flatten(1).sum(1)
-    return ScoredImages(total + (linear - linear.detach()), verdicts, pixel_gradient)
+    return ScoredImages(total + (linear - linear.detach()), scores, pixel_gradient)
 
 
-def _judge(
-    judge: CheckedReward, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]
+def _score(
+    reward: CheckedReward, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B 3 Y X"]]:
-    """Rewards and their gradients."""
+    """Return the scores of one reward and their pixel gradient."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
-        scores = judge(images, prompts)
+        scores = reward(images, prompts)
     pixel_gradient = None
     if scores.requires_grad:
         (pixel_gradient,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)
     if pixel_gradient is None:
-        raise ValueError(_refusal(judge.name))
+        raise ValueError(_refusal(reward.name))
     if not (finite := pixel_gradient.isfinite().flatten(1).all(dim=1)).all():
         worst = int((~finite).nonzero()[0])
         raise ValueError(
-            f"The gradient of the reward {judge.name!r} is not finite for the prompt {prompts[worst]!r} (image {worst} "
-            f"of {len(images)}); its reward there is {scores[worst].item():.4g}."
+            f"The gradient of the reward {reward.name!r} is not finite for the prompt {prompts[worst]!r} (image "
+            f"{worst} of {len(images)}); its score there is {scores[worst].item():.4g}."
         )
     return scores.detach(), pixel_gradient
 
 
 def _refusal(name: str) -> str:
     return (
-        f"The reward {name!r} has no gradient with respect to the pixels, which this recipe climbs; train on it with "
+        f"The reward {name!r} has no gradient with respect to the pixels, which this recipe needs; train on it with "
         f"recipes/ddpo.py, which takes any reward."
     )

@@ -1,4 +1,7 @@
-"""Well-known judges (CLIPScore, PickScore, HPS, ImageReward, VQAScore) as rewards: a second door to `reward_model`."""
+"""Scorers of other projects (CLIPScore, PickScore, HPS, ImageReward, VQAScore) as rewards.
+
+This module and `llava_reward` are the only ones under rewards/ that import `reward_model`.
+"""
 
 from __future__ import annotations
 

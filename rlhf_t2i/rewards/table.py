@@ -1,0 +1,157 @@
+"""The table of rewards: every NAME that `--rewards` takes, with its loader and its properties.
+
+Option help, error messages, `require_gradient` and the table in docs/rewards.md are made from it. It imports only the
+standard library; a loader imports what its reward needs when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Loader = Callable[[str, bool], Any]
+"""(argument, finite) -> reward. `argument` is what follows the colon in NAME:PATH, the whole name for module:function
+and for an address, and empty otherwise. `finite` is false if the caller accepts scores that are not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardEntry:
+    """One row of the table."""
+
+    name: str
+    """NAME, NAME:PATH, module:function or http://HOST:PORT, as written on the command line."""
+    load: Loader
+    differentiable: bool | None
+    """True if the gradient reaches the pixels; None if that is tested on a random image when a recipe needs it."""
+    help: str
+    """One line: what a score is, and its range or unit."""
+
+    @property
+    def takes_path(self) -> bool:
+        """True for NAME:PATH."""
+        return self.name.endswith(":PATH")
+
+
+# --- loaders --------------------------------------------------------------------------------------
+
+
+def _built_in_llava_reward(_: str, __: bool) -> Any:
+    from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL, LlavaRewardFunction
+
+    return LlavaRewardFunction(BUILT_IN_REWARD_MODEL)
+
+
+def _llava_reward(path: str, _: bool) -> Any:
+    from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
+
+    return LlavaRewardFunction(path)
+
+
+def _oracle(_: str, __: bool) -> Any:
+    from rlhf_t2i.rewards.builtin import oracle_graded
+
+    return oracle_graded
+
+
+def _oracle_pass(_: str, __: bool) -> Any:
+    from rlhf_t2i.rewards.builtin import oracle_pass
+
+    return oracle_pass
+
+
+def _jpeg_compressibility(_: str, __: bool) -> Any:
+    from rlhf_t2i.rewards.builtin import jpeg_compressibility
+
+    return jpeg_compressibility
+
+
+def _jpeg_incompressibility(_: str, __: bool) -> Any:
+    from rlhf_t2i.rewards.builtin import jpeg_incompressibility
+
+    return jpeg_incompressibility
+
+
+def _scorer(name: str) -> Loader:
+    def load(path: str, _: bool) -> Any:
+        from rlhf_t2i.rewards.scorers import load_function
+
+        return load_function(f"{name}:{path}")
+
+    return load
+
+
+def _imported(name: str, _: bool) -> Any:
+    from rlhf_t2i.rewards.imported import import_reward
+
+    return import_reward(name)
+
+
+def _remote(addresses: str, finite: bool) -> Any:
+    from rlhf_t2i.rewards.remote import RemoteReward
+
+    return RemoteReward(addresses, finite=finite)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+IMPORTED = RewardEntry("module:function", _imported, None, "a Python callable of your own: (images, prompts) -> scores")
+REMOTE = RewardEntry("http://HOST:PORT", _remote, False, "a reward that `python -m rlhf_t2i.reward_server` serves")
+
+REWARDS = (
+    RewardEntry(
+        "llava_reward", _built_in_llava_reward, True, "the built-in LLaVA-Reward, for prompts of the toy world"
+    ),
+    RewardEntry("llava_reward:PATH", _llava_reward, True, "a LLaVA-Reward of your own, a folder or Hub id"),
+    RewardEntry("oracle", _oracle, False, "true reward of the toy world, graded, in [0, 1]"),
+    RewardEntry("oracle_pass", _oracle_pass, False, "1 if an image meets every condition of its toy prompt, else 0"),
+    RewardEntry("jpeg_compressibility", _jpeg_compressibility, False, "minus the size as JPEG of quality 95, in kB"),
+    RewardEntry("jpeg_incompressibility", _jpeg_incompressibility, False, "the size as JPEG of quality 95, in kB"),
+    RewardEntry("clip:PATH", _scorer("clip"), True, "image-text logit of a CLIP, exp(logit_scale) * cosine"),
+    RewardEntry("clip_score:PATH", _scorer("clip_score"), True, "CLIPScore of a CLIP, 2.5 * max(cosine, 0)"),
+    RewardEntry("pick_score:PATH", _scorer("pick_score"), True, "PickScore v1, the logit of its CLIP"),
+    RewardEntry("hps:PATH", _scorer("hps"), True, "HPSv2 or HPSv2.1, a cosine in [-1, 1]"),
+    RewardEntry("image_reward:PATH", _scorer("image_reward"), True, "ImageReward v1, about a standard normal"),
+    RewardEntry("vqa_score:PATH", _scorer("vqa_score"), True, "VQAScore of a multimodal LLM, a probability in [0, 1]"),
+    IMPORTED,
+    REMOTE,
+)
+
+
+def find_reward(name: str) -> tuple[RewardEntry, str]:
+    """Return the row for a name and the argument of its loader.
+
+    Raises ValueError, listing the known names, for a name that is not in the table.
+    """
+    if name.startswith(("http://", "https://")):
+        return REMOTE, name
+    prefix, colon, path = name.partition(":")
+    for entry in REWARDS:
+        if not entry.takes_path and name == entry.name:
+            return entry, ""
+        if colon and entry.name == f"{prefix}:PATH":
+            return entry, path
+    if colon:
+        return IMPORTED, name
+    raise ValueError(f"There is no reward {name!r}; choose from {choices()}.")
+
+
+def choices(*, differentiable: bool = False) -> str:
+    """Return the names as a comma-separated list; with `differentiable`, without those that have no gradient."""
+    return ", ".join(entry.name for entry in REWARDS if not differentiable or entry.differentiable is not False)
+
+
+def rewards_help(*, differentiable: bool = False) -> str:
+    """Return the help of an option that takes rewards."""
+    demand = " All must be differentiable." if differentiable else ""
+    return (
+        f"Comma-separated rewards, each NAME or NAME=WEIGHT with a weight of 1 by default; their weighted sum is used."
+        f"{demand} NAME is one of: {choices(differentiable=differentiable)}."
+    )
+
+
+def markdown_table() -> str:
+    """Return the table of docs/rewards.md."""
+    differentiable = {True: "yes", False: "no", None: "tested on a random image at the start"}
+    rows = [f"| `{entry.name}` | {entry.help} | {differentiable[entry.differentiable]} |" for entry in REWARDS]
+    return "\n".join(["| NAME | score | differentiable |", "|---|---|---|", *rows]) + "\n"
