@@ -159,16 +159,16 @@ def candidates(config: Config, folder: Path, device: torch.device) -> Iterator[C
 
 def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iterator[Candidate]:
     """The pairs of one prompt in preference files, ties among them; what they prefer becomes the name of a source."""
-    from reward_model.datasets import load_pairs_of_one_prompt
+    from reward_model.datasets import load_same_prompt_pairs
     from reward_model.images import to_tensor
 
-    found = load_pairs_of_one_prompt(
+    found = load_same_prompt_pairs(
         names(config.pairs or ""),
         image_root=config.image_root,
         image_prefix=config.image_prefix,
         unpack_to=config.unpack_folder,
         skipped=folder / "skipped.jsonl" if config.on_bad_record == "skip" else None,
-        say=say,
+        log=say,
         keep_ties=True,
     )
     for pair in some(found, config.num_pairs, generator=generator):

@@ -170,13 +170,13 @@ def sample_pairs(
 
 def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     """The pairs of all files, without ties; other records are refused, or written down as skipped."""
-    from reward_model.datasets import load_pairs_of_one_prompt
+    from reward_model.datasets import load_same_prompt_pairs
     from reward_model.images import to_tensor
 
     run = trainer.run
     log = run.folder / (f"skipped_{run.rank}.jsonl" if run.rank else "skipped.jsonl")
-    found = load_pairs_of_one_prompt(
-        names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, say=run.say,
+    found = load_same_prompt_pairs(
+        names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, log=run.say,
         image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
     )  # fmt: skip
     run.say(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")

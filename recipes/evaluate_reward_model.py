@@ -21,7 +21,7 @@ from rlhf_t2i.config import check, names, parse_config
 
 if TYPE_CHECKING:
     from reward_model.benchmarks import Result
-    from reward_model.benchmarks.evaluation import Answers, Mistake
+    from reward_model.benchmarks.evaluation import Mistake, RecordScores
     from reward_model.benchmarks.metrics import Metric
     from reward_model.scorers import PointwiseScorer
     from reward_model.scoring import LlavaReward
@@ -97,6 +97,7 @@ def main(config: Config) -> dict[str, list[Metric]]:
 
 def load_reward_model(config: Config, run: Run) -> LlavaReward | PointwiseScorer:
     """The judge that the config names, on the run's device."""
+    from reward_model import scorers
 
     if scorers.is_known(config.judge):
         return scorers.load_scorer(config.judge).to(run.device)
@@ -109,17 +110,17 @@ def load_reward_model(config: Config, run: Run) -> LlavaReward | PointwiseScorer
 
 def measure_data(judge: LlavaReward | PointwiseScorer, config: Config, folder: Path) -> dict[str, list[Metric]]:
     """Our own metrics of each data file, as CSV and on a page with the worst mistakes."""
-    from reward_model.benchmarks.evaluation import ask, metrics_of, mistakes  # these take seconds
-    from reward_model.benchmarks.metrics import table, to_csv
+    from reward_model.benchmarks.evaluation import record_metrics, score_records, worst_mistakes  # these take seconds
+    from reward_model.benchmarks.metrics import to_csv, to_table
     from reward_model.benchmarks.report import page
 
     found: dict[str, list[Metric]] = {}
     wrong: dict[str, list[Mistake]] = {}
     for name, records in load(config, folder).items():
-        answers: Answers = ask(judge, records, batch_size=config.batch_size)
-        found[name], wrong[name] = metrics_of(answers), mistakes(answers, count=config.num_shown)
+        answers: RecordScores = score_records(judge, records, batch_size=config.batch_size)
+        found[name], wrong[name] = record_metrics(answers), worst_mistakes(answers, count=config.num_shown)
         (folder / f"{name}.csv").write_text(to_csv(found[name]))
-        tqdm.write(f"{name}\n{table(found[name])}\n")
+        tqdm.write(f"{name}\n{to_table(found[name])}\n")
     report = folder / "report.html"
     report.write_text(page(config.judge, found, wrong), encoding="utf-8")
     tqdm.write(f"tables    {folder}/*.csv\nreport    {report}")
@@ -128,19 +129,19 @@ def measure_data(judge: LlavaReward | PointwiseScorer, config: Config, folder: P
 
 def measure_benchmarks(judge: LlavaReward | PointwiseScorer, config: Config, folder: Path) -> list[Result]:
     """Every rule on each published test set, as Markdown and as JSON; all are read before the first is judged."""
-    from reward_model.benchmarks import load_benchmarks, measure, to_json, to_markdown
-    from reward_model.benchmarks.metrics import table
+    from reward_model.benchmarks import evaluate, load_benchmarks, to_json, to_markdown
+    from reward_model.benchmarks.metrics import to_table
 
     root = Path(config.image_root) if config.image_root else None
     wanted = [one for name in names(config.benchmark) for one in load_benchmarks(name, image_root=root)]
     results: list[Result] = []
     for benchmark in wanted:
-        result = measure(
+        result = evaluate(
             judge, benchmark, threshold=config.tie_threshold, label_threshold=config.label_threshold,
             batch_size=config.batch_size, num_resamples=config.num_resamples, seed=config.seed,
         )  # fmt: skip
         results.append(result)
-        tqdm.write(f"{benchmark.name}\n{table(result.metrics)}\n")
+        tqdm.write(f"{benchmark.name}\n{to_table(result.metrics)}\n")
     (folder / "benchmarks.md").write_text(to_markdown(config.judge, results), encoding="utf-8")
     (folder / "benchmarks.json").write_text(to_json(config.judge, results, settings=asdict(config)), encoding="utf-8")
     tqdm.write(f"benchmarks    {folder}/benchmarks.md, benchmarks.json")
@@ -150,7 +151,7 @@ def measure_benchmarks(judge: LlavaReward | PointwiseScorer, config: Config, fol
 def load(config: Config, folder: Path) -> dict[str, list[Record]]:
     """The records of each data file, by its name."""
     from reward_model.datasets import load_records
-    from reward_model.datasets.formats import name_of
+    from reward_model.datasets.formats import source_name
 
     sources = names(config.data or "")
     if config.data in (None, "shapes"):
@@ -158,19 +159,19 @@ def load(config: Config, folder: Path) -> dict[str, list[Record]]:
 
         made = write_pairs(Path("runs") / f"shapes-pairs-{config.seed}", seed=config.seed)
         sources = [str(made / f"{name}.jsonl") for name in TESTS]
-    named = {name_of(source): source for source in sources}
+    named = {source_name(source): source for source in sources}
     if len(named) < len(sources) or not named:
         raise ValueError(f"data is {config.data!r}; name one or more files with names of their own.")
-    unused = Counter[str]()
+    no_preference = Counter[str]()
     found = {
         name: load_records(
             source, image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
-            on_bad_record=config.on_bad_record, skipped=folder / "skipped.jsonl", unused=unused,
+            on_bad_record=config.on_bad_record, skipped=folder / "skipped.jsonl", without_preference=no_preference,
         )
         for name, source in named.items()
     }  # fmt: skip
-    for reason, count in unused.items():
-        tqdm.write(f"{count:,} rows say nothing: {reason}")
+    for reason, count in no_preference.items():
+        tqdm.write(f"{count:,} rows state no preference: {reason}")
     return found
 
 

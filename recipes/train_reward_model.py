@@ -170,7 +170,7 @@ def main(config: Config) -> Path:
     from reward_model.backbones.load import load_backbone
     from reward_model.checkpoint import adapter_tensors, save_adapter
     from reward_model.config import RewardModelConfig
-    from reward_model.datasets.readable import readable
+    from reward_model.datasets.valid_prompts import with_valid_prompts
     from reward_model.model import RewardModel, parameter_table, visual_token_table
     from reward_model.scoring import LlavaReward
     from reward_model.training import Objective, RewardModelTrainer, newest_checkpoint
@@ -194,7 +194,7 @@ def main(config: Config) -> Path:
     dtype = "bfloat16" if args.bf16 else "float32"
     backbone = load_backbone(source, dtype=getattr(torch, dtype), **shown)
     for records in (training, validation, *tests.values()):
-        records[:] = readable(
+        records[:] = with_valid_prompts(
             records, lambda prompt: backbone.prompt_tokenizer.ids(prompt, 0), skipped=skip_file(config, folder)
         )
     judge = RewardModel(backbone)
@@ -307,28 +307,28 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     from accelerate import PartialState
 
     from reward_model.datasets import load_records
-    from reward_model.datasets.mixing import mixed
+    from reward_model.datasets.prepare import prepare_records
 
     say = tqdm.write if PartialState().is_main_process else lambda _: None
     training, validation, test = sources(config)
-    unused = Counter[str]()
+    no_preference = Counter[str]()
 
     def read(source: str) -> list[Record]:
         return load_records(
             source, image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
-            on_bad_record=config.on_bad_record, skipped=skip_file(config, folder), unused=unused,
+            on_bad_record=config.on_bad_record, skipped=skip_file(config, folder), without_preference=no_preference,
         )  # fmt: skip
 
     tests = {name: read(source) for name, source in test.items()}
     records = [record for source in training for record in read(source)]
     held_out = [record for source in validation for record in read(source)]
-    for reason, count in unused.items():
-        say(f"{count:,} rows say nothing: {reason}")
+    for reason, count in no_preference.items():
+        say(f"{count:,} rows state no preference: {reason}")
     if config.backbone == BUILT_IN and config.training != BUILT_IN:
         say("The built-in backbone only knows the built-in world; for other images name a --backbone.")
-    records, held_out = mixed(
-        records, held_out, tests, leave_out_test_prompts=config.leave_out_test_prompts,
-        validation_share=config.validation_share, hard_negatives=config.hard_negatives, seed=config.seed, say=say,
+    records, held_out = prepare_records(
+        records, held_out, tests, exclude_test_prompts=config.leave_out_test_prompts,
+        validation_fraction=config.validation_share, hard_negatives=config.hard_negatives, seed=config.seed, log=say,
     )  # fmt: skip
     return records, held_out, tests
 
@@ -337,7 +337,7 @@ def sources(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
     """Where training, validation and test data lie, the last ones by name; the built-in world's are made."""
     from accelerate import PartialState
 
-    from reward_model.datasets.formats import name_of
+    from reward_model.datasets.formats import source_name
 
     training, validation, test = config.training, config.validation or "", config.test or ""
     if training == BUILT_IN:
@@ -348,7 +348,7 @@ def sources(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
         training = f"{made / 'train_drawn.jsonl'},{made / 'train_painted.jsonl'}"
         validation = validation or str(made / "validation.jsonl")
         test = test or ",".join(str(made / f"{name}.jsonl") for name in TESTS)
-    tests = {name_of(source): source for source in names(test)}
+    tests = {source_name(source): source for source in names(test)}
     if len(tests) < len(names(test)) or "validation" in tests:
         raise ValueError(f"test is {test!r}; each file needs a name of its own, other than validation.")
     return names(training), names(validation), tests
@@ -364,12 +364,14 @@ def skip_file(config: Config, folder: Path) -> Path | None:
 
 def measure(judge: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, batch_size: int) -> None:
     """Print and write what the finished judge reaches on each set."""
-    from reward_model.benchmarks.evaluation import ask, metrics_of
-    from reward_model.benchmarks.metrics import table
+    from reward_model.benchmarks.evaluation import record_metrics, score_records
+    from reward_model.benchmarks.metrics import to_table
 
-    found = {name: metrics_of(ask(judge, records, batch_size=batch_size)) for name, records in sets.items()}
+    found = {
+        name: record_metrics(score_records(judge, records, batch_size=batch_size)) for name, records in sets.items()
+    }
     for name, metrics in found.items():
-        tqdm.write(f"\n{name}\n{table(metrics)}")
+        tqdm.write(f"\n{name}\n{to_table(metrics)}")
     rows = {name: [asdict(metric) for metric in metrics] for name, metrics in found.items()}
     (folder / "metrics.json").write_text(json.dumps(rows, indent=1))
 

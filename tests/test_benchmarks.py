@@ -18,7 +18,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reward_model.benchmarks import NAMES, Result, ask, load_benchmarks, measure, rules, tables, to_json, to_markdown
+from reward_model.benchmarks import (
+    BENCHMARK_NAMES,
+    Result,
+    evaluate,
+    load_benchmarks,
+    rules,
+    score_items,
+    tables,
+    to_json,
+    to_markdown,
+)
 from reward_model.benchmarks.domains import styles_of, words_class
 from reward_model.benchmarks.rules import best_band, compared, comparison_metrics, rated_metrics
 from reward_model.datasets import BadRecordError
@@ -61,7 +71,7 @@ def write(path: Path, value: object) -> None:
 
 def measured(specification: str, **options: Any) -> dict[str, dict[str, float]]:
     """The values of every benchmark, by their names."""
-    found = [measure(Redness(), one, num_resamples=20, **options) for one in load_benchmarks(specification)]
+    found = [evaluate(Redness(), one, num_resamples=20, **options) for one in load_benchmarks(specification)]
     return {result.benchmark.name: {metric.name: metric.value for metric in result.metrics} for result in found}
 
 
@@ -124,7 +134,7 @@ def test_hpdv3_prefers_the_first_and_knows_both_kinds_of_null(tmp_path: Path) ->
     write(tmp_path / "benchmark_Animals.json", rows)
     (benchmark,) = load_benchmarks(f"hpdv3:{tmp_path / 'benchmark_Animals.json'}")
     judge = Redness()
-    result = measure(judge, benchmark, num_resamples=20)
+    result = evaluate(judge, benchmark, num_resamples=20)
     assert {metric.name: metric.value for metric in result.metrics}["accuracy_ties_wrong"] == 2 / 3
     assert judge.num_shown == 4  # of six images under their prompts two are shown again
     assert by_domain(result, "confidence") == {"not known": (1 / 2, 2), "0.95 and more": (1, 1)}
@@ -149,7 +159,7 @@ def test_mj_bench_has_splits_ties_and_a_position_bias(tmp_path: Path) -> None:
     )
     write(tmp_path / "quality.json", [pair, pair])
     alignment, quality = load_benchmarks(f"mj_bench:{tmp_path}")
-    result = measure(Redness(), alignment, num_resamples=20)
+    result = evaluate(Redness(), alignment, num_resamples=20)
     found = {metric.name: metric.value for metric in result.metrics}
     assert (found["accuracy_ties_wrong"], found["accuracy_ties_dropped"]) == (2 / 4, 2 / 3)
     assert (found["accuracy_first_wins"], found["accuracy_second_wins"]) == (1 / 3, 1)
@@ -221,12 +231,12 @@ def test_a_judge_that_only_compares_is_measured_on_pairs_and_refused_elsewhere(t
     files = [str(tmp_path / f"{name}.png") for name in reds]
     pairs = [(0, 1), (0, 2), (1, 2)]
     logits = judge.logits([files[i] for i, _ in pairs], [files[j] for _, j in pairs], ["a red fox"] * 3)
-    found = {metric.name: metric.value for metric in measure(judge, benchmark, num_resamples=5).metrics}
+    found = {metric.name: metric.value for metric in evaluate(judge, benchmark, num_resamples=5).metrics}
     assert found["accuracy_ties_wrong"] == pytest.approx((logits > 0).float().mean().item())
     write(tmp_path / "test.json", [{"path": "a.png", "safety_label": "Safe"}])
     (labelled,) = load_benchmarks(f"unsafe_bench:{tmp_path}")
     with pytest.raises(ValueError, match="has a general-preference head"):
-        measure(judge, labelled, num_resamples=5)
+        evaluate(judge, labelled, num_resamples=5)
 
 
 # --- ratings --------------------------------------------------------------------------------------
@@ -294,7 +304,7 @@ def test_genai_bench_by_hand_and_by_skill(tmp_path: Path) -> None:
         (tmp_path / model).mkdir(exist_ok=True)
         (tmp_path / model / f"{number}.jpeg").write_bytes(png(red))
     (benchmark,) = load_benchmarks(f"genai_bench:{tmp_path}")
-    result = measure(Redness(), benchmark, num_resamples=20)
+    result = evaluate(Redness(), benchmark, num_resamples=20)
     found = {metric.name: metric.value for metric in result.metrics}
     assert found["pearson"] == pytest.approx(4 / 5)
     assert found["kendall_tau_b"] == pytest.approx(4 / 6)
@@ -383,7 +393,7 @@ def test_unsafe_bench_as_its_authors_publish_it_in_parts(tmp_path: Path) -> None
     (benchmark,) = load_benchmarks(f"unsafe_bench:{tmp_path}")
     assert benchmark.labels == [0, 0]
     assert benchmark.items[0].prompt == ""
-    assert ask(Redness(), benchmark).tolist() == [9, 9]
+    assert score_items(Redness(), benchmark).tolist() == [9, 9]
 
 
 # --- domains and tables ---------------------------------------------------------------------------
@@ -412,7 +422,7 @@ def test_the_worst_domain_comes_first_and_tables_say_so(tmp_path: Path) -> None:
     ]
     write(tmp_path / "test.json", rows)
     (benchmark,) = load_benchmarks(f"image_reward:{tmp_path}")
-    result = measure(Redness(), benchmark, num_resamples=20)
+    result = evaluate(Redness(), benchmark, num_resamples=20)
     assert [(d.by, d.value, d.accuracy.value) for d in result.domains] == [
         ("style", "photo", 0), ("words", "11 to 20", 0), ("style", "none", 1), ("words", "0 to 5", 1),
     ]  # fmt: skip
@@ -432,11 +442,11 @@ def test_the_worst_domain_comes_first_and_tables_say_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("specification", ["tifa:there", "tifa160", "tifa160:", "there"])
 def test_an_unknown_benchmark_is_refused_with_those_there_are(specification: str) -> None:
-    with pytest.raises(ValueError, match=f"There is no benchmark '{specification}'; .*{', '.join(NAMES)}"):
+    with pytest.raises(ValueError, match=f"There is no benchmark '{specification}'; .*{', '.join(BENCHMARK_NAMES)}"):
         load_benchmarks(specification)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BENCHMARK_NAMES)
 def test_an_empty_folder_is_refused_with_what_should_be_in_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=rf"{name}: .*{tmp_path}.*\.(json|csv)"):
         load_benchmarks(f"{name}:{tmp_path}")
@@ -508,7 +518,7 @@ def test_a_score_that_is_not_finite_is_refused_with_its_prompt(tmp_path: Path) -
     write(tmp_path / "test.json", [{"prompt": FOX, "generations": ["a.png", "b.png"], "ranking": [1, 2]}])
     (benchmark,) = load_benchmarks(f"image_reward:{tmp_path}")
     with pytest.raises(ValueError, match="image of image_reward is not finite; its prompt is 'a red fox'"):
-        measure(Broken(), benchmark)
+        evaluate(Broken(), benchmark)
 
 
 # --- the command ----------------------------------------------------------------------------------

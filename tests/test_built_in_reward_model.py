@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reward_model.benchmarks.evaluation import ask
+from reward_model.benchmarks.evaluation import score_records
 from reward_model.datasets import load_records
 from reward_model.scoring import LlavaReward
 from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL
@@ -29,7 +29,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "bar"), [("test_drawn", 0.95), ("test_painted", 0.85)])
 def test_it_is_right_about_held_out_prompts(pairs: Path, name: str, bar: float) -> None:
     """The bars are of 1,500 pairs (docs/results.md); 400 may fall short of them by two standard errors."""
-    answers = ask(
+    answers = score_records(
         LlavaReward.from_pretrained(BUILT_IN_REWARD_MODEL), load_records(pairs / f"{name}.jsonl"), batch_size=64
     )
     accuracy = (answers.logits > 0).float().mean().item()

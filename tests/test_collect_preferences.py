@@ -28,7 +28,7 @@ from torch import Tensor
 
 from recipes import collect_preferences as recipe
 from recipes.collect_preferences import Config, candidates, from_files, painted
-from reward_model.datasets import BadRecordError, load_pairs_of_one_prompt, load_records
+from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
 from reward_model.types import PreferencePair
 from rlhf_t2i.annotation import answers as answers_module
 from rlhf_t2i.annotation.agreement import (
@@ -248,7 +248,7 @@ def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> No
         assert written_of(pairs, someone.name) == someone.meant
     records = load_records(run / "pairs.jsonl")
     assert sum(record.tie for record in records if isinstance(record, PreferencePair)) == 40
-    assert len(load_pairs_of_one_prompt([run / "pairs.jsonl"], image_root=None, skipped=None)) == 120
+    assert len(load_same_prompt_pairs([run / "pairs.jsonl"], image_root=None, skipped=None)) == 120
 
 
 def test_a_double_click_counts_once_and_a_stale_tab_changes_nothing(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_tie_is_a_tie_and_both_bad_is_no_preference(tmp_path: Path) -> None:
             give(answers, "ann", "left")
     records = load_records(tmp_path / "pairs.jsonl")
     assert [record.tie for record in records if isinstance(record, PreferencePair)] == [True, False]
-    assert len(load_pairs_of_one_prompt([tmp_path / "pairs.jsonl"], image_root=None, skipped=None)) == 1
+    assert len(load_same_prompt_pairs([tmp_path / "pairs.jsonl"], image_root=None, skipped=None)) == 1
 
 
 def test_order_and_sides_are_random_for_each_annotator_and_the_same_again(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from recipes import collect_preferences, diffusion_dpo, evaluate_reward_model, train_reward_model
-from reward_model.datasets import load_pairs_of_one_prompt
+from reward_model.datasets import load_same_prompt_pairs
 from reward_model.datasets.containers import ENDINGS
 from reward_model.datasets.formats import FORMATS, parse_source
 from reward_model.types import Record
@@ -112,7 +112,7 @@ def test_a_command_reads_what_it_names(world: Path, command: list[str]) -> None:
         case "recipes/diffusion_dpo.py":
             config = config_of(diffusion_dpo, command[3:])
             source = config.pairs
-            found = [*load_pairs_of_one_prompt(names(source), image_root=None, skipped=None, keep_ties=True)]
+            found = [*load_same_prompt_pairs(names(source), image_root=None, skipped=None, keep_ties=True)]
         case other:
             assert other == "recipes/evaluate_reward_model.py"
             config = config_of(evaluate_reward_model, command[3:])

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from reward_model.datasets import BadRecordError, load_pairs_of_one_prompt, load_records
-from reward_model.datasets.formats import FORMATS, name_of, parse_source
+from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
+from reward_model.datasets.formats import FORMATS, parse_source, source_name
 from reward_model.datasets.images import parse_prefix
-from reward_model.datasets.tfrecord import examples_of, masked_crc32c
+from reward_model.datasets.tfrecord import masked_crc32c, read_tfrecord
 from reward_model.images import to_tensor
 from reward_model.types import LabelledImage, PreferencePair
 from tests.preference_files import (
@@ -65,7 +65,7 @@ def test_every_format_that_a_message_names_exists(name: str) -> None:
     ],
 )
 def test_the_name_of_a_source_is_one_of_a_file(source: str, name: str) -> None:
-    assert name_of(source) == name
+    assert source_name(source) == name
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_the_check_sum_is_that_of_the_standard() -> None:
 def test_an_example_of_a_tfrecord_is_read_by_hand(folder: Path, packed: bool) -> None:
     fields = {"name": "zwei Füchse", "raw": b"\xff\x00", "score": 0.25, "count": -3, "many": 2**40}
     (folder / "x.tfrecord").write_bytes(framed(example(fields, packed=packed)))
-    (row,) = examples_of(folder / "x.tfrecord", unused={"raw"})
+    (row,) = read_tfrecord(folder / "x.tfrecord", skip_columns={"raw"})
     assert row.source == {key: value for key, value in fields.items() if key != "raw"}
 
 
@@ -284,13 +284,13 @@ def test_equal_images_share_a_file_and_are_written_once(folder: Path) -> None:
 def test_a_painter_learns_from_published_pairs_and_from_no_labels(folder: Path) -> None:
     table = write_pick_a_pic(folder / "x.parquet")
     write_json(folder / "x.json", HPDV3)
-    pairs = load_pairs_of_one_prompt([f"pick_a_pic:{table}", "hpdv3:x.json"], image_root=None, skipped=None)
+    pairs = load_same_prompt_pairs([f"pick_a_pic:{table}", "hpdv3:x.json"], image_root=None, skipped=None)
     assert [(colour_of(pair.winner), colour_of(pair.loser)) for pair in pairs] == [
         ("red", "blue"), ("blue", "red"), ("red", "green"), ("blue", "red"), ("blue", "green"),
     ]  # fmt: skip
     write_parquet(folder / "safe.parquet", UNSAFEBENCH)
     with pytest.raises(BadRecordError, match=r"safe\.parquet:ROW 1: this is a label"):
-        load_pairs_of_one_prompt(["unsafe_bench:safe.parquet"], image_root=None, skipped=None)
+        load_same_prompt_pairs(["unsafe_bench:safe.parquet"], image_root=None, skipped=None)
 
 
 def test_a_length_that_points_beyond_the_file_is_refused_without_being_read(folder: Path) -> None:

@@ -81,7 +81,7 @@ def test_each_rating_of_image_reward_orders_the_images_of_a_prompt(folder: Path,
                 for i, j in ((0, 3), (3, 5))
             ]
             path = write_parquet(folder / "groups.parquet", groups)
-    records = load_records(f"image_reward_db/{perspective}:{path}", unused=unused)
+    records = load_records(f"image_reward_db/{perspective}:{path}", without_preference=unused)
     assert seen(records) == BY_PERSPECTIVE[perspective]
     silent = {} if perspective == "fidelity" else {f"image_reward_db/{perspective}: all images of the prompt are rated"}
     assert {reason.removesuffix(" the same") for reason in unused} == {*silent}
@@ -144,7 +144,7 @@ def test_rows_of_a_prompt_that_stand_apart_are_refused(folder: Path) -> None:
 
 def test_pick_a_pic_has_winners_and_ties_and_counts_what_nobody_judged(folder: Path) -> None:
     unused = Counter[str]()
-    records = load_records(f"pick_a_pic:{write_pick_a_pic(folder / 'test.parquet')}", unused=unused)
+    records = load_records(f"pick_a_pic:{write_pick_a_pic(folder / 'test.parquet')}", without_preference=unused)
     assert seen(records) == [
         ("red", "blue", FOX, False, 0.0),
         ("blue", "red", FOX, False, 0.0),

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from reward_model.datasets import containers, load_records
-from reward_model.datasets.source import RawRecord
+from reward_model.datasets.raw_records import RawRecord
 from reward_model.types import LabelledImage, Record
 from tests.preference_files import (
     CAT,
@@ -123,10 +123,10 @@ def test_mutated_rows_of_a_published_format_are_refused_by_name_or_sound(
     draw, outcomes = random.Random(name), {"sound": 0, "refused": 0}
     given: list[dict[str, Any]] = []
 
-    def rows_of_parquet(path: Path, *, unused: object) -> list[RawRecord]:
+    def read_parquet(path: Path, *, skip_columns: object) -> list[RawRecord]:
         return [RawRecord(f"{path}:ROW {number}", row) for number, row in enumerate(given, start=1)]
 
-    monkeypatch.setattr(containers, "rows_of_parquet", rows_of_parquet)
+    monkeypatch.setattr(containers, "read_parquet", read_parquet)
     for _ in range(150):
         given[:] = [mutated(draw, ROWS[name])]
         if name == "image_reward_db/fidelity":

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from reward_model.datasets import BadRecordError, load_pairs_of_one_prompt, load_records
+from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
 from reward_model.images import to_tensor
 from reward_model.types import PreferencePair
 from rlhf_t2i.config import whole_numbers
@@ -161,12 +161,12 @@ NO_PAIRS = [
 def test_what_is_no_pair_is_refused_with_its_line(tmp_path: Path, row: dict[str, object], message: str) -> None:
     path = write(tmp_path / "pairs.jsonl", GOOD, row)
     with pytest.raises(BadRecordError, match=rf"pairs\.jsonl:2: {message}"):
-        load_pairs_of_one_prompt([path], image_root=None, skipped=None)
+        load_same_prompt_pairs([path], image_root=None, skipped=None)
 
 
 def test_what_is_no_pair_is_skipped_and_written_down(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", *[row for row, _ in NO_PAIRS], GOOD)
-    (pair,) = load_pairs_of_one_prompt([path], image_root=None, skipped=tmp_path / "run" / "skipped.jsonl")
+    (pair,) = load_same_prompt_pairs([path], image_root=None, skipped=tmp_path / "run" / "skipped.jsonl")
     assert pair.where.endswith(":5")
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(row["where"].rpartition(":")[2] for row in skipped) == ["1", "2", "3", "4"]
@@ -177,15 +177,15 @@ def test_two_names_of_one_file_are_one_image(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", {**GOOD, "winner": "link.png", "loser": "a.png"})
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
     with pytest.raises(BadRecordError, match="both sides are the image"):
-        load_pairs_of_one_prompt([path], image_root=None, skipped=None)
+        load_same_prompt_pairs([path], image_root=None, skipped=None)
 
 
 def test_ties_are_left_out_and_a_file_of_nothing_else_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", TIE, GOOD)
-    assert [pair.where for pair in load_pairs_of_one_prompt([path], image_root=None, skipped=None)] == [f"{path}:2"]
+    assert [pair.where for pair in load_same_prompt_pairs([path], image_root=None, skipped=None)] == [f"{path}:2"]
     path = write(tmp_path / "pairs.jsonl", TIE, TIE)
     with pytest.raises(ValueError, match=r"In .*pairs\.jsonl no image is preferred to another of the same prompt"):
-        load_pairs_of_one_prompt([path], image_root=None, skipped=None)
+        load_same_prompt_pairs([path], image_root=None, skipped=None)
 
 
 def test_saved_pairs_are_a_preference_file_like_any_other(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_saved_pairs_are_a_preference_file_like_any_other(tmp_path: Path) -> Non
         assert_close(to_tensor(record.winner), images[winner], rtol=0, atol=0.5 / 255 + 1e-6)  # type: ignore[union-attr]
         assert_close(to_tensor(record.loser), images[loser], rtol=0, atol=0.5 / 255 + 1e-6)  # type: ignore[union-attr]
     assert len(list(path.with_suffix("").iterdir())) == 4, "only images of pairs are kept"
-    assert len(load_pairs_of_one_prompt([path.parent], image_root=None, skipped=None)) == 2
+    assert len(load_same_prompt_pairs([path.parent], image_root=None, skipped=None)) == 2
 
 
 # --- the cache --------------------------------------------------------------------------------------

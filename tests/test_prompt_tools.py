@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reward_model.datasets.hard_negatives import hard_negatives, wrong_prompts
-from reward_model.datasets.overlap import normalised, overlap_table, shared_prompts, without_prompts
+from reward_model.datasets.overlap import normalise, overlap_table, shared_prompts, without_prompts
 from reward_model.types import LabelledImage, PreferencePair, Record
 
 A, B = Path("a.png"), Path("b.png")
@@ -38,7 +38,7 @@ def pair(prompt: str, winner: Path = A, **options: bool) -> PreferencePair:
     ],
 )
 def test_prompts_are_compared_by_their_words(one: str, other: str, same: bool) -> None:
-    assert (normalised(one) == normalised(other)) is same
+    assert (normalise(one) == normalise(other)) is same
 
 
 def test_the_overlap_is_counted_by_hand_and_can_be_left_out() -> None:

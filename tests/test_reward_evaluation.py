@@ -20,8 +20,8 @@ from reward_model.benchmarks.metrics import (
     label_metrics,
     pair_metrics,
     rating_metrics,
-    table,
     to_csv,
+    to_table,
 )
 from reward_model.benchmarks.statistics import (
     Confusion,
@@ -602,7 +602,7 @@ METRICS = [
 
 
 def test_the_table_is_aligned() -> None:
-    assert table(METRICS).split("\n") == [
+    assert to_table(METRICS).split("\n") == [
         "metric           value      95 % interval  count  note",
         'accuracy        0.7500   0.5000 .. 1.0000      8  a "note", with a comma',
         "kendall_tau_b  -0.1235  -0.2500 .. 0.0000   1024",

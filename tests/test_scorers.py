@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from reward_model.benchmarks.evaluation import ask, metrics_of
+from reward_model.benchmarks.evaluation import record_metrics, score_records
 from reward_model.scorers import NAMES, PointwiseScorer, image_reward, load_scorer
 from reward_model.scorers.hps import fit_into_square
 from reward_model.scorers.vqa_score import load_vqa_score
@@ -419,7 +419,7 @@ def test_a_well_known_judge_is_measured_on_pairs_like_any(
     one = judge("pick_score")
     scores = one.score(IMAGES, PROMPTS[:1] * 4)
     pairs = [PreferencePair(files[i], files[j], PROMPTS[0], PROMPTS[0]) for i, j in ((0, 1), (2, 3), (0, 3))]
-    metrics = {metric.name: metric.value for metric in metrics_of(ask(one, pairs, batch_size=2))}
+    metrics = {metric.name: metric.value for metric in record_metrics(score_records(one, pairs, batch_size=2))}
     right = [bool(scores[i] > scores[j]) for i, j in ((0, 1), (2, 3), (0, 3))]
     assert metrics["accuracy_ties_wrong"] == pytest.approx(sum(right) / 3)
 

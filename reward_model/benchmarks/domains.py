@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from reward_model.benchmarks.metrics import Metric, measured
+from reward_model.benchmarks.metrics import Metric, bootstrapped
 from reward_model.benchmarks.statistics import Floats
 from reward_model.benchmarks.types import Benchmark, Comparison, Item
 
@@ -118,7 +118,7 @@ def _accuracy(rows: Sequence[tuple[str, float]], *, num_resamples: int, seed: in
     right = np.bincount(groups, weights=[credit for _, credit in rows])
     total = np.bincount(groups)
     name = "accuracy"
-    return measured(
+    return bootstrapped(
         name,
         lambda r, t: float(r.sum() / t.sum()),
         right,

@@ -21,7 +21,7 @@ NUM_SWAPPED = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class RecordScores:
     """What a judge says of each pair and of each labelled image."""
 
     pairs: list[PreferencePair]
@@ -33,7 +33,7 @@ class Answers:
     scores: Float[Tensor, " N"]
 
 
-def ask(judge: LlavaReward | PointwiseScorer, records: Sequence[Record], *, batch_size: int) -> Answers:
+def score_records(judge: LlavaReward | PointwiseScorer, records: Sequence[Record], *, batch_size: int) -> RecordScores:
     """The judge's answer to every record, by its first perspective if it has several."""
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     labelled = [record for record in records if isinstance(record, LabelledImage)]
@@ -43,7 +43,7 @@ def ask(judge: LlavaReward | PointwiseScorer, records: Sequence[Record], *, batc
         swapped = _logits(judge, pairs[:NUM_SWAPPED], "loser", "winner", batch_size)
     if labelled:
         scores = judge.score([one.image for one in labelled], [one.prompt for one in labelled], batch_size=batch_size)
-    return Answers(pairs, logits.cpu(), swapped.cpu(), labelled, scores.cpu())
+    return RecordScores(pairs, logits.cpu(), swapped.cpu(), labelled, scores.cpu())
 
 
 def _logits(
@@ -57,7 +57,7 @@ def _logits(
     return decided_logits(logits, tie_width=judge.config().tie_width if isinstance(judge, LlavaReward) else 0.0)
 
 
-def metrics_of(answers: Answers) -> list[Metric]:
+def record_metrics(answers: RecordScores) -> list[Metric]:
     """Everything that can be measured of these answers, with 95 % intervals."""
     found: list[Metric] = []
     if answers.pairs:
@@ -88,7 +88,7 @@ class Mistake:
     where: str
 
 
-def mistakes(answers: Answers, *, count: int) -> list[Mistake]:
+def worst_mistakes(answers: RecordScores, *, count: int) -> list[Mistake]:
     """The strict pairs that the judge got most wrong, the worst first."""
     strict = [i for i, pair in enumerate(answers.pairs) if not pair.tie and answers.logits[i] < 0]
     worst = sorted(strict, key=lambda i: answers.logits[i].item())[:count]

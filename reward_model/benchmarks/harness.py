@@ -14,7 +14,7 @@ from reward_model.benchmarks.domains import Domain, domains_of
 from reward_model.benchmarks.metrics import Metric, label_metrics
 from reward_model.benchmarks.rules import Compared, best_band, compared, comparison_metrics, rated_metrics
 from reward_model.benchmarks.statistics import Floats
-from reward_model.benchmarks.types import Benchmark, Comparer, Image, Scorer
+from reward_model.benchmarks.types import Benchmark, Image, PairwiseScorer, Scorer
 from reward_model.images import ImageInput
 
 _DECODED = 256
@@ -31,7 +31,7 @@ class Result:
 
 
 @torch.no_grad()
-def ask(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
+def score_items(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
     """The judge's score of each item in float64; an image that occurs twice under one prompt is shown once."""
     place: dict[tuple[Image, str], int] = {}
     rows = [place.setdefault((item.image, item.prompt), len(place)) for item in benchmark.items]
@@ -48,7 +48,7 @@ def ask(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
     return scores[rows]
 
 
-def measure(
+def evaluate(
     judge: Scorer,
     benchmark: Benchmark,
     *,
@@ -65,14 +65,14 @@ def measure(
     """
     options = {"num_resamples": num_resamples, "seed": seed}
     if benchmark.comparisons:
-        answers = differences_of(judge, benchmark, batch_size=batch_size)
+        answers = score_differences(judge, benchmark, batch_size=batch_size)
         band = None
         if benchmark.validation is not None:
-            known = _pairs(benchmark.validation, differences_of(judge, benchmark.validation, batch_size=batch_size))
+            known = _pairs(benchmark.validation, score_differences(judge, benchmark.validation, batch_size=batch_size))
             band = best_band(known.differences, known.outcomes)
         metrics = comparison_metrics(_pairs(benchmark, answers, threshold=threshold), band=band, **options)
     else:
-        answers = ask(judge, benchmark, batch_size=batch_size)
+        answers = score_items(judge, benchmark, batch_size=batch_size)
         if benchmark.labels:
             probability = torch.from_numpy(answers - label_threshold).sigmoid().numpy()
             metrics = label_metrics(answers, benchmark.labels, probability, **options)
@@ -83,11 +83,11 @@ def measure(
 
 
 @torch.no_grad()
-def differences_of(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
+def score_differences(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
     """How much better the first image of each comparison is: of scores, or in log-odds if the judge only compares."""
     pairs = benchmark.comparisons
-    if not isinstance(judge, Comparer) or judge.gives_scores:
-        scores = ask(judge, benchmark, batch_size=batch_size)
+    if not isinstance(judge, PairwiseScorer) or judge.gives_scores:
+        scores = score_items(judge, benchmark, batch_size=batch_size)
         return np.array([scores[pair.first] - scores[pair.second] for pair in pairs])
     parts: list[torch.Tensor] = []
     for start in range(0, len(pairs), _DECODED):

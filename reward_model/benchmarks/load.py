@@ -10,7 +10,7 @@ from reward_model.benchmarks.types import Benchmark
 BenchmarkName = Literal[
     "tifa160", "mj_bench", "unsafe_bench", "image_reward", "hpdv2", "hpdv3", "pick_a_pic", "genai_bench"
 ]
-NAMES: tuple[str, ...] = get_args(BenchmarkName)
+BENCHMARK_NAMES: tuple[str, ...] = get_args(BenchmarkName)
 
 
 def load_benchmarks(specification: str, *, image_root: Path | None = None) -> list[Benchmark]:
@@ -20,9 +20,9 @@ def load_benchmarks(specification: str, *, image_root: Path | None = None) -> li
     start at `image_root`, by default where the annotations are. A bad record raises BadRecordError.
     """
     name, colon, path = specification.partition(":")
-    if not colon or not path or name not in NAMES:
+    if not colon or not path or name not in BENCHMARK_NAMES:
         raise ValueError(
-            f"There is no benchmark {specification!r}; write NAME:PATH, NAME being one of {', '.join(NAMES)}."
+            f"There is no benchmark {specification!r}; write NAME:PATH, NAME being one of {', '.join(BENCHMARK_NAMES)}."
         )
     return _load(name, Path(path), image_root)
 

@@ -69,7 +69,7 @@ def pair_metrics(
     strict = outcome != 0
     margins = (logit * outcome)[strict]
     num_tied = int((np.abs(margins) <= threshold).sum())
-    measure = partial(measured, num_resamples=num_resamples, seed=seed)
+    measure = partial(bootstrapped, num_resamples=num_resamples, seed=seed)
 
     def accuracy(margins: Floats) -> PairwiseAccuracy:
         return pairwise_accuracy(margins, np.zeros_like(margins), threshold=threshold)
@@ -106,7 +106,7 @@ def label_metrics(
     score, label = labelled_columns(scores=scores, labels=labels)
     probability, _ = labelled_columns(probabilities=probabilities, labels=labels)
     require_probabilities(probability, name="probabilities")
-    measure = partial(measured, num_resamples=num_resamples, seed=seed)
+    measure = partial(bootstrapped, num_resamples=num_resamples, seed=seed)
 
     def counted(name: str, read: Callable[[Confusion], float], note: str) -> Metric:
         return measure(name, lambda p, y: read(confusion(p, y, threshold=threshold)), probability, label, note=note)
@@ -140,7 +140,7 @@ def rating_metrics(
     twice is not compared with itself, or it would agree with people for free.
     """
     score, rating = columns_of(scores=scores, ratings=ratings)
-    measure = partial(measured, num_resamples=num_resamples, seed=seed)
+    measure = partial(bootstrapped, num_resamples=num_resamples, seed=seed)
     metrics = [
         measure("pearson", pearson, score, rating),
         measure("spearman", spearman, score, rating),
@@ -166,7 +166,7 @@ def rating_metrics(
 def gap_metrics(logits: ArrayLike, gaps: ArrayLike, *, num_resamples: int = 2000, seed: int = 0) -> list[Metric]:
     """Whether a judge is surer of pairs whose ratings lie further apart: correlations of its log-odds with the gaps."""
     logit, gap = columns_of(logits=logits, gaps=gaps)
-    measure = partial(measured, num_resamples=num_resamples, seed=seed, note="of log-odds with rating gaps")
+    measure = partial(bootstrapped, num_resamples=num_resamples, seed=seed, note="of log-odds with rating gaps")
     return [
         measure("pearson", pearson, logit, gap),
         measure("spearman", spearman, logit, gap),
@@ -174,7 +174,7 @@ def gap_metrics(logits: ArrayLike, gaps: ArrayLike, *, num_resamples: int = 2000
     ]
 
 
-def measured(
+def bootstrapped(
     name: str,
     statistic: Callable[..., float],
     *columns: Shaped[np.ndarray, " N"],
@@ -196,7 +196,7 @@ def measured(
     return Metric(name, value, low, high, count, note)
 
 
-def table(metrics: Sequence[Metric]) -> str:
+def to_table(metrics: Sequence[Metric]) -> str:
     """The metrics for a terminal, in aligned columns."""
     rows = [("metric", "value", "95 % interval", "count", "note")]
     for metric in metrics:

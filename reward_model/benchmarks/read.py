@@ -10,8 +10,8 @@ from typing import Any
 from reward_model.benchmarks.types import Image
 from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.images import MAX_PIXELS, FindImage, flaw_of_content, image_finder
-from reward_model.datasets.parquet import rows_of_parquet
-from reward_model.datasets.source import elements_of, lines_of, parse_object
+from reward_model.datasets.parquet import read_parquet
+from reward_model.datasets.raw_records import parse_object, read_json_lines, read_json_list
 
 Fields = Mapping[str, Any]
 
@@ -45,11 +45,11 @@ def records_of(*paths: Path) -> Iterator[tuple[str, Fields]]:
 def _records(path: Path) -> Iterator[tuple[str, Fields]]:
     match path.suffix:
         case ".json":
-            found = elements_of(path)
+            found = read_json_list(path)
         case ".jsonl":
-            found = lines_of(path)
+            found = read_json_lines(path)
         case ".parquet":
-            found = rows_of_parquet(path, unused=())
+            found = read_parquet(path, skip_columns=())
         case other:
             raise ValueError(f"{path} ends in {other!r}; possible are .json (a list), .jsonl and .parquet.")
     for raw in found:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int
 from numpy.typing import ArrayLike
 
-from reward_model.benchmarks.metrics import Metric, measured
+from reward_model.benchmarks.metrics import Metric, bootstrapped
 from reward_model.benchmarks.statistics import (
     Floats,
     TieSearch,
@@ -225,7 +225,7 @@ def _by_group(
         return statistic(np.bincount(drawn, minlength=num_groups))
 
     groups = np.arange(num_groups)
-    return measured(name, of_groups, groups, num_resamples=num_resamples, seed=seed, count=count, note=note)
+    return bootstrapped(name, of_groups, groups, num_resamples=num_resamples, seed=seed, count=count, note=note)
 
 
 def _ratio(

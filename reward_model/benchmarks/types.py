@@ -26,7 +26,7 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
-class Comparer(Protocol):
+class PairwiseScorer(Protocol):
     """A judge that may know of two images which is better without a score for either."""
 
     @property

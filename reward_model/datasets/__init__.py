@@ -2,8 +2,8 @@
 
 from reward_model.datasets.fields import BadRecordError
 from reward_model.datasets.load import load_records
-from reward_model.datasets.one_prompt import load_pairs_of_one_prompt
+from reward_model.datasets.same_prompt import load_same_prompt_pairs
 from reward_model.datasets.split import split_by_prompt
 from reward_model.datasets.summary import describe
 
-__all__ = ["BadRecordError", "describe", "load_pairs_of_one_prompt", "load_records", "split_by_prompt"]
+__all__ = ["BadRecordError", "describe", "load_records", "load_same_prompt_pairs", "split_by_prompt"]

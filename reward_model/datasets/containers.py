@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from reward_model.datasets.image_folder import images_of_folder
-from reward_model.datasets.parquet import rows_of_hub, rows_of_parquet
-from reward_model.datasets.source import RawRecord, elements_of, lines_of
+from reward_model.datasets.image_folder import read_image_folder
+from reward_model.datasets.parquet import read_hub_dataset, read_parquet
+from reward_model.datasets.raw_records import RawRecord, read_json_lines, read_json_list
 from reward_model.datasets.tar import TarShard
-from reward_model.datasets.tfrecord import examples_of
+from reward_model.datasets.tfrecord import read_tfrecord
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".tar", ".tfrecord")
 
@@ -25,34 +25,34 @@ class Container(NamedTuple):
     """The content of an image that lies in the same archive."""
 
 
-def open_place(place: str, *, is_image_folder: bool, unused: Collection[str]) -> Iterator[Container]:
+def open_containers(place: str, *, is_image_folder: bool, skip_columns: Collection[str]) -> Iterator[Container]:
     """The containers of a place: a file, a folder of files of one kind, or hf:ID@SPLIT."""
     if place.startswith("hf:"):
-        yield Container(Path(), rows_of_hub(place.removeprefix("hf:"), unused=unused))
+        yield Container(Path(), read_hub_dataset(place.removeprefix("hf:"), skip_columns=skip_columns))
         return
     path = Path(place)
     if is_image_folder:
-        yield Container(path, images_of_folder(path))
+        yield Container(path, read_image_folder(path))
         return
     for file in _files_of(path) if path.is_dir() else [path]:
-        yield _open_file(file, unused)
+        yield _open_file(file, skip_columns)
 
 
-def _open_file(path: Path, unused: Collection[str]) -> Container:
+def _open_file(path: Path, skip_columns: Collection[str]) -> Container:
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
     match path.suffix:
         case ".jsonl":
-            return Container(path.parent, lines_of(path))
+            return Container(path.parent, read_json_lines(path))
         case ".json":
-            return Container(path.parent, elements_of(path))
+            return Container(path.parent, read_json_list(path))
         case ".parquet":
-            return Container(path.parent, rows_of_parquet(path, unused=unused))
+            return Container(path.parent, read_parquet(path, skip_columns=skip_columns))
         case ".tar":
             shard = TarShard(path)
             return Container(path.parent, shard.samples(), shard.content)
         case ".tfrecord":
-            return Container(path.parent, examples_of(path, unused=unused))
+            return Container(path.parent, read_tfrecord(path, skip_columns=skip_columns))
         case other:
             raise ValueError(f"{path} ends in {other!r}; possible are {', '.join(ENDINGS)}, and folders of them.")
 

@@ -16,7 +16,7 @@ class BadRecordError(ValueError):
     """A record that nothing can be learnt from: what is wrong with it and what would be right."""
 
 
-class NothingSaidError(Exception):
+class NoPreferenceError(Exception):
     """A sound record from which nothing can be learnt, such as a pair that nobody judged; the message says why."""
 
 
@@ -43,10 +43,10 @@ def check_keys(
     *,
     needed: Collection[str],
     optional: Collection[str] = (),
-    unused: Collection[str] = (),
+    ignored: Collection[str] = (),
 ) -> None:
     """Ask for the keys of a published format; foreign ones pass, for formats grow, unless one looks like a typo."""
-    foreign = [key for key in fields if key not in {*needed, *optional, *unused}]
+    foreign = [key for key in fields if key not in {*needed, *optional, *ignored}]
     for key in sorted({*needed, *optional} - {*fields}):
         close = difflib.get_close_matches(key, foreign, n=1, cutoff=0.85)
         if close:

@@ -15,10 +15,10 @@ from reward_model.datasets.hpdv2 import hpdv2_record
 from reward_model.datasets.hpdv3 import hpdv3_record
 from reward_model.datasets.image_folder import folder_record
 from reward_model.datasets.images import FindImage
-from reward_model.datasets.jsonl import own_record
+from reward_model.datasets.llava_reward import llava_reward_record
+from reward_model.datasets.own import own_record
 from reward_model.datasets.pick_a_pic import pick_a_pic_record
-from reward_model.datasets.published import published_record
-from reward_model.datasets.source import RawRecord
+from reward_model.datasets.raw_records import RawRecord
 from reward_model.datasets.unsafe_bench import unsafe_bench_record
 from reward_model.types import Record
 
@@ -43,7 +43,7 @@ class Format(NamedTuple):
     read: Reader
     gather: Callable[[Iterable[RawRecord]], Iterator[RawRecord]] = iter
     """Puts together what belongs to one row, if several were published."""
-    unused: frozenset[str] = frozenset()
+    skip_columns: frozenset[str] = frozenset()
     """Columns too large to be read for nothing."""
 
 
@@ -59,7 +59,7 @@ def parse_source(source: str) -> tuple[Format, str]:
     return _format(name, part, threshold), place
 
 
-def name_of(source: str) -> str:
+def source_name(source: str) -> str:
     """A short name for tables and files: that of the place, behind the format if one is given."""
     form, place = parse_source(source)
     stem = Path(place).stem
@@ -72,7 +72,7 @@ def _format(name: str, part: str | None, threshold: str | None) -> Format:
         case "own", None, None:
             return Format(full, _one(own_record))
         case "llava_reward", None, None:
-            return Format(full, _one(published_record))
+            return Format(full, _one(llava_reward_record))
         case "image_reward_db", ("alignment" | "fidelity" | "overall" | "rank") as perspective, None:
             read = partial(image_reward_db.image_reward_record, perspective=perspective)
             return Format(full, read, image_reward_db.by_prompt)
@@ -86,7 +86,7 @@ def _format(name: str, part: str | None, threshold: str | None) -> Format:
             return Format(full, unsafe_bench_record)
         case "richhf", ("alignment" | "artifact" | "overall" | "aesthetics") as score, str():
             read = partial(richhf.richhf_record, score=score, threshold=_number(threshold, full))
-            return Format(full, read, unused=richhf.MAPS)
+            return Format(full, read, skip_columns=richhf.MAPS)
         case "image_folder", None, None:
             return Format(full, folder_record)
         case _:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 
-from reward_model.datasets.overlap import normalised, normalised_prompts
+from reward_model.datasets.overlap import normalise, normalised_prompts
 from reward_model.types import PreferencePair, Record
 
 _COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
@@ -56,7 +56,7 @@ def hard_negatives(
         draw = random.Random(f"{seed}\0{prompt}\0{record.winner.name}")
         if key in pairs or draw.random() >= share:
             continue
-        wrong = sorted({other for other in wrong_prompts(prompt) if normalised(other) not in unread})
+        wrong = sorted({other for other in wrong_prompts(prompt) if normalise(other) not in unread})
         if wrong:
             where = f"hard negative of {record.where}"
             pairs[key] = PreferencePair(record.winner, record.winner, prompt, draw.choice(wrong), where=where)

@@ -20,7 +20,7 @@ from reward_model.datasets.fields import (
     take_text,
 )
 from reward_model.datasets.images import FindImage
-from reward_model.datasets.rated import pairs_of_rated
+from reward_model.datasets.ratings import pairs_from_ratings
 from reward_model.types import PreferencePair, Record
 
 
@@ -28,7 +28,7 @@ def hpdv2_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str
     """The pair of an element of train.json, or all pairs of one of test.json."""
     key = "file_path" if "file_path" in fields else "image_path"
     verdict = "rank" if "rank" in fields else "human_preference"
-    check_keys(fields, needed={"prompt", key, verdict}, unused={"raw_annotations", "user_hash"})
+    check_keys(fields, needed={"prompt", key, verdict}, ignored={"raw_annotations", "user_hash"})
     prompt = take_text(fields, "prompt")
     images = [image_of(value, key) for value in take_list(fields, key)]
     numbers = [number_of(value, verdict) for value in take_list(fields, verdict)]
@@ -36,7 +36,7 @@ def hpdv2_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str
         raise BadRecordError(f"{key!r} has {len(images)} elements and {verdict!r} {len(numbers)}; each needs one.")
     if verdict == "rank":
         ranks = [-number for number in numbers]
-        return pairs_of_rated(images, ranks, prompt, find_image=find_image, where=where)
+        return pairs_from_ratings(images, ranks, prompt, find_image=find_image, where=where)
     if numbers not in ([1, 0], [0, 1]):
         raise BadRecordError(f"'human_preference' is {shortened(fields[verdict])}; it must be [1, 0] or [0, 1].")
     first, second = (find_image(image) for image in images)

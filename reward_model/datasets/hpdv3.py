@@ -22,7 +22,7 @@ def hpdv3_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str
         fields,
         needed={"prompt", "path1", "path2"},
         optional={"confidence"},
-        unused={"choice_dist", "model1", "model2"},
+        ignored={"choice_dist", "model1", "model2"},
     )
     if fields.get("confidence") not in (None, "null"):
         confidence = take_number(fields, "confidence")

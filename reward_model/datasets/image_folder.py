@@ -13,13 +13,13 @@ from typing import Any
 
 from reward_model.datasets.fields import take_text
 from reward_model.datasets.images import FindImage, text_beside
-from reward_model.datasets.source import RawRecord
+from reward_model.datasets.raw_records import RawRecord
 from reward_model.types import LabelledImage, Record
 
 _LABELS = {"good": 1, "safe": 1, "bad": 0, "unsafe": 0}
 
 
-def images_of_folder(folder: Path) -> Iterator[RawRecord]:
+def read_image_folder(folder: Path) -> Iterator[RawRecord]:
     """Every file in the sub-folders that is no .txt, by name. ValueError for a sub-folder with another name."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}, which image_folder names.")

@@ -31,8 +31,8 @@ from reward_model.datasets.fields import (
     take_text,
 )
 from reward_model.datasets.images import FindImage
-from reward_model.datasets.rated import pairs_of_rated
-from reward_model.datasets.source import RawRecord
+from reward_model.datasets.ratings import pairs_from_ratings
+from reward_model.datasets.raw_records import RawRecord
 from reward_model.types import PreferencePair, Record
 
 Perspective = Literal["alignment", "fidelity", "overall", "rank"]
@@ -50,7 +50,7 @@ def image_reward_record(
 ) -> list[Record]:
     """The pairs of a prompt by one of its ratings, or the one pair of a row that is one."""
     if "img_better" in fields or "img_worse" in fields:
-        check_keys(fields, needed={"prompt", "img_better", "img_worse"}, unused=_EXTRAS)
+        check_keys(fields, needed={"prompt", "img_better", "img_worse"}, ignored=_EXTRAS)
         if perspective != "rank":
             raise BadRecordError(f"img_better and img_worse are by rank; they do not say which has more {perspective}.")
         winner, loser = (find_image(take_image(fields, key)) for key in ("img_better", "img_worse"))
@@ -61,7 +61,7 @@ def image_reward_record(
     if key == "generations" and perspective != "rank":
         raise BadRecordError(f"generations have a ranking only; it does not say which has more {perspective}.")
     rating = "ranking" if key == "generations" else rating
-    check_keys(fields, needed={"prompt", key, rating}, unused=_EXTRAS)
+    check_keys(fields, needed={"prompt", key, rating}, ignored=_EXTRAS)
     images = [image_of(value, key) for value in take_list(fields, key)]
     ratings = [_rating(value, rating) for value in take_list(fields, rating)]
     if len(images) != len(ratings):
@@ -73,7 +73,7 @@ def image_reward_record(
             f"other. Rows of a prompt must stand together, as published."
         )
     prompt = take_text(fields, "prompt")
-    return pairs_of_rated(images, ratings, prompt, find_image=find_image, where=where)
+    return pairs_from_ratings(images, ratings, prompt, find_image=find_image, where=where)
 
 
 def by_prompt(rows: Iterable[RawRecord]) -> Iterator[RawRecord]:

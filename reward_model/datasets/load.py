@@ -1,4 +1,4 @@
-"""Read human preferences: every row is returned as records, refused, counted as unused, or written down as skipped."""
+"""Read human preferences: every row is returned as records, refused, counted as without preference, or written down as skipped."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from reward_model.datasets.containers import open_place
-from reward_model.datasets.fields import BadRecordError, NothingSaidError, shortened
+from reward_model.datasets.containers import open_containers
+from reward_model.datasets.fields import BadRecordError, NoPreferenceError, shortened
 from reward_model.datasets.formats import Format, parse_source
 from reward_model.datasets.images import MAX_PIXELS, FindImage, image_finder, parse_prefix
-from reward_model.datasets.source import RawRecord
+from reward_model.datasets.raw_records import RawRecord
 from reward_model.types import PreferencePair, Record
 
 UNPACKED = Path("runs/images")
@@ -26,7 +26,7 @@ def load_records(
     unpack_to: str | Path = UNPACKED,
     on_bad_record: Literal["error", "skip"] = "error",
     skipped: Path | None = None,
-    unused: Counter[str] | None = None,
+    without_preference: Counter[str] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> list[Record]:
     """The pairs and labels of FORMAT:PLACE, in the order of their rows, with every image checked.
@@ -38,7 +38,7 @@ def load_records(
 
     With on_bad_record="skip" a bad row is left out, and a line {"where", "reason", "record"} is appended to the file
     `skipped`. Otherwise the first one raises BadRecordError. Sound rows that say nothing, such as pairs without a
-    label, are counted in `unused`, by reason. A source without any good record is a ValueError.
+    label, are counted in `without_preference`, by reason. A source without any good record is a ValueError.
     """
     form, place = parse_source(str(source))
     skip_log = skipped if on_bad_record == "skip" else None
@@ -46,7 +46,7 @@ def load_records(
         raise ValueError("on_bad_record='skip' needs `skipped`: the file in which left-out records are written down.")
     prefix, records, silent, num_bad = parse_prefix(image_prefix), list[Record](), Counter[str](), 0
     is_image_folder = form.name == "image_folder"
-    for container in open_place(place, is_image_folder=is_image_folder, unused=form.unused):
+    for container in open_containers(place, is_image_folder=is_image_folder, skip_columns=form.skip_columns):
         root = container.root if image_root is None or is_image_folder else Path(image_root)
         _check_files(place, root, skip_log=skip_log)
         find_image = image_finder(
@@ -55,15 +55,15 @@ def load_records(
         for raw in form.gather(container.rows):
             try:
                 records += _understand(raw, form, find_image)
-            except NothingSaidError as reason:
+            except NoPreferenceError as reason:
                 silent[f"{form.name}: {reason}"] += 1
             except BadRecordError as error:
                 if skip_log is None:
                     raise BadRecordError(f"{raw.where}: {error}") from error
                 _write_down(raw, reason=str(error), skip_log=skip_log)
                 num_bad += 1
-    if unused is not None:
-        unused.update(silent)
+    if without_preference is not None:
+        without_preference.update(silent)
     if not records:
         bad = f"; all of its {num_bad} were bad, see {skip_log}" if num_bad else ""
         rest = "".join(f"; of {count} rows {reason.partition(': ')[2]}" for reason, count in silent.items())

@@ -6,11 +6,11 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from reward_model.datasets.fields import shortened
-from reward_model.datasets.split import prompts_of
+from reward_model.datasets.split import record_prompts
 from reward_model.types import Record
 
 
-def normalised(prompt: str) -> str:
+def normalise(prompt: str) -> str:
     """The words of a prompt: without case, punctuation, and other ways of writing the same letters (NFKC).
 
     "A red  fox!" and "a red fox" are one prompt. A prompt without any letter or digit stays as it is.
@@ -28,7 +28,7 @@ def shared_prompts(training: Sequence[Record], test: Sequence[Record]) -> set[st
 
 def without_prompts(records: Sequence[Record], prompts: set[str]) -> list[Record]:
     """The records of which neither side has one of these normalised prompts."""
-    return [record for record in records if not prompts & {*map(normalised, prompts_of(record))}]
+    return [record for record in records if not prompts & {*map(normalise, record_prompts(record))}]
 
 
 def overlap_table(training: Sequence[Record], tests: Mapping[str, Sequence[Record]]) -> str:
@@ -48,4 +48,4 @@ def overlap_table(training: Sequence[Record], tests: Mapping[str, Sequence[Recor
 
 def normalised_prompts(records: Iterable[Record]) -> set[str]:
     """Those of both sides of all records."""
-    return {normalised(prompt) for record in records for prompt in prompts_of(record)}
+    return {normalise(prompt) for record in records for prompt in record_prompts(record)}

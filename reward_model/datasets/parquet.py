@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from reward_model.datasets.source import RawRecord
+from reward_model.datasets.raw_records import RawRecord
 
 _ROWS_AT_ONCE = 16
 """Rows may hold images of megabytes."""
 
 
-def rows_of_parquet(path: Path, *, unused: Collection[str]) -> Iterator[RawRecord]:
-    """The rows of a Parquet file, numbered from 1, a few at a time and without the columns `unused`.
+def read_parquet(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
+    """The rows of a Parquet file, numbered from 1, a few at a time and without the columns `skip_columns`.
 
     Raises ValueError if the file as a whole is broken.
     """
@@ -25,7 +25,7 @@ def rows_of_parquet(path: Path, *, unused: Collection[str]) -> Iterator[RawRecor
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name not in unused]
+            columns = [name for name in file.schema_arrow.names if name not in skip_columns]
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
                 for fields in batch.to_pylist():
                     number += 1
@@ -37,7 +37,7 @@ def rows_of_parquet(path: Path, *, unused: Collection[str]) -> Iterator[RawRecor
         ) from error
 
 
-def rows_of_hub(place: str, *, unused: Collection[str]) -> Iterator[RawRecord]:
+def read_hub_dataset(place: str, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
     """The rows of ID@SPLIT, a data set of the Hub (or a folder that `datasets` understands), numbered from 1.
 
     Raises ValueError if there is none such. Data sets that are Python scripts are none since datasets 4; `docs/data.md`
@@ -54,7 +54,7 @@ def rows_of_hub(place: str, *, unused: Collection[str]) -> Iterator[RawRecord]:
     except Exception as error:
         raise ValueError(f"hf:{place} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from error
     assert isinstance(table, Dataset)
-    table = table.remove_columns([column for column in table.column_names if column in unused])
+    table = table.remove_columns([column for column in table.column_names if column in skip_columns])
     for column, feature in table.features.items():
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, Image):

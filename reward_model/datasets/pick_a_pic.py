@@ -12,7 +12,7 @@ from typing import Any
 
 from reward_model.datasets.fields import (
     BadRecordError,
-    NothingSaidError,
+    NoPreferenceError,
     check_keys,
     shortened,
     take_image,
@@ -36,14 +36,14 @@ def pick_a_pic_record(fields: Mapping[str, Any], *, find_image: FindImage, where
         fields,
         needed={"caption", "jpg_0", "jpg_1", "label_0", "label_1"},
         optional={"has_label", "are_different"},
-        unused=_UNUSED,
+        ignored=_UNUSED,
     )
     for flag in ("has_label", "are_different"):
         value = fields.get(flag, True)
         if not isinstance(value, bool):
             raise BadRecordError(f"{flag!r} is {shortened(value)}; it must be true or false.")
         if not value:
-            raise NothingSaidError(f"{flag} is false")
+            raise NoPreferenceError(f"{flag} is false")
     labels = take_number(fields, "label_0"), take_number(fields, "label_1")
     if labels not in ((1, 0), (0, 1), (0.5, 0.5)):
         raise BadRecordError(

@@ -39,7 +39,7 @@ def richhf_record(
         fields,
         needed={image, SCORE_OF[score]},
         optional={"prompt", "caption"},
-        unused={*SCORE_OF.values(), *MAPS, "prompt_misalignment_label", "filename", "image"},
+        ignored={*SCORE_OF.values(), *MAPS, "prompt_misalignment_label", "filename", "image"},
     )
     label = int(take_number(fields, SCORE_OF[score]) >= threshold)
     file = find_image(take_image(fields, image))

@@ -23,7 +23,7 @@ def split_by_prompt(records: Sequence[Record], *, share: float, seed: int) -> tu
     group_of = _linked_prompts(records)
     sizes: dict[str, int] = defaultdict(int)
     for record in records:
-        sizes[group_of[prompts_of(record)[0]]] += 1
+        sizes[group_of[record_prompts(record)[0]]] += 1
 
     room = round(share * len(records))
     held_back: set[str] = set()
@@ -39,12 +39,12 @@ def split_by_prompt(records: Sequence[Record], *, share: float, seed: int) -> tu
             f"share no prompt, of {min(sizes.values(), default=0)} to {max(sizes.values(), default=0)} records, and no "
             f"group can be cut. Choose another share, or give validation data of their own."
         )
-    training = [record for record in records if group_of[prompts_of(record)[0]] not in held_back]
-    validation = [record for record in records if group_of[prompts_of(record)[0]] in held_back]
+    training = [record for record in records if group_of[record_prompts(record)[0]] not in held_back]
+    validation = [record for record in records if group_of[record_prompts(record)[0]] in held_back]
     return training, validation
 
 
-def prompts_of(record: Record) -> tuple[str, str]:
+def record_prompts(record: Record) -> tuple[str, str]:
     """The prompts of both sides of a record, which are mostly the same."""
     if isinstance(record, LabelledImage):
         return record.prompt, record.prompt
@@ -62,6 +62,6 @@ def _linked_prompts(records: Iterable[Record]) -> dict[str, str]:
         return prompt
 
     for record in records:
-        first, second = sorted(map(root, prompts_of(record)))
+        first, second = sorted(map(root, record_prompts(record)))
         parent[second] = first
     return {prompt: root(prompt) for prompt in list(parent)}

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from reward_model.datasets.split import prompts_of
+from reward_model.datasets.split import record_prompts
 from reward_model.types import LabelledImage, PreferencePair, Record
 
 Row = tuple[str, int | str]
@@ -20,7 +20,7 @@ def describe(records: Sequence[Record]) -> str:
     points = [record for record in records if isinstance(record, LabelledImage)]
     gaps = [pair.rating_gap for pair in pairs if pair.rating_gap > 0]
     images = {image for pair in pairs for image in (pair.winner, pair.loser)} | {point.image for point in points}
-    per_prompt = Counter(prompt for record in records for prompt in {*prompts_of(record)})
+    per_prompt = Counter(prompt for record in records for prompt in {*record_prompts(record)})
     num_ties, num_good = sum(pair.tie for pair in pairs), sum(point.label == 1 for point in points)
     rows: list[Row] = [
         ("pairs", len(pairs)),

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reward_model.datasets.fields import BadRecordError, shortened
-from reward_model.datasets.source import RawRecord, parse_object
+from reward_model.datasets.raw_records import RawRecord, parse_object
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 

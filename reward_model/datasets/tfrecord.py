@@ -15,14 +15,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from reward_model.datasets.source import RawRecord
+from reward_model.datasets.raw_records import RawRecord
 
 Wire = Iterator[tuple[int, int | bytes]]
 """The fields of a protobuf message: number, and a varint or what stands there."""
 
 
-def examples_of(path: Path, *, unused: Collection[str]) -> Iterator[RawRecord]:
-    """The Examples of a TFRecord file, numbered from 1, without the features `unused`. ValueError if it is broken.
+def read_tfrecord(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
+    """The Examples of a TFRecord file, numbered from 1, without the features `skip_columns`. ValueError if it is broken.
 
     A feature with one value is that value, text if its bytes are UTF-8; one with several is a list.
     """
@@ -31,7 +31,7 @@ def examples_of(path: Path, *, unused: Collection[str]) -> Iterator[RawRecord]:
         while head := file.read(12):
             number += 1
             try:
-                fields = _example(_content(file, head), unused)
+                fields = _example(_content(file, head), skip_columns)
             except (ValueError, IndexError, struct.error) as error:
                 raise ValueError(f"{path}:RECORD {number} is no Example of a TFRecord: {error}.") from error
             yield RawRecord(f"{path}:RECORD {number}", fields)
@@ -60,12 +60,12 @@ def _content(file: BinaryIO, head: bytes) -> bytes:
     return file.read(length + 4)[:length]
 
 
-def _example(data: bytes, unused: Collection[str]) -> dict[str, Any]:
+def _example(data: bytes, skip_columns: Collection[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for features in _parts(data, 1):
         for entry in _parts(features, 1):
             name = b"".join(_parts(entry, 1)).decode()
-            if name not in unused:
+            if name not in skip_columns:
                 values = [value for feature in _parts(entry, 2) for value in _values(feature)]
                 fields[name] = values[0] if len(values) == 1 else values
     return fields

@@ -17,7 +17,7 @@ from reward_model.types import LabelledImage, Record
 
 def unsafe_bench_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
     """The labelled image of a row."""
-    check_keys(fields, needed={"image", "safety_label"}, optional={"text"}, unused={"category", "source"})
+    check_keys(fields, needed={"image", "safety_label"}, optional={"text"}, ignored={"category", "source"})
     label = int(take_choice(fields, "safety_label", ("Safe", "Unsafe")) == "Safe")
     prompt = "" if fields.get("text") is None else take_text(fields, "text")
     return [LabelledImage(find_image(take_image(fields, "image")), prompt, label, where)]

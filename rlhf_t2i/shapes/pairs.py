@@ -1,6 +1,6 @@
 """Preference pairs of the built-in world: `python -m rlhf_t2i.shapes.pairs --output-folder FOLDER`.
 
-A folder of images and six files in the format of `reward_model.datasets.jsonl`:
+A folder of images and six files in the format of `reward_model.datasets.own`:
 
     train_drawn.jsonl    drawn pairs of training prompts
     train_painted.jsonl  painted pairs of training prompts, labelled by the oracle

@@ -12,42 +12,42 @@ from reward_model.datasets.load import UNPACKED, load_records
 from reward_model.types import PreferencePair, Record
 
 
-def load_pairs_of_one_prompt(
+def load_same_prompt_pairs(
     sources: Sequence[str | Path],
     *,
     image_root: str | Path | None,
     skipped: Path | None,
     image_prefix: str | None = None,
     unpack_to: str | Path = UNPACKED,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     keep_ties: bool = False,
 ) -> list[PreferencePair]:
     """The pairs of FORMAT:PLACEs, and of the .jsonl files of folders, without ties unless they are to be kept.
 
     With a file `skipped`, whatever is no pair of one prompt is left out and written down there; else it raises
-    BadRecordError. Raises ValueError if no pair is left. The rest is `load_records`'; `say` is told of rows that say
+    BadRecordError. Raises ValueError if no pair is left. The rest is `load_records`'; `log` is told of rows that log
     nothing.
     """
     pairs: list[PreferencePair] = []
-    unused = Counter[str]()
+    without_preference = Counter[str]()
     for source in sources:
         folder = Path(source)
         for file in sorted(folder.glob("*.jsonl")) if folder.is_dir() else [source]:
             records = load_records(
-                file, image_root=image_root, image_prefix=image_prefix, unpack_to=unpack_to, unused=unused,
+                file, image_root=image_root, image_prefix=image_prefix, unpack_to=unpack_to, without_preference=without_preference,
                 on_bad_record="error" if skipped is None else "skip", skipped=skipped,
             )  # fmt: skip
-            pairs += pairs_of_one_prompt(records, skipped=skipped, keep_ties=keep_ties)
-    for reason, count in unused.items():
-        if say is not None:
-            say(f"{count:,} rows say nothing: {reason}")
+            pairs += same_prompt_pairs(records, skipped=skipped, keep_ties=keep_ties)
+    for reason, count in without_preference.items():
+        if log is not None:
+            log(f"{count:,} rows log nothing: {reason}")
     if not pairs:
         given = ", ".join(map(str, sources))
         raise ValueError(f"In {given} no image is preferred to another of the same prompt: nothing can be learnt.")
     return pairs
 
 
-def pairs_of_one_prompt(
+def same_prompt_pairs(
     records: Iterable[Record], *, skipped: Path | None, keep_ties: bool = False
 ) -> list[PreferencePair]:
     """The pairs among the records; ties are no fault, and left out unless they are to be kept.

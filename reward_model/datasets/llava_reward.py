@@ -32,7 +32,7 @@ _POINT = frozenset({"path", "label", "prompt"})
 _POINT_EXTRAS = frozenset({"safety_label", "category", "source", "prompt_id", "id", "text"})
 
 
-def published_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> Record:
+def llava_reward_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> Record:
     """What one element of the published list says."""
     if "path" in fields or "label" in fields:
         _check_keys(fields, needed=_POINT, extras=_POINT_EXTRAS)

@@ -12,16 +12,16 @@ from reward_model.datasets.summary import describe
 from reward_model.types import Record
 
 
-def mixed(
+def prepare_records(
     training: Sequence[Record],
     validation: Sequence[Record],
     tests: Mapping[str, Sequence[Record]],
     *,
-    leave_out_test_prompts: bool,
-    validation_share: float,
+    exclude_test_prompts: bool,
+    validation_fraction: float,
     hard_negatives: float,
     seed: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[list[Record], list[Record]]:
     """The records to train on and those to choose by.
 
@@ -31,28 +31,28 @@ def mixed(
     """
     records = list(training)
     if tests:
-        say(overlap_table(records, tests))
-    if leave_out_test_prompts:
-        records = _without_test_prompts(records, tests, say=say)
+        log(overlap_table(records, tests))
+    if exclude_test_prompts:
+        records = _without_test_prompts(records, tests, log=log)
     if validation:
         held_out = list(validation)
-        say(overlap_table(records, {"validation": held_out}))
+        log(overlap_table(records, {"validation": held_out}))
     else:
-        records, held_out = split_by_prompt(records, share=validation_share, seed=seed)
+        records, held_out = split_by_prompt(records, share=validation_fraction, seed=seed)
     if hard_negatives:
         held_back = [*held_out, *chain(*tests.values())]
         negatives = make_hard_negatives(records, share=hard_negatives, seed=seed, held_back=held_back)
-        say(f"{len(negatives):,} hard negatives are added to {len(records):,} training records")
+        log(f"{len(negatives):,} hard negatives are added to {len(records):,} training records")
         records += negatives
-    say(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
+    log(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
     return records, held_out
 
 
 def _without_test_prompts(
-    records: Sequence[Record], tests: Mapping[str, Sequence[Record]], *, say: Callable[[str], None]
+    records: Sequence[Record], tests: Mapping[str, Sequence[Record]], *, log: Callable[[str], None]
 ) -> list[Record]:
     kept = without_prompts(records, {prompt for test in tests.values() for prompt in shared_prompts(records, test)})
     if not kept:
         raise ValueError(f"All {len(records):,} training records have prompts of the test data; nothing is left.")
-    say(f"{len(records) - len(kept):,} training records are left out for prompts that occur in test")
+    log(f"{len(records) - len(kept):,} training records are left out for prompts that occur in test")
     return kept

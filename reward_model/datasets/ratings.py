@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from reward_model.datasets.fields import ImageField, NothingSaidError, shortened
+from reward_model.datasets.fields import ImageField, NoPreferenceError, shortened
 from reward_model.datasets.images import FindImage
 from reward_model.types import PreferencePair, Record
 
 
-def pairs_of_rated(
+def pairs_from_ratings(
     images: Sequence[ImageField], ratings: Sequence[float], prompt: str, *, find_image: FindImage, where: str
 ) -> list[Record]:
     """Every two images of which one is rated higher, with the difference as the gap.
 
     Two that are rated the same make no pair, as in the training data of LLaVA-Reward (arXiv:2507.21391). For ranks, of
-    which 1 is the best, hand in their negatives. Raises NothingSaidError if all are rated the same.
+    which 1 is the best, hand in their negatives. Raises NoPreferenceError if all are rated the same.
     """
     if len(images) < 2:
-        raise NothingSaidError(f"there is only one image of the prompt {shortened(prompt)}")
+        raise NoPreferenceError(f"there is only one image of the prompt {shortened(prompt)}")
     if len(set(ratings)) == 1:
-        raise NothingSaidError("all images of the prompt are rated the same")
+        raise NoPreferenceError("all images of the prompt are rated the same")
     files = [find_image(image) for image in images]
     pairs: list[Record] = []
     for one, other in combinations(range(len(files)), 2):

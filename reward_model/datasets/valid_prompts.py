@@ -8,11 +8,13 @@ from functools import cache
 from pathlib import Path
 
 from reward_model.datasets.fields import BadRecordError
-from reward_model.datasets.split import prompts_of
+from reward_model.datasets.split import record_prompts
 from reward_model.types import Record
 
 
-def readable(records: Sequence[Record], try_prompt: Callable[[str], object], *, skipped: Path | None) -> list[Record]:
+def with_valid_prompts(
+    records: Sequence[Record], try_prompt: Callable[[str], object], *, skipped: Path | None
+) -> list[Record]:
     """The records whose prompts `try_prompt` does not answer with a ValueError.
 
     Another record raises BadRecordError, or, if there is a file `skipped`, is left out and written down there.
@@ -28,7 +30,7 @@ def readable(records: Sequence[Record], try_prompt: Callable[[str], object], *, 
 
     kept: list[Record] = []
     for record in records:
-        flaw = next(filter(None, map(flaw_of, prompts_of(record))), None)
+        flaw = next(filter(None, map(flaw_of, record_prompts(record))), None)
         if flaw is None:
             kept.append(record)
         elif skipped is None:

@@ -25,14 +25,14 @@ class RawRecord(NamedTuple):
         return parse_object(self.source) if isinstance(self.source, bytes) else self.source
 
 
-def lines_of(path: Path) -> list[RawRecord]:
+def read_json_lines(path: Path) -> list[RawRecord]:
     """The lines of a JSONL file that are not blank, numbered from 1."""
     # Only a line feed ends a line: JSON strings may hold U+2028 and U+0085 as they are, at which str.splitlines cuts.
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [RawRecord(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def elements_of(path: Path) -> list[RawRecord]:
+def read_json_list(path: Path) -> list[RawRecord]:
     """The elements of a JSON file that is one list, numbered from 1. ValueError if the file as a whole is broken."""
     try:
         elements = list(_elements(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()))
@@ -52,7 +52,7 @@ def elements_of(path: Path) -> list[RawRecord]:
 def parse_object(source: bytes) -> dict[str, Any]:
     """The JSON object that a record is; stricter than Python's reader, which lets twin keys and NaN pass."""
     try:
-        value = json.loads(source.decode(), object_pairs_hook=_without_twins, parse_constant=_refuse_constant)
+        value = json.loads(source.decode(), object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant)
     except BadRecordError:
         raise
     except json.JSONDecodeError as error:
@@ -98,7 +98,7 @@ def _past_blanks(text: str, position: int) -> int:
     return blanks.end()
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in pairs:
         if key in fields:
