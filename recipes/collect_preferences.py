@@ -34,7 +34,7 @@ from rlhf_t2i.annotation.questions import (
 )
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import check, names, parse_config
-from rlhf_t2i.reward_server.protocol import TOKEN_VARIABLE, token
+from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE, token
 from rlhf_t2i.reward_server.server import is_loopback, listen
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.seeds import ANNOTATE, generator_for

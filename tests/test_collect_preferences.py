@@ -54,7 +54,7 @@ from rlhf_t2i.annotation.questions import (
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.preferences import save_pairs
-from rlhf_t2i.reward_server.protocol import TOKEN_VARIABLE
+from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE
 from rlhf_t2i.reward_server.server import listen
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
 from rlhf_t2i.seeds import generator_for

@@ -1,4 +1,4 @@
-"""A judge behind HTTP scores like the one at home, whatever happens on the way."""
+"""A reward server returns the scores of the local reward, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,29 +30,27 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save
 from torch import Tensor
 
 from recipes import ddpo
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.reward_server.batcher import Batcher
-from rlhf_t2i.reward_server.protocol import JSON, SAFETENSORS, TOKEN_VARIABLE, pack
 from rlhf_t2i.reward_server.server import Config, Service, create_app, listen
 from rlhf_t2i.rewards.gradient import require_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
 from rlhf_t2i.rewards.remote import RemoteReward
-from tests.test_ddpo import rows, state
+from rlhf_t2i.rewards.wire_format import JSON, SAFETENSORS, TOKEN_VARIABLE, pack
+from tests.runs import redness, rows
+from tests.servers import free_port, running, scores_response, scripted, until
+from tests.test_ddpo import state
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a fox number {i}" for i in range(7)]
 IMAGES = torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2
 TOKEN = "open-sesame-0123456789"
-
-
-def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    return images[:, 0].mean((1, 2))
 
 
 def length(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -62,7 +59,7 @@ def length(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @dataclass
 class Counting:
-    """Redness, with a note of how many images each forward pass had; waits until `open` if it is told to."""
+    """Redness that records the number of images in each forward pass and waits until `open` is set."""
 
     calls: list[int] = field(default_factory=list)
     open: threading.Event = field(default_factory=threading.Event)
@@ -70,13 +67,13 @@ class Counting:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         self.calls.append(len(images))
         assert self.open.wait(30)
-        if "the bad one" in prompts:
-            raise ValueError("I do not judge 'the bad one'.")
-        return redness(images, prompts)
+        if "a bad prompt" in prompts:
+            raise ValueError("'a bad prompt' has no score.")
+        return redness(images, [])
 
 
 @dataclass
-class Running:
+class RewardServer:
     address: str
     service: Service
 
@@ -90,91 +87,42 @@ class Running:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that were read and are not judged yet."""
-        return self.service.batcher._waiting.qsize()
+        return self.service.batcher.num_waiting
 
+    @property
+    def num_images(self) -> int:
+        """Images scored so far."""
+        return int(self.metric("images_total"))
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    @property
+    def responses(self) -> dict[int, int]:
+        """Number of responses by HTTP status."""
+        (family,) = [family for family in self.families() if family.name == "rlhf_t2i_requests"]
+        samples = [sample for sample in family.samples if sample.name == "rlhf_t2i_requests_total"]
+        return {int(sample.labels["status"]): int(sample.value) for sample in samples}
+
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.service.batcher.metrics.registry.get_sample_value(f"rlhf_t2i_{name}", labels)
+        assert value is not None, name
+        return value
+
+    def families(self) -> list[Any]:
+        return list(text_string_to_metric_families(self.service.batcher.metrics.text().decode()))
 
 
 @contextmanager
 def serving(*rewards: Any, port: int = 0, batch_size: int = 64, secret: str | None = None, **limits: int) -> Any:
-    """A real server in a thread of this process."""
-    parts = tuple((CheckedReward(f"reward{i}", reward, finite=False), 1.0) for i, reward in enumerate(rewards))
-    batcher = Batcher(WeightedSum(parts), device="cpu", batch_size=batch_size, max_wait=0.005)
+    """A reward server in a thread of this process, for an unweighted sum of functions."""
+    terms = tuple((CheckedReward(f"reward{i}", reward, finite=False), 1.0) for i, reward in enumerate(rewards))
+    batcher = Batcher(WeightedSum(terms), device="cpu", batch_size=batch_size, max_wait=0.005)
     service = Service(batcher, **{"max_requests": 64, "max_images": 1024, "max_bytes": 2**20, **limits}, secret=secret)
-    listener = listen("127.0.0.1", port)
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, ws="none", lifespan="on"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        until(lambda: server.started)
-        yield Running(address, service)
-    finally:
-        for reward in rewards:
-            if isinstance(reward, Counting):
-                reward.open.set()
-        server.should_exit = True
-        thread.join()
-
-
-@dataclass
-class Scripted:
-    """A server that gives the next answer of a list, the last one for ever: (status, headers, body), or hangs up."""
-
-    answers: list[tuple[int, dict[str, str], str] | None]
-    times: list[float] = field(default_factory=list)
-    address: str = ""
-
-
-@contextmanager
-def scripted(*answers: tuple[int, dict[str, str], str] | None, port: int = 0) -> Iterator[Scripted]:
-    script = Scripted(list(answers))
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            script.times.append(time.monotonic())
-            self.rfile.read(int(self.headers["Content-Length"]))
-            answer = script.answers[min(len(script.times), len(script.answers)) - 1]
-            if answer is None:
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            status, headers, text = answer
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value.replace("ECHO", self.headers.get("Authorization", "")))
-            body = text.replace("ECHO", self.headers.get("Authorization", "")).encode()
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        script.address = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with running(create_app(service), port=port) as address:
         try:
-            yield script
+            yield RewardServer(address, service)
         finally:
-            server.shutdown()
-            thread.join()
-
-
-def ok(*scores: Any) -> tuple[int, dict[str, str], str]:
-    return 200, {"Content-Type": JSON}, json.dumps({"total": list(scores)})
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+            for reward in rewards:
+                if isinstance(reward, Counting):
+                    reward.open.set()
 
 
 def png(*, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> str:
@@ -196,24 +144,24 @@ def test_a_remote_reward_is_the_local_one_to_the_bit() -> None:
     assert list(each) == [server.address, f"{__name__}:length"]
 
 
-def test_the_built_in_judge_scores_there_as_it_does_here() -> None:
+def test_the_built_in_reward_model_gives_the_same_bits_locally_and_remotely() -> None:
     images = torch.rand(70, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     prompts = ["a red circle on a blue background", "a green square on a white background"] * 35
-    judge = load_reward("llava_reward")
-    with serving(judge.function) as server, torch.no_grad():
-        assert torch.equal(RemoteReward(server.address)(images, prompts), judge(images, prompts))
+    reward = load_reward("llava_reward")
+    with serving(reward.function) as server, torch.no_grad():
+        assert torch.equal(RemoteReward(server.address)(images, prompts), reward(images, prompts))
 
 
-def test_the_answer_has_what_each_judge_said_before_its_weight() -> None:
+def test_a_response_has_the_unweighted_scores_of_each_reward() -> None:
     parts = ((CheckedReward("redness", redness), 2.0), (CheckedReward("length", length), -0.5))
     with serving(redness) as server:
         server.service.batcher.reward = WeightedSum(parts)
-        answer = server.post(pack(IMAGES, PROMPTS)).json()
-    assert answer["scores"] == {"redness": redness(IMAGES, []).tolist(), "length": length(IMAGES, PROMPTS).tolist()}
-    assert answer["total"] == (2 * redness(IMAGES, []) - 0.5 * length(IMAGES, PROMPTS)).tolist()
+        response = server.post(pack(IMAGES, PROMPTS)).json()
+    assert response["scores"] == {"redness": redness(IMAGES, []).tolist(), "length": length(IMAGES, PROMPTS).tolist()}
+    assert response["total"] == (2 * redness(IMAGES, []) - 0.5 * length(IMAGES, PROMPTS)).tolist()
 
 
-def test_smaller_pixels_are_judged_as_what_they_stand_for() -> None:
+def test_float16_uint8_and_png_pixels_are_scored_as_their_values_in_float32() -> None:
     bytes_ = (IMAGES.clamp(0, 1) * 255).round()
     with serving(redness) as server:
         halves = RemoteReward(server.address, pixels=torch.float16)(IMAGES, PROMPTS)
@@ -229,18 +177,18 @@ def test_smaller_pixels_are_judged_as_what_they_stand_for() -> None:
     assert of_png == whole.tolist()
 
 
-def test_half_precision_images_and_prompts_of_any_letters_arrive() -> None:
+def test_bfloat16_images_and_unicode_prompts_arrive() -> None:
     prompts = ["ein Füchslein 🦊", 'a "quoted" \\ fox\n'] * 2
     with serving(length, redness) as server:
         scores = RemoteReward(server.address)(IMAGES[:4].bfloat16(), prompts)
     assert torch.equal(scores, length(IMAGES[:4], prompts) + redness(IMAGES[:4].bfloat16().float(), prompts))
 
 
-def test_no_images_have_no_scores_and_nobody_is_asked() -> None:
+def test_no_images_give_no_scores_and_send_no_request() -> None:
     assert RemoteReward("http://127.0.0.1:1")(IMAGES[:0], []).shape == (0,)
 
 
-def test_a_notebook_with_its_own_event_loop_can_ask() -> None:
+def test_a_remote_reward_works_inside_a_running_event_loop() -> None:
     async def cell(address: str) -> Tensor:
         return RemoteReward(address)(IMAGES, PROMPTS)
 
@@ -252,128 +200,136 @@ def test_a_notebook_with_its_own_event_loop_can_ask() -> None:
 
 
 def test_requests_that_wait_share_a_forward_pass_and_each_gets_its_own_scores() -> None:
-    """While one image is judged, five trainers bring two each: eight of these ten fit into the next pass."""
-    judge = Counting()
-    with serving(judge, batch_size=8) as server, ThreadPoolExecutor(6) as trainers:
+    """While one image is scored, five trainers send two each: eight of these ten fit into the next pass."""
+    counting = Counting()
+    with serving(counting, batch_size=8) as server, ThreadPoolExecutor(6) as trainers:
         reward = RemoteReward(server.address)
         first = trainers.submit(reward, IMAGES[:1], PROMPTS[:1])
-        until(lambda: judge.calls == [1])
+        until(lambda: counting.calls == [1])
         pairs = [trainers.submit(reward, IMAGES[i : i + 2], PROMPTS[i : i + 2]) for i in range(5)]
         until(lambda: server.num_waiting == 5)
-        judge.open.set()
+        counting.open.set()
         assert torch.equal(first.result(), redness(IMAGES[:1], []))
         for i, pair in enumerate(pairs):
             assert torch.equal(pair.result(), redness(IMAGES[i : i + 2], []))
-    assert judge.calls == [1, 8, 2]
+    assert counting.calls == [1, 8, 2]
 
 
 def test_images_of_another_size_wait_for_a_pass_of_their_own() -> None:
-    judge = Counting()
+    counting = Counting()
     other = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    with serving(judge) as server, ThreadPoolExecutor(4) as trainers:
+    with serving(counting) as server, ThreadPoolExecutor(4) as trainers:
         reward = RemoteReward(server.address)
         tasks = []
         for images in (IMAGES[:1], IMAGES[1:3], IMAGES[3:5], other):
             tasks.append((images, trainers.submit(reward, images, PROMPTS[: len(images)])))
-            until(lambda: judge.calls == [1] and server.num_waiting == len(tasks) - 1)
-        judge.open.set()
+            until(lambda: counting.calls == [1] and server.num_waiting == len(tasks) - 1)
+        counting.open.set()
         for images, task in tasks:
             assert torch.equal(task.result(), redness(images, []))
-    assert judge.calls == [1, 4, 2]
+    assert counting.calls == [1, 4, 2]
 
 
-def test_a_request_that_the_judge_refuses_fails_alone() -> None:
-    judge = Counting()
-    with serving(judge) as server, ThreadPoolExecutor(3) as trainers:
+def test_a_request_that_the_reward_refuses_fails_alone() -> None:
+    counting = Counting()
+    with serving(counting) as server, ThreadPoolExecutor(3) as trainers:
         reward = RemoteReward(server.address)
         first = trainers.submit(reward, IMAGES[:1], PROMPTS[:1])
-        until(lambda: judge.calls == [1])
+        until(lambda: counting.calls == [1])
         good = trainers.submit(reward, IMAGES[:2], PROMPTS[:2])
-        bad = trainers.submit(reward, IMAGES[2:3], ["the bad one"])
+        bad = trainers.submit(reward, IMAGES[2:3], ["a bad prompt"])
         until(lambda: server.num_waiting == 2)
-        judge.open.set()
+        counting.open.set()
         first.result()
         assert torch.equal(good.result(), redness(IMAGES[:2], []))
-        with pytest.raises(RuntimeError, match=f"{server.address} answered 422 to 1 images: I do not judge 'the bad"):
+        with pytest.raises(RuntimeError, match=f"{server.address} returned 422 for 1 images: 'a bad prompt' has no"):
             bad.result()
-    assert judge.calls[:2] == [1, 3]
+    assert counting.calls[:2] == [1, 3]
 
 
-def test_more_images_than_a_forward_pass_takes_are_judged_in_several() -> None:
-    judge = Counting()
-    judge.open.set()
-    with serving(judge, batch_size=3) as server:
+def test_more_images_than_fit_into_a_forward_pass_are_scored_in_several() -> None:
+    counting = Counting()
+    counting.open.set()
+    with serving(counting, batch_size=3) as server:
         assert torch.equal(RemoteReward(server.address)(IMAGES, PROMPTS), redness(IMAGES, []))
-    assert judge.calls == [3, 3, 1]
+    assert counting.calls == [3, 3, 1]
 
 
-def test_what_nobody_waits_for_any_more_is_not_judged() -> None:
-    judge = Counting()
-    with serving(judge) as server, ThreadPoolExecutor(1) as trainer:
+def test_a_request_whose_client_disconnected_is_not_scored() -> None:
+    counting = Counting()
+    with serving(counting) as server, ThreadPoolExecutor(1) as trainer:
         first = trainer.submit(RemoteReward(server.address), IMAGES[:1], PROMPTS[:1])
-        until(lambda: judge.calls == [1])
+        until(lambda: counting.calls == [1])
         impatient = RemoteReward(server.address, timeout=0.3)
         with pytest.raises(TimeoutError):
             impatient(IMAGES[:5], PROMPTS[:5])
-        judge.open.set()
+        counting.open.set()
         first.result()
         until(lambda: server.service.num_accepted == 0)
-    assert judge.calls == [1]
+    assert counting.calls == [1]
 
 
-def test_the_metrics_count_what_was_done() -> None:
+def test_the_metrics_count_requests_images_and_batches_in_the_format_of_prometheus() -> None:
     with serving(redness) as server:
         for count in (1, 3, 7):
             server.post(pack(IMAGES[:count], PROMPTS[:count]))
         server.post(b"nonsense")
         response = server.get("/metrics")
     assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    lines = response.text.splitlines()
-    assert all(re.fullmatch(r'# TYPE \w+ \w+|\w+(\{\w+="[^"]+"\})? [\d.e+-]+', line) for line in lines)
-    found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    expected = {
-        'rlhf_t2i_requests_total{status="200"}': 3,
-        'rlhf_t2i_requests_total{status="422"}': 1,
-        "rlhf_t2i_images_total": 11,
-        "rlhf_t2i_queue_length": 0,
-        "rlhf_t2i_judge_errors_total": 0,
-        'rlhf_t2i_batch_images_bucket{le="1"}': 1,
-        'rlhf_t2i_batch_images_bucket{le="4"}': 2,
-        'rlhf_t2i_batch_images_bucket{le="+Inf"}': 3,
-        "rlhf_t2i_batch_images_count": 3,
-        "rlhf_t2i_batch_images_sum": 11,
+    found = {
+        (sample.name.removeprefix("rlhf_t2i_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
     }
-    assert {name: float(found[name]) for name in expected} == expected
-    assert 0 < float(found["rlhf_t2i_judge_seconds_total"]) < float(found["rlhf_t2i_request_seconds_total"])
+    expected = {
+        ("requests_total", "200"): 3,
+        ("requests_total", "422"): 1,
+        ("images_total",): 11,
+        ("queue_length",): 0,
+        ("scoring_errors_total",): 0,
+        ("batch_images_bucket", "1.0"): 1,
+        ("batch_images_bucket", "4.0"): 2,
+        ("batch_images_bucket", "+Inf"): 3,
+        ("batch_images_count",): 3,
+        ("batch_images_sum",): 11,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert 0 < found["scoring_seconds_total",] < found["request_seconds_total",]
+
+
+def test_two_servers_in_one_process_count_apart() -> None:
+    with serving(redness) as one, serving(redness) as other:
+        one.post(pack(IMAGES, PROMPTS))
+        assert (one.num_images, other.num_images) == (7, 0)
 
 
 # --- too much at once -----------------------------------------------------------------------------
 
 
-def test_a_full_server_says_when_to_come_back_and_a_trainer_does() -> None:
-    judge = Counting()
-    with serving(judge, max_requests=1) as server, ThreadPoolExecutor(2) as trainers:
+def test_a_full_server_responds_with_retry_after_and_a_trainer_retries() -> None:
+    counting = Counting()
+    with serving(counting, max_requests=1) as server, ThreadPoolExecutor(2) as trainers:
         first = trainers.submit(RemoteReward(server.address), IMAGES[:1], PROMPTS[:1])
-        until(lambda: judge.calls == [1])
+        until(lambda: counting.calls == [1])
         refused = server.post(pack(IMAGES, PROMPTS))
         assert refused.status_code == 503
         assert refused.headers["Retry-After"] == "1"
         second = trainers.submit(RemoteReward(server.address), IMAGES, PROMPTS)
-        until(lambda: server.service.batcher.metrics.answers[503] >= 2)
-        judge.open.set()
+        until(lambda: server.responses[503] >= 2)
+        counting.open.set()
         first.result()
         assert torch.equal(second.result(), redness(IMAGES, []))
-    assert judge.calls == [1, 7]
+    assert counting.calls == [1, 7]
 
 
-def test_a_server_is_not_asked_again_before_the_time_it_named() -> None:
-    with scripted((503, {"Retry-After": "1"}, ""), ok(*range(7))) as server:
+def test_a_request_is_not_repeated_before_retry_after() -> None:
+    with scripted((503, {"Retry-After": "1"}, ""), scores_response(*range(7))) as server:
         assert RemoteReward(server.address)(IMAGES, PROMPTS).tolist() == list(range(7))
     assert server.times[1] - server.times[0] >= 1
 
 
-def test_a_server_that_fails_is_asked_less_and_less_often() -> None:
-    with scripted((502, {}, ""), (504, {}, ""), None, ok(*range(7))) as server:
+def test_the_delay_between_attempts_doubles() -> None:
+    with scripted((502, {}, ""), (504, {}, ""), None, scores_response(*range(7))) as server:
         assert RemoteReward(server.address)(IMAGES, PROMPTS).tolist() == list(range(7))
     waits = [after - before for before, after in pairwise(server.times)]
     assert len(waits) == 3
@@ -382,14 +338,14 @@ def test_a_server_that_fails_is_asked_less_and_less_often() -> None:
 
 @pytest.mark.parametrize("size", [8, 512])
 def test_a_body_that_is_too_large_is_refused_with_the_limit_even_while_it_is_sent(size: int) -> None:
-    """The larger one is more than the sockets in between hold."""
+    """The larger one exceeds the buffers of the sockets."""
     images = torch.zeros(3, 3, size, size)
     with (
         serving(redness, max_bytes=2**10) as server,
-        pytest.raises(RuntimeError, match=rf"{server.address} answered 413 to 3 images: .* MB.*--max_body_mb"),
+        pytest.raises(RuntimeError, match=rf"{server.address} returned 413 for 3 images: .* MB.*--max_body_mb"),
     ):
         RemoteReward(server.address)(images, PROMPTS[:3])
-    assert server.service.batcher.metrics.answers == {413: 1}
+    assert server.responses == {413: 1}
 
 
 def test_images_that_are_large_only_when_decoded_are_refused() -> None:
@@ -403,16 +359,16 @@ def test_images_that_are_large_only_when_decoded_are_refused() -> None:
 
 def test_too_many_images_are_refused_with_the_limit() -> None:
     with serving(redness, max_images=5) as server:
-        with pytest.raises(RuntimeError, match=r"413 to 7 images: There are 7 images; at most 5 are taken at once"):
+        with pytest.raises(RuntimeError, match=r"413 for 7 images: There are 7 images; a request may have at most 5 "):
             RemoteReward(server.address)(IMAGES, PROMPTS)
         assert torch.equal(RemoteReward(server.address, part_size=5)(IMAGES, PROMPTS), redness(IMAGES, []))
 
 
-# --- requests that cannot be answered -------------------------------------------------------------
+# --- invalid requests -----------------------------------------------------------------------------
 
 
 class Trap:
-    """What a pickle would do to whoever opens it."""
+    """A pickle that makes a folder when it is loaded."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.mkdir, ("opened",)
@@ -430,7 +386,7 @@ BAD_REQUESTS = {
     "four channels": (
         save({"images": torch.zeros(1, 4, 8, 8)}, {"prompts": '[""]'}), SAFETENSORS, r"it is float32 \(1, 4, 8, 8\)"
     ),
-    "images without rows": (save({"images": IMAGES[:0]}, {"prompts": "[]"}), SAFETENSORS, r"it is float32 \(0, 3, 8, 8\)"),
+    "no rows": (save({"images": IMAGES[:0]}, {"prompts": "[]"}), SAFETENSORS, r"it is float32 \(0, 3, 8, 8\)"),
     "few prompts": (pack(IMAGES, PROMPTS[:2]), SAFETENSORS, "There are 7 images and 2 prompts"),
     "numbers": (save({"images": IMAGES}, {"prompts": "[1]"}), SAFETENSORS, "must be a JSON list of strings"),
     "a string": (save({"images": IMAGES}, {"prompts": '"a fox"'}), SAFETENSORS, "must be a JSON list of strings"),
@@ -450,9 +406,7 @@ BAD_REQUESTS = {
 }  # fmt: skip
 
 
-def test_a_bad_request_is_told_what_is_wrong_and_the_server_lives_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_request_gets_the_reason_and_the_server_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with serving(redness) as server:
         for name, (body, content_type, message) in BAD_REQUESTS.items():
@@ -475,72 +429,73 @@ def test_a_bad_request_is_told_what_is_wrong_and_the_server_lives_on(
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_an_exception_of_the_judge_is_an_answer_with_its_message(
+def test_an_exception_of_the_reward_is_a_response_with_its_message(
     error: BaseException, status: int, message: str
 ) -> None:
-    def judge(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def failing(images: Tensor, prompts: Sequence[str]) -> Tensor:
         if prompts[0] == "a fox":
             raise error
         return redness(images, prompts)
 
-    with serving(judge) as server:
+    with serving(failing) as server:
         reward = RemoteReward(server.address)
-        with pytest.raises(RuntimeError, match=f"{server.address} answered {status} to 1 images: {message}"):
+        with pytest.raises(RuntimeError, match=f"{server.address} returned {status} for 1 images: {message}"):
             reward(IMAGES[:1], ["a fox"])
         assert torch.equal(reward(IMAGES, PROMPTS), redness(IMAGES, []))
-        metrics = server.service.batcher.metrics
-        assert (metrics.answers[status], metrics.answers[200], metrics.scoring_errors) == (1, 1, 1)
+        assert server.responses == {status: 1, 200: 1}
+        assert server.metric("scoring_errors_total") == 1
 
 
 def refuse_constant(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")
 
 
-def test_what_is_not_finite_stays_that_on_the_way_and_is_valid_json() -> None:
+def test_scores_that_are_not_finite_travel_as_valid_json() -> None:
     odd = torch.tensor([math.nan, math.inf, -math.inf, 1.5])
     with serving(lambda images, prompts: odd[: len(images)]) as server:
-        answer = server.post(pack(IMAGES[:4], PROMPTS[:4])).text
-        assert json.loads(answer, parse_constant=refuse_constant)["total"] == ["nan", "inf", "-inf", 1.5]
+        response = server.post(pack(IMAGES[:4], PROMPTS[:4])).text
+        assert json.loads(response, parse_constant=refuse_constant)["total"] == ["nan", "inf", "-inf", 1.5]
         scores = load_reward(server.address, finite=False)(IMAGES[:4], PROMPTS[:4])
         assert torch.equal(scores.nan_to_num(7, 8, 9), odd.nan_to_num(7, 8, 9))
-        with pytest.raises(ValueError, match=f"{server.address} answered nan for the prompt 'a fox number 0'; rewards"):
+        with pytest.raises(ValueError, match=f"{server.address} returned nan for the prompt 'a fox number 0'; rewards"):
             load_reward(server.address)(IMAGES[:4], PROMPTS[:4])
 
 
 # --- the token ------------------------------------------------------------------------------------
 
 
-def test_only_who_knows_the_token_is_served_and_it_is_never_shown(
+def test_requests_need_the_token_and_no_message_or_log_shows_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
-    told: list[str] = []
+    shown: list[str] = []
     with serving(redness, secret=TOKEN) as server:
         reward = RemoteReward(server.address)
         with pytest.raises(
-            PermissionError, match=f"{server.address} answered 401: {TOKEN_VARIABLE} .* is not set"
+            PermissionError,
+            match=f"{server.address} returned 401: the environment variable {TOKEN_VARIABLE} is not set",
         ) as e:
             reward(IMAGES, PROMPTS)
-        told.append(str(e.value))
+        shown.append(str(e.value))
         monkeypatch.setenv(TOKEN_VARIABLE, TOKEN + "0")
         with pytest.raises(PermissionError, match="is not the server's token") as e:
             reward(IMAGES, PROMPTS)
-        told.append(str(e.value))
+        shown.append(str(e.value))
         monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
         assert torch.equal(reward(IMAGES, PROMPTS), redness(IMAGES, []))
         for given in ("", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}0"):
-            answer = server.post(pack(IMAGES, PROMPTS), Authorization=given)
-            assert answer.status_code == 401
-            told.append(answer.text)
+            response = server.post(pack(IMAGES, PROMPTS), Authorization=given)
+            assert response.status_code == 401
+            shown.append(response.text)
         assert server.get("/health").json() == {"status": "ok"}
         assert server.get("/metrics").status_code == 401
         assert server.get("/metrics", Authorization=f"Bearer {TOKEN}").status_code == 200
-        assert server.service.batcher.metrics.answers == {401: 7, 200: 1}
-    assert TOKEN not in caplog.text + "".join(told) + repr(reward) + repr(vars(reward))
+        assert server.responses == {401: 7, 200: 1}
+    assert TOKEN not in caplog.text + "".join(shown) + repr(reward) + repr(vars(reward))
 
 
-def test_a_server_that_echoes_the_token_does_not_get_it_into_a_message(
+def test_a_token_that_a_server_echoes_is_masked_in_messages_and_logs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -555,15 +510,17 @@ def test_a_server_that_echoes_the_token_does_not_get_it_into_a_message(
 
 
 @pytest.mark.parametrize("secret", ["two words", "Schlüssel", "line\nbreak"])
-def test_a_token_that_no_header_can_carry_is_refused_unseen(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_no_header_can_carry_is_refused_without_showing_it(
+    secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, secret)
     with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE} has blanks or letters beyond ASCII") as caught:
         RemoteReward("http://127.0.0.1:1")(IMAGES, PROMPTS)
     assert secret not in str(caught.value)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "judge.example"])
-def test_other_machines_are_not_served_without_a_token(
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "rewards.example"])
+def test_a_public_address_needs_a_token(
     host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for unset in ("", "  "):
@@ -578,13 +535,13 @@ def test_other_machines_are_not_served_without_a_token(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
-def test_this_machine_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loopback_address_needs_no_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     assert Config(host=host).host == host
 
 
 @pytest.mark.parametrize("name", ["max_body_mb", "max_images", "max_requests", "batch_size"])
-def test_a_limit_of_nothing_is_refused(name: str) -> None:
+def test_a_limit_of_zero_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
         Config(**{name: 0})
 
@@ -596,43 +553,43 @@ def test_a_port_in_use_is_named() -> None:
             listen("127.0.0.1", port)
 
 
-# --- answers that cannot be used ------------------------------------------------------------------
+# --- responses that cannot be used ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("response", "message"),
     [
         ((200, {"Content-Type": "text/html"}, "<html>Login</html>"), "text/html that begins with <html>Login"),
-        ((200, {}, ""), "answered nothing; it must answer JSON"),
-        (ok(1.0, 2.0), "answered 2 scores for 7 images"),
-        (ok(*range(8)), "answered 8 scores for 7 images"),
-        (ok(1, 2, 3, None, 5, 6, 7), "it must answer JSON with a list of numbers"),
-        (ok(1, 2, 3, 10**400, 5, 6, 7), "it must answer JSON with a list of numbers"),
-        ((200, {}, '{"total": "1234567"}'), "it must answer JSON with a list of numbers"),
-        ((200, {}, '{"scores": [1, 2, 3, 4, 5, 6, 7]}'), "it must answer JSON with a list of numbers"),
-        ((200, {}, '{"total": [1, 2, 3, NaN, 5, 6, 7]}'), "answered nan for the prompt 'a fox number 3'"),
-        (ok(1, 2, 3, 4, 5, 6, 1e39), "answered inf for the prompt 'a fox number 6'"),
-        ((404, {}, "no such page"), "answered 404 to 7 images: something that begins with no such page"),
-        ((302, {"Location": "http://127.0.0.1:1/"}, ""), "answered 302 to 7 images"),
-        ((413, {"Content-Type": "text/html"}, "<h1>Too large"), "answered 413 to 7 images: text/html that"),
+        ((200, {}, ""), "returned an empty body; it must return JSON"),
+        (scores_response(1.0, 2.0), "returned 2 scores for 7 images"),
+        (scores_response(*range(8)), "returned 8 scores for 7 images"),
+        (scores_response(1, 2, 3, None, 5, 6, 7), "it must return JSON with a list of numbers"),
+        (scores_response(1, 2, 3, 10**400, 5, 6, 7), "it must return JSON with a list of numbers"),
+        ((200, {}, '{"total": "1234567"}'), "it must return JSON with a list of numbers"),
+        ((200, {}, '{"scores": [1, 2, 3, 4, 5, 6, 7]}'), "it must return JSON with a list of numbers"),
+        ((200, {}, '{"total": [1, 2, 3, NaN, 5, 6, 7]}'), "returned nan for the prompt 'a fox number 3'"),
+        (scores_response(1, 2, 3, 4, 5, 6, 1e39), "returned inf for the prompt 'a fox number 6'"),
+        ((404, {}, "no such page"), "returned 404 for 7 images: something that begins with no such page"),
+        ((302, {"Location": "http://127.0.0.1:1/"}, ""), "returned 302 for 7 images"),
+        ((413, {"Content-Type": "text/html"}, "<h1>Too large"), "returned 413 for 7 images: text/html that"),
     ],
 )
-def test_an_answer_that_cannot_be_used_names_the_server_and_is_not_asked_for_twice(
-    answer: tuple[int, dict[str, str], str], message: str
+def test_an_unusable_response_is_an_error_with_the_server_and_is_not_requested_again(
+    response: tuple[int, dict[str, str], str], message: str
 ) -> None:
-    with scripted(answer) as server:
+    with scripted(response) as server:
         with pytest.raises((ValueError, RuntimeError), match=message) as caught:
             RemoteReward(server.address)(IMAGES, PROMPTS)
         assert server.address in str(caught.value)
         assert len(server.times) == 1
 
 
-def test_an_answer_that_cannot_be_used_ends_the_work_of_all_servers() -> None:
-    judge = Counting()
-    with serving(judge) as busy, scripted((500, {}, "broken")) as broken:
-        with pytest.raises(RuntimeError, match=f"{broken.address} answered 500"):
+def test_an_unusable_response_cancels_the_requests_to_all_servers() -> None:
+    counting = Counting()
+    with serving(counting) as busy, scripted((500, {}, "broken")) as broken:
+        with pytest.raises(RuntimeError, match=f"{broken.address} returned 500"):
             RemoteReward(f"{busy.address}|{broken.address}")(IMAGES, PROMPTS)
-        judge.open.set()
+        counting.open.set()
 
 
 # --- servers that are slow, dead, or several ------------------------------------------------------
@@ -651,7 +608,7 @@ def test_several_servers_share_unevenly_many_images_and_the_order_is_kept() -> N
         servers = [stack.enter_context(serving(slowly)) for _ in range(3)]
         reward = RemoteReward("|".join(server.address for server in servers), part_size=2)
         assert torch.equal(reward(pixels, prompts), redness(pixels, prompts))
-        shares = [server.service.batcher.metrics.images for server in servers]
+        shares = [server.num_images for server in servers]
     assert sum(shares) == 23
     assert min(shares) > 0
 
@@ -660,9 +617,9 @@ def test_every_server_has_its_share_of_few_images() -> None:
     with serving(redness) as one, serving(redness) as other:
         reward = RemoteReward(f"{one.address} | {other.address}/")
         for count in (1, 2, 5, 7):
-            before = [server.service.batcher.metrics.images for server in (one, other)]
+            before = [server.num_images for server in (one, other)]
             assert torch.equal(reward(IMAGES[:count], PROMPTS[:count]), redness(IMAGES[:count], []))
-            after = [server.service.batcher.metrics.images for server in (one, other)]
+            after = [server.num_images for server in (one, other)]
             assert max(b - a for a, b in zip(before, after, strict=True)) == (count + 1) // 2
 
 
@@ -674,7 +631,7 @@ def test_the_part_of_a_dead_server_goes_to_the_other(dead_first: bool, caplog: p
         reward = RemoteReward("|".join(both), part_size=2)
         for _ in range(2):
             assert torch.equal(reward(IMAGES, PROMPTS), redness(IMAGES, []))
-    assert f"{dead}: All connection attempts failed; it is asked again in" in caplog.text
+    assert f"{dead}: All connection attempts failed; next attempt in" in caplog.text
 
 
 def test_the_part_of_a_server_that_hangs_goes_to_the_other() -> None:
@@ -698,16 +655,16 @@ def test_a_server_that_dies_in_the_middle_is_waited_for_until_it_is_back() -> No
 
 
 def test_a_slow_server_is_an_error_in_the_end_with_the_first_prompt_that_has_no_score() -> None:
-    judge, count = Counting(), iter(range(100))
+    counting, count = Counting(), iter(range(100))
 
     def stuck_at_the_third(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return judge(images, prompts) if next(count) == 2 else redness(images, prompts)
+        return counting(images, prompts) if next(count) == 2 else redness(images, prompts)
 
     with serving(stuck_at_the_third) as server:
         message = r"prompt 'a fox number 4' \(image 4 of 7\) came within 0.5 s from " + server.address + r" \(slow\)"
         with pytest.raises(TimeoutError, match=message):
             RemoteReward(server.address, timeout=0.5, part_size=2)(IMAGES, PROMPTS)
-        judge.open.set()
+        counting.open.set()
 
 
 def test_dead_servers_are_all_named_with_their_trouble() -> None:
@@ -731,9 +688,9 @@ def test_nothing_runs_on_after_an_error() -> None:
 
 
 def test_servers_are_written_with_a_bar_and_a_weight() -> None:
-    reward = load_rewards("http://10.0.0.1:8000|https://judge.example/a=0.5,oracle")
+    reward = load_rewards("http://10.0.0.1:8000|https://rewards.example/a=0.5,oracle")
     assert [(term.name, weight) for term, weight in reward.terms] == [
-        ("http://10.0.0.1:8000|https://judge.example/a", 0.5),
+        ("http://10.0.0.1:8000|https://rewards.example/a", 0.5),
         ("oracle", 1.0),
     ]
 
@@ -743,13 +700,13 @@ def test_servers_are_written_with_a_bar_and_a_weight() -> None:
     ["http://", "http://:8000", "http://a:port", "http://a:99999", "http://a b:80", "http://a|b:80", "http://a|",
      "http://a?x", "http://a#x"],
 )  # fmt: skip
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ValueError, match=r"judge server '.*' is not of the form http://host:port"):
+def test_a_malformed_address_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match=r"reward server '.*' is not of the form http://host:port"):
         load_rewards(address)
 
 
-def test_a_password_in_an_address_is_refused_unseen() -> None:
-    with pytest.raises(ValueError, match=f"no user or password; set {TOKEN_VARIABLE}") as caught:
+def test_a_password_in_an_address_is_refused_without_showing_it() -> None:
+    with pytest.raises(ValueError, match=f"takes no user or password; set {TOKEN_VARIABLE}") as caught:
         load_rewards("http://me:sesame@10.0.0.1:8000")
     assert "sesame" not in str(caught.value)
 
@@ -760,14 +717,16 @@ def test_settings_that_cannot_work_are_refused_by_name(settings: dict[str, Any])
         RemoteReward("http://127.0.0.1:1", **settings)
 
 
-def test_pixels_that_cannot_travel_are_refused() -> None:
+def test_pixels_of_another_type_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pixels is torch\.float64; it must be one of torch\.float32"):
         RemoteReward("http://127.0.0.1:1", pixels=torch.float64)
 
 
-def test_a_remote_reward_has_no_gradient_and_is_refused_without_being_asked() -> None:
+def test_a_remote_reward_has_no_gradient_and_is_refused_without_a_request() -> None:
     with pytest.raises(ValueError, match=r"'http://127\.0\.0\.1:1' has no gradient .* recipes/ddpo\.py"):
-        require_gradient(load_rewards("llava_reward,http://127.0.0.1:1=0.1"), prompt="a red circle on a blue background")
+        require_gradient(
+            load_rewards("llava_reward,http://127.0.0.1:1=0.1"), prompt="a red circle on a blue background"
+        )
 
 
 # --- as a command ---------------------------------------------------------------------------------
@@ -780,7 +739,7 @@ images = torch.full((5, 3, 4, 4), float(sys.argv[2]))
 total, _ = load_rewards(sys.argv[1])(images, ["a"] * 5)
 print(total.tolist())
 """
-SLOW_JUDGE = """
+SLOW_REWARD = """
 import time
 def slowness(images, prompts):
     if prompts[0] == "slow":
@@ -791,15 +750,15 @@ def slowness(images, prompts):
 
 
 @pytest.mark.slow
-def test_the_command_serves_several_trainers_and_finishes_its_work_when_it_is_stopped(tmp_path: Path) -> None:
-    (tmp_path / "my_judges.py").write_text(SLOW_JUDGE)
+def test_the_command_serves_several_trainers_and_finishes_accepted_requests_on_sigterm(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(SLOW_REWARD)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", TOKEN_VARIABLE: TOKEN}
-    options = ["--rewards", "my_judges:slowness=2,jpeg_compressibility=0", "--port", "0", "--max_images", "8"]
+    options = ["--rewards", "my_rewards:slowness=2,jpeg_compressibility=0", "--port", "0", "--max_images", "8"]
     command = [sys.executable, "-m", "rlhf_t2i.reward_server", *options]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
-        while not (found := re.search(r"Judging with .* at (http://127\.0\.0\.1:\d+)", (tmp_path / "log").read_text())):
+        while not (found := re.search(r"Serving .* at (http://127\.0\.0\.1:\d+)", (tmp_path / "log").read_text())):
             assert server.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
         trainers = [
@@ -814,7 +773,7 @@ def test_the_command_serves_several_trainers_and_finishes_its_work_when_it_is_st
             tasks = [pool.submit(client.post, f"{found[1]}/score", content=pack(IMAGES[:2], ["slow", "b"]))]
             until((tmp_path / "began").exists)
             tasks += [pool.submit(client.post, f"{found[1]}/score", content=pack(IMAGES[2:4], ["c", "d"]))]
-            until(lambda: "queue_length 2" in client.get(f"{found[1]}/metrics").text)
+            until(lambda: "queue_length 2.0" in client.get(f"{found[1]}/metrics").text)
             server.send_signal(signal.SIGTERM)
             assert [task.result().status_code for task in tasks] == [200, 200]
         assert server.wait(20) == 0
@@ -827,12 +786,14 @@ def test_the_command_serves_several_trainers_and_finishes_its_work_when_it_is_st
 
 
 def one_pixel(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A reward that rounds alike whatever is judged beside an image."""
+    """A reward without sums, so that its bits do not depend on the batch."""
     return images[:, 0, 3, 3].clone()
 
 
-def test_a_painter_learns_from_a_judge_behind_http_what_it_learns_from_one_here(tiny_sd: Path, tmp_path: Path) -> None:
-    """Each part of a rollout is judged there while the next is painted here; weights and rewards are the same bits."""
+def test_training_with_a_remote_reward_gives_the_bits_of_training_with_the_local_one(
+    tiny_sd: Path, tmp_path: Path
+) -> None:
+    """With async_reward, which scores one batch while the next is sampled: same weights and rewards."""
     config = ddpo.Config(
         model=str(tiny_sd), prompts_per_step=6, images_per_prompt=4, microbatch_size=8, num_denoising_steps=4,
         rewards=f"{__name__}:one_pixel", evaluation_rewards=f"{__name__}:one_pixel", num_steps=2, evaluate_every=0,

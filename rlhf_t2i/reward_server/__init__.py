@@ -1,1 +1,4 @@
-"""Any reward behind HTTP: server, wire format and dynamic batching."""
+"""Any reward behind HTTP, for trainers on other machines.
+
+Here belong the server, its dynamic batching and its metrics; the wire format is rlhf_t2i/rewards/wire_format.py.
+"""

@@ -1,10 +1,11 @@
-"""Any judge behind HTTP: images in, scores out, for trainers on other machines.
+"""Serve rewards over HTTP to trainers on other machines: images in, scores out.
 
-    RLHF_T2I_TOKEN=... python -m rlhf_t2i.reward_server --rewards judge --port 8000
+    RLHF_T2I_TOKEN=... python -m rlhf_t2i.reward_server --rewards llava_reward --port 8000
 
-A trainer then takes `--rewards http://HOST:8000`. `POST /score` is described in rlhf_t2i/reward_server/protocol.py; `GET /health`
-says that the judges are loaded, `GET /metrics` counts in the format of Prometheus. With RLHF_T2I_TOKEN set, all but
-/health want it; without, only this machine can be served. SIGTERM or Ctrl-C finishes what was accepted.
+A trainer then takes `--rewards http://HOST:8000`. `POST /score` is described in rlhf_t2i/rewards/wire_format.py,
+`GET /health` responds once the rewards are loaded, `GET /metrics` is in the format of Prometheus. If RLHF_T2I_TOKEN is
+set, all requests but /health need that token; otherwise only this machine can be served. SIGTERM or Ctrl-C finishes the
+requests that were accepted.
 """
 
 from __future__ import annotations
@@ -24,24 +25,25 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_t2i.config import check
-from rlhf_t2i.reward_server.batcher import Answer, Batcher
-from rlhf_t2i.reward_server.protocol import TOKEN_VARIABLE, TooMuch, token, unpack
+from rlhf_t2i.reward_server.batcher import Batcher, ScoreResponse
+from rlhf_t2i.reward_server.metrics import CONTENT_TYPE
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE, TooLargeError, token, unpack
 
 try:
     import uvicorn
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse, PlainTextResponse
+    from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}; a judge's server needs: pip install 'rlhf-t2i[serve]'") from error
+    raise ModuleNotFoundError(f"{error}; the reward server needs: pip install 'rlhf-t2i[serve]'") from error
 
 _LOG = logging.getLogger("uvicorn.error")
 _SILENT_SECONDS = 30.0
-"""A trainer that sends nothing for so long has given up."""
+"""A client that sends nothing for so long has given up."""
 _HEADER_BYTES = 2**20
-"""For what a body has besides pixels."""
+"""Allowance for the part of a body that is not pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class Config:
 
 
 class Service:
-    """What the server does with each request."""
+    """The endpoints of the server."""
 
     def __init__(
         self, batcher: Batcher, *, max_requests: int, max_images: int, max_bytes: int, secret: str | None
@@ -93,32 +95,32 @@ class Service:
         self.batcher, self.secret = batcher, secret
         self.max_requests, self.max_images, self.max_bytes = max_requests, max_images, max_bytes
         self.num_accepted = 0
-        """Requests that are read, wait or are judged."""
+        """Requests in progress: received, waiting or scored."""
+        batcher.metrics.watch_queue(lambda: self.num_accepted)
 
     async def health(self) -> JSONResponse:
-        """That the judges are loaded; who asks need not know the token."""
+        """Respond that the rewards are loaded; needs no token."""
         return JSONResponse({"status": "ok"})
 
-    async def counts(self, request: Request) -> Response:
-        """The metrics."""
+    async def metrics(self, request: Request) -> Response:
+        """Respond with the metrics."""
         self.check_token(request)
-        text = self.batcher.metrics.text(queue_length=self.num_accepted)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return Response(self.batcher.metrics.text(), media_type=CONTENT_TYPE)
 
     async def score(self, request: Request) -> JSONResponse:
-        """Scores, or why there are none."""
+        """Respond with scores, or with an error."""
         began = time.perf_counter()
         try:
-            response = JSONResponse(await self._answer(request))
+            response = JSONResponse(await self._scores(request))
         except Exception as error:
-            response = _refusal(error)
-        self.batcher.metrics.answered(response.status_code, seconds=time.perf_counter() - began)
+            response = _error_response(error)
+        self.batcher.metrics.count_request(response.status_code, seconds=time.perf_counter() - began)
         return response
 
-    async def _answer(self, request: Request) -> Answer:
+    async def _scores(self, request: Request) -> ScoreResponse:
         self.check_token(request)
         if self.num_accepted >= self.max_requests:
-            message = f"{self.num_accepted} requests are being worked on, and no more are taken (--max_requests)."
+            message = f"{self.num_accepted} requests are in progress, which is the limit (--max_requests)."
             raise HTTPException(503, message, headers={"Retry-After": "1"})
         self.num_accepted += 1
         try:
@@ -127,20 +129,20 @@ class Service:
                 unpack, body, request.headers.get("Content-Type", ""),
                 max_images=self.max_images, max_bytes=self.max_bytes,
             )  # fmt: skip
-            return await self.batcher.score(images, prompts, abandoned=request.is_disconnected)
+            return await self.batcher.score(images, prompts, is_disconnected=request.is_disconnected)
         finally:
             self.num_accepted -= 1
 
     def check_token(self, request: Request) -> None:
-        """Refuse who does not know the token, in a time that does not tell how much of it was right."""
+        """Raise HTTPException 401 for a wrong token; the comparison takes the same time for any wrong token."""
         given = request.headers.get("Authorization", "").encode()
         if self.secret and not hmac.compare_digest(given, f"Bearer {self.secret}".encode()):
-            message = f"The header Authorization does not bear this server's token ({TOKEN_VARIABLE})."
+            message = f"The header Authorization does not have this server's token ({TOKEN_VARIABLE})."
             raise HTTPException(401, message, headers={"WWW-Authenticate": "Bearer"})
 
 
 def create_app(service: Service) -> FastAPI:
-    """The server as an ASGI application."""
+    """Return the server as an ASGI application."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -148,38 +150,39 @@ def create_app(service: Service) -> FastAPI:
             yield
 
     async def refuse(_: Request, error: Exception) -> JSONResponse:
-        return _refusal(error)
+        return _error_response(error)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, exception_handlers={HTTPException: refuse})
     app.add_api_route("/health", service.health, response_model=None)
-    app.add_api_route("/metrics", service.counts, response_model=None)
+    app.add_api_route("/metrics", service.metrics, response_model=None)
     app.add_api_route("/score", service.score, methods=["POST"], response_model=None)
     return app
 
 
 async def _read(request: Request, *, max_bytes: int) -> bytes:
+    """Return the body of a request; neither starlette nor uvicorn limits its size or its time."""
     body, loop = bytearray(), asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(_SILENT_SECONDS) as patience:
+        async with asyncio.timeout(_SILENT_SECONDS) as timeout:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_bytes + _HEADER_BYTES:
-                    raise TooMuch(f"The body has more than {max_bytes / 2**20:g} MB (--max_body_mb).")
-                patience.reschedule(loop.time() + _SILENT_SECONDS)
+                    raise TooLargeError(f"The body has more than {max_bytes / 2**20:g} MB (--max_body_mb).")
+                timeout.reschedule(loop.time() + _SILENT_SECONDS)
     except TimeoutError:
-        raise HTTPException(408, f"Nothing came for {_SILENT_SECONDS:g} s.") from None
+        raise HTTPException(408, f"No data arrived for {_SILENT_SECONDS:g} s.") from None
     return bytes(body)
 
 
-def _refusal(error: Exception) -> JSONResponse:
-    """What went wrong as an answer; what is no fault of the request is logged too."""
+def _error_response(error: Exception) -> JSONResponse:
+    """Return the status and message of an exception; one that is not the client's fault is logged."""
     headers: Mapping[str, str] | None = None
     match error:
         case HTTPException():
             status, message, headers = error.status_code, error.detail, error.headers
         case ClientDisconnect() | ConnectionAbortedError():
-            status, message = 499, "The trainer has gone."
-        case TooMuch():
+            status, message = 499, "The client disconnected."
+        case TooLargeError():
             status, message = 413, str(error)
         case ValueError():
             status, message = 422, str(error)
@@ -190,7 +193,10 @@ def _refusal(error: Exception) -> JSONResponse:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address, on which nothing is accepted yet; SystemExit with the reason if that is impossible."""
+    """Return a socket that is bound to an address; raises SystemExit with the reason if that is impossible.
+
+    Binding before rewards are loaded reports a port in use at once.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -198,21 +204,21 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise SystemExit(
-            f"error: nothing can listen at {host}, port {port}: {error.strerror}. Stop what does already, or choose "
-            f"another --port (0 is any that is free) or --host."
+            f"error: cannot listen on {host}, port {port}: {error.strerror}. Stop the program that uses the port, or "
+            f"choose another --port (0 is any free port) or --host."
         ) from error
     return listener
 
 
 def main(config: Config) -> None:
-    """Load the judges and serve them until SIGTERM or Ctrl-C."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them once more when it has finished
+    """Load the rewards and serve them until SIGTERM or Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again after a clean shutdown
         signal.signal(number, lambda *_: sys.exit(0))
     listener = listen(config.host, config.port)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.empty(0, device=device)  # one that is not there is an error now, not in every answer
+    torch.empty(0, device=device)  # a missing device is an error now, not in every request
     batcher = Batcher(
-        load_rewards(config.rewards, finite=False),  # whether a score may be infinite is for the trainer to say
+        load_rewards(config.rewards, finite=False),  # the trainer decides if a score may be infinite
         device=device,
         batch_size=config.batch_size,
         max_wait=config.max_wait_ms / 1000,
@@ -226,12 +232,12 @@ def main(config: Config) -> None:
     )
     server = uvicorn.Server(uvicorn.Config(create_app(service), access_log=False, ws="none", lifespan="on"))
     host, port = listener.getsockname()[:2]
-    _LOG.info("Judging with %s at http://%s:%d", config.rewards, f"[{host}]" if ":" in host else host, port)
+    _LOG.info("Serving %s at http://%s:%d", config.rewards, f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
+    """Return True if only this machine can reach what listens on an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""A judge on another machine as a reward: images go there over HTTP, scores come back."""
+"""Rewards on other machines: images are sent over HTTP, scores come back."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.reward_server.protocol import PIXELS, SAFETENSORS, TOKEN_VARIABLE, pack, token, totals
+from rlhf_t2i.rewards.wire_format import PIXELS, SAFETENSORS, TOKEN_VARIABLE, pack, token, totals
 
 _LOG = logging.getLogger(__name__)
-_JITTER = random.Random()  # its own, so that nothing else draws other numbers
-_TRY_AGAIN = (429, 502, 503, 504)
+_JITTER = random.Random()  # apart from the global generator, whose numbers must not change
+_RETRY_STATUSES = (429, 502, 503, 504)
 _CONNECT_SECONDS = 10.0
-_LONGEST_REST = 15.0
-_PART_BYTES = 256 * 2**20
+_MAX_BACKOFF_SECONDS = 15.0
+_MAX_PART_BYTES = 256 * 2**20
 
 
 class _Unavailable(Exception):  # noqa: N818
-    """Nothing is wrong with the question, but this server cannot answer it now."""
+    """A valid request that this server cannot serve now."""
 
     def __init__(self, reason: str, *, retry_after: float = 0.0) -> None:
         super().__init__(reason)
@@ -40,27 +40,29 @@ class _Unavailable(Exception):  # noqa: N818
 class _Server:
     address: str
     failures: int = 0
-    """In a row."""
-    back_at: float = 0.0
-    """When it is asked again, on the clock `time.monotonic`."""
-    trouble: str = "no answer yet"
+    """Consecutive failures."""
+    retry_at: float = 0.0
+    """Earliest time of the next request, on the clock `time.monotonic`."""
+    state: str = "no response yet"
+    """Its last failure, for messages."""
 
-    def rest(self, trouble: _Unavailable) -> None:
-        """Leave it alone for a while, twice as long each time; never shorter than it asked for."""
-        self.failures, self.trouble = self.failures + 1, str(trouble)
-        wait = max(min(0.1 * 2 ** min(self.failures, 10), _LONGEST_REST), trouble.retry_after)
-        wait *= _JITTER.uniform(1, 1.5)  # so that many trainers do not come back at once
-        self.back_at = time.monotonic() + wait
+    def back_off(self, error: _Unavailable) -> None:
+        """Delay the next request, twice as long after each failure and no less than the server's Retry-After."""
+        self.failures, self.state = self.failures + 1, str(error)
+        wait = max(min(0.1 * 2 ** min(self.failures, 10), _MAX_BACKOFF_SECONDS), error.retry_after)
+        wait *= _JITTER.uniform(1, 1.5)  # so that many trainers do not return at once
+        self.retry_at = time.monotonic() + wait
         if self.failures == 1:
-            _LOG.warning("%s: %s; it is asked again in %.1f s.", self.address, trouble, wait)
+            _LOG.warning("%s: %s; next attempt in %.1f s.", self.address, error, wait)
 
 
 class RemoteReward:
-    """The weighted verdict of judges that `python -m rlhf_t2i.reward_server` serves elsewhere; without a gradient.
+    """The total of the rewards that `python -m rlhf_t2i.reward_server` serves; without a gradient.
 
-    Several servers share the images, a part each at a time; the part of one that cannot be reached or is busy goes
-    to whichever is free next. Pixels travel as float32, so that a judge scores them as if it were here. Other settings
-    than these defaults can be had as `module:function`, of a module that has `mine = RemoteReward(..., part_size=8)`.
+    Images are split into parts. Several servers take one part at a time; a part that a server cannot score goes to the
+    next free server. Pixels are sent as float32 by default, so that scores have the same bits as in this process. For
+    other settings define `my_reward = RemoteReward(..., part_size=8)` in a module of your own and use
+    `my_module:my_reward`.
     """
 
     def __init__(
@@ -73,11 +75,12 @@ class RemoteReward:
         pixels: torch.dtype = torch.float32,
         finite: bool = True,
     ) -> None:
-        """Take `http://host:port`, or several with `|` between them; nobody is asked yet.
+        """Take the address `http://host:port`, or several separated by `|`; no request is sent yet.
 
-        All images of a call must be scored within `timeout` seconds, and one part of at most `part_size` images
-        within `attempt_timeout`, or another server is asked. A score that is not finite is an error unless `finite` is
-        false. Raises ValueError for what is no such address, and `pixels` that are none of float32, float16, uint8.
+        `timeout`: seconds for all images of a call. `attempt_timeout`: seconds for one part on one server, after which
+        another server is tried. `part_size`: largest number of images in one request. `pixels`: type that images are
+        sent as, float32, float16 or uint8. `finite`: scores that are not finite are an error. Raises ValueError for a
+        value out of range and for a malformed address.
         """
         if pixels not in PIXELS:
             raise ValueError(f"pixels is {pixels}; it must be one of {', '.join(map(str, PIXELS))}.")
@@ -92,37 +95,39 @@ class RemoteReward:
         self._certificates = ssl.create_default_context()
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        """The totals that the servers answered, float32, in the order of the images.
+        """Return the totals of the servers, float32, in the order of the images.
 
-        Raises TimeoutError when the time is over, PermissionError for a token that a server does not know, and
-        ValueError or RuntimeError for an answer that cannot be used; each names the server.
+        Raises TimeoutError after `timeout` seconds, PermissionError for a wrong token, and ValueError or RuntimeError
+        for a response that cannot be used; each names the server.
         """
         if not len(images):
             return images.new_zeros(0, dtype=torch.float32)
-        return _run(self._judge(images.detach().cpu(), list(prompts))).to(images.device)
+        return _run(self._score(images.detach().cpu(), list(prompts))).to(images.device)
 
-    async def _judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+    async def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         parts: asyncio.Queue[range] = asyncio.Queue()
-        size = min(self.part_size, -(-len(images) // len(self.servers)), _PART_BYTES // (4 * images[0].numel()) or 1)
+        size = min(
+            self.part_size, -(-len(images) // len(self.servers)), _MAX_PART_BYTES // (4 * images[0].numel()) or 1
+        )
         for start in range(0, len(images), size):
             parts.put_nowait(range(start, min(start + size, len(images))))
-        found: dict[int, Tensor] = {}
+        scores: dict[int, Tensor] = {}  # by the first row of a part
 
         async def work(server: _Server) -> None:
             while True:
-                await asyncio.sleep(server.back_at - time.monotonic())
+                await asyncio.sleep(server.retry_at - time.monotonic())
                 rows = await parts.get()
-                mine = images[rows.start : rows.stop], prompts[rows.start : rows.stop]
+                part = images[rows.start : rows.stop], prompts[rows.start : rows.stop]
                 try:
-                    found[rows.start] = await self._ask(client, server.address, *mine)
-                    server.failures, server.trouble = 0, "slow"
-                except _Unavailable as trouble:
-                    server.rest(trouble)
+                    scores[rows.start] = await self._post(client, server.address, *part)
+                    server.failures, server.state = 0, "slow"
+                except _Unavailable as error:
+                    server.back_off(error)
                     parts.put_nowait(rows)
                 parts.task_done()
 
         try:
-            # Neither a proxy nor another setting of the environment comes between a trainer and its judge.
+            # Without trust_env no proxy of the environment is used.
             limits = httpx.Timeout(None, connect=_CONNECT_SECONDS)
             client = httpx.AsyncClient(timeout=limits, trust_env=False, verify=self._certificates)
             async with asyncio.timeout(self.timeout), client, asyncio.TaskGroup() as group:
@@ -132,17 +137,17 @@ class RemoteReward:
                     worker.cancel()
         except TimeoutError:
             for start in range(0, len(images), size):
-                if start not in found:
+                if start not in scores:
                     raise TimeoutError(
                         f"No reward for the prompt {prompts[start]!r} (image {start} of {len(images)}) came within "
-                        f"{self.timeout:g} s from {', '.join(f'{s.address} ({s.trouble})' for s in self.servers)}."
+                        f"{self.timeout:g} s from {', '.join(f'{s.address} ({s.state})' for s in self.servers)}."
                     ) from None
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return torch.cat([found[start] for start in sorted(found)])
+        return torch.cat([scores[start] for start in sorted(scores)])
 
-    async def _ask(self, client: httpx.AsyncClient, server: str, images: Tensor, prompts: list[str]) -> Tensor:
-        """The totals of one server; _Unavailable if it makes sense to ask again."""
+    async def _post(self, client: httpx.AsyncClient, server: str, images: Tensor, prompts: list[str]) -> Tensor:
+        """Return the totals of one server; raises _Unavailable if another attempt can succeed."""
         headers = {"Content-Type": SAFETENSORS}
         if secret := token():
             headers["Authorization"] = f"Bearer {secret}"
@@ -151,70 +156,72 @@ class RemoteReward:
             async with asyncio.timeout(self.attempt_timeout):
                 response = await client.post(f"{server}/score", content=body, headers=headers)
         except TimeoutError:
-            raise _Unavailable(f"no answer within {self.attempt_timeout:g} s") from None
+            raise _Unavailable(f"no response within {self.attempt_timeout:g} s") from None
         except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
             raise _Unavailable(str(error) or type(error).__name__) from error
         scores = _scores(response, server, num_images=len(images))
         if self.finite and not (finite := scores.isfinite()).all():
             worst = int((~finite).nonzero()[0])
             raise ValueError(
-                f"The judge server {server} answered {scores[worst].item()} for the prompt {prompts[worst]!r}; rewards "
-                f"must be finite."
+                f"The reward server {server} returned {scores[worst].item()} for the prompt {prompts[worst]!r}; "
+                f"rewards must be finite."
             )
         return scores
 
 
 def _scores(response: httpx.Response, server: str, *, num_images: int) -> Float[Tensor, " B"]:
-    """The totals of an answer, if it is one."""
-    if response.status_code in _TRY_AGAIN:
+    """Return the totals in a response; raises an exception that names the server if it has none."""
+    if response.status_code in _RETRY_STATUSES:
         wait = response.headers.get("Retry-After", "")
         seconds = float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0
         raise _Unavailable(f"{response.status_code}, {_shown(response)}", retry_after=seconds)
     if response.status_code == 401:
-        problem = "is not the server's token" if token() else "is not set, and the server wants its token there"
-        raise PermissionError(f"The judge server {server} answered 401: {TOKEN_VARIABLE} in the environment {problem}.")
+        problem = "is not the server's token" if token() else "is not set, but the server requires a token"
+        raise PermissionError(
+            f"The reward server {server} returned 401: the environment variable {TOKEN_VARIABLE} {problem}."
+        )
     if response.status_code != 200:
         raise RuntimeError(
-            f"The judge server {server} answered {response.status_code} to {num_images} images: {_shown(response)}"
+            f"The reward server {server} returned {response.status_code} for {num_images} images: {_shown(response)}"
         )
     try:
         scores = totals(response.text)
     except ValueError:
         raise ValueError(
-            f"The judge server {server} answered {_shown(response)}; it must answer JSON with a list of numbers as "
+            f"The reward server {server} returned {_shown(response)}; it must return JSON with a list of numbers as "
             f"`total`. Is it `python -m rlhf_t2i.reward_server`?"
         ) from None
     if len(scores) != num_images:
-        raise ValueError(f"The judge server {server} answered {len(scores)} scores for {num_images} images.")
+        raise ValueError(f"The reward server {server} returned {len(scores)} scores for {num_images} images.")
     return scores
 
 
 def _shown(response: httpx.Response) -> str:
-    """What a server said, in short, and without the token if it echoes that."""
+    """Return the text of a response in one short line; a token that it echoes is masked."""
     kind, text = "", response.text
     try:
         text = str(response.json()["error"])
     except (ValueError, KeyError, TypeError):
         kind = f"{response.headers.get('Content-Type', 'something')} that begins with "
     text = " ".join(text.replace(token() or "\0", "***").split())[:300]
-    return kind + text if text else "nothing"
+    return kind + text if text else "an empty body"
 
 
 def _address(text: str) -> str:
     if "@" in text:  # not shown, because of the password
-        raise ValueError(f"The address of a judge server has no user or password; set {TOKEN_VARIABLE} instead.")
+        raise ValueError(f"The address of a reward server takes no user or password; set {TOKEN_VARIABLE} instead.")
     try:
         parts = urlsplit(text)
         works = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and text.split() == [text]
     except ValueError:
         works = False
     if not works or "?" in text or "#" in text:
-        raise ValueError(f"The judge server {text!r} is not of the form http://host:port.")
+        raise ValueError(f"The reward server {text!r} is not of the form http://host:port.")
     return text.rstrip("/")
 
 
 def _run(work: Coroutine[Any, Any, Tensor]) -> Tensor:
-    """Wait for it, also where an event loop runs already, as in a notebook."""
+    """Run a coroutine to its end, also inside a running event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,15 +1,15 @@
-"""What travels between a trainer and a judge elsewhere: images there, numbers back, a token with both; never pickle.
+"""Wire format between a trainer and a reward server: images and prompts one way, scores the other; never pickle.
 
-`POST /score` takes images in one of two forms, which its Content-Type names:
+`POST /score` takes images in one of two forms, chosen by its Content-Type:
 
     application/x-safetensors   a safetensors file with the tensor `images`, B 3 Y X, float32 or float16 in [0, 1] or
-                                uint8 up to 255, and in its metadata `prompts`: a JSON list of B strings
+                                uint8 in 0..255, and in its metadata `prompts`: a JSON list of B strings
     application/json            {"prompts": ["a fox"], "images": ["PNG in base64"]}, images of one size, RGB or gray
 
-and answers {"total": [0.5], "scores": {"llava_reward": [0.5]}}: the weighted sum, and what each judge said before its weight,
-one number for each image. A number that JSON does not have is the string "nan", "inf" or "-inf". What goes wrong is
-answered {"error": "the reason"}, with a status that says whose fault it is. A server that has a token wants the header
-`Authorization: Bearer TOKEN`.
+and returns {"total": [0.5], "scores": {"llava_reward": [0.5]}}: the weighted sum and the unweighted scores of each
+reward, one number per image. A number that JSON cannot hold is the string "nan", "inf" or "-inf". An error is
+{"error": "the reason"} with a 4xx status if the request is at fault and a 5xx status otherwise. A server with a token
+requires the header `Authorization: Bearer TOKEN`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from torch import Tensor
 TOKEN_VARIABLE = "RLHF_T2I_TOKEN"
 SAFETENSORS, JSON = "application/x-safetensors", "application/json"
 PIXELS = (torch.float32, torch.float16, torch.uint8)
-"""How pixels may travel: exact, or smaller."""
+"""Storage types of pixels; float32 is lossless."""
 
 
-class TooMuch(ValueError):  # noqa: N818
-    """More than the server takes at once."""
+class TooLargeError(ValueError):
+    """A request larger than the server accepts."""
 
 
 def token() -> str | None:
-    """What trainers and judges both know, from the environment variable RLHF_T2I_TOKEN; None if it is not set.
+    """Return the token in the environment variable RLHF_T2I_TOKEN; None if it is not set.
 
-    Raises ValueError, without showing it, for one that a header cannot carry.
+    Raises ValueError, without showing the token, if an HTTP header cannot carry it.
     """
     secret = os.environ.get(TOKEN_VARIABLE, "").strip()
     if not all("!" <= character <= "~" for character in secret):
@@ -54,7 +54,7 @@ def token() -> str | None:
 
 
 def pack(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], *, pixels: torch.dtype = torch.float32) -> bytes:
-    """The body of a request, of type SAFETENSORS; `pixels` is one of PIXELS, and float32 loses nothing of float32."""
+    """Return the body of a request of type SAFETENSORS; images are stored as `pixels`, one of PIXELS."""
     images = images.detach()
     if pixels == torch.uint8:
         images = (images.float().clamp(0, 1) * 255).round()
@@ -65,10 +65,10 @@ def pack(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], *, pixels: to
 def unpack(
     body: bytes, content_type: str, *, max_images: int, max_bytes: int
 ) -> tuple[Float[Tensor, "B 3 Y X"], list[str]]:
-    """The images of a request as float32, and their prompts.
+    """Return the images of a request, float32, and their prompts.
 
-    Raises TooMuch for more images than `max_images` or than fit into `max_bytes` as float32, and ValueError for
-    anything that is not as said above.
+    Raises TooLargeError for more than `max_images` images or more than `max_bytes` bytes of them as float32, and
+    ValueError for a body that breaks the format.
     """
     match content_type.partition(";")[0].strip().lower():
         case "application/x-safetensors":
@@ -82,7 +82,7 @@ def unpack(
     if not len(prompts) == len(images) >= 1:
         raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts; each image needs its own.")
     if len(images) > max_images:
-        raise TooMuch(f"There are {len(images)} images; at most {max_images} are taken at once (--max_images).")
+        raise TooLargeError(f"There are {len(images)} images; a request may have at most {max_images} (--max_images).")
     if isinstance(images, Tensor):
         _check_bytes(images.numel(), max_bytes)
         return (images.float() / 255 if images.dtype == torch.uint8 else images.float()), prompts
@@ -90,19 +90,19 @@ def unpack(
 
 
 def numbers(scores: Float[Tensor, " B"]) -> list[float | str]:
-    """Scores as JSON can hold them: one that is not finite becomes a string, from which `float` makes it again."""
+    """Return scores as JSON values; a score that is not finite becomes a string that `float` parses."""
     return [score if math.isfinite(score) else str(score) for score in scores.tolist()]
 
 
-def totals(answer: str) -> Float[Tensor, " B"]:
-    """The totals of an answer, to the bit; ValueError if it has none."""
+def totals(response: str) -> Float[Tensor, " B"]:
+    """Return the totals of a response, bit for bit; raises ValueError if it has none."""
     try:
-        total = json.loads(answer)["total"]
+        total = json.loads(response)["total"]
         if isinstance(total, list):
             return torch.tensor([float(score) for score in total], dtype=torch.float32)
     except (RecursionError, ValueError, KeyError, TypeError, OverflowError):
         pass
-    raise ValueError("The answer is no JSON with a list of numbers as `total`.")
+    raise ValueError("The response is no JSON with a list of numbers as `total`.")
 
 
 def _from_safetensors(body: bytes) -> tuple[Tensor, Any]:
@@ -111,7 +111,7 @@ def _from_safetensors(body: bytes) -> tuple[Tensor, Any]:
         header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
         prompts = json.loads(header["__metadata__"]["prompts"])
     except (SafetensorError, RecursionError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The body is no safetensors file with `prompts` in its metadata: {_say(error)}.") from error
+        raise ValueError(f"The body is no safetensors file with `prompts` in its metadata: {_shown(error)}.") from error
     images = tensors.get("images")
     if images is None or images.dtype not in PIXELS or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         found = "none" if images is None else f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
@@ -126,36 +126,36 @@ def _from_json(body: bytes) -> tuple[list[bytes], Any]:
         request = json.loads(body)
         return [base64.b64decode(image, validate=True) for image in request["images"]], request["prompts"]
     except (RecursionError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The body is no JSON with `prompts` and `images` in base64: {_say(error)}.") from error
+        raise ValueError(f"The body is no JSON with `prompts` and `images` in base64: {_shown(error)}.") from error
 
 
 def _decoded(files: list[bytes], *, max_bytes: int) -> Float[Tensor, "B 3 Y X"]:
-    """PNG files as images in [0, 1]; how big they are is looked at before any of them is decoded."""
+    """Decode PNG files to images in [0, 1], after their sizes are checked."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
             opened = [Image.open(io.BytesIO(file), formats=["PNG"]) for file in files]
         if len({image.size for image in opened}) > 1 or not {image.mode for image in opened} <= {"RGB", "L"}:
             found = sorted({f"{image.mode} {image.width} x {image.height}" for image in opened})
             raise ValueError(f"they must be RGB or gray (L) and of one size, but are {', '.join(found)}")
         _check_bytes(3 * sum(image.width * image.height for image in opened), max_bytes)
         pixels = np.stack([np.asarray(image.convert("RGB")) for image in opened])
-    except TooMuch:
+    except TooLargeError:
         raise
-    # What Pillow raises when it meets broken bytes.
+    # These are the exceptions that Pillow raises for broken bytes.
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"The PNG images cannot be used: {_say(error)}.") from error
-    # Laid out as they come otherwise, because sums in another order have other last bits.
+        raise ValueError(f"The PNG images cannot be used: {_shown(error)}.") from error
+    # The memory layout of the other form: sums in another order have other last bits.
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def _check_bytes(count: int, max_bytes: int) -> None:
     if 4 * count > max_bytes:
-        raise TooMuch(
-            f"The images have {4 * count / 2**20:.1f} MB as float32; at most {max_bytes / 2**20:g} MB are taken at "
-            f"once (--max_body_mb)."
+        raise TooLargeError(
+            f"The images have {4 * count / 2**20:.1f} MB as float32; a request may have at most "
+            f"{max_bytes / 2**20:g} MB (--max_body_mb)."
         )
 
 
-def _say(error: Exception) -> str:
+def _shown(error: Exception) -> str:
     return f"{type(error).__name__}, {str(error)[:200]}" if isinstance(error, KeyError) else str(error)[:200]
