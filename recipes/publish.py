@@ -16,14 +16,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rlhf_t2i.config import check, names, parse_config
-from rlhf_t2i.hub.bundle import (
-    base_of,
-    files_of,
-    is_whole_pipeline,
-    new_folder,
-    pack_story,
-    pack_weights,
+from rlhf_t2i.hub.base import find_base
+from rlhf_t2i.hub.publication import (
+    is_full_pipeline,
+    list_files,
+    new_publication,
     write_checksums,
+    write_training_record,
+    write_weights,
 )
 from rlhf_t2i.training.finished_run import read_run
 
@@ -61,41 +61,36 @@ class Config:
 
 
 def main(config: Config) -> Path:
-    """Read the run, write the folder, upload it."""
-    from rlhf_t2i.hub.upload import (  # takes half a second
-        check_repo,
-        hub,
-        licence_of,
-        refuse_tokens,
-        upload,
-        write_card,
-    )
+    """Read the run, write the publication, upload it; returns the folder of the publication."""
+    from rlhf_t2i.hub.licence import find_licence  # imports huggingface_hub
+    from rlhf_t2i.hub.model_card import write_card
+    from rlhf_t2i.hub.upload import check_no_tokens, check_repo_id, hub_api, upload
 
     for repo in (config.repo, config.base):
         if repo is not None:
-            check_repo(repo)
-    run, api = read_run(Path(config.run)), hub()
-    base, whole = base_of(run, named=config.base), is_whole_pipeline(run, merge_lora=config.merge_lora)
-    licence = licence_of(base, named=config.license, api=api)
+            check_repo_id(repo)
+    run, api = read_run(Path(config.run)), hub_api()
+    base, full_pipeline = find_base(run, hub_id=config.base), is_full_pipeline(run, merge_lora=config.merge_lora)
+    licence = find_licence(base, named=config.license, api=api)
     for warning in licence.warnings:
         tqdm.write(f"WARNING: {warning}{' Name it by --license.' if licence.id is None else ''}")
     target = Path(config.folder) if config.folder else run.folder / "publication"
-    with new_folder(target) as part:
-        pack_weights(run, base, part, merge_lora=config.merge_lora)
+    with new_publication(target) as folder:
+        write_weights(run, base, folder, merge_lora=config.merge_lora)
         write_card(
-            run, base, licence, part,
-            repo=config.repo, revision=config.revision, whole_pipeline=whole, curves=pack_story(run, part),
-            datasets=names(config.datasets),
+            run, base, licence, folder,
+            repo=config.repo, revision=config.revision, full_pipeline=full_pipeline,
+            curves=write_training_record(run, folder), datasets=names(config.datasets),
         )  # fmt: skip
-        refuse_tokens(part)
-        write_checksums(part)
-    for name in files_of(target):
+        check_no_tokens(folder)
+        write_checksums(folder)
+    for name in list_files(target):
         tqdm.write(f"{(target / name).stat().st_size:>13,}  {name}")
     tqdm.write(f"folder    {target}")
     if config.repo and config.dry_run:
         tqdm.write(f"These files would be one commit to {config.repo}; nothing was uploaded.")
     elif config.repo:
-        commit = upload(target, config.repo, private=config.private, revision=config.revision, api=api, say=tqdm.write)
+        commit = upload(target, config.repo, private=config.private, revision=config.revision, api=api, log=tqdm.write)
         tqdm.write(f"published {commit}")
     return target
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.publications import hub, lora_run, publication, reward_model_run, unet_run  # noqa: F401  # fixtures
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,4 +1,4 @@
-"""As much of the Hub as a publication needs, on this machine: repositories, commits, large files, failures."""
+"""A fake Hugging Face Hub on this machine: repositories, commits, large files, and failures on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_" + "s3cret" * 6
 LARGE = (".safetensors", ".png")
-"""What the Hub stores by its hash, beside git."""
+"""Suffixes of files that the Hub stores by their SHA-256 instead of in git."""
 
 
 @dataclass
@@ -48,17 +48,17 @@ class Repository:
 
 @dataclass
 class Failure:
-    """What happens to the next requests whose method and path fit."""
+    """A failure of the next requests whose method and path match a pattern."""
 
     pattern: str
     status: int | None = None
-    """None drops the connection ..."""
+    """HTTP status of the answer; None drops the connection."""
     message: str = ""
     after_work: bool = False
-    """... after the work was done."""
+    """True if the request takes effect before the failure."""
     times: int = 1
     meanwhile: Callable[[], object] | None = None
-    """No failure then, but something that happens just before the work."""
+    """Called before the request takes effect; the request then succeeds."""
 
 
 def git_hash(data: bytes) -> str:
@@ -71,7 +71,7 @@ class RefusedError(Exception):
 
 
 class FakeHub:
-    """Knows one user, `me`, member of `team`."""
+    """A Hub with one user, `me`, who belongs to the organisation `team`."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repository] = {}
@@ -84,7 +84,7 @@ class FakeHub:
         self.failures.append(Failure(pattern, **how))
 
     def count(self, pattern: str) -> int:
-        """How many requests came that fit."""
+        """Number of requests that match."""
         return sum(re.search(pattern, request) is not None for request in self.requests)
 
     def failure_of(self, request: str) -> Failure | None:
@@ -94,10 +94,10 @@ class FakeHub:
                 return failure
         return None
 
-    # --- what it answers ---
+    # --- answers ---
 
     def answer(self, request: str, body: bytes, token: str | None) -> Any:
-        """The first of these that fits; of those with a star only for who has the token."""
+        """Answer with the first route that matches; routes with a star need the token."""
         known = token == TOKEN
         for pattern, act in {
             r"PUT /lfs/(.+)": lambda oid: self.store(oid, body),
@@ -125,12 +125,12 @@ class FakeHub:
 
     def store(self, oid: str, data: bytes) -> Any:
         if hashlib.sha256(data).hexdigest() != oid:
-            raise RefusedError(400, "not what the hash says")
+            raise RefusedError(400, "the content does not match its hash")
         self.objects[oid] = data
         return {}
 
     def head(self, repo: str, revision: str, known: bool) -> Commit:
-        """The commit that a branch stands at, or that a hash names."""
+        """Head of a branch, or the commit with a hash."""
         if repo not in self.repos or (self.repos[repo].private and not known):
             raise RefusedError(404, "Repository not found", "RepoNotFound")
         branches = self.repos[repo].branches
@@ -157,8 +157,8 @@ class FakeHub:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
         return Download(commit.files[name], commit.sha)
 
-    def create(self, asked: dict[str, Any]) -> Any:
-        repo = f"{asked['organization']}/{asked['name']}"
+    def create(self, request: dict[str, Any]) -> Any:
+        repo = f"{request['organization']}/{request['name']}"
         if repo in self.repos:
             raise RefusedError(409, "You already created this model repo")
         self.repos[repo] = Repository(private=asked.get("visibility") == "private")
@@ -168,10 +168,10 @@ class FakeHub:
         self.repos[repo].branches[branch] = list(self.repos[repo].branches["main"])
         return {}
 
-    def preupload(self, repo: str, revision: str, asked: dict[str, Any]) -> Any:
-        """How each file is to come, and by which hash it is there already."""
+    def preupload(self, repo: str, revision: str, request: dict[str, Any]) -> Any:
+        """Upload mode of each file, and the hash of the version that the repository holds."""
         answers: list[dict[str, Any]] = []
-        for file in asked["files"]:
+        for file in request["files"]:
             name, large = file["path"], file["path"].endswith(LARGE)
             here = self.repos[repo].files(revision).get(name)
             oid = None
@@ -181,12 +181,12 @@ class FakeHub:
             answers.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": answers}
 
-    def batch(self, asked: dict[str, Any]) -> Any:
-        def action(one: dict[str, Any]) -> dict[str, Any]:
-            href = {"href": f"{self.endpoint}/lfs/{one['oid']}"}
-            return one if one["oid"] in self.objects else {**one, "actions": {"upload": href}}
+    def batch(self, request: dict[str, Any]) -> Any:
+        def action(item: dict[str, Any]) -> dict[str, Any]:
+            href = {"href": f"{self.endpoint}/lfs/{item['oid']}"}
+            return item if item["oid"] in self.objects else {**item, "actions": {"upload": href}}
 
-        return {"transfer": "basic", "objects": [action(one) for one in asked["objects"]]}
+        return {"transfer": "basic", "objects": [action(item) for item in request["objects"]]}
 
     def commit(self, repo: str, revision: str, body: bytes) -> Any:
         head, *operations = [json.loads(line) for line in body.splitlines()]
@@ -262,7 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running_hub() -> Iterator[FakeHub]:
-    """A Hub of one's own, as long as the block lasts."""
+    """Serve a new Hub until the block ends."""
     hub = FakeHub()
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.hub = hub  # type: ignore[attr-defined]

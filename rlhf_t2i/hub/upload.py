@@ -1,225 +1,97 @@
-"""From a finished run to a model card and a Hub repository. The only huggingface_hub import.
+"""Upload of a publication to the Hugging Face Hub, as one commit.
 
-The token is that of the environment (HF_TOKEN) or of `hf auth login`; nothing here takes one, and none is written.
+The token is HF_TOKEN or that of `hf auth login`. No function takes a token, and no file or message contains it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    EvalResult,
-    HfApi,
-    ModelCard,
-    ModelCardData,
-    ModelInfo,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever client it uses
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # from its HTTP client
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
-from rlhf_t2i.hub.bundle import CHECKSUMS, Base, files_of
-from rlhf_t2i.hub.model_card import card_text
-from rlhf_t2i.report import Chart
-from rlhf_t2i.training.finished_run import FinishedRun
+from rlhf_t2i.hub.publication import CHECKSUMS, list_files
 
-_NO_DERIVATIVES = {
-    "cc-by-nd-4.0": "Creative Commons Attribution-NoDerivatives 4.0 International",
-    "cc-by-nc-nd-4.0": "Creative Commons Attribution-NonCommercial-NoDerivatives 4.0 International",
-    "cc-by-nc-nd-3.0": "Creative Commons Attribution-NonCommercial-NoDerivatives 3.0 Unported",
-}
-_HUBS_OWN = {".gitattributes"}
-"""What the Hub puts into every repository."""
+_FILES_OF_THE_HUB = {".gitattributes"}
+"""Files that the Hub creates in every repository."""
 _ATTEMPTS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Licence:
-    """Under what a base may be used, in the Hub's words; None where nobody said."""
-
-    id: str | None = None
-    name: str | None = None
-    link: str | None = None
-
-    @property
-    def warnings(self) -> list[str]:
-        """What speaks against publishing a derivative."""
-        if self.id is None:
-            return ["The licence of the base is not known, so nobody knows what they may do with this."]
-        label = self.name if self.id == "other" and self.name else self.id
-        if "nd" in label.lower().split("-"):
-            text = _NO_DERIVATIVES.get(label.lower(), label)
-            return [f"The licence of the base, {text} ({label}), forbids the publication of derivatives such as this."]
-        return []
-
-
-def licence_of(base: Base, *, named: str | None, api: HfApi) -> Licence:
-    """The licence of a base: as named, or as the card of its repository or in its folder says."""
-    data: Any = {"license": named} if named is not None else None
-    if named is None and base.hub_id is not None:
-        with contextlib.suppress(HTTPError, OSError):  # not there, no network, or not for us: then it is not known
-            data = api.model_info(base.hub_id).card_data
-    elif named is None and (Path(base.source) / "README.md").is_file():
-        data = ModelCard.load(Path(base.source) / "README.md", ignore_metadata_errors=True).data
-    return Licence(*(data.get(key) for key in ("license", "license_name", "license_link"))) if data else Licence()
-
-
-# --- the card ---
-
-
-def write_card(
-    run: FinishedRun,
-    base: Base,
-    licence: Licence,
-    folder: Path,
-    *,
-    repo: str | None,
-    revision: str | None,
-    whole_pipeline: bool,
-    curves: Sequence[tuple[str, Chart]],
-    datasets: Sequence[str],
-) -> None:
-    """Write the model card, README.md: what the Hub reads of it, and what people do."""
-    name, judge, lora = repo or folder.name, run.kind == "reward_model", run.kind == "lora" and not whole_pipeline
-    kind = ["reward-model", "llava-reward"] if base.family is None else [base.family.tag, "reinforcement-learning"]
-    results = reward_model_results(run) if judge else policy_results(run)
-    data = ModelCardData(
-        license=licence.id,
-        license_name=licence.name,
-        license_link=licence.link,
-        library_name="rlhf-t2i" if judge else "diffusers",
-        pipeline_tag="image-text-to-text" if judge else "text-to-image",
-        base_model=base.hub_id,
-        tags=["rlhf-t2i", run.facts["recipe"], *kind, *(["lora"] if lora else [])],
-        datasets=list(datasets) or None,
-        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        model_name=name.rpartition("/")[2],
-        eval_results=results,
-    )
-    if base.hub_id is not None:
-        data["base_model_relation"] = "adapter" if judge or lora else "finetune"
-    body = card_text(
-        run, base,
-        name=name, revision=revision, whole_pipeline=whole_pipeline, curves=curves, warnings=licence.warnings,
-    )  # fmt: skip
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / "README.md")
-
-
-def policy_results(run: FinishedRun) -> list[EvalResult]:
-    """The rewards of the last evaluation, in the Hub's form."""
-    asked, last = run.config["evaluation_prompts"], run.evaluations[-1]
-    return [
-        EvalResult(
-            task_type="text-to-image",
-            dataset_type="prompts",
-            dataset_name="held-out prompts of the built-in world" if asked == "shapes" else Path(asked).name,
-            metric_type=name,
-            metric_name=f"{name} ({'trained on' if name in run.trained_on else 'held out'})",
-            metric_value=last[name],
-            metric_args={"standard_error": last[key], "num_images": last["num_images"]},
-        )
-        for key in last
-        if (name := key.removesuffix("/standard_error")) != key and math.isfinite(last[name])
-    ]
-
-
-def reward_model_results(run: FinishedRun) -> list[EvalResult]:
-    """What a judge reached on each of its data sets, in the Hub's form."""
-    return [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type="preferences",
-            dataset_name=name,
-            dataset_config=name,
-            metric_type=metric["name"],
-            metric_value=metric["value"],
-            metric_args={key: metric[key] for key in ("low", "high", "count") if metric[key] is not None},
-        )
-        for name, metrics in run.measured.items()
-        for metric in metrics
-        if math.isfinite(metric["value"])
-    ]
-
-
-def refuse_tokens(folder: Path) -> None:
-    """ValueError, naming the file, if a text that would be published holds a token of the Hub."""
-    own = get_token()
-    for name in files_of(folder):
-        if not name.endswith((".safetensors", ".png")):
-            text = (folder / name).read_text(encoding="utf-8", errors="ignore")
-            if (own and own in text) or re.search(r"\bhf_[A-Za-z0-9]{30,}", text):
-                raise ValueError(
-                    f"{name} holds a token of the Hub, from the run's command or config. Take it out there."
-                )
-
-
-# --- the Hub ---
-
-
-def hub() -> HfApi:
-    """The Hub that HF_ENDPOINT names, or huggingface.co."""
+def hub_api() -> HfApi:
+    """Return a client of the Hub at HF_ENDPOINT, or of huggingface.co."""
     return HfApi(library_name="rlhf-t2i")
 
 
-def check_repo(repo: str) -> None:
-    """ValueError unless it is OWNER/NAME, as the Hub allows them."""
+def check_repo_id(repo: str) -> None:
+    """Raise ValueError unless `repo` is a valid OWNER/NAME."""
     validate_repo_id(repo)
     if repo.count("/") != 1:
         raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME.")
 
 
-def upload(
-    folder: Path, repo: str, *, private: bool, revision: str | None, api: HfApi, say: Callable[[str], None]
-) -> str:
-    """Publish a folder as one commit, whole or not at all; returns the address of the commit.
+def check_no_tokens(folder: Path) -> None:
+    """Raise ValueError, naming the file, if a text file of a publication contains an access token of the Hub."""
+    own = get_token()
+    for name in list_files(folder):
+        if not name.endswith((".safetensors", ".png")):
+            text = (folder / name).read_text(encoding="utf-8", errors="ignore")
+            if (own and own in text) or re.search(r"\bhf_[A-Za-z0-9]{30,}", text):
+                raise ValueError(
+                    f"{name} contains an access token of the Hub, from the command or config of the run. Remove it "
+                    f"from the run folder."
+                )
 
-    A broken connection is tried again, and the whole can be: what the repository holds already is not sent twice.
-    Raises PermissionError, FileExistsError, ConnectionError or OSError, saying what the Hub refused and what to do.
+
+def upload(
+    folder: Path, repo: str, *, private: bool, revision: str | None, api: HfApi, log: Callable[[str], None]
+) -> str:
+    """Upload a publication as one commit, all of it or nothing; returns the URL of the commit.
+
+    A lost connection is retried up to three times, and the call can be repeated: files that the repository holds
+    already are not sent again. Raises PermissionError, FileExistsError, ConnectionError or OSError, which say what the
+    Hub refused and what to do.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             _check_owner(repo, api)
-            there = _prepare(repo, private=private, revision=revision, api=api)
-            return _commit(folder, repo, there=there, revision=revision, api=api, say=say)
+            info = _prepare(repo, private=private, revision=revision, api=api)
+            return _commit(folder, repo, info=info, revision=revision, api=api, log=log)
         except (HTTPError, RuntimeError, ValueError) as error:
-            problem = _problem(error, repo, folder)
+            problem = _explain(error, repo, folder)
             if not isinstance(problem, ConnectionError) or attempt == _ATTEMPTS:
-                raise problem from None  # the Hub's own error may repeat what was sent
-            say(f"{problem} Trying again ...")
+                raise problem from None  # the Hub's own error may repeat the request with its token
+            log(f"{problem} Trying again ...")
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
 
 
 def _check_owner(repo: str, api: HfApi) -> None:
-    """PermissionError unless there is a token, of somebody whose the repository is or would be."""
+    """Raise PermissionError unless there is a token whose user or organisations own `repo`."""
     if get_token() is None:
-        raise PermissionError("There is no token of the Hub: set HF_TOKEN, or run `hf auth login`.")
-    me = api.whoami()
-    owners = [me["name"], *(one["name"] for one in me.get("orgs", []))]
+        raise PermissionError("There is no access token of the Hub: set HF_TOKEN, or run `hf auth login`.")
+    user = api.whoami()
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     if repo.partition("/")[0] not in owners:
         raise PermissionError(
-            f"{repo} is not yours: the token is of {me['name']}, who can publish under {' or '.join(owners)}."
+            f"{repo} has another owner: the token belongs to {user['name']}, who can publish under "
+            f"{' or '.join(owners)}."
         )
 
 
 def _prepare(repo: str, *, private: bool, revision: str | None, api: HfApi) -> ModelInfo:
-    """Have a repository and a branch to commit to; returns what is there.
+    """Create the repository and the branch if necessary; returns their present state.
 
-    FileExistsError for a repository whose files are not an earlier publication, or that is public although it must not.
+    Raises FileExistsError if the repository holds anything except an earlier publication, or is public although
+    `private` is set.
     """
     try:
         info = api.model_info(repo)
@@ -232,67 +104,67 @@ def _prepare(repo: str, *, private: bool, revision: str | None, api: HfApi) -> M
         try:
             info = api.model_info(repo, revision=revision)
         except RevisionNotFoundError:
-            _refuse_foreign(repo, info)
+            _check_only_publication(repo, info)
             api.create_branch(repo, branch=revision, exist_ok=True)
             info = api.model_info(repo, revision=revision)
-    _refuse_foreign(repo, info)
+    _check_only_publication(repo, info)
     return info
 
 
-def _refuse_foreign(repo: str, info: ModelInfo) -> None:
-    foreign = sorted(_names(info) - _HUBS_OWN)
+def _check_only_publication(repo: str, info: ModelInfo) -> None:
+    foreign = sorted(_file_names(info) - _FILES_OF_THE_HUB)
     if foreign and CHECKSUMS not in foreign:
         raise FileExistsError(
-            f"The name {repo} is taken: the repository exists, and its files ({', '.join(foreign[:3])}, ...) are no "
+            f"The name {repo} is taken: the repository exists, and its files ({', '.join(foreign[:3])}, ...) are not a "
             f"publication of rlhf-t2i. Choose another name."
         )
 
 
-def _names(info: ModelInfo) -> set[str]:
+def _file_names(info: ModelInfo) -> set[str]:
     return {sibling.rfilename for sibling in info.siblings or []}
 
 
 def _commit(
-    folder: Path, repo: str, *, there: ModelInfo, revision: str | None, api: HfApi, say: Callable[[str], None]
+    folder: Path, repo: str, *, info: ModelInfo, revision: str | None, api: HfApi, log: Callable[[str], None]
 ) -> str:
-    """One commit, on top of what is there or not at all. Not upload_folder, which may split a large folder."""
-    files = files_of(folder)
-    gone = sorted(_names(there) - _HUBS_OWN - set(files))
-    if gone:
-        say(f"removed from {repo}, because this publication does not have it: {', '.join(gone)}")
+    """Make one commit on top of the state `info`; `HfApi.upload_folder` may split a large folder into several."""
+    files = list_files(folder)
+    removed = sorted(_file_names(info) - _FILES_OF_THE_HUB - set(files))
+    if removed:
+        log(f"removed from {repo}, because this publication does not contain it: {', '.join(removed)}")
     commit = api.create_commit(
         repo,
-        [CommitOperationAdd(name, folder / name) for name in files] + [CommitOperationDelete(name) for name in gone],
-        commit_message="Publish a model tuned with rlhf-t2i",
+        [CommitOperationAdd(name, folder / name) for name in files] + [CommitOperationDelete(name) for name in removed],
+        commit_message="Publish a model fine-tuned with rlhf-t2i",
         revision=revision,
-        parent_commit=there.sha,
+        parent_commit=info.sha,
     )
     return commit.commit_url
 
 
-def _problem(error: BaseException, repo: str, folder: Path) -> OSError:
-    """What the Hub did, and what to do about it, without the token."""
-    while not isinstance(error, HTTPError) and error.__cause__ is not None:  # uploads wrap what went wrong
+def _explain(error: BaseException, repo: str, folder: Path) -> OSError:
+    """Return an exception that says what the Hub refused and what to do, without the token."""
+    while not isinstance(error, HTTPError) and error.__cause__ is not None:  # uploads wrap the original error
         error = error.__cause__
     refused = error if isinstance(error, HfHubHTTPError) else None
-    said = str((refused and refused.server_message) or error).replace(get_token() or "\0", "***")
-    said = " ".join(said.split())[:300]
+    text = str((refused and refused.server_message) or error).replace(get_token() or "\0", "***")
+    text = " ".join(text.split())[:300]
     status = refused.response.status_code if refused else None
-    again = "It is published whole or not at all; the same command can be repeated."
+    repeat = "An upload is all or nothing; the same command can be repeated."
     if isinstance(error, HTTPError) and (status is None or status >= 500):
-        return ConnectionError(f"The connection to the Hub broke ({status or 'no answer'}: {said}). {again}")
+        return ConnectionError(f"The connection to the Hub was lost ({status or 'no answer'}: {text}). {repeat}")
     match status:
         case 401:
-            return PermissionError(f"The Hub does not know the token (401: {said}). Set HF_TOKEN, or `hf auth login`.")
-        case 403:
             return PermissionError(
-                f"The token may not write to {repo} (403: {said}). It needs the right to write there."
+                f"The Hub does not accept the token (401: {text}). Set HF_TOKEN, or run `hf auth login`."
             )
+        case 403:
+            return PermissionError(f"The token has no write access to {repo} (403: {text}).")
         case 409 | 412:
-            return FileExistsError(f"{repo} was changed by somebody else in the meantime ({status}: {said}). {again}")
+            return FileExistsError(f"{repo} was changed by someone else in the meantime ({status}: {text}). {repeat}")
         case 413:
-            size, name = max(((folder / name).stat().st_size, name) for name in files_of(folder))
+            size, name = max(((folder / name).stat().st_size, name) for name in list_files(folder))
             largest = f"the largest is {name}, {size / 1e6:,.1f} MB"
-            return OSError(f"A file is too large for {repo} (413: {said}); {largest}.")
+            return OSError(f"A file is too large for {repo} (413: {text}); {largest}.")
         case _:
-            return OSError(f"The Hub refused {repo} ({status or 'in its answer'}: {said}). {again}")
+            return OSError(f"The Hub refused {repo} ({status or 'in its answer'}: {text}). {repeat}")

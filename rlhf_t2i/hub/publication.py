@@ -1,0 +1,162 @@
+"""The folder of a publication: weights, images, curves, training record, and checksums of them all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rlhf_t2i.files import sha256_of, write_atomically
+from rlhf_t2i.hub.base import Base
+from rlhf_t2i.report import Chart, charts, draw
+from rlhf_t2i.training.finished_run import WEIGHTS, FinishedRun, check_safetensors
+
+CHECKSUMS = "SHA256SUMS"
+_BACKBONE_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
+"""Suffixes of the files that are copied from a backbone's folder. Pickled weights can run code when loaded."""
+_CURVE_STYLE = (
+    "path{fill:none;stroke:#e5e2db;stroke-linecap:round;stroke-linejoin:round;stroke-width:1.5}"
+    "text{font:11px sans-serif;fill:#62676f;text-anchor:end;dominant-baseline:middle}"
+    ".training{stroke:#868b93}.evaluation{stroke:#1f6f69}.dot{stroke-width:7}"
+)
+
+
+def is_full_pipeline(run: FinishedRun, *, merge_lora: bool) -> bool:
+    """Return True if a run is published as a full diffusers pipeline, False for a LoRA or a reward model.
+
+    Raises ValueError for `merge_lora` unless the run trained a LoRA of a diffusion model.
+    """
+    if merge_lora and run.kind != "lora":
+        trained = "a reward model" if run.kind == "reward_model" else "all weights of the denoiser"
+        raise ValueError(f"merge_lora is True; it needs a run that trained a LoRA, and {run.folder} trained {trained}.")
+    return merge_lora or run.is_whole_denoiser
+
+
+def write_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: bool) -> None:
+    """Write a full pipeline, a LoRA, or a reward model together with its backbone if that is not on the Hub.
+
+    Raises ValueError for a LoRA whose base model is only a folder of this machine.
+    """
+    if is_full_pipeline(run, merge_lora=merge_lora):
+        from rlhf_t2i.models.packaging import save_tuned_pipeline  # imports torch and diffusers
+
+        save_tuned_pipeline(base.source, run.weights, folder)
+    elif run.kind == "reward_model":
+        _write_reward_model(run, base, folder)
+    elif base.hub_id is None and not base.built_in:
+        raise ValueError(
+            f"{run.folder} holds a LoRA of {base.source!r}, which is a folder of this machine. Name the same model on "
+            f"the Hub (--base OWNER/NAME), or publish a full pipeline (--merge_lora)."
+        )
+    else:
+        _copy(run.weights / WEIGHTS["lora"], folder)
+
+
+def _write_reward_model(run: FinishedRun, base: Base, folder: Path) -> None:
+    from reward_model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_config
+
+    backbone = base.hub_id or "backbone"
+    if base.hub_id is None:
+        for path in sorted(Path(base.source).iterdir()):
+            if path.suffix in _BACKBONE_FILES:
+                _copy(path, folder / backbone)
+        weights = list((folder / backbone).glob("*.safetensors"))
+        if not weights:
+            raise FileNotFoundError(
+                f"The backbone {base.source} has no safetensors: save it with save_pretrained first."
+            )
+        for path in weights:
+            check_safetensors(path)
+    _copy(run.weights / WEIGHTS_NAME, folder)
+    config = replace(read_config(run.weights), backbone=backbone)
+    (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+
+
+def write_training_record(run: FinishedRun, folder: Path) -> list[tuple[str, Chart]]:
+    """Write settings, metrics, report, images and curves of a run; returns the file and the chart of each curve."""
+    metrics = ["metrics.json", "history.json"] if run.kind == "reward_model" else ["metrics.jsonl"]
+    for name in ["config.yaml", "run.json", *metrics]:
+        _copy(run.folder / name, folder / "training")
+    if run.kind != "reward_model":
+        _copy(run.folder / "report.html", folder)
+        _copy(run.folder / "images" / "captions.json", folder / "images")
+        for name, grid in zip(("before.png", "after.png"), run.strips, strict=True):
+            shutil.copyfile(grid, folder / "images" / name)
+    curves: list[tuple[str, Chart]] = []
+    for chart in _reward_model_charts(run) if run.kind == "reward_model" else charts(run.rows):
+        name = f"curves/{re.sub('[^a-z0-9]+', '-', chart.title.lower()).strip('-')}.svg"
+        (folder / "curves").mkdir(exist_ok=True)
+        (folder / name).write_text(_svg_file(draw(chart, "step")), encoding="utf-8")
+        curves.append((name, chart))
+    return curves
+
+
+def _reward_model_charts(run: FinishedRun) -> list[Chart]:
+    """Return accuracy and loss of a reward model on its training and validation pairs."""
+
+    def points(key: str) -> list[tuple[float, float, float]]:
+        return [(float(row["step"]), float(row[key]), 0.0) for row in run.history if key in row]
+
+    notes = {"accuracy": "Fraction of pairs in the order of the labels.", "loss": "Lower is better."}
+    both = [
+        Chart(name, note, points(name), points(f"eval_{name}"), names=("training", "validation"))
+        for name, note in notes.items()
+    ]
+    return [chart for chart in both if chart.training or chart.evaluation]
+
+
+def _svg_file(svg: str) -> str:
+    """Return an inline SVG of the report as a file that stands alone, on white."""
+    opening = f'<style>{_CURVE_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
+    head, _, rest = svg.partition(">")
+    return f'{head} width="480" xmlns="http://www.w3.org/2000/svg">{opening}{rest}\n'
+
+
+@contextmanager
+def new_publication(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block ends without an exception.
+
+    Raises FileExistsError if `target` holds anything except an unchanged earlier publication.
+    """
+    if target.exists() and not (target.is_dir() and (is_publication(target) or not any(target.iterdir()))):
+        raise FileExistsError(
+            f"{target} is not empty and not an unchanged earlier publication. Choose another --folder, or remove it."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        part = Path(scratch) / target.name
+        part.mkdir()
+        yield part
+        if target.exists():
+            shutil.rmtree(target)
+        part.rename(target)
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, relative to it and sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def write_checksums(folder: Path) -> None:
+    """Write SHA256SUMS of all files in a folder, for `sha256sum -c SHA256SUMS`."""
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in list_files(folder)]
+    write_atomically(folder / CHECKSUMS, "".join(lines))
+
+
+def is_publication(folder: Path) -> bool:
+    """Return True if a folder holds exactly the files that its SHA256SUMS lists, unchanged."""
+    if not (folder / CHECKSUMS).is_file():
+        return False
+    lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    listed = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+    present = [name for name in list_files(folder) if name != CHECKSUMS]
+    return sorted(listed) == present and all(sha256_of(folder / name) == listed[name] for name in present)
+
+
+def _copy(path: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, folder / path.name)

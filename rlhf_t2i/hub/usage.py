@@ -1,0 +1,54 @@
+"""Python code for a model card: loading the published model, and repeating the first evaluation image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from rlhf_t2i.hub.base import Base
+from rlhf_t2i.training.finished_run import WEIGHTS, FinishedRun
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def diffusers_usage(
+    run: FinishedRun, base: Base, name: str, *, revision: str | None, full_pipeline: bool
+) -> tuple[str, str]:
+    """Return code for plain diffusers: one part loads `pipe` and samples, the next repeats the first evaluation image.
+
+    `name` is the Hub id or the folder of the publication.
+    """
+    assert base.family is not None
+    arguments: dict[str, Any] = {
+        "base": base,
+        "built_in_folder": "shapes/weights/flow" if base.source == "shapes-flow" else "shapes/weights",
+        "pipeline": base.family.pipeline_class.__name__,
+        "is_flow": base.family.is_flow,
+        "name": name,
+        "revision": revision,
+        "full_pipeline": full_pipeline,
+        "weight_name": WEIGHTS["lora"],
+        "prompt": json.dumps(run.captions["prompts"][0], ensure_ascii=False),
+        "seed": run.captions["seeds"][0],
+        "num_steps": run.num_evaluation_steps,
+        "guidance_scale": run.config["guidance_scale"] - 1 + base.family.guidance_when_off,
+        "resolution": run.resolution,
+        "eta": run.config["evaluation_eta"],
+    }
+    usage, first_image = (TEMPLATES.get_template(file) for file in ("use_pipeline.py.jinja", "first_image.py.jinja"))
+    return usage.render(arguments), first_image.render(arguments)
+
+
+def reward_model_usage(run: FinishedRun, name: str, *, revision: str | None) -> str:
+    """Return code that loads and calls the reward model `name`, a Hub id or a folder."""
+    pairwise = run.config.get("loss") == "general_preference"
+    return TEMPLATES.get_template("use_reward_model.py.jinja").render(name=name, revision=revision, pairwise=pairwise)
