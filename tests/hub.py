@@ -161,7 +161,7 @@ class FakeHub:
         repo = f"{request['organization']}/{request['name']}"
         if repo in self.repos:
             raise RefusedError(409, "You already created this model repo")
-        self.repos[repo] = Repository(private=asked.get("visibility") == "private")
+        self.repos[repo] = Repository(private=request.get("visibility") == "private")
         return {"url": f"{self.endpoint}/{repo}"}
 
     def branch(self, repo: str, branch: str) -> Any:
