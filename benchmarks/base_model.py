@@ -11,7 +11,7 @@ from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.shapes.oracle import judge, shows_something
+from rlhf_t2i.shapes.oracle import oracle_scores, shows_something
 from rlhf_t2i.shapes.scenes import all_scenes, render
 from rlhf_t2i.training.evaluation import evaluate, evaluation_set
 from rlhf_t2i.types import Sampler
@@ -49,7 +49,7 @@ def main() -> None:
         scenes = [every[i] for i in rng.integers(len(every), size=1_000)]
         with torch.no_grad():
             restored = base.decode(base.family.autoencoder.vae.encode(render(scenes, rng=rng) * 2 - 1).latents)
-        passed = judge(restored, [scene.prompt for scene in scenes]).passed.float().mean()
+        passed = oracle_scores(restored, [scene.prompt for scene in scenes]).passed.float().mean()
         lines.append(f"\nautoencoder, tier {tier}: {passed:.3f} of 1,000 reconstructions pass")
     print("\n".join(lines))  # noqa: T201
 

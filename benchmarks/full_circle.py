@@ -52,7 +52,7 @@ pipe.set_progress_bar_config(disable=True)
 prompts = all_prompts("held-out")
 images = pipe(prompts, num_inference_steps=8, guidance_scale=1.0, output_type="pt",
               generator=torch.Generator().manual_seed(0)).images
-passed = oracle.judge(images, prompts).passed.float().mean().item()
+passed = oracle.oracle_scores(images, prompts).passed.float().mean().item()
 score = judge.score(images, prompts).mean().item()
 print(f"{len(prompts)} held-out prompts: {passed:.2f} pass the oracle, mean score {score:.3f}")
 """
@@ -120,7 +120,7 @@ def answer_all(address: str) -> dict[str, int]:
                 for side in ("left", "right")
             ]
             pixels = torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2).float() / 255
-            left, right = oracle.judge(pixels, [pair["prompt"]] * 2).graded.tolist()
+            left, right = oracle.oracle_scores(pixels, [pair["prompt"]] * 2).graded.tolist()
             key = "left" if left > right else "right"
             if abs(left - right) < CLEARLY:
                 key = "tie" if max(left, right) > 0.5 else "bad"

@@ -121,10 +121,12 @@ def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """Each evaluation with the seconds of training before it, and the gap as the report draws it."""
     looks = [i for i, row in enumerate(rows) if row["kind"] == "evaluation"]
     first = rows[looks[0]]
-    spread = {name: first[f"{name}/standard_error"] * first["num_images"] ** 0.5 for name in ("llava_reward", "oracle")}
+    reward_std = {
+        name: first[f"{name}/standard_error"] * first["num_images"] ** 0.5 for name in ("llava_reward", "oracle")
+    }
     points: list[dict[str, float]] = []
     for i in looks:
-        gained = {name: (rows[i][name] - first[name]) / spread[name] for name in spread}
+        gained = {name: (rows[i][name] - first[name]) / reward_std[name] for name in reward_std}
         points.append({
             "seconds": trained(rows[:i]), "pass": 100 * rows[i]["oracle_pass"], "llava_reward": rows[i]["llava_reward"],
             "gap": gained["llava_reward"] - gained["oracle"], "diversity": rows[i]["diversity"],
@@ -147,8 +149,8 @@ def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
     """Of the untouched model: for n = 1, 2, 4, 8, 16 the pass rate and the judge's score of what it picks."""
     import torch
 
-    from rlhf_t2i.search.api import best_of_n as search
-    from rlhf_t2i.search.best_of_n import expected_best
+    from rlhf_t2i.search import best_of_n as search
+    from rlhf_t2i.search.candidates import expected_best
     from rlhf_t2i.shapes import oracle
     from rlhf_t2i.shapes.scenes import all_prompts
 
@@ -158,11 +160,11 @@ def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
 
     model = load_policy(arguments.model, device=torch.device("cpu"))
     found = search(
-        model, prompts, "llava_reward", n=16, num_denoising_steps=8, guidance_scale=1.0, batch_size=64,
-        seed=10_000_000 * (seed + 1),
+        model, prompts, "llava_reward", num_candidates=16, num_denoising_steps=8, guidance_scale=1.0,
+        microbatch_size=64, seed=10_000_000 * (seed + 1),
     )  # fmt: skip
-    scores = found.verdict.reward
-    passed = oracle.judge(found.images.flatten(0, 1), [p for p in prompts for _ in range(16)]).passed
+    scores = found.scores.reward
+    passed = oracle.oracle_scores(found.images.flatten(0, 1), [p for p in prompts for _ in range(16)]).passed
     values = passed.float().view(scores.shape)
     picked, liked = expected_best(scores, values).mean(0), expected_best(scores).mean(0)
     return [[n, 100 * picked[n - 1].item(), liked[n - 1].item()] for n in (1, 2, 4, 8, 16)]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_t2i.shapes.oracle import judge
+from rlhf_t2i.shapes.oracle import oracle_scores
 from rlhf_t2i.shapes.scenes import all_scenes, render
 
 NUM_IMAGES = 1_000
@@ -53,9 +53,9 @@ def main() -> None:
         cells: list[str] = []
         for distort in distortions.values():
             start = time.perf_counter()
-            verdict = judge(distort(images), prompts)
+            scores = oracle_scores(distort(images), prompts)
             seconds, judged = seconds + time.perf_counter() - start, judged + NUM_IMAGES
-            cells.append(f"{verdict.passed.float().mean():.3f} / {verdict.graded.mean():.3f}")
+            cells.append(f"{scores.passed.float().mean():.3f} / {scores.graded.mean():.3f}")
         lines.append(f"| {tier} | " + " | ".join(cells) + " |")
     lines.append(f"\n{judged / seconds:.0f} images/s on one core")
     print("\n".join(lines))  # noqa: T201

@@ -20,11 +20,11 @@ from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.search.best_of_n import best_of_n, expected_best, pruned_best_of_n
+from rlhf_t2i.search.candidates import best_of_n, expected_best, pruned_best_of_n
 from rlhf_t2i.search.context import Candidates, RewardFunction, SearchContext
-from rlhf_t2i.search.fk_steering import fk_steering, reward_spread
 from rlhf_t2i.search.noise_search import gradient_search, neighbourhood_search
 from rlhf_t2i.search.particles import PotentialName
+from rlhf_t2i.search.steering import fk_steering, measure_reward_std
 from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for
 from rlhf_t2i.shapes import oracle
 from rlhf_t2i.types import DiffusionModel, Sampler
@@ -60,19 +60,21 @@ class Bench:
 
     def context(self, *, eta: float) -> SearchContext:
         sampler = Sampler(self.model.schedule(NUM_STEPS), partial(ddim, eta=eta), self.guidance_scale)
-        return SearchContext(self.model, self.judge, sampler=sampler, batch_size=128)
+        return SearchContext(self.model, self.judge, sampler=sampler, microbatch_size=128)
 
     def generators(self, num: int) -> list[torch.Generator]:
         return [generator_for(self.seed, SAMPLE, p, i) for p in range(len(self.prompts)) for i in range(num)]
 
-    def spread(self) -> float:
+    def reward_std(self) -> float:
         few = list(dict.fromkeys(self.prompts))
-        pilots = [generator_for(self.seed, CALIBRATE, i) for i in range(4 * len(few))]
-        return reward_spread(self.context(eta=1.0), few, generators=pilots)
+        calibration_generators = [generator_for(self.seed, CALIBRATE, i) for i in range(4 * len(few))]
+        return measure_reward_std(self.context(eta=1.0), few, generators=calibration_generators)
 
-    def steered(self, num: int, *, spread: float, potential: PotentialName, ess_threshold: float = 1.0) -> Candidates:
+    def steered(
+        self, num: int, *, reward_std: float, potential: PotentialName, ess_threshold: float = 1.0
+    ) -> Candidates:
         return fk_steering(
-            self.context(eta=1.0), self.prompts, strength=STRENGTH, spread=spread, potential=potential,
+            self.context(eta=1.0), self.prompts, strength=STRENGTH, reward_std=reward_std, potential=potential,
             resample_after=RESAMPLE_AFTER, ess_threshold=ess_threshold, generators=self.generators(num),
             resampling=[generator_for(self.seed, RESAMPLE, p) for p in range(len(self.prompts))],
         ).candidates  # fmt: skip
@@ -80,8 +82,8 @@ class Bench:
     def outcome(self, found: Candidates) -> Outcome:
         """The picked images', and the cost of one search."""
         count, cost = len(self.prompts), found.cost
-        reward = found.verdict.reward.gather(1, found.picked[:, None])
-        passed = oracle.judge(found.best, self.prompts).passed.float().mean().item()
+        reward = found.scores.reward.gather(1, found.selected[:, None])
+        passed = oracle.oracle_scores(found.best, self.prompts).passed.float().mean().item()
         return Outcome(
             cost.denoiser_calls / count, cost.reward_calls / count, cost.seconds / count, reward.mean().item(), passed
         )
@@ -90,8 +92,8 @@ class Bench:
         """Best-of-n for n = 1, 2, 4 ... up to `num`, from one run."""
         found = best_of_n(self.context(eta=eta), self.prompts, generators=self.generators(num))
         texts = [prompt for prompt in self.prompts for _ in range(num)]
-        passed = oracle.judge(found.images.flatten(0, 1), texts).passed.float().unflatten(0, (-1, num))
-        reward, cost, count = found.verdict.reward, found.cost, num * len(self.prompts)
+        passed = oracle.oracle_scores(found.images.flatten(0, 1), texts).passed.float().unflatten(0, (-1, num))
+        reward, cost, count = found.scores.reward, found.cost, num * len(self.prompts)
         rewards, passes = expected_best(reward).mean(0), expected_best(reward, passed).mean(0)
 
         def outcome(n: int) -> Outcome:
@@ -115,13 +117,13 @@ def methods(bench: Bench) -> dict[str, Outcome]:
         found = pruned_best_of_n(bench.context(eta=0.0), bench.prompts, keep=keep, generators=bench.generators(num))
         said = ", ".join(f"{kept} after {after}" for after, kept in keep.items())
         rows[f"pruned best of {num}: {said}"] = bench.outcome(found.candidates)
-    spread = bench.spread()
+    reward_std = bench.reward_std()
     for num in (8, 16):
         for potential in POTENTIALS:
             rows[f"FK, {num} particles, {potential}"] = bench.outcome(
-                bench.steered(num, spread=spread, potential=potential)
+                bench.steered(num, reward_std=reward_std, potential=potential)
             )
-    adaptive = bench.steered(16, spread=spread, potential="difference", ess_threshold=0.5)
+    adaptive = bench.steered(16, reward_std=reward_std, potential="difference", ess_threshold=0.5)
     rows["FK, 16 particles, difference, adaptive"] = bench.outcome(adaptive)
     context = partial(bench.context, eta=0.0)
     for similarity in (0.0, 0.8, 0.95):
@@ -139,7 +141,7 @@ def guided(benches: dict[str, Bench]) -> dict[str, float]:
     plain = next(iter(benches.values()))
     rows = {"no judge": plain.curve(1, eta=1.0)[1].passed}
     for name, bench in benches.items():
-        found = bench.steered(NUM_GUIDED_PARTICLES, spread=bench.spread(), potential="max")
+        found = bench.steered(NUM_GUIDED_PARTICLES, reward_std=bench.reward_std(), potential="max")
         rows[name] = bench.outcome(found).passed
     return rows
 

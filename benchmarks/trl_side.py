@@ -33,7 +33,7 @@ def trainer(model: str, learning_rate: float, **more: Any) -> DDPOTrainer:
     prompts, chance = all_prompts("training"), random.Random(0)
 
     def reward(images: torch.Tensor, prompts: list[str], metadata: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        return oracle.judge(images.float().clamp(0, 1), prompts).graded, {}
+        return oracle.oracle_scores(images.float().clamp(0, 1), prompts).graded, {}
 
     config = DDPOConfig(**{**SETTINGS, "train_learning_rate": learning_rate, **more})
     # Without a hook for images DDPOTrainer fails at its own warning, and with one it asks for a tracker later.

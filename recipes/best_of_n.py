@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_t2i.config import Rule, names, parse_config
-from rlhf_t2i.report.search import Found
-from rlhf_t2i.search.best_of_n import best_of_n, check_pruning, halving, pruned_best_of_n
-from rlhf_t2i.search.run import SearchConfig, numbers, start_search
+from rlhf_t2i.report.search import SearchRecord
+from rlhf_t2i.search.candidates import best_of_n, check_pruning, halving, pruned_best_of_n
+from rlhf_t2i.search.run import SearchConfig, finite_or_none, start_search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,27 +48,29 @@ class Config(SearchConfig):
         return halving(self.n, after=[int(part) for part in names(self.prune_after)])
 
 
-def main(config: Config) -> list[Found]:
-    """Paint, judge, keep the best."""
+def main(config: Config) -> list[SearchRecord]:
+    """Generate N images of each prompt, score them, keep the best."""
     check_pruning(config.keep, num=config.n, num_steps=config.num_denoising_steps)
     search = start_search(config, recipe="best_of_n", eta=config.eta)
     for tasks in search.batches():
         prompts, seeds = [task.text for task in tasks], [task.seeds(config.seed, config.n) for task in tasks]
-        whole = None
+        baseline = None
         if config.compare or not config.keep:
-            whole = best_of_n(search.context, prompts, generators=search.generators(tasks, config.n))
-        if whole and not config.keep:
-            search.finish(tasks, whole, plain=whole, seeds=seeds)
+            baseline = best_of_n(search.context, prompts, generators=search.generators(tasks, config.n))
+        if baseline and not config.keep:
+            search.write_results(tasks, baseline, baseline=baseline, seeds=seeds)
             continue
         pruned = pruned_best_of_n(
             search.context, prompts, keep=config.keep, generators=search.generators(tasks, config.n)
         )
-        own = [[seeds[i][int(j)] for j in survivors] for i, survivors in enumerate(pruned.survivors)]
-        early = [
-            {str(after): numbers(verdict.reward[i]) for after, verdict in pruned.rounds.items()}
+        survivor_seeds = [[seeds[i][int(j)] for j in survivors] for i, survivors in enumerate(pruned.survivors)]
+        early_rewards = [
+            {str(after): finite_or_none(scores.reward[i]) for after, scores in pruned.rounds.items()}
             for i in range(len(tasks))
         ]
-        search.finish(tasks, pruned.candidates, plain=whole, seeds=own, early_rewards=early)
+        search.write_results(
+            tasks, pruned.candidates, baseline=baseline, seeds=survivor_seeds, early_rewards=early_rewards
+        )
     return search.close()
 
 

@@ -19,18 +19,14 @@ that GenEval's scorer reads.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from rlhf_t2i.config import Rule, names, parse_config
-from rlhf_t2i.files import write_atomically
-from rlhf_t2i.report.search import Found
-from rlhf_t2i.search.best_of_n import best_of_n
-from rlhf_t2i.search.fk_steering import check_steering, fk_steering, reward_spread
+from rlhf_t2i.report.search import SearchRecord
+from rlhf_t2i.search.candidates import best_of_n
 from rlhf_t2i.search.particles import PotentialName
-from rlhf_t2i.search.run import Search, SearchConfig, start_search
-
-NUM_CALIBRATION_PROMPTS, NUM_CALIBRATION_IMAGES = 16, 4
+from rlhf_t2i.search.run import SearchConfig, start_search
+from rlhf_t2i.search.steering import check_steering, fk_steering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,40 +71,31 @@ class Config(SearchConfig):
         return sorted(int(part) for part in names(self.resample_after))
 
 
-def main(config: Config) -> list[Found]:
-    """Paint crowds, steer them, keep the best."""
+def main(config: Config) -> list[SearchRecord]:
+    """Sample and resample particles of each prompt, keep the best."""
     search = start_search(config, recipe="fk_steering", eta=config.eta)
-    check_steering(search.context, config.resampling_steps, spread=1.0, ess_threshold=config.ess_threshold)
-    spread = config.spread or measured_spread(search)
+    check_steering(search.context, config.resampling_steps, reward_std=1.0, ess_threshold=config.ess_threshold)
+    reward_std = config.spread or search.measured_reward_std()
     for tasks in search.batches():
-        prompts, seeds = (
-            [task.text for task in tasks],
-            [task.seeds(config.seed, config.num_particles) for task in tasks],
-        )
-        plain = None
+        prompts = [task.text for task in tasks]
+        seeds = [task.seeds(config.seed, config.num_particles) for task in tasks]
+        baseline = None
         if config.compare:
-            plain = best_of_n(search.context, prompts, generators=search.generators(tasks, config.num_particles))
+            baseline = best_of_n(search.context, prompts, generators=search.generators(tasks, config.num_particles))
         steered = fk_steering(
-            search.context, prompts, strength=config.strength, spread=spread, potential=config.potential,
+            search.context, prompts, strength=config.strength, reward_std=reward_std, potential=config.potential,
             resample_after=config.resampling_steps, ess_threshold=config.ess_threshold,
-            generators=search.generators(tasks, config.num_particles), resampling=search.resampling(tasks),
+            generators=search.generators(tasks, config.num_particles), resampling=search.resampling_generators(tasks),
         )  # fmt: skip
-        effective = [{str(k): round(v[i].item(), 4) for k, v in steered.effective.items()} for i in range(len(tasks))]
-        weights = steered.log_weights.softmax(dim=1).tolist()
-        search.finish(tasks, steered.candidates, plain=plain, seeds=seeds, effective=effective, weights=weights)
+        sample_sizes = [
+            {str(after): round(sizes[i].item(), 4) for after, sizes in steered.effective_sample_size.items()}
+            for i in range(len(tasks))
+        ]
+        search.write_results(
+            tasks, steered.candidates, baseline=baseline, seeds=seeds, effective_sample_size=sample_sizes,
+            weights=steered.log_weights.softmax(dim=1).tolist(),
+        )  # fmt: skip
     return search.close()
-
-
-def measured_spread(search: Search) -> float:
-    """The reward's spread on plain images; measured once in a run, whose later sessions read it."""
-    path = search.run.folder / "spread.json"
-    if search.run.is_main and not path.is_file():
-        prompts = search.prompts[:NUM_CALIBRATION_PROMPTS]
-        spread = reward_spread(search.context, prompts, generators=search.pilots(len(prompts) * NUM_CALIBRATION_IMAGES))
-        write_atomically(path, json.dumps({"spread": spread, "images": len(prompts) * NUM_CALIBRATION_IMAGES}))
-        search.run.say(f"The reward's standard deviation among images of one prompt is {spread:.3g}.")
-    search.run.accelerator.wait_for_everyone()
-    return json.loads(path.read_text())["spread"]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rlhf_t2i.models.base import PipelinePolicy
 from rlhf_t2i.models.load import BUILT_IN, BUILT_IN_FLOW, load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.shapes.oracle import judge, shows_something
+from rlhf_t2i.shapes.oracle import oracle_scores, shows_something
 from rlhf_t2i.shapes.scenes import all_scenes, render
 from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set
 from rlhf_t2i.types import Sampler
@@ -63,7 +63,7 @@ def test_its_autoencoder_keeps_what_the_oracle_sees(base: PipelinePolicy) -> Non
     images = render(scenes, rng=rng)
     with torch.no_grad():
         restored = base.decode(base.family.autoencoder.vae.encode(images * 2 - 1).latents)
-    assert judge(restored, [scene.prompt for scene in scenes]).passed.float().mean() >= 0.98
+    assert oracle_scores(restored, [scene.prompt for scene in scenes]).passed.float().mean() >= 0.98
 
 
 def test_it_is_small_and_holds_nothing_but_weights() -> None:

@@ -116,8 +116,8 @@ def test_fk_steering_of_sdxl_runs_on_genevals_prompts(tiny_sdxl: Path, tmp_path:
         "images_per_prompt": 1, "run_folder": tmp_path / "run", "num_cpu_threads": 1,
     }  # fmt: skip
     (one,) = fk_steering.main(read(fk_steering, CONFIGS / "fk_sdxl_geneval.yaml", **small))
-    assert one.row["found"]["cost"]["denoiser_calls"] == 800
-    assert one.row["found"]["cost"]["reward_calls"] == 20
+    assert one.row["searched"]["cost"]["denoiser_calls"] == 800
+    assert one.row["searched"]["cost"]["reward_calls"] == 20
 
 
 @pytest.mark.parametrize(

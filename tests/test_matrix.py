@@ -106,9 +106,9 @@ def test_a_image_is_searched(recipe: str, model: str, request: pytest.FixtureReq
         run_folder=str(tmp_path / "run"), num_cpu_threads=1, **size,
     )  # fmt: skip
     (found,) = SEARCHING[recipe].main(config)
-    scores = found.row["found"]["scores"]["reward"]
+    scores = found.row["searched"]["scores"]["reward"]
     assert len(scores) == 2
-    assert scores[found.row["found"]["picked"]] == max(scores)
+    assert scores[found.row["searched"]["selected"]] == max(scores)
 
 
 def table() -> str:

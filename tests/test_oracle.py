@@ -12,7 +12,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from rlhf_t2i.shapes.oracle import Verdict, judge, shows_something
+from rlhf_t2i.shapes.oracle import OracleScores, oracle_scores, shows_something
 from rlhf_t2i.shapes.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, Thing, all_scenes, render
 
 NUM_RENDERS = 700
@@ -86,29 +86,29 @@ def test_a_near_miss_does_not_pass_and_scores_less_than_half(tier: str, wrong: o
     pairs: list[tuple[Scene, Scene]] = [(scene, shown) for scene in renders(tier)[1] for shown in wrong(scene)]
     pairs.sort(key=repr)
     pairs = [pairs[i] for i in rng.integers(0, len(pairs), 200)]
-    verdict = judge(render([shown for _, shown in pairs], rng=rng), [asked.prompt for asked, _ in pairs])
-    assert verdict.passed.float().mean() <= 0.02
-    high = verdict.graded >= 0.5
+    scores = oracle_scores(render([shown for _, shown in pairs], rng=rng), [asked.prompt for asked, _ in pairs])
+    assert scores.passed.float().mean() <= 0.02
+    high = scores.graded >= 0.5
     fooled = [(asked.prompt, shown) for (asked, shown), is_high in zip(pairs, high.tolist(), strict=True) if is_high]
     assert not fooled, f"{len(fooled)} of {len(pairs)}, such as {fooled[:3]}"
 
 
 @cache
-def verdicts(tier: str) -> Verdict:
+def scores_of_tier(tier: str) -> OracleScores:
     """What the oracle says of a tier's images."""
     images, scenes = renders(tier)
-    return judge(images, prompts_of(scenes))
+    return oracle_scores(images, prompts_of(scenes))
 
 
 def test_a_true_image_passes() -> None:
     """Over the three tiers together, 2,100 images; and in none of them is there much to be missed."""
-    passed = torch.stack([verdicts(tier).passed for tier in ("one", "count", "relation")]).float()
+    passed = torch.stack([scores_of_tier(tier).passed for tier in ("one", "count", "relation")]).float()
     assert passed.mean() >= 0.99
     assert (passed.mean(1) >= 0.98).all()
 
 
 def test_a_true_image_scores_above_nine_tenths() -> None:
-    graded = torch.stack([verdicts(tier).graded for tier in ("one", "count", "relation")])
+    graded = torch.stack([scores_of_tier(tier).graded for tier in ("one", "count", "relation")])
     assert (graded > 0.9).float().mean() >= 0.99
 
 
@@ -121,9 +121,9 @@ def test_a_small_triangle_is_not_taken_for_a_square() -> None:
     """Its apex is thinner than a pixel, and may be all that tells it from one."""
     shown = Scene((Thing("red", "triangle"), Thing("green", "triangle")), "blue", "above")
     images = render([shown] * 400, rng=np.random.default_rng(0))
-    verdict = judge(images, ["a red square above a green triangle on a blue background"] * 400)
-    assert (verdict.graded >= 0.5).sum() == 0
-    assert judge(images, [shown.prompt] * 400).passed.float().mean() >= 0.99
+    scores = oracle_scores(images, ["a red square above a green triangle on a blue background"] * 400)
+    assert (scores.graded >= 0.5).sum() == 0
+    assert oracle_scores(images, [shown.prompt] * 400).passed.float().mean() >= 0.99
 
 
 def test_noise_shows_nothing() -> None:
@@ -139,9 +139,9 @@ def test_an_empty_image_scores_low_and_shows_nothing(brightness: float) -> None:
     """Even against a prompt whose background it has: the thing's colour, its shape and the count are wrong."""
     scenes = all_scenes("one") + all_scenes("count") + all_scenes("relation")[::20]
     empty = torch.full((len(scenes), 3, 32, 32), brightness)
-    verdict = judge(empty, prompts_of(scenes))
-    assert not verdict.passed.any()
-    assert verdict.graded.max() < 0.2
+    scores = oracle_scores(empty, prompts_of(scenes))
+    assert not scores.passed.any()
+    assert scores.graded.max() < 0.2
     assert not shows_something(empty).any()
 
 
@@ -150,7 +150,7 @@ def test_drawing_the_wrong_thing_is_no_worse_than_drawing_none() -> None:
     drawn = render([Scene((Thing("green", "square"),), "blue")], rng=np.random.default_rng(0))
     empty = drawn[:, :, :1, :1].expand_as(drawn)
     prompt = "a red circle on a blue background"
-    assert judge(drawn, [prompt]).graded >= judge(empty, [prompt]).graded
+    assert oracle_scores(drawn, [prompt]).graded >= oracle_scores(empty, [prompt]).graded
 
 
 # --- blur and noise -------------------------------------------------------------------------------
@@ -160,24 +160,24 @@ def test_drawing_the_wrong_thing_is_no_worse_than_drawing_none() -> None:
 def test_noise_hardly_changes_the_verdict_on_one_thing(std: float, at_least: float) -> None:
     images, scenes = renders("one")
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    verdict = judge((images + std * noise).clamp(0, 1), prompts_of(scenes))
-    assert verdict.passed.float().mean() >= at_least
-    assert verdict.graded.mean() >= at_least - 0.03
+    scores = oracle_scores((images + std * noise).clamp(0, 1), prompts_of(scenes))
+    assert scores.passed.float().mean() >= at_least
+    assert scores.graded.mean() >= at_least - 0.03
 
 
 @pytest.mark.parametrize(("sigma", "at_least"), [(0.7, 0.99), (0.9, 0.99), (1.2, 0.97)])
 def test_blur_hardly_changes_the_verdict_on_one_thing(sigma: float, at_least: float) -> None:
     images, scenes = renders("one")
-    verdict = judge(torch.from_numpy(gaussian_filter(images.numpy(), (0, 0, sigma, sigma))), prompts_of(scenes))
-    assert verdict.passed.float().mean() >= at_least
-    assert verdict.graded.mean() >= at_least - 0.01
+    scores = oracle_scores(torch.from_numpy(gaussian_filter(images.numpy(), (0, 0, sigma, sigma))), prompts_of(scenes))
+    assert scores.passed.float().mean() >= at_least
+    assert scores.graded.mean() >= at_least - 0.01
 
 
 def test_values_beyond_the_image_do_not_matter() -> None:
     images, scenes = renders("one")
     stretched = (images - 0.5) * 3 + 0.5
-    inside = judge(stretched.clamp(0, 1), prompts_of(scenes)).graded
-    assert torch.equal(judge(stretched, prompts_of(scenes)).graded, inside)
+    inside = oracle_scores(stretched.clamp(0, 1), prompts_of(scenes)).graded
+    assert torch.equal(oracle_scores(stretched, prompts_of(scenes)).graded, inside)
 
 
 # --- neighbours, order, size ----------------------------------------------------------------------
@@ -193,17 +193,17 @@ def doubtful() -> tuple[Tensor, list[str]]:
 
 def test_the_verdict_does_not_depend_on_neighbours() -> None:
     images, prompts = doubtful()
-    together = judge(images, prompts)
-    alone = [judge(images[i : i + 1], prompts[i : i + 1]) for i in range(len(prompts))]
+    together = oracle_scores(images, prompts)
+    alone = [oracle_scores(images[i : i + 1], prompts[i : i + 1]) for i in range(len(prompts))]
     assert len(together.graded.unique()) > 30
-    torch.testing.assert_close(torch.cat([verdict.graded for verdict in alone]), together.graded, rtol=0, atol=1e-5)
-    assert torch.equal(torch.cat([verdict.passed for verdict in alone]), together.passed)
+    torch.testing.assert_close(torch.cat([scores.graded for scores in alone]), together.graded, rtol=0, atol=1e-5)
+    assert torch.equal(torch.cat([scores.passed for scores in alone]), together.passed)
 
 
 def test_the_verdict_does_not_depend_on_order() -> None:
     images, prompts = doubtful()
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
-    straight, shuffled = judge(images, prompts), judge(images[order], [prompts[i] for i in order])
+    straight, shuffled = oracle_scores(images, prompts), oracle_scores(images[order], [prompts[i] for i in order])
     torch.testing.assert_close(shuffled.graded, straight.graded[order], rtol=0, atol=1e-5)
     assert torch.equal(shuffled.passed, straight.passed[order])
 
@@ -212,7 +212,9 @@ def test_the_verdict_does_not_depend_on_order() -> None:
 @pytest.mark.parametrize("size", [64, 96])
 def test_a_larger_image_is_judged_alike(tier: str, size: int) -> None:
     scenes = renders(tier)[1][:120]
-    small, large = (judge(render(scenes, rng=np.random.default_rng(3), size=n), prompts_of(scenes)) for n in (32, size))
+    small, large = (
+        oracle_scores(render(scenes, rng=np.random.default_rng(3), size=n), prompts_of(scenes)) for n in (32, size)
+    )
     assert (large.passed == small.passed).float().mean() >= 0.97
     assert large.passed.float().mean() >= 0.98
     assert (large.graded - small.graded).abs().mean() < 0.03
@@ -221,22 +223,22 @@ def test_a_larger_image_is_judged_alike(tier: str, size: int) -> None:
 def test_the_verdict_has_no_gradient_and_changes_no_image() -> None:
     images = renders("one")[0][:4].clone().requires_grad_()
     before = images.detach().clone()
-    verdict = judge(images, prompts_of(renders("one")[1][:4]))
-    assert not verdict.graded.requires_grad
+    scores = oracle_scores(images, prompts_of(renders("one")[1][:4]))
+    assert not scores.graded.requires_grad
     assert torch.equal(images, before)
 
 
 def test_no_images_give_no_verdicts() -> None:
-    assert judge(torch.zeros(0, 3, 32, 32), []).graded.tolist() == []
+    assert oracle_scores(torch.zeros(0, 3, 32, 32), []).graded.tolist() == []
     assert shows_something(torch.zeros(0, 3, 32, 32)).tolist() == []
 
 
 @pytest.mark.parametrize("num_prompts", [0, 1, 3])
 def test_as_many_prompts_as_images_are_asked_for_with_both_numbers(num_prompts: int) -> None:
     with pytest.raises(ValueError, match=f"2 images came with {num_prompts} prompts"):
-        judge(torch.zeros(2, 3, 32, 32), ["a red circle on a blue background"] * num_prompts)
+        oracle_scores(torch.zeros(2, 3, 32, 32), ["a red circle on a blue background"] * num_prompts)
 
 
 def test_a_prompt_of_another_world_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'a fox'.*not in the grammar"):
-        judge(torch.zeros(1, 3, 32, 32), ["a fox"])
+        oracle_scores(torch.zeros(1, 3, 32, 32), ["a fox"])

@@ -13,7 +13,7 @@ import torch
 from reward_model.datasets import load_records
 from reward_model.images import to_tensor
 from reward_model.types import PreferencePair
-from rlhf_t2i.shapes.oracle import judge, recognise
+from rlhf_t2i.shapes.oracle import oracle_scores, recognise
 from rlhf_t2i.shapes.pairs import MIN_GAP, a_near_miss, near_misses, write_pairs
 from rlhf_t2i.shapes.scenes import Scene, Thing, all_prompts, all_scenes, parse_prompt, render
 
@@ -58,8 +58,8 @@ def test_the_oracle_passes_a_scene_and_not_its_near_miss(tier: Any) -> None:
     scenes = [all_scenes(tier)[i] for i in rng.integers(0, len(all_scenes(tier)), 100)]
     prompts = [scene.prompt for scene in scenes]
     right, wrong = render(scenes, rng=rng), render([a_near_miss(scene, rng) for scene in scenes], rng=rng)
-    assert judge(right, prompts).passed.float().mean() >= 0.97
-    assert judge(wrong, prompts).passed.float().mean() <= 0.02
+    assert oracle_scores(right, prompts).passed.float().mean() >= 0.97
+    assert oracle_scores(wrong, prompts).passed.float().mean() <= 0.02
 
 
 def test_what_is_recognised_is_what_was_drawn() -> None:
@@ -108,7 +108,7 @@ def test_training_and_test_share_no_image(folder: Path) -> None:
 def test_the_winner_of_a_painted_pair_is_the_oracles(folder: Path) -> None:
     for pair in pairs_of(folder, "test_painted"):
         images = torch.stack([to_tensor(pair.winner), to_tensor(pair.loser)])
-        better, worse = judge(images, [pair.winner_prompt] * 2).graded.tolist()
+        better, worse = oracle_scores(images, [pair.winner_prompt] * 2).graded.tolist()
         assert better - worse > MIN_GAP
         assert pair.rating_gap == pytest.approx(better - worse, abs=1e-3)
 

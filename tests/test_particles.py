@@ -1,4 +1,4 @@
-"""Weights, resampling and potentials: by hand, against slow loops, and in the limits."""
+"""Weights, resampling and potentials of FK steering: by hand, against slow references, and in the limits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rlhf_t2i.search.particles import (
     effective_sample_size,
     new_particles,
     resample,
+    reweight,
+    reweight_finished,
     systematic_resample,
-    weigh,
-    weigh_finished,
 )
 from tests import reference
 
@@ -27,35 +27,35 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
-@pytest.mark.parametrize("shift", [0.0, -30.0])  # max must not take 0 for the highest of negative rewards
+@pytest.mark.parametrize("shift", [0.0, -30.0])  # max must not take 0 as the maximum of negative rewards
 def test_every_potential_against_the_reference(potential: PotentialName, shift: float) -> None:
     rewards = torch.randn(5, 1, 3, generator=generator(), dtype=torch.float64) + shift
     particles = new_particles(1, 3, potential=potential)
-    seen: list[torch.Tensor] = []
+    log_potentials: list[torch.Tensor] = []
     for r in rewards[:-1]:
-        after = weigh(particles, r, potential=potential, strength=1.7)
-        seen.append(after.log_weights - particles.log_weights)
+        after = reweight(particles, r, potential=potential, strength=1.7)
+        log_potentials.append(after.log_weights - particles.log_weights)
         particles = after
-    seen.append(weigh_finished(particles, rewards[-1], strength=1.7).log_weights - particles.log_weights)
+    log_potentials.append(reweight_finished(particles, rewards[-1], strength=1.7).log_weights - particles.log_weights)
     for k in range(3):
         expected = reference.log_potentials(rewards[:, 0, k].tolist(), potential=potential, strength=1.7)
-        assert torch.stack(seen)[:, 0, k].tolist() == pytest.approx(expected)
+        assert torch.stack(log_potentials)[:, 0, k].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
-def test_potentials_of_a_path_multiply_to_the_tilt(potential: PotentialName) -> None:
-    """exp(strength * last reward), whatever the guesses on the way were."""
+def test_the_potentials_of_a_path_multiply_to_the_weight_of_the_final_reward(potential: PotentialName) -> None:
+    """exp(strength * last reward), whatever the intermediate rewards were."""
     particles = new_particles(2, 4, potential=potential)
     for seed in range(4):
         r = torch.randn(2, 4, generator=generator(seed))
-        particles = weigh(particles, r, potential=potential, strength=3.0)
+        particles = reweight(particles, r, potential=potential, strength=3.0)
     last = torch.randn(2, 4, generator=generator(9))
-    assert_close(weigh_finished(particles, last, strength=3.0).log_weights, 3.0 * last.double())
+    assert_close(reweight_finished(particles, last, strength=3.0).log_weights, 3.0 * last.double())
 
 
 def test_huge_rewards_do_not_saturate() -> None:
-    """Weights of rewards around 1,000 still tell 1,000 from 1,001: exp(1,000) is no number."""
-    particles = weigh(
+    """Weights for rewards of 1,000 and 1,001 differ: exp(1,000) would overflow."""
+    particles = reweight(
         new_particles(1, 2, potential="difference"),
         torch.tensor([[1000.0, 1001.0]]),
         potential="difference",
@@ -79,18 +79,18 @@ def test_systematic_resampling_against_the_reference(seed: int) -> None:
     assert found.tolist() == reference.systematic_resample(log_weights.tolist(), offset)
 
 
-def test_each_particle_has_its_share_of_children_rounded_up_or_down() -> None:
+def test_each_particle_has_its_expected_number_of_children_rounded_up_or_down() -> None:
     log_weights = torch.randn(64, generator=generator(), dtype=torch.float64)
-    share = 64 * log_weights.softmax(0)
+    expected = 64 * log_weights.softmax(0)
     counts = torch.stack(
         [systematic_resample(log_weights, generator=generator(s)).bincount(minlength=64) for s in range(400)]
     )
-    assert ((counts - share).abs() < 1).all()
-    assert_close(counts.double().mean(0), share, rtol=0, atol=0.1)  # unbiased
+    assert ((counts - expected).abs() < 1).all()
+    assert_close(counts.double().mean(0), expected, rtol=0, atol=0.1)  # unbiased
 
 
 @pytest.mark.parametrize("num", [1, 3, 7, 1000])
-def test_equal_weights_keep_everyone(num: int) -> None:
+def test_equal_weights_keep_every_particle(num: int) -> None:
     for seed in range(50):
         found = systematic_resample(torch.full((num,), -123.4), generator=generator(seed))
         assert torch.equal(found, torch.arange(num))
@@ -102,25 +102,25 @@ def test_a_particle_without_weight_has_no_children() -> None:
         assert set(systematic_resample(log_weights, generator=generator(seed)).tolist()) == {1, 3}
 
 
-def test_where_resampling_is_skipped_weights_stay() -> None:
-    particles = weigh(
+def test_weights_are_kept_where_resampling_is_skipped() -> None:
+    particles = reweight(
         new_particles(2, 3, potential="max"), torch.randn(2, 3, generator=generator()), potential="max", strength=1.0
     )
     after, parents = resample(particles, chosen=torch.tensor([False, True]), generators=[generator(1), generator(2)])
     assert_close(after.log_weights[0], particles.log_weights[0], rtol=0, atol=0)
-    assert_close(after.memory[0], particles.memory[0], rtol=0, atol=0)
+    assert_close(after.path_reward[0], particles.path_reward[0], rtol=0, atol=0)
     assert (after.log_weights[1] == 0).all()
-    assert_close(after.memory[1], particles.memory[1, parents[1]])
+    assert_close(after.path_reward[1], particles.path_reward[1, parents[1]])
     assert_close(after.log_product[1], particles.log_product[1, parents[1]])
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_reward_that_is_no_number_loses_for_good(potential: PotentialName, bad: float) -> None:
-    """And it spoils no other particle, nor does it come back when its next reward is fine."""
+def test_a_particle_with_a_non_finite_reward_has_weight_zero_from_then_on(potential: PotentialName, bad: float) -> None:
+    """Other particles are not affected."""
     particles = new_particles(1, 2, potential=potential)
-    particles = weigh(particles, torch.tensor([[bad, 1.0]]), potential=potential, strength=1.0)
-    particles = weigh(particles, torch.tensor([[5.0, 1.0]]), potential=potential, strength=1.0)
-    particles = weigh_finished(particles, torch.tensor([[5.0, 2.0]]), strength=1.0)
+    particles = reweight(particles, torch.tensor([[bad, 1.0]]), potential=potential, strength=1.0)
+    particles = reweight(particles, torch.tensor([[5.0, 1.0]]), potential=potential, strength=1.0)
+    particles = reweight_finished(particles, torch.tensor([[5.0, 2.0]]), strength=1.0)
     assert particles.log_weights[0, 0] == -math.inf
     assert particles.log_weights[0, 1].item() == pytest.approx(2.0)

@@ -1,4 +1,4 @@
-"""The recipes that search, end to end on a tiny random pipeline: what is found, what survives, what is written."""
+"""The search recipes end to end on a tiny random pipeline: results, resuming and bad input."""
 
 from __future__ import annotations
 
@@ -20,25 +20,22 @@ import torch
 from PIL import Image
 
 from recipes import best_of_n, fk_steering
-from rlhf_t2i.report.search import curve, headline, point, read_found, reward_names, said, write_report
+from rlhf_t2i.report.search import curve, headline, point, read_records, reward_names, scores_of, write_report
 from rlhf_t2i.search.run import SearchConfig
+from tests.geneval_files import LINES, write_prompts
 from tests.reward_models import reward_model_folder
-from tests.test_geneval import LINES, written
+from tests.runs import REDNESS, redness
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {"best_of_n": best_of_n, "fk_steering": fk_steering}
-
-
-def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
 
 def greenness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return images[:, 1].mean(dim=(1, 2))
 
 
-def moody(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Redness, but whoever has the least of it gets no number."""
+def redness_or_nan(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Redness, but NaN for the image with the least of it."""
     scores = redness(images, prompts)
     return scores.where(scores > scores.min(), math.nan)
 
@@ -50,7 +47,7 @@ def greenness_of_four(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 
 def config(name: str, tiny_sd: Path, tmp_path: Path, **changes: Any) -> Any:
-    """Two prompts with three searches each, in batches of two."""
+    """Two prompts with three images each, searched in batches of two."""
     (tmp_path / "prompts.txt").write_text("a fox\na cat\n")
     shared: dict[str, Any] = {
         "prompts": str(tmp_path / "prompts.txt"),
@@ -58,7 +55,7 @@ def config(name: str, tiny_sd: Path, tmp_path: Path, **changes: Any) -> Any:
         "searches_per_batch": 2,
         "model": str(tiny_sd),
         "num_denoising_steps": 4,
-        "rewards": "tests.test_search_recipes:redness",
+        "rewards": REDNESS,
         "evaluation_rewards": "tests.test_search_recipes:greenness",
         "run_folder": str(tmp_path / "run"),
         "num_cpu_threads": 1,
@@ -68,120 +65,124 @@ def config(name: str, tiny_sd: Path, tmp_path: Path, **changes: Any) -> Any:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All that was found, without the seconds."""
-    found: dict[str, Any] = {}
+    """All records, without the seconds."""
+    records: dict[str, Any] = {}
     for path in sorted((folder / "images").glob("*/search_*.json")):
         row = json.loads(path.read_text())
-        for part in ("found", "plain"):
+        for part in ("searched", "baseline"):
             if row[part]:
                 del row[part]["cost"]["seconds"]
-        found[str(path.relative_to(folder))] = row
-    return found
+        records[str(path.relative_to(folder))] = row
+    return records
 
 
 def images(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "images").rglob("*.png"))}
 
 
-# --- what is found ------------------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_what_is_written_is_what_was_found(name: str, tiny_sd: Path, tmp_path: Path) -> None:
+def test_records_and_images_agree_and_the_report_shows_them(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     RECIPES[name].main(config(name, tiny_sd, tmp_path))
-    found = read_found(tmp_path / "run" / "images")
+    found = read_records(tmp_path / "run" / "images")
     assert [(one.folder.name, one.search) for one in found] == [(f, s) for f in ("00000", "00001") for s in range(3)]
     assert [one.prompt for one in found] == ["a fox"] * 3 + ["a cat"] * 3
     for one in found:
-        rewards = said(one.row["found"], "reward")
-        assert one.picked("reward") == max(rewards)
-        assert len(said(one.plain, "reward")) == 4
+        rewards = scores_of(one.row["searched"], "reward")
+        assert one.selected_score("reward") == max(rewards)
+        assert len(scores_of(one.baseline, "reward")) == 4
         image = torch.tensor(list(Image.open(one.folder / "samples" / f"{one.search:04d}.png").get_flattened_data()))
         shown = (image[:, 0].float() - image[:, 1:].float().mean(1)).mean().item() / 255
-        assert shown == pytest.approx(one.picked("reward"), abs=3e-3)
+        assert shown == pytest.approx(one.selected_score("reward"), abs=3e-3)
     assert len({seed for one in found for seed in one.row["seeds"]}) == sum(len(one.row["seeds"]) for one in found)
     page = (tmp_path / "run" / "report.html").read_text()
-    for words in ("best of 2", "this search", "greenness", "denoiser calls", "judge calls", "seconds", "a fox"):
+    for words in ("best of 2", "this search", "greenness", "denoiser calls", "reward calls", "seconds", "a fox"):
         assert words in page
     assert page.count("<svg") == 2 * 3
 
 
 def test_the_curve_and_the_point_of_a_report(tiny_sd: Path, tmp_path: Path) -> None:
-    """At n = 4 the curve is the mean of the highest rewards; pruning is a point at fewer denoiser calls."""
+    """At n = 4 the curve is the mean of the highest rewards; pruning is a point with fewer denoiser calls."""
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path))
-    found = read_found(tmp_path / "run" / "images")
+    found = read_records(tmp_path / "run" / "images")
     calls, mean, _ = curve(found, "reward", "denoiser_calls")[-1]
     assert calls == 4 * 4
-    assert mean == pytest.approx(sum(max(said(one.plain, "reward")) for one in found) / 6, abs=1e-6)
+    assert mean == pytest.approx(sum(max(scores_of(one.baseline, "reward")) for one in found) / 6, abs=1e-6)
     calls, mean, _ = point(found, "reward", "denoiser_calls")
     assert calls == 4 * 1 + 2 * 3
     assert mean <= curve(found, "reward", "denoiser_calls")[-1][1] + 1e-6
     assert point(found, "reward", "reward_calls")[0] == 4 + 2
     one = curve(found, "tests.test_search_recipes:greenness", "reward_calls")[0]
-    values = [value for each in found for value in said(each.plain, "tests.test_search_recipes:greenness")]
+    values = [value for each in found for value in scores_of(each.baseline, "tests.test_search_recipes:greenness")]
     assert one[1] == pytest.approx(sum(values) / len(values), abs=1e-6)
 
 
-def test_without_pruning_or_comparison_nothing_is_painted_twice(tiny_sd: Path, tmp_path: Path) -> None:
+def test_without_pruning_images_are_generated_once(tiny_sd: Path, tmp_path: Path) -> None:
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path, prune_after=""))
-    found = read_found(tmp_path / "run" / "images")
-    assert all(one.row["plain"] is None for one in found)
-    assert found[0].row["found"]["cost"]["denoiser_calls"] == 16
+    found = read_records(tmp_path / "run" / "images")
+    assert all(one.row["baseline"] is None for one in found)
+    assert found[0].row["searched"]["cost"]["denoiser_calls"] == 16
     assert "this search" not in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_without_a_comparison_nothing_is_called_plain(name: str, tiny_sd: Path, tmp_path: Path) -> None:
-    """Steered particles and survivors are no sample of what the model paints by itself."""
+def test_without_a_baseline_the_report_shows_no_plain_samples(name: str, tiny_sd: Path, tmp_path: Path) -> None:
+    """Particles and survivors are not samples of the model itself."""
     RECIPES[name].main(config(name, tiny_sd, tmp_path, compare=False))
-    found = read_found(tmp_path / "run" / "images")
+    found = read_records(tmp_path / "run" / "images")
     calls = {"best_of_n": 4 * 1 + 2 * 3, "fk_steering": 4 * 4}
-    assert found[0].row["found"]["cost"]["denoiser_calls"] == calls[name]
+    assert found[0].row["searched"]["cost"]["denoiser_calls"] == calls[name]
     assert curve(found, "reward", "seconds") == []
-    assert not list((tmp_path / "run").rglob("plain"))
+    assert not list((tmp_path / "run").rglob("baseline"))
     page = (tmp_path / "run" / "report.html").read_text()
     assert "this search" in page
     assert page.count("<svg") == 2 * 3
-    for words in ("<td>one image", "best of 2", "plain ones", 'alt="plain"'):
+    for words in ("<td>one image", "best of 2", "plain samples", 'alt="plain sample"'):
         assert words not in page
 
 
-def test_a_reward_is_told_once_and_the_headline_is_of_what_decided(tiny_sd: Path, tmp_path: Path) -> None:
-    """Where nothing watched; and a reward that decides and watches has one column."""
-    red, green = "tests.test_search_recipes:redness", "tests.test_search_recipes:greenness"
+def test_each_reward_has_one_column_and_the_headline_is_of_the_last_evaluation_reward(
+    tiny_sd: Path, tmp_path: Path
+) -> None:
+    """Without evaluation rewards the headline is of the selecting reward."""
+    red, green = REDNESS, "tests.test_search_recipes:greenness"
     found = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards=f"{red},{green}"))
     assert reward_names(found) == ["reward", red, green]
-    assert headline(found).startswith(f"{green} of the picked")
+    assert headline(found).startswith(f"{green} of the selected")
     alone = {"rewards": f"{red},{green}", "evaluation_rewards": "", "run_folder": str(tmp_path / "alone")}
-    assert headline(best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **alone))).startswith("reward of the picked")
+    assert headline(best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **alone))).startswith(
+        "reward of the selected"
+    )
 
 
-def test_what_is_written_is_json_though_a_judge_says_nan(tiny_sd: Path, tmp_path: Path) -> None:
+def test_records_are_valid_json_if_a_reward_is_nan(tiny_sd: Path, tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
-    with pytest.warns(UserWarning, match="no finite number; they lose"):
-        best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards="tests.test_search_recipes:moody"))
+    with pytest.warns(UserWarning, match="not finite; they are ranked last"):
+        best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards="tests.test_search_recipes:redness_or_nan"))
     rows = [json.loads(path.read_text(), parse_constant=refuse) for path in (tmp_path / "run").rglob("search_*.json")]
     assert len(rows) == 6
     assert None in [score for row in rows for score in row["early_rewards"]["1"]]
 
 
-def test_watching_out_of_memory_halves_the_batch(tiny_sd: Path, tmp_path: Path) -> None:
-    """Images that are painted already are not lost for it."""
-    watched = {"evaluation_rewards": "tests.test_search_recipes:greenness_of_four", "prune_after": ""}
-    with pytest.warns(UserWarning, match="Out of memory with 8 images at once"):
-        (one, *_) = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **watched))
+def test_evaluation_out_of_memory_halves_the_batch(tiny_sd: Path, tmp_path: Path) -> None:
+    """Images that have been generated are not lost."""
+    settings = {"evaluation_rewards": "tests.test_search_recipes:greenness_of_four", "prune_after": ""}
+    with pytest.warns(UserWarning, match="Out of memory with 8 images in one batch"):
+        (one, *_) = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **settings))
     (plain, *_) = best_of_n.main(
         config("best_of_n", tiny_sd, tmp_path, prune_after="", run_folder=str(tmp_path / "plain"))
     )
-    expected = said(plain.row["found"], "tests.test_search_recipes:greenness")
-    assert said(one.row["found"], watched["evaluation_rewards"]) == pytest.approx(expected, abs=1e-5)
+    expected = scores_of(plain.row["searched"], "tests.test_search_recipes:greenness")
+    assert scores_of(one.row["searched"], settings["evaluation_rewards"]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_genevals_scorer_finds_its_folders(tiny_sd: Path, tmp_path: Path) -> None:
-    """Its rules: a folder of digits for each prompt, the prompt's line, and images named by digits."""
-    source = str(written(tmp_path, LINES))
+def test_the_images_have_the_layout_of_genevals_scorer(tiny_sd: Path, tmp_path: Path) -> None:
+    """A folder named by digits for each prompt, with the line of the prompt and images named by digits."""
+    source = str(write_prompts(tmp_path, LINES))
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path, prompts=source, searches_per_batch=8))
     folders = sorted((tmp_path / "run" / "images").iterdir())
     assert [folder.name for folder in folders] == ["00000", "00001", "00002", "00003"]
@@ -190,22 +191,22 @@ def test_genevals_scorer_finds_its_folders(tiny_sd: Path, tmp_path: Path) -> Non
         assert sorted(p.name for p in (folder / "samples").iterdir()) == ["0000.png", "0001.png", "0002.png"]
 
 
-def test_a_report_can_be_written_before_anything_is_found(tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_report_can_be_written_before_the_first_result(tiny_sd: Path, tmp_path: Path) -> None:
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path))
     shutil.rmtree(tmp_path / "run" / "images")
     page = write_report(tmp_path / "run").read_text()
-    assert "searches\n0." in page
+    assert "finished so far:\n0." in page
     assert "<svg" not in page
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["recipes/best_of_n.py"], ["recipes/fk_steering.py"]])
-def test_the_recipes_without_a_setting_search_the_built_in_world(arguments: list[str], tmp_path: Path) -> None:
-    """Here with fewer searches; the oracle, which decides nothing, sees that the picked images are better."""
+def test_the_default_settings_improve_the_built_in_model(arguments: list[str], tmp_path: Path) -> None:
+    """With one image per prompt, the oracle, an evaluation reward, passes more of the selected images."""
     few = ["--images_per_prompt", "1", "--run_folder", str(tmp_path / "run"), "--num_cpu_threads", "1"]
     output = launch([*arguments, *few])
     assert "best of 16" in output
-    found = read_found(tmp_path / "run" / "images")
+    found = read_records(tmp_path / "run" / "images")
     assert point(found, "oracle_pass", "seconds")[1] > curve(found, "oracle_pass", "seconds")[0][1] + 0.2
 
 
@@ -213,71 +214,71 @@ def test_the_recipes_without_a_setting_search_the_built_in_world(arguments: list
 def test_the_published_settings_for_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
     small = {
         "model": tiny_sd, "rewards": "jpeg_compressibility", "images_per_prompt": 1, "num_denoising_steps": 100,
-        "run_folder": tmp_path / "run", "prompts": written(tmp_path, LINES[:1]), "num_cpu_threads": 1,
+        "run_folder": tmp_path / "run", "prompts": write_prompts(tmp_path, LINES[:1]), "num_cpu_threads": 1,
     }  # fmt: skip
     flags = [part for key, value in small.items() for part in (f"--{key}", str(value))]
     launch(["recipes/fk_steering.py", "--config", "recipes/configs/fk_sd15.yaml", *flags])
-    (one,) = read_found(tmp_path / "run" / "images")
-    assert one.row["found"]["cost"]["denoiser_calls"] == 800
-    assert one.row["found"]["cost"]["reward_calls"] == 20
+    (one,) = read_records(tmp_path / "run" / "images")
+    assert one.row["searched"]["cost"]["denoiser_calls"] == 800
+    assert one.row["searched"]["cost"]["reward_calls"] == 20
 
 
-# --- surviving ----------------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_a_resumed_search_paints_only_what_is_missing(name: str, tiny_sd: Path, tmp_path: Path) -> None:
-    """As a kill leaves it: a finished image, one half-written, and one without its marker."""
+def test_a_resumed_search_generates_only_what_is_missing(name: str, tiny_sd: Path, tmp_path: Path) -> None:
+    """After a kill that left one image half-written and one without its record."""
     settings = config(name, tiny_sd, tmp_path)
     RECIPES[name].main(settings)
     folder = tmp_path / "run"
-    whole, painted = results(folder), images(folder)
+    all_results, all_images = results(folder), images(folder)
     (folder / "images" / "00000" / "search_0001.json").unlink()
     (folder / "images" / "00000" / "samples" / "0001.png").write_bytes(b"half a pict")
     (folder / "images" / "00001" / "search_0002.json").rename(folder / "images" / "00001" / "search_0002.json.part")
     before = {path: path.stat().st_mtime_ns for path in (folder / "images").rglob("search_*.json")}
     RECIPES[name].main(replace(settings, resume=True))
-    assert results(folder) == whole
-    assert images(folder) == painted
+    assert results(folder) == all_results
+    assert images(folder) == all_images
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 
 @pytest.mark.slow
 def test_kill_9_loses_nothing(tiny_sd: Path, tmp_path: Path) -> None:
-    """Killed twice at random moments and resumed, a search ends with the very images, each finished once.
+    """Killed twice at random moments and resumed, a search gives the same images, each generated once.
 
-    What is killed and resumed is `search.py`, the same for every recipe.
+    The code that is killed and resumed, `search/run.py`, is shared by the recipes.
     """
     name = "best_of_n"
     settings = config(name, tiny_sd, tmp_path, images_per_prompt=20, batch_size=1)
     launch(command(name, settings))
     folder = tmp_path / "killed"
-    chance, seen = random.Random(0), dict[Path, int]()
+    rng, finished = random.Random(0), dict[Path, int]()
     for attempt in range(2):
         process = subprocess.Popen(
             [sys.executable, *command(name, replace(settings, run_folder=str(folder), resume=attempt > 0))],
             cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 120
-        while len(list(folder.glob("images/*/search_*.json"))) <= len(seen) and time.monotonic() < deadline:
+        while len(list(folder.glob("images/*/search_*.json"))) <= len(finished) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.02)
-        time.sleep(chance.uniform(0, 0.2))
+        time.sleep(rng.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        markers = {path: path.stat().st_mtime_ns for path in folder.glob("images/*/search_*.json")}
-        assert seen.items() <= markers.items()
-        seen = markers
-    assert 0 < len(seen) < 40
+        records = {path: path.stat().st_mtime_ns for path in folder.glob("images/*/search_*.json")}
+        assert finished.items() <= records.items()
+        finished = records
+    assert 0 < len(finished) < 40
     launch(command(name, replace(settings, run_folder=str(folder), resume=True)))
     assert results(folder) == results(tmp_path / "run")
     assert images(folder) == images(tmp_path / "run")
-    assert all(path.stat().st_mtime_ns == then for path, then in seen.items())
+    assert all(path.stat().st_mtime_ns == then for path, then in finished.items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_two_processes_find_what_one_finds(name: str, tiny_sd: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_results_of_one(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     settings = config(name, tiny_sd, tmp_path)
     launch(command(name, settings), "single.yaml")
     launch(command(name, replace(settings, run_folder=str(tmp_path / "two"))), "ddp.yaml")
@@ -286,7 +287,7 @@ def test_two_processes_find_what_one_finds(name: str, tiny_sd: Path, tmp_path: P
     assert one.keys() == two.keys()
     for key, row in one.items():
         assert row["seeds"] == two[key]["seeds"]
-        assert row["found"]["scores"]["reward"] == pytest.approx(two[key]["found"]["scores"]["reward"], abs=1e-5)
+        assert row["searched"]["scores"]["reward"] == pytest.approx(two[key]["searched"]["scores"]["reward"], abs=1e-5)
 
 
 # --- bad input ----------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def test_two_processes_find_what_one_finds(name: str, tiny_sd: Path, tmp_path: P
     [
         ("best_of_n", {"n": 0}, "n is 0; it must be at least 1"),
         ("best_of_n", {"prune_after": "early"}, "prune_after is early; it must be whole numbers with commas"),
-        ("best_of_n", {"prune_after": "4"}, "cannot be pruned after 4 steps: painting takes 4"),
+        ("best_of_n", {"prune_after": "4"}, "cannot be pruned after 4 steps: sampling has 4 steps"),
         ("best_of_n", {"eta": -1.0}, r"eta is -1\.0"),
         ("best_of_n", {"images_per_prompt": 0}, "images_per_prompt is 0; it must be at least 1"),
         ("best_of_n", {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
@@ -320,25 +321,27 @@ def test_impossible_settings_are_refused(
     assert not list(tmp_path.glob("run/images/*/search_*.json"))
 
 
-def test_a_judge_that_only_compares_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
-    judge = f"llava_reward:{reward_model_folder('llava', head='general_preference')}"
+def test_a_reward_model_that_only_compares_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    reward = f"llava_reward:{reward_model_folder('llava', head='general_preference')}"
     with pytest.raises(ValueError, match="general-preference head: it compares images but gives none a score"):
-        best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards=judge))
+        best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards=reward))
 
 
-def test_a_search_with_another_config_is_not_mixed_in(tiny_sd: Path, tmp_path: Path) -> None:
+def test_resuming_with_another_config_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
     settings = config("best_of_n", tiny_sd, tmp_path)
     best_of_n.main(settings)
     with pytest.raises(ValueError, match="another config: n was 4 and is now 6"):
         best_of_n.main(replace(settings, n=6, resume=True))
 
 
-def test_a_search_for_other_prompts_is_not_mixed_in(tiny_sd: Path, tmp_path: Path) -> None:
-    """The file has the same name, so the config does not tell."""
+def test_resuming_with_other_prompts_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    """The prompt file has the same name, so the config does not change."""
     settings = config("best_of_n", tiny_sd, tmp_path)
     best_of_n.main(settings)
     (tmp_path / "prompts.txt").write_text("a fox\na dog\n")
-    with pytest.raises(ValueError, match=r"Prompt 1 of .* is now \{'prompt': 'a dog'\}, but .* painted for .*'a cat'"):
+    with pytest.raises(
+        ValueError, match=r"Prompt 1 of .* is now \{'prompt': 'a dog'\}, but .* generated for .*'a cat'"
+    ):
         best_of_n.main(replace(settings, resume=True))
     assert json.loads((tmp_path / "run/images/00001/metadata.jsonl").read_text()) == {"prompt": "a cat"}
 
@@ -357,7 +360,7 @@ def command(name: str, settings: SearchConfig) -> list[str]:
 
 
 def launch(arguments: list[str], accelerate_config: str = "single.yaml") -> str:
-    """A recipe by `accelerate launch`, to its end; what it printed."""
+    """Run a recipe by `accelerate launch` to its end; return what it printed."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{accelerate_config}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(

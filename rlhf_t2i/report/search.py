@@ -1,4 +1,4 @@
-"""One HTML page per search: what it found beside plain sampling and best-of-N, and what each costs."""
+"""The HTML report of a search run: its result beside plain sampling and best-of-N, and the cost of each."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ import torch
 from jinja2 import Environment, StrictUndefined
 
 from rlhf_t2i.report import HEAD, Chart, Points, draw
-from rlhf_t2i.search.best_of_n import expected_best
+from rlhf_t2i.search.candidates import expected_best
 
 Row = dict[str, Any]
-COSTS = {"denoiser_calls": "denoiser calls", "reward_calls": "judge calls", "seconds": "seconds"}
+COSTS = {"denoiser_calls": "denoiser calls", "reward_calls": "reward calls", "seconds": "seconds"}
+"""Kinds of cost, with their units."""
 NUM_SHOWN = 24
+"""Number of searches whose images are shown."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """One finished search, as it was written down."""
+class SearchRecord:
+    """The record of one finished search, from its `search_0000.json`."""
 
     folder: Path
     search: int
@@ -36,80 +38,82 @@ class Found:
         return self.row["prompt"]
 
     @property
-    def searched(self) -> bool:
-        """Whether it is more than plain best-of-N."""
-        return self.row["searched"]
+    def is_baseline(self) -> bool:
+        """True if the search is plain best-of-N and so its own baseline."""
+        return self.row["is_baseline"]
 
     @property
-    def compared(self) -> bool:
-        """Whether there is plain best-of-N of the same seeds; without it no curve can be drawn."""
-        return not self.searched or self.row["plain"] is not None
+    def has_baseline(self) -> bool:
+        """True if there is plain best-of-N from the same seeds, without which no curve can be drawn."""
+        return self.is_baseline or self.row["baseline"] is not None
 
     @property
-    def plain(self) -> Row:
-        """Plain best-of-N of the same seeds, where there is one: of its own, or the search itself if it is that."""
-        return self.row["plain"] if self.searched else self.row["found"]
+    def baseline(self) -> Row:
+        """The entry of plain best-of-N from the same seeds."""
+        return self.row["searched"] if self.is_baseline else self.row["baseline"]
 
-    def picked(self, name: str) -> float:
-        """What a reward says of the image that was picked."""
-        return said(self.row["found"], name)[self.row["found"]["picked"]]
+    def selected_score(self, name: str) -> float:
+        """Return the score of the selected image by a reward."""
+        return scores_of(self.row["searched"], name)[self.row["searched"]["selected"]]
 
 
-def said(row: Row, name: str) -> list[float]:
-    """What a reward says of all candidates."""
-    values: list[float | None] = row["scores"].get(name) or row["watched"][name]
+def scores_of(entry: Row, name: str) -> list[float]:
+    """Return the scores of all candidates of an entry by a reward; NaN for a score that was not finite."""
+    values: list[float | None] = entry["scores"].get(name) or entry["evaluation_scores"][name]
     return [math.nan if value is None else value for value in values]
 
 
-def read_found(images: Path) -> list[Found]:
-    """All finished searches, prompt after prompt."""
+def read_records(images: Path) -> list[SearchRecord]:
+    """Read the records of all finished searches, ordered by prompt and search."""
     paths = sorted(images.glob("*/search_*.json"))
-    return [Found(path.parent, int(path.stem[7:]), json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return [
+        SearchRecord(path.parent, int(path.stem[7:]), json.loads(path.read_text(encoding="utf-8"))) for path in paths
+    ]
 
 
-def reward_names(found: Sequence[Found]) -> list[str]:
-    """What decided, then its parts, then what only watched."""
-    row = found[0].row["found"]
-    return list(dict.fromkeys([*row["scores"], *row["watched"]]))
+def reward_names(records: Sequence[SearchRecord]) -> list[str]:
+    """Return the names of the selecting reward, the rewards it is a sum of, and the evaluation rewards."""
+    entry = records[0].row["searched"]
+    return list(dict.fromkeys([*entry["scores"], *entry["evaluation_scores"]]))
 
 
-def curve(found: Sequence[Found], name: str, cost: str) -> Points:
-    """What plain best-of-n gives for n = 1 ... N, all from these images: (cost, mean, standard error).
+def curve(records: Sequence[SearchRecord], name: str, cost: str) -> Points:
+    """Return (cost, mean, standard error) of plain best-of-n for n = 1 ... N, estimated from the same N images.
 
-    Empty where plain best-of-N was not painted.
+    Empty without a baseline.
     """
-    if not found[0].compared:
+    if not records[0].has_baseline:
         return []
-    standing = torch.tensor([one.plain["standing"] for one in found])
-    values = torch.tensor([said(one.plain, name) for one in found])
-    expected = expected_best(standing, values)
+    rank = torch.tensor([record.baseline["rank"] for record in records])
+    values = torch.tensor([scores_of(record.baseline, name) for record in records])
+    expected = expected_best(-rank.float(), values)
     num = values.shape[1]
-    each = math.fsum(one.plain["cost"][cost] for one in found) / len(found) / num
-    return [(each * (n + 1), *_mean_and_error(expected[:, n].tolist())) for n in range(num)]
+    cost_per_image = math.fsum(record.baseline["cost"][cost] for record in records) / len(records) / num
+    return [(cost_per_image * (n + 1), *_mean_and_error(expected[:, n].tolist())) for n in range(num)]
 
 
-def point(found: Sequence[Found], name: str, cost: str) -> tuple[float, float, float]:
-    """What the search itself gives: (cost, mean, standard error)."""
-    spent = math.fsum(one.row["found"]["cost"][cost] for one in found) / len(found)
-    return (spent, *_mean_and_error([one.picked(name) for one in found]))
+def point(records: Sequence[SearchRecord], name: str, cost: str) -> tuple[float, float, float]:
+    """Return (cost, mean, standard error) of the images that the search selected."""
+    spent = math.fsum(record.row["searched"]["cost"][cost] for record in records) / len(records)
+    return (spent, *_mean_and_error([record.selected_score(name) for record in records]))
 
 
-def summary(found: Sequence[Found]) -> str:
-    """A table: one plain image, plain best-of-n for n = 2, 4, 8 ..., and the search."""
-    columns = {name: max(22, len(name) + 2) for name in reward_names(found)}
-    header = f"{'':24}{'denoiser':>10}{'judge':>8}{'seconds':>9}" + "".join(f"{n:>{w}}" for n, w in columns.items())
+def summary(records: Sequence[SearchRecord]) -> str:
+    """Return a text table of one plain sample, plain best-of-n for n = 2, 4, 8 ..., and the search."""
+    columns = {name: max(22, len(name) + 2) for name in reward_names(records)}
+    header = f"{'':24}{'denoiser':>10}{'reward':>8}{'seconds':>9}" + "".join(f"{n:>{w}}" for n, w in columns.items())
     rows = [
         f"{row['name']:24}{row['denoiser_calls']:>10.0f}{row['reward_calls']:>8.0f}{row['seconds']:>9.2f}"
         + "".join(f"{text:>{width}}" for text, width in zip(row["texts"], columns.values(), strict=True))
-        for row in table(found)
+        for row in table(records)
     ]
-    return "\n".join([header, *rows, f"{len(found)} searches; what follows ± is one standard error"])
+    return "\n".join([header, *rows, f"{len(records)} searches; ± is one standard error"])
 
 
-def table(found: Sequence[Found]) -> list[Row]:
-    """The rows of `summary`."""
-    names = reward_names(found)
-    curves = {(name, cost): curve(found, name, cost) for name in names for cost in COSTS}
+def table(records: Sequence[SearchRecord]) -> list[Row]:
+    """Return the rows of `summary`: a name, the costs, and the scores as texts."""
+    names = reward_names(records)
+    curves = {(name, cost): curve(records, name, cost) for name in names for cost in COSTS}
     num = len(curves[names[0], "seconds"])
     rows: list[Row] = []
     for n in sorted({*(1 << i for i in range(num.bit_length())), num}):
@@ -117,70 +121,72 @@ def table(found: Sequence[Found]) -> list[Row]:
             costs = {cost: curves[names[0], cost][n - 1][0] for cost in COSTS}
             texts = [_text(*curves[name, "seconds"][n - 1][1:]) for name in names]
             rows.append({"name": "one image" if n == 1 else f"best of {n}", **costs, "texts": texts})
-    if found[0].searched:
-        costs = {cost: point(found, names[0], cost)[0] for cost in COSTS}
-        texts = [_text(*point(found, name, "seconds")[1:]) for name in names]
+    if not records[0].is_baseline:
+        costs = {cost: point(records, names[0], cost)[0] for cost in COSTS}
+        texts = [_text(*point(records, name, "seconds")[1:]) for name in names]
         rows.append({"name": "this search", **costs, "texts": texts})
     return rows
 
 
-def charts(found: Sequence[Found]) -> list[tuple[Chart, str]]:
-    """Every reward over every cost, with the unit of that cost."""
-    searched, compared = found[0].searched, found[0].compared
-    notes = {
-        (False, True): "best-of-n for n = 1 ... N",
-        (True, True): "plain best-of-n, and the search as a dot",
-        (True, False): "the search; plain best-of-n was not painted",
-    }
+def charts(records: Sequence[SearchRecord]) -> list[tuple[Chart, str]]:
+    """Return a chart of every reward over every cost, each with the unit of the cost."""
+    is_baseline, has_baseline = records[0].is_baseline, records[0].has_baseline
+    if is_baseline:
+        note = "best-of-n for n = 1 ... N"
+    else:
+        note = "plain best-of-n, and the search as a dot" if has_baseline else "the search; there is no baseline"
     return [
         (
             Chart(
                 f"{name} by {unit}",
-                notes[searched, compared],
-                curve(found, name, cost) if searched else [],
-                [point(found, name, cost)] if searched else curve(found, name, cost),
-                names=("plain best-of-n", "the search" if searched else "best-of-n"),
+                note,
+                [] if is_baseline else curve(records, name, cost),
+                curve(records, name, cost) if is_baseline else [point(records, name, cost)],
+                names=("plain best-of-n", "best-of-n" if is_baseline else "the search"),
             ),
             unit,
         )
-        for name in reward_names(found)
+        for name in reward_names(records)
         for cost, unit in COSTS.items()
     ]
 
 
-def headline(found: Sequence[Found]) -> str:
-    """One sentence: what the search was worth, by the last reward that only watched, or else by what decided."""
-    name = next(reversed(found[0].row["found"]["watched"]), "reward")
-    after, plain = point(found, name, "denoiser_calls"), curve(found, name, "denoiser_calls")
-    picked = f"{name} of the picked images is {_text(*after[1:])}"
-    if not plain:
-        return f"{picked}, for {after[0]:.0f} denoiser calls each"
-    return f"{picked}, of plain ones {_text(*plain[0][1:])}, for {after[0] / plain[0][0]:.1f} times the denoiser calls"
+def headline(records: Sequence[SearchRecord]) -> str:
+    """Return a sentence on the gain of the search by the last evaluation reward, or by the selecting reward."""
+    name = next(reversed(records[0].row["searched"]["evaluation_scores"]), "reward")
+    after, baseline = point(records, name, "denoiser_calls"), curve(records, name, "denoiser_calls")
+    selected = f"{name} of the selected images is {_text(*after[1:])}"
+    if not baseline:
+        return f"{selected}, at {after[0]:.0f} denoiser calls per image"
+    times = after[0] / baseline[0][0]
+    return f"{selected}, of plain samples {_text(*baseline[0][1:])}, at {times:.1f} times the denoiser calls"
 
 
-def shown(found: Sequence[Found]) -> list[Row]:
-    """The first searches' images: plain, where there is one, and picked."""
+def shown(records: Sequence[SearchRecord]) -> list[Row]:
+    """Return the images of the first searches and their scores: the selected one and the first of the baseline."""
     return [
         {
-            "prompt": one.prompt,
-            "plain": _embedded(one.folder / "plain" / f"{one.search:04d}.png") if one.compared else None,
-            "picked": _embedded(one.folder / "samples" / f"{one.search:04d}.png"),
-            "before": said(one.plain, "reward")[0] if one.compared else None,
-            "after": one.picked("reward"),
+            "prompt": record.prompt,
+            "baseline": (
+                _embedded(record.folder / "baseline" / f"{record.search:04d}.png") if record.has_baseline else None
+            ),
+            "selected": _embedded(record.folder / "samples" / f"{record.search:04d}.png"),
+            "before": scores_of(record.baseline, "reward")[0] if record.has_baseline else None,
+            "after": record.selected_score("reward"),
         }
-        for one in found[:NUM_SHOWN]
+        for record in records[:NUM_SHOWN]
     ]
 
 
 def write_report(folder: Path) -> Path:
-    """Read a run folder, however young the run is, and write its `report.html`."""
+    """Write the `report.html` of a search run, finished or not, and return its path."""
     run: Row = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    found = read_found(folder / "images")
+    records = read_records(folder / "images")
     page = _PAGE.render(
         run=run,
         started=f"{datetime.fromisoformat(run['started']):%d %B %Y, %H:%M %Z}",
-        found=found,
-        vetoed=sum(one.row["found"]["vetoed"][one.row["found"]["picked"]] for one in found),
+        records=records,
+        vetoed=sum(record.row["searched"]["vetoed"][record.row["searched"]["selected"]] for record in records),
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
         costs=COSTS,
     )
@@ -202,37 +208,9 @@ def _embedded(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-_TEMPLATE = (
-    HEAD
-    + """.pair { display: flex; gap: 2px } .pair img { width: 50%; image-rendering: auto }
-</style></head><body><h1>{{ run.recipe }}</h1><p class="quiet">Started {{ started }}. So far: searches
-{{ found | length }}.</p>{% if found %}<p class="headline">{{ headline(found) }}.</p>
-<p class="quiet">What follows ± is one standard error over searches. {% if found[0].compared %}Best-of-n is estimated
-for every n from the same images: it is the mean over all sets of n of them.{% endif %}</p>
-{% if vetoed %}<p>{{ vetoed }} of the picked images were vetoed: no other of their prompt passed.</p>{% endif %}
-<h2>Quality and cost of one image</h2><div class="card"><table><tr><th></th>
-{% for unit in costs.values() %}<th>{{ unit }}</th>{% endfor %}{% for name in reward_names(found) %}
-<th>{{ name }}</th>{% endfor %}</tr>{% for row in table(found) %}<tr><td>{{ row.name }}</td>
-{% for cost in costs %}<td>{{ "{:,.4g}".format(row[cost]) }}</td>{% endfor %}
-{% for text in row.texts %}<td>{{ text }}</td>{% endfor %}</tr>{% endfor %}</table></div>
-<h2>{{ "The same prompts: plain (left) and picked (right)" if found[0].compared else "Picked" }}</h2>
-<div class="many" style="--w: 9rem">
-{% for one in shown(found) %}<figure><div class="pair">
-{% if one.plain %}<img alt="plain" src="data:image/png;base64,{{ one.plain }}">{% endif %}
-<img alt="picked" src="data:image/png;base64,{{ one.picked }}"></div><figcaption>{{ one.prompt }}
-({% if one.plain %}{{ "%.2f" | format(one.before) }} → {% endif %}{{ "%.2f" | format(one.after) }})</figcaption>
-</figure>{% endfor %}</div>
-<h2>Curves</h2><div class="many">{% for chart, unit in charts(found) %}<figure class="card"><figcaption>
-<b>{{ chart.title }}</b>: {{ chart.note }}</figcaption>{{ draw(chart, unit) }}</figure>{% endfor %}</div>
-{% endif %}<details><summary>Configuration</summary><pre>{{ config }}</pre></details>
-<details><summary>Command, commit and versions</summary><pre>{{ run.command }}
-commit {{ run.git_commit or "unknown" }}{% for name, version in run.versions.items() %}
-{{ name }} {{ version }}{% endfor %}</pre></details></body></html>
-"""
-)
-
 _PAGE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
-    _TEMPLATE, {f.__name__: f for f in (headline, table, reward_names, charts, draw, shown)}
+    HEAD + Path(__file__).with_suffix(".html").read_text(encoding="utf-8"),
+    {f.__name__: f for f in (headline, table, reward_names, charts, draw, shown)},
 )
 
 if __name__ == "__main__":

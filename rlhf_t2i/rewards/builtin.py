@@ -16,12 +16,12 @@ from rlhf_t2i.shapes import oracle
 
 def oracle_graded(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
     """Return the oracle's graded score in [0, 1]; raises ValueError for a prompt outside the toy world."""
-    return oracle.judge(images, prompts).graded
+    return oracle.oracle_scores(images, prompts).graded
 
 
 def oracle_pass(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
     """Return 1 for an image that meets every condition of its prompt, else 0; raises ValueError as `oracle_graded`."""
-    return oracle.judge(images, prompts).passed.float()
+    return oracle.oracle_scores(images, prompts).passed.float()
 
 
 def jpeg_compressibility(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:

@@ -1,11 +1,13 @@
-"""Better images from a model as it is, in three lines:
+"""Inference-time search with a diffusers pipeline, without a config or a run folder.
+
+    from rlhf_t2i.search import best_of_n, to_pil
 
     pipe = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5").to("cuda")
-    found = best_of_n(pipe, ["a fox in the snow"], "llava_reward:path/to/judge", n=16)
-    to_pil(found.best[0]).save("fox.png")
+    candidates = best_of_n(pipe, ["a fox in the snow"], "llava_reward:path/to/reward_model", num_candidates=16)
+    to_pil(candidates.best[0]).save("fox.png")
 
-The images are chosen by any reward: one of the names that recipes take (`llava_reward:FOLDER`, `module:function`), or a
-function of images in [0, 1] and prompts. What all candidates scored and what the search cost is in the result.
+The reward is a name as the recipes take it (`llava_reward:FOLDER`, `module:function`) or a function of images in [0, 1]
+and prompts. The result holds all images, their scores and the cost of the search.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ from torch import Tensor
 
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.search import best_of_n as search
-from rlhf_t2i.search import fk_steering as steering
+from rlhf_t2i.search import candidates, steering
 from rlhf_t2i.search.context import Candidates, RewardFunction, SearchContext, Veto
 from rlhf_t2i.search.particles import PotentialName
 from rlhf_t2i.types import DiffusionModel, Sampler
@@ -31,34 +32,35 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
 
-def best_of_n(  # noqa: PLR0913  # a caller without a config wants a keyword for each
+def best_of_n(  # noqa: PLR0913  # one keyword for each setting, as there is no config
     model: DiffusionModel | DiffusionPipeline,
     prompts: Sequence[str],
     reward: RewardFunction | str,
     *,
-    n: int = 16,
+    num_candidates: int = 16,
     prune_after: Sequence[int] = (),
     num_denoising_steps: int = 50,
     eta: float = 0.0,
     guidance_scale: float = 7.5,
-    batch_size: int = 8,
+    microbatch_size: int = 8,
     veto: Veto | None = None,
     seed: int = 0,
 ) -> Candidates:
-    """Paint n images of each prompt; `best` of the result holds the one that the reward likes best.
+    """Generate `num_candidates` images of each prompt; `best` of the result is the one with the highest reward.
 
-    After each of `prune_after` denoising steps the worse half is given up: (10, 20) of 50 cost 45 % of all. Image i
-    of prompt p is the one that diffusers' DDIM paints with the seed `seed + p * n + i`.
+    The worse half of the candidates is dropped after each number of denoising steps in `prune_after`: (10, 20) of 50
+    costs 45 % of the denoiser calls. Image i of prompt p equals the image that diffusers' DDIM generates with the seed
+    `seed + p * num_candidates + i`. `microbatch_size` is the number of images in one forward pass.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1.")
+    if num_candidates < 1:
+        raise ValueError(f"num_candidates is {num_candidates}; it must be at least 1.")
     sampler = _sampler(model := as_diffusion_model(model), num_denoising_steps, eta=eta, guidance_scale=guidance_scale)
-    context = SearchContext(model, as_reward(reward), sampler=sampler, batch_size=batch_size, veto=veto)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts) * n)]
+    context = SearchContext(model, as_reward(reward), sampler=sampler, microbatch_size=microbatch_size, veto=veto)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts) * num_candidates)]
     if not prune_after:
-        return search.best_of_n(context, prompts, generators=generators)
-    keep = search.halving(n, after=prune_after)
-    return search.pruned_best_of_n(context, prompts, keep=keep, generators=generators).candidates
+        return candidates.best_of_n(context, prompts, generators=generators)
+    keep = candidates.halving(num_candidates, after=prune_after)
+    return candidates.pruned_best_of_n(context, prompts, keep=keep, generators=generators).candidates
 
 
 def fk_steering(  # noqa: PLR0913
@@ -68,38 +70,40 @@ def fk_steering(  # noqa: PLR0913
     *,
     num_particles: int = 4,
     strength: float = 2.0,
-    spread: float | None = None,
+    reward_std: float | None = None,
     potential: PotentialName = "difference",
     resample_after: Sequence[int] = (10, 20, 30, 40),
     ess_threshold: float = 1.0,
     num_denoising_steps: int = 50,
     eta: float = 1.0,
     guidance_scale: float = 7.5,
-    batch_size: int = 8,
+    microbatch_size: int = 8,
     veto: Veto | None = None,
     seed: int = 0,
-) -> steering.Steered:
-    """Paint particles of each prompt that multiply where the reward is high (arXiv:2501.06848).
+) -> steering.SteeringResult:
+    """Sample particles of each prompt that are resampled in favour of high rewards (arXiv:2501.06848).
 
-    Images follow p(image) * exp(strength * reward / spread). The reward's spread among images of one prompt is
-    measured on 4 images of each of the first 16 prompts unless it is given; that is not in the result's cost.
+    Images follow p(image) * exp(strength * reward / reward_std). If `reward_std` is None, it is measured on 4 images
+    of each of the first 16 prompts, whose cost is not part of the result's cost.
     """
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it must be at least 1.")
     sampler = _sampler(model := as_diffusion_model(model), num_denoising_steps, eta=eta, guidance_scale=guidance_scale)
-    context = SearchContext(model, as_reward(reward), sampler=sampler, batch_size=batch_size, veto=veto)
+    context = SearchContext(model, as_reward(reward), sampler=sampler, microbatch_size=microbatch_size, veto=veto)
     count = len(prompts) * num_particles
-    # Also where a spread is given: nothing is painted before settings that cannot work are refused.
-    steering.check_steering(context, resample_after, spread=spread or 1.0, ess_threshold=ess_threshold)
-    if spread is None:
-        few = prompts[:16]
-        pilots = [torch.Generator().manual_seed(seed + count + len(prompts) + i) for i in range(4 * len(few))]
-        spread = steering.reward_spread(context, few, generators=pilots)
+    # Before reward_std is measured, so that settings that cannot work are refused without sampling an image.
+    steering.check_steering(context, resample_after, reward_std=reward_std or 1.0, ess_threshold=ess_threshold)
+    if reward_std is None:
+        calibration_prompts = prompts[: steering.NUM_CALIBRATION_PROMPTS]
+        first = seed + count + len(prompts)
+        num_calibration = steering.NUM_CALIBRATION_IMAGES * len(calibration_prompts)
+        calibration = [torch.Generator().manual_seed(first + i) for i in range(num_calibration)]
+        reward_std = steering.measure_reward_std(context, calibration_prompts, generators=calibration)
     return steering.fk_steering(
         context,
         prompts,
         strength=strength,
-        spread=spread,
+        reward_std=reward_std,
         potential=potential,
         resample_after=resample_after,
         ess_threshold=ess_threshold,
@@ -109,13 +113,13 @@ def fk_steering(  # noqa: PLR0913
 
 
 def to_pil(image: Float[Tensor, "3 Y X"]) -> Image.Image:
-    """An image that can be shown and saved."""
+    """Convert an image with pixels in [0, 1] to PIL, rounded to 8 bits; values outside are clamped."""
     pixels = (image.clamp(0, 1) * 255).round().permute(1, 2, 0).cpu().numpy().astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def as_diffusion_model(model: DiffusionModel | DiffusionPipeline) -> DiffusionModel:
-    """A diffusers pipeline as something that paints; its networks are shared, not copied."""
+    """Wrap a diffusers pipeline as a `DiffusionModel`; its networks are shared, not copied."""
     if isinstance(model, DiffusionModel):
         return model
     from rlhf_t2i.models.load import as_policy  # takes seconds
@@ -124,7 +128,7 @@ def as_diffusion_model(model: DiffusionModel | DiffusionPipeline) -> DiffusionMo
 
 
 def as_reward(reward: RewardFunction | str) -> RewardFunction:
-    """What a name stands for; a function is one already."""
+    """Load a reward given by name; return a function unchanged."""
     return load_rewards(reward, finite=False) if isinstance(reward, str) else reward
 
 

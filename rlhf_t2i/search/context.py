@@ -1,4 +1,4 @@
-"""Where a search paints and judges: batches that fit the memory, scores that are kept, costs that are counted."""
+"""The search context: sampling and scoring in batches that fit the memory, with a count of what they cost."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from rlhf_t2i.diffusion.gaussian import sample
 from rlhf_t2i.types import DiffusionModel, Prediction, Reward, Sampler
 
-PartT = TypeVar("PartT")
+ResultT = TypeVar("ResultT")
 
 
 @runtime_checkable
 class RewardFunction(Protocol):
-    """Several rewards at once: their verdict, and what each of them said. A `WeightedSum` is one; so is a Reward."""
+    """A reward, or a weighted sum of rewards that also returns each of them by name, such as `WeightedSum`."""
 
     def __call__(
         self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], /
@@ -29,7 +29,7 @@ class RewardFunction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Veto:
-    """No image that this reward puts below the threshold is picked while there is another."""
+    """A reward and a threshold: an image with a lower score is selected only if all images of its prompt are vetoed."""
 
     reward: Reward
     threshold: float
@@ -37,14 +37,15 @@ class Veto:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What was spent, counted alike for every search."""
+    """The cost of a search, counted in the same way for every algorithm."""
 
     denoiser_calls: int = 0
-    """Images that went through the denoiser: each counts twice with classifier-free guidance, and once more with a
-    gradient."""
+    """Images that passed through the denoiser. Each counts twice with classifier-free guidance; a backward pass counts
+    as one more call."""
     reward_calls: int = 0
-    """Images that were judged, by each judge."""
+    """Images that were scored, times the number of rewards."""
     seconds: float = 0.0
+    """Wall-clock time."""
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(
@@ -55,57 +56,61 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What was said of N images of each of P prompts."""
+class CandidateScores:
+    """Scores of N images for each of P prompts."""
 
-    scores: dict[str, Float[Tensor, "P N"]]
-    """`reward`, which decides; then each judge's, if there are several; and `veto`. They may be no finite numbers."""
+    by_name: dict[str, Float[Tensor, "P N"]]
+    """`reward`, by which images are selected; the score of each reward if there are several; and `veto` if there is
+    one. A score may be NaN or infinite."""
     vetoed: Bool[Tensor, "P N"]
+    """True for images that the veto forbids."""
 
     @property
     def reward(self) -> Float[Tensor, "P N"]:
-        return self.scores["reward"]
+        return self.by_name["reward"]
 
     @property
     def order(self) -> Int[Tensor, "P N"]:
-        """The images of each prompt, best first.
+        """Indices of the images of each prompt, from best to worst.
 
-        Those without a finite reward come after all that have one. Vetoed ones come last, and among them the one that
-        the veto likes best is first.
+        Images whose reward is not finite come after all images with a finite reward. Vetoed images come last, ordered
+        by the score of the veto.
         """
-        key = torch.where(self.vetoed, self.scores.get("veto", self.reward), self.reward)
+        key = torch.where(self.vetoed, self.by_name.get("veto", self.reward), self.reward)
         by_key = key.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argsort(dim=1, descending=True, stable=True)
         by_veto = self.vetoed.gather(1, by_key).int().argsort(dim=1, stable=True)
         return by_key.gather(1, by_veto)
 
     @property
-    def standing(self) -> Float[Tensor, "P N"]:
-        """How many images of its prompt each one beats."""
-        num = self.order.shape[1]
-        return (num - 1 - self.order.argsort(dim=1)).float()
+    def rank(self) -> Int[Tensor, "P N"]:
+        """Rank of each image among the images of its prompt, from 0 (best) to N - 1."""
+        return self.order.argsort(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The images that a search ends with, on the CPU and in [0, 1], and what they cost."""
+    """The final images of a search, on the CPU with pixels in [0, 1], their scores and the cost of the search."""
 
     images: Float[Tensor, "P N 3 Y X"]
-    verdict: Verdict
+    scores: CandidateScores
     cost: Cost
 
     @property
-    def picked(self) -> Int[Tensor, " P"]:
-        """Which of its images each prompt gets."""
-        return self.verdict.order[:, 0]
+    def selected(self) -> Int[Tensor, " P"]:
+        """Index of the best image of each prompt."""
+        return self.scores.order[:, 0]
 
     @property
     def best(self) -> Float[Tensor, "P 3 Y X"]:
-        """The picked images."""
-        return self.images[torch.arange(len(self.images)), self.picked]
+        """The best image of each prompt."""
+        return self.images[torch.arange(len(self.images)), self.selected]
 
 
 class SearchContext:
-    """A painter, its way to paint, and judges. All rows are prompt after prompt, the same number for each."""
+    """A model, its sampler and a reward, as used by all search algorithms.
+
+    A batch holds all rows of the first prompt, then all rows of the second, and so on, the same number for each.
+    """
 
     def __init__(
         self,
@@ -113,28 +118,28 @@ class SearchContext:
         reward: RewardFunction,
         *,
         sampler: Sampler,
-        batch_size: int = 64,
+        microbatch_size: int = 64,
         veto: Veto | None = None,
     ) -> None:
-        """At most `batch_size` images go through a network at once; half as many from then on if memory runs out."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        """Use at most `microbatch_size` images in one forward pass. It is halved whenever memory runs out."""
+        if microbatch_size < 1:
+            raise ValueError(f"microbatch_size is {microbatch_size}; it must be at least 1.")
         self.model, self.reward, self.sampler, self.veto = model, reward, sampler, veto
-        self.batch_size = batch_size
+        self.microbatch_size = microbatch_size
         self.denoiser_calls = self.reward_calls = 0
 
     @property
     def num_steps(self) -> int:
         return self.sampler.schedule.num_steps
 
-    def spent(self) -> Cost:
-        """All so far, by the clock; the difference of two is the cost of what lies between."""
+    def cost_so_far(self) -> Cost:
+        """Return the counters and the clock; the difference of two results is the cost of the work in between."""
         return Cost(self.denoiser_calls, self.reward_calls, time.monotonic())
 
-    # --- painting ---
+    # --- sampling ---
 
     def predict(self, latents: Float[Tensor, "B C H W"], step: int, conditioning: Float[Tensor, "B L D"]) -> Prediction:
-        """What the model sees in latents that have taken `step` steps."""
+        """Return the model's prediction for latents after `step` denoising steps."""
 
         def work(rows: Tensor) -> Prediction:
             level = self.sampler.schedule.at(torch.full((len(rows),), step))
@@ -153,12 +158,12 @@ class SearchContext:
         *,
         generators: Sequence[torch.Generator],
     ) -> Float[Tensor, "B C H W"]:
-        """Draw the next latents, each from its own generator."""
+        """Sample the next latents, each with its own generator."""
         schedule, at = self.sampler.schedule, torch.full((len(latents),), step)
         transition = self.sampler.dynamics(latents, prediction, schedule.at(at), schedule.at(at + 1))
         return sample(transition, generators=generators)
 
-    def walk(
+    def denoise(
         self,
         latents: Float[Tensor, "B C H W"],
         conditioning: Float[Tensor, "B L D"],
@@ -166,39 +171,38 @@ class SearchContext:
         *,
         generators: Sequence[torch.Generator],
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-        """Take some denoising steps: the latents after them, and the clean image that the last one saw ahead."""
+        """Run the given denoising steps; return the latents and the clean latents predicted in the last of them."""
         clean = latents
         for step in steps:
             prediction = self.predict(latents, step, conditioning)
             latents, clean = self.step(latents, prediction, step, generators=generators), prediction.clean
         return latents, clean
 
-    def noise_of_steps(self) -> Float[Tensor, " T"]:
-        """The standard deviation that the dynamics give each step."""
+    def step_stds(self) -> Float[Tensor, " T"]:
+        """Return the standard deviation of the noise that each denoising step adds; 0 for a deterministic step."""
         schedule, at = self.sampler.schedule, torch.arange(self.num_steps)
-        nothing = schedule.alpha.new_zeros(self.num_steps, 1, 1, 1)
-        prediction = Prediction(nothing, nothing)
-        return self.sampler.dynamics(nothing, prediction, schedule.at(at), schedule.at(at + 1)).std
+        zeros = schedule.alpha.new_zeros(self.num_steps, 1, 1, 1)
+        return self.sampler.dynamics(zeros, Prediction(zeros, zeros), schedule.at(at), schedule.at(at + 1)).std
 
-    # --- judging ---
+    # --- scoring ---
 
-    def judge(
+    def score(
         self, latents: Float[Tensor, "B C H W"], prompts: Sequence[str], *, veto: bool = True
-    ) -> tuple[Float[Tensor, "P N 3 Y X"], Verdict]:
-        """Decode latents and let the judges speak: the same number for each of P prompts.
+    ) -> tuple[Float[Tensor, "P N 3 Y X"], CandidateScores]:
+        """Decode latents and score the images; the B = P N rows are N images of each prompt.
 
-        An image whose reward is no finite number loses, and a warning counts such images. Raises ValueError, naming
-        the prompt, if no image of a prompt has a finite reward.
+        An image whose reward is not finite is ranked last, and a warning says how many there are. Raises ValueError,
+        with the prompt, if no image of a prompt has a finite reward.
         """
         num = len(latents) // len(prompts)
-        of_row = [prompt for prompt in prompts for _ in range(num)]
-        judging = self.veto if veto else None
+        row_prompts = [prompt for prompt in prompts for _ in range(num)]
+        active_veto = self.veto if veto else None
 
         def work(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            images, asked = self.model.decode(latents[rows]).clamp(0, 1), [of_row[int(i)] for i in rows]
-            scores = verdicts(self.reward, images, asked)
-            if judging is not None:
-                scores["veto"] = judging.reward(images, asked)
+            images, texts = self.model.decode(latents[rows]).clamp(0, 1), [row_prompts[int(i)] for i in rows]
+            scores = call_reward(self.reward, images, texts)
+            if active_veto is not None:
+                scores["veto"] = active_veto.reward(images, texts)
             return images.cpu(), {name: values.float().cpu() for name, values in scores.items()}
 
         parts = self.in_batches(len(latents), work)
@@ -208,61 +212,66 @@ class SearchContext:
         }
         self.reward_calls += len(latents) * num_rewards(scores)
         _check_finite(scores["reward"], prompts)
-        # "not at least" instead of "below": a safety judge that says NaN has not said that an image is safe.
-        vetoed = ~(scores["veto"] >= judging.threshold) if judging else torch.zeros_like(scores["reward"]).bool()
-        return images, Verdict(scores, vetoed)
+        # "not >=" instead of "<": an image for which a safety model returns NaN has not been found safe.
+        vetoed = (
+            ~(scores["veto"] >= active_veto.threshold) if active_veto else torch.zeros_like(scores["reward"]).bool()
+        )
+        return images, CandidateScores(scores, vetoed)
 
     # --- memory ---
 
-    def in_batches(self, count: int, work: Callable[[Tensor], PartT]) -> list[PartT]:
-        """`work` on every row from 0 to `count`, as many at once as fit; OutOfMemoryError if not even one does."""
-        parts: list[PartT] = []
+    def in_batches(self, count: int, work: Callable[[Tensor], ResultT]) -> list[ResultT]:
+        """Call `work` on the row indices 0 to count - 1 in batches and return the results.
+
+        When memory runs out the batch is halved, with a warning. Raises OutOfMemoryError if a single row does not fit.
+        """
+        results: list[ResultT] = []
         done = 0
         while done < count:
-            rows = torch.arange(done, min(done + self.batch_size, count))
+            rows = torch.arange(done, min(done + self.microbatch_size, count))
             try:
-                parts.append(work(rows))
+                results.append(work(rows))
                 done += len(rows)
             except torch.OutOfMemoryError:
                 if len(rows) == 1:
                     raise
-                self.batch_size = len(rows) // 2
+                self.microbatch_size = len(rows) // 2
                 warnings.warn(
-                    f"Out of memory with {len(rows)} images at once; going on with {self.batch_size}, which changes "
-                    f"no result. Set batch_size to {self.batch_size} to be spared the attempt.",
+                    f"Out of memory with {len(rows)} images in one batch; continuing with {self.microbatch_size}, "
+                    f"which changes no result. Set microbatch_size to {self.microbatch_size} to avoid the failed attempt.",
                     stacklevel=3,
                 )
-        return parts
+        return results
 
 
-def verdicts(reward: RewardFunction, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """What one reward or several say: `reward`, and each one's own score where there are several.
+def call_reward(reward: RewardFunction, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the scores (B,) of images as `reward` and, for a sum of several rewards, also each reward by its name.
 
-    ValueError if there is not one number for each image.
+    Raises ValueError if the reward does not return one number per image.
     """
-    said = reward(images, prompts)
-    total, each = (said, {}) if isinstance(said, Tensor) else said
+    result = reward(images, prompts)
+    total, by_name = (result, {}) if isinstance(result, Tensor) else result
     if total.shape != (len(images),):
         raise ValueError(
             f"The reward returned shape {tuple(total.shape)} for {len(images)} images; it must return "
             f"({len(images)},). The first prompt was {prompts[0]!r}."
         )
-    return {"reward": total, **(each if len(each) > 1 else {})}
+    return {"reward": total, **(by_name if len(by_name) > 1 else {})}
 
 
 def num_rewards(scores: Mapping[str, Tensor]) -> int:
-    """How many judges these scores are of: of several each has its own beside their verdict."""
+    """Return the number of rewards behind scores by name; the sum `reward` counts only if it is the only one."""
     vetoes = int("veto" in scores)
     return max(1, len(scores) - vetoes - 1) + vetoes
 
 
 def _check_finite(reward: Float[Tensor, "P N"], prompts: Sequence[str]) -> None:
-    lost = ~reward.isfinite()
-    if lost.all(dim=1).any():
-        prompt = prompts[int(lost.all(dim=1).nonzero()[0])]
-        raise ValueError(f"No image of {prompt!r} got a finite reward ({reward.shape[1]} were judged).")
-    if lost.any():
+    bad = ~reward.isfinite()
+    if bad.all(dim=1).any():
+        prompt = prompts[int(bad.all(dim=1).nonzero()[0])]
+        raise ValueError(f"No image of {prompt!r} has a finite reward ({reward.shape[1]} were scored).")
+    if bad.any():
         warnings.warn(
-            f"{int(lost.sum())} of {lost.numel()} images got a reward that is no finite number; they lose.",
+            f"The reward of {int(bad.sum())} of {bad.numel()} images is not finite; they are ranked last.",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Search for the noise that a deterministic sampler turns into the best image."""
+"""Search for the initial noise that a deterministic sampler turns into the best image."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.diffusion.gaussian import per_image, randn
-from rlhf_t2i.search.best_of_n import num_for_each, repeated
-from rlhf_t2i.search.context import Candidates, SearchContext, Verdict, num_rewards, verdicts
+from rlhf_t2i.search.candidates import num_candidates_of, repeat_rows
+from rlhf_t2i.search.context import Candidates, CandidateScores, SearchContext, call_reward, num_rewards
 
 
 @torch.no_grad()
@@ -23,33 +23,34 @@ def neighbourhood_search(
     similarity: float,
     generators: Sequence[torch.Generator],
 ) -> Candidates:
-    """Try neighbours of the best noise so far, round after round; zero-order search of Ma et al. (arXiv:2501.09732).
+    """Sample neighbours of the best noise so far in each round: zero-order search of Ma et al. (arXiv:2501.09732).
 
         neighbour = similarity * best noise + sqrt(1 - similarity^2) * fresh noise
 
-    In each round a prompt has as many images as there are generators for it; the first round is of fresh noise. A
-    neighbour is again standard normal noise, `similarity` its correlation with the best: 0 is random search, 0.95 the
-    published neighbourhood. Returns the images of all rounds, in that order.
+    Each round generates one image per generator; the first round starts from fresh noise. A neighbour is again
+    standard normal, and `similarity` is its correlation with the best noise: 0 is random search, 0.95 the published
+    neighbourhood. Returns the images of all rounds in order.
     """
-    num = num_for_each(prompts, generators)
+    num = num_candidates_of(prompts, generators)
     check_noise_search(context, num_rounds=num_rounds)
     if not 0 <= similarity < 1:
         raise ValueError(f"similarity is {similarity}; it must be in [0, 1).")
-    start = context.spent()
-    conditioning = repeated(context.model.encode(prompts), len(generators))
+    start = context.cost_so_far()
+    conditioning = repeat_rows(context.model.encode(prompts), len(generators))
     noise = context.model.initial_noise(generators, copies=1)
-    tried: list[Tensor] = []
-    found: list[tuple[Tensor, Verdict]] = []
+    noises: list[Tensor] = []
+    rounds: list[tuple[Tensor, CandidateScores]] = []
     for round_ in range(num_rounds):
         if round_:
-            best = _joined(found).order[:, 0]
-            pivot = torch.cat(tried, dim=1)[torch.arange(len(prompts)), best.to(noise.device)]
+            best = _concatenate(rounds).order[:, 0]
+            pivot = torch.cat(noises, dim=1)[torch.arange(len(prompts)), best.to(noise.device)]
             fresh = randn(noise.shape, generators=generators, device=noise.device)
             noise = similarity * pivot.repeat_interleave(num, dim=0) + math.sqrt(1 - similarity**2) * fresh
-        latents, _ = context.walk(noise, conditioning, range(context.num_steps), generators=generators)
-        found.append(context.judge(latents, prompts))
-        tried.append(noise.unflatten(0, (len(prompts), num)))
-    return Candidates(torch.cat([images for images, _ in found], dim=1), _joined(found), context.spent() - start)
+        latents, _ = context.denoise(noise, conditioning, range(context.num_steps), generators=generators)
+        rounds.append(context.score(latents, prompts))
+        noises.append(noise.unflatten(0, (len(prompts), num)))
+    images = torch.cat([images for images, _ in rounds], dim=1)
+    return Candidates(images, _concatenate(rounds), context.cost_so_far() - start)
 
 
 @torch.no_grad()
@@ -63,34 +64,35 @@ def gradient_search(
     max_gradient_norm: float = 0.1,
     generators: Sequence[torch.Generator],
 ) -> Candidates:
-    """Climb the reward's gradient with respect to the noise, like ReNO (arXiv:2406.04312), for few-step models.
+    """Ascend the gradient of the reward with respect to the noise, as in ReNO (arXiv:2406.04312).
 
         loss = -reward(image of noise) + prior_weight * (|noise|^2 / 2 - (D - 1) log |noise|)
 
-    The second part is minus the log-density of the length of D standard normal numbers (up to a constant): it keeps
-    the noise on the shell where the model has learnt. Steps are those of SGD with Nesterov momentum 0.9, the gradient
-    of each noise cut to `max_gradient_norm`. Returns the images of all rounds, the first ones of the plain noise.
-    A round costs two denoiser calls a step: there and back.
+    The second term is minus the log-density of the norm of D standard normal numbers (up to a constant): it keeps the
+    noise on the shell that the model was trained on. Steps are those of SGD with Nesterov momentum 0.9, the gradient
+    of each noise clipped to the norm `max_gradient_norm`. Returns the images of all rounds, those of the initial noise
+    first. All denoising steps are held in memory, and a round costs two denoiser calls a step (forward and backward),
+    so this is for models with few steps.
 
-    Raises ValueError for a reward through which no gradient flows.
+    Raises ValueError for a reward that is not differentiable.
     """
-    num = num_for_each(prompts, generators)
+    num = num_candidates_of(prompts, generators)
     check_noise_search(context, num_rounds=num_rounds)
-    start = context.spent()
-    conditioning = repeated(context.model.encode(prompts), len(generators))
-    of_row = [prompt for prompt in prompts for _ in range(num)]
+    start = context.cost_so_far()
+    conditioning = repeat_rows(context.model.encode(prompts), len(generators))
+    row_prompts = [prompt for prompt in prompts for _ in range(num)]
     noise = context.model.initial_noise(generators, copies=1)
     velocity = torch.zeros_like(noise)
-    found: list[tuple[Tensor, Verdict]] = []
+    rounds: list[tuple[Tensor, CandidateScores]] = []
     for round_ in range(num_rounds):
         gradients: list[Tensor] = []
         latents: list[Tensor] = []
         last = round_ == num_rounds - 1
 
         def work(rows: Tensor, noise: Tensor = noise, last: bool = last) -> tuple[Tensor, Tensor]:
-            return _there_and_back(
-                context, noise[rows], conditioning[rows], [of_row[int(i)] for i in rows],
-                prior_weight=prior_weight, back=not last,
+            return _forward_and_backward(
+                context, noise[rows], conditioning[rows], [row_prompts[int(i)] for i in rows],
+                prior_weight=prior_weight, backward=not last,
             )  # fmt: skip
 
         for finished, gradient in context.in_batches(len(noise), work):
@@ -100,40 +102,42 @@ def gradient_search(
         context.denoiser_calls += (
             len(noise) * context.num_steps * passes * context.model.num_calls(context.sampler.guidance_scale)
         )
-        found.append(context.judge(torch.cat(latents), prompts))
+        rounds.append(context.score(torch.cat(latents), prompts))
         if last:
             break
-        context.reward_calls += len(noise) * num_rewards({n: s for n, s in found[0][1].scores.items() if n != "veto"})
+        without_veto = {name: scores for name, scores in rounds[0][1].by_name.items() if name != "veto"}
+        context.reward_calls += len(noise) * num_rewards(without_veto)
         gradient = torch.cat(gradients)
         norm = gradient.flatten(1).norm(dim=1)
         gradient = gradient * per_image((max_gradient_norm / norm.clamp_min(1e-12)).clamp_max(1.0))
         velocity = 0.9 * velocity + gradient
         noise = noise - learning_rate * (gradient + 0.9 * velocity)
-    return Candidates(torch.cat([images for images, _ in found], dim=1), _joined(found), context.spent() - start)
+    images = torch.cat([images for images, _ in rounds], dim=1)
+    return Candidates(images, _concatenate(rounds), context.cost_so_far() - start)
 
 
-def _there_and_back(
+def _forward_and_backward(
     context: SearchContext,
     noise: Float[Tensor, "B C H W"],
     conditioning: Float[Tensor, "B L D"],
     prompts: Sequence[str],
     *,
     prior_weight: float,
-    back: bool,
+    backward: bool,
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-    """Paint with a graph and return the finished latents, and the loss's gradient with respect to the noise."""
-    if not back:
-        latents = _painted(context, noise, conditioning)
+    """Return the final latents and the gradient of the loss with respect to the noise; zeros without `backward`."""
+    if not backward:
+        latents = _sample(context, noise, conditioning)
         return latents, torch.zeros_like(noise)
     with torch.enable_grad():
         noise = noise.detach().requires_grad_(True)
-        latents = _painted(context, noise, conditioning)
-        # Not clamped: where an image is saturated its gradient would be gone.
-        reward = verdicts(context.reward, context.model.decode(latents), prompts)["reward"]
+        latents = _sample(context, noise, conditioning)
+        # Not clamped: saturated pixels would have no gradient.
+        reward = call_reward(context.reward, context.model.decode(latents), prompts)["reward"]
         if not reward.requires_grad:
             raise ValueError(
-                "The reward gives no gradient, so it cannot be climbed: use a differentiable one, such as a judge, or "
-                "search the neighbourhood."
+                "The reward has no gradient with respect to the images. gradient_search needs a differentiable reward, "
+                "such as llava_reward; neighbourhood_search takes any."
             )
         length = noise.flatten(1).norm(dim=1)
         prior = length**2 / 2 - (noise[0].numel() - 1) * length.log()
@@ -141,8 +145,8 @@ def _there_and_back(
         return latents.detach(), torch.autograd.grad(loss, noise)[0]
 
 
-def _painted(context: SearchContext, latents: Tensor, conditioning: Tensor) -> Tensor:
-    """Finished latents, all rows at once; the sampler draws nothing."""
+def _sample(context: SearchContext, latents: Tensor, conditioning: Tensor) -> Tensor:
+    """Return the final latents of a deterministic sampler, all rows in one batch."""
     schedule = context.sampler.schedule
     for step in range(context.num_steps):
         at = torch.full((len(latents),), step)
@@ -153,20 +157,20 @@ def _painted(context: SearchContext, latents: Tensor, conditioning: Tensor) -> T
 
 
 def check_noise_search(context: SearchContext, *, num_rounds: int) -> None:
-    """ValueError for a sampler that draws noise on the way, and for no round at all."""
+    """Raise ValueError for a stochastic sampler and for less than one round."""
     if num_rounds < 1:
         raise ValueError(f"num_rounds is {num_rounds}; it must be at least 1.")
-    if (context.noise_of_steps() > 0).any():
+    if (context.step_stds() > 0).any():
         raise ValueError(
-            "The sampler adds noise on the way, so the first noise alone does not decide the image. Searching for it "
-            "needs a deterministic sampler: DDIM with eta = 0."
+            "The sampler adds noise in its steps, so the initial noise alone does not determine the image. Noise "
+            "search needs a deterministic sampler: DDIM with eta = 0."
         )
 
 
-def _joined(found: Sequence[tuple[Tensor, Verdict]]) -> Verdict:
-    """The verdicts of several rounds as one."""
-    names = found[0][1].scores
-    return Verdict(
-        {name: torch.cat([verdict.scores[name] for _, verdict in found], dim=1) for name in names},
-        torch.cat([verdict.vetoed for _, verdict in found], dim=1),
+def _concatenate(rounds: Sequence[tuple[Tensor, CandidateScores]]) -> CandidateScores:
+    """Return the scores of several rounds side by side."""
+    names = rounds[0][1].by_name
+    return CandidateScores(
+        {name: torch.cat([scores.by_name[name] for _, scores in rounds], dim=1) for name in names},
+        torch.cat([scores.vetoed for _, scores in rounds], dim=1),
     )

@@ -1,8 +1,8 @@
-"""Particles with weights: how a crowd of half-painted images is steered towards reward. Pure maths, in log space.
+"""Particle weights, potentials and resampling of Feynman-Kac steering, in log space.
 
-Feynman-Kac steering (arXiv:2501.06848) draws from p(image) * exp(strength * reward(image)). Along the way each
-particle is weighed by potentials, guesses of how well it will end, whose product over a whole path must be
-exp(strength * reward): the last potential makes up for whatever the guesses said.
+FK steering (arXiv:2501.06848) samples from p(image) * exp(strength * reward(image)). During sampling each particle is
+weighted by potentials, which estimate its final reward. Their product over a path must be exp(strength * reward): the
+last potential corrects the earlier estimates.
 """
 
 from __future__ import annotations
@@ -20,50 +20,50 @@ PotentialName = Literal["difference", "max", "sum"]
 
 @dataclass(frozen=True, slots=True)
 class Particles:
-    """What each of the K particles of P prompts carries besides its latents, in float64."""
+    """The weights of K particles for each of P prompts, in float64."""
 
     log_weights: Float[Tensor, "P K"]
-    """Since the last resampling; -inf for a particle that has lost."""
+    """Log-weight since the last resampling; -inf after a reward that was not finite."""
     log_product: Float[Tensor, "P K"]
-    """Of all potentials that its path has passed, whether or not they were spent on a resampling."""
-    memory: Float[Tensor, "P K"]
-    """Of the rewards of its path what its potential needs: the last, the highest, or the sum."""
+    """Log of the product of all potentials along the path, across resamplings."""
+    path_reward: Float[Tensor, "P K"]
+    """Statistic of the rewards along the path that the potential needs: the last, the highest, or the sum."""
 
 
 def new_particles(num_prompts: int, num_particles: int, *, potential: PotentialName) -> Particles:
-    """Particles that have seen no reward yet."""
+    """Return particles with equal weights, before any reward."""
     zeros = torch.zeros(num_prompts, num_particles, dtype=torch.float64)
     return Particles(zeros, zeros, torch.full_like(zeros, -torch.inf) if potential == "max" else zeros)
 
 
-def weigh(
+def reweight(
     particles: Particles, rewards: Float[Tensor, "P K"], *, potential: PotentialName, strength: float
 ) -> Particles:
-    """Multiply the weights with the potential of a reward that was guessed on the way (arXiv:2501.06848, section 3).
+    """Multiply the weights by the potential of an intermediate reward r (arXiv:2501.06848, section 3).
 
         difference   log G = strength * (r - last r)          the first r is compared with 0
-        max          log G = strength * max(r, r before)
+        max          log G = strength * max(r, all r before)
         sum          log G = strength * (r + all r before)
 
-    A particle whose reward is no finite number gets weight 0. What is not spent by `resample` stays in the weights.
+    A particle whose reward is not finite gets weight 0. Weights that `resample` does not reset are kept.
     """
     finite = rewards.isfinite()
     r = torch.where(finite, rewards, 0.0).to(torch.float64)
     match potential:
         case "difference":
-            memory, log_potential = r, strength * (r - particles.memory)
+            path_reward, log_potential = r, strength * (r - particles.path_reward)
         case "max":
-            memory = torch.maximum(r, particles.memory)
-            log_potential = strength * memory
+            path_reward = torch.maximum(r, particles.path_reward)
+            log_potential = strength * path_reward
         case "sum":
-            memory = particles.memory + r
-            log_potential = strength * memory
+            path_reward = particles.path_reward + r
+            log_potential = strength * path_reward
     log_weights = torch.where(finite, particles.log_weights + log_potential, -torch.inf)
-    return Particles(log_weights, particles.log_product + log_potential, memory)
+    return Particles(log_weights, particles.log_product + log_potential, path_reward)
 
 
-def weigh_finished(particles: Particles, rewards: Float[Tensor, "P K"], *, strength: float) -> Particles:
-    """The last potential, of the finished images: it makes the product of a path's potentials what it must be.
+def reweight_finished(particles: Particles, rewards: Float[Tensor, "P K"], *, strength: float) -> Particles:
+    """Multiply the weights by the last potential, which makes the product over a path exp(strength * r).
 
     log G = strength * r - sum of all log G before
     """
@@ -74,31 +74,30 @@ def weigh_finished(particles: Particles, rewards: Float[Tensor, "P K"], *, stren
 
 
 def effective_sample_size(log_weights: Float[Tensor, "P K"]) -> Float[Tensor, " P"]:
-    """1 / sum(w^2) with w = softmax(log_weights): K if all particles agree, 1 if one rules."""
+    """Return 1 / sum(w^2) with w = softmax(log_weights): K for equal weights, 1 if one particle has all weight."""
     return torch.exp(-torch.logsumexp(2 * log_weights.log_softmax(dim=1), dim=1))
 
 
 def systematic_resample(log_weights: Float[Tensor, " K"], *, generator: torch.Generator) -> Int[Tensor, " K"]:
-    """The parent of each new particle, in ascending order: particle i has K * w_i children, rounded up or down.
+    """Return the parent of each new particle, in ascending order: particle i has K * w_i children, rounded up or down.
 
-    One uniform number u is drawn; child k takes the first particle whose running sum of K * w exceeds k + u. Equal
+    One uniform number u is drawn; child k takes the first particle whose cumulative sum of K * w exceeds k + u. Equal
     weights give each particle exactly one child, itself.
     """
     weights = (log_weights.double() - log_weights.double().max()).exp()
-    running = weights.cumsum(0)
+    cumulative = weights.cumsum(0)
     num = len(weights)
     offset = torch.rand(1, generator=generator).double()  # of float32, so that k + u is exact
-    places = (torch.arange(num, dtype=torch.float64) + offset).to(running.device)
-    return torch.searchsorted(running * num / running[-1], places, right=True)
+    places = (torch.arange(num, dtype=torch.float64) + offset).to(cumulative.device)
+    return torch.searchsorted(cumulative * num / cumulative[-1], places, right=True)
 
 
 def resample(
     particles: Particles, *, chosen: Bool[Tensor, " P"], generators: Sequence[torch.Generator]
 ) -> tuple[Particles, Int[Tensor, "P K"]]:
-    """Let heavy particles take the places of light ones in the `chosen` prompts; also returns everyone's parent.
+    """Resample the particles of the `chosen` prompts; return the particles and the parent of each.
 
-    There all weights are equal afterwards. The other prompts keep their particles and their weights. Each prompt has
-    its own generator.
+    Resampled particles have equal weights. Those of other prompts are unchanged. Each prompt has its own generator.
     """
     parents = torch.arange(particles.log_weights.shape[1]).expand_as(particles.log_weights).clone()
     for p in chosen.nonzero().flatten().tolist():
@@ -107,7 +106,7 @@ def resample(
         Particles(
             torch.where(chosen[:, None], 0.0, particles.log_weights),
             particles.log_product.gather(1, parents),
-            particles.memory.gather(1, parents),
+            particles.path_reward.gather(1, parents),
         ),
         parents,
     )

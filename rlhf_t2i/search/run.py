@@ -1,8 +1,8 @@
-"""What recipes that search for images have in common: settings, sharing the work, and results that survive a kill.
+"""The run of a search recipe: its tasks, their distribution over processes, and results that survive a kill.
 
-A search for one image of one prompt is finished when its `search_0000.json` is there: images are written before it,
-it appears whole or not at all, and what is finished is never painted again. All randomness has an address, so neither a
-stop nor the number of processes changes an image, but for what a network rounds otherwise in a batch of another size.
+The search for one image of a prompt is finished when its `search_0000.json` exists. It is written atomically after the
+images, and a resumed run skips what is finished. All random numbers are derived from the seed and the task, so neither
+an interruption nor the number of processes changes an image, up to rounding in batches of another size.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from rlhf_t2i.config import Rule, check, names
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.prompts import load_prompts
-from rlhf_t2i.report.search import Found, read_found, summary, write_report
+from rlhf_t2i.report.search import SearchRecord, read_records, summary, write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_reward, load_rewards
 from rlhf_t2i.search.context import Candidates, Cost, SearchContext, Veto
 from rlhf_t2i.search.geneval import metadata_of, write_metadata
+from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PROMPTS, measure_reward_std
 from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for, seed_for
 from rlhf_t2i.training.metrics import save_image_grid
 from rlhf_t2i.training.run import Run, start_run
@@ -94,143 +95,166 @@ class SearchConfig:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One image to search for: which prompt, and the how manieth image of it."""
+    """The search for one image: the index and text of its prompt, and the number of the search for this prompt."""
 
     prompt: int
     search: int
     text: str
 
     def seeds(self, seed: int, count: int) -> list[int]:
-        """One for each image that is tried."""
+        """Return the seed of each of `count` candidates."""
         return [seed_for(seed, SAMPLE, self.prompt, self.search, i) for i in range(count)]
 
 
 @dataclass(frozen=True)
-class Search:
-    """A run that searches: where it paints, what it has to do, and where results go."""
+class SearchRun:
+    """A run that searches for images of prompts: its context, its tasks and its results."""
 
     config: SearchConfig
     run: Run
     context: SearchContext
-    watched: WeightedSum | None
+    evaluation_rewards: WeightedSum | None
     prompts: list[str]
     metadata: list[dict[str, Any]]
+    """For each prompt, the content of its metadata.jsonl."""
 
     @property
     def images(self) -> Path:
-        """A folder for each prompt, as GenEval's scorer reads it."""
+        """The folder of the images, with one folder per prompt in the layout of GenEval's scorer."""
         return self.run.folder / "images"
 
     def batches(self) -> Iterator[list[Task]]:
-        """What this process has still to do."""
+        """Yield the unfinished tasks of this process in batches of `searches_per_batch`.
+
+        Raises ValueError if the folder holds images of other prompts.
+        """
         tasks = [
             Task(prompt, search, text)
             for prompt, text in enumerate(self.prompts)
             for search in range(self.config.images_per_prompt)
         ]
-        todo = [task for task in tasks if not self._marker(task).is_file()]
+        todo = [task for task in tasks if not self._record_path(task).is_file()]
         for index, metadata in enumerate(self.metadata):
             path = self._folder(index) / "metadata.jsonl"
             if path.is_file() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != metadata:
                 raise ValueError(
                     f"Prompt {index} of {self.config.prompts} is now {metadata}, but the images in {path.parent} "
-                    f"were painted for {earlier}. Restore the file, or name another --run_folder."
+                    f"were generated for {earlier}. Restore the file, or name another --run_folder."
                 )
-        if self.run.is_main:  # two processes may search for the same prompt
+        if self.run.is_main:  # two processes may search for images of the same prompt
             for index, metadata in enumerate(self.metadata):
                 write_metadata(self._folder(index), metadata)
-        self.run.accelerator.wait_for_everyone()  # all must have looked before the first one finishes something
+        # Every process must have listed the unfinished tasks before the first result is written.
+        self.run.accelerator.wait_for_everyone()
         if len(todo) < len(tasks):
-            self.run.say(f"Resumed: {len(tasks) - len(todo)} of {len(tasks)} images are there.")
-        mine = todo[self.run.rank :: self.run.num_processes]
+            self.run.say(f"Resumed: {len(tasks) - len(todo)} of {len(tasks)} images are finished.")
+        own = todo[self.run.rank :: self.run.num_processes]
         size = self.config.searches_per_batch
         yield from tqdm(
-            [mine[i : i + size] for i in range(0, len(mine), size)],
+            [own[i : i + size] for i in range(0, len(own), size)],
             desc="searching",
             disable=not self.run.is_main,
             dynamic_ncols=True,
         )
 
     def generators(self, tasks: Sequence[Task], count: int) -> list[torch.Generator]:
-        """One for each image that is tried, whichever process tries it."""
+        """Return the generators of `count` candidates for each task, equal on every process."""
         return [torch.Generator().manual_seed(s) for task in tasks for s in task.seeds(self.config.seed, count)]
 
-    def resampling(self, tasks: Sequence[Task]) -> list[torch.Generator]:
-        """One for each search: which of its particles have children."""
+    def resampling_generators(self, tasks: Sequence[Task]) -> list[torch.Generator]:
+        """Return one generator per task, from which its particles are resampled."""
         return [generator_for(self.config.seed, RESAMPLE, task.prompt, task.search) for task in tasks]
 
-    def pilots(self, count: int) -> list[torch.Generator]:
-        """For images that only show how far a reward spreads."""
-        return [generator_for(self.config.seed, CALIBRATE, i) for i in range(count)]
+    def measured_reward_std(self) -> float:
+        """Return the standard deviation of the reward among images of one prompt.
 
-    def watch(self, candidates: Candidates, tasks: Sequence[Task]) -> dict[str, Tensor]:
-        """What the rewards that decide nothing say of every finished image."""
-        if self.watched is None:
+        It is measured once in a run, on calibration samples of the first prompts, and read again by resumed runs.
+        """
+        path = self.run.folder / "reward_std.json"
+        if self.run.is_main and not path.is_file():
+            prompts = self.prompts[:NUM_CALIBRATION_PROMPTS]
+            num_images = len(prompts) * NUM_CALIBRATION_IMAGES
+            generators = [generator_for(self.config.seed, CALIBRATE, i) for i in range(num_images)]
+            reward_std = measure_reward_std(self.context, prompts, generators=generators)
+            write_atomically(path, json.dumps({"reward_std": reward_std, "num_images": num_images}))
+            self.run.say(f"The reward's standard deviation among images of one prompt is {reward_std:.3g}.")
+        self.run.accelerator.wait_for_everyone()
+        return json.loads(path.read_text())["reward_std"]
+
+    def evaluate(self, candidates: Candidates, tasks: Sequence[Task]) -> dict[str, Tensor]:
+        """Return the scores (P, N) of all images by the evaluation rewards, which do not influence the search."""
+        rewards = self.evaluation_rewards
+        if rewards is None:
             return {}
         num_prompts, num = candidates.images.shape[:2]
         texts = [task.text for task in tasks for _ in range(num)]
-        images, watched = candidates.images.flatten(0, 1), self.watched
+        images = candidates.images.flatten(0, 1)
         parts = self.context.in_batches(
-            len(images), lambda rows: watched(images[rows], [texts[int(i)] for i in rows])[1]
+            len(images), lambda rows: rewards(images[rows], [texts[int(i)] for i in rows])[1]
         )
         return {name: torch.cat([part[name] for part in parts]).unflatten(0, (num_prompts, num)) for name in parts[0]}
 
-    def finish(
+    def write_results(
         self,
         tasks: Sequence[Task],
-        found: Candidates,
+        candidates: Candidates,
         *,
-        plain: Candidates | None,
+        baseline: Candidates | None,
         seeds: Sequence[Sequence[int]],
-        **facts: Sequence[Any],
+        **extra: Sequence[Any],
     ) -> None:
-        """Write a batch to the disk: each picked image, what plain sampling paints instead, and all that was said.
+        """Write the results of a batch: for each task the selected image, the first image of the baseline, a record.
 
-        `plain` are images of the same seeds by plain best-of-N: `found` itself if it is that, None if nobody painted
-        them. Each of `facts` has an entry for each task.
+        `baseline` is plain best-of-N from the same seeds: `candidates` itself if that is what was searched, or None
+        without a baseline. `extra` are further entries of the records, with one value per task.
         """
-        searched, other = plain is not found, self.watch(found, tasks)
-        said = self.watch(plain, tasks) if plain and searched else other
+        is_baseline, evaluation = baseline is candidates, self.evaluate(candidates, tasks)
+        baseline_evaluation = self.evaluate(baseline, tasks) if baseline and not is_baseline else evaluation
         for i, task in enumerate(tasks):
-            folder = self._folder(task.prompt)
-            if plain:
-                save_image_grid(folder / "plain" / f"{task.search:04d}.png", plain.images[i, :1], num_columns=1)
-            save_image_grid(folder / "samples" / f"{task.search:04d}.png", found.best[i : i + 1], num_columns=1)
-            row = {
+            folder, name = self._folder(task.prompt), f"{task.search:04d}.png"
+            if baseline:
+                save_image_grid(folder / "baseline" / name, baseline.images[i, :1], num_columns=1)
+            save_image_grid(folder / "samples" / name, candidates.best[i : i + 1], num_columns=1)
+            record = {
                 "prompt": task.text,
                 "seeds": list(seeds[i]),
-                "searched": searched,
-                "found": _row(found, i, other, len(tasks)),
-                "plain": _row(plain, i, said, len(tasks)) if plain and searched else None,
-                **{name: values[i] for name, values in facts.items()},
+                "is_baseline": is_baseline,
+                "searched": _entry(candidates, i, evaluation, len(tasks)),
+                "baseline": (
+                    _entry(baseline, i, baseline_evaluation, len(tasks)) if baseline and not is_baseline else None
+                ),
+                **{key: values[i] for key, values in extra.items()},
             }
-            write_atomically(self._marker(task), json.dumps(row, allow_nan=False))
+            write_atomically(self._record_path(task), json.dumps(record, allow_nan=False))
 
-    def close(self) -> list[Found]:
-        """When all processes are done: the report and a table; returns all results, those before a resume too."""
+    def close(self) -> list[SearchRecord]:
+        """Wait for all processes, write the report, print a table; return all records, those before a resume too."""
         self.run.accelerator.wait_for_everyone()
-        found = read_found(self.images)
+        records = read_records(self.images)
         if self.run.is_main:
             report = write_report(self.run.folder)
-            self.run.say(summary(found))
-            self.run.say(f"report    {report}\nimages  {self.images}")
+            self.run.say(summary(records))
+            self.run.say(f"report    {report}\nimages    {self.images}")
         self.run.close()
-        return found
+        return records
 
     def _folder(self, prompt: int) -> Path:
         return self.images / f"{prompt:05d}"
 
-    def _marker(self, task: Task) -> Path:
+    def _record_path(self, task: Task) -> Path:
         return self._folder(task.prompt) / f"search_{task.search:04d}.json"
 
 
-def start_search(config: SearchConfig, *, recipe: str, eta: float) -> Search:
-    """Load everything. Raises what `load_rewards`, `load_prompts`, `start_run` and the model's loader do."""
+def start_search(config: SearchConfig, *, recipe: str, eta: float) -> SearchRun:
+    """Start the run and load the model, rewards and prompts.
+
+    Raises what `load_rewards`, `load_prompts`, `start_run` and `load_policy` raise.
+    """
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
     rewards = load_rewards(config.rewards, finite=False)
     veto = Veto(load_reward(config.veto, finite=False), config.veto_below) if config.veto else None
-    watched = load_rewards(config.evaluation_rewards) if names(config.evaluation_rewards) else None
+    evaluation_rewards = load_rewards(config.evaluation_rewards) if names(config.evaluation_rewards) else None
     prompts = load_prompts(config.prompts, held_out=True)
     metadata = metadata_of(config.prompts, prompts)
     run = start_run({**asdict(config), "trackers": "", "keep_checkpoints": 0}, recipe=recipe, checkpoints=False)
@@ -243,25 +267,25 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> Search:
     )
     schedule = policy.schedule(config.num_denoising_steps)
     sampler = Sampler(schedule, stochastic(schedule, eta=eta), config.guidance_scale)
-    context = SearchContext(policy, rewards, sampler=sampler, batch_size=config.batch_size, veto=veto)
-    return Search(config, run, context, watched, prompts, metadata)
+    context = SearchContext(policy, rewards, sampler=sampler, microbatch_size=config.batch_size, veto=veto)
+    return SearchRun(config, run, context, evaluation_rewards, prompts, metadata)
 
 
-def _row(candidates: Candidates, i: int, watched: Mapping[str, Tensor], num_tasks: int) -> dict[str, Any]:
-    """What is written down of one prompt's candidates; its share of the batch's cost."""
-    verdict, cost = candidates.verdict, candidates.cost
+def _entry(candidates: Candidates, i: int, evaluation: Mapping[str, Tensor], num_tasks: int) -> dict[str, Any]:
+    """Return the scores of one task's candidates and its share of the cost of the batch, as JSON."""
+    scores, cost = candidates.scores, candidates.cost
     return {
-        "picked": int(candidates.picked[i]),
-        "scores": {name: numbers(scores[i]) for name, scores in verdict.scores.items()},
-        "watched": {name: numbers(scores[i]) for name, scores in watched.items()},
-        "standing": numbers(verdict.standing[i]),
-        "vetoed": verdict.vetoed[i].tolist(),
+        "selected": int(candidates.selected[i]),
+        "scores": {name: finite_or_none(values[i]) for name, values in scores.by_name.items()},
+        "evaluation_scores": {name: finite_or_none(values[i]) for name, values in evaluation.items()},
+        "rank": scores.rank[i].tolist(),
+        "vetoed": scores.vetoed[i].tolist(),
         "cost": asdict(
             Cost(cost.denoiser_calls // num_tasks, cost.reward_calls // num_tasks, cost.seconds / num_tasks)
         ),
     }
 
 
-def numbers(values: Tensor) -> list[float | None]:
-    """JSON knows no NaN."""
+def finite_or_none(values: Tensor) -> list[float | None]:
+    """Return the numbers as a list for JSON, which has no NaN or infinity: None instead of those."""
     return [value if math.isfinite(value) else None for value in values.tolist()]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.models.load import BUILT_IN, load_policy
 from rlhf_t2i.sampling.rollout import rollout
-from rlhf_t2i.shapes.oracle import judge, recognise
+from rlhf_t2i.shapes.oracle import oracle_scores, recognise
 from rlhf_t2i.shapes.scenes import Scene
 from rlhf_t2i.types import Sampler
 
@@ -56,4 +56,4 @@ def paint(prompts: Sequence[str], *, seed: int) -> GeneratedImages:
         )
         chunks.append((images * 255).round() / 255)
     images = torch.cat(chunks)
-    return GeneratedImages(images, list(prompts), judge(images, prompts).graded, recognise(images))
+    return GeneratedImages(images, list(prompts), oracle_scores(images, prompts).graded, recognise(images))

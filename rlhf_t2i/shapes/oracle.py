@@ -2,7 +2,7 @@
 
 It knows nothing of how an image was made. Pixels become the nearest colour of the palette, connected pixels
 of one colour become components, and each component is laid over a circle, a square and a triangle of its own
-bounding box. The verdict on a prompt then has two sides:
+bounding box. The scores on a prompt then has two sides:
 
     passed   every condition holds: background, number of things, each colour, each shape, relation, no mess
     graded   the product of one quality in [floor, 1] per condition, so that one wrong word costs more than half
@@ -49,7 +49,7 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class Detection:
     """What the oracle sees in one image, before it is asked anything."""
 
     background: str
@@ -63,7 +63,7 @@ class Sight:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class OracleScores:
     """How well images show their prompts."""
 
     graded: Float[Tensor, " B"]
@@ -71,17 +71,17 @@ class Verdict:
     passed: Bool[Tensor, " B"]
 
 
-def judge(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Verdict:
+def oracle_scores(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> OracleScores:
     """Look at each image and compare it with its prompt.
 
     Raises ValueError for a prompt outside the grammar of `scenes.py`, or if there are not as many prompts as images.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images came with {len(prompts)} prompts.")
-    verdicts = [_verdict(s, parse_prompt(p)) for s, p in zip(look(images), prompts, strict=True)]
-    return Verdict(
-        torch.tensor([graded for graded, _ in verdicts], dtype=torch.float32),
-        torch.tensor([passed for _, passed in verdicts], dtype=torch.bool),
+    scores_of_tier = [_score(s, parse_prompt(p)) for s, p in zip(detect(images), prompts, strict=True)]
+    return OracleScores(
+        torch.tensor([graded for graded, _ in scores_of_tier], dtype=torch.float32),
+        torch.tensor([passed for _, passed in scores_of_tier], dtype=torch.bool),
     )
 
 
@@ -92,13 +92,13 @@ def shows_something(images: Float[Tensor, "B 3 Y X"]) -> Bool[Tensor, " B"]:
 
 def recognise(images: Float[Tensor, "B 3 Y X"]) -> list[Scene | None]:
     """The scene that each image shows, in one of its wordings; None where no prompt of the grammar would pass."""
-    return [_shown(sight) for sight in look(images)]
+    return [_shown(detection) for detection in detect(images)]
 
 
 # --- looking --------------------------------------------------------------------------------------
 
 
-def look(images: Float[Tensor, "B 3 Y X"]) -> list[Sight]:
+def detect(images: Float[Tensor, "B 3 Y X"]) -> list[Detection]:
     """Describe each image without knowing its prompt."""
     if not len(images):
         return []
@@ -113,7 +113,7 @@ def look(images: Float[Tensor, "B 3 Y X"]) -> list[Sight]:
     planes[torch.arange(len(labels)), background] = False
     components, mess = _components(planes.numpy())
     return [
-        Sight(_NAMES[b], s, tuple(c), m, p)
+        Detection(_NAMES[b], s, tuple(c), m, p)
         for b, s, c, m, p in zip(background.tolist(), share.tolist(), components, mess, purity.tolist(), strict=True)
     ]
 
@@ -223,12 +223,12 @@ def _relation_quality(first: Component, second: Component, relation: str) -> flo
     return _ramp(along - across, -3.0, 2.0)
 
 
-def _verdict(sight: Sight, scene: Scene) -> tuple[float, bool]:
+def _score(detection: Detection, scene: Scene) -> tuple[float, bool]:
     """The graded score and whether every condition holds."""
-    right_ground = sight.background == scene.background
-    ground = _ramp(sight.background_share, 0.6, 0.9) if right_ground else 0.0
-    clean = (1 - _ramp(sight.mess, 0.01, 0.15)) * _ramp(sight.purity, 0.1, 0.5)
-    things, seen = scene.things, sight.components
+    right_ground = detection.background == scene.background
+    ground = _ramp(detection.background_share, 0.6, 0.9) if right_ground else 0.0
+    clean = (1 - _ramp(detection.mess, 0.01, 0.15)) * _ramp(detection.purity, 0.1, 0.5)
+    things, seen = scene.things, detection.components
     count = 1.0 if len(things) == len(seen) else 0.0
     orders = permutations(seen[:4], min(len(seen[:4]), len(things)))
     quality, passes = max(_match(order, scene) for order in orders)
@@ -259,17 +259,17 @@ def _match(seen: Sequence[Component], scene: Scene) -> tuple[float, bool]:
     return quality, passes
 
 
-def _shown(sight: Sight) -> Scene | None:
+def _shown(detection: Detection) -> Scene | None:
     """A scene of the grammar that passes, if any does: try the one that the image itself suggests."""
-    if not 1 <= len(sight.components) <= 3:
+    if not 1 <= len(detection.components) <= 3:
         return None
-    things = tuple(Thing(c.colour, max(c.overlap, key=lambda shape: c.overlap[shape])) for c in sight.components)
+    things = tuple(Thing(c.colour, max(c.overlap, key=lambda shape: c.overlap[shape])) for c in detection.components)
     if not {thing.colour for thing in things} <= set(COLOURS):
         return None  # gray, black and white are backgrounds only
     if len(things) == 2 and things[0].colour != things[1].colour:
-        candidates = [Scene(things, sight.background, relation) for relation in RELATIONS]
+        candidates = [Scene(things, detection.background, relation) for relation in RELATIONS]
     elif len(set(things)) == 1:
-        candidates = [Scene(things, sight.background)]
+        candidates = [Scene(things, detection.background)]
     else:
         candidates = []
-    return next((scene for scene in candidates if _verdict(sight, scene)[1]), None)
+    return next((scene for scene in candidates if _score(detection, scene)[1]), None)
