@@ -323,7 +323,7 @@ def test_impossible_settings_are_refused(
 
 def test_a_reward_model_that_only_compares_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
     reward = f"llava_reward:{reward_model_folder('llava', head='general_preference')}"
-    with pytest.raises(ValueError, match="general-preference head: it compares images but gives none a score"):
+    with pytest.raises(ValueError, match="general-preference head: it compares two images but gives no score to one"):
         best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards=reward))
 
 
