@@ -36,7 +36,7 @@ from reward_model.backbones.prompts import PromptTokenizer, find_chat_template
 from reward_model.config import RewardModelConfig
 from reward_model.model import Perspective, RewardModel, last_real_token
 from reward_model.scoring import LlavaReward
-from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL
+from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER, TOY_REWARD_MODEL_FOLDER
 
 NAMES = ("alignment", "fidelity", "safety", "ranking")
 PROMPTS = ("a red circle on a blue background", "two green squares on a white background", "three yellow triangles")
@@ -203,12 +203,12 @@ def work(judge: LlavaReward, num_images: int, size: int, *, names: Sequence[str]
 
 def built_in() -> LlavaReward:
     """A judge of its own, to put perspectives on."""
-    return LlavaReward.from_pretrained(BUILT_IN_REWARD_MODEL)
+    return LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)
 
 
 def random_llava(image_size: int, *, dtype: torch.dtype = torch.float32) -> LlavaReward:
     """Return a random LLaVA with four perspectives, each with a LoRA of its own."""
-    source = BUILT_IN_REWARD_MODEL / "backbone"
+    source = TOY_BACKBONE_FOLDER
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=image_size,

@@ -102,9 +102,9 @@ def load_reward_model(config: Config, run: Run) -> LlavaReward | PointwiseScorer
     if scorers.is_known(config.judge):
         return scorers.load_scorer(config.judge).to(run.device)
     from reward_model.scoring import LlavaReward
-    from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL
+    from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
 
-    source = BUILT_IN_REWARD_MODEL if config.judge == "shapes" else config.judge
+    source = TOY_REWARD_MODEL_FOLDER if config.judge == "shapes" else config.judge
     return LlavaReward.from_pretrained(source, dtype=run.dtype if config.mixed_precision else None, device=run.device)
 
 

@@ -175,7 +175,7 @@ def main(config: Config) -> Path:
     from reward_model.scoring import LlavaReward
     from reward_model.training import Objective, RewardModelTrainer, newest_checkpoint
     from rlhf_t2i.distributed.processes import end_processes
-    from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL
+    from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
     from rlhf_t2i.training.run_folder import restarted
 
     args, folder = start(config)
@@ -188,7 +188,7 @@ def main(config: Config) -> Path:
         margin_per_rating=config.margin_per_rating,
     )
     objective.check([*training, *validation])
-    source = str(BUILT_IN_REWARD_MODEL / "backbone") if config.backbone == BUILT_IN else config.backbone
+    source = str(TOY_REWARD_MODEL_FOLDER / "backbone") if config.backbone == BUILT_IN else config.backbone
     bounds: Any = {key: getattr(config, key) for key in ("min_pixels", "max_pixels", "num_crops")}
     shown: Any = {"template": config.template, **bounds}
     dtype = "bfloat16" if args.bf16 else "float32"

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from rlhf_t2i.shapes.names import TOY_PROMPTS
+
 
 def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
     """The prompts of a source, in its own order.
@@ -17,7 +19,7 @@ def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
     prompt a line, or, ending in `.jsonl`, one JSON object a line with a string under "prompt". Blank lines are passed
     over. Raises FileNotFoundError, or ValueError for a file that is empty, not UTF-8 or has a broken line.
     """
-    if source == "shapes":
+    if source == TOY_PROMPTS:
         from rlhf_t2i.shapes.scenes import all_prompts
 
         return all_prompts("held-out" if held_out else "training")
@@ -25,7 +27,7 @@ def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no prompt file {source!r}. Give the path of a text file with one prompt a line (or a .jsonl "
-            f"file with a 'prompt' in each line), or 'shapes' for the built-in world."
+            f"file with a 'prompt' in each line), or {TOY_PROMPTS!r} for the toy world."
         )
     try:
         lines = path.read_bytes().decode("utf-8").removeprefix("\ufeff").split("\n")

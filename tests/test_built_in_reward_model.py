@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from reward_model.benchmarks.evaluation import score_records
 from reward_model.datasets import load_records
 from reward_model.scoring import LlavaReward
-from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL
 from rlhf_t2i.shapes import build_backbone
+from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER, TOY_REWARD_MODEL_FOLDER
 from rlhf_t2i.shapes.pairs import write_pairs
 from rlhf_t2i.shapes.scenes import all_prompts
 
@@ -30,7 +30,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_right_about_held_out_prompts(pairs: Path, name: str, bar: float) -> None:
     """The bars are of 1,500 pairs (docs/results.md); 400 may fall short of them by two standard errors."""
     answers = score_records(
-        LlavaReward.from_pretrained(BUILT_IN_REWARD_MODEL), load_records(pairs / f"{name}.jsonl"), batch_size=64
+        LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER), load_records(pairs / f"{name}.jsonl"), batch_size=64
     )
     accuracy = (answers.logits > 0).float().mean().item()
     assert accuracy > bar - 2 * (bar * (1 - bar) / 400) ** 0.5
@@ -39,17 +39,17 @@ def test_it_is_right_about_held_out_prompts(pairs: Path, name: str, bar: float) 
 def test_it_is_small_and_a_genuine_llava() -> None:
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-    assert sum(path.stat().st_size for path in BUILT_IN_REWARD_MODEL.rglob("*") if path.is_file()) <= 4_000_000
-    model = LlavaForConditionalGeneration.from_pretrained(BUILT_IN_REWARD_MODEL / "backbone", dtype=torch.float32)
+    assert sum(path.stat().st_size for path in TOY_REWARD_MODEL_FOLDER.rglob("*") if path.is_file()) <= 4_000_000
+    model = LlavaForConditionalGeneration.from_pretrained(TOY_BACKBONE_FOLDER, dtype=torch.float32)
     assert model.config.model_type == "llava"
-    tokenizer = AutoTokenizer.from_pretrained(BUILT_IN_REWARD_MODEL / "backbone")
+    tokenizer = AutoTokenizer.from_pretrained(TOY_BACKBONE_FOLDER)
     lengths = {len(tokenizer(prompt)["input_ids"]) for prompt in all_prompts("all")}
     assert lengths == {9}  # each word of the grammar is one token, between a first and a last one
 
 
 def test_its_bundle_lies_beside_its_backbone() -> None:
-    judge = LlavaReward.from_pretrained(BUILT_IN_REWARD_MODEL)
-    assert Path(judge.config().backbone) == BUILT_IN_REWARD_MODEL / "backbone"
+    judge = LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)
+    assert Path(judge.config().backbone) == TOY_BACKBONE_FOLDER
     assert judge.config().score_std is not None
 
 

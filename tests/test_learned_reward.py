@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from reward_model.scoring import LlavaReward
-from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL, LlavaRewardFunction
+from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
 from rlhf_t2i.rewards.load import load_reward, load_rewards
+from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
 from tests.reward_models import reward_model_folder
 
 PROMPTS = ["a red fox", "a blue fox", "a red fox"]
@@ -50,6 +51,6 @@ def test_a_judge_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_the_name_judge_is_the_built_in_one() -> None:
     reward = load_reward("llava_reward").function
     assert isinstance(reward, LlavaRewardFunction)
-    own = LlavaReward.from_pretrained(BUILT_IN_REWARD_MODEL)
+    own = LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)
     prompts = ["a red circle on a blue background"] * 3
     assert torch.equal(reward(IMAGES, prompts), own.score(IMAGES, prompts))

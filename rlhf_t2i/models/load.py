@@ -16,7 +16,7 @@ from rlhf_t2i.models.base import PipelinePolicy
 from rlhf_t2i.models.family import FamilyClass
 from rlhf_t2i.models.lora import add_lora
 from rlhf_t2i.models.quiet import only_errors
-from rlhf_t2i.shapes.scenes import PIXELS
+from rlhf_t2i.shapes.names import TOY_RESOLUTION as PIXELS
 
 BUILT_IN = Path(__file__).parent.parent / "shapes" / "weights"
 """What the model name `shapes` stands for."""

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from reward_model.scoring import LlavaReward
 
-BUILT_IN_REWARD_MODEL = Path(__file__).parent.parent / "shapes" / "weights" / "reward_model"
-"""The folder that the reward name `llava_reward` loads."""
-
 
 @cache
 def _loaded(source: str) -> LlavaReward:

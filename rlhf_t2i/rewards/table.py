@@ -37,9 +37,10 @@ class RewardEntry:
 
 
 def _built_in_llava_reward(_: str, __: bool) -> Any:
-    from rlhf_t2i.rewards.llava_reward import BUILT_IN_REWARD_MODEL, LlavaRewardFunction
+    from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
+    from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
 
-    return LlavaRewardFunction(BUILT_IN_REWARD_MODEL)
+    return LlavaRewardFunction(TOY_REWARD_MODEL_FOLDER)
 
 
 def _llava_reward(path: str, _: bool) -> Any:

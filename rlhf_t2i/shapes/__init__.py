@@ -1,1 +1,4 @@
-"""The built-in world: drawn shapes, a small Stable Diffusion that paints them, and an oracle that sees them."""
+"""The toy world: scenes of coloured shapes and their prompts, an oracle that knows the true reward, and small models.
+
+`names` is the only module of the project that knows the name "shapes"; the builders train the models from scratch.
+"""

@@ -23,11 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.shapes.names import TOY_RESOLUTION
+
 Tier = Literal["one", "count", "relation"]
 Split = Literal["training", "held-out", "all"]
-
-PIXELS = 32
-"""Height and width of the images that the built-in models paint."""
 
 PALETTE: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.12, 0.12),
@@ -216,7 +215,7 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
 
 
 def render(
-    scenes: Sequence[Scene], *, rng: np.random.Generator, size: int = PIXELS
+    scenes: Sequence[Scene], *, rng: np.random.Generator, size: int = TOY_RESOLUTION
 ) -> Float[Tensor, "B 3 {size} {size}"]:
     """Draw each scene once, at a random place and size, anti-aliased; RGB in [0, 1]."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size

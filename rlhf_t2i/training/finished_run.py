@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from rlhf_t2i.report import Row, by_step, read_metrics
-from rlhf_t2i.shapes.scenes import PIXELS
+from rlhf_t2i.shapes.names import TOY_RESOLUTION as PIXELS
 
 Kind = Literal["lora", "unet", "transformer", "reward_model"]
 WEIGHTS: dict[Kind, str] = {
