@@ -29,21 +29,23 @@ from rlhf_t2i.annotation.questions import (
     from_runs,
     read_questions,
     score_questions,
-    some,
+    subsample,
     write_questions,
 )
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import check, names, parse_config
-from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE, token
 from rlhf_t2i.reward_server.server import is_loopback, listen
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE, token
 from rlhf_t2i.seeds import ANNOTATE, generator_for
 from rlhf_t2i.training.run_folder import claim_folder
 
-_FREE_TO_CHANGE = {"run_folder", "resume", "llava_reward", "batch_size", "host", "port"}
-say = partial(print, flush=True)  # who starts this through a pipe waits for the address
-_NUM_PAINTED = 100
-"""Pairs, unless it is said how many."""
+_FREE_TO_CHANGE = {"run_folder", "resume", "judge", "batch_size", "host", "port"}
+say = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once
+_NUM_SAMPLED = 100
+"""Default number of pairs to sample."""
+_DECIDED = ("preferred in the file", "not preferred in the file")
+_UNDECIDED = ("no preference in the file",) * 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class Config:
 
 
 def main(config: Config) -> Path:
-    """Gather the questions, take up earlier answers, serve the page until Ctrl-C or SIGTERM; returns the run folder."""
+    """Collect the questions, load earlier answers, serve the page until Ctrl-C or SIGTERM; return the run folder."""
     reward = load_rewards(config.judge) if config.judge else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with listen(config.host, config.port) as listener:
@@ -126,17 +128,17 @@ def main(config: Config) -> Path:
             scores = score_questions(reward, folder, questions, device=device, batch_size=config.batch_size)
             judge = config.judge, scores
         with closing(Answers(folder, questions, seed=config.seed)) as answers:
-            if answers.torn:
-                say(f"A crash had cut off the last line of {answers.path}; it was removed: {answers.torn!r}")
-            serve(Service(answers, secret=token(), judge=judge), listener)
+            if answers.truncated_line:
+                say(f"Removed the incomplete last line of {answers.path}, left by a crash: {answers.truncated_line!r}")
+            serve(Service(answers, secret=token(), reward=judge), listener)
     return folder
 
 
 def serve(service: Service, listener: socket) -> None:
-    """Say where the page is, and serve it."""
+    """Print the address of the page, and serve it."""
     folder, (host, port) = service.answers.folder, listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    needs = f" (it asks for the token in {TOKEN_VARIABLE})" if service.secret else ""
+    needs = f" (it requires the token in {TOKEN_VARIABLE})" if service.secret else ""
     say(
         f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {folder / 'pairs.jsonl'}\n"
         f"page      {address}{needs}\nresults   {address}/results"
@@ -147,9 +149,9 @@ def serve(service: Service, listener: socket) -> None:
 
 
 def candidates(config: Config, folder: Path, device: torch.device) -> Iterator[Candidate]:
-    """The pairs of images that the config names."""
+    """Return the pairs of images that the config selects."""
     if config.weights:
-        return painted(config, device)
+        return sampled(config, device)
     generator = generator_for(config.seed, ANNOTATE)
     if config.pairs:
         return from_files(config, folder, generator)
@@ -158,7 +160,7 @@ def candidates(config: Config, folder: Path, device: torch.device) -> Iterator[C
 
 
 def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iterator[Candidate]:
-    """The pairs of one prompt in preference files, ties among them; what they prefer becomes the name of a source."""
+    """Read the pairs of one prompt, ties included, from preference files; their preferences become source names."""
     from reward_model.datasets import load_same_prompt_pairs
     from reward_model.images import to_tensor
 
@@ -171,25 +173,25 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
         log=say,
         keep_ties=True,
     )
-    for pair in some(found, config.num_pairs, generator=generator):
-        sources = ("not judged", "not judged") if pair.tie else ("preferred in the file", "the other one")
+    for pair in subsample(found, config.num_pairs, generator=generator):
+        sources = _UNDECIDED if pair.tie else _DECIDED
         yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)
 
 
-def painted(config: Config, device: torch.device) -> Iterator[Candidate]:
-    """What two checkpoints make of the same prompts and seeds."""
-    from rlhf_t2i.diffusion.transitions import stochastic  # with the model's library, these take seconds
+def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
+    """Sample the same prompts and seeds with two policies."""
+    from rlhf_t2i.diffusion.transitions import stochastic  # these imports take seconds
     from rlhf_t2i.models.load import load_policy
     from rlhf_t2i.prompts import load_prompts
     from rlhf_t2i.training.evaluation import evaluate, evaluation_set
     from rlhf_t2i.types import Sampler
 
-    asked, count = load_prompts(config.prompts, held_out=True), config.num_pairs or _NUM_PAINTED
+    asked, count = load_prompts(config.prompts, held_out=True), config.num_pairs or _NUM_SAMPLED
     prompts, seeds = evaluation_set(asked, num_images=count, seed=config.evaluation_seed)
     images: list[torch.Tensor] = []
     first, second = names(config.weights or "")
     for name in (first, second):
-        say(f"painting  {len(prompts)} images with {name}")
+        say(f"sampling  {len(prompts)} images with {name}")
         weights = None if name == "base" else Path(name)
         policy = load_policy(config.model, device=device, weights=weights, resolution=config.resolution)
         schedule = policy.schedule(config.num_denoising_steps)

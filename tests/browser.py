@@ -1,4 +1,4 @@
-"""Headless Chromium, driven through chromedriver's own protocol (W3C WebDriver): no library for it is needed."""
+"""Headless Chromium, controlled over chromedriver's HTTP protocol (W3C WebDriver) without a library."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import base64
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.servers import free_port
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -39,21 +41,21 @@ class Browser:
         return self.call("execute/sync", script=script, args=[])
 
     def press(self, *keys: str) -> None:
-        """Each key down and up, at once."""
-        strokes = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
-        self.call("actions", actions=[{"type": "key", "id": "keyboard", "actions": strokes}])
+        """Press and release each key, without a pause."""
+        events = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
+        self.call("actions", actions=[{"type": "key", "id": "keyboard", "actions": events}])
 
     def until(self, script: str, *, seconds: float = 20.0) -> None:
-        """Wait until an expression is true on the page."""
+        """Wait until an expression is true on the page, for `seconds` at most."""
         deadline = time.monotonic() + seconds
         while not self.run(f"return Boolean({script})"):
             assert time.monotonic() < deadline, (
-                f"{script} on a page that says: {self.run('return document.body.innerText')}"
+                f"{script} is not true on a page with the text: {self.run('return document.body.innerText')}"
             )
             time.sleep(0.05)
 
     def emulate(self, *, width: int, height: int, dark: bool = False) -> None:
-        """A screen of this size, and what its owner prefers."""
+        """Emulate a screen of this size and its colour scheme."""
         size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": width < 600}
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=size)
@@ -64,16 +66,16 @@ class Browser:
         path.write_bytes(base64.b64decode(reply.json()["value"]))
 
     def console(self) -> list[str]:
-        """Warnings and errors since it was last asked."""
+        """Warnings and errors since the last call."""
         return [entry["message"] for entry in self.call("se/log", type="browser")]
 
 
 @contextmanager
-def chromium(port: Callable[[], int]) -> Iterator[Browser]:
-    """A browser of its own, closed at the end; only where CHROMIUM and DRIVER are there."""
+def chromium() -> Iterator[Browser]:
+    """A new browser, closed at the end; needs CHROMIUM and DRIVER."""
     assert CHROMIUM
     assert DRIVER
-    number = port()
+    number = free_port()
     driver = subprocess.Popen([DRIVER, f"--port={number}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     options = {
         "binary": CHROMIUM,

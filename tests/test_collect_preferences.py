@@ -1,4 +1,4 @@
-"""No answer is lost or doubled, nothing tells where an image came from, and what stands is what the trainers read."""
+"""No answer is lost or doubled, no page reveals the source of an image, and pairs.jsonl holds the current answers."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from recipes import collect_preferences as recipe
-from recipes.collect_preferences import Config, candidates, from_files, painted
+from recipes.collect_preferences import Config, candidates, from_files, sampled
 from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
 from reward_model.types import PreferencePair
 from rlhf_t2i.annotation import answers as answers_module
 from rlhf_t2i.annotation.agreement import (
     between_annotators,
     cohens_kappa,
-    duels,
     kappa_estimate,
     majority,
+    pairwise_win_rates,
     wilson,
     with_reward,
 )
-from rlhf_t2i.annotation.answers import Answers, Given, StaleError, annotator_name
+from rlhf_t2i.annotation.answers import Answer, Answers, StaleError, annotator_name
 from rlhf_t2i.annotation.questions import (
     Candidate,
     Question,
@@ -54,13 +54,12 @@ from rlhf_t2i.annotation.questions import (
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.preferences import save_pairs
-from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE
-from rlhf_t2i.reward_server.server import listen
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
+from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE
 from rlhf_t2i.seeds import generator_for
 from tests import browser
+from tests.servers import free_port, running
 from tests.test_compare import CELLS, tuned
-from tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "open-sesame-0123456789"
@@ -72,8 +71,8 @@ def colour(number: int) -> Tensor:
     return torch.tensor([number % 251, number // 251, 100])[:, None, None].expand(3, 8, 8) / 255
 
 
-def asked(folder: Path, count: int = 6) -> list[Question]:
-    """Pairs of images of one colour: those of pair i are 2i and 2i + 1."""
+def write_pairs(folder: Path, count: int = 6) -> list[Question]:
+    """Questions about images of one colour each: question i has colours 2i and 2i + 1."""
     folder.mkdir(parents=True, exist_ok=True)
     images = [(colour(2 * i), colour(2 * i + 1)) for i in range(count)]
     return write_questions(
@@ -82,14 +81,14 @@ def asked(folder: Path, count: int = 6) -> list[Question]:
 
 
 def preference_file(folder: Path, count: int) -> Path:
-    """The same as a file that diffusion_dpo.py reads, the one with the even number preferred."""
+    """The same pairs as a file that diffusion_dpo.py reads, with the even colour preferred."""
     folder.mkdir(parents=True)
     lines: list[str] = []
     for i in range(count):
         for number in (2 * i, 2 * i + 1):
             pixels = (colour(number) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
             remark = PngImagePlugin.PngInfo()
-            remark.add_text("parameters", "painted by the secret model")
+            remark.add_text("parameters", "sampled by the secret model")
             Image.fromarray(pixels).save(folder / f"secret_{number}.png", pnginfo=remark)
         row = {"prompt": f"a fox {i}", "winner": f"secret_{2 * i}.png", "loser": f"secret_{2 * i + 1}.png"}
         lines.append(json.dumps(row) + "\n")
@@ -97,9 +96,9 @@ def preference_file(folder: Path, count: int) -> Path:
     return folder / "asked.jsonl"
 
 
-def give(answers: Answers, annotator: str, *keys: Any) -> None:
+def press(answers: Answers, annotator: str, *keys: Any) -> None:
     for key in keys:
-        answers.give(annotator, shown=answers.showing(annotator).token, key=key)
+        answers.record(annotator, shown=answers.open_pair(annotator).token, key=key)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -115,37 +114,27 @@ def collecting(folder: Path, questions: Sequence[Question], *, seed: int = 0) ->
         answers.close()
 
 
-# --- a page, and those who answer -----------------------------------------------------------------
+# --- the page and its annotators ------------------------------------------------------------------
 
 
 @contextmanager
 def serving(answers: Answers, *, port: int = 0, **options: Any) -> Iterator[str]:
-    """A real server in a thread of this process; its address."""
-    listener = listen("127.0.0.1", port)
-    app = create_app(Service(answers, **{"secret": None, **options}))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    """The page in a thread of this process; yields its address."""
+    with running(create_app(Service(answers, **{"secret": None, **options})), port=port) as address:
+        yield address
 
 
 @dataclass
 class Person:
-    """Someone with a browser; `said` is what they pressed, by what they saw."""
+    """An annotator with a browser; `pressed` has their keys by the pair that was shown."""
 
     name: str
     client: httpx.Client
     pair: dict[str, Any] = field(default_factory=dict)
-    said: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    pressed: dict[tuple[str, str, str], str] = field(default_factory=dict)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        """As the page does: the same once more until there is a reply."""
+        """Send a request until there is a response, as the page does."""
         deadline = time.monotonic() + 120
         while True:
             try:
@@ -158,21 +147,21 @@ class Person:
         self.pair = self.post("/enter").json()
 
     def press(self, key: str) -> None:
-        seen = self.pair["prompt"], self.pair.get("left", ""), self.pair.get("right", "")
+        pair = self.pair["prompt"], self.pair.get("left", ""), self.pair.get("right", "")
         reply = self.post("/answer", shown=self.pair["shown"], answer=key)
         assert reply.status_code == 200, reply.text
-        self.said[seen] = key
+        self.pressed[pair] = key
         self.pair = reply.json()
 
     @property
-    def meant(self) -> dict[str, Any]:
-        """By prompt: the images, better one first; as a set where they are equally good; nothing of two bad ones."""
+    def preferences(self) -> dict[str, Any]:
+        """The images by prompt: the better one first, a set if equally good, nothing if both bad."""
         means = {"left": lambda a, b: [a, b], "right": lambda a, b: [b, a], "tie": lambda a, b: {a, b}}
-        return {prompt: means[key](a, b) for (prompt, a, b), key in self.said.items() if key in means}
+        return {prompt: means[key](a, b) for (prompt, a, b), key in self.pressed.items() if key in means}
 
 
-def written_of(pairs: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The same, as somebody's lines of pairs.jsonl say it."""
+def preferences_in(pairs: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The same, from an annotator's records in pairs.jsonl."""
     own = [row for row in pairs if row["comment"] == name]
     return {
         row["prompt"]: {Path(file).stem for file in row["tie"]}
@@ -190,7 +179,7 @@ def person(name: str, address: str) -> Iterator[Person]:
 
 @contextmanager
 def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """The recipe as a user starts it."""
+    """The recipe as a command."""
     command = [sys.executable, str(ROOT / "recipes/collect_preferences.py"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -203,8 +192,8 @@ def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> None:
-    """None is lost, none is doubled, and each is what was pressed."""
+def test_two_hundred_answers_of_four_annotators_survive_kill_9(tmp_path: Path) -> None:
+    """None is lost, none is doubled, and each is the key that was pressed."""
     port, run = free_port(), tmp_path / "run"
     source = preference_file(tmp_path / "images", 50)
     arguments = ["--pairs", source, "--run_folder", run, "--port", port]
@@ -214,7 +203,7 @@ def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> No
         with person(name, f"http://127.0.0.1:{port}") as someone:
             someone.enter()
             for number in range(50):
-                if number == 25:  # however busy the machine is, it dies in the middle
+                if number == 25:  # so that the kill comes in the middle on any machine
                     assert killed.wait(120)
                 someone.press(("left", "right", "tie", "right", "bad")[(number + len(name)) % 5])
                 time.sleep(0.01)
@@ -231,13 +220,13 @@ def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> No
             first.wait()
             killed.set()
         assert log.read_bytes().count(b"\n") <= 100
-        with log.open("ab") as file:  # as if the power had failed while a line was written
+        with log.open("ab") as file:  # as after a power failure during a write
             file.write(b'{"annotator": "x", "ques')
         with process(*arguments, "--resume") as second:
             done = [future.result() for future in people]
             second.send_signal(signal.SIGTERM)
             output, _ = second.communicate(timeout=30)
-    assert "it was removed: b'{" in output
+    assert "left by a crash: b'{" in output
 
     rows = lines_of(log)
     assert len(rows) == 200
@@ -245,18 +234,18 @@ def test_two_hundred_answers_of_four_people_outlive_kill_9(tmp_path: Path) -> No
     pairs = lines_of(run / "pairs.jsonl")
     assert len(pairs) == 160  # a fifth is "both bad"
     for someone in done:
-        assert written_of(pairs, someone.name) == someone.meant
+        assert preferences_in(pairs, someone.name) == someone.preferences
     records = load_records(run / "pairs.jsonl")
     assert sum(record.tie for record in records if isinstance(record, PreferencePair)) == 40
     assert len(load_same_prompt_pairs([run / "pairs.jsonl"], image_root=None, skipped=None)) == 120
 
 
 def test_a_double_click_counts_once_and_a_stale_tab_changes_nothing(tmp_path: Path) -> None:
-    with collecting(tmp_path, asked(tmp_path)) as answers, serving(answers) as address:
+    with collecting(tmp_path, write_pairs(tmp_path)) as answers, serving(answers) as address:
         with person("Ann", address) as ann, person("ann ", address) as other_tab:
             ann.enter()
             other_tab.enter()
-            assert other_tab.pair == ann.pair  # a name is the same with other capitals and blanks
+            assert other_tab.pair == ann.pair  # names are compared without case and blanks
             shown = ann.pair["shown"]
             replies = [ann.post("/answer", shown=shown, answer="left").json() for _ in range(2)]
             assert replies[0] == replies[1]
@@ -264,7 +253,7 @@ def test_a_double_click_counts_once_and_a_stale_tab_changes_nothing(tmp_path: Pa
 
             stale = other_tab.post("/answer", shown=shown, answer="right")
             assert stale.status_code == 409
-            assert "not open any more" in stale.json()["error"]
+            assert "no longer open" in stale.json()["error"]
             assert stale.json()["pair"] == replies[0]
 
             ann.enter()  # a reload
@@ -279,83 +268,89 @@ def test_a_double_click_counts_once_and_a_stale_tab_changes_nothing(tmp_path: Pa
             assert unknown.status_code == 422
             assert "answer: Input should be 'left', 'right', 'tie', 'bad' or 'undo'" in unknown.json()["error"]
         assert [row["key"] for row in lines_of(tmp_path / "answers.jsonl")] == ["left", "undo"]
-        assert answers.standing() == {"ann": []}
+        assert answers.current() == {"ann": []}
 
 
 @pytest.mark.parametrize("name", ["", "  ", "x" * 41, "a\x00b"])
-def test_who_gives_no_name_is_asked_for_one(name: str, tmp_path: Path) -> None:
-    with collecting(tmp_path, asked(tmp_path)) as answers, serving(answers) as address, person(name, address) as nobody:
+def test_an_invalid_name_is_refused(name: str, tmp_path: Path) -> None:
+    with (
+        collecting(tmp_path, write_pairs(tmp_path)) as answers,
+        serving(answers) as address,
+        person(name, address) as nobody,
+    ):
         reply = nobody.post("/enter")
-        assert (reply.status_code, reply.json()) == (422, {"error": "Please give a name of 1 to 40 letters."})
+        assert (reply.status_code, reply.json()) == (422, {"error": "Please enter a name of 1 to 40 characters."})
     assert annotator_name("  ANN\tB ") == "ann b"
 
 
-# --- what stands ----------------------------------------------------------------------------------
+# --- the current answers --------------------------------------------------------------------------
 
 
 def test_undo_and_another_answer_leave_one_preference(tmp_path: Path) -> None:
-    questions = asked(tmp_path, 3)
+    questions = write_pairs(tmp_path, 3)
     with collecting(tmp_path, questions) as answers:
-        give(answers, "ann", "left", "undo", "right", "tie", "undo", "bad", "undo", "undo", "left")
+        press(answers, "ann", "left", "undo", "right", "tie", "undo", "bad", "undo", "undo", "left")
         (row,) = lines_of(tmp_path / "pairs.jsonl")
-        (given,) = answers.standing()["ann"]
-    question = questions[given.question]
-    left, right = question.images if given.first_on_left else reversed(question.images)
+        (answer,) = answers.current()["ann"]
+    question = questions[answer.question]
+    left, right = question.images if answer.first_on_left else reversed(question.images)
     assert (row["winner"], row["loser"]) == (f"images/{left}.png", f"images/{right}.png")
     assert (row["prompt"], row["comment"]) == (question.prompt, "ann")
 
 
 def test_a_tie_is_a_tie_and_both_bad_is_no_preference(tmp_path: Path) -> None:
-    with collecting(tmp_path, asked(tmp_path, 3)) as answers:
-        give(answers, "ann", "tie", "bad", "left")
+    with collecting(tmp_path, write_pairs(tmp_path, 3)) as answers:
+        press(answers, "ann", "tie", "bad", "left")
         with pytest.raises(ValueError, match="All pairs are answered"):
-            give(answers, "ann", "left")
+            press(answers, "ann", "left")
     records = load_records(tmp_path / "pairs.jsonl")
     assert [record.tie for record in records if isinstance(record, PreferencePair)] == [True, False]
     assert len(load_same_prompt_pairs([tmp_path / "pairs.jsonl"], image_root=None, skipped=None)) == 1
 
 
-def test_order_and_sides_are_random_for_each_annotator_and_the_same_again(tmp_path: Path) -> None:
-    questions = asked(tmp_path, 100)
+def test_order_and_sides_are_random_per_annotator_and_reproducible(tmp_path: Path) -> None:
+    questions = write_pairs(tmp_path, 100)
 
-    def seen(name: str, *, seed: int) -> tuple[list[int], list[bool]]:
+    def order(name: str, *, seed: int) -> tuple[list[int], list[bool]]:
         with collecting(tmp_path, questions, seed=seed) as answers:
-            while answers.showing(name).question is not None:
-                give(answers, name, "left")
-            given = answers.standing()[name]
+            while answers.open_pair(name).question is not None:
+                press(answers, name, "left")
+            current = answers.current()[name]
         (tmp_path / "answers.jsonl").unlink()
-        return [one.question for one in given], [one.first_on_left for one in given]
+        return [one.question for one in current], [one.first_on_left for one in current]
 
-    ann = seen("ann", seed=0)
-    assert seen("ann", seed=0) == ann
-    for others in (seen("bob", seed=0), seen("ann", seed=1)):
+    ann = order("ann", seed=0)
+    assert order("ann", seed=0) == ann
+    for others in (order("bob", seed=0), order("ann", seed=1)):
         assert sorted(others[0]) == list(range(100))
         assert others[0] != ann[0]
-        assert 30 < sum(others[1]) < 70  # a fair coin leaves this once in 16,000 times
+        assert 30 < sum(others[1]) < 70  # outside with probability 1/16,000 for a fair coin
         of_ann = dict(zip(*ann, strict=True))
         assert 30 < sum(of_ann[q] == side for q, side in zip(*others, strict=True)) < 70
 
 
-def test_answers_survive_a_restart_and_a_line_cut_off_by_a_crash(tmp_path: Path) -> None:
-    questions = asked(tmp_path)
+def test_answers_survive_a_restart_and_a_truncated_last_line(tmp_path: Path) -> None:
+    questions = write_pairs(tmp_path)
     with collecting(tmp_path, questions) as answers:
-        give(answers, "ann", "left", "right")
-        before, pairs = answers.showing("ann"), (tmp_path / "pairs.jsonl").read_bytes()
+        press(answers, "ann", "left", "right")
+        before, pairs = answers.open_pair("ann"), (tmp_path / "pairs.jsonl").read_bytes()
         shown = before.token
     with (tmp_path / "answers.jsonl").open("ab") as file:
-        file.write(b'{"annotator": "ann", "question": 3, "key": "left"}')  # whole, but never confirmed
+        file.write(
+            b'{"annotator": "ann", "question": 3, "key": "left"}'
+        )  # complete but for its newline, and never confirmed
     (tmp_path / "pairs.jsonl").unlink()
     with collecting(tmp_path, questions) as answers:
-        assert answers.torn.startswith(b'{"annotator"')
-        assert answers.showing("ann") == before
+        assert answers.truncated_line.startswith(b'{"annotator"')
+        assert answers.open_pair("ann") == before
         assert (tmp_path / "pairs.jsonl").read_bytes() == pairs
-        answers.give("ann", shown=shown, key="left")
-        answers.give("ann", shown=shown, key="left")  # it was taken before the crash, and its reply was lost
+        answers.record("ann", shown=shown, key="left")
+        answers.record("ann", shown=shown, key="left")  # as if the response to it was lost
     with collecting(tmp_path, questions) as answers:
-        answers.give("ann", shown=shown, key="left")
+        answers.record("ann", shown=shown, key="left")
         with pytest.raises(StaleError):
-            answers.give("ann", shown=shown, key="right")
-        assert len(answers.standing()["ann"]) == 3
+            answers.record("ann", shown=shown, key="right")
+        assert len(answers.current()["ann"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -367,46 +362,50 @@ def test_answers_survive_a_restart_and_a_line_cut_off_by_a_crash(tmp_path: Path)
         '{"annotator": "a", "question": 0, "key": "undo", "first_on_left": true, "shown": "x"}',
     ],
 )  # fmt: skip
-def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
-    questions = asked(tmp_path)
+def test_a_damaged_line_is_refused_with_its_number(line: str, tmp_path: Path) -> None:
+    questions = write_pairs(tmp_path)
     (tmp_path / "answers.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"answers\.jsonl:1 is no answer to one of 6 questions"):
         Answers(tmp_path, questions, seed=0)
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
-    questions = asked(tmp_path)
+    questions = write_pairs(tmp_path)
     with collecting(tmp_path, questions), pytest.raises(BlockingIOError, match="Another server collects answers"):
         Answers(tmp_path, questions, seed=0)
     with collecting(tmp_path, questions):
         pass
 
 
-def test_a_full_disk_takes_nothing_and_the_answer_can_be_given_again(
+def test_on_a_full_disk_nothing_is_recorded_and_the_answer_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with collecting(tmp_path, asked(tmp_path)) as answers, serving(answers) as address, person("ann", address) as ann:
+    with (
+        collecting(tmp_path, write_pairs(tmp_path)) as answers,
+        serving(answers) as address,
+        person("ann", address) as ann,
+    ):
         ann.enter()
         write = os.write
         with monkeypatch.context() as patched:
             patched.setattr(answers_module.os, "write", lambda file, line: write(file, line[:9]))
             refused = ann.post("/answer", shown=ann.pair["shown"], answer="left")
         assert refused.status_code == 507
-        assert "The answer could not be kept: The disk of" in refused.json()["error"]
+        assert "The answer could not be saved: The disk of" in refused.json()["error"]
         assert (tmp_path / "answers.jsonl").read_bytes() == b""
         ann.press("left")
         assert len(lines_of(tmp_path / "answers.jsonl")) == 1
 
 
-# --- who may see what -----------------------------------------------------------------------------
+# --- what a browser can get -----------------------------------------------------------------------
 
 
-def test_nothing_in_a_browser_tells_where_a_image_came_from(tmp_path: Path) -> None:
+def test_nothing_sent_to_a_browser_reveals_the_source_of_an_image(tmp_path: Path) -> None:
     source = preference_file(tmp_path / "images", 8)
     config = Config(pairs=str(source))
     (tmp_path / "run").mkdir()
     questions = write_questions(tmp_path / "run", from_files(config, tmp_path / "run", GENERATOR))
-    assert {question.sources for question in questions} == {("preferred in the file", "the other one")}
+    assert {question.sources for question in questions} == {("preferred in the file", "not preferred in the file")}
     preferred_on_left, preferred_fetched_first = 0, 0
     with (
         collecting(tmp_path / "run", questions) as answers,
@@ -428,7 +427,7 @@ def test_nothing_in_a_browser_tells_where_a_image_came_from(tmp_path: Path) -> N
                 (following,) = [q for q in questions if set(q.images) == set(ann.pair["following"])]
                 preferred_fetched_first += following.images[0] == ann.pair["following"][0]
             ann.press("left")
-    for word in ("secret", "preferred", "other one", str(tmp_path)):
+    for word in ("secret", "preferred", "in the file", str(tmp_path)):
         assert not [text for text in received if word in text]
     assert 0 < preferred_on_left < 8
     assert 0 < preferred_fetched_first < 7
@@ -443,19 +442,19 @@ def test_nothing_in_a_browser_tells_where_a_image_came_from(tmp_path: Path) -> N
         "/../config.yaml", "/config.yaml", "/page.html", "/docs",
     ],
 )  # fmt: skip
-def test_a_path_in_a_images_address_leads_nowhere(path: str, tmp_path: Path) -> None:
-    questions = asked(tmp_path)
+def test_a_path_instead_of_an_image_name_is_not_found(path: str, tmp_path: Path) -> None:
+    questions = write_pairs(tmp_path)
     (tmp_path / "config.yaml").write_text("the secret")
     with collecting(tmp_path, questions) as answers, serving(answers) as address:
         connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
-        connection.request("GET", path)  # as it is: other clients would tidy it up
+        connection.request("GET", path)  # unchanged; other clients would normalise it
         reply = connection.getresponse()
         assert reply.status == 404
         assert b"secret" not in reply.read()
         connection.close()
 
 
-def test_another_host_needs_a_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_public_address_needs_a_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     for host in ("0.0.0.0", "::", "192.168.1.7", "annotate.example"):
         with pytest.raises(SystemExit):
@@ -466,16 +465,16 @@ def test_another_host_needs_a_token(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.parametrize("secret", [TOKEN, 'a;b="c",d\\e'])
-def test_without_the_token_only_the_empty_page_is_seen(secret: str, tmp_path: Path) -> None:
-    questions = asked(tmp_path)
+def test_without_the_token_only_the_empty_page_is_served(secret: str, tmp_path: Path) -> None:
+    questions = write_pairs(tmp_path)
     with collecting(tmp_path, questions) as answers, serving(answers, secret=secret) as address:
         with person("ann", address) as ann:
-            assert "The token that you were given" in ann.client.get("/").text
+            assert "Access token" in ann.client.get("/").text
             for token in ("", "wrong", "ö"):
                 assert ann.post("/enter", token=token).status_code == 401
             for path in (f"/image/{questions[0].images[0]}", "/results"):
                 assert ann.client.get(path).status_code == 401
-            shown = answers.showing("ann").token
+            shown = answers.open_pair("ann").token
             assert ann.post("/answer", shown=shown, answer="left").status_code == 401
             entered = ann.post("/enter", token=secret)
             assert "HttpOnly" in entered.headers["set-cookie"]
@@ -491,7 +490,7 @@ def test_without_the_token_only_the_empty_page_is_seen(secret: str, tmp_path: Pa
     assert secret not in "".join(path.read_text() for path in tmp_path.glob("*.jsonl"))
 
 
-# --- where the images come from -----------------------------------------------------------------
+# --- the sources of images ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -509,7 +508,7 @@ def test_a_config_that_cannot_work_is_refused(given: dict[str, Any], message: st
         Config(**given)
 
 
-def test_a_image_that_cannot_be_read_is_named_or_left_out(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_refused_by_name_or_skipped(tmp_path: Path) -> None:
     source = preference_file(tmp_path / "images", 3)
     (source.parent / "secret_2.png").write_bytes(b"no image")
     (tmp_path / "run").mkdir()
@@ -522,33 +521,33 @@ def test_a_image_that_cannot_be_read_is_named_or_left_out(tmp_path: Path) -> Non
     assert "secret_2.png" in skipped["reason"]
 
 
-def test_pairs_that_nobody_has_judged_are_asked_and_the_same_image_twice_is_not(tmp_path: Path) -> None:
+def test_pairs_without_a_preference_become_questions_and_two_equal_images_do_not(tmp_path: Path) -> None:
     source = preference_file(tmp_path / "images", 3)
     (source.parent / "copy.png").write_bytes((source.parent / "secret_0.png").read_bytes())
     rows = [["secret_0.png", "secret_3.png"], ["secret_0.png", "copy.png"]]
     source.write_text("".join(json.dumps({"prompt": "a hen", "tie": row}) + "\n" for row in rows))
     (tmp_path / "run").mkdir()
     (question,) = write_questions(tmp_path / "run", from_files(Config(pairs=str(source)), tmp_path, GENERATOR))
-    assert question.sources == ("not judged", "not judged")
+    assert question.sources == ("no preference in the file", "no preference in the file")
     assert read_questions(tmp_path / "run") == [question]
     for name, number in zip(question.images, (0, 3), strict=True):
         torch.testing.assert_close(read_image(image_path(tmp_path / "run", name)), colour(number), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="of 1 pairs both images are the same"):
+    with pytest.raises(ValueError, match="1 pairs were found, each of two identical images"):
         write_questions(tmp_path / "run", [Candidate("a hen", (colour(0), colour(0)), ("a", "b"))])
 
 
-def test_the_pairs_that_diffusion_dpo_keeps_are_asked_about(tmp_path: Path) -> None:
+def test_the_pairs_that_diffusion_dpo_saves_become_questions(tmp_path: Path) -> None:
     images, scores = torch.stack([colour(i) for i in range(4)]), torch.tensor([[0.1, 0.9], [0.7, 0.2]])
     chosen = torch.tensor([1, 2]), torch.tensor([0, 3])
     save_pairs(tmp_path / "pairs" / "step_000001.jsonl", images, ["a fox", "a hen"], scores, chosen, first=0)
     fox, hen = from_files(Config(pairs=str(tmp_path / "pairs")), tmp_path, GENERATOR)
     for found, prompt, winner, loser in ((fox, "a fox", 1, 0), (hen, "a hen", 2, 3)):
         assert found.prompt == prompt
-        assert found.sources == ("preferred in the file", "the other one")
+        assert found.sources == ("preferred in the file", "not preferred in the file")
         torch.testing.assert_close(found.images, (colour(winner), colour(loser)))
 
 
-def test_of_many_pairs_some_are_drawn(tmp_path: Path) -> None:
+def test_num_pairs_draws_a_reproducible_subset(tmp_path: Path) -> None:
     source = preference_file(tmp_path / "images", 20)
     config = Config(pairs=str(source), num_pairs=7)
     drawn = [[one.prompt for one in from_files(config, tmp_path, generator_for(seed))] for seed in (0, 0, 1)]
@@ -556,7 +555,7 @@ def test_of_many_pairs_some_are_drawn(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_run_is_asked_about_by_its_first_and_last_images(tmp_path: Path) -> None:
+def test_a_run_gives_its_images_before_and_after_training(tmp_path: Path) -> None:
     run = tuned(tmp_path / "ddpo", after=0.8)
     after = run / "images" / "step_000002.png"
     with Image.open(after) as strip:
@@ -574,7 +573,7 @@ def test_a_run_is_asked_about_by_its_first_and_last_images(tmp_path: Path) -> No
         list(from_runs([tmp_path], num_pairs=None, generator=GENERATOR))
 
 
-def test_two_checkpoints_paint_the_same_prompts_from_the_same_seeds(tiny_sd: Path, tmp_path: Path) -> None:
+def test_two_weights_sample_the_same_prompts_from_the_same_seeds(tiny_sd: Path, tmp_path: Path) -> None:
     from rlhf_t2i.models.load import load_policy
 
     cpu = torch.device("cpu")
@@ -583,8 +582,8 @@ def test_two_checkpoints_paint_the_same_prompts_from_the_same_seeds(tiny_sd: Pat
     policy.export(tmp_path, {name: 1.05 * tensor for name, tensor in policy.network.state_dict().items()})
     (tmp_path / "prompts.txt").write_text("a fox\na hen\n")
     options: Any = {"model": str(tiny_sd), "prompts": str(tmp_path / "prompts.txt"), "num_denoising_steps": 2}
-    found = list(painted(Config(weights=f"base,{tmp_path}", num_pairs=3, **options), cpu))
-    swapped = list(painted(Config(weights=f"{tmp_path}/unet,base", num_pairs=2, **options), cpu))
+    found = list(sampled(Config(weights=f"base,{tmp_path}", num_pairs=3, **options), cpu))
+    swapped = list(sampled(Config(weights=f"{tmp_path}/unet,base", num_pairs=2, **options), cpu))
     assert [one.prompt for one in found] == ["a fox", "a hen", "a fox"]
     assert [one.prompt for one in swapped] == ["a fox", "a hen"]
     assert found[0].sources == ("base", str(tmp_path))
@@ -594,7 +593,7 @@ def test_two_checkpoints_paint_the_same_prompts_from_the_same_seeds(tiny_sd: Pat
         torch.testing.assert_close(one.images, other.images[::-1])
 
 
-# --- who agrees -----------------------------------------------------------------------------------
+# --- agreement ------------------------------------------------------------------------------------
 
 
 def test_cohens_kappa_by_hand() -> None:
@@ -623,7 +622,7 @@ def test_wilsons_interval_by_hand() -> None:
     assert str(wilson(0, 0)) == "undefined"
 
 
-def test_agreement_is_of_what_both_answered() -> None:
+def test_agreement_is_over_the_questions_that_both_answered() -> None:
     choices: dict[str, Any] = {
         "ann": {0: "first", 1: "second", 2: "tie", 3: "bad"},
         "bob": {1: "second", 2: "first", 3: "bad", 4: "first"},
@@ -636,32 +635,32 @@ def test_agreement_is_of_what_both_answered() -> None:
     assert both.kappa.value == pytest.approx(4 / 7)
 
 
-def test_agreement_with_a_judge_is_of_what_both_decided() -> None:
+def test_agreement_with_a_reward_is_over_the_questions_that_both_decided() -> None:
     scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [2.0, 1.0]])
     choices: dict[str, Any] = {
         "ann": {0: "first", 1: "second", 2: "first", 3: "second", 4: "tie"},
         "bob": {0: "first", 1: "first", 3: "bad", 4: "second"},
     }
     assert majority(choices) == {0: "first", 2: "first", 3: "second", 4: "second"}
-    ann, bob, both = with_reward(choices, scores, judge="oracle")
+    ann, bob, both = with_reward(choices, scores, reward="oracle")
     assert [one.names for one in (ann, bob, both)] == [("ann", "oracle"), ("bob", "oracle"), ("the majority", "oracle")]
     assert (ann.count, ann.raw.value) == (3, pytest.approx(2 / 3))
     assert (bob.count, bob.raw.value) == (3, pytest.approx(2 / 3))
     assert (both.count, both.raw.value) == (3, pytest.approx(2 / 3))
 
 
-def test_duels_count_preferences_by_source() -> None:
+def test_pairwise_win_rates_count_preferences_by_source() -> None:
     questions = [Question("a", ("1", "2"), ("base", "tuned")), Question("b", ("3", "4"), ("base", "tuned"))]
-    standing = {
-        "ann": [Given(0, "left", first_on_left=True), Given(1, "left", first_on_left=False)],
-        "bob": [Given(0, "right", first_on_left=False), Given(1, "bad", first_on_left=True)],
+    answers = {
+        "ann": [Answer(0, "left", first_on_left=True), Answer(1, "left", first_on_left=False)],
+        "bob": [Answer(0, "right", first_on_left=False), Answer(1, "bad", first_on_left=True)],
     }
-    (duel,) = duels(standing, questions)
-    assert (duel.sources, duel.wins, duel.losses, duel.ties, duel.bad) == (("base", "tuned"), 2, 1, 0, 1)
-    assert duel.share.value == pytest.approx(2 / 3)
+    (row,) = pairwise_win_rates(answers, questions)
+    assert (row.sources, row.wins, row.losses, row.ties, row.bad) == (("base", "tuned"), 2, 1, 0, 1)
+    assert row.rate.value == pytest.approx(2 / 3)
 
 
-def test_the_judge_scores_each_image_with_its_prompt_whatever_its_size(tmp_path: Path) -> None:
+def test_each_image_is_scored_with_its_prompt_whatever_its_size(tmp_path: Path) -> None:
     def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images[:, 0].mean((1, 2)) + 10 * torch.tensor([float(prompt) for prompt in prompts])
 
@@ -678,16 +677,16 @@ def test_the_judge_scores_each_image_with_its_prompt_whatever_its_size(tmp_path:
     torch.testing.assert_close(scores, shades + 10 * torch.arange(3.0)[:, None])
 
 
-def test_the_results_page_says_what_the_numbers_say(tmp_path: Path) -> None:
-    questions = asked(tmp_path, 4)
+def test_the_results_page_shows_win_rates_and_agreement(tmp_path: Path) -> None:
+    questions = write_pairs(tmp_path, 4)
     scores = torch.tensor([[1.0, 0.0]] * 4)
     with (
         collecting(tmp_path, questions) as answers,
-        serving(answers, judge=("redness", scores)) as address,
+        serving(answers, reward=("redness", scores)) as address,
         person("<b>ann", address) as ann,
         person("bob", address) as bob,
     ):
-        assert "Nothing is answered yet." in ann.client.get("/results").text
+        assert "There are no answers yet." in ann.client.get("/results").text
         for someone in (ann, bob):
             someone.enter()
             while someone.pair["prompt"] is not None:
@@ -702,13 +701,13 @@ def test_the_results_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "<b>ann" not in page
 
 
-def test_a_folder_is_gone_on_with_only_if_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_used_folder_is_continued_only_with_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = preference_file(tmp_path / "images", 3)
     served: list[Any] = []
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: served.append(sockets[0].close()))
     options: Any = {"pairs": str(source), "run_folder": str(tmp_path / "run"), "port": 0}
     folder = recipe.main(Config(**options))
-    (source.parent / "secret_0.png").unlink()  # what was gathered is not gathered again
+    (source.parent / "secret_0.png").unlink()  # the saved questions are not made again
     with pytest.raises(FileExistsError, match="Go on with it by --resume"):
         recipe.main(Config(**options))
     assert recipe.main(Config(**options, resume=True, judge="jpeg_compressibility")) == folder
@@ -722,11 +721,11 @@ def test_a_folder_is_gone_on_with_only_if_asked_to(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason=browser.MISSING)
 def test_keys_buttons_and_reloads_work_in_chromium(tmp_path: Path) -> None:
-    questions = asked(tmp_path, 5)
+    questions = write_pairs(tmp_path, 5)
     shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     answered = "document.getElementById('count').textContent.startsWith('{} of 5') && !document.querySelector('.busy')"
     with collecting(tmp_path, questions) as answers, serving(answers, secret=TOKEN) as address:
-        with browser.chromium(free_port) as page:
+        with browser.chromium() as page:
             page.emulate(width=390, height=844, dark=True)
             page.open(address)
             page.screenshot(shots / "entrance.png")
@@ -752,21 +751,21 @@ def test_keys_buttons_and_reloads_work_in_chromium(tmp_path: Path) -> None:
             assert page.console() == []
         keys = [row["key"] for row in lines_of(tmp_path / "answers.jsonl")]
         assert keys == ["left", "right", "tie", "undo", "bad", "left", "right"]
-        assert list(answers.standing()) == ["ann"]
+        assert list(answers.current()) == ["ann"]
 
 
 @pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason=browser.MISSING)
-def test_the_page_sends_an_answer_until_a_server_takes_it(tmp_path: Path) -> None:
+def test_the_page_repeats_an_answer_until_a_server_responds(tmp_path: Path) -> None:
     port = free_port()
-    with collecting(tmp_path, asked(tmp_path, 3)) as answers, browser.chromium(free_port) as page:
+    with collecting(tmp_path, write_pairs(tmp_path, 3)) as answers, browser.chromium() as page:
         with serving(answers, port=port) as address:
             page.open(address)
             page.press(*"ann", "enter")
             page.until("document.getElementById('count').textContent === '0 of 3'")
             page.until("!document.querySelector('.busy')")
         page.press("t")
-        page.until("document.getElementById('message').textContent.startsWith('The server does not reply')")
-        page.press("1")  # not about anything: the answer before it is on its way
+        page.until("document.getElementById('message').textContent.startsWith('The server does not respond')")
+        page.press("1")  # ignored: the answer before it is still being sent
         with serving(answers, port=port):
             page.until("document.getElementById('count').textContent === '1 of 3'")
             page.until("document.getElementById('message').textContent === ''")

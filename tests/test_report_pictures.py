@@ -20,7 +20,6 @@ from rlhf_t2i.report.images import MAX_STRIPS, best_and_worst, read_sheet, sprea
 from rlhf_t2i.report.page import flags, typeset, write_report
 from rlhf_t2i.training.evaluation import Evaluation, diversity, extremes, save_evaluation
 from tests import browser
-from tests.servers import free_port
 from tests.test_report import Page, Row, add_images, evaluation, plain, run_folder, train, two_updates
 
 SIDE = 8
@@ -234,7 +233,7 @@ def test_a_curve_can_be_heard() -> None:
 def page() -> Iterator[browser.Browser]:
     if not (browser.CHROMIUM and browser.DRIVER):
         pytest.skip(browser.MISSING)
-    with browser.chromium(free_port) as page:
+    with browser.chromium() as page:
         yield page
 
 

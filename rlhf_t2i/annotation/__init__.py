@@ -1,1 +1,4 @@
-"""People's preferences: questions of two images, a page that asks them, answers on the disk, and who agrees."""
+"""Preferences of people between two images of a prompt.
+
+Here belong the questions, the web page that shows them, the answers on disk, and the measures of agreement.
+"""

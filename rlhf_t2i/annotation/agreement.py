@@ -1,4 +1,4 @@
-"""Who agrees with whom, and how sure that is."""
+"""Agreement between annotators and with a reward, and pairwise win rates, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jaxtyping import Float, Int
 from scipy.stats import binomtest
 from torch import Tensor
 
-from rlhf_t2i.annotation.answers import Choice, Given
+from rlhf_t2i.annotation.answers import Answer, Choice
 from rlhf_t2i.annotation.questions import Question
 
 _CHOICES: tuple[Choice, ...] = get_args(Choice)
 Choices = Mapping[int, Choice]
-"""Of one annotator, by the number of the question."""
+"""The choices of one annotator by the index of the question."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number and its interval of 95 %; nan where there is nothing to tell it from."""
+    """A number with its 95 % interval; nan if it is undefined."""
 
     value: float
     low: float
@@ -40,19 +40,20 @@ _UNDEFINED = Estimate(np.nan, np.nan, np.nan)
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far two say the same of the same questions."""
+    """Agreement of two annotators, or of an annotator and a reward."""
 
     names: tuple[str, str]
     count: int
-    """Questions that both answered or, with a judge, that both decided."""
+    """Questions that both answered; with a reward, those that both decided."""
     raw: Estimate
-    """The share of equal answers, with Wilson's interval."""
+    """Fraction of equal answers, with Wilson's interval."""
     kappa: Estimate
-    """Cohen's, over first, second, tie and both bad, with a bootstrap interval over the questions."""
+    """Cohen's kappa over first, second, tie and both bad (with a reward: first and second), with a bootstrap interval
+    over the questions."""
 
 
 def wilson(count: int, total: int) -> Estimate:
-    """A share with Wilson's score interval (1927); undefined for a total of 0."""
+    """Return count / total with Wilson's score interval (1927); undefined for a total of 0."""
     if not total:
         return _UNDEFINED
     ends = binomtest(count, total).proportion_ci(method="wilson")
@@ -60,20 +61,20 @@ def wilson(count: int, total: int) -> Estimate:
 
 
 def cohens_kappa(tables: Int[np.ndarray, "*R K K"]) -> Float[np.ndarray, "*R"]:
-    """Agreement beyond chance (Cohen 1960): (observed - expected) / (1 - expected).
+    """Return the agreement beyond chance (Cohen 1960): (observed - expected) / (1 - expected).
 
-    tables[..., i, j] counts the questions to which one said i and the other j; expected is what two would agree on who
-    give the same answers as often, but at random. It is nan where both always gave one and the same answer.
+    tables[..., i, j] counts the questions that one answered with i and the other with j; expected is the agreement of
+    two independent annotators with the same marginals. The result is nan if both always gave the same single answer.
     """
-    shares = tables / tables.sum((-2, -1), keepdims=True)
-    observed = np.trace(shares, axis1=-2, axis2=-1)
-    expected = (shares.sum(-1) * shares.sum(-2)).sum(-1)
+    fractions = tables / tables.sum((-2, -1), keepdims=True)
+    observed = np.trace(fractions, axis1=-2, axis2=-1)
+    expected = (fractions.sum(-1) * fractions.sum(-2)).sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(expected < 1 - 1e-12, (observed - expected) / (1 - expected), np.nan)
 
 
 def kappa_estimate(table: Int[np.ndarray, "K K"], *, num_resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Cohen's kappa with a percentile bootstrap over the questions; resamples without a kappa are left out."""
+    """Return Cohen's kappa with a percentile bootstrap over the questions; resamples without a kappa are ignored."""
     total = int(table.sum())
     value = float(cohens_kappa(table)) if total else np.nan
     if np.isnan(value):
@@ -84,7 +85,7 @@ def kappa_estimate(table: Int[np.ndarray, "K K"], *, num_resamples: int = 2000, 
 
 
 def between_annotators(choices: Mapping[str, Choices]) -> list[Agreement]:
-    """Each two annotators, on the questions that both answered; those who share none are left out."""
+    """Compare every two annotators on the questions that both answered; two without such questions are omitted."""
     found: list[Agreement] = []
     for one, other in combinations(choices, 2):
         shared = choices[one].keys() & choices[other].keys()
@@ -97,26 +98,27 @@ def between_annotators(choices: Mapping[str, Choices]) -> list[Agreement]:
     return found
 
 
-def with_reward(choices: Mapping[str, Choices], scores: Float[Tensor, "N 2"], *, judge: str) -> list[Agreement]:
-    """Each annotator, and the majority of them, against the image that a judge scores higher.
+def with_reward(choices: Mapping[str, Choices], scores: Float[Tensor, "N 2"], *, reward: str) -> list[Agreement]:
+    """Compare each annotator, and their majority, with the image that a reward scores higher.
 
-    Ties and "both bad" of people, and equal scores, are left out, and so is a majority without a lead.
+    `scores` are of both images of each question, `reward` is the name. Questions without a preference of the annotator
+    or with equal scores are omitted.
     """
     gaps = (scores[:, 0] - scores[:, 1]).tolist()
-    everyone = [("the majority", majority(choices))] if len(choices) > 1 else []
+    all_together = [("the majority", majority(choices))] if len(choices) > 1 else []
     found: list[Agreement] = []
-    for name, own in [*choices.items(), *everyone]:
+    for name, own in [*choices.items(), *all_together]:
         table = np.zeros((2, 2), dtype=np.int64)
         for question, choice in own.items():
             if choice in ("first", "second") and gaps[question]:
                 table[int(choice == "second"), int(gaps[question] < 0)] += 1
         count = int(table.sum())
-        found.append(Agreement((name, judge), count, wilson(int(np.trace(table)), count), kappa_estimate(table)))
+        found.append(Agreement((name, reward), count, wilson(int(np.trace(table)), count), kappa_estimate(table)))
     return found
 
 
 def majority(choices: Mapping[str, Choices]) -> dict[int, Choice]:
-    """For each question the image that more annotators preferred; without a lead the question is left out."""
+    """Return for each question the image that more annotators preferred; questions without a majority are omitted."""
     votes: dict[int, Counter[Choice]] = {}
     for own in choices.values():
         for question, choice in own.items():
@@ -126,27 +128,29 @@ def majority(choices: Mapping[str, Choices]) -> dict[int, Choice]:
 
 
 @dataclass(frozen=True, slots=True)
-class Duel:
-    """How often images of one source were preferred to those of another."""
+class WinRate:
+    """Comparisons of the images of one source with those of another."""
 
     sources: tuple[str, str]
     wins: int
+    """Answers that preferred the image of the first source."""
     losses: int
     ties: int
     bad: int
-    share: Estimate
-    """Of wins among what was decided, with Wilson's interval. It takes answers of several people to one question for
-    independent, and is too narrow where they are not."""
+    """Answers that both images are bad."""
+    rate: Estimate
+    """wins / (wins + losses), with Wilson's interval. The interval assumes independent answers, and is too narrow if
+    several annotators answered the same questions."""
 
 
-def duels(standing: Mapping[str, Sequence[Given]], questions: Sequence[Question]) -> list[Duel]:
-    """What all annotators together said of each two different sources, in the order in which they were answered."""
+def pairwise_win_rates(answers: Mapping[str, Sequence[Answer]], questions: Sequence[Question]) -> list[WinRate]:
+    """Return the win rates between every two sources, over all annotators, in order of their first answer."""
     counts: dict[tuple[str, str], Counter[Choice]] = {}
-    for given in (given for own in standing.values() for given in own):
-        sources = questions[given.question].sources
+    for answer in (answer for own in answers.values() for answer in own):
+        sources = questions[answer.question].sources
         if sources[0] != sources[1]:
-            counts.setdefault(sources, Counter())[given.choice] += 1
+            counts.setdefault(sources, Counter())[answer.choice] += 1
     return [
-        Duel(sources, c["first"], c["second"], c["tie"], c["bad"], wilson(c["first"], c["first"] + c["second"]))
+        WinRate(sources, c["first"], c["second"], c["tie"], c["bad"], wilson(c["first"], c["first"] + c["second"]))
         for sources, c in counts.items()
     ]

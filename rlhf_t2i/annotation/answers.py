@@ -1,7 +1,8 @@
-"""What people answered, on the disk before it counts.
+"""The answers of annotators, on disk before they are confirmed.
 
-answers.jsonl   everything that was answered and undone, one line each, only ever added to: the truth
-pairs.jsonl     what stands of it, in the format of train_reward_model.py and diffusion_dpo.py; made anew each time
+answers.jsonl   every answer and every undo, one line each; append-only, the source of truth
+pairs.jsonl     the answers that were not undone, as preference pairs for train_reward_model.py and diffusion_dpo.py;
+                rewritten after every answer
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from rlhf_t2i.files import flush, write_atomically
 from rlhf_t2i.seeds import ANNOTATE, seed_for
 
 Key = Literal["left", "right", "tie", "bad", "undo"]
-"""What an annotator can press; `bad` says that neither image is any good."""
+"""An annotator's key press; `bad` means that both images are bad."""
 Choice = Literal["first", "second", "tie", "bad"]
-"""The same, whichever side the images were on."""
+"""An answer by the order of the images in the question, independent of the side they were shown on."""
 
 
 class StaleError(ValueError):
-    """An answer to a pair that is not the open one."""
+    """An answer to a pair that is no longer open."""
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """One answer that stands."""
+class Answer:
+    """An answer that was not undone."""
 
     question: int
     key: Key
@@ -50,20 +51,20 @@ class Given:
             case "tie" | "bad":
                 return self.key
             case "undo":
-                raise AssertionError("what was undone does not stand")
+                raise AssertionError("an undo is no answer")
 
 
 @dataclass(frozen=True, slots=True)
-class Showing:
-    """What an annotator has before them."""
+class OpenPair:
+    """The pair that an annotator is to answer now."""
 
     token: str
-    """Of this pair on this occasion: an answer that bears another one is not about what is open."""
+    """Identifier of this pair at this point of the annotator's history; an answer with another one is stale."""
     question: int | None
-    """None when all are answered."""
+    """Index of the question; None if all are answered."""
     first_on_left: bool
     following: int | None
-    """The question after it."""
+    """Index of the next question; None if there is none."""
     num_answered: int
 
 
@@ -71,30 +72,30 @@ class Answers:
     """The answers of all annotators to the questions of one folder; safe to use from several threads."""
 
     def __init__(self, folder: Path, questions: Sequence[Question], *, seed: int) -> None:
-        """Take up what was answered before. `seed` decides order and sides, for each annotator anew.
+        """Load the answers in `folder`. `seed` and an annotator's name determine their order of questions and sides.
 
-        A last line that a crash has cut off was never confirmed to anyone, and is removed. Raises ValueError for any
-        other line that is no answer, and BlockingIOError while another server collects into this folder.
+        An incomplete last line, left by a crash, was never confirmed to an annotator and is removed. Raises ValueError
+        for any other invalid line, and BlockingIOError while another server uses the folder.
         """
         self.folder, self.questions, self.seed = folder, questions, seed
-        self._standing: dict[str, list[Given]] = {}
+        self._current: dict[str, list[Answer]] = {}
         self._lines: dict[str, list[str]] = {}
         self._num_events: dict[str, int] = {}
         self._accepted: dict[str, Key] = {}
-        self._plans: dict[str, tuple[list[int], list[bool]]] = {}
+        self._orders: dict[str, tuple[list[int], list[bool]]] = {}
         self._lock = threading.RLock()
         self.path = folder / "answers.jsonl"
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            flush(folder)  # a new file is only found again once its folder is on the disk
-            self.torn = _cut_torn_line(self.path, self._file)
+            flush(folder)  # a new file survives a crash only if its folder is flushed too
+            self.truncated_line = _remove_truncated_line(self.path, self._file)
             for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
                 self._replay(line, where=f"{self.path}:{number}")
         except BlockingIOError as error:
             os.close(self._file)
             raise BlockingIOError(
-                f"Another server collects answers into {folder}; stop it, or name another --run_folder."
+                f"Another server collects answers in {folder}; stop it, or choose another --run_folder."
             ) from error
         except ValueError:
             os.close(self._file)
@@ -102,77 +103,77 @@ class Answers:
         self._write_pairs()
 
     def close(self) -> None:
-        """Let another server have the folder."""
+        """Unlock the folder for other servers."""
         os.close(self._file)
 
-    # --- asking ---
+    # --- questions ---
 
-    def showing(self, annotator: str) -> Showing:
-        """The first question, in the annotator's own order, that they have not answered."""
+    def open_pair(self, annotator: str) -> OpenPair:
+        """Return the first question, in the annotator's own order, without an answer."""
         with self._lock:
-            order, first_on_left = self._plan(annotator)
-            standing = self._standing.get(annotator, [])
-            answered = {given.question for given in standing}
+            order, first_on_left = self._order(annotator)
+            current = self._current.get(annotator, [])
+            answered = {answer.question for answer in current}
             waiting = [question for question in order if question not in answered][:2]
-            occasion = f"{self.seed}\0{annotator}\0{self._num_events.get(annotator, 0)}"
-            return Showing(
-                token=hashlib.sha256(occasion.encode()).hexdigest()[:20],
+            history = f"{self.seed}\0{annotator}\0{self._num_events.get(annotator, 0)}"
+            return OpenPair(
+                token=hashlib.sha256(history.encode()).hexdigest()[:20],
                 question=waiting[0] if waiting else None,
                 first_on_left=first_on_left[waiting[0]] if waiting else True,
                 following=waiting[1] if len(waiting) > 1 else None,
-                num_answered=len(standing),
+                num_answered=len(current),
             )
 
     def first_on_left(self, annotator: str, question: int) -> bool:
-        """On which side an annotator sees the images of a question."""
-        return self._plan(annotator)[1][question]
+        """Return True if an annotator sees the first image of a question on the left."""
+        return self._order(annotator)[1][question]
 
-    def _plan(self, annotator: str) -> tuple[list[int], list[bool]]:
-        """An annotator's order of the questions, and for each question whether its first image is on the left."""
-        if annotator not in self._plans:
+    def _order(self, annotator: str) -> tuple[list[int], list[bool]]:
+        """Return an annotator's order of the questions, and per question True if its first image is on the left."""
+        if annotator not in self._orders:
             digest = int.from_bytes(hashlib.sha256(annotator.encode()).digest()[:4])
             rng = np.random.default_rng(seed_for(self.seed, ANNOTATE, digest))
             count = len(self.questions)
-            self._plans[annotator] = rng.permutation(count).tolist(), (rng.random(count) < 0.5).tolist()
-        return self._plans[annotator]
+            self._orders[annotator] = rng.permutation(count).tolist(), (rng.random(count) < 0.5).tolist()
+        return self._orders[annotator]
 
-    # --- answering ---
+    # --- answers ---
 
-    def give(self, annotator: str, *, shown: str, key: Key) -> None:
-        """Take an answer to the pair that was `shown`, or undo the one before it; it is on the disk when this returns.
+    def record(self, annotator: str, *, shown: str, key: Key) -> None:
+        """Write an answer to the open pair, or an undo of the previous answer; it is on disk when this returns.
 
-        The same answer to the same showing again (a double click, a request that is repeated because its reply was
-        lost) changes nothing. Raises StaleError for another answer to a pair that is not open any more, and ValueError
-        where there is nothing to answer or to undo; OSError, with nothing taken, if the disk refuses.
+        `shown` is the token of the open pair. Repeating a recorded answer (a double click, a request repeated after a
+        lost response) changes nothing. Raises StaleError for another answer to a pair that is no longer open,
+        ValueError if there is nothing to answer or to undo, and OSError, with nothing recorded, if writing fails.
         """
         with self._lock:
-            showing = self.showing(annotator)
+            pair = self.open_pair(annotator)
             if self._accepted.get(shown) == key:
                 return
-            if shown != showing.token:
+            if shown != pair.token:
                 raise StaleError(
-                    "That pair is not open any more, perhaps because it was answered in another tab: nothing was "
-                    "changed. Here is the open one; undo (u) leads back."
+                    "This pair is no longer open, perhaps because it was answered in another tab. Nothing was changed. "
+                    "The open pair is shown now; undo (u) goes back."
                 )
-            if key == "undo" and not showing.num_answered:
+            if key == "undo" and not pair.num_answered:
                 raise ValueError("There is nothing to undo.")
-            if key != "undo" and showing.question is None:
-                raise ValueError("All pairs are answered; undo (u) leads back to the last.")
-            question = self._standing[annotator][-1].question if key == "undo" else showing.question
+            if key != "undo" and pair.question is None:
+                raise ValueError("All pairs are answered; undo (u) goes back to the last one.")
+            question = self._current[annotator][-1].question if key == "undo" else pair.question
             row = {
                 "annotator": annotator,
                 "question": question,
                 "key": key,
-                "first_on_left": showing.first_on_left,
+                "first_on_left": pair.first_on_left,
                 "shown": shown,
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             }
             self._append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            self._take(row)
+            self._apply(row)
             self._write_pairs()
 
     def _append(self, line: bytes) -> None:
-        """All of the line is on the disk, or none of it is in the file."""
+        """Write a line to disk; if that fails, the file is as before."""
         size = os.fstat(self._file).st_size
         try:
             if os.write(self._file, line) < len(line):
@@ -188,51 +189,49 @@ class Answers:
             assert row["key"] in get_args(Key)
             assert row["question"] in range(len(self.questions))
             assert isinstance(row["first_on_left"], bool)
-            self._take(row)
+            self._apply(row)
         except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
             raise ValueError(
                 f"{where} is no answer to one of {len(self.questions)} questions: {line[:80]!r}. Restore the file, or "
-                f"take the line out."
+                f"remove the line."
             ) from error
 
-    def _take(self, row: Mapping[str, Any]) -> None:
-        """What a line of the file changes."""
+    def _apply(self, row: Mapping[str, Any]) -> None:
+        """Update the state in memory by a line of answers.jsonl."""
         annotator: str = row["annotator"]
-        standing, lines = self._standing.setdefault(annotator, []), self._lines.setdefault(annotator, [])
+        current, lines = self._current.setdefault(annotator, []), self._lines.setdefault(annotator, [])
         if row["key"] == "undo":
-            standing.pop()
+            current.pop()
             lines.pop()
         else:
-            given = Given(row["question"], row["key"], row["first_on_left"])
-            standing.append(given)
-            preferred = preference(self.questions[given.question], given, annotator=annotator)
-            lines.append(json.dumps(preferred, ensure_ascii=False) + "\n" if preferred else "")
+            answer = Answer(row["question"], row["key"], row["first_on_left"])
+            current.append(answer)
+            record = preference_record(self.questions[answer.question], answer, annotator=annotator)
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n" if record else "")
         self._num_events[annotator] = self._num_events.get(annotator, 0) + 1
         self._accepted[row["shown"]] = row["key"]
 
-    # --- what stands ---
-
-    def standing(self) -> dict[str, list[Given]]:
-        """Each annotator's answers that were not undone, in the order in which they were given."""
+    def current(self) -> dict[str, list[Answer]]:
+        """Return the answers of each annotator that were not undone, in the order in which they came."""
         with self._lock:
-            return {annotator: list(given) for annotator, given in self._standing.items()}
+            return {annotator: list(own) for annotator, own in self._current.items()}
 
     def _write_pairs(self) -> None:
         text = "".join(line for lines in self._lines.values() for line in lines)
         write_atomically(self.folder / "pairs.jsonl", text)
 
 
-def preference(question: Question, given: Given, *, annotator: str) -> dict[str, object] | None:
-    """An answer as a line of a preference file; None for "both bad", which prefers nothing.
+def preference_record(question: Question, answer: Answer, *, annotator: str) -> dict[str, object] | None:
+    """Return an answer as a record of a preference file; None for "both bad", which is no preference.
 
-    A tie is kept as one: train_reward_model.py learns from it that the images are equally good, diffusion_dpo.py
-    passes over it. Each annotator's answer is a line of its own, so what they disagree on is there both ways.
+    A tie is a record too: train_reward_model.py trains on it, diffusion_dpo.py skips it. Every annotator's answer is a
+    record of its own, so a question that annotators disagree on appears with both preferences.
     """
     files = [f"{IMAGES}/{name}.png" for name in question.images]
-    remarks = {"id": given.question, "comment": annotator}
-    match given.choice:
+    remarks = {"id": answer.question, "comment": annotator}
+    match answer.choice:
         case "first" | "second":
-            winner, loser = files if given.choice == "first" else reversed(files)
+            winner, loser = files if answer.choice == "first" else reversed(files)
             return {"prompt": question.prompt, "winner": winner, "loser": loser, **remarks}
         case "tie":
             return {"prompt": question.prompt, "tie": files, **remarks}
@@ -241,21 +240,21 @@ def preference(question: Question, given: Given, *, annotator: str) -> dict[str,
 
 
 def annotator_name(text: str) -> str:
-    """A name as it is kept: in lower case and with single blanks, so that one person is not taken for two.
+    """Return a normalised name: in lower case and with single blanks, so that one person has one name.
 
-    Raises ValueError for one that is empty, longer than 40 letters, or has control characters.
+    Raises ValueError for a name that is empty, longer than 40 characters, or has control characters.
     """
     name = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     if not 1 <= len(name) <= 40 or not name.isprintable():
-        raise ValueError("Please give a name of 1 to 40 letters.")
+        raise ValueError("Please enter a name of 1 to 40 characters.")
     return name
 
 
-def _cut_torn_line(path: Path, file: int) -> bytes:
-    """What a crash left of a last line, which this removes; empty if there is none."""
+def _remove_truncated_line(path: Path, file: int) -> bytes:
+    """Remove an incomplete last line, and return it; empty if there is none."""
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.ftruncate(file, whole)
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.ftruncate(file, end)
         os.fsync(file)
-    return content[whole:]
+    return content[end:]

@@ -1,4 +1,4 @@
-// Shows the open pair and sends what is pressed. What counts is kept by the server: a reload loses nothing.
+// Shows the open pair and sends the annotator's answer. The server keeps all state: a reload loses nothing.
 "use strict";
 
 const KEYS = { ArrowLeft: "left", 1: "left", ArrowRight: "right", 2: "right", t: "tie", b: "bad", u: "undo" };
@@ -6,7 +6,7 @@ const RETRY_MILLISECONDS = 1000;
 const at = (id) => document.getElementById(id);
 
 let pair = null;
-let busy = false; // from a press until the next pair can be seen: what is pressed meanwhile is not about it
+let busy = false; // from an answer until the next pair is visible; key presses in between are ignored
 
 async function post(path, body) {
   for (;;) {
@@ -18,14 +18,14 @@ async function post(path, body) {
       });
       return { status: response.status, ...(await response.json()) };
     } catch {
-      // The server takes the same answer to the same pair but once, so it can be sent until a reply comes.
-      say("The server does not reply. Your answer is sent again until it does.");
+      // The server records an answer to a pair only once, so it is safe to send it until a response comes.
+      setMessage("The server does not respond. Your answer will be sent again until it does.");
       await new Promise((resume) => setTimeout(resume, RETRY_MILLISECONDS));
     }
   }
 }
 
-function say(text) {
+function setMessage(text) {
   at("message").textContent = text;
 }
 
@@ -63,7 +63,7 @@ async function exchange(path, body) {
   at("images").classList.add("busy");
   try {
     const reply = await post(path, body);
-    say(reply.error ?? "");
+    setMessage(reply.error ?? "");
     if (reply.status === 401) {
       at("questions").hidden = true;
       at("entrance").hidden = false;
@@ -71,15 +71,15 @@ async function exchange(path, body) {
     const next = reply.status === 200 ? reply : reply.pair;
     if (next) await show(next);
   } catch {
-    pair = null; // nobody should answer to what they do not see
-    say("An image could not be loaded. Reload the page.");
+    pair = null; // an answer to an invisible pair would be wrong
+    setMessage("An image could not be loaded. Reload the page.");
   } finally {
     busy = false;
     at("images").classList.remove("busy");
   }
 }
 
-function give(answer) {
+function send(answer) {
   const button = document.querySelector(`[data-answer=${answer}]`);
   if (pair && !at("questions").hidden && !button.disabled) {
     exchange("/answer", { annotator: pair.annotator, shown: pair.shown, answer });
@@ -90,12 +90,12 @@ document.addEventListener("keydown", (event) => {
   const answer = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!answer || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "INPUT") return;
   event.preventDefault();
-  give(answer);
+  send(answer);
 });
 
 for (const button of document.querySelectorAll("[data-answer]")) {
   button.addEventListener("click", () => {
-    give(button.dataset.answer);
+    send(button.dataset.answer);
     button.blur();
   });
 }

@@ -1,7 +1,7 @@
-"""What people are asked: two images of one prompt, kept in the run folder under names that tell nothing.
+"""Questions for annotators: two images of one prompt, in the run folder under names that do not reveal their source.
 
-questions.jsonl   one question a line: its prompt, its two images, and where each came from
-images/         8-bit RGB as PNG, each under a hash of its pixels, without any of the metadata it came with
+questions.jsonl   one question per line: its prompt, its two images, and the source of each
+images/           8-bit RGB as PNG, named by a hash of the pixels, without metadata
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Which of two images serves the prompt better?"""
+    """Two images of one prompt, of which an annotator chooses the better one."""
 
     prompt: str
     images: tuple[str, str]
-    """Names of files in images/, without their ending; all that a browser ever sees of them."""
+    """File names in images/ without their ending; the browser knows images by nothing else."""
     sources: tuple[str, str]
-    """Where each came from, for the results; a browser that asks for images is not told."""
+    """The source of each image, for the results page; the page with the questions does not show it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A question before its images have names; they may differ in size."""
+    """A question whose images are not saved yet; the two may differ in size."""
 
     prompt: str
     images: tuple[Float[Tensor, "3 _ _"], Float[Tensor, "3 _ _"]]
@@ -51,26 +51,26 @@ class Candidate:
 
 
 def write_questions(folder: Path, candidates: Iterable[Candidate]) -> list[Question]:
-    """Keep the images, then the list, so that a folder with a list is whole.
+    """Write the images, then the list of questions, so that a folder with a list is complete.
 
-    Two images that are the same, pixel by pixel, make no question. Raises ValueError if none is left.
+    Candidates whose two images are identical are dropped. Raises ValueError if none is left.
     """
     questions: list[Question] = []
     num_same = 0
     for candidate in candidates:
-        first, second = (_keep(folder, image) for image in candidate.images)
+        first, second = (_save(folder, image) for image in candidate.images)
         num_same += first == second
         if first != second:
             questions.append(Question(candidate.prompt, (first, second), candidate.sources))
     if not questions:
-        raise ValueError(f"There is nothing to ask: of {num_same} pairs both images are the same, and no others came.")
+        raise ValueError(f"There are no questions: {num_same} pairs were found, each of two identical images.")
     lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions]
     write_atomically(folder / "questions.jsonl", "".join(lines))
     return questions
 
 
 def read_questions(folder: Path) -> list[Question] | None:
-    """The questions of a folder; None if it has none yet. ValueError for a line that is none."""
+    """Return the questions in a folder, None if it has none yet; raises ValueError for an invalid line."""
     path = folder / "questions.jsonl"
     if not path.is_file():
         return None
@@ -85,7 +85,7 @@ def read_questions(folder: Path) -> list[Question] | None:
     return questions
 
 
-def _keep(folder: Path, image: Float[Tensor, "3 _ _"]) -> str:
+def _save(folder: Path, image: Float[Tensor, "3 _ _"]) -> str:
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     name = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:20]
     path = image_path(folder, name)
@@ -97,22 +97,23 @@ def _keep(folder: Path, image: Float[Tensor, "3 _ _"]) -> str:
 
 
 def image_path(folder: Path, name: str) -> Path:
-    """Where an image of a question lies."""
+    """Return the path of an image of a question."""
     return folder / IMAGES / f"{name}.png"
 
 
-# --- where they come from -------------------------------------------------------------------------
+# --- sources of images ----------------------------------------------------------------------------
 
 
 def from_runs(folders: Sequence[Path], *, num_pairs: int | None, generator: torch.Generator) -> Iterator[Candidate]:
-    """Before and after of tuning runs, or the weights of recipes/evaluate_policy.py: each two of one prompt and seed.
+    """Pair the images of training runs before and after, or of the weights in recipes/evaluate_policy.py.
 
-    Raises FileNotFoundError or ValueError, naming the folders, where there are no such images.
+    Both images of a pair have the same prompt and seed. Raises FileNotFoundError or ValueError, naming the folders, if
+    there are no such images.
     """
     entries = side_by_side(folders)
     sheets = {one.strip: read_image(one.strip) for one in entries}
     pairs = [(*two, cell) for two in combinations(entries, 2) for cell in shared_cells(entries)]
-    for one, other, cell in some(pairs, num_pairs, generator=generator):
+    for one, other, cell in subsample(pairs, num_pairs, generator=generator):
         first, second = (_cut_out(sheets[entry.strip], entry.captions, cell) for entry in (one, other))
         yield Candidate(cell[0], (first, second), (one.name, other.name))
 
@@ -131,24 +132,24 @@ def from_images(
     *,
     sources: tuple[str, str],
 ) -> Iterator[Candidate]:
-    """Images that two checkpoints painted of the same prompts."""
+    """Pair the images that two policies sampled for the same prompts."""
     for prompt, one, other in zip(prompts, first, second, strict=True):
         yield Candidate(prompt, (one, other), sources)
 
 
-def some(items: Sequence[ItemT], count: int | None, *, generator: torch.Generator) -> list[ItemT]:
-    """So many of them, drawn without replacement and left in their order; None is all."""
+def subsample(items: Sequence[ItemT], count: int | None, *, generator: torch.Generator) -> list[ItemT]:
+    """Draw `count` items without replacement, in their original order; None is all."""
     chosen = torch.randperm(len(items), generator=generator)[:count].sort().values
     return [items[int(i)] for i in chosen]
 
 
-# --- what a judge says of them --------------------------------------------------------------------
+# --- scores of a reward ---------------------------------------------------------------------------
 
 
 def score_questions(
     reward: WeightedSum, folder: Path, questions: Sequence[Question], *, device: torch.device, batch_size: int
 ) -> Float[Tensor, "N 2"]:
-    """The scores of both images of each question; those of one size are judged together."""
+    """Return the total reward of both images of each question; images of one size share a batch."""
     scores = torch.zeros(len(questions), 2)
     of_size: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for number, question in enumerate(questions):
@@ -167,6 +168,6 @@ def score_questions(
 
 
 def read_image(path: Path) -> Float[Tensor, "3 _ _"]:
-    """A PNG that a run wrote, in [0, 1]."""
+    """Read a PNG as an image in [0, 1]."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255

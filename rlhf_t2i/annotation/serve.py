@@ -1,11 +1,11 @@
-"""The page behind HTTP: who asks is shown the open pair, and every answer is on the disk before the next pair comes.
+"""The annotation page over HTTP. An answer is on disk before the response with the next pair.
 
-    POST /enter    {"annotator", "token"}            the open pair; the token, where there is one, becomes a cookie
-    POST /answer   {"annotator", "shown", "answer"}  the next pair; `shown` is what came with the one that is answered
+    POST /enter    {"annotator", "token"}            returns the open pair; a token is stored as a cookie
+    POST /answer   {"annotator", "shown", "answer"}  returns the next pair; `shown` is that of the answered pair
     GET  /image/NAME, /results
 
-A pair is {"annotator", "shown", "prompt", "left", "right", "following", "answered", "total"}. What goes wrong is
-answered {"error": "the reason"}; with 409, where the pair was not the open one, {"error", "pair"}.
+A pair is {"annotator", "shown", "prompt", "left", "right", "following", "answered", "total"}. An error is
+{"error": "the reason"}; with status 409, if the pair is no longer open, {"error", "pair"}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
-from rlhf_t2i.annotation.agreement import Choices, between_annotators, duels, with_reward
+from rlhf_t2i.annotation.agreement import Choices, between_annotators, pairwise_win_rates, with_reward
 from rlhf_t2i.annotation.answers import Answers, Key, StaleError, annotator_name
 from rlhf_t2i.annotation.questions import image_path
 from rlhf_t2i.report import HEAD, STYLES
@@ -32,7 +32,7 @@ try:
     from pydantic import BaseModel, ConfigDict
     from starlette.exceptions import HTTPException
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}; the page needs: pip install 'rlhf-t2i[serve]'") from error
+    raise ModuleNotFoundError(f"{error}; the annotation page needs: pip install 'rlhf-t2i[serve]'") from error
 
 _LOG = logging.getLogger("uvicorn.error")
 _HERE = Path(__file__).parent
@@ -45,16 +45,16 @@ _HEADERS = {
 }
 
 
-class Entry(BaseModel):
-    """Who wants to answer."""
+class EnterRequest(BaseModel):
+    """The body of POST /enter."""
 
     model_config = ConfigDict(extra="forbid")
     annotator: str
     token: str = ""
 
 
-class Reply(BaseModel):
-    """What was pressed, and of which showing."""
+class AnswerRequest(BaseModel):
+    """The body of POST /answer."""
 
     model_config = ConfigDict(extra="forbid")
     annotator: str
@@ -63,44 +63,44 @@ class Reply(BaseModel):
 
 
 class Service:
-    """What the server does with each request."""
+    """The endpoints of the page."""
 
     def __init__(
-        self, answers: Answers, *, secret: str | None, judge: tuple[str, Float[Tensor, "N 2"]] | None = None
+        self, answers: Answers, *, secret: str | None, reward: tuple[str, Float[Tensor, "N 2"]] | None = None
     ) -> None:
-        """`llava_reward` is a name, and its scores of both images of each question."""
-        self.answers, self.secret, self.judge = answers, secret, judge
+        """`reward` is the name of a reward and its scores of both images of each question, for the results page."""
+        self.answers, self.secret, self.reward = answers, secret, reward
         self.images = {name for question in answers.questions for name in question.images}
 
     def page(self) -> Response:
-        """The page that asks; it holds no data, so that who opens it need not know the token."""
+        """Return the page; it holds no data and needs no token."""
         return HTMLResponse(_PAGE.render(styles=STYLES, wants_token=self.secret is not None), headers=_HEADERS)
 
     def script(self) -> Response:
-        """What the page does."""
+        """Return the script of the page."""
         return FileResponse(_HERE / "page.js", media_type="text/javascript", headers={"Cache-Control": "no-cache"})
 
-    def enter(self, entry: Entry, request: Request) -> Response:
-        """The pair that is open for an annotator, on arrival and after a reload."""
-        if not (knows := entry.token and self._is_token(entry.token)):
+    def enter(self, entry: EnterRequest, request: Request) -> Response:
+        """Return the open pair of an annotator, on arrival and after a reload."""
+        if not (has_token := entry.token and self._is_token(entry.token)):
             self.check_token(request)
         response = self._pair(annotator_name(entry.annotator))
-        if knows:
+        if has_token:
             response.set_cookie(_COOKIE, entry.token, httponly=True, samesite="strict")
         return response
 
-    def answer(self, reply: Reply, request: Request) -> Response:
-        """Take an answer; the next pair."""
+    def answer(self, body: AnswerRequest, request: Request) -> Response:
+        """Record an answer and return the next pair."""
         self.check_token(request)
-        annotator = annotator_name(reply.annotator)
+        annotator = annotator_name(body.annotator)
         try:
-            self.answers.give(annotator, shown=reply.shown, key=reply.answer)
+            self.answers.record(annotator, shown=body.shown, key=body.answer)
         except StaleError as error:
             return JSONResponse({"error": str(error), "pair": self.pair(annotator)}, 409)
         return self._pair(annotator)
 
     def image(self, name: str, request: Request) -> Response:
-        """An image of a question. Names are looked up, never joined to a path: nothing else can be read."""
+        """Return an image of a question; only names in the list are joined to a path, so nothing else can be read."""
         self.check_token(request)
         if name not in self.images:
             raise HTTPException(404, "No question has an image of this name.")
@@ -108,57 +108,58 @@ class Service:
         return FileResponse(image_path(self.answers.folder, name), media_type="image/png", headers=headers)
 
     def results(self, request: Request) -> Response:
-        """Who answered what, and who agrees."""
+        """Return the page with counts, win rates and agreement."""
         self.check_token(request)
-        standing, questions = self.answers.standing(), self.answers.questions
+        questions = self.answers.questions
+        answers = {annotator: own for annotator, own in self.answers.current().items() if own}
         choices: dict[str, Choices] = {
-            annotator: {given.question: given.choice for given in own} for annotator, own in standing.items() if own
+            annotator: {answer.question: answer.choice for answer in own} for annotator, own in answers.items()
         }
         page = _RESULTS.render(
             run={"recipe": "Preferences"},
             started=self.answers.folder.name,
-            standing={annotator: own for annotator, own in standing.items() if own},
+            answers=answers,
             total=len(questions),
-            duels=duels(standing, questions),
+            win_rates=pairwise_win_rates(answers, questions),
             between=between_annotators(choices),
-            judged=with_reward(choices, self.judge[1], judge=self.judge[0]) if self.judge else [],
-            judge=self.judge[0] if self.judge else None,
+            with_reward=with_reward(choices, self.reward[1], reward=self.reward[0]) if self.reward else [],
+            reward=self.reward[0] if self.reward else None,
         )
         return HTMLResponse(page, headers={**_HEADERS, "Cache-Control": "no-store"})
 
     def pair(self, annotator: str) -> Mapping[str, Any]:
-        """All that a browser is told: nothing in it says where an image came from."""
-        showing, questions = self.answers.showing(annotator), self.answers.questions
+        """Return the open pair as the browser gets it, without the sources of its images."""
+        open_pair, questions = self.answers.open_pair(annotator), self.answers.questions
         pair: dict[str, Any] = {
             "annotator": annotator,
-            "shown": showing.token,
-            "answered": showing.num_answered,
+            "shown": open_pair.token,
+            "answered": open_pair.num_answered,
             "total": len(questions),
             "prompt": None,
-            "following": list(questions[showing.following].images) if showing.following is not None else [],
+            "following": list(questions[open_pair.following].images) if open_pair.following is not None else [],
         }
-        if showing.question is None:
+        if open_pair.question is None:
             return pair
-        question = questions[showing.question]
-        left, right = question.images if showing.first_on_left else reversed(question.images)
-        # Sorted, because the order in which images are fetched ahead would tell which one was the first.
+        question = questions[open_pair.question]
+        left, right = question.images if open_pair.first_on_left else reversed(question.images)
+        # Sorted, because the order of prefetching would reveal which image is the first of its question.
         return {**pair, "prompt": question.prompt, "left": left, "right": right, "following": sorted(pair["following"])}
 
     def _pair(self, annotator: str) -> JSONResponse:
         return JSONResponse(dict(self.pair(annotator)), headers={"Cache-Control": "no-store"})
 
     def check_token(self, request: Request) -> None:
-        """Refuse who does not know the token; it comes as a cookie from browsers, as a header from scripts."""
+        """Raise HTTPException 401 for a wrong token; browsers send it as a cookie, scripts as a header."""
         given = request.cookies.get(_COOKIE) or request.headers.get("Authorization", "").removeprefix("Bearer ")
         if self.secret and not self._is_token(given):
-            raise HTTPException(401, "The token is not this server's (RLHF_T2I_TOKEN).")
+            raise HTTPException(401, "The token is not that of this server (RLHF_T2I_TOKEN).")
 
     def _is_token(self, given: str) -> bool:
         return self.secret is not None and hmac.compare_digest(given.encode(), self.secret.encode())
 
 
 def create_app(service: Service) -> FastAPI:
-    """The server as an ASGI application."""
+    """Return the server as an ASGI application."""
     kinds = (HTTPException, RequestValidationError, ValueError, OSError)
     app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(kinds, _refuse))
     app.add_api_route("/", service.page, response_model=None)
@@ -176,12 +177,12 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
             return JSONResponse({"error": error.detail}, error.status_code)
         case RequestValidationError():
             flaws = "; ".join(f"{flaw['loc'][-1]}: {flaw['msg']}" for flaw in error.errors())
-            return JSONResponse({"error": f"The request cannot be understood: {flaws}."}, 422)
+            return JSONResponse({"error": f"The request is invalid: {flaws}."}, 422)
         case ValueError():
             return JSONResponse({"error": str(error)}, 422)
         case _:
-            _LOG.error("An answer could not be kept.", exc_info=error)
-            return JSONResponse({"error": f"The answer could not be kept: {error}"}, 507)
+            _LOG.error("An answer could not be saved.", exc_info=error)
+            return JSONResponse({"error": f"The answer could not be saved: {error}"}, 507)
 
 
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined)
