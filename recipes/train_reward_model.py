@@ -173,7 +173,8 @@ def main(config: Config) -> Path:
     from reward_model.datasets.valid_prompts import with_valid_prompts
     from reward_model.model import RewardModel, parameter_table, visual_token_table
     from reward_model.scoring import LlavaReward
-    from reward_model.training import Objective, RewardModelTrainer, newest_checkpoint
+    from reward_model.losses import Objective
+    from reward_model.training import RewardModelTrainer, newest_checkpoint
     from rlhf_t2i.distributed.processes import end_processes
     from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
     from rlhf_t2i.training.run_folder import restarted
@@ -228,7 +229,9 @@ def main(config: Config) -> Path:
     if trainer.is_world_process_zero():
         (folder / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
         finished = LlavaReward(trainer.finished())
-        model_config = replace(model_config, **finished.unit(validation, batch_size=2 * config.microbatch_size))
+        model_config = replace(
+            model_config, **finished.score_statistics(validation, batch_size=2 * config.microbatch_size)
+        )
         save_adapter(model_config, adapter_tensors(finished.model, model_config.perspective), folder / "reward_model")
         measure(finished, {"validation": validation, **tests}, folder, batch_size=2 * config.microbatch_size)
         tqdm.write(f"judge     {folder / 'judge'}")

@@ -1,4 +1,8 @@
-"""Teach a judge: LLaVA-Reward (arXiv:2507.21391), a multimodal LLM that says how well an image serves a prompt."""
+"""LLaVA-Reward (arXiv:2507.21391): a multimodal LLM trained to score how well an image fits its prompt.
+
+The model, its training, scoring, data sets and benchmarks, and scorers of other projects.
+It imports nothing of rlhf_t2i.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ __all__ = ["LlavaReward"]
 
 
 def __getattr__(name: str) -> object:
-    """Import the judge, which takes seconds, when it is asked for."""
+    """Import LlavaReward on first use: it takes seconds."""
     if name == "LlavaReward":
         from reward_model.scoring import LlavaReward
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from reward_model.compatibility import SkipCaKeys
 from reward_model.heads import HeadKind
+from reward_model.skip_ca import SkipCaKeys
 
 FORMAT = 1
 
@@ -82,7 +82,7 @@ class RewardModelConfig:
 
     @staticmethod
     def from_json(text: str, *, where: str) -> RewardModelConfig:
-        """Parse the output of `to_json`; ValueError, naming `where`, for another format, a missing or an unknown key."""
+        """Parse the output of `to_json`; ValueError, naming `where`, for another format or wrong keys."""
         try:
             values: Any = json.loads(text)
         except json.JSONDecodeError as error:

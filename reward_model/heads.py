@@ -1,4 +1,4 @@
-"""From what the judge saw to a verdict: a number, or a vector that only means something beside another."""
+"""Linear heads on the pooled token, and the preference logits of their outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HeadKind = Literal["scalar", "general_preference"]
 
 
 class Head(nn.Linear):
-    """One linear layer in float32, without a bias: `scalar` has one output, `general_preference` two."""
+    """One linear layer in float32 without a bias: one output for `scalar`, two for `general_preference`."""
 
     def __init__(self, width: int, kind: HeadKind) -> None:
         super().__init__(width, {"scalar": 1, "general_preference": 2}[kind], bias=False)
@@ -27,12 +27,13 @@ class Head(nn.Linear):
 def preference_logits(
     first: Float[Tensor, "P d"], second: Float[Tensor, "P d"], *, kind: HeadKind, temperature: float
 ) -> Float[Tensor, " P"]:
-    """The log-odds that the first image is preferred to the second.
+    """Return the log-odds that the first image is preferred to the second.
 
         scalar               (a - b) / temperature                         Bradley-Terry
         general_preference   (a_0 b_1 - a_1 b_0) / temperature             a skew-symmetric form (arXiv:2410.02197)
 
-    Either changes its sign when the two are swapped. The second needs no ranking: a may beat b, b beat c and c beat a.
+    Swapping the two changes the sign of either. A general preference may be intransitive: a beats b, b beats c and c
+    beats a.
     """
     match kind:
         case "scalar":

@@ -1,7 +1,7 @@
-"""Images of any kind as tensors, and the resizing and normalising of a model's processor in torch.
+"""Conversion of images to tensors, and differentiable resizing, cropping and normalising of image processors.
 
-Everything here keeps a gradient from what a model reads to the pixels of the image. Processors compute with 8-bit
-images, so a resized one differs from theirs by their rounding; without a resize both are equal.
+Gradients reach the pixels of the image. Processors compute with 8-bit images, so a resized image differs from theirs
+by their rounding; without a resize both are equal.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 ImageInput = Image.Image | np.ndarray | Tensor | str | Path
-"""What a user may hand over: PIL, an array (Y, X, 3) or (Y, X), a tensor (3, Y, X), or the path of a file."""
+"""A PIL image, an array (Y, X, 3) or (Y, X), a tensor (3, Y, X), or the path of a file."""
 
 MAX_PIXELS = 64_000_000
-"""A file with more is taken for a decompression bomb."""
+"""Maximum of a file; one with more may be a decompression bomb."""
 
 
 def to_tensor(image: ImageInput) -> Float[Tensor, "3 _ _"]:
-    """RGB in [0, 1]; a float tensor is handed through with its gradient, transparent pixels are laid on white.
+    """Return RGB in [0, 1]; a float tensor keeps its graph, transparent pixels are blended with white.
 
-    Raises FileNotFoundError, TypeError or ValueError, naming what was given.
+    Raises FileNotFoundError, TypeError or ValueError, naming the input.
     """
     match image:
         case str() | Path():
@@ -51,14 +51,14 @@ def _from_file(path: Path) -> Float[Tensor, "3 _ _"]:
         raise FileNotFoundError(f"There is no image {str(path)!r}.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
             opened = Image.open(path)
         with opened as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(
                     f"The image {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}: it may be a "
-                    f"decompression bomb. Make it smaller."
+                    f"decompression bomb. Resize it."
                 )
             image.load()
             return _from_pil(image)
@@ -68,10 +68,10 @@ def _from_file(path: Path) -> Float[Tensor, "3 _ _"]:
 
 def _from_pil(image: Image.Image) -> Float[Tensor, "3 _ _"]:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would cut it off at 255
+    if image.mode.startswith("I;16"):  # Pillow would clip it at 255
         return torch.from_numpy(np.array(image) / np.float32(65535)).expand(3, -1, -1)
     if image.mode in ("I", "F"):
-        raise ValueError(f"An image of Pillow's mode {image.mode!r} has no known white; convert it to L or RGB.")
+        raise ValueError(f"An image of Pillow's mode {image.mode!r} has no defined range; convert it to L or RGB.")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -92,16 +92,16 @@ def _from_tensor(tensor: Tensor) -> Float[Tensor, "3 _ _"]:
     if tensor.dtype == torch.uint8:
         return tensor.float() / 255
     if not tensor.is_floating_point():
-        raise ValueError(f"An image of {tensor.dtype} is not understood; give uint8 in 0..255 or floats in [0, 1].")
+        raise ValueError(f"An image of {tensor.dtype} is not supported; give uint8 in 0..255 or floats in [0, 1].")
     if not tensor.detach().isfinite().all():
         raise ValueError("An image holds values that are not finite; floats must be in [0, 1].")
     return tensor.float()
 
 
 def clamp_keeping_gradient(images: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Values in [0, 1], as every processor sees them; backwards as if nothing were cut off.
+    """Clamp to [0, 1] in the forward pass, with the gradient of the identity (straight-through).
 
-    A plain clamp would leave a saturated pixel without a gradient, and a painter could never learn to leave it.
+    A plain clamp has no gradient at saturated pixels, so that a policy could not learn to leave saturation.
     """
     return images.detach().clamp(0, 1) + (images - images.detach())
 
@@ -109,10 +109,10 @@ def clamp_keeping_gradient(images: Float[Tensor, "*shape"]) -> Float[Tensor, "*s
 def resize(
     images: Float[Tensor, "B 3 _ _"], height: int, width: int, *, mode: Literal["bicubic", "bilinear"] = "bicubic"
 ) -> Float[Tensor, "B 3 {height} {width}"]:
-    """Antialiased resizing, like PIL's but without its rounding to 8 bits; the same size is left alone.
+    """Resize with antialiasing, like PIL but without its rounding to 8 bits; unchanged if the size is equal.
 
-    Columns go first, then rows, and what overshoots black or white is cut off each time, as PIL does. (Pillow 13 begins
-    with the rows where these shrink while columns grow; that differs only in what is cut off.)
+    Columns are resized first, then rows, and values are clamped to [0, 1] each time, as PIL does. (Pillow 13 begins
+    with the rows if these shrink while columns grow; that differs only in the clamping.)
     """
     images = clamp_keeping_gradient(images)
     for size in ((images.shape[-2], width), (height, width)):
@@ -123,7 +123,7 @@ def resize(
 
 
 def centre_crop(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Float[Tensor, "B 3 {height} {width}"]:
-    """The middle of images that are at least this large."""
+    """Crop the centre of images that are at least this large."""
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return images[..., top : top + height, left : left + width]
 
@@ -131,13 +131,13 @@ def centre_crop(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Fl
 def pad_to(
     images: Float[Tensor, "B 3 _ _"], height: int, width: int, *, value: float
 ) -> Float[Tensor, "B 3 {height} {width}"]:
-    """The images in the middle of a larger area; an odd line goes below or to the right."""
+    """Pad images on all sides to a larger size; an odd line goes below or to the right."""
     rows, columns = height - images.shape[-2], width - images.shape[-1]
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=value)
 
 
-def cut(image: Float[Tensor, "3 _ _"], size: int) -> Float[Tensor, "N 3 {size} {size}"]:
-    """Squares of an image whose sides are multiples of `size`, row by row."""
+def split_into_squares(image: Float[Tensor, "3 _ _"], size: int) -> Float[Tensor, "N 3 {size} {size}"]:
+    """Split an image whose sides are multiples of `size` into squares, row by row."""
     rows, columns = image.shape[1] // size, image.shape[2] // size
     return image.reshape(3, rows, size, columns, size).permute(1, 3, 0, 2, 4).flatten(0, 1)
 
@@ -145,14 +145,14 @@ def cut(image: Float[Tensor, "3 _ _"], size: int) -> Float[Tensor, "N 3 {size} {
 def normalise(
     images: Float[Tensor, "B 3 Y X"], *, mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "B 3 Y X"]:
-    """(images - mean) / std, for each channel."""
+    """Return (images - mean) / std, for each channel."""
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 
 def preprocess_as_clip(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float[Tensor, "B 3 _ _"]:
-    """What a CLIP image processor with these settings makes of images, without rounding resized ones to 8 bits.
+    """Preprocess as a CLIP image processor with these settings, without rounding resized images to 8 bits.
 
-    Clamped values keep their gradient, as if nothing had been cut off.
+    Clamped values keep their gradient.
     """
     if settings.do_resize:
         images = resize(images, *_resized(images.shape[-2], images.shape[-1], settings.size))
@@ -162,7 +162,7 @@ def preprocess_as_clip(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float
 
 
 def _resized(height: int, width: int, size: Any) -> tuple[int, int]:
-    """Where the processor's `size` takes an image: a fixed size, or its shortest side to a length."""
+    """Return the size after the processor's resize: a fixed size, or the shortest side at a given length."""
     if size.get("height"):
         return size["height"], size["width"]
     short = size["shortest_edge"]

@@ -1,10 +1,10 @@
-"""LLaVA-Reward (arXiv:2507.21391): a frozen multimodal LLM, and the small parts that make a judge of it.
+"""LLaVA-Reward (arXiv:2507.21391): a frozen multimodal LLM with small trained modules that make it a reward model.
 
-    r(image, prompt) = head(SkipCA(h, z))      h: the last real token after the last layer; z: the projected image
+    r(image, prompt) = head(SkipCA(h, z))      h: the last real token after the last layer; z: the visual tokens
 
 One backbone carries any number of perspectives (alignment, fidelity, safety, ...). Each has its own LoRA in the
 language model, projector, SkipCA and head; the vision tower and the language model's own weights are shared and
-never change.
+frozen.
 """
 
 # peft has no usable types.
@@ -24,25 +24,24 @@ from peft.functional import delete_adapter, set_adapter
 from torch import Tensor, nn
 
 from reward_model.backbones.load import LORA_TARGETS
-from reward_model.compatibility import looked_at
 from reward_model.config import RewardModelConfig
 from reward_model.heads import Head
-from reward_model.skip_ca import SkipCrossAttention
+from reward_model.skip_ca import SkipCrossAttention, skip_ca_inputs
 from reward_model.types import Backbone, BackboneOutput, Inputs
 
 GROUPS = ("lora", "projector", "skip_ca", "head")
-"""What learns. All four are trained; the published code put only the first into its optimiser."""
+"""The parameter groups of a perspective. All four are trained; the published code optimised only the first."""
 
 
 def last_real_token(hidden: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B D"]:
-    """The state of each row's last token that is not padding, on whichever side that lies."""
+    """Return the state of each row's last token that is not padding, for padding on either side."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, positions, -1).amax(dim=1)
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 class Perspective(nn.Module):
-    """What one perspective adds to the backbone, beside its LoRA."""
+    """The modules of one perspective, besides its LoRA."""
 
     def __init__(self, config: RewardModelConfig, projector: nn.Module) -> None:
         super().__init__()
@@ -54,7 +53,7 @@ class Perspective(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """A backbone with perspectives, of which one is in use at a time."""
+    """A backbone with perspectives, one of which is active at a time."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -65,9 +64,10 @@ class RewardModel(nn.Module):
         self.active = ""
 
     def add(self, config: RewardModelConfig, *, seed: int = 0) -> None:
-        """A new perspective, untrained: LoRA that changes nothing, the projector in use, random SkipCA and head.
+        """Add an untrained perspective and make it active.
 
-        Its parts are float32, whatever the backbone is. It is then the one in use; `learn` lets it be trained.
+        Its LoRA is without effect, its projector is the one in use, SkipCA and head are random, drawn by `seed`. Its
+        parameters are float32, whatever the backbone is; `set_trainable` decides which of them are trained.
         """
         name = config.perspective
         if name in self.configs:
@@ -85,12 +85,12 @@ class RewardModel(nn.Module):
             self.perspectives[name] = Perspective(config, projector).to(device)
             lora = LoraConfig(
                 r=config.lora_rank,
-                lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]: any number will do
+                lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]: peft accepts floats
                 lora_dropout=config.lora_dropout,
                 target_modules=list(LORA_TARGETS),
                 init_lora_weights="gaussian",
             )
-            with warnings.catch_warnings():  # that there are several is the point
+            with warnings.catch_warnings():  # several adapters are intended
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(lora, self.backbone.language_model, adapter_name=name)
         self.configs[name] = config
@@ -100,14 +100,14 @@ class RewardModel(nn.Module):
         self.use(name)
 
     def remove(self, name: str) -> None:
-        """Take away a perspective that is not the one in use."""
+        """Remove a perspective that is not active."""
         assert name != self.active
         delete_adapter(self.backbone.language_model, name, prefix="lora_")
         known: Any = self.backbone.language_model.peft_config
         del known[name], self.perspectives[name], self.configs[name]
 
     def use(self, name: str) -> None:
-        """Put one perspective's LoRA and projector in place; KeyError, naming those there are, for any other."""
+        """Activate one perspective's LoRA and projector; KeyError, naming those there are, for an unknown name."""
         if name not in self.configs:
             raise KeyError(f"There is no perspective {name!r} here; there are {', '.join(self.configs) or 'none'}.")
         if name != self.active:
@@ -115,8 +115,8 @@ class RewardModel(nn.Module):
             self.backbone.projector = self._perspective(name).projector
             self.active = name
 
-    def learn(self, groups: Sequence[str] = GROUPS) -> None:
-        """Let these groups of the perspective in use be trained, and nothing else."""
+    def set_trainable(self, groups: Sequence[str] = GROUPS) -> None:
+        """Make these parameter groups of the active perspective trainable, and freeze everything else."""
         self.requires_grad_(False)
         for group, parameters in self.groups(self.active).items():
             for parameter in parameters.values():
@@ -124,7 +124,7 @@ class RewardModel(nn.Module):
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Use one perspective for a while."""
+        """Activate a perspective within the context."""
         before = self.active
         self.use(name)
         try:
@@ -133,24 +133,24 @@ class RewardModel(nn.Module):
             self.use(before)
 
     def forward(self, **inputs: Tensor) -> Float[Tensor, "B d"]:
-        """What the head of the perspective in use says of each row, in float32: a number, or a vector to compare."""
+        """Return the active perspective's head outputs in float32: a score, or a vector to compare, for each row."""
         return self.score(self.backbone.forward(inputs), self.active)
 
     def score(self, output: BackboneOutput, name: str) -> Float[Tensor, "B d"]:
-        """Return the float32 output of a perspective's head; `output` must come from a forward with its LoRA."""
+        """Return the head outputs of a perspective in float32; `output` must come from a forward with its LoRA."""
         perspective = self._perspective(name)
         pooled = last_real_token(output.hidden, output.hidden_mask)
         if perspective.skip_ca is not None:
             keys = self.configs[name].skip_ca_keys
-            pooled = perspective.skip_ca(pooled, *looked_at(keys, output, self._padding))
+            pooled = perspective.skip_ca(pooled, *skip_ca_inputs(keys, output, self._padding))
         return perspective.head(pooled)
 
     def encode_image(self, inputs: Inputs) -> Inputs:
-        """Run the vision tower, which all perspectives share, once for many."""
+        """Run the vision tower, which all perspectives share, once for several of them."""
         return self.backbone.encode_image(inputs)
 
     def groups(self, name: str) -> dict[str, dict[str, nn.Parameter]]:
-        """The parameters that belong to a perspective, in the groups that learn; names as a bundle stores them."""
+        """Return a perspective's parameters by group (`GROUPS`), named as in an adapter checkpoint."""
         part = self._perspective(name)
         lora = {
             key.replace(f"{half}{name}.", half): parameter
@@ -163,9 +163,9 @@ class RewardModel(nn.Module):
         return {group: parameters for group, parameters in zip(GROUPS, found, strict=True) if parameters}
 
     def _padding(self) -> Float[Tensor, " D"]:
-        """The embedding of the token that rows are padded with."""
-        words = self.model.get_input_embeddings()
-        return words(torch.tensor(self.backbone.prompt_tokenizer.padding_id, device=words.weight.device))
+        """Return the embedding of the padding token."""
+        embedding = self.model.get_input_embeddings()
+        return embedding(torch.tensor(self.backbone.prompt_tokenizer.padding_id, device=embedding.weight.device))
 
     def _perspective(self, name: str) -> Perspective:
         part = self.perspectives[name]
@@ -174,13 +174,13 @@ class RewardModel(nn.Module):
 
 
 def visual_token_table(backbone: Backbone, sides: Sequence[int] = (512, 768, 1024)) -> str:
-    """What images of some sizes cost a judge: how many visual tokens each becomes."""
+    """Return a line with the number of visual tokens of square images of some sizes."""
     counts = [f"{side} x {side}: {backbone.num_visual_tokens(side, side):,}" for side in sides]
     return f"visual tokens of an image: {', '.join(counts)}"
 
 
 def parameter_table(model: RewardModel) -> str:
-    """How many parameters learn in each group of the perspective in use, and how many stay as they are."""
+    """Return the number of trained parameters in each group of the active perspective, and of frozen ones."""
     counts = {
         group: sum(p.numel() for p in named.values() if p.requires_grad)
         for group, named in model.groups(model.active).items()
@@ -189,4 +189,4 @@ def parameter_table(model: RewardModel) -> str:
     total = sum(counts.values())
     rows = [*counts.items(), ("trained", total), ("frozen", frozen)]
     lines = [f"{name:12}{count:>16,}" for name, count in rows]
-    return "\n".join([*lines, f"{100 * total / (total + frozen):.1f} % of {total + frozen:,} parameters learn"])
+    return "\n".join([*lines, f"{100 * total / (total + frozen):.1f} % of {total + frozen:,} parameters are trained"])

@@ -1,4 +1,4 @@
-"""Ask a judge: scores of images, and the chance that one is preferred to another."""
+"""Inference: scores of images, and the probability that one is preferred to another."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from reward_model.types import Inputs, LabelledImage, PreferencePair, Record
 
 
 class LlavaReward:
-    """A trained judge, of one or several perspectives on one backbone.
+    """A trained reward model with one or several perspectives on one backbone.
 
-        judge = LlavaReward.from_pretrained("runs/judge")
-        judge.score(["fox.png"], ["a red fox"])            # float32 (1,): higher is better
-        judge.compare(a, b, prompts)                       # the chance that a is preferred
+        reward_model = LlavaReward.from_pretrained("runs/reward_model")
+        reward_model.score(["fox.png"], ["a red fox"])            # float32 (1,): higher is better
+        reward_model.compare(a, b, prompts)                       # probability that a is preferred
 
     Images are PIL images, arrays (Y, X, 3), paths, or float tensors (3, Y, X) in [0, 1]; a batch (B, 3, Y, X) too.
-    The gradient of a score reaches a tensor's pixels. A score does not depend on the other images of its batch,
-    unless an imported judge's `skip_ca_keys` says that it looks at padding, as published.
+    Scores are differentiable with respect to a tensor's pixels. A score does not depend on the other images of its
+    batch, unless the `skip_ca_keys` of an imported model include padding, as published.
     """
 
     def __init__(self, model: RewardModel) -> None:
@@ -37,33 +37,33 @@ class LlavaReward:
     def from_pretrained(
         source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> LlavaReward:
-        """Load a judge from a folder or a Hub id; scores are always float32.
+        """Load a reward model from a folder or a Hub id.
 
-        `dtype` is the backbone's, by default what it had in training.
-
-        Raises FileNotFoundError or ValueError, naming what is wrong with it.
+        `dtype` is the backbone's precision, by default that of training; scores are always float32. Raises
+        FileNotFoundError or ValueError, naming the file and what is wrong with it.
         """
-        judge = LlavaReward(load_reward_model(_folder(source), dtype=dtype))
-        judge.model.requires_grad_(False).to(device)
-        return judge
+        reward_model = LlavaReward(load_reward_model(_folder(source), dtype=dtype))
+        reward_model.model.requires_grad_(False).to(device)
+        return reward_model
 
     def add(self, source: str | Path, *, name: str | None = None) -> str:
-        """Put another perspective on the same backbone; returns its name, by default its own."""
+        """Load another perspective onto the same backbone; return its name, by default its own."""
         name = load_adapter(self.model, _folder(source), name=name)
         self.model.eval().requires_grad_(False)
         return name
 
     @property
     def perspectives(self) -> list[str]:
+        """Names of the perspectives, in the order in which they were loaded."""
         return list(self.model.configs)
 
     @property
     def gives_scores(self) -> bool:
-        """Whether the first perspective has a scalar head; a general-preference head only compares."""
+        """True if the first perspective has a scalar head; a general-preference head only compares."""
         return self.config().head == "scalar"
 
     def config(self, perspective: str | None = None) -> RewardModelConfig:
-        """What is known of a perspective, by default the first."""
+        """Return the config of a perspective, by default of the first; KeyError for an unknown name."""
         return self.model.configs[self._name(perspective)]
 
     def score(
@@ -74,10 +74,10 @@ class LlavaReward:
         perspective: str | None = None,
         batch_size: int = 32,
     ) -> Float[Tensor, " B"]:
-        """How well each image serves its prompt, by one perspective (the first, unless another is named).
+        """Return the score of each image for its prompt, by one perspective (by default the first).
 
-        Only differences mean something: (score(a) - score(b)) / temperature are the log-odds that a is preferred.
-        Raises ValueError for a general-preference head, which gives no scores.
+        Only differences have a meaning: (score(a) - score(b)) / temperature are the log-odds that a is preferred.
+        Raises ValueError for a general-preference head, which has no scores.
         """
         name = self._name(perspective)
         return self._scores(images, prompts, [name], batch_size)[name]
@@ -90,13 +90,13 @@ class LlavaReward:
         perspectives: Sequence[str] | None = None,
         batch_size: int = 32,
     ) -> dict[str, Float[Tensor, " B"]]:
-        """The scores of every perspective, or of those that are named.
+        """Return the scores of several perspectives by name, by default of all.
 
         The vision tower runs once for all of them. The language model runs once for each: a LoRA changes every state
         after the first layer.
         """
-        wanted = self.perspectives if perspectives is None else [self._name(name) for name in perspectives]
-        return self._scores(images, prompts, wanted, batch_size)
+        names = self.perspectives if perspectives is None else [self._name(name) for name in perspectives]
+        return self._scores(images, prompts, names, batch_size)
 
     def compare(
         self,
@@ -108,9 +108,9 @@ class LlavaReward:
         perspective: str | None = None,
         batch_size: int = 32,
     ) -> Float[Tensor, " B"]:
-        """The probability that each first image is preferred to its second; a tie counts for half.
+        """Return the probability that each first image is preferred to its second; a tie counts for half.
 
-        For pairs of one image under two prompts give `second_prompts`.
+        `second_prompts` are the prompts of the second images, by default those of the first.
         """
         config = self.config(perspective)
         logits = self.logits(
@@ -128,26 +128,25 @@ class LlavaReward:
         perspective: str | None = None,
         batch_size: int = 32,
     ) -> Float[Tensor, " B"]:
-        """The log-odds that each first image is preferred to its second, ties left out."""
+        """Return the log-odds that each first image is preferred to its second, ties left out."""
         name = self._name(perspective)
         if len(first) != len(second):
-            raise ValueError(f"{len(first)} first and {len(second)} second images came; there must be as many.")
-        one = self._verdicts(first, prompts, [name], batch_size)[name]
-        two = self._verdicts(second, prompts if second_prompts is None else second_prompts, [name], batch_size)[name]
+            raise ValueError(f"{len(first)} first and {len(second)} second images were given; the numbers must agree.")
+        one = self._outputs(first, prompts, [name], batch_size)[name]
+        two = self._outputs(second, prompts if second_prompts is None else second_prompts, [name], batch_size)[name]
         config = self.model.configs[name]
         return preference_logits(one, two, kind=config.head, temperature=config.temperature)
 
-    def unit(self, records: Sequence[Record], *, batch_size: int = 32) -> dict[str, float]:
-        """`score_mean` and `score_std` over the images of some records; nothing where the head has no scores."""
+    def score_statistics(self, records: Sequence[Record], *, batch_size: int = 32) -> dict[str, float]:
+        """Return `score_mean` and `score_std` over the images of some records; nothing for a head without scores."""
         if self.config().head != "scalar":
             return {}
         pairs = [record for record in records if isinstance(record, PreferencePair)]
         labelled = [record for record in records if isinstance(record, LabelledImage)]
-        shown = [(pair.winner, pair.winner_prompt) for pair in pairs] + [
-            (pair.loser, pair.loser_prompt) for pair in pairs
-        ]
-        shown += [(one.image, one.prompt) for one in labelled]
-        scores = self.score([image for image, _ in shown], [prompt for _, prompt in shown], batch_size=batch_size)
+        rows = [(pair.winner, pair.winner_prompt) for pair in pairs]
+        rows += [(pair.loser, pair.loser_prompt) for pair in pairs]
+        rows += [(one.image, one.prompt) for one in labelled]
+        scores = self.score([image for image, _ in rows], [prompt for _, prompt in rows], batch_size=batch_size)
         return {"score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item()}
 
     def _name(self, perspective: str | None) -> str:
@@ -162,15 +161,15 @@ class LlavaReward:
         for name in names:
             if self.model.configs[name].head != "scalar":
                 raise ValueError(
-                    f"The perspective {name!r} has a general-preference head: it says which of two images is better, "
-                    f"but gives none a score. Use compare(first, second, prompts), or a judge with a scalar head."
+                    f"The perspective {name!r} has a general-preference head, which compares two images but has no "
+                    f"scores. Use compare(first, second, prompts), or a reward model with a scalar head."
                 )
-        return {name: verdicts[:, 0] for name, verdicts in self._verdicts(images, prompts, names, batch_size).items()}
+        return {name: outputs[:, 0] for name, outputs in self._outputs(images, prompts, names, batch_size).items()}
 
-    def _verdicts(
+    def _outputs(
         self, images: Sequence[ImageInput] | Tensor, prompts: Sequence[str], names: Sequence[str], batch_size: int
     ) -> dict[str, Float[Tensor, "B d"]]:
-        """What each head says, a batch at a time; without a graph unless an image asks for its gradient."""
+        """Return the head outputs of some perspectives; without a graph unless an image requires its gradient."""
         if isinstance(prompts, str):
             raise TypeError(f"prompts is one text ({prompts[:40]!r}); give a list with one prompt for each image.")
         if isinstance(images, str):
@@ -178,20 +177,20 @@ class LlavaReward:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; there must be as many.")
+            raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; the numbers must agree.")
         if not len(prompts):
             raise ValueError("There is no image to score.")
-        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        batches: dict[str, list[Tensor]] = {name: [] for name in names}
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             pixels = [to_tensor(image) for image in images[rows]]
-            wanted = torch.is_grad_enabled() and any(image.requires_grad for image in pixels)
-            with torch.set_grad_enabled(wanted):
+            needs_gradient = torch.is_grad_enabled() and any(image.requires_grad for image in pixels)
+            with torch.set_grad_enabled(needs_gradient):
                 inputs = self.model.encode_image(self._prepared(pixels, prompts[rows]))
                 for name in names:
                     with self.model.using(name):
-                        parts[name].append(self.model(**inputs))
-        return {name: torch.cat(verdicts) for name, verdicts in parts.items()}
+                        batches[name].append(self.model(**inputs))
+        return {name: torch.cat(outputs) for name, outputs in batches.items()}
 
     def _prepared(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Inputs:
         device = next(self.model.parameters()).device
@@ -200,17 +199,17 @@ class LlavaReward:
 
 
 def _folder(source: str | Path) -> Path:
-    """The folder of a judge: as given, or fetched from the Hub."""
+    """Return the folder of a reward model, downloaded if `source` is a Hub id; FileNotFoundError if there is none."""
     folder = Path(source)
     if folder.is_dir():
         return folder
     if len(folder.parts) != 2 or folder.is_absolute() or str(source).startswith("."):
-        raise FileNotFoundError(f"There is no judge in {str(source)!r}: no such folder, and it is no Hub id.")
+        raise FileNotFoundError(f"There is no reward model in {str(source)!r}: no such folder, and it is no Hub id.")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(source)))
-    except (OSError, ValueError) as error:  # what a wrong id, a missing network or a refusal come as
+    except (OSError, ValueError) as error:  # a wrong id, no network, or no permission
         raise FileNotFoundError(
             f"There is no folder {str(source)!r}, and fetching it from the Hub failed: {error}"
         ) from error

@@ -1,13 +1,28 @@
-"""SkipCA: the last word looks at the image once more before it is scored (LLaVA-Reward, arXiv:2507.21391)."""
+"""SkipCA: cross-attention from the last token to the image's visual tokens (LLaVA-Reward, arXiv:2507.21391)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from reward_model.types import BackboneOutput
+
+SkipCaKeys = Literal["visual", "visual_and_padding", "text_padding"]
+"""The keys and values of SkipCA.
+
+visual              the visual tokens of a row's own image, as in the paper
+visual_and_padding  these and zeros up to the largest number of visual tokens in the batch (published code for Phi)
+text_padding        the padding of a row in place of its image; none in the longest row (published code for Qwen)
+
+The last two exist for published checkpoints: with them a score depends on its batch. With the second it does not if
+each image is scored alone.
+"""
 
 
 class SkipCrossAttention(nn.Module):
@@ -43,9 +58,27 @@ class SkipCrossAttention(nn.Module):
                 layer.weight.float().unflatten(0, (self.num_heads, -1)) for layer in (self.key, self.value)
             )  # (heads, D / heads, D)
             query = F.linear(hidden, self.query.weight.float()).unflatten(1, (self.num_heads, -1))
-            sought = torch.einsum("bhd,hdw->bhw", query, key)
-            logits = torch.einsum("bhw,bvw->bhv", sought, visual) / math.sqrt(query.shape[-1])
+            projected_query = torch.einsum("bhd,hdw->bhw", query, key)
+            logits = torch.einsum("bhw,bvw->bhv", projected_query, visual) / math.sqrt(query.shape[-1])
             weights = logits.masked_fill(~visual_mask[:, None], -torch.inf).softmax(dim=-1)
-            found = torch.einsum("bhv,bvw->bhw", weights, visual)
-            looked_up = torch.einsum("bhw,hdw->bhd", found, value).flatten(1)
-            return F.rms_norm(hidden + looked_up, hidden.shape[-1:], self.norm.weight.float(), self.norm.eps)
+            pooled = torch.einsum("bhv,bvw->bhw", weights, visual)
+            attended = torch.einsum("bhw,hdw->bhd", pooled, value).flatten(1)
+            return F.rms_norm(hidden + attended, hidden.shape[-1:], self.norm.weight.float(), self.norm.eps)
+
+
+def skip_ca_inputs(
+    keys: SkipCaKeys, output: BackboneOutput, padding: Callable[[], Float[Tensor, " D"]]
+) -> tuple[Float[Tensor, "B K D"], Bool[Tensor, "B K"]]:
+    """Return SkipCA's keys and values and their mask; `padding` returns the embedding of the padding token.
+
+    All padding of a row has one embedding e, so attention to it is W_v e, however much of it there is: one key
+    suffices. For a row without padding that key is zero, whose value is zero, as attention to nothing came to.
+    """
+    match keys:
+        case "visual":
+            return output.visual, output.visual_mask
+        case "visual_and_padding":
+            return output.visual, torch.ones_like(output.visual_mask)
+        case "text_padding":
+            padded = ~output.hidden_mask.all(dim=1)
+            return torch.where(padded[:, None], padding(), 0.0)[:, None], torch.ones_like(padded)[:, None]

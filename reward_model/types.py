@@ -1,7 +1,7 @@
-"""The vocabulary of the judge: what people said of images, and what a backbone reads in one.
+"""Types of the reward model: records of a data set, the output of a backbone, and the protocol of a backbone.
 
-A record of a data set is a `PreferencePair` or a `LabelledImage`. A backbone turns images and prompts into `Inputs`
-and these into a `Reading`; nothing behind the reading knows which family of models it came from.
+A data set yields `PreferencePair` and `LabelledImage` records. A backbone turns images and prompts into `Inputs` and
+these into a `BackboneOutput`; code behind that does not depend on the family of models.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
-"""What a backbone reads, row by row: input_ids (B, L), attention_mask (B, L), and what its family needs besides."""
+"""A batch for a backbone: input_ids (B, L), attention_mask (B, L), and the tensors of its family."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two images, and which of them serves its prompt better."""
+    """Two images of which the first fits its prompt better, or a tie of both."""
 
     winner: Path
     loser: Path
     winner_prompt: str
     loser_prompt: str
-    """The same as the winner's, but in a hard negative, where one image may stand against itself under two."""
+    """Equal to the winner's, except in a hard negative: there one image may be paired with itself under two prompts."""
     tie: bool = False
-    """Whether both are equally good; winner and loser are then just the first and the second."""
+    """True if both are equally good; winner and loser are then only the first and the second."""
     rating_gap: float = 0.0
-    """How far the ratings lay apart, >= 0, in the units of the ratings; 0 where there were none."""
+    """Rating of the winner minus that of the loser, >= 0, in units of the ratings; 0 without ratings."""
     where: str = ""
-    """FILE:LINE (or FILE:RECORD) that this came from, for messages."""
+    """FILE:LINE or FILE:RECORD of the source, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """One image that was called good (1) or bad (0) on its own: safe or unsafe, sound or flawed."""
+    """One image with a binary label: 1 good (safe, sound) or 0 bad (unsafe, flawed)."""
 
     image: Path
     prompt: str
@@ -50,35 +50,35 @@ Record = PreferencePair | LabelledImage
 
 @dataclass(frozen=True, slots=True)
 class BackboneOutput:
-    """What a backbone made of a batch of images and prompts, at the width D of its language model."""
+    """Hidden states and visual tokens of a batch, at the width D of the language model."""
 
     hidden: Float[Tensor, "B L D"]
     """States of every token after the last layer and its norm."""
     hidden_mask: Bool[Tensor, "B L"]
-    """False where a row is padded."""
+    """False at padding."""
     visual: Float[Tensor, "B V D"]
-    """Visual tokens as they leave the projector, before the language model saw them."""
+    """Visual tokens as they leave the projector, before the language model."""
     visual_mask: Bool[Tensor, "B V"]
-    """False behind the last visual token of a row that has fewer than others."""
+    """False behind the last visual token of a row that has fewer than V."""
 
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A family of multimodal LLMs, seen as a reader of one image and one prompt a row."""
+    """A multimodal LLM that takes one image and one prompt per row."""
 
     model: Any
-    """The whole model, as transformers has it."""
+    """The transformers model."""
     prompt_tokenizer: Any
     """Prompts to token ids: a `backbones.prompts.PromptTokenizer`."""
 
     @property
     def width(self) -> int:
-        """D: the width of the language model."""
+        """D: hidden size of the language model."""
         ...
 
     @property
     def projector(self) -> nn.Module:
-        """From vision features to visual tokens; may be replaced by another of its kind."""
+        """Vision features to visual tokens; each perspective has its own."""
         ...
 
     @projector.setter
@@ -90,17 +90,17 @@ class Backbone(Protocol):
         ...
 
     def num_visual_tokens(self, height: int, width: int) -> int:
-        """What an image of this size becomes: the greater part of what reading it costs."""
+        """Return the number of visual tokens of an image of this size in pixels."""
         ...
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        """RGB images in [0, 1] of any size, and as many prompts, as the model's own inputs."""
+        """Return the model's inputs for RGB images in [0, 1] of any size and as many prompts."""
         ...
 
     def encode_image(self, inputs: Inputs) -> Inputs:
-        """The same inputs with the vision tower's features in place of the pixels: what several bundles share."""
+        """Replace the pixels of `inputs` by the vision tower's features, which all perspectives share."""
         ...
 
     def forward(self, inputs: Inputs) -> BackboneOutput:
-        """Run projector and language model, and the vision tower if `encode_image` has not."""
+        """Run projector and language model; and the vision tower first, if `encode_image` has not."""
         ...

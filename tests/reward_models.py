@@ -47,7 +47,7 @@ from reward_model.types import Backbone
 FAMILIES = ("llava", "qwen2_5_vl")
 ALL_FAMILIES = (*FAMILIES, "llava_next", "phi3_v", "qwen3_vl")
 WIDTH = 32
-NUM_PLACES = 96
+MAX_TOKENS = 96
 """How many tokens the language models have positions for."""
 
 WORDS = ("a", "Ġ", "Ġred", "Ġblue", "Ġfox", "Ġcat", "red", "blue", "Ġon", "Ġa", "fox", "Ċ", ":", ".")
@@ -150,7 +150,7 @@ def llava_config(**changes: Any) -> LlavaConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=NUM_PLACES,
+        max_position_embeddings=MAX_TOKENS,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=3,
@@ -212,7 +212,7 @@ def _save_qwen(folder: Path) -> None:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": NUM_PLACES,
+            "max_position_embeddings": MAX_TOKENS,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
             "bos_token_id": 0,
             "eos_token_id": 2,
@@ -250,7 +250,7 @@ def _save_qwen3(folder: Path) -> None:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 8,
-            "max_position_embeddings": NUM_PLACES,
+            "max_position_embeddings": MAX_TOKENS,
             "rope_parameters": {
                 "rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True,
             },
@@ -292,8 +292,8 @@ def phi_config(**changes: Any) -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 4 * NUM_PLACES,
-        "original_max_position_embeddings": NUM_PLACES,
+        "max_position_embeddings": 4 * MAX_TOKENS,
+        "original_max_position_embeddings": MAX_TOKENS,
         "rope_theta": 10000.0,
         "rope_scaling": {"type": "su", "short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [2.0, 3.0, 4.0, 5.0]},
         "sliding_window": 4096,

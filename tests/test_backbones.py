@@ -25,7 +25,7 @@ from reward_model.images import to_tensor
 from reward_model.types import Inputs
 from tests.reward_models import (
     ALL_FAMILIES,
-    NUM_PLACES,
+    MAX_TOKENS,
     WIDTH,
     backbone_folder,
     backbone_of,
@@ -120,7 +120,7 @@ def test_rows_are_padded_on_the_side_asked_for(family: str, side: str) -> None:
 )  # fmt: skip
 def test_a_prompt_that_holds_a_special_token_is_refused(family: str, token: str) -> None:
     """It would end the turn early, or stand for a second image."""
-    with pytest.raises(ValueError, match=r"'a red .*fox' holds '.*', a special token") as caught:
+    with pytest.raises(ValueError, match=r"'a red .*fox' contains '.*', a special token") as caught:
         backbone_of(family).prepare([random_image(56, 56)], [f"a red {token} fox"])
     assert repr(token) in str(caught.value)
 
@@ -129,17 +129,17 @@ def test_a_prompt_that_holds_a_special_token_is_refused(family: str, token: str)
 def test_the_longest_prompt_fits_and_one_word_more_is_refused(family: str) -> None:
     """Nothing is ever cut off: that would take the end token, or a part of the image."""
     reader = backbone_of(family).prompt_tokenizer
-    longest = "a" + " red" * (NUM_PLACES - len(reader.ids("a", 4)))
-    assert len(reader.ids(longest, 4)) == NUM_PLACES
-    with pytest.raises(ValueError, match=rf"'a red .*\.\.\.' .*{NUM_PLACES + 1} tokens \(4 of .* {NUM_PLACES}\."):
+    longest = "a" + " red" * (MAX_TOKENS - len(reader.ids("a", 4)))
+    assert len(reader.ids(longest, 4)) == MAX_TOKENS
+    with pytest.raises(ValueError, match=rf"'a red .*\.\.\.' .*{MAX_TOKENS + 1} tokens \(4 of .* {MAX_TOKENS}\."):
         reader.ids(longest + " red", 4)
-    with pytest.raises(ValueError, match=rf"{NUM_PLACES + 1} tokens \(5 of"):
+    with pytest.raises(ValueError, match=rf"{MAX_TOKENS + 1} tokens \(5 of"):
         reader.ids(longest, 5)
 
 
 def test_a_template_that_shows_no_image_is_refused() -> None:
     reader = replace(backbone_of("llava").prompt_tokenizer, chat_template="{{ messages[0]['content'][1]['text'] }}")
-    with pytest.raises(ValueError, match="makes 0 places for one image; rendered: 'a red fox'"):
+    with pytest.raises(ValueError, match="has 0 placeholders for one image; rendered: 'a red fox'"):
         reader.ids("a red fox", 4)
 
 

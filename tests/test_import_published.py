@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from reward_model.checkpoint import read_config
-from reward_model.import_published import import_published, main
-from reward_model.published_names import VARIANTS
+from reward_model.import_published.__main__ import main
+from reward_model.import_published.importer import import_published
+from reward_model.import_published.names import VARIANTS
 from reward_model.scoring import LlavaReward
 from tests.reward_models import ALL_FAMILIES, WIDTH, backbone_folder, fresh_backbone, random_image
 
@@ -247,11 +248,11 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     vision = "model.vision_embed_tokens.img_projection.0.lora_A.weight"
     for file, changes, message in (
         ("pytorch_model.bin", {"value_head.weight": torch.zeros(1, 7)}, r"value_head.weight is \(1, 7\); .* \(1, 32\)"),
-        ("pytorch_model.bin", {"W_z.weight": torch.zeros(1)}, "holds W_z.weight, which no part"),
+        ("pytorch_model.bin", {"W_z.weight": torch.zeros(1)}, "holds W_z.weight, which is no tensor"),
         ("pytorch_model.bin", {"W_k.weight": None}, "no tensor for skip_ca.key.weight"),
         ("pytorch_model.bin", {"W_k.weight": rest["W_k.weight"] * torch.nan}, "W_k.weight holds values that are not"),
         ("lora/adapter_model.bin", {first: torch.zeros(3, 32)}, rf"{first} is \(3, 32\)"),
-        ("lora/adapter_model.bin", {vision: torch.zeros(2, 64)}, f"holds {vision}, which no part"),
+        ("lora/adapter_model.bin", {vision: torch.zeros(2, 64)}, f"holds {vision}, which is no tensor"),
     ):
         broken = {file: {k: t for k, t in {**files[file], **changes}.items() if t is not None}}
         write(tmp_path, {**files, **broken})
@@ -262,7 +263,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
 def test_a_file_of_something_else_than_tensors_is_never_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, published("phi3_v"))
     torch.save({"value_head.weight": Harmful()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds something else than tensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds other objects than tensors"):
         imported(tmp_path, "phi3_v")
     assert "run" not in capsys.readouterr().out
 
@@ -271,7 +272,7 @@ def test_a_lora_of_another_kind_is_refused(tmp_path: Path) -> None:
     write(tmp_path, published("phi3_v"))
     path = tmp_path / "lora" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
-    with pytest.raises(ValueError, match=r"adapter_config\.json: use_dora is True; only False can be taken over"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: use_dora is True; only False is supported"):
         imported(tmp_path, "phi3_v")
 
 
@@ -279,7 +280,7 @@ def test_a_base_of_another_family_is_refused(tmp_path: Path) -> None:
     write(tmp_path, published("phi3_v"))
     with pytest.raises(ValueError, match="is of type 'llava'; published checkpoints are of phi3_v, qwen2_5_vl"):
         import_published(tmp_path, str(backbone_folder("llava")), tmp_path / "out", perspective="safety")
-    with pytest.raises(ValueError, match="no part of a judge of this family"):
+    with pytest.raises(ValueError, match="no tensor of a reward model of this family"):
         imported(tmp_path, "qwen2_5_vl")
 
 
@@ -294,4 +295,4 @@ def test_the_command_imports_and_says_what_it_found(tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--perspective", "safety"])
     assert ended.value.code == 1
-    assert "already holds a judge" in capsys.readouterr().err
+    assert "already holds a reward model" in capsys.readouterr().err

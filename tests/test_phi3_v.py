@@ -25,7 +25,7 @@ from reward_model.images import to_tensor
 from reward_model.model import visual_token_table
 from reward_model.types import BackboneOutput
 from tests.reward_models import (
-    NUM_PLACES,
+    MAX_TOKENS,
     backbone_of,
     bytes_of,
     fresh_backbone,
@@ -207,10 +207,10 @@ def test_the_whole_may_also_come_before_its_crops(tmp_path: Path) -> None:
 def test_no_row_is_so_long_that_the_positions_of_its_neighbours_would_be_scaled_otherwise() -> None:
     """Under longrope one long row switches a whole batch to the long factors; the config has four times more."""
     reader = backbone_of("phi3_v").prompt_tokenizer
-    assert phi_config()["max_position_embeddings"] == 4 * NUM_PLACES
-    assert reader.max_length == NUM_PLACES
-    with pytest.raises(ValueError, match=rf"this model has places for {NUM_PLACES}"):
-        reader.ids("a red fox" * NUM_PLACES, 4)
+    assert phi_config()["max_position_embeddings"] == 4 * MAX_TOKENS
+    assert reader.max_length == MAX_TOKENS
+    with pytest.raises(ValueError, match=rf"the maximum of this model is {MAX_TOKENS}"):
+        reader.ids("a red fox" * MAX_TOKENS, 4)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_what_a_checkpoint_lacks_or_has_too_much_is_named(tmp_path: Path) -> Non
     for change, message in (
         ({"model.layers.1.mlp.down_proj.weight": None}, r"lacks 1 tensors: language_model\.layers\.1\.mlp\.down_proj"),
         ({"model.vision_embed_tokens.sub_GN": None}, "lacks 1 tensors: sub_GN"),
-        ({"model.layers.7.mlp.down_proj.weight": torch.zeros(2)}, r"unknown tensors: .*layers\.7\.mlp\.down_proj"),
+        ({"model.layers.7.mlp.down_proj.weight": torch.zeros(2)}, r"unexpected tensors: .*layers\.7\.mlp\.down_proj"),
     ):
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -244,9 +244,9 @@ def test_what_a_checkpoint_lacks_or_has_too_much_is_named(tmp_path: Path) -> Non
         ({"img_processor": {"model_name": "google/siglip"}, "vision_config": None}, "model_name is 'google/siglip'"),
         ({"img_processor": {"type_feature": "cls_patch"}}, "type_feature is 'cls_patch'; only patch"),
         ({"img_processor": {"layer_idx": -9}}, "layer_idx is -9; the tower has states 0 to 3"),
-        ({"embd_layer": {"projection_cls": "linear"}}, "projection_cls is 'linear'; known is mlp"),
-        ({"embd_layer": {"use_hd_transform": False}}, "use_hd_transform is False; known is True"),
-        ({"embd_layer": {"hd_transform_order": "both"}}, "hd_transform_order is 'both'; known is sub_glb or glb_sub"),
+        ({"embd_layer": {"projection_cls": "linear"}}, "projection_cls is 'linear'; supported: mlp"),
+        ({"embd_layer": {"use_hd_transform": False}}, "use_hd_transform is False; supported: True"),
+        ({"embd_layer": {"hd_transform_order": "both"}}, "hd_transform_order is 'both'; supported: sub_glb or glb_sub"),
     ],
 )
 def test_a_model_that_is_built_otherwise_is_refused(changes: dict[str, Any], message: str) -> None:

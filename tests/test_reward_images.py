@@ -97,7 +97,7 @@ def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_numbers_without_a_white_are_refused(mode: str) -> None:
-    with pytest.raises(ValueError, match=f"mode '{mode}' has no known white"):
+    with pytest.raises(ValueError, match=f"mode '{mode}' has no defined range"):
         to_tensor(Image.new(mode, (3, 2)))
 
 

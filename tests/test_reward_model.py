@@ -159,7 +159,7 @@ def test_a_graph_is_kept_only_for_a_image_that_asks_and_never_for_weights(family
     assert batch.grad.abs().amax(dim=(1, 2, 3)).min() > 0
     assert all(p.grad is None and not p.requires_grad for p in judge.model.parameters())
     in_training = fresh_model(family)
-    in_training.learn()
+    in_training.set_trainable()
     assert not LlavaReward(in_training).score([plain], ["a fox"]).requires_grad
 
 
@@ -266,7 +266,7 @@ def test_one_step_moves_every_tensor_of_the_groups_that_learn_and_nothing_else(
     model = fresh_model(family)
     model.add(config_of(family, perspective="safety"))  # frozen too
     model.use("alignment")
-    model.learn(groups)
+    model.set_trainable(groups)
     before = snapshot(model)
     one_step(model, family)
     moved = {name for name, tensor in snapshot(model).items() if not torch.equal(tensor, before[name])}
@@ -279,7 +279,7 @@ def test_one_step_moves_every_tensor_of_the_groups_that_learn_and_nothing_else(
 def test_a_fresh_lora_moves_its_second_half_first_and_all_of_it_in_two_steps(family: str) -> None:
     model = RewardModel(fresh_backbone(family))
     model.add(config_of(family))
-    model.learn()
+    model.set_trainable()
     lora = model.groups("alignment")["lora"]
     start = {name: parameter.detach().clone() for name, parameter in lora.items()}
     one_step(model, family)
@@ -309,7 +309,7 @@ def test_an_untrained_perspective_reads_as_the_backbone_does(family: str) -> Non
 def test_what_learns_is_float32_and_the_rest_as_it_was_loaded(dtype: torch.dtype) -> None:
     model = RewardModel(fresh_backbone("qwen2_5_vl", dtype=dtype))
     model.add(config_of("qwen2_5_vl"))
-    model.learn()
+    model.set_trainable()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
 
@@ -328,7 +328,7 @@ def test_the_parameter_table_adds_up(family: str, skip_ca: bool) -> None:
     assert rows["head"] == WIDTH
     if skip_ca:
         assert rows["skip_ca"] == 3 * WIDTH**2 + WIDTH
-    assert f"{100 * trained / total:.1f} % of {total:,} parameters learn" in parameter_table(model)
+    assert f"{100 * trained / total:.1f} % of {total:,} parameters are trained" in parameter_table(model)
 
 
 def test_the_seed_makes_the_start_and_leaves_the_callers_generator_alone() -> None:
@@ -642,8 +642,8 @@ def test_the_unit_of_a_judge_is_the_spread_of_its_scores_on_records(tmp_path: Pa
     records = [LabelledImage(files[2], PROMPTS[2], 1), PreferencePair(files[0], files[1], PROMPTS[0], PROMPTS[1])]
     scores = judge.score(files, PROMPTS)
     expected = {"score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item()}
-    assert judge.unit(records) == pytest.approx(expected, abs=1e-5)
-    assert load("llava", head="general_preference").unit(records) == {}
+    assert judge.score_statistics(records) == pytest.approx(expected, abs=1e-5)
+    assert load("llava", head="general_preference").score_statistics(records) == {}
 
 
 def test_a_general_preference_judge_compares_but_gives_no_scores() -> None:

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, read_config
-from reward_model.training import Collator, Objective, RewardModelTrainer, newest_checkpoint, seal
+from reward_model.losses import Objective
+from reward_model.training import Collator, RewardModelTrainer, newest_checkpoint, seal
 from reward_model.types import LabelledImage, PreferencePair, Record
 from tests.reward_models import backbone_folder, fresh_model
 
@@ -196,12 +197,12 @@ def test_each_part_has_its_own_learning_rate(data: Path, tmp_path: Path) -> None
     groups = trainer.create_optimizer().param_groups
     assert {g["name"]: g["lr"] for g in groups} == {"lora": 1e-2, "projector": 2e-3, "skip_ca": 3e-3, "head": 4e-3}
     optimised = {id(p) for g in groups for p in g["params"]}
-    assert optimised == {id(p) for p in trainer.judge.parameters() if p.requires_grad}
+    assert optimised == {id(p) for p in trainer.reward_model.parameters() if p.requires_grad}
 
 
 def test_all_parts_move_and_the_backbone_does_not(data: Path, tmp_path: Path) -> None:
     trainer = trainer_of(data, tmp_path)
-    judge = trainer.judge
+    judge = trainer.reward_model
     trained = {id(p) for named in judge.groups(judge.active).values() for p in named.values()}
     before = {name: p.detach().clone() for name, p in judge.named_parameters()}
     trainer.train()
@@ -212,9 +213,9 @@ def test_all_parts_move_and_the_backbone_does_not(data: Path, tmp_path: Path) ->
 def test_lora_only_leaves_the_rest_as_it_began(data: Path, tmp_path: Path) -> None:
     """The published optimiser."""
     trainer = trainer_of(data, tmp_path, lora_only=True)
-    before = {k: v.clone() for k, v in adapter_tensors(trainer.judge, trainer.judge.active).items()}
+    before = {k: v.clone() for k, v in adapter_tensors(trainer.reward_model, trainer.reward_model.active).items()}
     trainer.train()
-    for key, tensor in adapter_tensors(trainer.judge, trainer.judge.active).items():
+    for key, tensor in adapter_tensors(trainer.reward_model, trainer.reward_model.active).items():
         assert torch.equal(tensor, before[key]) != key.startswith("lora."), key
 
 

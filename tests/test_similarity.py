@@ -236,7 +236,7 @@ def test_a_missing_file_is_said(broken: Path, file: str) -> None:
 def test_a_missing_tokenizer_is_said_rather_than_reading_nothing(broken: Path) -> None:
     for file in broken.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"knows 2 tokens and its model \d+; are tokenizer.json"):
+    with pytest.raises(ValueError, match=r"has 2 tokens and its model \d+; are tokenizer.json"):
         load_reward(f"clip:{broken}")
 
 

@@ -1,1 +1,4 @@
-"""Who reads the image: one adapter for each family of multimodal LLMs."""
+"""Families of multimodal LLMs behind one interface (`types.Backbone`), one file a family.
+
+Also what they share: prompts to token ids, Qwen's patches, and the run of the language model.
+"""

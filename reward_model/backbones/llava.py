@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a CLIP vision tower, a two-layer projector and a Llama; every image is one square of fixed size."""
+"""LLaVA-1.5: a CLIP vision tower, a two-layer projector and a Llama; every image becomes one square of fixed size."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -21,7 +21,7 @@ PUBLISHED_TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
-"""The turn that the published LLaVA-Reward code is left with after it has cut ` ASSISTANT:` off."""
+"""The user turn of the published LLaVA-Reward code, which removes ` ASSISTANT:` at its end."""
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Llava:
     model: Any
     prompt_tokenizer: PromptTokenizer
     processor: Any
-    """The family's CLIP image processor: only its settings are used."""
+    """The family's CLIP image processor, of which only the settings are used."""
 
     @property
     def width(self) -> int:
@@ -50,7 +50,7 @@ class Llava:
         return self.model.model.language_model
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        """Shortest side to the processor's size, the middle square, CLIP's mean and deviation."""
+        """Resize the shortest side, crop the centre and normalise, by the processor's settings."""
         sizes = {image.shape for image in images}
         if len(sizes) == 1:
             pixels = preprocess_as_clip(torch.stack(list(images)), self.processor)
@@ -67,8 +67,8 @@ class Llava:
         return count + (self.model.config.vision_feature_select_strategy == "full")  # the class token too
 
     def encode_image(self, inputs: Inputs) -> Inputs:
-        rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-        return {**rest, "features": clip_features(self.model, inputs["pixel_values"])}
+        others = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+        return {**others, "features": clip_features(self.model, inputs["pixel_values"])}
 
     def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (1.6): an image is seen whole, and once more in crops in which it keeps its shape (AnyRes)."""
+"""LLaVA-NeXT (1.6): an image becomes one resized view and crops at its own aspect ratio (AnyRes)."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from reward_model.backbones.outputs import clip_features, run_language_model
 from reward_model.backbones.prompts import PromptTokenizer
-from reward_model.images import cut, normalise, pad_to, resize
+from reward_model.images import normalise, pad_to, resize, split_into_squares
 from reward_model.types import BackboneOutput, Inputs
 
 
@@ -23,10 +23,10 @@ class LlavaNext:
     """`LlavaNextForConditionalGeneration` of any size as a backbone."""
 
     model: Any
-    """The grids that its crops may lie in are its config's image_grid_pinpoints, (height, width) in pixels each."""
+    """Its config's image_grid_pinpoints are the possible grids of crops, (height, width) in pixels each."""
     prompt_tokenizer: PromptTokenizer
     processor: Any
-    """The family's image processor: only its settings are used."""
+    """The family's image processor, of which only the settings are used."""
 
     @property
     def width(self) -> int:
@@ -46,14 +46,14 @@ class LlavaNext:
 
     @property
     def crop(self) -> int:
-        """Pixels on a side of what the tower sees at once."""
+        """Side of the vision tower's input in pixels."""
         return self.model.config.vision_config.image_size
 
     def num_visual_tokens(self, height: int, width: int) -> int:
-        """Those of the whole, and of the crops without what was only padding, with one more at the end of each line."""
+        """Count those of the resized view, and of the crops without padding, with one more at the end of each line."""
         side = self.crop // self.model.config.vision_config.patch_size
         rows, columns = (length // self.crop * side for length in self._grid(height, width))
-        # What lies off the image is cut away on both sides alike, as `unpad_image` in transformers does.
+        # Padding is removed on both sides alike, as `unpad_image` in transformers does.
         if width / height > columns / rows:
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
         else:
@@ -61,32 +61,32 @@ class LlavaNext:
         return side**2 + rows * (columns + 1)
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        """Each image as a view of the whole and its crops, all one behind the other, and its own size."""
+        """Return all views and crops of all images in one tensor, and the size of each image in pixels."""
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        words = self.prompt_tokenizer(prompts, [self.num_visual_tokens(*size) for size in sizes])
+        tokens = self.prompt_tokenizer(prompts, [self.num_visual_tokens(*size) for size in sizes])
         views = torch.cat([self._views(image) for image in images])
-        return {**words, "pixel_values": views, "image_sizes": torch.tensor(sizes)}
+        return {**tokens, "pixel_values": views, "image_sizes": torch.tensor(sizes)}
 
     def _views(self, image: Float[Tensor, "3 _ _"]) -> Float[Tensor, "N 3 S S"]:
-        """The image squeezed into a square, and its crops: it keeps its shape there, with black around it."""
+        """Return the image resized to a square, and its crops: at its own aspect ratio, padded with black."""
         from transformers.image_processing_utils import get_patch_output_size
         from transformers.image_utils import ChannelDimension
 
         height, width = self._grid(*image.shape[1:])
         fitted = resize(image[None], *get_patch_output_size(image, (height, width), ChannelDimension.FIRST))
-        crops = cut(pad_to(fitted, height, width, value=0.0)[0], self.crop)
-        whole = resize(image[None], self.crop, self.crop)
-        return normalise(torch.cat([whole, crops]), mean=self.processor.image_mean, std=self.processor.image_std)
+        crops = split_into_squares(pad_to(fitted, height, width, value=0.0)[0], self.crop)
+        view = resize(image[None], self.crop, self.crop)
+        return normalise(torch.cat([view, crops]), mean=self.processor.image_mean, std=self.processor.image_std)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """The pixels of the grid that suits an image best: in which it is largest, then which it leaves least of."""
+        """Return (height, width) of the grid in which the image is largest, then the one with the least padding."""
         from transformers.image_processing_utils import select_best_resolution
 
         return select_best_resolution((height, width), self.model.config.image_grid_pinpoints)
 
     def encode_image(self, inputs: Inputs) -> Inputs:
-        rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-        return {**rest, "features": clip_features(self.model, inputs["pixel_values"])}
+        others = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+        return {**others, "features": clip_features(self.model, inputs["pixel_values"])}
 
     def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
@@ -106,17 +106,20 @@ class LlavaNext:
 
 
 def bound_crops(model: Any, processor: Any, num_crops: int | None) -> None:
-    """Leave the model only grids of at most so many crops; ValueError if none is left, or crops are not the tower's."""
+    """Restrict the model to grids of at most `num_crops` crops.
+
+    Raises ValueError if no grid is left, or if the processor's crops do not have the size of the vision tower's input.
+    """
     config, size = model.config, model.config.vision_config.image_size
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
-            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; crops are put together "
-            f"without their class tokens, which is 'default'."
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; only 'default' is "
+            f"supported: crops are joined without their class tokens."
         )
     if processor.crop_size["height"] != size or processor.size.get("shortest_edge") != size:
         raise ValueError(
             f"The processor makes crops of {processor.crop_size['height']} pixels of {processor.size}; the vision "
-            f"tower sees {size}."
+            f"tower takes {size}."
         )
     if num_crops is None:
         return
@@ -125,5 +128,6 @@ def bound_crops(model: Any, processor: Any, num_crops: int | None) -> None:
         raise ValueError(
             f"num_crops is {num_crops}; this model's grids have {', '.join(map(str, sorted(counts)))} crops."
         )
-    kept = [grid for grid, count in zip(config.image_grid_pinpoints, counts, strict=True) if count <= num_crops]
-    config.image_grid_pinpoints = kept
+    config.image_grid_pinpoints = [
+        grid for grid, count in zip(config.image_grid_pinpoints, counts, strict=True) if count <= num_crops
+    ]

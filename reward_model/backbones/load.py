@@ -1,4 +1,4 @@
-"""From the path or Hub id of a multimodal LLM to a backbone; the one place that knows which families there are."""
+"""Loading of a backbone from the path or Hub id of a multimodal LLM, and the table of the families."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 
 from reward_model.backbones import llava, llava_next, phi3_v, qwen2_5_vl, qwen3_vl
-from reward_model.backbones.patches import load_patch_frame
+from reward_model.backbones.patches import load_patch_preprocessor
 from reward_model.backbones.prompts import PaddingSide, PromptTokenizer, find_chat_template
 from reward_model.types import Backbone
 
@@ -22,13 +22,13 @@ FAMILIES = {
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",
 }
-"""The families with an adapter, by the `model_type` of their config.json."""
-_BOUNDED, _CUT = ("qwen2_5_vl", "qwen3_vl"), ("llava_next", "phi3_v")
-"""The families that take min_pixels and max_pixels, and num_crops."""
+"""Supported families by the `model_type` of their config.json."""
+_WITH_PIXEL_BOUNDS, _WITH_CROPS = ("qwen2_5_vl", "qwen3_vl"), ("llava_next", "phi3_v")
+"""Families that have min_pixels and max_pixels, and families that have num_crops."""
 LORA_TARGETS = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
 )  # fmt: skip
-"""The linear layers of the language models known here; published targets."""
+"""Names of the linear layers of the language models, which carry the LoRA; as published."""
 
 
 def load_backbone(
@@ -41,16 +41,16 @@ def load_backbone(
     num_crops: int | None = None,
     padding_side: PaddingSide = "right",
 ) -> Backbone:
-    """Load a model with random or trained weights, frozen and ready to read. No remote code is run.
+    """Load a model, frozen and in evaluation mode. No remote code is run.
 
-    `template` is how a prompt is shown: by the model's own chat template, or as the published LLaVA-Reward code did.
-    `min_pixels` and `max_pixels` bound an image where the family keeps its shape (Qwen), `num_crops` the squares that
-    it is cut into (LLaVA-NeXT, Phi-3.5-vision); None takes the model's own. Raises ValueError for a family without an
-    adapter, or a setting that the family does not have.
+    `template` selects the model's own chat template or that of the published LLaVA-Reward code. `min_pixels` and
+    `max_pixels` bound the resized image of families that keep its aspect ratio (Qwen), `num_crops` the number of its
+    crops (LLaVA-NeXT, Phi-3.5-vision); None is the model's own. Raises ValueError for an unsupported family, or a
+    setting that the family does not have.
     """
     kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(no_adapter(source, kind))
+        raise ValueError(_unsupported(source, kind))
     if kind == "phi3_v":
         from reward_model.backbones.phi3_v_model import load_phi3_v
 
@@ -63,12 +63,12 @@ def load_backbone(
     )  # fmt: skip
 
 
-def no_adapter(source: str, kind: str | None) -> str:
-    """What to say of a model whose family is not known here."""
+def _unsupported(source: str, kind: str | None) -> str:
+    """Return the error message for a family without a backbone class."""
     known = ", ".join(f"{kind} ({name})" for kind, name in FAMILIES.items())
     return (
-        f"{source!r} is a model of type {kind!r}, for which there is no adapter; there are {known}. An adapter is a "
-        f"class that follows reward_model.types.Backbone, in a file of its own in reward_model/backbones/: `prepare` "
+        f"{source!r} is a model of type {kind!r}, which is not supported; there are {known}. A new family is a "
+        f"class that implements reward_model.types.Backbone, in a file of reward_model/backbones/: `prepare` "
         f"(pixels and token ids), `encode_image` (vision features), `forward` (visual tokens and last hidden states), "
         f"`num_visual_tokens`, `width`, `projector`, `language_model`; and a case in reward_model/backbones/load.py. "
         f"The linear layers of its language model must be among LORA_TARGETS there."
@@ -85,62 +85,56 @@ def adapt(
     num_crops: int | None = None,
     padding_side: PaddingSide = "right",
 ) -> Backbone:
-    """The backbone around a model that is in memory; tokenizer and image settings come from `source`."""
+    """Return the backbone of a model in memory; tokenizer and image settings are loaded from `source`."""
     config, family = model.config, FAMILIES[model.config.model_type]
-    if config.model_type not in _BOUNDED and (min_pixels is not None or max_pixels is not None):
-        raise ValueError(f"min_pixels and max_pixels mean nothing to {family}: its images do not keep their shape.")
-    if config.model_type not in _CUT and num_crops is not None:
-        raise ValueError(f"num_crops means nothing to {family}: its images are not cut up.")
+    if config.model_type not in _WITH_PIXEL_BOUNDS and (min_pixels is not None or max_pixels is not None):
+        raise ValueError(f"min_pixels and max_pixels do not apply to {family}, only to Qwen2.5-VL and Qwen3-VL.")
+    if config.model_type not in _WITH_CROPS and num_crops is not None:
+        raise ValueError(f"num_crops does not apply to {family}, only to LLaVA-NeXT and Phi-3.5-vision.")
 
     def tokenizer_for(
-        published: str, tokenizer: Any, place: int, *, written_image: str | None = None
+        published: str, tokenizer: Any = None, *, image_token: str | None = None, image_text: str | None = None
     ) -> PromptTokenizer:
-        own = published if template == "published" else find_chat_template(source, tokenizer)
-        return PromptTokenizer(tokenizer, place, own, num_places(config), padding_side, written_image=written_image)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        image = tokenizer.convert_tokens_to_ids(image_token) if image_token else config.image_token_id
+        chosen = published if template == "published" else find_chat_template(source, tokenizer)
+        return PromptTokenizer(tokenizer, image, chosen, max_tokens(config), padding_side, image_text=image_text)
 
     match config.model_type:
         case "llava":
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-            prompt_tokenizer = tokenizer_for(
-                llava.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id
-            )
+            prompt_tokenizer = tokenizer_for(llava.PUBLISHED_TEMPLATE)
             return llava.Llava(model, prompt_tokenizer, CLIPImageProcessorPil.from_pretrained(source))
         case "llava_next":
             from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
             processor = LlavaNextImageProcessorPil.from_pretrained(source)
             llava_next.bound_crops(model, processor, num_crops)
-            prompt_tokenizer = tokenizer_for(
-                llava.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id
-            )
+            prompt_tokenizer = tokenizer_for(llava.PUBLISHED_TEMPLATE)
             return llava_next.LlavaNext(model, prompt_tokenizer, processor)
         case "phi3_v":
             tokenizer = phi3_v.load_tokenizer(source)
-            place = tokenizer.convert_tokens_to_ids(phi3_v.PLACE)
             prompt_tokenizer = tokenizer_for(
-                phi3_v.PUBLISHED_TEMPLATE, tokenizer, place, written_image=phi3_v.WRITTEN_IMAGE
+                phi3_v.PUBLISHED_TEMPLATE, tokenizer, image_token=phi3_v.IMAGE_TOKEN, image_text=phi3_v.IMAGE_TEXT
             )
             return phi3_v.Phi3Vision(model, prompt_tokenizer, **phi3_v.image_settings(source, num_crops))
         case "qwen2_5_vl":
-            prompt_tokenizer = tokenizer_for(
-                qwen2_5_vl.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id
-            )
-            return qwen2_5_vl.Qwen25VL(model, prompt_tokenizer, load_patch_frame(source, min_pixels, max_pixels))
+            prompt_tokenizer = tokenizer_for(qwen2_5_vl.PUBLISHED_TEMPLATE)
+            return qwen2_5_vl.Qwen25VL(model, prompt_tokenizer, load_patch_preprocessor(source, min_pixels, max_pixels))
         case "qwen3_vl":
-            prompt_tokenizer = tokenizer_for(
-                qwen2_5_vl.PUBLISHED_TEMPLATE, AutoTokenizer.from_pretrained(source), config.image_token_id
-            )
-            return qwen3_vl.Qwen3VL(model, prompt_tokenizer, load_patch_frame(source, min_pixels, max_pixels))
+            prompt_tokenizer = tokenizer_for(qwen2_5_vl.PUBLISHED_TEMPLATE)
+            return qwen3_vl.Qwen3VL(model, prompt_tokenizer, load_patch_preprocessor(source, min_pixels, max_pixels))
         case other:
-            raise ValueError(no_adapter(source, other))
+            raise ValueError(_unsupported(source, other))
 
 
-def num_places(config: Any) -> int:
-    """How many tokens a row may have.
+def max_tokens(config: Any) -> int:
+    """Return the maximum number of tokens in a row.
 
-    Under longrope the positions are scaled otherwise as soon as any row of a batch is longer than the original model's
-    limit, so that a longer row would change the scores of its neighbours: what lies beyond counts as no place.
+    Under longrope the positions of a batch are scaled differently as soon as one of its rows is longer than the
+    original model's limit, so that a longer row would change the scores of the others: that limit is the maximum.
     """
     text = config.get_text_config()
     if (text.rope_parameters or {}).get("rope_type") == "longrope":

@@ -1,4 +1,4 @@
-"""What all families share once they have their visual tokens: padding them, and running the language model."""
+"""The run of the language model on visual tokens, shared by the families."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def run_language_model(
     deepstack: Sequence[Sequence[Float[Tensor, "_ D"]]] | None = None,
     **more: Tensor,
 ) -> BackboneOutput:
-    """Put each row's visual tokens in their places and run the language model to its last norm.
+    """Insert each row's visual tokens into its sequence and run the language model up to its last norm.
 
-    `deepstack` is, for some of its first layers, what is added to the states in those places behind them.
+    `deepstack` holds, for some of the first layers, tokens that are added to the states of the visual tokens behind it.
     """
-    words = model.get_input_embeddings().weight.dtype
-    seen: Any = BaseModelOutputWithPooling(pooler_output=[tokens.to(words) for tokens in visual])  # pyright: ignore
+    dtype = model.get_input_embeddings().weight.dtype
+    features: Any = BaseModelOutputWithPooling(pooler_output=[tokens.to(dtype) for tokens in visual])  # pyright: ignore
     if deepstack is not None:
-        seen.deepstack_features = deepstack
+        features.deepstack_features = deepstack
     mask = inputs["attention_mask"]
     outputs = model.model(
         input_ids=inputs["input_ids"],
         attention_mask=mask,
-        mm_encoder_outputs={"image": seen},
+        mm_encoder_outputs={"image": features},
         use_cache=False,
         **more,
     )
@@ -42,18 +42,18 @@ def run_language_model(
 
 
 def clip_features(model: Any, pixels: Float[Tensor, "N 3 Y X"]) -> Float[Tensor, "N P C"]:
-    """What the vision tower of a LLaVA saw of each patch, in the layers that its projector reads."""
+    """Return the vision tower's states of each patch, in the layers that a LLaVA's projector takes."""
     layer, strategy = (getattr(model.config, f"vision_feature_{k}") for k in ("layer", "select_strategy"))
     layers = [layer] if isinstance(layer, int) else layer
     tower = model.model.vision_tower
     pixels = pixels.to(tower.dtype)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # nothing in it is trained
+    with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # the tower is frozen
         states = tower(pixels, output_hidden_states=True).hidden_states
     return torch.cat([states[i][:, 1:] if strategy == "default" else states[i] for i in layers], dim=-1)
 
 
 def pad(rows: Sequence[Float[Tensor, "_ D"]]) -> tuple[Float[Tensor, "B V D"], Bool[Tensor, "B V"]]:
-    """Rows of different length as one tensor with zeros behind, and where it is filled."""
+    """Return rows of different lengths as one tensor, zero-padded at the end, and its mask."""
     counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
     mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), mask

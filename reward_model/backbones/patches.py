@@ -1,4 +1,4 @@
-"""Qwen's images: they keep their shape, within bounds, and are laid out as rows of patches."""
+"""Preprocessing of Qwen's images: resized at their aspect ratio, within bounds, and cut into patches."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -18,19 +18,19 @@ from reward_model.types import Inputs
 
 
 @dataclass(frozen=True, slots=True)
-class PatchFrame:
-    """How one model's images become patches."""
+class PatchPreprocessor:
+    """Images to patches, by the settings of one model."""
 
     processor: Any
-    """The family's image processor: only its settings are used."""
+    """The family's image processor, of which only the settings are used."""
     min_pixels: int
     max_pixels: int
-    """An image is resized to lie between these, both sides multiples of two patches."""
+    """Bounds of the resized image's number of pixels; both sides are multiples of two patches."""
 
     def prepare(
         self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str], prompt_tokenizer: PromptTokenizer
     ) -> Inputs:
-        """Each image as a row of flattened patches, all rows one behind the other, and the grid of each."""
+        """Return the flattened patches of all images in one tensor, and the grid of each image."""
         found = [self._patches(image) for image in images]
         grids = torch.tensor([grid for _, grid in found])
         counts = [int(n) for n in grids.prod(dim=1) // self.processor.merge_size**2]
@@ -38,12 +38,12 @@ class PatchFrame:
         return {**tokens, "pixel_values": torch.cat([patches for patches, _ in found]), "image_grid_thw": grids}
 
     def num_tokens(self, height: int, width: int) -> int:
-        """What an image of this size becomes."""
+        """Return the number of visual tokens of an image of this size in pixels."""
         height, width = self._size(height, width)
         return (height * width) // (self.processor.patch_size * self.processor.merge_size) ** 2
 
     def _patches(self, image: Float[Tensor, "3 _ _"]) -> tuple[Float[Tensor, "N P"], tuple[int, int, int]]:
-        """Flattened patches (3 x 2 frames x patch x patch) in groups that become one token; and (1, rows, columns)."""
+        """Return flattened patches (3 x 2 frames x patch x patch) grouped by token, and the grid (1, rows, columns)."""
         settings = self.processor
         patch, merge = settings.patch_size, settings.merge_size
         height, width = self._size(*image.shape[-2:])
@@ -54,15 +54,15 @@ class PatchFrame:
         return frames.reshape(rows * columns, -1), (1, rows, columns)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        """To which height and width an image is resized."""
+        """Return the height and width to which an image is resized."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         factor = self.processor.patch_size * self.processor.merge_size
         return smart_resize(height, width, factor=factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
 
-def load_patch_frame(source: str, min_pixels: int | None, max_pixels: int | None) -> PatchFrame:
-    """The settings of `source`'s image processor, and the bounds given or its own; ValueError if they cannot be."""
+def load_patch_preprocessor(source: str, min_pixels: int | None, max_pixels: int | None) -> PatchPreprocessor:
+    """Load the settings of `source`'s image processor; None takes its own bounds. ValueError for invalid bounds."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil.from_pretrained(source)
@@ -70,4 +70,4 @@ def load_patch_frame(source: str, min_pixels: int | None, max_pixels: int | None
     high = processor.size["longest_edge"] if max_pixels is None else max_pixels
     if not 0 < low <= high:
         raise ValueError(f"min_pixels ({low}) must be positive and at most max_pixels ({high}).")
-    return PatchFrame(processor, low, high)
+    return PatchPreprocessor(processor, low, high)

@@ -1,6 +1,6 @@
-"""Phi-3.5-vision, the paper's main model: an image is cut into crops of 336 x 336 and seen once more as a whole.
+"""Phi-3.5-vision, the paper's main model: an image becomes crops of 336 x 336 and one view of the whole image.
 
-Images, tokens and prompts are made as the published processor makes them; the model is `phi3_v_model.Phi3V`.
+Images, tokens and prompts are made as by the published processor; the model is `phi3_v_model.Phi3V`.
 """
 
 # transformers has no usable types.
@@ -23,14 +23,14 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from reward_model.backbones.outputs import pad
 from reward_model.backbones.prompts import PromptTokenizer
-from reward_model.images import cut, normalise, pad_to, resize
+from reward_model.images import normalise, pad_to, resize, split_into_squares
 from reward_model.types import BackboneOutput, Inputs
 
-WRITTEN_IMAGE = "<|image_1|>"
-PLACE = "<|image|>"
-"""Stands in a row of ids wherever a visual token goes; the published processor writes -1 there."""
+IMAGE_TEXT = "<|image_1|>"
+IMAGE_TOKEN = "<|image|>"
+"""Placeholder of a visual token in a row of ids, where the published processor has -1."""
 PUBLISHED_TEMPLATE = "{% for message in messages %}<|user|>\n{{ message['content'] }}{{ eos_token }}{% endfor %}"
-"""The turn that the published LLaVA-Reward code is left with after it has cut its end off and put the end token on."""
+"""The user turn of the published LLaVA-Reward code, which replaces the end of the turn by the end token."""
 PUBLISHED_NUM_CROPS = 16
 
 
@@ -41,10 +41,10 @@ class Phi3Vision:
     model: Any
     prompt_tokenizer: PromptTokenizer
     num_crops: int
-    """The most squares that an image is cut into; it is enlarged until no more of them would fit."""
+    """Maximum number of crops; an image is enlarged until no more of them fit."""
     mean: Sequence[float]
     std: Sequence[float]
-    """Of pixels in [0, 1], for each channel."""
+    """Mean and standard deviation of pixels in [0, 1], for each channel."""
 
     @property
     def width(self) -> int:
@@ -64,64 +64,64 @@ class Phi3Vision:
 
     @property
     def crop(self) -> int:
-        """Pixels on a side of what the tower sees at once."""
+        """Side of the vision tower's input in pixels."""
         return self.model.config.vision.image_size
 
     @property
     def side(self) -> int:
-        """Visual tokens on a side of one crop."""
+        """Visual tokens along a side of one crop."""
         return self.crop // self.model.config.vision.patch_size // 2
 
     def num_visual_tokens(self, height: int, width: int) -> int:
         return self._count(*hd_grid(height, width, num_crops=self.num_crops, crop=self.crop)[1])
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        """Each image as a view of the whole and its crops, all one behind the other, and its crops' grid."""
-        found = [self._views(image) for image in images]
-        words = self.prompt_tokenizer(prompts, [self._count(*grid) for _, grid in found])
-        grids = torch.tensor([grid for _, grid in found])
-        return {**words, "pixel_values": torch.cat([views for views, _ in found]), "crop_grid": grids}
+        """Return all views and crops of all images in one tensor, and each image's grid of crops."""
+        prepared = [self._views(image) for image in images]
+        tokens = self.prompt_tokenizer(prompts, [self._count(*grid) for _, grid in prepared])
+        grids = torch.tensor([grid for _, grid in prepared])
+        return {**tokens, "pixel_values": torch.cat([views for views, _ in prepared]), "crop_grid": grids}
 
     def _views(self, image: Float[Tensor, "3 _ _"]) -> tuple[Float[Tensor, "N 3 S S"], tuple[int, int]]:
-        """The HD transform: fit into the grid, white around it, CLIP's mean and deviation; and (rows, columns).
+        """Return the HD transform (resized into the grid, padded with white, normalised) and the grid (rows, columns).
 
-        The view of the whole is made of the padded image, and without antialiasing.
+        The view of the whole image is a resize of the padded one, without antialiasing.
         """
         (height, width), grid = hd_grid(*image.shape[1:], num_crops=self.num_crops, crop=self.crop)
         image = resize(image[None], height, width, mode="bilinear")
         image = pad_to(image, grid[0] * self.crop, grid[1] * self.crop, value=1.0)
         image = normalise(image, mean=self.mean, std=self.std)
-        whole = F.interpolate(image, (self.crop, self.crop), mode="bicubic")
-        return torch.cat([whole, cut(image[0], self.crop)]), grid
+        view = F.interpolate(image, (self.crop, self.crop), mode="bicubic")
+        return torch.cat([view, split_into_squares(image[0], self.crop)]), grid
 
     def _count(self, rows: int, columns: int) -> int:
-        """Tokens of the crops and of the whole, one more at the end of each line, and one between both."""
+        """Return the number of tokens: crops, view, one at the end of each line, and one between crops and view."""
         return (rows * columns + 1) * self.side**2 + (rows + 1) * self.side + 1
 
     def encode_image(self, inputs: Inputs) -> Inputs:
-        """`features`: all rows' tokens before the projector, four patches wide, separators among them."""
+        """Add `features`: all rows' tokens before the projector (each of 2 x 2 patches), including separators."""
         tower = self.model.vision_tower
         pixels = inputs["pixel_values"].to(tower.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # nothing in it is trained
+        with torch.set_grad_enabled(torch.is_grad_enabled() and pixels.requires_grad):  # the tower is frozen
             views = merge_patches(tower(pixels).last_hidden_state[:, 1:])
         separators = (self.model.sub_GN.flatten(), self.model.glb_GN.flatten())
         grids = inputs["crop_grid"].tolist()
         tokens = [
-            lay_out(own, grid, *separators, global_first=self.model.config.global_first)
+            join_views(own, grid, *separators, global_first=self.model.config.global_first)
             for own, grid in zip(views.split([1 + rows * columns for rows, columns in grids]), grids, strict=True)
         ]
-        rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-        return {**rest, "features": torch.cat(tokens)}
+        others = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+        return {**others, "features": torch.cat(tokens)}
 
     def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
             inputs = self.encode_image(inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         visual = self.projector(inputs["features"].to(next(self.projector.parameters()).dtype))
-        words = self.model.get_input_embeddings()(ids)
-        places = (ids == self.prompt_tokenizer.image_token_id)[..., None]
+        embeddings = self.model.get_input_embeddings()(ids)
+        is_image = (ids == self.prompt_tokenizer.image_token_id)[..., None]
         states = self.language_model(
-            inputs_embeds=words.masked_scatter(places, visual.to(words.dtype)),
+            inputs_embeds=embeddings.masked_scatter(is_image, visual.to(embeddings.dtype)),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
             use_cache=False,
@@ -133,9 +133,9 @@ class Phi3Vision:
 
 
 def hd_grid(height: int, width: int, *, num_crops: int, crop: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """To which (height, width) an image is resized, and the (rows, columns) of crops that it then lies in.
+    """Return the (height, width) to which an image is resized, and its grid of crops (rows, columns).
 
-    The longer side becomes as many crops as there may be, n * ceil(n * short / long) <= num_crops.
+    The longer side becomes n crops, with the largest n such that n * ceil(n * short / long) <= num_crops.
     """
     long, short = max(height, width), min(height, width)
     ratio = long / short
@@ -144,19 +144,19 @@ def hd_grid(height: int, width: int, *, num_crops: int, crop: int) -> tuple[tupl
         across += 1
     long, short = across * crop, int(across * crop / ratio)
     if short == 0:
-        raise ValueError(f"An image of {height} x {width} pixels is too narrow: nothing is left of its short side.")
+        raise ValueError(f"An image of {height} x {width} pixels is too narrow: its short side is resized to 0.")
     down = math.ceil(short / crop)
     return ((short, long), (down, across)) if width >= height else ((long, short), (across, down))
 
 
 def merge_patches(patches: Float[Tensor, "N P C"]) -> Float[Tensor, "N M M 4*C"]:
-    """2 x 2 neighbours of a square of patches side by side in one vector: upper left, upper right, lower left, ..."""
+    """Concatenate 2 x 2 neighbouring patches: upper left, upper right, lower left, lower right."""
     side = math.isqrt(patches.shape[1]) // 2
     squares = patches.unflatten(1, (side, 2, side, 2))
     return squares.permute(0, 1, 3, 2, 4, 5).flatten(3)
 
 
-def lay_out(
+def join_views(
     views: Float[Tensor, "N M M W"],
     grid: Sequence[int],
     line_end: Float[Tensor, " W"],
@@ -164,18 +164,18 @@ def lay_out(
     *,
     global_first: bool,
 ) -> Float[Tensor, "V W"]:
-    """One image's views as a row of tokens: the crops put together, line by line, and the whole, line by line."""
+    """Return one image's tokens: its joined crops line by line and its view line by line, with separators."""
     rows, columns = grid
     crops = views[1:].unflatten(0, (rows, columns)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
     lines = [
         torch.cat([area, line_end.expand(len(area), 1, -1)], dim=1).flatten(0, 1) for area in (crops, views[0])
-    ]  # the crops, the whole
+    ]  # crops, view
     first, last = reversed(lines) if global_first else lines
     return torch.cat([first, between[None], last])
 
 
 def image_settings(source: str, num_crops: int | None) -> dict[str, Any]:
-    """`num_crops`, and the mean and deviation of `source`'s preprocessor_config.json; ValueError for a bad number."""
+    """Return num_crops, mean and std from `source`'s preprocessor_config.json; ValueError for num_crops < 1."""
     stored = ImageProcessingMixin.get_image_processor_dict(source)[0]
     crops: int = stored["num_crops"] if num_crops is None else num_crops
     if crops < 1:
@@ -184,9 +184,9 @@ def image_settings(source: str, num_crops: int | None) -> dict[str, Any]:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer as it is stored, which also begins each text as the published one does.
+    """Load the stored tokenizer, with the start token that the published one adds to each text.
 
-    Raises ValueError if it has no token to hold the places of the visual ones.
+    Raises ValueError if it has no placeholder token for visual tokens.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     if get_tokenizer_config(source).get("add_bos_token", True):  # a Llama tokenizer's default
@@ -194,6 +194,6 @@ def load_tokenizer(source: str) -> Any:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
         )
-    if PLACE not in tokenizer.get_vocab():
-        raise ValueError(f"The tokenizer of {source!r} has no token {PLACE!r}, which Phi-3.5-vision's has.")
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        raise ValueError(f"The tokenizer of {source!r} has no token {IMAGE_TOKEN!r}, which Phi-3.5-vision's has.")
     return tokenizer

@@ -1,7 +1,7 @@
-"""Phi-3.5-vision in transformers' own parts: its Phi-3 decoder, its CLIP tower, and the projector between them.
+"""Phi-3.5-vision, built from transformers' Phi-3 decoder and CLIP tower, with the projector between them.
 
-transformers has no such model, and the published one is remote code that breaks with newer releases. This one reads
-the published files as they are and runs none of that code.
+transformers has no such model, and the published one is remote code that breaks with newer releases. This one loads
+the published files unchanged and runs none of that code.
 """
 
 # transformers has no usable types.
@@ -25,17 +25,17 @@ CLIP_L_336: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "projection_dim": 768,
 }
-"""openai/clip-vit-large-patch14-336, which the published config only names."""
+"""Config of openai/clip-vit-large-patch14-336, which the published config only names."""
 
 _LAYOUT = {"projection_cls": ("mlp",), "use_hd_transform": (True,), "with_learnable_separator": (True,)}
 _ORDERS = ("sub_glb", "glb_sub")
 
 
-@no_type_check  # transformers takes any further settings of a config.json, which a checker of arguments would not
+@no_type_check  # a config.json may hold further settings, which beartype would reject
 class Phi3VConfig(Phi3Config):
-    """A published config.json: a Phi-3 decoder's, with `img_processor` and `embd_layer` for the image's side.
+    """A published config.json: that of a Phi-3 decoder, with `img_processor` and `embd_layer` for images.
 
-    `vision_config` is ours: the CLIP tower's sizes, by default those of ViT-L/14 at 336 pixels.
+    `vision_config` is an addition: the sizes of the CLIP tower, by default those of ViT-L/14 at 336 pixels.
     """
 
     model_type = "phi3_v"
@@ -44,45 +44,49 @@ class Phi3VConfig(Phi3Config):
     vision_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Refuse a tower or a projector that is not built like the published one."""
-        kwargs.pop("_attn_implementation", None)  # the published config asks for flash attention, which few have
+        """Raise ValueError for a tower or a projector that differs from the published one."""
+        kwargs.pop(
+            "_attn_implementation", None
+        )  # the published config requires flash attention, which is rarely installed
         scaling = kwargs.get("rope_scaling")
-        if scaling and scaling.get("type") == "su":  # what longrope was called then
+        if scaling and scaling.get("type") == "su":  # former name of longrope
             kwargs["rope_scaling"] = {**scaling, "type": "longrope"}
         super().__post_init__(**kwargs)
         vision, embedding = self.img_processor or {}, self.embd_layer or {}
         name = vision.get("model_name", "openai/clip-vit-large-patch14-336")
         if self.vision_config is None and name != "openai/clip-vit-large-patch14-336":
             raise ValueError(
-                f"img_processor's model_name is {name!r}; only openai/clip-vit-large-patch14-336 is known."
+                f"img_processor's model_name is {name!r}; only openai/clip-vit-large-patch14-336 is supported."
             )
         if vision.get("type_feature", "patch") != "patch":
-            raise ValueError(f"img_processor's type_feature is {vision['type_feature']!r}; only patch is known.")
+            raise ValueError(f"img_processor's type_feature is {vision['type_feature']!r}; only patch is supported.")
         for key, known in {**_LAYOUT, "hd_transform_order": _ORDERS}.items():
             if embedding.get(key, known[0]) not in known:
-                raise ValueError(f"embd_layer's {key} is {embedding[key]!r}; known is {' or '.join(map(str, known))}.")
+                raise ValueError(
+                    f"embd_layer's {key} is {embedding[key]!r}; supported: {' or '.join(map(str, known))}."
+                )
 
     @property
     def vision(self) -> CLIPVisionConfig:
-        """The CLIP tower's config, cut off behind the layer that is read; the rest of it is never run."""
+        """The CLIP tower's config, up to the layer whose states are used."""
         sizes: dict[str, Any] = {**CLIP_L_336, **(self.vision_config or {})}
         layer, depth = (self.img_processor or {}).get("layer_idx", -2), sizes["num_hidden_layers"]
-        kept = layer if layer >= 0 else depth + 1 + layer
-        if not 0 < kept <= depth:
+        num_layers = layer if layer >= 0 else depth + 1 + layer
+        if not 0 < num_layers <= depth:
             raise ValueError(f"img_processor's layer_idx is {layer}; the tower has states 0 to {depth}.")
-        return CLIPVisionConfig(**{**sizes, "num_hidden_layers": kept})
+        return CLIPVisionConfig(**{**sizes, "num_hidden_layers": num_layers})
 
     @property
     def global_first(self) -> bool:
-        """Whether the view of the whole image comes before its crops (glb_sub) or behind them (sub_glb)."""
+        """True if the view of the whole image comes before its crops (glb_sub); False if behind them (sub_glb)."""
         return (self.embd_layer or {}).get("hd_transform_order", "sub_glb") == "glb_sub"
 
 
 class Phi3V(PreTrainedModel):
-    """What a reader needs of Phi-3.5-vision: no head that predicts words, and no loop that writes them.
+    """Phi-3.5-vision without language-model head and generation.
 
-    The parts have names of their own, so that a LoRA in the decoder cannot also land in the tower; `KEY_MAPPING` gives
-    them the published tensors.
+    Submodules have other names than published, so that a LoRA in the decoder cannot also match layers of the tower;
+    `KEY_MAPPING` maps the published tensors to them.
     """
 
     config_class = Phi3VConfig
@@ -92,7 +96,7 @@ class Phi3V(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules: ClassVar = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
-    # The word head; a second copy of the embeddings; the end of the tower, behind the layer that is read.
+    # The language-model head; a second copy of the embeddings; the layers of the tower behind the one that is used.
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         r"^lm_head\.", r"vision_embed_tokens\.wte\.", r"^vision_tower\.encoder\.layers\.\d+\.", r"\.position_ids$",
     ]  # fmt: skip
@@ -118,11 +122,11 @@ KEY_MAPPING = {
     r"^model\.vision_embed_tokens\.(img_projection\.|glb_GN|sub_GN)": r"\1",
     r"^model\.(embed_tokens|layers|norm)\.": r"language_model.\1.",
 }
-"""From the published tensors' names to ours."""
+"""Patterns of published tensor names and their replacements."""
 
 
 def load_phi3_v(source: str, *, dtype: torch.dtype) -> Phi3V:
-    """The model of a folder or Hub id; ValueError unless it holds every tensor that is needed, in its shape."""
+    """Load a folder or Hub id; ValueError for missing or unexpected tensors."""
     config = Phi3VConfig.from_pretrained(source)
     loaded: Any = Phi3V.from_pretrained(
         source, config=config, dtype=dtype, key_mapping=KEY_MAPPING, output_loading_info=True
@@ -133,5 +137,5 @@ def load_phi3_v(source: str, *, dtype: torch.dtype) -> Phi3V:
         raise ValueError(f"The model {source!r} lacks {len(names)} tensors: {', '.join(names[:5])}, ...")
     if found["unexpected_keys"]:
         names = sorted(found["unexpected_keys"])
-        raise ValueError(f"The model {source!r} holds {len(names)} unknown tensors: {', '.join(names[:5])}, ...")
+        raise ValueError(f"The model {source!r} has {len(names)} unexpected tensors: {', '.join(names[:5])}, ...")
     return model

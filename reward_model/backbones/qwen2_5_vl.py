@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: images keep their shape and become as many visual tokens as they need."""
+"""Qwen2.5-VL: images keep their aspect ratio; the number of visual tokens depends on their size."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reward_model.backbones.outputs import run_language_model
-from reward_model.backbones.patches import PatchFrame
+from reward_model.backbones.patches import PatchPreprocessor
 from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.types import BackboneOutput, Inputs
 
@@ -22,7 +22,7 @@ PUBLISHED_TEMPLATE = (
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>{% endfor %}"
 )
-"""The turn that the published LLaVA-Reward code is left with: the family's own without its system turn."""
+"""The user turn of the published LLaVA-Reward code: the family's own without its system turn."""
 
 
 @dataclass(slots=True)
@@ -31,8 +31,8 @@ class Qwen25VL:
 
     model: Any
     prompt_tokenizer: PromptTokenizer
-    frame: PatchFrame
-    """How images become patches."""
+    preprocessor: PatchPreprocessor
+    """Images to patches."""
 
     @property
     def width(self) -> int:
@@ -51,26 +51,26 @@ class Qwen25VL:
         return self.model.model.language_model
 
     def num_visual_tokens(self, height: int, width: int) -> int:
-        return self.frame.num_tokens(height, width)
+        return self.preprocessor.num_tokens(height, width)
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        return self.frame.prepare(images, prompts, self.prompt_tokenizer)
+        return self.preprocessor.prepare(images, prompts, self.prompt_tokenizer)
 
     def encode_image(self, inputs: Inputs) -> Inputs:
         from transformers.vision_utils import get_vision_window_index
 
         tower, grids = self.model.model.visual, inputs["image_grid_thw"]
         patches = inputs["pixel_values"].to(tower.patch_embed.proj.weight.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and patches.requires_grad):  # nothing in it is trained
+        with torch.set_grad_enabled(torch.is_grad_enabled() and patches.requires_grad):  # the tower is frozen
             states = tower(patches, grid_thw=grids).last_hidden_state
-        # The tower works in windows; its groups of patches go back into the order of the image.
+        # The tower orders patches by window; restore the order of the image.
         order, _ = get_vision_window_index(
             grids, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size,
             patch_size=tower.patch_size,
         )  # fmt: skip
         groups = states.unflatten(0, (-1, tower.spatial_merge_unit))[torch.argsort(order)]
-        rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-        return {**rest, "features": groups}
+        others = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+        return {**others, "features": groups}
 
     def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:

@@ -1,4 +1,4 @@
-"""Qwen3-VL: like Qwen2.5-VL, but its language model also gets what the middle layers of the vision tower saw."""
+"""Qwen3-VL: like Qwen2.5-VL, but its language model also gets states of the vision tower's middle layers."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_model.backbones.outputs import run_language_model
-from reward_model.backbones.patches import PatchFrame
+from reward_model.backbones.patches import PatchPreprocessor
 from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.types import BackboneOutput, Inputs
 
@@ -24,13 +24,13 @@ class Qwen3VL:
     """`Qwen3VLForConditionalGeneration` of any size as a backbone.
 
     The projector is the tower's last merger. The mergers of its middle layers (DeepStack, arXiv:2406.04334), whose
-    tokens are added to the states behind the language model's first layers, stay as they are.
+    tokens are added to the states behind the language model's first layers, are frozen.
     """
 
     model: Any
     prompt_tokenizer: PromptTokenizer
-    frame: PatchFrame
-    """How images become patches."""
+    preprocessor: PatchPreprocessor
+    """Images to patches."""
 
     @property
     def width(self) -> int:
@@ -49,20 +49,20 @@ class Qwen3VL:
         return self.model.model.language_model
 
     def num_visual_tokens(self, height: int, width: int) -> int:
-        return self.frame.num_tokens(height, width)
+        return self.preprocessor.num_tokens(height, width)
 
     def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        return self.frame.prepare(images, prompts, self.prompt_tokenizer)
+        return self.preprocessor.prepare(images, prompts, self.prompt_tokenizer)
 
     def encode_image(self, inputs: Inputs) -> Inputs:
-        """`features`: each token's patches behind the last layer; `deepstack`: its merged ones of the middle layers."""
+        """Add `features` (each token's patches after the last layer) and `deepstack` (of the middle layers, merged)."""
         tower, grids = self.model.model.visual, inputs["image_grid_thw"]
         patches = inputs["pixel_values"].to(tower.patch_embed.proj.weight.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and patches.requires_grad), without_merger(tower):
-            seen = tower(patches, grid_thw=grids)
-        groups = seen.last_hidden_state.unflatten(0, (-1, tower.spatial_merge_unit))
-        rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-        return {**rest, "features": groups, "deepstack": torch.stack(seen.deepstack_features, dim=1)}
+            outputs = tower(patches, grid_thw=grids)
+        groups = outputs.last_hidden_state.unflatten(0, (-1, tower.spatial_merge_unit))
+        others = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+        return {**others, "features": groups, "deepstack": torch.stack(outputs.deepstack_features, dim=1)}
 
     def forward(self, inputs: Inputs) -> BackboneOutput:
         if "features" not in inputs:
@@ -79,7 +79,7 @@ class Qwen3VL:
 
 @contextmanager
 def without_merger(tower: Any) -> Iterator[None]:
-    """Let the tower end before its last merger: that is the projector, which is float32 beside a tower in bfloat16."""
+    """Bypass the tower's last merger: it is the projector, which is float32 beside a tower in bfloat16."""
     merger, tower.merger = tower.merger, nn.Identity()
     try:
         yield

@@ -1,4 +1,7 @@
-"""Well-known judges under one call: `score(images, prompts)`, differentiable, in float32."""
+"""Scorers of other projects (CLIP, PickScore, HPSv2, ImageReward, VQAScore), differentiable, in float32.
+
+One file a scorer, all behind `PointwiseScorer.score(images, prompts)`; `load` has the table of names.
+"""
 
 from reward_model.scorers.load import NAMES, is_known, load_scorer
 from reward_model.scorers.pointwise import PointwiseScorer

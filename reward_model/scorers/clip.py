@@ -1,4 +1,4 @@
-"""Does an image look like its prompt? The image-text similarity of any CLIP, and the judges that are one."""
+"""Image-text similarity of any CLIP model: CLIP logit, CLIPScore and PickScore."""
 
 # transformers has no usable types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
@@ -26,7 +26,7 @@ Form = Literal["logit", "clip_score", "cosine"]
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """How well an image and its prompt belong together, on the device of the images; differentiable.
+    """Similarity of images (B, 3, Y, X) in [0, 1] and prompts, on the device of the images; differentiable.
 
         logit        exp(logit_scale) * cos(image, text)       CLIP's own (arXiv:2103.00020, Fig. 3)
         clip_score   2.5 * max(cos(image, text), 0)            CLIPScore (arXiv:2104.08718, Eq. 1)
@@ -34,15 +34,15 @@ class Clip:
 
     With yuvalkirstain/PickScore_v1 the logit is PickScore (arXiv:2305.01569, Eq. 1). Differences of logits between
     images of one prompt are log-odds; between prompts they mean little: some score higher with any image. CLIPScore
-    has no gradient below 0. Its paper puts "A photo depicts" before a caption; for painted images nobody does, nor is
-    it done here.
+    has no gradient below 0. Its paper puts "A photo depicts" before a caption; for generated images that is not usual,
+    and not done here.
     """
 
     model: Any
     """A `CLIPModel`, frozen, in float32."""
     tokenizer: Any
     prepare: Callable[[Tensor], Tensor]
-    """From images (B, 3, Y, X) in [0, 1] of any size to the model's pixels."""
+    """Images (B, 3, Y, X) in [0, 1] of any size to the model's pixels."""
     form: Form = "logit"
     batch_size: int = 64
 
@@ -58,13 +58,13 @@ class Clip:
 
     @property
     def log_odds_unit(self) -> float:
-        """By how much two scores differ if the log-odds of one image over the other are 1."""
+        """Difference of two scores at which the log-odds of one image over the other are 1."""
         scale = float(self.model.logit_scale.exp())
         return {"logit": 1.0, "clip_score": 2.5 / scale, "cosine": 1 / scale}[self.form]
 
     def cosine(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; there must be as many.")
+            raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; the numbers must agree.")
         self.model.to(images.device)
         image_embeddings = torch.cat([self.encode_image(some) for some in images.split(self.batch_size)])
         texts = list(dict.fromkeys(prompts))
@@ -74,20 +74,20 @@ class Clip:
         return F.cosine_similarity(image_embeddings, text_embeddings[[rows[prompt] for prompt in prompts]])
 
     def encode_image(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B D"]:
-        """The embeddings of images, whose values are cut off at black and white as a processor does."""
+        """Return the embeddings of images, clamped to [0, 1] as by a processor."""
         return self.model.get_image_features(pixel_values=self.prepare(images.to(self.model.dtype))).pooler_output
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
-        """The embeddings of texts; what is beyond the model's last position is not read."""
-        # Every row has the same length, so that a text is read alike in any company.
-        words = self.tokenizer(
+        """Return the embeddings of texts, truncated to the model's maximum length."""
+        # All rows have the same length, so that an embedding does not depend on the other texts.
+        tokens = self.tokenizer(
             list(texts),
             padding="max_length",
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.model.device)
-        outputs = self.model.get_text_features(input_ids=words.input_ids, attention_mask=words.attention_mask)
+        outputs = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return outputs.pooler_output
 
 
@@ -99,7 +99,7 @@ def load_clip(source: str | Path, *, form: Form = "logit", batch_size: int = 64)
 
 @cache
 def _loaded(source: str) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and image processor, once for everything that asks for them; the model frozen, in float32."""
+    """Load model (frozen, float32), tokenizer and image processor, once per source."""
     config = _config(source)
     if config.model_type != "clip":
         raise ValueError(
@@ -116,15 +116,17 @@ def _loaded(source: str) -> tuple[Any, Any, Any]:
         raise ValueError(f"The CLIP {source!r} lacks weights: {', '.join(sorted(report['missing_keys'])[:5])}.")
     require_vocabulary(tokenizer, config.text_config.vocab_size, source=source)
     if processor.resample != Image.Resampling.BICUBIC:
-        raise ValueError(f"The CLIP {source!r} resizes with filter {processor.resample}; only bicubic (3) is known.")
+        raise ValueError(
+            f"The CLIP {source!r} resizes with filter {processor.resample}; only bicubic (3) is supported."
+        )
     return model.eval().requires_grad_(False), tokenizer, processor
 
 
 def require_vocabulary(tokenizer: Any, size: int, *, source: str) -> None:
-    """ValueError unless a tokenizer knows as many tokens as its model: without its files it is empty, silently."""
+    """Raise ValueError unless a tokenizer has as many tokens as its model: without its files it is silently empty."""
     if len(tokenizer) != size:
         raise ValueError(
-            f"The tokenizer of the CLIP {source!r} knows {len(tokenizer)} tokens and its model {size}; are "
+            f"The tokenizer of the CLIP {source!r} has {len(tokenizer)} tokens and its model {size}; are "
             f"tokenizer.json, or vocab.json and merges.txt, beside the weights?"
         )
 
@@ -141,6 +143,6 @@ def _config(source: str) -> Any:
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"{source!r} holds no config.json of a transformers model, so it is no CLIP. A LLaVA-Reward judge is asked "
-            f"as llava_reward:PATH."
+            f"{source!r} holds no config.json of a transformers model, so it is no CLIP. A LLaVA-Reward model "
+            f"is llava_reward:PATH."
         ) from error

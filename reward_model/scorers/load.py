@@ -1,4 +1,4 @@
-"""From what a user writes (`hps:models/hps`) to a judge; the one place that knows which there are."""
+"""The table NAME:PATH -> scorer (`hps:models/hps`)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ NAMES: tuple[str, ...] = get_args(ScorerName)
 
 
 def is_known(specification: str) -> bool:
-    """Whether this is NAME:PATH with the name of a judge."""
+    """True if this is NAME:PATH with the name of a scorer."""
     return specification.partition(":")[0] in NAMES and ":" in specification
 
 
 def load_scorer(specification: str) -> PointwiseScorer:
-    """The judge of NAME:PATH; heavy imports wait until theirs is asked for."""
+    """Load the scorer NAME:PATH; ValueError for an unknown name."""
     return PointwiseScorer(specification, load_function(specification))
 
 
 def load_function(specification: str) -> ScoreFunction:
-    """The same as a function of a batch of images and their prompts."""
+    """Load the score function NAME:PATH of image batches and prompts."""
     name, _, path = specification.partition(":")
     match name:
         case "clip" | "pick_score":  # PickScore is a CLIP's own logit
@@ -46,5 +46,5 @@ def load_function(specification: str) -> ScoreFunction:
             return load_vqa_score(path)
         case _:
             raise ValueError(
-                f"There is no judge {specification!r}; write NAME:PATH, NAME being one of {', '.join(NAMES)}."
+                f"There is no scorer {specification!r}; write NAME:PATH, with NAME one of {', '.join(NAMES)}."
             )

@@ -1,6 +1,6 @@
-"""A CLIP whose tensors have open_clip's names, as a `CLIPModel` of transformers.
+"""Conversion of a CLIP with open_clip's tensor names to a `CLIPModel` of transformers.
 
-Both are the same network; open_clip keeps the projections of query, key and value in one matrix, and those to the
+Both are the same network; open_clip stores the projections of query, key and value in one matrix, and those to the
 common space transposed.
 """
 
@@ -18,8 +18,8 @@ from transformers import CLIPConfig, CLIPModel
 from reward_model.scorers.weights import fill
 
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
-"""Of the vision towers H, g and bigG by their width; all others, and all text towers, have heads of 64."""
-_PLACES = {
+"""Width of a head by width of the tower, for the vision towers H, g and bigG; all others have heads of 64."""
+_NAMES = {
     "logit_scale": "logit_scale",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
@@ -39,7 +39,7 @@ _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.?(weight|b
 
 
 def clip_from_open_clip(tensors: dict[str, Tensor], *, file: Path, eos_token_id: int) -> CLIPModel:
-    """The model, its sizes read off the tensors; ValueError, naming one, if they are no CLIP with two transformers."""
+    """Return the model, with sizes derived from the tensors; ValueError if they are no CLIP with two transformers."""
     for needed in ("visual.conv1.weight", "visual.positional_embedding", "positional_embedding", "text_projection"):
         if needed not in tensors:
             raise ValueError(f"{file} has no tensor {needed!r}, so it is no CLIP in open_clip's layout.")
@@ -47,7 +47,7 @@ def clip_from_open_clip(tensors: dict[str, Tensor], *, file: Path, eos_token_id:
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name != "attn_mask":  # a constant
-            renamed |= _placed(name, tensor)
+            renamed |= _converted(name, tensor)
     fill(model, renamed, file=file)
     return model
 
@@ -56,14 +56,14 @@ def _config(tensors: dict[str, Tensor], eos_token_id: int) -> CLIPConfig:
     patches = tensors["visual.conv1.weight"]
     width, patch = patches.shape[0], patches.shape[-1]
     side = math.isqrt(len(tensors["visual.positional_embedding"]) - 1)
-    places, text_width = tensors["positional_embedding"].shape
+    num_positions, text_width = tensors["positional_embedding"].shape
     shared = {"hidden_act": "gelu", "layer_norm_eps": 1e-5}
     vision = {
         **shared, **_depth(tensors, "visual."), "hidden_size": width, "patch_size": patch, "image_size": side * patch,
         "num_attention_heads": max(1, width // HEAD_WIDTHS.get(width, 64)),
     }  # fmt: skip
     text = {
-        **shared, **_depth(tensors, ""), "hidden_size": text_width, "max_position_embeddings": places,
+        **shared, **_depth(tensors, ""), "hidden_size": text_width, "max_position_embeddings": num_positions,
         "vocab_size": len(tensors["token_embedding.weight"]), "eos_token_id": eos_token_id, "bos_token_id": None,
         "pad_token_id": None, "num_attention_heads": max(1, text_width // 64),
     }  # fmt: skip
@@ -76,13 +76,13 @@ def _depth(tensors: dict[str, Tensor], tower: str) -> dict[str, int]:
     return {"num_hidden_layers": len(blocks), "intermediate_size": len(tensors[f"{start}0.mlp.c_fc.weight"])}
 
 
-def _placed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensor under the name that transformers has for it, or in three parts; an unknown one keeps its name."""
-    if name in _PLACES:
-        return {_PLACES[name]: tensor.T.contiguous() if name in ("visual.proj", "text_projection") else tensor}
-    for prefix, place in _PREFIXES.items():
+def _converted(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return a tensor under transformers' name, or split in three; an unknown one keeps its name."""
+    if name in _NAMES:
+        return {_NAMES[name]: tensor.T.contiguous() if name in ("visual.proj", "text_projection") else tensor}
+    for prefix, new in _PREFIXES.items():
         if name.startswith(prefix):
-            return {name.replace(prefix, place, 1): tensor}
+            return {name.replace(prefix, new, 1): tensor}
     if found := _BLOCK.match(name):
         tower, number, part, kind = found.groups()
         layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}."

@@ -1,4 +1,4 @@
-"""VQAScore (arXiv:2404.01291): how surely a multimodal LLM says that an image shows what its prompt says."""
+"""VQAScore (arXiv:2404.01291): a multimodal LLM's probability of "Yes" when asked if an image shows its prompt."""
 
 # transformers has no usable types.
 # pyright: reportAttributeAccessIssue=false
@@ -25,16 +25,16 @@ ANSWER = "Yes"
 
 @dataclass(frozen=True, slots=True)
 class VqaScore:
-    """score = P(answer | image, question) at the first word of the model's turn; in [0, 1], differentiable.
+    """score = P(answer | image, question) at the first token of the model's turn; in [0, 1], differentiable.
 
-    Any backbone that LLaVA-Reward can stand on answers, untrained. The paper's own model (CLIP-FlanT5, an encoder and
-    decoder) is none of these, so its numbers are not these models'.
+    Any backbone of LLaVA-Reward serves, untrained. The paper's own model (CLIP-FlanT5, an encoder-decoder) is not
+    among them, so its published numbers are of another model.
     """
 
     backbone: Backbone
     answer_id: int
     log_odds_unit: float = 1.0
-    """A difference of two probabilities is no log-odds; the number is for the order of images only."""
+    """Arbitrary: a difference of two probabilities is no log-odds, and only the order of images has a meaning."""
 
     @property
     def model(self) -> Any:
@@ -42,8 +42,8 @@ class VqaScore:
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         self.model.to(images.device)
-        asked = [QUESTION.format(prompt) for prompt in prompts]
-        inputs = self.backbone.prepare(list(images.to(self.model.dtype)), asked)
+        questions = [QUESTION.format(prompt) for prompt in prompts]
+        inputs = self.backbone.prepare(list(images.to(self.model.dtype)), questions)
         output = self.backbone.forward({key: tensor.to(images.device) for key, tensor in inputs.items()})
         last = last_real_token(output.hidden, output.hidden_mask)
         logits = F.linear(last, self.model.lm_head.weight)
@@ -52,12 +52,12 @@ class VqaScore:
 
 @cache
 def load_vqa_score(source: str | Path, *, answer: str = ANSWER) -> VqaScore:
-    """Load a multimodal LLM of a known family from a folder or Hub id; ValueError if its answer is no single token."""
+    """Load a multimodal LLM of a supported family; ValueError if `answer` is not a single token."""
     backbone = load_backbone(str(source))
     backbone.prompt_tokenizer = replace(backbone.prompt_tokenizer, answering=True)
     ids = backbone.prompt_tokenizer.tokenizer(answer, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == backbone.prompt_tokenizer.tokenizer.unk_token_id:
         raise ValueError(
-            f"The tokenizer of {str(source)!r} makes {ids} of the answer {answer!r}; it must be one token of its own."
+            f"The tokenizer of {str(source)!r} encodes the answer {answer!r} as {ids}; it must be one token of its own."
         )
     return VqaScore(backbone, ids[0])

@@ -1,4 +1,4 @@
-"""Weights as other projects publish them: one file of named tensors, in a folder beside what else they need."""
+"""Weights of other projects: one file of named tensors, in a folder with tokenizer and config."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from torch import Tensor, nn
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def folder_of(source: str | Path, *, judge: str) -> Path:
-    """The folder of a judge that is one on this machine; a path to its weights stands for their folder."""
+def folder_of(source: str | Path, *, scorer: str) -> Path:
+    """Return the local folder of a scorer, given itself or a file in it; FileNotFoundError if there is none."""
     path = Path(source)
     if path.is_file():
         return path.parent
     if not path.is_dir():
-        raise FileNotFoundError(f"There is no {judge} in {str(source)!r}: give the folder that holds its weights.")
+        raise FileNotFoundError(f"There is no {scorer} in {str(source)!r}: give the folder that holds its weights.")
     return path
 
 
-def weights_of(source: str | Path, *, judge: str) -> Path:
-    """The file that is given, or the only one in the folder that may hold weights."""
+def weights_of(source: str | Path, *, scorer: str) -> Path:
+    """Return the given file, or the only file of weights in the folder; ValueError if there is not exactly one."""
     path = Path(source)
     if path.is_file():
         return path
-    found = sorted(file for file in folder_of(source, judge=judge).iterdir() if file.suffix in ENDINGS)
+    found = sorted(file for file in folder_of(source, scorer=scorer).iterdir() if file.suffix in ENDINGS)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"The {judge} in {path} needs one file of weights ({', '.join(ENDINGS)}); there are: {names}.")
+        raise ValueError(
+            f"The {scorer} in {path} needs one file of weights ({', '.join(ENDINGS)}); there are: {names}."
+        )
     return found[0]
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by their names, in float32; what else a training wrote beside a `state_dict` is not read.
+    """Return the tensors of a file by name, in float32; of a training checkpoint only the `state_dict`.
 
-    Nothing in the file is executed. Raises ValueError for a file that is broken or holds no named tensors.
+    No code in the file is executed. Raises ValueError for a file that is broken or holds no named tensors.
     """
     try:
         stored: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
@@ -56,10 +58,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], *, file: Path) -> None:
-    """Put every tensor into its place; ValueError, naming the first, for one that is missing, too much or misshapen."""
+    """Copy all tensors into a model; ValueError, naming the first that is missing, unexpected or of another shape."""
     own = dict(model.named_parameters())
     if wrong := sorted(own.keys() ^ tensors.keys()):
-        kind = "lacks" if wrong[0] in own else "holds, but nothing has a place for,"
+        kind = "lacks" if wrong[0] in own else "has the unexpected tensor"
         raise ValueError(f"{file} {kind} {wrong[0]} ({len(wrong)} such tensors).")
     for key, parameter in own.items():
         if parameter.shape != tensors[key].shape:
