@@ -86,7 +86,8 @@ def on_the_fly(rows: Sequence[dict[str, str]], folder: Path, num_steps: int) -> 
 def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) -> RewardModelConfig:
     """The `main` of recipes/diffusion_dpo.py, with a watch. What it cost to fill the cache is part of it."""
     from recipes.diffusion_dpo import Config, load_pairs, update
-    from rlhf_t2i.training.trainer import start_trainer
+    from rlhf_t2i.report import write_report
+    from rlhf_t2i.training.trainer import make_trainer
 
     with TemporaryDirectory() as run_folder:
         config = Config(
@@ -96,7 +97,7 @@ def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) ->
             evaluation_rewards="oracle", num_evaluation_images=2, evaluate_every=0, checkpoint_every=0,
             num_cpu_threads=torch.get_num_threads(),
         )  # fmt: skip
-        trainer = start_trainer(config, recipe="diffusion_dpo", keep_reference=True)
+        trainer = make_trainer(config, recipe="diffusion_dpo", report=write_report, keep_reference=True)
         before = time.process_time(), time.monotonic()
         files = load_pairs(trainer, config)
         filled = {"cpu": time.process_time() - before[0], "wall": time.monotonic() - before[1]}

@@ -67,7 +67,7 @@ def wait_for(folder: Path, launcher: subprocess.Popen[bytes], *, num_steps: int)
 
 def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     """Weights, what AdamW remembers, and averages."""
-    files = sorted((folder / "checkpoints" / f"step_{NUM_STEPS:06d}").glob("learner-*"))
+    files = sorted((folder / "checkpoints" / f"step_{NUM_STEPS:06d}").glob("weights-*"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 

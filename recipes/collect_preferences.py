@@ -38,7 +38,7 @@ from rlhf_t2i.reward_server.server import is_loopback, listen
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE, token
 from rlhf_t2i.seeds import ANNOTATE, generator_for
-from rlhf_t2i.training.run_folder import claim_folder
+from rlhf_t2i.training.claim import claim_folder
 
 _FREE_TO_CHANGE = {"run_folder", "resume", "judge", "batch_size", "host", "port"}
 say = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once

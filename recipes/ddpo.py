@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,14 +28,14 @@ from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.async_reward import AsyncReward
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
-from rlhf_t2i.training.policy_gradient import update_metrics, warn_of_the_first_update
-from rlhf_t2i.training.run import Run
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, start_trainer
+from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
 from rlhf_t2i.types import Sampler, Trajectory
 
 
@@ -105,59 +106,60 @@ class Config(TrainerConfig):
         return round(self.window_start * self.num_denoising_steps), round(self.window_end * self.num_denoising_steps)
 
 
-def main(config: Config) -> Run:
-    """Paint, judge, compare, move."""
+def main(config: Config) -> Path:
+    """Sample images, score them, compute advantages, update the policy; return the run folder."""
     reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
     history = PerPromptHistory(size=config.history_size, min_count=config.history_min_count)
-    trainer = start_trainer(config, recipe="ddpo", keep_reference=config.kl_weight > 0, extra=[history])
-    run, sampler = trainer.run, trainer.sampler(eta=config.eta)
-    mine = run.my_share(config.prompts_per_step, name="prompts_per_step")
+    trainer = make_trainer(
+        config, recipe="ddpo", report=write_report, keep_reference=config.kl_weight > 0, extra=[history]
+    )
+    policy, sampler = trainer.policy, trainer.sampler(eta=config.eta)
+    shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
     for step in trainer.steps():
-        asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
-        own = [asked[i] for i in mine for _ in range(config.images_per_prompt)]
-        with AsyncReward(reward, batch_size=config.microbatch_size) as judges:
-            with run.timed("rollout"), trainer.painting():
+        all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+        own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
+        with AsyncReward(reward, batch_size=config.microbatch_size) as async_reward:
+            with trainer.timed("rollout"), trainer.sampling():
                 images, trajectory = rollout(
-                    trainer.policy, own, sampler=sampler, batch_size=config.microbatch_size,
-                    generators=generators_for(config.seed, SAMPLE, step, mine),
-                    painted=judges.submit if config.async_reward else None,
+                    policy, own_prompts, sampler=sampler, batch_size=config.microbatch_size,
+                    generators=generators_for(config.seed, SAMPLE, step, shard),
+                    painted=async_reward.submit if config.async_reward else None,
                 )  # fmt: skip
-            with run.timed("reward"), torch.no_grad():
-                rewards, verdicts = (
-                    judges.results() if config.async_reward else reward(images, own, batch_size=config.microbatch_size)
-                )
-        groups = run.gather(rewards.view(len(mine), -1)).cpu()
-        advantages = compare(asked, groups, history=history, config=config).to(run.device)
-        with run.timed("update"):
+            with trainer.timed("reward"), torch.no_grad():
+                if config.async_reward:
+                    rewards, scores = async_reward.results()
+                else:
+                    rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+        groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
+        advantages = advantages_of(all_prompts, groups, history=history, config=config).to(trainer.device)
+        with trainer.timed("update"):
             metrics = update(
-                trainer, trajectory, advantages[mine.start : mine.stop].flatten(),
-                generators=generators_for(config.seed, UPDATE, step, mine), sampler=sampler, config=config,
+                trainer, trajectory, advantages[shard.start : shard.stop].flatten(),
+                generators=generators_for(config.seed, UPDATE, step, shard), sampler=sampler, config=config,
             )  # fmt: skip
         if step == 0:
-            warn_of_the_first_update(run, metrics)
-        verdict = {f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}
+            for warning in first_update_warnings(metrics):
+                trainer.print(warning)
         trainer.finish_step(
             step,
             reward=groups.mean().item(),
             reward_std=groups.std(correction=0).item(),
             images=groups.numel(),
-            denoiser_calls=groups.numel()
-            * config.num_denoising_steps
-            * trainer.policy.num_calls(config.guidance_scale),
-            **run.mean(verdict),
+            denoiser_calls=groups.numel() * config.num_denoising_steps * policy.num_calls(config.guidance_scale),
+            **trainer.mean({f"rewards/{name}": values.mean().item() for name, values in scores.items()}),
             **metrics,
         )
     return trainer.finish()
 
 
-def compare(
+def advantages_of(
     prompts: Sequence[str],
     rewards: Float[Tensor, "P K"],
     *,
     history: PerPromptHistory,
     config: Config,
 ) -> Float[Tensor, "P K"]:
-    """How much better each image is than those it is compared with."""
+    """Return the clipped advantage of each of a prompt's K images."""
     match config.advantages:
         case "per_prompt_history":
             advantages = history(prompts, rewards)
@@ -177,15 +179,15 @@ def update(
     sampler: Sampler,
     config: Config,
 ) -> dict[str, float]:
-    """Learn from one rollout: num_inner_epochs x num_minibatches optimiser steps. Returns metrics of all processes.
+    """Take num_inner_epochs x num_minibatches optimiser steps on one rollout; return metrics over all processes.
 
-    `replay_error` is the largest change of a log-density before the first optimiser step: 0 if all is well.
+    `replay_error` is the largest change of a log-probability before the first optimiser step; it should be 0.
     """
-    run, policy = trainer.run, trainer.policy
+    policy = trainer.policy
     clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
-    seen: list[Tensor] = []
+    samples: list[Tensor] = []
     steps: list[dict[str, float]] = []
-    replay_error = torch.zeros(1, device=run.device)
+    replay_error = torch.zeros(1, device=trainer.device)
     for image, step in minibatches(
         generators=generators,
         images_per_prompt=config.images_per_prompt,
@@ -195,32 +197,28 @@ def update(
         num_epochs=config.num_inner_epochs,
     ):
         microbatches = list(zip(image.split(config.microbatch_size), step.split(config.microbatch_size), strict=True))
-        for i, t in microbatches:
-            strokes = trajectory.latents[i, t], t, trajectory.conditioning[i]
-            kl, reference = torch.zeros(len(i), device=run.device), None
-            # Processes exchange gradients once, in the last backward pass.
-            last = i is microbatches[-1][0]
-            with trainer.engine.accumulating(last=last):
-                if config.kl_weight:
-                    with torch.no_grad(), policy.as_reference():
-                        reference = transition_at(policy, *strokes, sampler=sampler)
-                transition = transition_at(policy, *strokes, sampler=sampler)
-                if reference is not None:
-                    kl = mean_kl(transition, reference)
-                log_prob = mean_log_prob(transition, trajectory.latents[i, t + 1])
-                loss = clipped_surrogate_loss(
-                    log_prob, trajectory.log_probs[i, t], advantages[i], clip_range=clip_range
-                )
-                loss = loss + config.kl_weight * kl.mean()
-                trainer.engine.backward(loss * len(i) / len(image))
+        for i, t in trainer.accumulate(microbatches):
+            inputs = trajectory.latents[i, t], t, trajectory.conditioning[i]
+            kl, reference = torch.zeros(len(i), device=trainer.device), None
+            if config.kl_weight:
+                with torch.no_grad(), policy.as_reference():
+                    reference = transition_at(policy, *inputs, sampler=sampler)
+            transition = transition_at(policy, *inputs, sampler=sampler)
+            if reference is not None:
+                kl = mean_kl(transition, reference)
+            log_prob = mean_log_prob(transition, trajectory.latents[i, t + 1])
+            loss = clipped_surrogate_loss(log_prob, trajectory.log_probs[i, t], advantages[i], clip_range=clip_range)
+            loss = loss + config.kl_weight * kl.mean()
+            trainer.backward(loss * len(i) / len(image))
             log_ratio = log_prob.detach() - trajectory.log_probs[i, t]
-            seen.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
+            samples.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
             if not steps:
                 replay_error = torch.maximum(replay_error, log_ratio.abs().max())
         steps.append(trainer.optimizer_step())
     return update_metrics(
-        run, torch.cat(seen), steps, clip_range=clip_range, replay_error=replay_error, with_kl=config.kl_weight > 0
-    )
+        trainer, torch.cat(samples), steps, clip_range=clip_range, replay_error=replay_error,
+        with_kl=config.kl_weight > 0,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

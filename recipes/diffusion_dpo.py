@@ -38,13 +38,13 @@ from rlhf_t2i.data.preferences import (
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import diffusion_dpo_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.denoising_errors import denoising_errors
 from rlhf_t2i.sampling.rollout import paint
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.run import Run
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, start_trainer
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
 from rlhf_t2i.types import Policy
 
 LoadPairs = Callable[[Sequence[int]], PairBatch]
@@ -110,11 +110,11 @@ class Config(TrainerConfig):
         ]
 
 
-def main(config: Config) -> Run:
-    """Take pairs, disturb, compare, move."""
+def main(config: Config) -> Path:
+    """Load or sample preference pairs, noise them, update the policy; return the run folder."""
     judged = config.pairs == "judged"
     reward, prompts = (load_rewards(config.rewards), load_prompts(config.prompts)) if judged else (None, [])
-    trainer = start_trainer(config, recipe="diffusion_dpo", keep_reference=config.loss == "dpo")
+    trainer = make_trainer(config, recipe="diffusion_dpo", report=write_report, keep_reference=config.loss == "dpo")
     times = torch.tensor(whole_numbers(config.times))
     trainer.policy.levels_at(times)  # refuses those that the model does not know
     files = None if judged else load_pairs(trainer, config)
@@ -126,7 +126,7 @@ def main(config: Config) -> Run:
             assert files is not None
             numbers = numbers_of_step(len(files), step, num_pairs=config.pairs_per_step, seed=config.seed)
             load, row = partial(files.load, numbers), {"images": 2 * len(numbers), "pairs": len(numbers)}
-        with trainer.run.timed("update"):
+        with trainer.timed("update"):
             metrics = update(trainer, load, count=int(row["pairs"]), step=step, times=times, config=config)
         trainer.finish_step(step, **row, **metrics)
     return trainer.finish()
@@ -136,25 +136,27 @@ def sample_pairs(
     trainer: Trainer, prompts: Sequence[str], reward: WeightedSum, *, step: int, config: Config
 ) -> tuple[LoadPairs, dict[str, float]]:
     """Paint each prompt and let the reward choose: pairs by number, and metrics of all processes."""
-    run, copies = trainer.run, config.images_per_prompt
-    mine = run.my_share(len(prompts), name="prompts_per_step")
+    copies = config.images_per_prompt
+    mine = trainer.shard(len(prompts), name="prompts_per_step")
     own = [prompts[i] for i in mine for _ in range(copies)]
-    with run.timed("rollout"), trainer.painting():
+    with trainer.timed("rollout"), trainer.sampling():
         images, painted = paint(
             trainer.policy, own, sampler=trainer.sampler(eta=config.eta), batch_size=config.microbatch_size,
             generators=generators_for(config.seed, SAMPLE, step, mine),
         )  # fmt: skip
-    with run.timed("reward"), torch.no_grad():
+    with trainer.timed("reward"), torch.no_grad():
         rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
-    scores = run.gather(rewards.view(len(mine), copies)).cpu()
+    scores = trainer.gather(rewards.view(len(mine), copies)).cpu()
     generators = generators_for(config.seed, UPDATE, step, range(len(prompts)))
     winners, losers = choose_pairs(scores, choice=config.choice, generators=generators)
     if not len(winners):
-        run.say(f"WARNING: in step {step + 1} all images of each prompt earned the same: nothing could be learnt.")
+        trainer.print(
+            f"WARNING: in step {step + 1} all images of each prompt earned the same: nothing could be learnt."
+        )
     if config.keep_pairs:
-        path = run.folder / "pairs" / f"step_{step + 1:06d}.jsonl"
+        path = trainer.folder / "pairs" / f"step_{step + 1:06d}.jsonl"
         save_pairs(path, images, prompts, scores, (winners, losers), first=mine.start * copies)
-    latents, conditioning = run.gather(painted), trainer.policy.encode(prompts)
+    latents, conditioning = trainer.gather(painted), trainer.policy.encode(prompts)
 
     def load(rows: Sequence[int]) -> PairBatch:
         winner, loser = winners[rows], losers[rows]
@@ -162,7 +164,7 @@ def sample_pairs(
 
     return load, {
         "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
-        **run.mean({f"rewards/{name}": seen.mean().item() for name, seen in verdicts.items()}),
+        **trainer.mean({f"rewards/{name}": seen.mean().item() for name, seen in verdicts.items()}),
         "images": scores.numel(), "pairs": len(winners),
         "denoiser_calls": scores.numel() * config.num_denoising_steps * trainer.policy.num_calls(config.guidance_scale),
     }  # fmt: skip
@@ -173,19 +175,18 @@ def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     from reward_model.datasets import load_same_prompt_pairs
     from reward_model.images import to_tensor
 
-    run = trainer.run
-    log = run.folder / (f"skipped_{run.rank}.jsonl" if run.rank else "skipped.jsonl")
+    log = trainer.folder / (f"skipped_{trainer.rank}.jsonl" if trainer.rank else "skipped.jsonl")
     found = load_same_prompt_pairs(
-        names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, log=run.say,
+        names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, log=trainer.print,
         image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
     )  # fmt: skip
-    run.say(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")
+    trainer.print(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")
     files = ImagePairs(
         found, policy=trainer.policy, read=to_tensor, batch_size=config.microbatch_size,
         cache_folder=Path(config.cache_folder) if config.cache_folder else None,
     )  # fmt: skip
-    files.fill_cache(rank=run.rank, num_processes=run.num_processes)
-    run.accelerator.wait_for_everyone()
+    files.fill_cache(rank=trainer.rank, num_processes=trainer.num_processes)
+    trainer.wait_for_everyone()
     return files
 
 
@@ -199,24 +200,22 @@ def update(
     """
     if not count:
         return {}
-    policy, run = trainer.policy, trainer.run
-    share = share_of(count, rank=run.rank, num_processes=run.num_processes)
+    policy = trainer.policy
+    share = share_of(count, rank=trainer.rank, num_processes=trainer.num_processes)
     batch = load(share.rows)
     microbatches = share.microbatches(config.microbatch_size // 2)
     seen, steps = list[Tensor](), list[dict[str, float]]()
     for epoch in range(config.num_inner_epochs):
-        for own, weight in microbatches:
+        for own, weight in trainer.accumulate(microbatches):
             draws = [generator_for(config.seed, NOISE, step, epoch, share.rows[int(i)]) for i in own]
-            # Processes exchange gradients once, in the last backward pass.
-            with trainer.engine.accumulating(last=own is microbatches[-1][0]):
-                loss, facts = loss_of_pairs(policy, batch.at(own), times=times, generators=draws, config=config)
-                trainer.engine.backward(loss * weight)
+            loss, facts = loss_of_pairs(policy, batch.at(own), times=times, generators=draws, config=config)
+            trainer.backward(loss * weight)
             seen.append(facts * weight / len(own))
         steps.append(trainer.optimizer_step())
     totals = torch.cat(seen).sum(0).tolist()
     sums = dict(zip(METRICS, totals, strict=False))  # sft has but the first
     return {
-        **{name: total / len(steps) for name, total in run.mean(sums).items()},
+        **{name: total / len(steps) for name, total in trainer.mean(sums).items()},
         **mean_update_metrics(steps),
     }
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,14 +31,14 @@ from rlhf_t2i.diffusion.forward import noise_to
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import denoising_mse, negative_aware_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.rollout import paint
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.ema import rising_decay
 from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.run import Run
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, start_trainer
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
 from rlhf_t2i.types import Level, Policy, Prediction
 
 METRICS: Sequence[str] = ("loss", "moved", "reference_gap")
@@ -96,33 +97,34 @@ class Config(TrainerConfig):
         ]
 
 
-def main(config: Config) -> Run:
-    """Paint, judge, compare, disturb, move."""
+def main(config: Config) -> Path:
+    """Sample images, score them, compute optimality, noise them, update the policy; return the run folder."""
     reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
-    sampling_ema_decay = rising_decay(
+    sampling_ema = rising_decay(
         start=config.sampling_ema_start, rise=config.sampling_ema_rise, most=config.sampling_ema_max
     )
-    trainer = start_trainer(
-        config, recipe="diffusion_nft", keep_reference=config.kl_weight > 0, sampling_ema_decay=sampling_ema_decay
-    )
-    run, policy, sampler = trainer.run, trainer.policy, trainer.sampler(eta=config.eta)
-    mine = run.my_share(config.prompts_per_step, name="prompts_per_step")
+    trainer = make_trainer(
+        config, recipe="diffusion_nft", report=write_report, keep_reference=config.kl_weight > 0,
+        sampling_ema=sampling_ema,
+    )  # fmt: skip
+    policy, sampler = trainer.policy, trainer.sampler(eta=config.eta)
+    shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
     for step in trainer.steps():
-        asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
-        own = [asked[i] for i in mine for _ in range(config.images_per_prompt)]
-        with run.timed("rollout"), trainer.sampling_ema.applied(trainer.engine.weights), trainer.painting():
+        all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+        own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
+        with trainer.timed("rollout"), trainer.sampling(average="sampling"):
             images, clean = paint(
-                policy, own, sampler=sampler, batch_size=config.microbatch_size,
-                generators=generators_for(config.seed, SAMPLE, step, mine),
+                policy, own_prompts, sampler=sampler, batch_size=config.microbatch_size,
+                generators=generators_for(config.seed, SAMPLE, step, shard),
             )  # fmt: skip
-        with run.timed("reward"), torch.no_grad():
-            rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
-        groups = run.gather(rewards.view(len(mine), -1)).cpu()
+        with trainer.timed("reward"), torch.no_grad():
+            rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+        groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
-        advantages = scaled(groups)[mine.start : mine.stop].flatten().to(run.device)
+        advantages = scaled(groups)[shard.start : shard.stop].flatten().to(trainer.device)
         optimality = (0.5 + advantages / (2 * config.max_advantage)).clamp(0, 1)
-        with run.timed("update"):
-            metrics = update(trainer, clean, own, optimality, mine=mine, step=step, config=config)
+        with trainer.timed("update"):
+            metrics = update(trainer, clean, own_prompts, optimality, shard=shard, step=step, config=config)
         trainer.finish_step(
             step,
             reward=groups.mean().item(),
@@ -130,7 +132,7 @@ def main(config: Config) -> Run:
             degenerate_groups=num_degenerate_groups(groups),
             images=groups.numel(),
             denoiser_calls=groups.numel() * config.num_denoising_steps * policy.num_calls(config.guidance_scale),
-            **run.mean({f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}),
+            **trainer.mean({f"rewards/{name}": values.mean().item() for name, values in scores.items()}),
             **metrics,
         )
     return trainer.finish()
@@ -142,65 +144,65 @@ def update(
     prompts: Sequence[str],
     optimality: Float[Tensor, " B"],
     *,
-    mine: range,
+    shard: range,
     step: int,
     config: Config,
 ) -> dict[str, float]:
-    """Learn from the images of one step: num_minibatches optimiser steps. Returns metrics of all processes.
+    """Take num_minibatches optimiser steps on the images of one step; return metrics over all processes.
 
-    `moved` is how far the clean latents that the model sees are from those that the weights that painted see, squared;
-    `reference_gap` is how far its output is from that of the model before training.
+    `moved` is the mean squared difference of predicted clean latents from those of the sampling weights;
+    `reference_gap` that of the model's outputs from those before training.
     """
-    run, policy = trainer.run, trainer.policy
-    schedule, conditioning = policy.schedule(config.num_denoising_steps), policy.encode(prompts)
-    ask = partial(answer, policy, guidance_scale=config.guidance_scale)
-    drawn = generators_for(config.seed, NOISE, step, mine)
-    seen, steps = list[Tensor](), list[dict[str, float]]()
-    for image, turn in minibatches(
-        generators=generators_for(config.seed, UPDATE, step, mine), images_per_prompt=config.images_per_prompt,
+    policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
+    conditioning = policy.encode(prompts)
+    predict = partial(predict_clean, policy, guidance_scale=config.guidance_scale)
+    noise_generators = generators_for(config.seed, NOISE, step, shard)
+    samples, steps = list[Tensor](), list[dict[str, float]]()
+    for image, level in minibatches(
+        generators=generators_for(config.seed, UPDATE, step, shard), images_per_prompt=config.images_per_prompt,
         window=(0, config.num_denoising_steps), fraction=config.timestep_fraction,
         num_minibatches=config.num_minibatches, num_epochs=1,
     ):  # fmt: skip
-        num_images = len(mine) * config.images_per_prompt // config.num_minibatches
-        shape = (num_images, *clean.shape[1:])
-        noise = torch.cat([randn(shape, generators=drawn, device=run.device) for _ in range(len(image) // num_images)])
+        num_images = len(shard) * config.images_per_prompt // config.num_minibatches
+        shape, num_levels = (num_images, *clean.shape[1:]), len(image) // num_images
+        noise = torch.cat([randn(shape, generators=noise_generators, device=trainer.device) for _ in range(num_levels)])
         batches = [
-            NoisedBatch(clean[i], noise[rows], schedule.at(turn[rows]), conditioning[i], optimality[i])
+            NoisedBatch(clean[i], noise[rows], schedule.at(level[rows]), conditioning[i], optimality[i])
             for rows in torch.arange(len(image)).split(config.microbatch_size)
             for i in (image[rows],)
         ]
-        with torch.no_grad(), trainer.sampling_ema.applied(trainer.engine.weights), trainer.painting():
-            old = [ask(batch).clean for batch in batches]
-        first = old  # not looked at where there is no reference
+        with torch.no_grad(), trainer.sampling(average="sampling"):
+            old_predictions = [predict(batch).clean for batch in batches]
+        reference_outputs: list[Tensor | None] = [None] * len(batches)
         if config.kl_weight:
-            with torch.no_grad(), trainer.painting(), policy.as_reference():
-                first = [policy.output(ask(batch), batch.level) for batch in batches]
-        for batch, before, reference in zip(batches, old, first, strict=True):
-            # Processes exchange gradients once, in the last backward pass.
-            with trainer.engine.accumulating(last=batch is batches[-1]):
-                now = ask(batch)
-                # Times max_advantage an advantage of one pulls as much whatever makes an image wholly good.
-                loss = config.max_advantage * negative_aware_loss(
-                    now.clean, before, batch.clean, batch.optimality, beta=config.beta
-                )
-                facts = [loss.detach().expand(len(batch.clean)), denoising_mse(now.clean.detach(), before)]
-                if config.kl_weight:
-                    gap = denoising_mse(policy.output(now, batch.level), reference)
-                    loss = loss + config.kl_weight * gap.mean()
-                    facts.append(gap.detach())
-                trainer.engine.backward(loss * len(batch.clean) / len(image))
-            seen.append(torch.stack(facts, dim=1))
+            with torch.no_grad(), trainer.sampling(), policy.as_reference():
+                reference_outputs = [policy.output(predict(batch), batch.level) for batch in batches]
+        for batch, old, reference in trainer.accumulate(
+            list(zip(batches, old_predictions, reference_outputs, strict=True))
+        ):
+            new = predict(batch)
+            # Times max_advantage, so that an advantage of 1 has the same gradient whatever max_advantage is.
+            loss = config.max_advantage * negative_aware_loss(
+                new.clean, old, batch.clean, batch.optimality, beta=config.beta
+            )
+            sample = [loss.detach().expand(len(batch.clean)), denoising_mse(new.clean.detach(), old)]
+            if reference is not None:
+                gap = denoising_mse(policy.output(new, batch.level), reference)
+                loss = loss + config.kl_weight * gap.mean()
+                sample.append(gap.detach())
+            trainer.backward(loss * len(batch.clean) / len(image))
+            samples.append(torch.stack(sample, dim=1))
         steps.append(trainer.optimizer_step())
-    means = run.gather(torch.cat(seen)).mean(dim=0).tolist()
+    means = trainer.gather(torch.cat(samples)).mean(dim=0).tolist()
     return {
-        **dict(zip(METRICS, means, strict=False)),  # no gap where no reference was asked
+        **dict(zip(METRICS, means, strict=False)),  # no reference_gap without a reference
         **mean_update_metrics(steps),
     }
 
 
 @dataclass(frozen=True, eq=False)
 class NoisedBatch:
-    """Images, the noise that is put on them, and what else an update needs to know."""
+    """Clean latents, the noise to add to them, and what the loss needs."""
 
     clean: Float[Tensor, "B C H W"]
     noise: Float[Tensor, "B C H W"]
@@ -209,8 +211,8 @@ class NoisedBatch:
     optimality: Float[Tensor, " B"]
 
 
-def answer(policy: Policy, batch: NoisedBatch, *, guidance_scale: float) -> Prediction:
-    """What a policy takes disturbed images for."""
+def predict_clean(policy: Policy, batch: NoisedBatch, *, guidance_scale: float) -> Prediction:
+    """Return the policy's prediction from the noised latents of a batch."""
     latents = noise_to(batch.clean, batch.level, batch.noise)
     return policy.predict(latents, batch.level, batch.conditioning, guidance_scale=guidance_scale)
 

@@ -22,20 +22,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.losses import reward_loss, weight_distance
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.gradient import ScoredImages, require_gradient, score_with_gradient
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.backprop import GradientWindow, Painting, sample_with_gradient
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
-from rlhf_t2i.training.run import Run
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, start_trainer
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
 from rlhf_t2i.types import Sampler
 
 
@@ -116,23 +118,24 @@ class Config(TrainerConfig):
         return round(self.window_start * self.num_denoising_steps), round(self.window_end * self.num_denoising_steps)
 
 
-def main(config: Config) -> Run:
-    """Paint, judge, move."""
+def main(config: Config) -> Path:
+    """Sample images, backpropagate their rewards, update the policy; return the run folder."""
     reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
     require_gradient(reward, prompt=prompts[0])
-    trainer = start_trainer(
-        config, recipe="draft", keep_reference=config.kl_weight > 0, keep_initial=config.l2_sp_weight > 0
-    )
-    if config.l2_sp_weight and trainer.engine.is_sharded:
+    trainer = make_trainer(
+        config, recipe="draft", report=write_report, keep_reference=config.kl_weight > 0,
+        keep_initial_weights=config.l2_sp_weight > 0,
+    )  # fmt: skip
+    if config.l2_sp_weight and trainer.is_sharded:
         raise ValueError(
-            "l2_sp_weight needs all weights in one place, which ZeRO-3 and FSDP2 do not have; use kl_weight, or "
+            "l2_sp_weight needs unsharded weights, which ZeRO-3 and FSDP2 do not have; use kl_weight, or "
             "accelerate_configs/deepspeed_zero2.yaml."
         )
     sampler = trainer.sampler(eta=config.eta)
-    mine = trainer.run.my_share(config.images_per_step, name="images_per_step")
+    shard = trainer.shard(config.images_per_step, name="images_per_step")
     for step in trainer.steps():
-        asked = prompts_of_step(prompts, step, num_prompts=config.images_per_step, seed=config.seed)
-        metrics = update(trainer, reward, asked, step=step, mine=mine, sampler=sampler, config=config)
+        all_prompts = prompts_of_step(prompts, step, num_prompts=config.images_per_step, seed=config.seed)
+        metrics = update(trainer, reward, all_prompts, step=step, shard=shard, sampler=sampler, config=config)
         trainer.finish_step(step, images=config.images_per_step, **metrics)
     return trainer.finish()
 
@@ -162,70 +165,66 @@ def update(
     prompts: Sequence[str],
     *,
     step: int,
-    mine: range,
+    shard: range,
     sampler: Sampler,
     config: Config,
 ) -> dict[str, float]:
-    """Paint and judge this process's share of the prompts, a microbatch at a time, and take one optimiser step.
+    """Sample and score this process's prompts in microbatches, and take one optimiser step.
 
-    Returns metrics of all processes. `saturated_share` is the part of the squared pixel gradient that lies on pixels
-    beyond [0, 1], which only a painter that keeps their gradient learns from.
+    Returns metrics over all processes. `saturated_share` is the fraction of the squared pixel gradient that lies on
+    pixels outside [0, 1]: the policy learns from it only because images are not clamped.
     """
-    run, policy = trainer.run, trainer.policy
+    policy = trainer.policy
     variants = 1 + config.num_renoisings if config.method == "draft_lv" else 1
-    seen: list[Tensor] = []
-    calls = 0
-    microbatches = torch.tensor(mine).split(max(1, config.microbatch_size // variants))
-    for rows in microbatches:
+    samples: list[Tensor] = []
+    num_calls = 0
+    for rows in trainer.accumulate(torch.tensor(shard).split(max(1, config.microbatch_size // variants))):
         indices: list[int] = rows.tolist()
-        own = [prompts[i] for i in indices]
-        # Processes exchange gradients once, in the last backward pass.
-        last = rows is microbatches[-1]
-        with trainer.engine.accumulating(last=last):
-            with run.timed("rollout"):
-                painting = sample_with_gradient(
-                    policy, own, sampler=sampler,
-                    kept=gradient_window(config, generators_for(config.seed, UPDATE, step, indices)),
-                    generators=generators_for(config.seed, SAMPLE, step, indices),
-                    checkpointing=config.checkpoint_denoising_steps, ask_reference=config.kl_weight > 0,
-                    in_step=trainer.engine.is_sharded,
-                )  # fmt: skip
-            with run.timed("reward"):
-                judgement = score_with_gradient(reward, painting.images, own * variants)
-            loss = config.reward_weight * reward_loss(judgement.rewards, margin=config.reward_margin)
-            loss = loss + config.kl_weight * painting.reference_gap.mean()
-            if config.l2_sp_weight:
-                loss = loss + config.l2_sp_weight * weight_distance(policy.trainable, trainer.initial)
-            with run.timed("update"):
-                trainer.engine.backward(loss * len(rows) / len(mine))
-        calls += painting.num_calls
-        seen.append(measured(painting, judgement, loss)[: len(rows)])
-    with run.timed("update"):
-        descent = trainer.optimizer_step()
-    rewards, loss, gap, saturated, pixels, *verdicts = run.gather(torch.cat(seen)).T
-    names = (f"rewards/{judge.name}" for judge in reward.rewards)
+        own_prompts = [prompts[i] for i in indices]
+        with trainer.timed("rollout"):
+            sampled = sample_with_gradient(
+                policy, own_prompts, sampler=sampler,
+                kept=gradient_window(config, generators_for(config.seed, UPDATE, step, indices)),
+                generators=generators_for(config.seed, SAMPLE, step, indices),
+                checkpointing=config.checkpoint_denoising_steps, ask_reference=config.kl_weight > 0,
+                in_step=trainer.is_sharded,
+            )  # fmt: skip
+        with trainer.timed("reward"):
+            scored = score_with_gradient(reward, sampled.images, own_prompts * variants)
+        loss = config.reward_weight * reward_loss(scored.rewards, margin=config.reward_margin)
+        loss = loss + config.kl_weight * sampled.reference_gap.mean()
+        if config.l2_sp_weight:
+            loss = loss + config.l2_sp_weight * weight_distance(policy.trainable, trainer.initial_weights)
+        with trainer.timed("update"):
+            trainer.backward(loss * len(rows) / len(shard))
+        num_calls += sampled.num_calls
+        samples.append(measurements(sampled, scored, loss)[: len(rows)])
+    with trainer.timed("update"):
+        step_metrics = trainer.optimizer_step()
+    rewards, loss, gap, saturated, squared, *scores = trainer.gather(torch.cat(samples)).T
+    names = (f"rewards/{part.name}" for part in reward.rewards)
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
-        **dict(zip(names, (scores.mean().item() for scores in verdicts), strict=True)),
+        **dict(zip(names, (values.mean().item() for values in scores), strict=True)),
         "loss": loss.mean().item(),
         **({"reference_gap": gap.mean().item()} if config.kl_weight else {}),
-        "saturated_share": (saturated.sum() / pixels.sum().clamp_min(torch.finfo().tiny)).item(),
-        "denoiser_calls": int(run.gather(torch.tensor([calls], device=run.device)).sum()),
-        **descent,
+        "saturated_share": (saturated.sum() / squared.sum().clamp_min(torch.finfo().tiny)).item(),
+        "denoiser_calls": int(trainer.gather(torch.tensor([num_calls], device=trainer.device)).sum()),
+        **step_metrics,
     }
 
 
 @torch.no_grad()
-def measured(painting: Painting, judgement: ScoredImages, loss: Tensor) -> Tensor:
-    """What is to be averaged over the images of all processes: a row for each image."""
-    squared = judgement.pixel_gradient.square()
-    beyond = (painting.images < 0) | (painting.images > 1)
-    numbers = [
-        judgement.rewards, loss.expand(len(squared)), painting.reference_gap,
-        (squared * beyond).flatten(1).sum(1), squared.flatten(1).sum(1), *judgement.scores.values(),
+def measurements(sampled: Painting, scored: ScoredImages, loss: Tensor) -> Float[Tensor, "B metrics"]:
+    """Return what is averaged over the images of all processes, one row for each image."""
+    squared = scored.pixel_gradient.square()
+    outside = (sampled.images < 0) | (sampled.images > 1)
+    columns = [
+        scored.rewards, loss.expand(len(squared)), sampled.reference_gap,
+        (squared * outside).flatten(1).sum(1), squared.flatten(1).sum(1), *scored.scores.values(),
     ]  # fmt: skip
-    return torch.stack(numbers, dim=1)
+    return torch.stack(columns, dim=1)
 
 
 if __name__ == "__main__":

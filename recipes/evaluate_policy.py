@@ -14,11 +14,12 @@ from typing import Literal
 
 from rlhf_t2i.config import names, parse_config
 from rlhf_t2i.diffusion.transitions import stochastic
+from rlhf_t2i.image_grids import save_captions, save_image_grid
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set
-from rlhf_t2i.training.metrics import save_captions, save_image_grid
 from rlhf_t2i.training.run import start_run
+from rlhf_t2i.training.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES
 from rlhf_t2i.types import Sampler
 
 
@@ -72,7 +73,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     prompts, seeds = evaluation_set(
         load_prompts(config.prompts, held_out=True), num_images=config.num_images, seed=config.evaluation_seed
     )
-    run = start_run({**asdict(config), "resume": False, "trackers": "", "keep_checkpoints": 0}, recipe="evaluation")
+    run = start_run({**asdict(config), "resume": False, "trackers": ""}, recipe="evaluation")
     table: dict[str, dict[str, float]] = {}
     for index, name in enumerate(names(config.weights)):
         policy = load_policy(
@@ -84,14 +85,16 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         )
         schedule = policy.schedule(config.num_denoising_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.eta), config.guidance_scale)
-        evaluation = evaluate(policy, prompts, seeds, rewards, sampler=sampler, batch_size=config.batch_size, run=run)
+        evaluation = evaluate(
+            policy, prompts, seeds, rewards, sampler=sampler, batch_size=config.batch_size, processes=run
+        )
         table[name] = evaluation.summary()
-        run.say(row(name, evaluation))
+        run.print(row(name, evaluation))
         if run.is_main:
-            save_image_grid(run.folder / "images" / f"{index}.png", evaluation.images)
-            save_captions(run.folder / "images" / "captions.json", prompts, seeds)
-            (run.folder / "table.json").write_text(json.dumps(table, indent=1))
-    run.say(f"table     {run.folder / 'table.json'}\nimages  {run.folder / 'images'}")
+            save_image_grid(run.folder / IMAGES / f"{index}.png", evaluation.images)
+            save_captions(run.folder / IMAGES / CAPTIONS, prompts, seeds)
+            (run.folder / EVALUATION_TABLE).write_text(json.dumps(table, indent=1))
+    run.print(f"table     {run.folder / EVALUATION_TABLE}\nimages    {run.folder / IMAGES}")
     run.close()
     return table
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -32,13 +33,13 @@ from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_r
 from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.batching import minibatches, window_of_step
-from rlhf_t2i.training.policy_gradient import update_metrics, warn_of_the_first_update
-from rlhf_t2i.training.run import Run
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, start_trainer
+from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
 from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
 
 
@@ -123,39 +124,40 @@ class Config(TrainerConfig):
         )  # fmt: skip
 
 
-def main(config: Config) -> Run:
-    """Paint, judge, compare, move."""
+def main(config: Config) -> Path:
+    """Sample images, score them, compute advantages, update the policy; return the run folder."""
     reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
-    trainer = start_trainer(config, recipe="flow_grpo", keep_reference=config.kl_weight > 0)
-    run, policy, schedule = trainer.run, trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
+    trainer = make_trainer(config, recipe="flow_grpo", report=write_report, keep_reference=config.kl_weight > 0)
+    policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
     dynamics = noisy_step(schedule, config)
-    mine = run.my_share(config.prompts_per_step, name="prompts_per_step")
+    shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
     for step in trainer.steps():
-        asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
-        own = [asked[i] for i in mine for _ in range(config.images_per_prompt)]
+        all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+        own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
         window = config.window(step)
         first, end = (float(schedule.sigma[index]) for index in window)
         sampler = Sampler(schedule, partial(windowed, dynamics=dynamics, first=first, end=end), config.guidance_scale)
-        with run.timed("rollout"), trainer.painting():
+        with trainer.timed("rollout"), trainer.sampling():
             images, trajectory = rollout(
-                policy, own, sampler=sampler, batch_size=config.microbatch_size,
-                generators=generators_for(config.seed, SAMPLE, step, mine),
+                policy, own_prompts, sampler=sampler, batch_size=config.microbatch_size,
+                generators=generators_for(config.seed, SAMPLE, step, shard),
             )  # fmt: skip
-        with run.timed("reward"), torch.no_grad():
-            rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
-        groups = run.gather(rewards.view(len(mine), -1)).cpu()
+        with trainer.timed("reward"), torch.no_grad():
+            rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+        groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
-        advantages = scaled(groups).clamp(-config.max_advantage, config.max_advantage).to(run.device)
-        drawn = None
+        advantages = scaled(groups).clamp(-config.max_advantage, config.max_advantage).to(trainer.device)
+        noise = None
         if config.ratio_normalisation:
-            drawn = noise_of_rollout(policy, trajectory, generators=generators_for(config.seed, SAMPLE, step, mine))
-        with run.timed("update"):
+            noise = noise_of_rollout(policy, trajectory, generators=generators_for(config.seed, SAMPLE, step, shard))
+        with trainer.timed("update"):
             metrics = update(
-                trainer, trajectory, advantages[mine.start : mine.stop].flatten(), drawn=drawn, window=window,
-                generators=generators_for(config.seed, UPDATE, step, mine), sampler=sampler, config=config,
+                trainer, trajectory, advantages[shard.start : shard.stop].flatten(), noise=noise, window=window,
+                generators=generators_for(config.seed, UPDATE, step, shard), sampler=sampler, config=config,
             )  # fmt: skip
         if step == 0:
-            warn_of_the_first_update(run, metrics)
+            for warning in first_update_warnings(metrics):
+                trainer.print(warning)
         trainer.finish_step(
             step,
             reward=groups.mean().item(),
@@ -164,7 +166,7 @@ def main(config: Config) -> Run:
             window_first=window[0],
             images=groups.numel(),
             denoiser_calls=groups.numel() * config.num_denoising_steps * policy.num_calls(config.guidance_scale),
-            **run.mean({f"rewards/{name}": scores.mean().item() for name, scores in verdicts.items()}),
+            **trainer.mean({f"rewards/{name}": values.mean().item() for name, values in scores.items()}),
             **metrics,
         )
     return trainer.finish()
@@ -189,55 +191,54 @@ def update(
     trajectory: Trajectory,
     advantages: Float[Tensor, " B"],
     *,
-    drawn: Float[Tensor, "B T C H W"] | None,
+    noise: Float[Tensor, "B T C H W"] | None,
     window: tuple[int, int],
     generators: Sequence[torch.Generator],
     sampler: Sampler,
     config: Config,
 ) -> dict[str, float]:
-    """Learn from one rollout: num_inner_epochs x num_minibatches optimiser steps. Returns metrics of all processes.
+    """Take num_inner_epochs x num_minibatches optimiser steps on one rollout; return metrics over all processes.
 
-    `drawn` is the noise of the rollout, if ratios are to be normalised. `replay_error` is the largest change of a
-    log-density before the first optimiser step: 0 if all is well.
+    `noise` is that of the rollout, needed to normalise ratios. `replay_error` is the largest change of a
+    log-probability before the first optimiser step; it should be 0.
     """
-    run, policy, sigma = trainer.run, trainer.policy, sampler.schedule.sigma
+    policy, sigma = trainer.policy, sampler.schedule.sigma
     clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
-    seen: list[Tensor] = []
+    samples: list[Tensor] = []
     steps: list[dict[str, float]] = []
-    replay_error = torch.zeros(1, device=run.device)
+    replay_error = torch.zeros(1, device=trainer.device)
     for image, step in minibatches(
         generators=generators, images_per_prompt=config.images_per_prompt, window=window, fraction=1.0,
         num_minibatches=config.num_minibatches, num_epochs=config.num_inner_epochs,
     ):  # fmt: skip
         microbatches = list(zip(image.split(config.microbatch_size), step.split(config.microbatch_size), strict=True))
-        for i, t in microbatches:
-            strokes = trajectory.latents[i, t], t, trajectory.conditioning[i]
-            kl, reference = torch.zeros(len(i), device=run.device), None
-            # Processes exchange gradients once, in the last backward pass.
-            with trainer.engine.accumulating(last=i is microbatches[-1][0]):
-                if config.kl_weight:
-                    with torch.no_grad(), policy.as_reference():
-                        reference = transition_at(policy, *strokes, sampler=sampler)
-                transition = transition_at(policy, *strokes, sampler=sampler)
-                if reference is not None:
-                    kl = mean_kl(transition, reference)
-                log_ratio = mean_log_prob(transition, trajectory.latents[i, t + 1]) - trajectory.log_probs[i, t]
-                advantage = advantages[i]
-                if drawn is not None:
-                    old_mean = trajectory.latents[i, t + 1] - per_image(transition.std) * drawn[i, t]
-                    log_ratio = normalised_log_ratio(log_ratio, transition, old_mean)
-                    advantage = advantage / (sigma[t] - sigma[t + 1])
-                loss = clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), advantage, clip_range=clip_range)
-                loss = loss + config.kl_weight * kl.mean()
-                trainer.engine.backward(loss * len(i) / len(image))
+        for i, t in trainer.accumulate(microbatches):
+            inputs = trajectory.latents[i, t], t, trajectory.conditioning[i]
+            kl, reference = torch.zeros(len(i), device=trainer.device), None
+            if config.kl_weight:
+                with torch.no_grad(), policy.as_reference():
+                    reference = transition_at(policy, *inputs, sampler=sampler)
+            transition = transition_at(policy, *inputs, sampler=sampler)
+            if reference is not None:
+                kl = mean_kl(transition, reference)
+            log_ratio = mean_log_prob(transition, trajectory.latents[i, t + 1]) - trajectory.log_probs[i, t]
+            advantage = advantages[i]
+            if noise is not None:
+                old_mean = trajectory.latents[i, t + 1] - per_image(transition.std) * noise[i, t]
+                log_ratio = normalised_log_ratio(log_ratio, transition, old_mean)
+                advantage = advantage / (sigma[t] - sigma[t + 1])
+            loss = clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), advantage, clip_range=clip_range)
+            loss = loss + config.kl_weight * kl.mean()
+            trainer.backward(loss * len(i) / len(image))
             log_ratio = log_ratio.detach()
-            seen.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
+            samples.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
             if not steps:
                 replay_error = torch.maximum(replay_error, log_ratio.abs().max())
         steps.append(trainer.optimizer_step())
     return update_metrics(
-        run, torch.cat(seen), steps, clip_range=clip_range, replay_error=replay_error, with_kl=config.kl_weight > 0
-    )
+        trainer, torch.cat(samples), steps, clip_range=clip_range, replay_error=replay_error,
+        with_kl=config.kl_weight > 0,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

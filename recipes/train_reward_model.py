@@ -177,7 +177,7 @@ def main(config: Config) -> Path:
     from reward_model.training import RewardModelTrainer, newest_checkpoint
     from rlhf_t2i.distributed.processes import end_processes
     from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
-    from rlhf_t2i.training.run_folder import restarted
+    from rlhf_t2i.training.environment import restarted
 
     args, folder = start(config)
     training, validation, tests = load_data(config, folder)
@@ -245,15 +245,15 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
     from accelerate.utils import DistributedType
     from trl.trainer.reward_config import RewardConfig
 
-    from rlhf_t2i.training.run import keep_trackers_quiet, share_cores, stop_with_the_launcher
-    from rlhf_t2i.training.run_folder import claim_folder
+    from rlhf_t2i.training.claim import claim_folder
+    from rlhf_t2i.training.environment import check_trackers, set_num_threads, stop_with_launcher
 
     trackers = names(config.trackers)
-    keep_trackers_quiet(trackers)
-    stop_with_the_launcher()
+    check_trackers(trackers)
+    stop_with_launcher()
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        share_cores(config.num_cpu_threads)
+        set_num_threads(config.num_cpu_threads)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"mixed_precision {precision} is not supported; use no, fp16 or bf16.")

@@ -174,6 +174,23 @@ class Policy(DiffusionModel, Protocol):
 
 
 @runtime_checkable
+class ProcessGroup(Protocol):
+    """Processes that share a task."""
+
+    @property
+    def rank(self) -> int:
+        """Index of this process, from 0."""
+        ...
+
+    @property
+    def num_processes(self) -> int: ...
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all processes, in the order of their ranks. Collective."""
+        ...
+
+
+@runtime_checkable
 class Reward(Protocol):
     """How good are these images? Any callable of this shape is a reward."""
 

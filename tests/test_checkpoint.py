@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i.training import checkpoint
-from rlhf_t2i.training.checkpoint import begin, checkpoint_name, checkpoint_step, commit, newest_whole
+from rlhf_t2i.training import checkpoint_files
+from rlhf_t2i.training.checkpoint_files import begin, checkpoint_name, checkpoint_step, commit, newest_whole
 
 
 def save(folder: Path, step: int, *, keep: int = 10) -> Path:
@@ -177,7 +177,7 @@ def test_a_fault_at_any_moment_of_a_commit_leaves_the_older_checkpoint_whole(
 ) -> None:
     older = save(tmp_path, 10, keep=1)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint if hasattr(checkpoint, moment) else Path, moment, no_space)
+        patched.setattr(checkpoint_files if hasattr(checkpoint_files, moment) else Path, moment, no_space)
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path, 20, keep=1)
     assert found(tmp_path) == (older, [])
@@ -198,7 +198,7 @@ def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(
         named.append(len(flushed))
         return rename(path, target)
 
-    monkeypatch.setattr(checkpoint, "flush", note_flush)
+    monkeypatch.setattr(checkpoint_files, "flush", note_flush)
     monkeypatch.setattr(Path, "rename", note_rename)
     save(tmp_path, 10)
     before, after = flushed[: named[0]], flushed[named[0] :]

@@ -48,7 +48,7 @@ def test_group_recipes_run(recipe: Any, path: Path, request: pytest.FixtureReque
         "num_evaluation_steps": 4, "num_steps": 1, "num_evaluation_images": 2, "rewards": REDNESS,
         "evaluation_rewards": REDNESS, "run_folder": tmp_path / "run", "num_cpu_threads": 1,
     }  # fmt: skip
-    assert last_row(recipe.main(read(recipe, path, **small)).folder)["gradient_norm"] > 0
+    assert last_row(recipe.main(read(recipe, path, **small)))["gradient_norm"] > 0
 
 
 @pytest.mark.parametrize("path", [path for path in FLOW_GRPO if "sd35m" in path.stem], ids=lambda path: path.stem)
@@ -83,7 +83,7 @@ def test_ddpo_on_sdxl_runs(tiny_sdxl: Path, tmp_path: Path) -> None:
         "model": tiny_sdxl, "prompts_per_step": 2, "num_denoising_steps": 4, "num_steps": 1, "num_minibatches": 1,
         "num_evaluation_images": 2, "run_folder": tmp_path / "run", "num_cpu_threads": 1,
     }  # fmt: skip
-    row = last_row(ddpo.main(read(ddpo, CONFIGS / "ddpo_sdxl.yaml", **small)).folder)
+    row = last_row(ddpo.main(read(ddpo, CONFIGS / "ddpo_sdxl.yaml", **small)))
     assert row["gradient_norm"] > 0
     assert row["replay_error"] == 0
 
@@ -97,7 +97,7 @@ def test_diffusion_dpo_on_sdxl_runs_and_its_batches_are_worked_out_right(tiny_sd
         "model": tiny_sdxl, "pairs": tmp_path / "pairs.jsonl", "pairs_per_step": 1, "num_denoising_steps": 4,
         "num_steps": 1, "num_evaluation_images": 2, "run_folder": tmp_path / "run", "num_cpu_threads": 1,
     }  # fmt: skip
-    assert last_row(diffusion_dpo.main(read(diffusion_dpo, path, **small)).folder)["gradient_norm"] > 0
+    assert last_row(diffusion_dpo.main(read(diffusion_dpo, path, **small)))["gradient_norm"] > 0
     config, header = read(diffusion_dpo, path), path.read_text()
     assert config.learning_rate == pytest.approx(1e-8 * config.pairs_per_step)
     for gpus in (1, 4, 8):

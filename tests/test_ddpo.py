@@ -22,7 +22,7 @@ from recipes import ddpo
 from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.run import Run
-from rlhf_t2i.training.trainer import TrainerConfig
+from rlhf_t2i.training.trainer import Trainer, TrainerConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +62,7 @@ def config(tiny_sd: Path, tmp_path: Path) -> ddpo.Config:
 
 def train(config: ddpo.Config) -> Path:
     """Run the recipe in this process; returns the run folder."""
-    return ddpo.main(config).folder
+    return ddpo.main(config)
 
 
 def weights(folder: Path, step: int = 3) -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ def state(folder: Path, step: int = 3) -> tuple[dict[str, torch.Tensor], Any]:
     """Everything in a checkpoint: weights, what the optimiser remembers, averages; and the rest."""
     checkpoint = folder / "checkpoints" / f"step_{step:06d}"
     tensors: dict[str, torch.Tensor] = {}
-    for path in checkpoint.glob("learner-*"):
+    for path in checkpoint.glob("weights-*"):
         tensors |= load_file(path)
     return tensors, torch.load(checkpoint / "extra.pt", weights_only=True)
 
@@ -215,7 +215,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(config: ddpo.Config, tm
     folder = train(replace(stopped, resume=True))
     assert_same(weights(uninterrupted), weights(folder))
     (tensors, rest), (expected, expected_rest) = state(folder), state(uninterrupted)
-    assert {key.partition("/")[0] for key in tensors} == {"weight", "exp_avg", "exp_avg_sq", "step", "average"}
+    assert {key.partition("/")[0] for key in tensors} == {"weight", "exp_avg", "exp_avg_sq", "step", "ema"}
     assert_same(tensors, expected)
     assert rest == expected_rest
     kept = ("step", "reward", "loss", "ratio_std", "kl")
@@ -255,7 +255,7 @@ def test_a_polite_stop_writes_a_checkpoint_and_exits_cleanly(config: ddpo.Config
     assert weights(folder, done)
     assert f"Stopped after {done} of 1000 steps. " in output
     again = ["--config", str(folder / "config.yaml"), "--resume", "--run_folder", str(folder)]
-    assert f"Go on with: {' '.join(again)}" in output
+    assert f"Continue with: {' '.join(again)}" in output
     result = subprocess.run(
         [sys.executable, "recipes/ddpo.py", *again, "--num_steps", str(done + 1)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
@@ -284,10 +284,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 ) -> None:
     uninterrupted = train(replace(config, run_folder=str(tmp_path / "whole")))
     folder = train(config)
-    path = folder / "checkpoints" / "step_000003" / "learner-00001-of-00001.safetensors"
+    path = folder / "checkpoints" / "step_000003" / "weights-00001-of-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
     train(replace(config, resume=True))
-    assert "step_000003: learner-00001-of-00001.safetensors is not what was written" in capsys.readouterr().out
+    assert "step_000003: weights-00001-of-00001.safetensors is not what was written" in capsys.readouterr().out
     assert_same(weights(uninterrupted), weights(folder))
 
 
@@ -334,8 +334,10 @@ def test_plain_diffusers_paints_the_images_of_the_last_evaluation(
 ) -> None:
     """The exported weights, loaded by a script that imports only diffusers."""
     seen: list[Evaluation] = []
-    record = Run.record
-    monkeypatch.setattr(Run, "record", lambda run, evaluation: (seen.append(evaluation), record(run, evaluation)))
+    record = Trainer.record
+    monkeypatch.setattr(
+        Trainer, "record", lambda trainer, evaluation: (seen.append(evaluation), record(trainer, evaluation))
+    )
     folder = train(replace(config, lora_rank=lora_rank, learning_rate=3e-2 if lora_rank else 3e-3, clip_range=1.0))
     name, out = "lora" if lora_rank else "unet", tmp_path / "images.pt"
     (tmp_path / "paint.py").write_text(SAMPLE)
@@ -407,14 +409,14 @@ def test_prompts_that_processes_cannot_share_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(Run, "num_processes", 2)
     run = object.__new__(Run)
     with pytest.raises(ValueError, match=r"prompts_per_step \(3\) must be a multiple of the number of processes \(2\)"):
-        run.my_share(3, name="prompts_per_step")
+        run.shard(3, name="prompts_per_step")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 1e-9}, "it will learn slowly. Raise learning_rate."),
-        ({"learning_rate": 1e-1}, "most strokes are clipped and teach nothing. Lower learning_rate"),
+        ({"learning_rate": 1e-9}, "training will be slow. Raise learning_rate."),
+        ({"learning_rate": 1e-1}, "most denoising steps are clipped and have no gradient. Lower learning_rate"),
         ({"learning_rate": 1e-4, "num_inner_epochs": 1}, None),
     ],
 )

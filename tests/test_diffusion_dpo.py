@@ -80,7 +80,7 @@ def people(tmp_path: Path) -> Path:
 
 def train(config: diffusion_dpo.Config) -> Path:
     """Run the recipe in this process; returns the run folder."""
-    return diffusion_dpo.main(config).folder
+    return diffusion_dpo.main(config)
 
 
 # --- learning ---------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def config(tiny_zimage: Path, tmp_path: Path) -> diffusion_nft.Config:
 
 
 def train(config: diffusion_nft.Config) -> Path:
-    return diffusion_nft.main(config).folder
+    return diffusion_nft.main(config)
 
 
 @pytest.mark.parametrize(

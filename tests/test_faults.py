@@ -22,10 +22,10 @@ from torch.testing import assert_close
 
 from recipes import ddpo
 from rlhf_t2i.rewards.builtin import oracle_graded
-from rlhf_t2i.training.checkpoint import newest_whole
+from rlhf_t2i.training.checkpoint_files import newest_whole
+from tests.servers import free_port
 from tests.test_ddpo import ROOT, launch, launch_command, rows, state
 from tests.test_parallel import TINY
-from tests.servers import free_port
 
 CALLS = count(1)
 

@@ -63,7 +63,7 @@ def config(tiny_sd3: Path, tmp_path: Path) -> flow_grpo.Config:
 
 
 def train(config: flow_grpo.Config) -> Path:
-    return flow_grpo.main(config).folder
+    return flow_grpo.main(config)
 
 
 # --- learning ---------------------------------------------------------------------------------------

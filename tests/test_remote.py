@@ -799,11 +799,11 @@ def test_training_with_a_remote_reward_gives_the_bits_of_training_with_the_local
         rewards=f"{__name__}:one_pixel", evaluation_rewards=f"{__name__}:one_pixel", num_steps=2, evaluate_every=0,
         num_evaluation_images=2, num_cpu_threads=1, run_folder=str(tmp_path / "here"),
     )  # fmt: skip
-    here = ddpo.main(config).folder
+    here = ddpo.main(config)
     with serving(one_pixel) as server:
         there = ddpo.main(
             replace(config, rewards=server.address, async_reward=True, run_folder=str(tmp_path / "there"))
-        ).folder
+        )
     (weights, rest), (expected, expected_rest) = state(there, 2), state(here, 2)
     assert rest == expected_rest
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -16,17 +16,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rlhf_t2i.report import (
-    Chart,
-    charts,
-    compare,
-    draw,
-    hacking,
-    headline,
-    read_metrics,
-    time_split,
-    write_report,
-)
+from rlhf_t2i.report import Chart, charts, draw, write_report
+from rlhf_t2i.training.changes import compare, hacking, headline
+from rlhf_t2i.training.metrics import read_metrics, time_split
 
 Row = dict[str, Any]
 

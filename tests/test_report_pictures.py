@@ -39,7 +39,7 @@ def looked_at(folder: Path, *, num: int = 40, steps: tuple[int, ...] = (0, 10, 2
     """A run folder with the images of its evaluations, as a run leaves them; returns its rows."""
     (folder / "images").mkdir()
     for step in steps:
-        save_evaluation(seen(num, shade=step / 100), folder / "images", step=step)
+        save_evaluation(seen(num, shade=step / 100), folder, step=step)
     means = [{**evaluation(step, step / 10, 0.01, elapsed=1.0 + step), "num_images": num} for step in steps]
     rows = [means[0], TRAINED, *means[1:]]
     run_folder(folder, rows)
@@ -64,7 +64,7 @@ def test_the_utmost_images_come_in_order(scores: list[float], count: int, best: 
 
 def test_every_score_of_an_evaluation_is_written_down(tmp_path: Path) -> None:
     save_evaluation(seen(40), tmp_path, step=10)
-    told = json.loads((tmp_path / "step_000010.json").read_text())
+    told = json.loads((tmp_path / "images" / "step_000010.json").read_text())
     assert told["scores"]["pass"] == [0.0] * 37 + [1.0] * 3
     assert told["scores"]["oracle"] == pytest.approx([i / 10 for i in range(40)])
     assert (told["prompts"][39], told["seeds"][39]) == ("image 39", 139)
@@ -73,8 +73,8 @@ def test_every_score_of_an_evaluation_is_written_down(tmp_path: Path) -> None:
 def test_only_the_last_evaluation_keeps_its_utmost_images(tmp_path: Path) -> None:
     for step in (0, 10):
         save_evaluation(seen(40), tmp_path, step=step)
-    assert {path.name for path in tmp_path.glob("extremes*")} == {"extremes_000010.png", "extremes.json"}
-    assert len(list(tmp_path.glob("step_*.png"))) == 2
+    assert {path.name for path in (tmp_path / "images").glob("extremes*")} == {"extremes_000010.png", "extremes.json"}
+    assert len(list((tmp_path / "images").glob("step_*.png"))) == 2
 
 
 def test_diversity_and_its_error_by_hand() -> None:

@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from rlhf_t2i.files import write_atomically
-from rlhf_t2i.report import Row
+from rlhf_t2i.image_grids import save_image_grid
 from rlhf_t2i.report.comparison import shared_cells, side_by_side
 from rlhf_t2i.rewards.load import WeightedSum
-from rlhf_t2i.training.metrics import save_image_grid
+from rlhf_t2i.training.metrics import Row
 
 IMAGES = "images"
 ItemT = TypeVar("ItemT")

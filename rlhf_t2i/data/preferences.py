@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_t2i.data.latent_cache import TensorCache
 from rlhf_t2i.files import write_atomically
-from rlhf_t2i.training.metrics import save_image_grid
+from rlhf_t2i.image_grids import save_image_grid
 from rlhf_t2i.types import Policy
 
 _PER_FILE = 512

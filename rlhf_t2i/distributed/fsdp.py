@@ -50,8 +50,8 @@ class FullySharded:
         [group] = optimizer.param_groups
         group["params"] = list(self._parameters.values())
 
-    def spread(self, frozen: nn.Module) -> nn.Module:
-        return fully_sharded(frozen)
+    def shard_frozen(self, module: nn.Module) -> nn.Module:
+        return fully_sharded(module)
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -87,18 +87,18 @@ class FullySharded:
                 shard.reshard()
                 shard.set_reshard_after_forward(shard is not self.network, recurse=False)
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def gather_weight(self, name: str, shard: Tensor) -> Tensor:
         like = self._parameters[name]
         return DTensor.from_local(
-            part, self._mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            shard, self._mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         ).full_tensor()
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        return self._spread(name, whole).to_local()
+    def shard_of(self, name: str, weight: Tensor) -> Tensor:
+        return self._sharded(name, weight).to_local()
 
-    def _spread(self, name: str, whole: Tensor) -> DTensor:
+    def _sharded(self, name: str, weight: Tensor) -> DTensor:
         like = self._parameters[name]
-        return distribute_tensor(whole.to(like.device, like.dtype), self._mesh, like.placements)
+        return distribute_tensor(weight.to(like.device, like.dtype), self._mesh, like.placements)
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._optimizer.state.get(self._parameters[name], {})
@@ -106,7 +106,7 @@ class FullySharded:
 
     @torch.no_grad()
     def load(self, name: str, weight: Tensor, optimizer_state: Mapping[str, Tensor]) -> None:
-        self.weights[name].copy_(self.part(name, weight))
+        self.weights[name].copy_(self.shard_of(name, weight))
         if optimizer_state:
-            moments = {key: self._spread(name, optimizer_state[key]) for key in MOMENTS}
+            moments = {key: self._sharded(name, optimizer_state[key]) for key in MOMENTS}
             self._optimizer.state[self._parameters[name]] = {"step": optimizer_state["step"].clone(), **moments}

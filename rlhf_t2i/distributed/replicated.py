@@ -31,8 +31,8 @@ class Replicated:
         self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.weights: Mapping[str, Tensor] = {name: p.data for name, p in self._parameters.items()}
 
-    def spread(self, frozen: nn.Module) -> nn.Module:
-        return frozen
+    def shard_frozen(self, module: nn.Module) -> nn.Module:
+        return module
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -61,13 +61,13 @@ class Replicated:
     def gathered_network(self) -> Iterator[nn.Module]:
         yield self._module
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def gather_weight(self, name: str, shard: Tensor) -> Tensor:
         del name
-        return part
+        return shard
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
+    def shard_of(self, name: str, weight: Tensor) -> Tensor:
         del name
-        return whole
+        return weight
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
         return dict(self._adam.state.get(self._parameters[name], {}))

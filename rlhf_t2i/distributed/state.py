@@ -24,12 +24,12 @@ def write_state(engine: Engine, copies: Copies, folder: Path, *, rank: int, num_
     `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` and `COPY/NAME`. Raises OSError and SafetensorError.
     """
     share: dict[str, Tensor] = {}
-    for index, (name, part) in enumerate(engine.weights.items()):
-        found = {WEIGHT: engine.whole(name, part), **engine.optimizer_state(name)}
-        found |= {copy: engine.whole(name, parts[name]) for copy, parts in copies.items() if name in parts}
+    for index, (name, shard) in enumerate(engine.weights.items()):
+        found = {WEIGHT: engine.gather_weight(name, shard), **engine.optimizer_state(name)}
+        found |= {copy: engine.gather_weight(name, shards[name]) for copy, shards in copies.items() if name in shards}
         if index % num_processes == rank:
             share |= {f"{key}/{name}": tensor.detach().to("cpu", copy=True) for key, tensor in found.items()}
-    save_file(share, folder / f"learner-{rank + 1:05d}-of-{num_processes:05d}.safetensors")
+    save_file(share, folder / f"weights-{rank + 1:05d}-of-{num_processes:05d}.safetensors")
 
 
 def read_state(engine: Engine, copies: Copies, folder: Path) -> None:
@@ -38,7 +38,10 @@ def read_state(engine: Engine, copies: Copies, folder: Path) -> None:
     Raises ValueError if other weights were trained.
     """
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("learner-*"))]
+        files = [
+            stack.enter_context(safe_open(path, framework="pt"))
+            for path in sorted(folder.glob("weights-*.safetensors"))
+        ]
         where = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # not a dict
         stored: dict[str, list[str]] = {}
         for key in where:
@@ -49,16 +52,16 @@ def read_state(engine: Engine, copies: Copies, folder: Path) -> None:
         for name in engine.weights:
             found = {kind: where[f"{kind}/{name}"].get_tensor(f"{kind}/{name}") for kind in stored[name]}
             engine.load(name, found.pop(WEIGHT), {k: v for k, v in found.items() if k not in copies})
-            for copy, parts in copies.items():
+            for copy, shards in copies.items():
                 if copy in found:
-                    parts[name] = engine.part(name, found[copy]).to(engine.weights[name].device, copy=True)
+                    shards[name] = engine.shard_of(name, found[copy]).to(engine.weights[name].device, copy=True)
 
 
 def gather_weights(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
     """The trained weights, whole, in main memory; nothing where they are not to be kept. Collective."""
     weights: dict[str, Tensor] = {}
-    for name, part in engine.weights.items():
-        weight = engine.whole(name, part)
+    for name, shard in engine.weights.items():
+        weight = engine.gather_weight(name, shard)
         if keep:
             weights[name] = weight.detach().to("cpu", copy=True)
     return weights
@@ -67,7 +70,7 @@ def gather_weights(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
 def stored_weights(folder: Path) -> dict[str, Tensor]:
     """The trained weights in a checkpoint, whole."""
     weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("learner-*")):
+    for path in sorted(folder.glob("weights-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = [key for key in file.keys() if key.startswith(f"{WEIGHT}/")]  # noqa: SIM118
             weights |= {key.removeprefix(f"{WEIGHT}/"): file.get_tensor(key) for key in names}

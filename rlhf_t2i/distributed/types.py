@@ -26,7 +26,7 @@ class Engine(Protocol):
     is_sharded: bool
     """Whether a process holds only a part of the weights."""
 
-    def spread(self, frozen: nn.Module) -> nn.Module:
+    def shard_frozen(self, module: nn.Module) -> nn.Module:
         """Another network, which does not learn, held as this one is: whole, or in parts."""
         ...
 
@@ -46,11 +46,11 @@ class Engine(Protocol):
         without gradient."""
         ...
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def gather_weight(self, name: str, shard: Tensor) -> Tensor:
         """The weight (or what is shaped like it) of which each process gives its part."""
         ...
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
+    def shard_of(self, name: str, weight: Tensor) -> Tensor:
         """This process's part of a whole."""
         ...
 

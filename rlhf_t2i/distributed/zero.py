@@ -77,9 +77,9 @@ class Zero:
             name: p.ds_tensor.data if self.is_sharded else p.data for name, p in self._parameters.items()
         }
 
-    def spread(self, frozen: nn.Module) -> nn.Module:
+    def shard_frozen(self, module: nn.Module) -> nn.Module:
         # DeepSpeed has one optimiser for one network; torch cuts a frozen one as well.
-        return fully_sharded(frozen) if self.is_sharded else frozen
+        return fully_sharded(module) if self.is_sharded else module
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
@@ -111,21 +111,21 @@ class Zero:
             finally:
                 add_hooks(self._engine)
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def gather_weight(self, name: str, shard: Tensor) -> Tensor:
         if not self.is_sharded:
-            return part
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, part.contiguous())
+            return shard
+        shards = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
+        dist.all_gather(shards, shard.contiguous())
         shape = self._parameters[name].ds_shape
-        return torch.cat(parts)[: shape.numel()].view(shape)
+        return torch.cat(shards)[: shape.numel()].view(shape)
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
+    def shard_of(self, name: str, weight: Tensor) -> Tensor:
         if not self.is_sharded:
-            return whole
-        part = self.weights[name]
-        padded = whole.new_zeros(len(part) * dist.get_world_size())
-        padded[: whole.numel()] = whole.flatten()
-        return padded.view(-1, len(part))[dist.get_rank()].to(part)
+            return weight
+        own = self.weights[name]
+        padded = weight.new_zeros(len(own) * dist.get_world_size())
+        padded[: weight.numel()] = weight.flatten()
+        return padded.view(-1, len(own))[dist.get_rank()].to(own)
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
         from deepspeed import utils  # takes seconds
@@ -141,15 +141,15 @@ class Zero:
     def load(self, name: str, weight: Tensor, optimizer_state: Mapping[str, Tensor]) -> None:
         from deepspeed import utils  # takes seconds
 
-        parameter, part = self._parameters[name], self.part(name, weight)
-        self.weights[name].copy_(part)
+        parameter, shard = self._parameters[name], self.shard_of(name, weight)
+        self.weights[name].copy_(shard)
         write_weight = utils.safe_set_local_fp32_param if self.is_sharded else utils.safe_set_full_fp32_param
         write_state = utils.safe_set_local_optimizer_state if self.is_sharded else utils.safe_set_full_optimizer_state
-        write_weight(parameter, part)
+        write_weight(parameter, shard)
         if optimizer_state:
             self._begin_optimizer_state(optimizer_state["step"])
             for key in MOMENTS:
-                write_state(parameter, self.part(name, optimizer_state[key]), key)
+                write_state(parameter, self.shard_of(name, optimizer_state[key]), key)
 
     @property
     def _zero(self) -> Any:

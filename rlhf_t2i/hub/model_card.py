@@ -13,8 +13,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rlhf_t2i.hub.base import Base
 from rlhf_t2i.hub.licence import Licence
 from rlhf_t2i.hub.usage import TEMPLATES, diffusers_usage, reward_model_usage
-from rlhf_t2i.report import Chart, Row, hacking, headline, reward_changes
+from rlhf_t2i.report import Chart
+from rlhf_t2i.training.changes import hacking, headline, reward_changes
 from rlhf_t2i.training.finished_run import FinishedRun
+from rlhf_t2i.training.metrics import Row
 
 _Z_95 = 1.96
 """Half-width of a 95 % confidence interval in standard errors."""

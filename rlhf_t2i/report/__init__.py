@@ -4,33 +4,10 @@ The page needs nothing but itself: images are embedded, curves are inline SVG, a
 browser fetch nothing and run nothing but the slider. `python -m rlhf_t2i.report FOLDER` writes it afresh.
 """
 
-from rlhf_t2i.report.changes import Change, Gap, compare, hacking, headline, reward_changes
 from rlhf_t2i.report.charts import Chart, charts, draw
 from rlhf_t2i.report.checks import findings
 from rlhf_t2i.report.finding import Finding
 from rlhf_t2i.report.head import HEAD, STYLES
 from rlhf_t2i.report.page import write_report
-from rlhf_t2i.report.rows import Points, Row, by_step, read_metrics, time_split, total
 
-__all__ = [
-    "HEAD",
-    "STYLES",
-    "Change",
-    "Chart",
-    "Finding",
-    "Gap",
-    "Points",
-    "Row",
-    "by_step",
-    "charts",
-    "compare",
-    "draw",
-    "findings",
-    "hacking",
-    "headline",
-    "read_metrics",
-    "reward_changes",
-    "time_split",
-    "total",
-    "write_report",
-]
+__all__ = ["HEAD", "STYLES", "Chart", "Finding", "charts", "draw", "findings", "write_report"]

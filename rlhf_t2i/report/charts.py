@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
-from rlhf_t2i.report.changes import Gap, hacking
-from rlhf_t2i.report.rows import Points, Row, by_step, points, reward_names, trained_rewards
+from rlhf_t2i.training.changes import Gap, hacking
+from rlhf_t2i.training.metrics import Points, Row, by_step, points, reward_names, trained_rewards
 
 _IMAGES, _UPDATE = "The images", "The update"
 _HEALTH = [

@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean
 
-from rlhf_t2i.report.changes import diversity_of, with_error
 from rlhf_t2i.report.finding import NUM_ERRORS, Config, Finding, advice, change, recent, setting, surely_above, text
-from rlhf_t2i.report.rows import Row, by_step, number, reward_names, trained_rewards
 from rlhf_t2i.report.update_checks import clipping_is_stuck, gradients_break, ratios_are_off
+from rlhf_t2i.training.changes import diversity_of, with_error
+from rlhf_t2i.training.metrics import Row, by_step, number, reward_names, trained_rewards
 
 COLLAPSE = 1 / 3
 """Of the first diversity. Half is lost where all is well: much of it was images of something else than asked."""

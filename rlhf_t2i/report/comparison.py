@@ -15,7 +15,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from rlhf_t2i.report import HEAD, Points, Row, by_step, compare, read_metrics, time_split, total
+from rlhf_t2i.report import HEAD
+from rlhf_t2i.training.changes import compare
+from rlhf_t2i.training.metrics import Points, Row, by_step, read_metrics, time_split, total
 
 _ERROR = "/standard_error"
 _COLOURS = ("#2a9d8f", "#d08a2e", "#8f7fd6", "#d6566c", "#4f97d0", "#8fa53a", "#b07a5e", "#8a929c")

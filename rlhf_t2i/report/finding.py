@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from rlhf_t2i.report.changes import with_error
-from rlhf_t2i.report.rows import ERROR, Row, by_step, number, reward_names
+from rlhf_t2i.training.changes import with_error
+from rlhf_t2i.training.metrics import ERROR, Row, by_step, number, reward_names
 
 Config = Mapping[str, Any]
 

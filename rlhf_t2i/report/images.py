@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from rlhf_t2i.report.changes import with_error
-from rlhf_t2i.report.rows import ERROR, Row, by_step, number, reward_names, trained_rewards
+from rlhf_t2i.training.changes import with_error
+from rlhf_t2i.training.metrics import ERROR, Row, by_step, number, reward_names, trained_rewards
 
 MAX_STRIPS = 24
 """Evaluations whose images a page holds: with thumbnails about 6 MB."""

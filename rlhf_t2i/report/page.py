@@ -11,12 +11,12 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from rlhf_t2i.report.changes import diversity_of, hacking, headline, reward_changes, with_error
 from rlhf_t2i.report.charts import charts, draw, grouped
 from rlhf_t2i.report.checks import findings
 from rlhf_t2i.report.head import HERE, head
 from rlhf_t2i.report.images import best_and_worst, through_training
-from rlhf_t2i.report.rows import Row, by_step, read_metrics, time_split, total
+from rlhf_t2i.training.changes import diversity_of, hacking, headline, reward_changes, with_error
+from rlhf_t2i.training.metrics import Row, by_step, read_metrics, time_split, total
 
 NUM_PAIRS = 12
 """Pairs of images that are shown at once; the others wait behind a line to open."""

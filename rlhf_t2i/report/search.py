@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from rlhf_t2i.report import HEAD, Chart, Points, draw
+from rlhf_t2i.report import HEAD, Chart, draw
 from rlhf_t2i.search.candidates import expected_best
+from rlhf_t2i.training.metrics import Points
 
 Row = dict[str, Any]
 COSTS = {"denoiser_calls": "denoiser calls", "reward_calls": "reward calls", "seconds": "seconds"}

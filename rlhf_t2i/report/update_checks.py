@@ -7,16 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from rlhf_t2i.report.finding import Config, Finding, advice, has_learnt, no_nan, recent, setting, surely_above
-from rlhf_t2i.report.rows import Row, by_step, number
+from rlhf_t2i.training.metrics import FAST, MOSTLY_CLIPPED, REPLAY_NOISE, SLOW, Row, by_step, number
 
-REPLAY_NOISE = 0.1
-"""Clip ranges by which an unchanged policy may differ from itself: a tenth does not decide what is clipped."""
-SLOW = 0.02
-"""Clip ranges: fifty such updates in the same direction would be needed before anything is clipped."""
-FAST = 10.0
-"""Clip ranges: almost no stroke is within one of them, so almost all are clipped."""
-MOSTLY_CLIPPED = 0.8
-"""Share of strokes: then four of five are painted and judged for nothing."""
 _WARM_UP = 0.1
 """Part of a run in which left out updates are no warning with fp16: it begins with too large a scale, and lowers it."""
 _SCALING = 0.01

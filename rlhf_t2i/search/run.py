@@ -21,6 +21,7 @@ from tqdm import tqdm
 from rlhf_t2i.config import Rule, check, names
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.files import write_atomically
+from rlhf_t2i.image_grids import save_image_grid
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.report.search import SearchRecord, read_records, summary, write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_reward, load_rewards
@@ -28,7 +29,6 @@ from rlhf_t2i.search.context import Candidates, Cost, SearchContext, Veto
 from rlhf_t2i.search.geneval import metadata_of, write_metadata
 from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PROMPTS, measure_reward_std
 from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for, seed_for
-from rlhf_t2i.training.metrics import save_image_grid
 from rlhf_t2i.training.run import Run, start_run
 from rlhf_t2i.types import Sampler
 
@@ -147,7 +147,7 @@ class SearchRun:
         # Every process must have listed the unfinished tasks before the first result is written.
         self.run.accelerator.wait_for_everyone()
         if len(todo) < len(tasks):
-            self.run.say(f"Resumed: {len(tasks) - len(todo)} of {len(tasks)} images are finished.")
+            self.run.print(f"Resumed: {len(tasks) - len(todo)} of {len(tasks)} images are finished.")
         own = todo[self.run.rank :: self.run.num_processes]
         size = self.config.searches_per_batch
         yield from tqdm(
@@ -177,7 +177,7 @@ class SearchRun:
             generators = [generator_for(self.config.seed, CALIBRATE, i) for i in range(num_images)]
             reward_std = measure_reward_std(self.context, prompts, generators=generators)
             write_atomically(path, json.dumps({"reward_std": reward_std, "num_images": num_images}))
-            self.run.say(f"The reward's standard deviation among images of one prompt is {reward_std:.3g}.")
+            self.run.print(f"The reward's standard deviation among images of one prompt is {reward_std:.3g}.")
         self.run.accelerator.wait_for_everyone()
         return json.loads(path.read_text())["reward_std"]
 
@@ -233,8 +233,8 @@ class SearchRun:
         records = read_records(self.images)
         if self.run.is_main:
             report = write_report(self.run.folder)
-            self.run.say(summary(records))
-            self.run.say(f"report    {report}\nimages    {self.images}")
+            self.run.print(summary(records))
+            self.run.print(f"report    {report}\nimages    {self.images}")
         self.run.close()
         return records
 
@@ -257,7 +257,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> SearchRun:
     evaluation_rewards = load_rewards(config.evaluation_rewards) if names(config.evaluation_rewards) else None
     prompts = load_prompts(config.prompts, held_out=True)
     metadata = metadata_of(config.prompts, prompts)
-    run = start_run({**asdict(config), "trackers": "", "keep_checkpoints": 0}, recipe=recipe, checkpoints=False)
+    run = start_run({**asdict(config), "trackers": ""}, recipe=recipe, checkpoints=False)
     policy = load_policy(
         config.model,
         device=run.device,

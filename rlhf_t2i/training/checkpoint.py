@@ -1,89 +1,81 @@
-"""Save so that a crash at any moment leaves a whole checkpoint behind, and find it again.
-
-A checkpoint is a folder `step_000120`. It is written under another name, every file is flushed to the disk, a manifest
-with checksums comes last, and only then does it get its name. Whatever has the name and fits its manifest is good.
-"""
+"""Checkpoints of a training run: weights, optimiser state, averages, and whatever else a resumed run needs."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from rlhf_t2i.files import flush, sha256_of
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 
-_MANIFEST = "manifest.json"
+from rlhf_t2i.distributed.state import Copies, read_state, write_state
+from rlhf_t2i.distributed.types import Engine
+from rlhf_t2i.training.checkpoint_files import begin, checkpoint_name, checkpoint_step, commit
+from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.run_folder import CHECKPOINTS
 
-
-def checkpoint_name(step: int) -> str:
-    """The folder of the checkpoint after `step` steps."""
-    return f"step_{step:06d}"
-
-
-def checkpoint_step(path: Path) -> int:
-    """How many steps had been done when a checkpoint was written."""
-    return int(path.name.removeprefix("step_"))
+_EXTRA = "extra.pt"
 
 
-def begin(folder: Path, step: int) -> Path:
-    """An empty folder to write a checkpoint's files into; nothing counts until `commit`.
+class Checkpoints:
+    """Checkpoints of one run, in the `checkpoints` folder of its run folder.
 
-    What earlier attempts left half-written is removed.
+    They hold the weights and optimiser state of `engine`, further `copies` of the weights such as averages, and the
+    state_dict of each of `extra`, which must be small and equal on all processes. The `keep` newest are kept.
     """
-    part = folder / f"{checkpoint_name(step)}.part"
-    for leftover in folder.glob("step_*.part"):
-        shutil.rmtree(leftover)
-    part.mkdir(parents=True)
-    return part
 
+    def __init__(self, run: Run, engine: Engine, *, copies: Copies, extra: Sequence[Any], keep: int) -> None:
+        scaler = run.accelerator.scaler
+        self.run, self.engine, self.copies, self.keep = run, engine, copies, keep
+        self.extra = [*extra, *([scaler] if scaler is not None else [])]
 
-def commit(part: Path, *, keep: int) -> Path:
-    """Make a written folder a checkpoint, and remove all but the `keep` newest."""
-    files = sorted(path for path in part.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(part)): sha256_of(path) for path in files}
-    (part / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*part.rglob("*"), part]:
-        flush(path)
-    target = part.with_suffix("")
-    shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)
-    flush(target.parent)
-    others = [path for path in _checkpoints(target.parent) if path != target]
-    for old in others[keep - 1 :]:
-        shutil.rmtree(old)
-    return target
+    def restore(self) -> int:
+        """Load the checkpoint from which the run resumes, if any; return how many steps were done. Collective.
 
+        Raises ValueError for a checkpoint of another model.
+        """
+        source = self.run.resumed_from
+        if source is None:
+            return 0
+        read_state(self.engine, self.copies, source)
+        states = torch.load(source / _EXTRA, weights_only=True)
+        for item, state in zip(self.extra, states, strict=True):
+            item.load_state_dict(state)
+        step = checkpoint_step(source)
+        self.run.print(f"Resumed after step {step} from {source}")
+        return step
 
-def newest_whole(folder: Path, *, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that fits its manifest; each one passed over is reported with the reason."""
-    for path in _checkpoints(folder):
-        if fault := _fault(path):
-            report(f"Skipped the checkpoint {path}: {fault}.")
-        else:
-            return path
-    return None
+    def save(self, step: int) -> None:
+        """Write the checkpoint after `step` steps, complete or not at all; each process writes its share. Collective.
 
+        Raises OSError, on all processes, if one of them could not write.
+        """
+        folder = self.run.folder / CHECKPOINTS
+        part = folder / (checkpoint_name(step) + ".part")
+        with self._all_or_none(step):
+            if self.run.is_main:
+                begin(folder, step)
+        with self._all_or_none(step):
+            write_state(self.engine, self.copies, part, rank=self.run.rank, num_processes=self.run.num_processes)
+            if self.run.is_main:
+                torch.save([item.state_dict() for item in self.extra], part / _EXTRA)
+        with self._all_or_none(step):
+            if self.run.is_main:
+                commit(part, keep=self.keep)
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """All that has a checkpoint's name, newest first."""
-    found = [p for p in folder.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
-def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest: dict[str, str] = json.loads((path / _MANIFEST).read_text())
-    except FileNotFoundError:
-        return "it has no manifest, so it was never finished"
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return "its manifest cannot be read"
-    if not isinstance(manifest, dict):
-        return "its manifest cannot be read"
-    for name, checksum in manifest.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if sha256_of(path / name) != checksum:
-            return f"{name} is not what was written"
-    return None
+    @contextlib.contextmanager
+    def _all_or_none(self, step: int) -> Iterator[None]:
+        """Wait for all processes; raise on all of them if one could not write, so that none waits for it."""
+        problem = None
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of these
+            problem = error
+        problems = [found for found in gather_object([problem]) if found is not None]
+        if problems:
+            raise OSError(
+                f"The checkpoint after step {step} could not be written ({problems[0]}); earlier checkpoints are "
+                f"complete. Free some disk space and continue with --resume --run_folder {self.run.folder}"
+            ) from problem

@@ -24,7 +24,7 @@ class EarlyStop:
         return self.num_since >= self.patience
 
     @torch.no_grad()
-    def see(self, step: int, value: float, weights: Mapping[str, Tensor]) -> None:
+    def update(self, step: int, value: float, weights: Mapping[str, Tensor]) -> None:
         """Take note of an evaluation of these weights; they are copied if it is the best."""
         self.num_since += 1
         if value > self.best:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.files import write_atomically
+from rlhf_t2i.image_grids import NUM_COLUMNS, save_captions, save_image_grid
 from rlhf_t2i.rewards.load import CheckedReward
 from rlhf_t2i.sampling.rollout import paint
-from rlhf_t2i.training.metrics import NUM_COLUMNS, save_captions, save_image_grid
-from rlhf_t2i.types import Policy, Sampler
-
-if TYPE_CHECKING:
-    from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.run_folder import CAPTIONS, EXTREMES, IMAGES, evaluation_scores, extremes_grid, image_grid
+from rlhf_t2i.types import Policy, ProcessGroup, Sampler
 
 _NUM_SHOWN = 4 * NUM_COLUMNS
 """Images on the strip of each evaluation."""
@@ -56,14 +53,14 @@ def evaluate(
     *,
     sampler: Sampler,
     batch_size: int,
-    run: Run | None = None,
+    processes: ProcessGroup | None = None,
 ) -> Evaluation:
     """Paint `prompts[i]` from a generator seeded with `seeds[i]`, and let every reward judge.
 
-    One seed is one image: plain diffusers with the same generator paints it too. With the processes of a `run` each
+    One seed is one image: plain diffusers with the same generator paints it too. With several `processes` each
     paints an equal share (the last images are painted twice where it does not divide) and all get the whole.
     """
-    rank, num_processes = (run.rank, run.num_processes) if run else (0, 1)
+    rank, num_processes = (processes.rank, processes.num_processes) if processes else (0, 1)
     share = -(-len(prompts) // num_processes)
     mine = [min(i, len(prompts) - 1) for i in range(rank * share, (rank + 1) * share)]
     images: list[Tensor] = []
@@ -83,7 +80,7 @@ def evaluate(
     own = torch.cat(images)
 
     def whole(tensor: Tensor) -> Tensor:
-        everything = run.gather(tensor) if run else tensor
+        everything = processes.gather(tensor) if processes else tensor
         return everything[: len(prompts)].cpu()
 
     verdicts = {name: whole(torch.cat(parts)) for name, parts in scores.items()}
@@ -128,7 +125,7 @@ def extremes(scores: Float[Tensor, " B"], *, count: int) -> tuple[list[int], lis
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path, *, step: int) -> None:
-    """Write what an evaluation saw, for people and for the report, into the folder of a run's images.
+    """Write what an evaluation saw, for people and for the report, into the images of a run folder.
 
     step_000010.png         a strip of the first images; captions.json says what they are
     step_000010.json        {"prompts", "seeds", "scores": {reward: [of every image]}}
@@ -137,18 +134,18 @@ def save_evaluation(evaluation: Evaluation, folder: Path, *, step: int) -> None:
                             an image is its place in step_000010.json, and `cells` names that of each cell
     """
     shown = slice(0, _NUM_SHOWN)
-    save_image_grid(folder / f"step_{step:06d}.png", evaluation.images[shown])
-    save_captions(folder / "captions.json", evaluation.prompts[shown], evaluation.seeds[shown])
+    save_image_grid(image_grid(folder, step), evaluation.images[shown])
+    save_captions(folder / IMAGES / CAPTIONS, evaluation.prompts[shown], evaluation.seeds[shown])
     scores = {name: values.tolist() for name, values in evaluation.scores.items()}
     spoken = {"prompts": evaluation.prompts, "seeds": evaluation.seeds, "scores": scores}
-    write_atomically(folder / f"step_{step:06d}.json", json.dumps(spoken))
+    write_atomically(evaluation_scores(folder, step), json.dumps(spoken))
     _save_extremes(evaluation, folder, step=step)
 
 
 def _save_extremes(evaluation: Evaluation, folder: Path, *, step: int) -> None:
     found = {name: extremes(values, count=_NUM_EXTREMES) for name, values in evaluation.scores.items()}
     cells = sorted({i for sides in found.values() for side in sides for i in side})
-    strip = folder / f"extremes_{step:06d}.png"
+    strip = extremes_grid(folder, step)
     save_image_grid(strip, evaluation.images[cells])
     facts = {
         "step": step,
@@ -157,6 +154,6 @@ def _save_extremes(evaluation: Evaluation, folder: Path, *, step: int) -> None:
         "best": {name: best for name, (best, _) in found.items()},
         "worst": {name: worst for name, (_, worst) in found.items()},
     }
-    write_atomically(folder / "extremes.json", json.dumps(facts))
-    for earlier in set(folder.glob("extremes_*")) - {strip}:
+    write_atomically(folder / IMAGES / EXTREMES, json.dumps(facts))
+    for earlier in set(strip.parent.glob("extremes_*")) - {strip}:
         earlier.unlink()

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from rlhf_t2i.report import Row, by_step, read_metrics
 from rlhf_t2i.shapes.names import TOY_RESOLUTION as PIXELS
+from rlhf_t2i.training.metrics import Row, by_step, read_metrics
 
 Kind = Literal["lora", "unet", "transformer", "reward_model"]
 WEIGHTS: dict[Kind, str] = {

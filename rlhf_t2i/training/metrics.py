@@ -1,23 +1,91 @@
-"""What a run writes down as it goes: one JSON line a row, and strips of images."""
+"""Rows of a run's metrics.jsonl: written, read, ordered and summed."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor
-
 from rlhf_t2i.files import write_atomically
-from rlhf_t2i.report import hacking, read_metrics, reward_changes
+from rlhf_t2i.training.run_folder import METRICS
 
-NUM_COLUMNS = 8
+Row = dict[str, Any]
+Points = list[tuple[float, float, float]]
+"""(step, value, standard error or 0), from left to right."""
+
+ERROR = "/standard_error"
+"""What follows the name of a reward in the key of its standard error."""
+
+REPLAY_NOISE = 0.1
+"""Largest harmless replay_error, in units of clip_range: a tenth does not decide which ratios are clipped."""
+SLOW = 0.02
+"""ratio_std below which an update is small, in units of clip_range: 50 such updates in one direction reach the clip
+range."""
+FAST = 10.0
+"""ratio_std above which an update is large, in units of clip_range: nearly all ratios are clipped."""
+MOSTLY_CLIPPED = 0.8
+"""clip_fraction above which most of the sampled (image, step) pairs have no gradient."""
+
+
+def read_metrics(folder: Path) -> list[Row]:
+    """The rows of a run so far, without a last line that a killed process left half-written.
+
+    Raises ValueError for a broken line anywhere else.
+    """
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number} is not JSON: {line[:80]}") from error
+    return rows
+
+
+def by_step(rows: Sequence[Row], kind: str) -> list[Row]:
+    """Rows of one kind in order; where a resumed run has repeated a step, the repetition counts."""
+    of_step = {row["step"]: row for row in rows if row["kind"] == kind}
+    return [of_step[step] for step in sorted(of_step)]
+
+
+def reward_names(evaluations: Sequence[Row]) -> list[str]:
+    """The rewards that these evaluations asked, in their order."""
+    return list(dict.fromkeys(key.removesuffix(ERROR) for row in evaluations for key in row if key.endswith(ERROR)))
+
+
+def trained_rewards(rows: Sequence[Row]) -> list[str]:
+    """The rewards that the run learns from; none for one that learns from people's preferences."""
+    keys = [key for row in by_step(rows, "train") for key in row if key.startswith("rewards/")]
+    return [key.removeprefix("rewards/") for key in dict.fromkeys(keys)]
+
+
+def number(row: Row, key: str) -> float:
+    """What a row says under a key; NaN if nothing, or no number."""
+    return float(value) if isinstance(value := row.get(key), int | float) else math.nan
+
+
+def points(rows: Sequence[Row], key: str, *, error: str | None = None) -> Points:
+    """What can be drawn of a key; its errors are under `error`, or where those of rewards are."""
+    found = ((float(row["step"]), number(row, key), number(row, error or key + ERROR)) for row in rows)
+    return [(x, y, e if math.isfinite(e) else 0.0) for x, y, e in found if math.isfinite(y)]
+
+
+def time_split(rows: Sequence[Row]) -> dict[str, float]:
+    """Seconds of each activity; what no training row claims is evaluation, start-up and logging."""
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("seconds/"))
+    split = {key.removeprefix("seconds/"): math.fsum(row.get(key, 0.0) for row in rows) for key in names}
+    elapsed = max((float(row["elapsed"]) for row in rows), default=0.0)
+    return {**split, "evaluation and the rest": max(0.0, elapsed - sum(split.values()))}
+
+
+def total(rows: Sequence[Row], key: str) -> int:
+    """The sum over all rows that know `key`."""
+    return sum(row.get(key, 0) for row in rows)
 
 
 class MetricsFile:
@@ -25,7 +93,7 @@ class MetricsFile:
 
     def __init__(self, folder: Path, *, resumed_step: int) -> None:
         """Go on with a file, without the rows of steps that a resumed run does again."""
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         rows = read_metrics(folder) if resumed_step else []
         kept = [row for row in rows if row["step"] <= resumed_step]
         self.elapsed = max((row["elapsed"] for row in kept), default=0.0)
@@ -45,43 +113,3 @@ def mean_update_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float
         "gradient_norm": sum(step["gradient_norm"] for step in steps) / len(steps),
         "skipped_updates": sum(step["skipped_updates"] for step in steps),
     }
-
-
-def before_after(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of the first and the last evaluation: each reward's mean, its change, and how sure that is."""
-    evaluations = [row for row in rows if row["kind"] == "evaluation"]
-    first, last = evaluations[0], evaluations[-1]
-    lines = [f"{'':24}{'before':>18}{'after':>18}{'change':>10}  certainty"]
-    lines += [
-        f"{change.name:24}{change.before:>18}{change.after:>18}{change.difference:>10}  {change.certainty}"
-        for change in reward_changes(rows)
-    ]
-    gap = last["diversity"] - first["diversity"]
-    lines.append(f"{'diversity':24}{first['diversity']:18.3f}{last['diversity']:18.3f}{gap:+10.3f}")
-    if seen := hacking(rows):
-        lines.append(seen.sentence)
-    painted = sum(row["images"] for row in rows if row["kind"] == "train")
-    lines.append(
-        f"{last['num_images']} evaluation images; {last['step']} steps, {painted:,} images for training, "
-        f"{last['elapsed'] / 60:.1f} minutes"
-    )
-    return "\n".join(lines)
-
-
-def save_image_grid(path: Path, images: Float[Tensor, "B 3 Y X"], *, num_columns: int = NUM_COLUMNS) -> None:
-    """Write images in [0, 1] as one PNG, row by row; the last row is filled with white."""
-    count, channels, height, width = images.shape
-    num_rows = -(-count // num_columns)
-    sheet = torch.ones(num_rows * num_columns, channels, height, width)
-    sheet[:count] = images.clamp(0, 1).cpu()
-    sheet = sheet.unflatten(0, (num_rows, num_columns)).permute(0, 3, 1, 4, 2)
-    pixels = (sheet.reshape(num_rows * height, num_columns * width, channels) * 255).round()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.numpy().astype(np.uint8)).save(path)
-
-
-def save_captions(path: Path, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Say which prompt and seed each cell of the strips beside it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    captions = {"prompts": list(prompts), "seeds": list(seeds), "columns": NUM_COLUMNS}
-    path.write_text(json.dumps(captions, indent=1))

@@ -1,4 +1,4 @@
-"""What the recipes that raise the density of good strokes write down of an update, and what it warns of."""
+"""Metrics and warnings of a clipped policy-gradient update (DDPO, Flow-GRPO)."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.report.update_checks import FAST, REPLAY_NOISE, SLOW
-from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.metrics import FAST, REPLAY_NOISE, SLOW, mean_update_metrics
+from rlhf_t2i.types import ProcessGroup
 
 
 def update_metrics(
-    run: Run,
-    strokes: Float[Tensor, "N 3"],
+    processes: ProcessGroup,
+    samples: Float[Tensor, "N 3"],
     steps: Sequence[dict[str, float]],
     *,
     clip_range: float,
     replay_error: Float[Tensor, " 1"],
     with_kl: bool,
 ) -> dict[str, float]:
-    """Means over the strokes of all processes, of each its loss, log-ratio and KL, and over optimiser steps.
+    """Average an update over the (image, step) pairs and optimiser steps of all processes. Collective.
 
-    `ratio_std` is the root mean square of log-ratios, and `replay_error` the largest over all processes.
+    `samples` holds loss, log-ratio and KL divergence of each pair of this process. `ratio_std` is the root mean square
+    of log-ratios; `replay_error` the maximum over processes.
     """
-    loss, log_ratio, kl = run.gather(strokes).T
+    loss, log_ratio, kl = processes.gather(samples).T
     return {
         "loss": loss.mean().item(),
         "ratio_mean": log_ratio.exp().mean().item(),
@@ -34,27 +34,29 @@ def update_metrics(
         "clip_fraction": ((log_ratio.exp() - 1).abs() > clip_range).float().mean().item(),
         **({"kl": kl.mean().item()} if with_kl else {}),
         **mean_update_metrics(steps),
-        "replay_error": run.gather(replay_error).max().item(),
+        "replay_error": processes.gather(replay_error).max().item(),
     }
 
 
-def warn_of_the_first_update(run: Run, metrics: Mapping[str, float]) -> None:
-    """Say what replay_error, ratio_std and clip_range tell of settings that will not learn."""
-    error, spread, clip_range = metrics["replay_error"], metrics["ratio_std"], metrics["clip_range"]
+def first_update_warnings(metrics: Mapping[str, float]) -> list[str]:
+    """Return a warning for each of replay_error and ratio_std that will slow or spoil training."""
+    error, ratio_std, clip_range = metrics["replay_error"], metrics["ratio_std"], metrics["clip_range"]
+    warnings: list[str] = []
     if error > REPLAY_NOISE * clip_range:
-        run.say(
-            f"WARNING: replaying an unchanged policy moves its log-densities by {error:.1e}; beside a clip_range "
-            f"of {clip_range:.1e} that is noise. Try the same microbatch_size on another device, or "
+        warnings.append(
+            f"WARNING: replaying the unchanged policy changes its log-probabilities by {error:.1e}, which is noise "
+            f"compared with a clip_range of {clip_range:.1e}. Try the same microbatch_size on another device, or "
             f"mixed_precision: no."
         )
-    if 0 < spread < SLOW * clip_range:
-        run.say(
-            f"WARNING: the first update moved the ratio by {spread:.1e}, of a clip_range of {clip_range:.1e}; it "
-            f"will learn slowly. Raise learning_rate."
+    if 0 < ratio_std < SLOW * clip_range:
+        warnings.append(
+            f"WARNING: the first update moved the ratio by {ratio_std:.1e} with a clip_range of {clip_range:.1e}; "
+            f"training will be slow. Raise learning_rate."
         )
-    if spread > FAST * clip_range:
-        run.say(
-            f"WARNING: the first update moved the ratio by {spread:.1e}, far beyond a clip_range of "
-            f"{clip_range:.1e}; most strokes are clipped and teach nothing. Lower learning_rate, or use fewer "
+    if ratio_std > FAST * clip_range:
+        warnings.append(
+            f"WARNING: the first update moved the ratio by {ratio_std:.1e}, far beyond a clip_range of "
+            f"{clip_range:.1e}; most denoising steps are clipped and have no gradient. Lower learning_rate or "
             f"num_inner_epochs."
         )
+    return warnings

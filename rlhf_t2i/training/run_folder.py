@@ -1,139 +1,87 @@
-"""A run's own folder: made, claimed, described, and found again."""
+"""Layout of a run folder: the only module that knows the names of the files in it.
+
+config.yaml         settings
+run.json            recipe, command, commit, versions, device and placement
+metrics.jsonl       one row for each training step and each evaluation
+report.html         the page made from these files
+images/             image grids, scores and captions of evaluations
+checkpoints/        one folder for each checkpoint
+lora/, unet/, transformer/, reward_model/
+                    trained weights for export, by kind
+metrics.json, history.json
+                    measurements and training log of a reward model
+table.json          results of recipes/evaluate_policy.py
+pairs/              preference pairs that recipes/diffusion_dpo.py sampled
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
-import time
-from collections.abc import Mapping, Set
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
-import torch
 import yaml
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 
 from rlhf_t2i.files import write_atomically
 
-_PACKAGES = (
-    "rlhf-t2i", "torch", "diffusers", "transformers", "trl", "peft", "accelerate", "deepspeed", "safetensors", "numpy",
-)  # fmt: skip
+CONFIG = "config.yaml"
+RUN_INFO = "run.json"
+METRICS = "metrics.jsonl"
+REPORT = "report.html"
+IMAGES = "images"
+CAPTIONS = "captions.json"
+EXTREMES = "extremes.json"
+CHECKPOINTS = "checkpoints"
+REWARD_MODEL = "reward_model"
+REWARD_METRICS = "metrics.json"
+REWARD_HISTORY = "history.json"
+EVALUATION_TABLE = "table.json"
+PAIRS = "pairs"
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+DENOISER_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+WeightKind = Literal["lora", "unet", "transformer", "reward_model"]
+WEIGHT_FILES: dict[WeightKind, str] = {
+    "lora": LORA_WEIGHTS,
+    "unet": DENOISER_WEIGHTS,
+    "transformer": DENOISER_WEIGHTS,
+    "reward_model": "llava_reward.safetensors",
+}
+"""Weight file of each kind of export, in a folder named after the kind; large ones are sharded, with an index."""
 
 
-def restarted() -> bool:
-    """Whether `accelerate launch --max_restarts` started this process anew, after one of them had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run."""
+    return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
 
 
-def claim_folder(config: Mapping[str, Any], *, recipe: str, free_to_change: Set[str]) -> Path:
-    """Make a run's folder its own, for all processes, and write down in it what would be needed to do it again.
-
-    Reads run_folder and resume of `config`; a restarted run goes on with its folder without being asked. Raises
-    ValueError for a folder that holds another config (fields in `free_to_change` may differ), FileExistsError for one
-    that holds a run that was not asked to be resumed, and FileNotFoundError where a process cannot see the folder.
-    """
-    state, given = PartialState(), config["run_folder"]
-    folder = Path(given) if given else _default_folder(recipe, resume=config["resume"])
-    [folder] = broadcast_object_list([folder])
-    problem = None
-    if state.is_main_process:
-        resume = config["resume"] or (restarted() and (folder / "config.yaml").is_file())
-        problem = _claim(folder, config, resume=resume, free_to_change=free_to_change)
-        if problem is None:
-            _describe(folder, recipe, state)
-    for found in gather_object([problem]):
-        if found is not None:
-            raise found
-    _wait_to_see(folder / "config.yaml")
-    return folder
+def read_run_info(folder: Path) -> dict[str, Any]:
+    """Return the recipe, command, commit and versions of a run."""
+    return json.loads((folder / RUN_INFO).read_text(encoding="utf-8"))
 
 
-def _wait_to_see(path: Path, *, seconds: float = 60.0) -> None:
-    """A file that the main process wrote; another machine may see it later, or never."""
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise FileNotFoundError(
-                f"{path.parent.resolve()} is not on a file system that this machine ({platform.node()}) shares with "
-                f"the first one; give all of them a --run_folder that they share."
-            )
-        time.sleep(0.5)
+def update_run_info(folder: Path, values: Mapping[str, Any]) -> None:
+    """Add values to run.json."""
+    write_atomically(folder / RUN_INFO, json.dumps({**read_run_info(folder), **values}, indent=1))
 
 
-def _default_folder(recipe: str, *, resume: bool) -> Path:
-    """A new folder under runs/, the newest one of this recipe, or the one that this run had before its restart."""
-    if resume:
-        earlier = sorted(Path("runs").glob(f"{recipe}-[0-9]*/config.yaml"))
-        if not earlier:
-            raise FileNotFoundError(f"There is no run to resume: runs/{recipe}-* does not exist.")
-        return earlier[-1].parent
-    # A launcher that restarts its processes outlives them.
-    owner = os.getppid() if "TORCHELASTIC_RESTART_COUNT" in os.environ else os.getpid()
-    if restarted() and (own := sorted(Path("runs").glob(f"{recipe}-[0-9]*-{owner}/config.yaml"))):
-        return own[-1].parent
-    return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}-{owner}"
+def read_captions(folder: Path) -> dict[str, Any]:
+    """Return {"prompts", "seeds", "columns"} of the image grids of a run."""
+    return json.loads((folder / IMAGES / CAPTIONS).read_text(encoding="utf-8"))
 
 
-def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool, free_to_change: Set[str]) -> Exception | None:
-    """Make the folder this run's own; returns what speaks against it."""
-    path = folder / "config.yaml"
-    if resume and not path.is_file():
-        return FileNotFoundError(f"There is no run to resume in {folder}: it has no config.yaml.")
-    if path.exists():
-        if not resume:
-            return FileExistsError(
-                f"{folder} already holds a run. Go on with it by --resume, or name another --run_folder."
-            )
-        stored: dict[str, Any] = yaml.safe_load(path.read_text())
-        changed = [
-            f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
-            for name in sorted((stored.keys() | config.keys()) - free_to_change)
-            if stored.get(name) != config.get(name)
-        ]
-        if changed:
-            return ValueError(f"{folder} holds a run with another config: {'; '.join(changed)}.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-    except OSError as error:
-        return error
-    return None
+def image_grid(folder: Path, step: int) -> Path:
+    """Path of the image grid of the evaluation after `step` training steps."""
+    return folder / IMAGES / f"step_{step:06d}.png"
 
 
-def _describe(folder: Path, recipe: str, state: PartialState) -> None:
-    """Write run.json: what would be needed to do it again."""
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    device = cast(torch.device, state.device)
-    facts = {
-        "recipe": recipe,
-        "command": f"accelerate launch {shlex.join(sys.argv)}",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": commit,
-        "versions": {"python": platform.python_version(), **versions},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": state.num_processes,
-    }
-    path = folder / "run.json"
-    if path.is_file():  # a resumed run began with the first of its sessions
-        earlier = json.loads(path.read_text())
-        sessions = [
-            *earlier.get("sessions", []),
-            {k: facts[k] for k in ("command", "started", "git_commit", "versions")},
-        ]
-        facts = {**earlier, "sessions": sessions}
-    write_atomically(path, json.dumps(facts, indent=1))
+def evaluation_scores(folder: Path, step: int) -> Path:
+    """Path of the prompts, seeds and scores of the evaluation after `step` training steps."""
+    return folder / IMAGES / f"step_{step:06d}.json"
+
+
+def extremes_grid(folder: Path, step: int) -> Path:
+    """Path of the grid of best and worst images of the evaluation after `step` training steps."""
+    return folder / IMAGES / f"extremes_{step:06d}.png"

@@ -1,28 +1,39 @@
-"""What every recipe that tunes a painter has in common: settings, and the work around its updates."""
+"""The training loop's object: a policy, and everything around its updates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rlhf_t2i.config import Rule, check, names
 from rlhf_t2i.diffusion.transitions import stochastic
+from rlhf_t2i.distributed.placement import learning_of, placement_config, placement_table
+from rlhf_t2i.distributed.processes import make_engine
 from rlhf_t2i.distributed.state import gather_weights
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
+from rlhf_t2i.training.changes import before_after
+from rlhf_t2i.training.checkpoint import Checkpoints
 from rlhf_t2i.training.early_stop import EarlyStop
 from rlhf_t2i.training.ema import Decay, MovingAverage, decay_after_a_start, exchanged
-from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set
+from rlhf_t2i.training.environment import StopRequests
+from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set, save_evaluation
+from rlhf_t2i.training.metrics import read_metrics
 from rlhf_t2i.training.run import Run, start_run
+from rlhf_t2i.training.run_folder import CONFIG, IMAGES, update_run_info
 from rlhf_t2i.types import Policy, Sampler
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,143 +159,293 @@ class TrainerConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trainer:
-    """A policy that learns, and what is done around its updates: looking, saving, averaging, finishing."""
+    """A policy in training, and everything around its updates: a recipe calls nothing else of a run.
+
+    It is a `ProcessGroup`. Methods marked collective must be called by every process.
+    """
 
     config: TrainerConfig
     run: Run
     policy: Policy
     engine: Engine
-    """What of the policy learns, as it is spread over the processes."""
-    average: MovingAverage
-    sampling_ema: MovingAverage
-    """Weights that follow those that learn, for a recipe that paints with them."""
-    judges: WeightedSum
-    evaluation: tuple[list[str], list[int]]
-    """Prompts and seeds of the images that are looked at."""
+    """The trained network and its optimiser, as the processes share them."""
+    averages: dict[str, MovingAverage]
+    """Moving averages of the trained weights: "ema" is evaluated and exported; a recipe may add others."""
+    initial_weights: Mapping[str, Tensor]
+    """Trained weights before training; empty unless `keep_initial_weights`."""
+    checkpoints: Checkpoints
+    evaluation_rewards: WeightedSum
+    evaluation_set: tuple[list[str], list[int]]
+    """Prompt and seed of each evaluation image."""
     early_stop: EarlyStop | None
-    initial: Mapping[str, Tensor]
-    """What the weights were before training, if that was to be kept."""
+    report: Callable[[Path], Path]
+    """Writes a page about the run folder; called after each evaluation and at the end."""
+    step: int
+    """Training steps finished."""
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _num_skipped: int = 0
+    """Updates skipped in a row."""
+    _is_stopping: bool = False
+    """True once all processes agreed to stop after this step."""
 
-    def sampler(self, *, eta: float, num_steps: int | None = None) -> Sampler:
-        """How this policy paints, with so much noise in each step; None is num_denoising_steps."""
-        schedule = self.policy.schedule(num_steps or self.config.num_denoising_steps)
-        return Sampler(schedule, stochastic(schedule, eta=eta), self.config.guidance_scale)
+    def __post_init__(self) -> None:
+        """Prepare for signals."""
+        self._stop_requests = StopRequests(
+            on_first=lambda: self.print(
+                "Stopping after this step; a checkpoint will be written. Press Ctrl-C again to stop at once."
+            )
+        )
+
+    # --- processes ---
+
+    @property
+    def device(self) -> torch.device:
+        return self.run.device
+
+    @property
+    def folder(self) -> Path:
+        """Run folder."""
+        return self.run.folder
+
+    @property
+    def rank(self) -> int:
+        return self.run.rank
+
+    @property
+    def num_processes(self) -> int:
+        return self.run.num_processes
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if each process holds only a shard of the trained weights (ZeRO-3, FSDP2)."""
+        return self.engine.is_sharded
+
+    def print(self, message: str) -> None:
+        """Print on the main process only."""
+        self.run.print(message)
+
+    def shard(self, count: int, *, name: str) -> range:
+        """Return the indices of `count` items that this process works on; ValueError, naming the option, if unequal."""
+        return self.run.shard(count, name=name)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all processes, in the order of their ranks. Collective."""
+        return self.run.gather(tensor)
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return each number averaged over processes. Collective."""
+        return self.run.mean(values)
+
+    def wait_for_everyone(self) -> None:
+        """Wait until every process is here. Collective."""
+        self.run.accelerator.wait_for_everyone()
+
+    # --- the loop ---
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do. Held-out prompts are looked at before the first."""
-        if self.run.done == 0:
-            self.look()
-        for step in self.run.steps(self.config.num_steps):
-            if self.stopped_early:
-                break
-            yield step
+        """Yield the index of each remaining training step, with a progress bar.
+
+        Evaluates before the first. Ends early, after a complete step, on SIGTERM, Ctrl-C or an early stop.
+        """
+        if self.step == 0:
+            self.evaluate()
+        remaining = tqdm(
+            range(self.step, self.config.num_steps), initial=self.step, total=self.config.num_steps,
+            desc="training", disable=not self.run.is_main, dynamic_ncols=True,
+        )  # fmt: skip
+        with self._stop_requests.handled(), remaining as self._progress:
+            for step in self._progress:
+                if self.stopped_early:
+                    break
+                yield step
+                if self._is_stopping:
+                    break
 
     @contextmanager
-    def painting(self) -> Iterator[None]:
-        """Within it this process paints without gradient, as often as it likes, whatever the others do."""
-        if not self.config.gather_for_sampling:
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the seconds within it to `seconds/PART` of this step's metrics."""
+        start = time.monotonic()
+        try:
             yield
-            return
-        with self.engine.gathered_network() as network:
-            self.policy.denoiser = network
-            try:
-                yield
-            finally:
-                self.policy.denoiser = self.engine.network
+        finally:
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.monotonic() - start
 
-    def optimizer_step(self) -> dict[str, float]:
-        """One optimiser step along the gradients that have gathered.
+    def finish_step(self, step: int, **metrics: float | int) -> None:
+        """Update the averages and log a step's metrics; evaluate and save if it is time. Collective.
 
-        Returns their norm, and 1 if they were not finite: then all processes leave the step out. RuntimeError after
-        max_skipped_updates of these in a row.
+        `metrics` must have "images", the number of images trained on.
         """
-        norm, skipped = self.engine.optimizer_step(self.config.learning_rate_at(self.run.done))
-        self.run.count_skipped(skipped, most=self.config.max_skipped_updates)
-        return {"gradient_norm": norm if math.isfinite(norm) else 0.0, "skipped_updates": float(skipped)}
+        for average in self.averages.values():
+            average.update(self.engine.weights)
+        self.step = step + 1
+        requests = torch.tensor([self._stop_requests.count], device=self.device)
+        self._is_stopping = bool(self.gather(requests).any())
+        seconds = {f"seconds/{part}": round(value, 3) for part, value in self._seconds.items()}
+        self._seconds.clear()
+        self.run.log({"kind": "train", "step": self.step, **metrics, **seconds})
+        rate = metrics["images"] / max(sum(seconds.values()), 1e-9)
+        shown = [f"{name} {metrics[name]:.3f}" for name in ("reward", "accuracy", "loss") if name in metrics]
+        self._progress.set_postfix_str(f"{shown[0]}, {rate:.0f} images/s")
+        is_last = self.step == self.config.num_steps
+        if is_last or (self._is_due(self.config.evaluate_every) and not self._is_stopping):
+            self.evaluate()
+        if is_last or self.stopped_early or self._is_due(self.config.checkpoint_every) or self._is_stopping:
+            self.checkpoints.save(self.step)
 
-    def finish_step(self, step: int, **row: float | int) -> None:
-        """Average the weights and write the step down; look and save where it is time."""
-        self.average.update(self.engine.weights)
-        self.sampling_ema.update(self.engine.weights)
-        self.run.finish_step(step, **row)
-        finished = self.run.done == self.config.num_steps
-        if finished or (self.run.due(self.config.evaluate_every) and not self.run.stopping):
-            self.look()
-        if finished or self.stopped_early or self.run.due(self.config.checkpoint_every) or self.run.stopping:
-            self.run.save()
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the held-out reward has not risen for long enough."""
+        """True if the early-stopping reward has not risen for `patience` evaluations."""
         return self.early_stop is not None and self.early_stop.is_due
 
-    def look(self) -> None:
-        """Paint the held-out prompts, with averaged weights, and let every judge speak."""
-        with self.average.applied(self.engine.weights):
-            seen = self._evaluate()
-            self.run.record(seen)
-            if self.early_stop is not None:
-                value = seen.scores[self.early_stop.reward].mean().item()
-                self.early_stop.see(self.run.done, value, self.engine.weights)
+    # --- sampling ---
 
-    def _evaluate(self) -> Evaluation:
-        prompts, seeds = self.evaluation
-        with self._as_sampled(), self.painting():
-            return evaluate(
-                self.policy, prompts, seeds, self.judges.rewards,
-                sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
-                batch_size=self.config.microbatch_size, run=self.run,
-            )  # fmt: skip
+    def sampler(self, *, eta: float, num_steps: int | None = None) -> Sampler:
+        """Return a sampler with noise `eta`, in [0, 1], over `num_steps` (num_denoising_steps) denoising steps."""
+        schedule = self.policy.schedule(num_steps or self.config.num_denoising_steps)
+        return Sampler(schedule, stochastic(schedule, eta=eta), self.config.guidance_scale)
 
     @contextmanager
-    def _as_sampled(self) -> Iterator[None]:
-        """Within it adapters are as strong as in evaluation and export."""
+    def sampling(self, *, average: str | None = None) -> Iterator[None]:
+        """Within it this process may run any number of forward passes without gradient, whatever the others do.
+
+        `average` names the moving average of the weights to sample with, instead of the trained ones. Entering and
+        leaving are collective. Without gather_for_sampling, every process must still run as many forward passes.
+        """
+        with ExitStack() as stack:
+            if average is not None:
+                stack.enter_context(self.averages[average].applied(self.engine.weights))
+            if self.config.gather_for_sampling:
+                self.policy.denoiser = stack.enter_context(self.engine.gathered_network())
+                stack.callback(setattr, self.policy, "denoiser", self.engine.network)
+            yield
+
+    # --- optimiser steps ---
+
+    def accumulate(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """Yield each batch of one optimiser step; gradients accumulate, and are exchanged after the last one."""
+        for index, batch in enumerate(batches):
+            with self.engine.accumulating(last=index == len(batches) - 1):
+                yield batch
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients to those of this optimiser step."""
+        self.engine.backward(loss)
+
+    def optimizer_step(self) -> dict[str, float]:
+        """Take one optimiser step; return `gradient_norm` before clipping and `skipped_updates`, 0 or 1. Collective.
+
+        An update whose gradient is not finite is skipped on all processes. Raises RuntimeError after
+        max_skipped_updates of these in a row.
+        """
+        norm, skipped = self.engine.optimizer_step(self.config.learning_rate_at(self.step))
+        most = self.config.max_skipped_updates
+        self._num_skipped = self._num_skipped + 1 if skipped else 0
+        if skipped:
+            self.print(f"WARNING: the gradient of step {self.step + 1} is not finite; the update was skipped.")
+        if self._num_skipped >= most:
+            raise RuntimeError(
+                f"The last {most} updates, up to step {self.step + 1}, had gradients that are not finite. Try a lower "
+                f"learning_rate, or mixed_precision: no."
+            )
+        return {"gradient_norm": norm if math.isfinite(norm) else 0.0, "skipped_updates": float(skipped)}
+
+    # --- evaluation and export ---
+
+    def evaluate(self) -> None:
+        """Evaluate the averaged weights on the held-out prompts, and record that. Collective."""
+        with self.averages["ema"].applied(self.engine.weights):
+            evaluation = self._evaluate()
+            self.record(evaluation)
+            if self.early_stop is not None:
+                value = evaluation.scores[self.early_stop.reward].mean().item()
+                self.early_stop.update(self.step, value, self.engine.weights)
+
+    def _evaluate(self) -> Evaluation:
+        prompts, seeds = self.evaluation_set
+        with self._lora_scaled(), self.sampling():
+            return evaluate(
+                self.policy, prompts, seeds, self.evaluation_rewards.rewards,
+                sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
+                batch_size=self.config.microbatch_size, processes=self,
+            )  # fmt: skip
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Log an evaluation, write its images and scores, and bring the report up to date."""
+        summary = evaluation.summary()
+        self._seconds.clear()
+        self.run.log({"kind": "evaluation", "step": self.step, "num_images": len(evaluation.images), **summary})
+        if self.run.is_main:
+            save_evaluation(evaluation, self.folder, step=self.step)
+            self.report(self.folder)
+            rewards = ", ".join(
+                f"{name} {summary[name]:.3f} ± {summary[f'{name}/standard_error']:.3f}" for name in evaluation.scores
+            )
+            self.print(f"after {self.step} steps, {len(evaluation.images)} held-out images: {rewards}")
+
+    @contextmanager
+    def _lora_scaled(self) -> Iterator[None]:
+        """Within it LoRA adapters have their scale of evaluation and export."""
         from rlhf_t2i.models.lora import lora_scaled  # takes seconds
 
         weights, scale = self.engine.weights, self.config.lora_scale_at_sampling
         with exchanged(weights, lora_scaled(weights, scale) if scale != 1 else {}):
             yield
 
-    def finish(self) -> Run:
-        """Write the weights for others, the best if the run looked for them, and the last report."""
+    def finish(self) -> Path:
+        """Export the weights and write the last report, or say how to resume; return the run folder. Collective.
+
+        Exported are the averaged weights, or with early_stop_reward those of the best evaluation. Nothing may follow.
+        """
         num_steps, best = self.config.num_steps, self.early_stop
-        whole = self.stopped_early or self.run.done == num_steps
-        chosen = self.average.average if best is None or not whole else best.weights
-        with exchanged(self.engine.weights, chosen):
-            if whole and best is not None and best.best_step != self.run.done:
-                self.run.say(
-                    f"{best.reward} was best after {best.best_step} of {self.run.done} steps ({best.best:.3f}). Those "
+        is_complete = self.stopped_early or self.step == num_steps
+        exported = self.averages["ema"].average if best is None or not is_complete else best.weights
+        with exchanged(self.engine.weights, exported):
+            if is_complete and best is not None and best.best_step != self.step:
+                self.print(
+                    f"{best.reward} was best after {best.best_step} of {self.step} steps ({best.best:.3f}). Those "
                     f"weights are exported, and evaluated once more for the report."
                 )
-                self.run.record(self._evaluate())
-            with self._as_sampled():
+                self.record(self._evaluate())
+            with self._lora_scaled():
                 weights = gather_weights(self.engine, keep=self.run.is_main)
-        export = partial(self.policy.export, weights=weights)
-        self.run.finish(export=export, num_steps=self.run.done if whole else num_steps)
-        return self.run
+        if self.run.is_main and is_complete:
+            export = self.policy.export(self.folder, weights)
+            report = self.report(self.folder)
+            self.print(before_after(read_metrics(self.folder)))
+            self.print(f"report    {report}\nimages    {self.folder / IMAGES}\nweights   {export}")
+        elif self.run.is_main:
+            self.print(
+                f"Stopped after {self.step} of {num_steps} steps. Continue with: "
+                f"--config {self.folder / CONFIG} --resume --run_folder {self.folder}"
+            )
+        self.run.close()
+        return self.folder
 
 
-def start_trainer(
+def make_trainer(
     config: TrainerConfig,
     *,
     recipe: str,
+    report: Callable[[Path], Path],
     keep_reference: bool = False,
-    keep_initial: bool = False,
-    sampling_ema_decay: Decay | None = None,
+    keep_initial_weights: bool = False,
+    sampling_ema: Decay | None = None,
     extra: Sequence[Any] = (),
 ) -> Trainer:
-    """Load everything, wrap it for this machine, and take up the run that is to be resumed, if any.
+    """Load the policy, shard it as `accelerate launch` says, and resume the run if asked to. Collective.
 
-    Checkpoints also hold each of `extra`, which have a state_dict. With `keep_reference` the policy can be asked what
-    it predicted before training, with `keep_initial` the weights of that time are known; with `follow` there is a
-    follower. Raises what `load_rewards`,
-    `load_prompts`, `start_run` and the model's loader do.
+    `keep_reference` keeps what `policy.as_reference` needs; `sampling_ema` adds the average "sampling". Checkpoints
+    also hold the state_dict of each of `extra`. Raises what `load_rewards`, `load_prompts`, `start_run` and
+    `load_policy` do.
     """
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
-    judges = load_rewards(config.evaluation_rewards)
+    rewards = load_rewards(config.evaluation_rewards)
     held_out = load_prompts(config.evaluation_prompts, held_out=True)
     evaluation = evaluation_set(held_out, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
     run = start_run(asdict(config), recipe=recipe)
@@ -294,28 +455,49 @@ def start_trainer(
         policy.offload_text_encoders()
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
+    num_averages = (config.ema_decay > 0) + (sampling_ema is not None)
+    engine = _engine(policy, run, config, num_averages=num_averages)
+    averages = {"ema": MovingAverage(engine.weights, decay=decay_after_a_start(config.ema_decay))}
+    if sampling_ema is not None:
+        averages["sampling"] = MovingAverage(engine.weights, decay=sampling_ema)
+    initial = {name: weight.detach().clone() for name, weight in engine.weights.items() if keep_initial_weights}
+    early_stop = EarlyStop(config.early_stop_reward, patience=config.patience) if config.early_stop_reward else None
+    checkpoints = Checkpoints(
+        run, engine, keep=config.keep_checkpoints,
+        copies={n: a.average for n, a in averages.items()} | ({"best": early_stop.weights} if early_stop else {}),
+        extra=[*averages.values(), *extra, *([early_stop] if early_stop else [])],
+    )  # fmt: skip
+    step = checkpoints.restore()
+    return Trainer(
+        config, run, policy, engine, averages, initial, checkpoints, rewards, evaluation, early_stop, report, step
+    )
+
+
+def _engine(policy: Policy, run: Run, config: TrainerConfig, *, num_averages: int) -> Engine:
+    """Hand the policy's network and an AdamW to the processes, after printing how much memory each will need.
+
+    Raises ValueError if DeepSpeed's config and the recipe disagree.
+    """
     optimizer = torch.optim.AdamW(
         policy.trainable.values(),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    engine = run.prepare(
-        policy.denoiser, optimizer,
-        max_gradient_norm=config.max_gradient_norm, microbatch_size=config.microbatch_size,
-        num_averages=(config.ema_decay > 0) + (sampling_ema_decay is not None), reference=policy.reference is not None,
+    learning = learning_of(
+        policy.denoiser, run.mode, processes=run.num_processes, num_averages=num_averages,
+        reference=policy.reference is not None,
+    )  # fmt: skip
+    precision, microbatch_size = run.accelerator.mixed_precision, config.microbatch_size
+    run.print(placement_table(learning, precision=precision, microbatch_size=microbatch_size))
+    if run.is_main:
+        placement = placement_config(learning, precision=precision, microbatch_size=microbatch_size)
+        update_run_info(run.folder, {"trainable_parameters": learning.trainable, "placement": placement})
+    engine = make_engine(
+        run.accelerator, run.mode, policy.denoiser, optimizer,
+        max_gradient_norm=config.max_gradient_norm, microbatch_size=microbatch_size, say=run.print,
     )  # fmt: skip
     policy.denoiser = engine.network
     if policy.reference is not None:
-        policy.reference = engine.spread(policy.reference)
-    average = MovingAverage(engine.weights, decay=decay_after_a_start(config.ema_decay))
-    sampling_ema = MovingAverage(engine.weights, decay=sampling_ema_decay)
-    initial = {name: weight.detach().clone() for name, weight in engine.weights.items() if keep_initial}
-    early_stop = EarlyStop(config.early_stop_reward, patience=config.patience) if config.early_stop_reward else None
-    best = {"best": early_stop.weights} if early_stop else {}
-    following = {"follower": sampling_ema.average} if sampling_ema_decay else {}
-    run.restore(
-        {"average": average.average, **following, **best},
-        extra=[average, *([sampling_ema] if sampling_ema_decay else []), *extra, *([early_stop] if early_stop else [])],
-    )
-    return Trainer(config, run, policy, engine, average, sampling_ema, judges, evaluation, early_stop, initial)
+        policy.reference = engine.shard_frozen(policy.reference)
+    return engine

@@ -6,7 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_t2i.report.rows import ERROR, Points, Row, by_step, number, reward_names, time_split, total, trained_rewards
+from rlhf_t2i.training.metrics import (
+    ERROR,
+    Points,
+    Row,
+    by_step,
+    number,
+    reward_names,
+    time_split,
+    total,
+    trained_rewards,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +139,24 @@ def hacking(rows: Sequence[Row]) -> Gap | None:
 
     gap = Gap(trained, held_out, gains(trained), gains(held_out))
     return gap if all(math.isfinite(y) for _, y, _ in gap.points) else None
+
+
+def before_after(rows: Sequence[Row]) -> str:
+    """A table of the first and the last evaluation: each reward's mean, its change, and how sure that is."""
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    first, last = evaluations[0], evaluations[-1]
+    lines = [f"{'':24}{'before':>18}{'after':>18}{'change':>10}  certainty"]
+    lines += [
+        f"{change.name:24}{change.before:>18}{change.after:>18}{change.difference:>10}  {change.certainty}"
+        for change in reward_changes(rows)
+    ]
+    gap = last["diversity"] - first["diversity"]
+    lines.append(f"{'diversity':24}{first['diversity']:18.3f}{last['diversity']:18.3f}{gap:+10.3f}")
+    if seen := hacking(rows):
+        lines.append(seen.sentence)
+    painted = sum(row["images"] for row in rows if row["kind"] == "train")
+    lines.append(
+        f"{last['num_images']} evaluation images; {last['step']} steps, {painted:,} images for training, "
+        f"{last['elapsed'] / 60:.1f} minutes"
+    )
+    return "\n".join(lines)

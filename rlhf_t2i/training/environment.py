@@ -1,0 +1,78 @@
+"""Environment of a process: CPU threads, signals of the launcher, and trackers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def set_num_threads(num_cpu_threads: int) -> None:
+    """Set the number of CPU threads; 0 is this process's share of the cores."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, prints a warning
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(num_cpu_threads or max(1, _num_cores() // local))
+
+
+def _num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def stop_with_launcher() -> None:
+    """Have Linux send SIGTERM when `accelerate launch` is terminated, which would leave this process running."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def restarted() -> bool:
+    """True if `accelerate launch --max_restarts` started this process again after one of the processes had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class StopRequests:
+    """Count of SIGTERM and Ctrl-C: the first asks to stop after the current step, the second stops at once."""
+
+    def __init__(self, *, on_first: Callable[[], None]) -> None:
+        self.count, self.on_first = 0, on_first
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Within it signals are counted; afterwards the earlier handlers are back."""
+        handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.count += 1
+        if self.count > 1:
+            raise KeyboardInterrupt
+        self.on_first()
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raise ValueError for a tracker that is unknown or not installed.
+
+    wandb without an API key writes to disk and never asks for a login.
+    """
+    for tracker in trackers:
+        if tracker not in ("wandb", "tensorboard"):
+            raise ValueError(f"There is no tracker {tracker!r}; choose from wandb, tensorboard.")
+        if importlib.util.find_spec(tracker) is None:
+            raise ValueError(f"The tracker {tracker} is not installed: pip install 'rlhf-t2i[{tracker}]'.")
+    if "wandb" in trackers and "WANDB_API_KEY" not in os.environ:
+        netrc = Path.home() / ".netrc"
+        if not (netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")):
+            os.environ.setdefault("WANDB_MODE", "offline")
