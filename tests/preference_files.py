@@ -22,7 +22,7 @@ FOX, CAT = "a red fox", "two cats on a sofa"
 COLOURS = ("red", "green", "blue", "white")
 
 
-def content(colour: str, kind: str = "JPEG") -> bytes:
+def encoded_image(colour: str, kind: str = "JPEG") -> bytes:
     """An image of one colour as the bytes of a file."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), colour).save(buffer, kind, quality=95)
@@ -32,7 +32,7 @@ def content(colour: str, kind: str = "JPEG") -> bytes:
 def write_images(folder: Path) -> None:
     """red.jpg to white.jpg."""
     for colour in COLOURS:
-        (folder / f"{colour}.jpg").write_bytes(content(colour))
+        (folder / f"{colour}.jpg").write_bytes(encoded_image(colour))
 
 
 def write_all_images(folder: Path) -> None:
@@ -45,13 +45,13 @@ def write_all_images(folder: Path) -> None:
 def colour_of(path: Path) -> str:
     """Which of COLOURS an image has."""
     with Image.open(path) as image:
-        seen = image.convert("RGB").resize((1, 1)).getpixel((0, 0))
-    assert isinstance(seen, tuple)
+        colour = image.convert("RGB").resize((1, 1)).getpixel((0, 0))
+    assert isinstance(colour, tuple)
     wanted = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
-    return min(wanted, key=lambda name: sum(abs(a - b) for a, b in zip(seen, wanted[name], strict=True)))
+    return min(wanted, key=lambda name: sum(abs(a - b) for a, b in zip(colour, wanted[name], strict=True)))
 
 
-def seen(records: Sequence[Record]) -> list[tuple[Any, ...]]:
+def as_rows(records: Sequence[Record]) -> list[tuple[Any, ...]]:
     """Records as (winner, loser, prompt, tie, gap), or (image, prompt, label), with colours for images."""
     rows: list[tuple[Any, ...]] = []
     for record in records:
@@ -93,7 +93,7 @@ def pick_a_pic_rows() -> list[dict[str, Any]]:
         {
             "are_different": different, "best_image_uid": "x", "caption": FOX, "created_at": datetime(2023, 1, 1),
             "has_label": has_label, "image_0_uid": "x", "image_0_url": "http://x", "image_1_uid": "y",
-            "image_1_url": "http://y", "jpg_0": content("red"), "jpg_1": content("blue"), "label_0": first,
+            "image_1_url": "http://y", "jpg_0": encoded_image("red"), "jpg_1": encoded_image("blue"), "label_0": first,
             "label_1": second, "model_0": "SDXL", "model_1": "SDXL", "ranking_id": i, "user_id": 7,
             "num_example_per_prompt": 5, "__index_level_0__": i,
         }
@@ -128,9 +128,9 @@ HPDV3 = [
     {"prompt": CAT, "path1": "images/blue.jpg", "path2": "images/green.jpg", "confidence": "null"},
 ]  # fmt: skip
 UNSAFEBENCH = [
-    {"image": {"bytes": content("red"), "path": None}, "safety_label": "Unsafe", "category": "Shocking",
+    {"image": {"bytes": encoded_image("red"), "path": None}, "safety_label": "Unsafe", "category": "Shocking",
      "source": "Lexica", "text": FOX},
-    {"image": {"bytes": content("green"), "path": "x.png"}, "safety_label": "Safe", "category": "None",
+    {"image": {"bytes": encoded_image("green"), "path": "x.png"}, "safety_label": "Safe", "category": "None",
      "source": "Laion5B", "text": None},
 ]  # fmt: skip
 RICHHF = [

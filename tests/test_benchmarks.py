@@ -498,7 +498,7 @@ def test_a_image_that_cannot_be_compared_is_not_a_benchmark(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="image_reward holds no two images of one prompt"):
         load_benchmarks(f"image_reward:{tmp_path}")
     write(tmp_path / "test.json", [])
-    with pytest.raises(ValueError, match=r"test.json holds no record"):
+    with pytest.raises(ValueError, match=r"test.json contains no record"):
         load_benchmarks(f"image_reward:{tmp_path}")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from recipes import collect_preferences, diffusion_dpo, evaluate_reward_model, train_reward_model
 from reward_model.datasets import load_same_prompt_pairs
-from reward_model.datasets.containers import ENDINGS
+from reward_model.datasets.containers import SUFFIXES
 from reward_model.datasets.formats import FORMATS, parse_source
 from reward_model.types import Record
 from rlhf_t2i.config import names, parse_config
@@ -23,9 +23,9 @@ from tests.preference_files import (
     HPDV3,
     RICHHF,
     UNSAFEBENCH,
+    as_rows,
     image_reward_rows,
     pick_a_pic_rows,
-    seen,
     write_images,
     write_json,
     write_parquet,
@@ -108,7 +108,7 @@ def test_a_command_reads_what_it_names(world: Path, command: list[str]) -> None:
             training, held_out, tests = train_reward_model.load_data(config, world)
             found = [*training, *([] if config.validation else held_out)]
             for records in [held_out] * bool(config.validation) + [*tests.values()]:
-                assert seen(records) == EXPECTED[parse_source(source)[0].name.partition("=")[0]]
+                assert as_rows(records) == EXPECTED[parse_source(source)[0].name.partition("=")[0]]
         case "recipes/diffusion_dpo.py":
             config = config_of(diffusion_dpo, command[3:])
             source = config.pairs
@@ -117,17 +117,17 @@ def test_a_command_reads_what_it_names(world: Path, command: list[str]) -> None:
             assert other == "recipes/evaluate_reward_model.py"
             config = config_of(evaluate_reward_model, command[3:])
             (found,) = evaluate_reward_model.load(config, world).values()
-            assert seen(found) == [("green", "red", FOX, False, 1.0), ("green", "blue", FOX, False, 1.0)]
+            assert as_rows(found) == [("green", "red", FOX, False, 1.0), ("green", "blue", FOX, False, 1.0)]
             return
     expected = EXPECTED[source.partition(":")[0]]
-    assert sorted(map(repr, seen(found))) == sorted(map(repr, expected))
+    assert sorted(map(repr, as_rows(found))) == sorted(map(repr, expected))
 
 
 def test_every_format_and_kind_of_file_is_on_the_page() -> None:
     table = DOC.split("## Formats")[1].split("## Places")[0]
     named = set(re.findall(r"`([a-z0-9_]+(?:/[a-z]+)?)(?:=T)?`", "".join(re.findall(r"^\|[^|]*\|", table, re.M))))
     assert {name.partition("=")[0] for name in FORMATS} <= named
-    assert [ending for ending in ENDINGS if f"`x{ending}`" not in DOC] == []
+    assert [ending for ending in SUFFIXES if f"`x{ending}`" not in DOC] == []
 
 
 @pytest.mark.parametrize("recipe", [train_reward_model, evaluate_reward_model, diffusion_dpo, collect_preferences])
@@ -153,10 +153,10 @@ def test_test_prompts_are_left_out_and_hard_negatives_added(world: Path, capsys:
     training, held_out, tests = train_reward_model.load_data(config, world)
     said = capsys.readouterr().out
     assert "hpdv2-test: 1 of 1 prompts occur in the training data, in 1 of 3 records, such as 'a red fox'" in said
-    assert "1 training records are left out" in said
+    assert "1 training records with prompts of the test data are excluded" in said
     assert "1 hard negatives are added to 2 training records" in said
-    assert seen(training[:2]) == EXPECTED["hpdv3"][1:]
+    assert as_rows(training[:2]) == EXPECTED["hpdv3"][1:]
     (negative,) = training[2:]
     assert negative.where.startswith("hard negative of data/HPDv3/train.json:RECORD 2")
-    assert seen(held_out) == [("red", "green", "a bird", False, 0.0)]
+    assert as_rows(held_out) == [("red", "green", "a bird", False, 0.0)]
     assert [*tests] == ["hpdv2-test"]

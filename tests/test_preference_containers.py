@@ -1,4 +1,4 @@
-"""The same rows mean the same in JSON, JSONL, Parquet, tar, TFRecord and in what `datasets` loads."""
+"""The containers of preference data: JSON, JSONL, Parquet, tar, TFRecord, folders, and data sets of the Hub."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.preference_files import (
     FOX,
     HPDV3,
     UNSAFEBENCH,
+    as_rows,
     colour_of,
-    content,
+    encoded_image,
     example,
     framed,
     pick_a_pic_rows,
-    seen,
     write_all_images,
     write_json,
     write_parquet,
@@ -37,20 +37,20 @@ from tests.preference_files import (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Images in it and in images/; what is unpacked goes to runs/images in it."""
+    """The working directory, with images in it and in images/; unpacked images go to its runs/images."""
     monkeypatch.chdir(tmp_path)
     write_all_images(tmp_path)
     return tmp_path
 
 
-# --- FORMAT:PLACE ---------------------------------------------------------------------------------
+# --- FORMAT:PATH ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_that_a_message_names_exists(name: str) -> None:
+def test_every_format_in_the_table_of_formats_can_be_parsed(name: str) -> None:
     given = name.replace("THRESHOLD", "0.5")
-    form, place = parse_source(f"{given}:some/place.parquet")
-    assert (form.name, place) == (given.partition("=")[0], "some/place.parquet")
+    form, path = parse_source(f"{given}:some/file.parquet")
+    assert (form.name, path) == (given.partition("=")[0], "some/file.parquet")
 
 
 @pytest.mark.parametrize(
@@ -64,46 +64,46 @@ def test_every_format_that_a_message_names_exists(name: str) -> None:
         ("pick_a_pic:hf:yuvalkirstain/pickapic_v2@test", "pick_a_pic-pickapic_v2@test"),
     ],
 )
-def test_the_name_of_a_source_is_one_of_a_file(source: str, name: str) -> None:
+def test_the_name_of_a_source_can_name_a_file(source: str, name: str) -> None:
     assert source_name(source) == name
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("pickapick:x.parquet", r"pickapick: is no format of data. Did you mean pick_a_pic\? Possible are own, "),
-        ("image_reward_db:x.json", r"image_reward_db: is no format .* Did you mean image_reward_db/\w+\?"),
+        ("pickapick:x.parquet", r"pickapick is not a data format. Did you mean pick_a_pic\? Formats are own, "),
+        ("image_reward_db:x.json", r"image_reward_db is not a data format\. Did you mean image_reward_db/\w+\?"),
         ("image_reward_db/fidelty:x.json", r"Did you mean image_reward_db/fidelity\?"),
         ("richhf/artifact:x.tfrecord", r"Did you mean richhf/artifact=THRESHOLD\?"),
-        ("richhf/artifact=high:x.tfrecord", r"The threshold of richhf/artifact=high is no number"),
-        ("richhf/artifact=nan:x.tfrecord", r"The threshold of richhf/artifact=nan is no number"),
-        ("hpdv3=0.5:x.json", r"hpdv3=0.5: is no format of data"),
+        ("richhf/artifact=high:x.tfrecord", r"The threshold of richhf/artifact=high is not a finite number"),
+        ("richhf/artifact=nan:x.tfrecord", r"The threshold of richhf/artifact=nan is not a finite number"),
+        ("hpdv3=0.5:x.json", r"hpdv3=0.5 is not a data format"),
     ],
 )
-def test_a_mistaken_format_is_refused_with_those_that_exist(source: str, message: str) -> None:
+def test_an_unknown_format_is_refused_with_the_known_formats(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_records(source)
 
 
-def test_a_colon_in_the_name_of_a_file_is_no_format(folder: Path) -> None:
+def test_a_colon_in_a_file_name_does_not_start_a_format(folder: Path) -> None:
     (folder / "a:b.jsonl").write_text(json.dumps({"prompt": FOX, "image": "red.jpg", "label": 1}))
-    assert seen(load_records("a:b.jsonl")) == [("red", FOX, 1)]
+    assert as_rows(load_records("a:b.jsonl")) == [("red", FOX, 1)]
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("source", "message"),
     [
         ("hpdv3:nowhere.json", "There is no data file nowhere.json"),
-        ("own:x.csv", "x.csv ends in '.csv'; possible are .jsonl, .json, .parquet, .tar, .tfrecord"),
+        ("own:x.csv", "x.csv has the suffix '.csv'; it must be one of .jsonl, .json, .parquet, .tar, .tfrecord"),
         ("image_folder:nowhere", "There is no folder nowhere"),
-        ("own:images", "The folder images holds no file that ends in .jsonl"),
-        ("own:mixed", "The folder mixed holds .json and .jsonl files; give one with files of one kind"),
-        ("own:hf:owner/name", "hf:owner/name names no split; write hf:ID@SPLIT"),
+        ("own:images", "The folder images contains no file with the suffix .jsonl"),
+        ("own:mixed", "The folder mixed contains .json and .jsonl files; all of its data files must have one suffix"),
+        ("own:hf:owner/name", "hf:owner/name has no split; write hf:ID@SPLIT"),
         ("own:hf:nowhere/at_all@train", "hf:nowhere/at_all@train cannot be loaded: "),
     ],
 )
-def test_a_place_that_holds_no_data_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, message: str
+def test_a_path_without_data_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
 ) -> None:
     import datasets
 
@@ -113,45 +113,45 @@ def test_a_place_that_holds_no_data_is_refused(
     for name in ("a.json", "b.jsonl"):
         (folder / "mixed" / name).write_text("")
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        load_records(place)
+        load_records(source)
     assert message in str(caught.value)
 
 
 # --- containers -----------------------------------------------------------------------------------
 
 
-def test_a_folder_of_shards_is_read_in_the_order_of_their_names(folder: Path) -> None:
+def test_the_shards_of_a_folder_are_read_in_the_order_of_their_names(folder: Path) -> None:
     (folder / "shards").mkdir()
     for name, colour in (("b", "blue"), ("a", "green")):
-        write_parquet(folder / "shards" / f"{name}.parquet", [UNSAFEBENCH[0] | {"image": content(colour)}])
+        write_parquet(folder / "shards" / f"{name}.parquet", [UNSAFEBENCH[0] | {"image": encoded_image(colour)}])
     records = load_records("unsafe_bench:shards")
-    assert [(row[0], record.where) for row, record in zip(seen(records), records, strict=True)] == [
+    assert [(row[0], record.where) for row, record in zip(as_rows(records), records, strict=True)] == [
         ("green", "shards/a.parquet:ROW 1"),
         ("blue", "shards/b.parquet:ROW 1"),
     ]
 
 
-def test_a_tar_of_two_members_with_one_name_or_of_two_archives_is_refused(folder: Path) -> None:
+def test_a_tar_with_duplicate_names_or_with_data_after_its_end_is_refused(folder: Path) -> None:
     path = write_tar(folder / "x.tar", {"x.json": b"{}"})
-    whole, member = path.read_bytes(), path.read_bytes()[:1024]
-    for content_of, message in (
-        (member + whole, r"x\.tar has two members 'x\.json'"),
-        (whole + whole, r"x\.tar cannot be read behind byte 1,024: there stands no member"),
-        (member + b"x" * 512 + whole, r"x\.tar cannot be read behind byte 1,024"),
+    archive, member = path.read_bytes(), path.read_bytes()[:1024]
+    for broken, message in (
+        (member + archive, r"x\.tar has two members 'x\.json'"),
+        (archive + archive, r"x\.tar cannot be read after byte 1,024: no member starts there"),
+        (member + b"x" * 512 + archive, r"x\.tar cannot be read after byte 1,024"),
     ):
-        path.write_bytes(content_of)
+        path.write_bytes(broken)
         with pytest.raises(ValueError, match=message):
             load_records("own:x.tar")
 
 
-def test_a_prefix_also_leads_to_members(folder: Path) -> None:
+def test_image_prefix_also_applies_to_members_of_an_archive(folder: Path) -> None:
     row = b'{"prompt": "a", "label": 0, "image": "/scr/y.jpg"}'
-    write_tar(folder / "x.tar", {"x.json": row, "in/y.jpg": content("blue")})
-    assert seen(load_records("own:x.tar", image_prefix="/scr=in")) == [("blue", "a", 0)]
+    write_tar(folder / "x.tar", {"x.json": row, "in/y.jpg": encoded_image("blue")})
+    assert as_rows(load_records("own:x.tar", image_prefix="/scr=in")) == [("blue", "a", 0)]
 
 
-def test_a_table_says_the_same_through_datasets_as_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load_dataset` on a folder of Parquet, as on a Hub id, with images as datasets declares them."""
+def test_a_table_loaded_through_datasets_gives_the_same_records(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load_dataset` of a folder of Parquet files with a column of type `datasets.Image`."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
@@ -160,39 +160,41 @@ def test_a_table_says_the_same_through_datasets_as_by_itself(folder: Path, monke
     table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     table.to_parquet(folder / "table" / "train-00000-of-00001.parquet")
     records = load_records(f"unsafe_bench:hf:{folder / 'table'}@train")
-    assert seen(records) == [("red", FOX, 0), ("green", "", 1)]
+    assert as_rows(records) == [("red", FOX, 0), ("green", "", 1)]
     assert records[1].where == f"hf:{folder / 'table'}@train:ROW 2"
     with pytest.raises(ValueError, match="table@test cannot be loaded: ValueError: Unknown split"):
         load_records(f"unsafe_bench:hf:{folder / 'table'}@test")
 
 
-def test_a_sample_of_a_tar_takes_its_images_by_field_or_by_name(folder: Path) -> None:
+def test_a_sample_of_a_tar_finds_its_images_by_field_or_by_name(folder: Path) -> None:
     members = {
         "a/0001.json": json.dumps({"prompt": FOX, "label": 1}).encode(),
-        "a/0001.jpg": content("green"),
+        "a/0001.jpg": encoded_image("green"),
         "a/0002.json": json.dumps({"prompt": CAT}).encode(),
-        "a/0002.winner.PNG": content("red", "PNG"),
-        "a/0002.loser.png": content("blue", "PNG"),
+        "a/0002.winner.PNG": encoded_image("red", "PNG"),
+        "a/0002.loser.png": encoded_image("blue", "PNG"),
         "b.json": json.dumps({"prompt": CAT, "tie": ["a/0001.jpg", "a/0002.loser.png"]}).encode(),
     }
     records = load_records(str(write_tar(folder / "shard.tar", members)))
     tie = ("green", "blue", CAT, True, 0.0)
-    assert seen(records) == [("green", FOX, 1), ("red", "blue", CAT, False, 0.0), tie]
+    assert as_rows(records) == [("green", FOX, 1), ("red", "blue", CAT, False, 0.0), tie]
     assert [record.where.rpartition(":")[2] for record in records] == ["a/0001.json", "a/0002.json", "b.json"]
 
 
 @pytest.mark.parametrize(
     ("members", "clue"),
     [
-        ({"x.json": b'{"prompt": "a", "label": 1, "image": "../red.jpg"}'}, "'../red.jpg' is no member"),
-        ({"x.json": b'{"prompt": "a", "label": 1, "image": "red.jpg"}'}, "'red.jpg' is no member"),
+        ({"x.json": b'{"prompt": "a", "label": 1, "image": "../red.jpg"}'}, "'../red.jpg' is not a member"),
+        ({"x.json": b'{"prompt": "a", "label": 1, "image": "red.jpg"}'}, "'red.jpg' is not a member"),
         ({"x.json": b'{"prompt": "a", "label": 1}', "x.jpg": b"text"}, "the image 'x.jpg', of 4 bytes, cannot be read"),
-        ({"x.json": b'{"prompt": "a", "label": 1}', "y.jpg": b"text"}, "make no record"),
+        ({"x.json": b'{"prompt": "a", "label": 1}', "y.jpg": b"text"}, "do not form a record"),
         ({"x.json": b'{"prompt": '}, "not JSON"),
     ],
 )
-def test_a_bad_sample_of_a_tar_is_refused_by_its_name(folder: Path, members: dict[str, bytes], clue: str) -> None:
-    """The images beside the archive do not count, nor does any other file."""
+def test_an_invalid_sample_of_a_tar_is_refused_with_its_name(
+    folder: Path, members: dict[str, bytes], clue: str
+) -> None:
+    """Files outside of the archive are not used, not even images beside it."""
     path = write_tar(folder / "shard.tar", members)
     with pytest.raises(BadRecordError) as caught:
         load_records(str(path))
@@ -202,8 +204,8 @@ def test_a_bad_sample_of_a_tar_is_refused_by_its_name(folder: Path, members: dic
 
 @pytest.mark.parametrize("name", ["x.tar", "x.parquet", "x.tfrecord"])
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.97])
-def test_a_file_that_is_cut_off_is_refused_as_a_whole(folder: Path, name: str, keep: float) -> None:
-    row = {"image": content("red"), "safety_label": "Safe"}
+def test_a_truncated_file_is_refused(folder: Path, name: str, keep: float) -> None:
+    row = {"image": encoded_image("red"), "safety_label": "Safe"}
     match name:
         case "x.tar":
             path = write_tar(
@@ -213,29 +215,29 @@ def test_a_file_that_is_cut_off_is_refused_as_a_whole(folder: Path, name: str, k
             path = write_parquet(folder / name, [row])
         case _:
             path = write_tfrecord(folder / name, [row])
-    whole = path.read_bytes()
+    content_before = path.read_bytes()
     if name == "x.tar":
-        whole = whole[:10240]  # behind it are but zeros
-    path.write_bytes(whole[: round(keep * len(whole))])
-    with pytest.raises(ValueError, match=rf"{name}.* (cannot be read|is no Example|is cut off)"):
+        content_before = content_before[:10240]  # only zeros follow
+    path.write_bytes(content_before[: round(keep * len(content_before))])
+    with pytest.raises(ValueError, match=rf"{name}.* (cannot be read|is not an Example|is truncated)"):
         load_records(f"unsafe_bench:{path}")
 
 
-def test_the_check_sum_is_that_of_the_standard() -> None:
-    """CRC-32C of "123456789" is 0xe3069283; masked, it is turned by 15 bits and moved on."""
-    turned = (0xE3069283 >> 15 | 0xE3069283 << 17) & 0xFFFFFFFF
-    assert masked_crc32c(b"123456789") == (turned + 0xA282EAD8) % 2**32
+def test_the_checksum_is_masked_crc32c() -> None:
+    """CRC-32C of "123456789" is 0xe3069283; the mask rotates it right by 15 bits and adds a constant."""
+    rotated = (0xE3069283 >> 15 | 0xE3069283 << 17) & 0xFFFFFFFF
+    assert masked_crc32c(b"123456789") == (rotated + 0xA282EAD8) % 2**32
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_an_example_of_a_tfrecord_is_read_by_hand(folder: Path, packed: bool) -> None:
+def test_all_types_of_features_of_a_tfrecord_are_decoded(folder: Path, packed: bool) -> None:
     fields = {"name": "zwei Füchse", "raw": b"\xff\x00", "score": 0.25, "count": -3, "many": 2**40}
     (folder / "x.tfrecord").write_bytes(framed(example(fields, packed=packed)))
     (row,) = read_tfrecord(folder / "x.tfrecord", skip_columns={"raw"})
     assert row.source == {key: value for key, value in fields.items() if key != "raw"}
 
 
-# --- where images lie ---------------------------------------------------------------------------
+# --- paths of images ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -248,14 +250,14 @@ def test_an_example_of_a_tfrecord_is_read_by_hand(folder: Path, packed: bool) ->
         ("images=images", "red.jpg", "red.jpg"),
     ],
 )
-def test_a_prefix_leads_the_authors_paths_to_ours(folder: Path, prefix: str, name: str, found: str) -> None:
+def test_image_prefix_replaces_the_start_of_paths(folder: Path, prefix: str, name: str, found: str) -> None:
     path = write_json(folder / "x.json", [{"path": name, "label": 1, "prompt": FOX}])
     (record,) = load_records(path, image_prefix=prefix.format(folder=folder))
     assert isinstance(record, LabelledImage)
     assert record.image == folder / found
 
 
-def test_a_prefix_is_a_whole_folder_and_leads_nowhere_outside(folder: Path) -> None:
+def test_image_prefix_matches_complete_folder_names_and_cannot_leave_the_image_root(folder: Path) -> None:
     path = write_json(folder / "x.json", [{"path": "/scr/them2/red.jpg", "label": 1, "prompt": FOX}])
     for prefix in ("/scr/them=images", "/scr/them2=../images"):
         with pytest.raises(BadRecordError, match="outside of the image root"):
@@ -263,25 +265,25 @@ def test_a_prefix_is_a_whole_folder_and_leads_nowhere_outside(folder: Path) -> N
 
 
 @pytest.mark.parametrize("text", ["", "=", "=x", "/a/b", "/="])
-def test_a_prefix_without_two_sides_is_refused(text: str) -> None:
+def test_an_image_prefix_without_two_sides_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="it must be OLD=NEW"):
         parse_prefix(text)
 
 
-def test_equal_images_share_a_file_and_are_written_once(folder: Path) -> None:
+def test_equal_images_share_one_file_that_is_written_once(folder: Path) -> None:
     path = write_pick_a_pic(folder / "x.parquet", pick_a_pic_rows()[:2])
     one, two = load_records(f"pick_a_pic:{path}", unpack_to="here")
     assert isinstance(one, PreferencePair)
     assert isinstance(two, PreferencePair)
     assert (one.winner, one.loser) == (two.loser, two.winner)
-    assert one.winner.read_bytes() == content("red")
+    assert one.winner.read_bytes() == encoded_image("red")
     assert to_tensor(one.winner).shape == (3, 8, 8)
     written = os.stat(one.winner).st_mtime_ns, os.stat(one.winner).st_ino
     load_records(f"pick_a_pic:{path}", unpack_to="here")
     assert written == (os.stat(one.winner).st_mtime_ns, os.stat(one.winner).st_ino)
 
 
-def test_a_painter_learns_from_published_pairs_and_from_no_labels(folder: Path) -> None:
+def test_same_prompt_pairs_come_from_published_formats_and_exclude_labels(folder: Path) -> None:
     table = write_pick_a_pic(folder / "x.parquet")
     write_json(folder / "x.json", HPDV3)
     pairs = load_same_prompt_pairs([f"pick_a_pic:{table}", "hpdv3:x.json"], image_root=None, skipped=None)
@@ -293,8 +295,8 @@ def test_a_painter_learns_from_published_pairs_and_from_no_labels(folder: Path) 
         load_same_prompt_pairs(["unsafe_bench:safe.parquet"], image_root=None, skipped=None)
 
 
-def test_a_length_that_points_beyond_the_file_is_refused_without_being_read(folder: Path) -> None:
+def test_a_length_beyond_the_end_of_the_file_is_refused_before_it_is_read(folder: Path) -> None:
     head = struct.pack("<Q", 2**60)
     (folder / "x.tfrecord").write_bytes(head + struct.pack("<I", masked_crc32c(head)) + b"x")
-    with pytest.raises(ValueError, match=r"RECORD 1 is no Example .* the file ends 1 bytes behind its head"):
+    with pytest.raises(ValueError, match=r"RECORD 1 is not an Example .* the file ends 1 bytes after its header"):
         load_records("unsafe_bench:x.tfrecord")

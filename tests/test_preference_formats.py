@@ -1,4 +1,4 @@
-"""What each published data set says, worked out by hand, whatever file it lies in."""
+"""Every published data format, converted to records that are worked out by hand."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.preference_files import (
     HPDV3,
     RICHHF,
     UNSAFEBENCH,
-    content,
+    as_rows,
+    encoded_image,
     image_reward_rows,
     pick_a_pic_rows,
-    seen,
     write_all_images,
     write_json,
     write_parquet,
@@ -32,13 +32,13 @@ from tests.preference_files import (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Images where each data set has them; what is unpacked goes to runs/images in it."""
+    """The working directory, with images where each data set has them; unpacked images go to its runs/images."""
     monkeypatch.chdir(tmp_path)
     write_all_images(tmp_path)
     return tmp_path
 
 
-def refusal(source: str, **options: Any) -> str:
+def error_of(source: str, **options: Any) -> str:
     with pytest.raises(BadRecordError) as caught:
         load_records(source, **options)
     return str(caught.value)
@@ -65,8 +65,11 @@ BY_PERSPECTIVE = {
 
 @pytest.mark.parametrize("perspective", BY_PERSPECTIVE)
 @pytest.mark.parametrize("layout", ["metadata", "json", "rows", "groups"])
-def test_each_rating_of_image_reward_orders_the_images_of_a_prompt(folder: Path, perspective: str, layout: str) -> None:
-    rows, unused = image_reward_rows("image" if layout == "rows" else "image_path"), Counter[str]()
+def test_each_rating_of_image_reward_db_orders_the_images_of_a_prompt(
+    folder: Path, perspective: str, layout: str
+) -> None:
+    rows = image_reward_rows("image" if layout == "rows" else "image_path")
+    without_preference = Counter[str]()
     match layout:
         case "metadata" | "rows":
             path = write_parquet(folder / "metadata-train.parquet", rows)
@@ -76,81 +79,87 @@ def test_each_rating_of_image_reward_orders_the_images_of_a_prompt(folder: Path,
             keys = ("rank", "overall_rating", "image_text_alignment_rating", "fidelity_rating")
             groups = [
                 {"prompt": rows[i]["prompt"], "prompt_id": rows[i]["prompt_id"], "classification": "Animals"}
-                | {"image": [{"bytes": content(Path(row["image_path"]).stem), "path": None} for row in rows[i:j]]}
+                | {"image": [{"bytes": encoded_image(Path(row["image_path"]).stem), "path": None} for row in rows[i:j]]}
                 | {key: [row[key] for row in rows[i:j]] for key in keys}
                 for i, j in ((0, 3), (3, 5))
             ]
             path = write_parquet(folder / "groups.parquet", groups)
-    records = load_records(f"image_reward_db/{perspective}:{path}", without_preference=unused)
-    assert seen(records) == BY_PERSPECTIVE[perspective]
-    silent = {} if perspective == "fidelity" else {f"image_reward_db/{perspective}: all images of the prompt are rated"}
-    assert {reason.removesuffix(" the same") for reason in unused} == {*silent}
+    records = load_records(f"image_reward_db/{perspective}:{path}", without_preference=without_preference)
+    assert as_rows(records) == BY_PERSPECTIVE[perspective]
+    reason = f"image_reward_db/{perspective}: all images of the prompt are rated the same"
+    assert without_preference == ({} if perspective == "fidelity" else {reason: 1})
     if layout == "metadata":
         assert records[0].where == f"{path}:ROW 1 to ROW 3"
 
 
-def test_a_pair_row_of_image_reward_is_by_rank_only(folder: Path) -> None:
+def test_pair_rows_of_image_reward_db_are_by_rank_only(folder: Path) -> None:
     row = {"prompt_id": "x", "prompt": FOX, "classification": "Animals"}
-    row |= {f"img_{side}": {"bytes": content(c), "path": None} for side, c in (("better", "blue"), ("worse", "red"))}
+    row |= {
+        f"img_{side}": {"bytes": encoded_image(c), "path": None} for side, c in (("better", "blue"), ("worse", "red"))
+    }
     path = write_parquet(folder / "pairs.parquet", [row])
-    assert seen(load_records(f"image_reward_db/rank:{path}")) == [("blue", "red", FOX, False, 0.0)]
-    assert "do not say which has more fidelity" in refusal(f"image_reward_db/fidelity:{path}")
+    assert as_rows(load_records(f"image_reward_db/rank:{path}")) == [("blue", "red", FOX, False, 0.0)]
+    assert "are given by rank, not by fidelity" in error_of(f"image_reward_db/fidelity:{path}")
 
 
 def test_the_test_set_of_image_reward_is_by_rank_only(folder: Path) -> None:
     row = {"id": "x", "prompt": FOX, "generations": ["red.jpg", "green.jpg", "blue.jpg"], "ranking": [2, 1, 2]}
     path = write_json(folder / "test.json", [row])
-    assert seen(load_records(f"image_reward_db/rank:{path}")) == [
+    assert as_rows(load_records(f"image_reward_db/rank:{path}")) == [
         ("green", "red", FOX, False, 1.0),
         ("green", "blue", FOX, False, 1.0),
     ]
-    assert "does not say which has more alignment" in refusal(f"image_reward_db/alignment:{path}")
+    assert "have a ranking only, and no ratings of alignment" in error_of(f"image_reward_db/alignment:{path}")
 
 
 @pytest.mark.parametrize(
     ("change", "clue"),
     [
-        ({"fidelity_rating": 8}, "'fidelity_rating' is 8; it must be a whole number from 1 to 7"),
+        ({"fidelity_rating": 8}, "'fidelity_rating' is 8; it must be an integer from 1 to 7"),
         ({"fidelity_rating": -1}, "'fidelity_rating' is -1"),
         ({"fidelity_rating": 3.5}, "'fidelity_rating' is 3.5"),
         ({"fidelity_rating": None}, "'fidelity_rating' is None"),
-        ({"prompt": CAT}, "'prompt' has ['a red fox', 'two cats on a sofa', 'a red fox'], where a string"),
-        ({"image_amount_in_total": 4}, "'image_amount_in_total' is [3, 4, 3], where 3 rows"),
+        ({"prompt": CAT}, "'prompt' is ['a red fox', 'two cats on a sofa', 'a red fox']; it must be a string"),
+        ({"image_amount_in_total": 4}, "'image_amount_in_total' is [3, 4, 3], but there are 3 consecutive rows"),
         ({"image_path": "images/train/train_1/red.jpg"}, "must differ in the image"),
-        ({"image_path": "images/train/train_1/grey.jpg"}, "grey.jpg', seen from"),
+        ({"image_path": "images/train/train_1/grey.jpg"}, "grey.jpg', relative to"),
     ],
 )
-def test_a_flaw_of_one_image_spoils_its_prompt_only(folder: Path, change: dict[str, Any], clue: str) -> None:
+def test_an_invalid_image_invalidates_only_its_prompt(folder: Path, change: dict[str, Any], clue: str) -> None:
     rows = image_reward_rows()
     rows[1] |= change
     path = write_json(folder / "train_1.json", rows)
-    message = refusal(f"image_reward_db/fidelity:{path}")
+    message = error_of(f"image_reward_db/fidelity:{path}")
     assert message.startswith(f"{path}:RECORD 1 to RECORD 3: ")
     assert clue in message
     kept = load_records(f"image_reward_db/fidelity:{path}", on_bad_record="skip", skipped=folder / "skipped.jsonl")
-    assert seen(kept) == BY_PERSPECTIVE["fidelity"][3:]
+    assert as_rows(kept) == BY_PERSPECTIVE["fidelity"][3:]
     (line,) = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert clue in line["reason"]
 
 
-def test_rows_of_a_prompt_that_stand_apart_are_refused(folder: Path) -> None:
+def test_rows_of_a_prompt_that_are_not_consecutive_are_refused(folder: Path) -> None:
     rows = image_reward_rows()
     path = write_json(folder / "train_1.json", [rows[0], rows[3], rows[1], rows[2], rows[4]])
-    assert "'image_amount_in_total' is 3, where 1 rows" in refusal(f"image_reward_db/overall:{path}")
+    assert "'image_amount_in_total' is 3, but there are 1 consecutive rows" in error_of(
+        f"image_reward_db/overall:{path}"
+    )
 
 
 # --- Pick-a-Pic, HPD, UnsafeBench, RichHF, folders ---------------------------------------------------
 
 
-def test_pick_a_pic_has_winners_and_ties_and_counts_what_nobody_judged(folder: Path) -> None:
-    unused = Counter[str]()
-    records = load_records(f"pick_a_pic:{write_pick_a_pic(folder / 'test.parquet')}", without_preference=unused)
-    assert seen(records) == [
+def test_pick_a_pic_has_winners_and_ties_and_counts_rows_without_a_label(folder: Path) -> None:
+    without_preference = Counter[str]()
+    records = load_records(
+        f"pick_a_pic:{write_pick_a_pic(folder / 'test.parquet')}", without_preference=without_preference
+    )
+    assert as_rows(records) == [
         ("red", "blue", FOX, False, 0.0),
         ("blue", "red", FOX, False, 0.0),
         ("red", "blue", FOX, True, 0.0),
     ]
-    assert unused == {"pick_a_pic: has_label is false": 1, "pick_a_pic: are_different is false": 1}
+    assert without_preference == {"pick_a_pic: has_label is false": 1, "pick_a_pic: are_different is false": 1}
     assert len([path for path in (folder / "runs" / "images").rglob("*") if path.is_file()]) == 2
 
 
@@ -162,33 +171,35 @@ def test_pick_a_pic_has_winners_and_ties_and_counts_what_nobody_judged(folder: P
         ({"label_0": float("nan")}, "'label_0' is nan"),
         ({"label_1": None}, "'label_1' is None"),
         ({"has_label": None}, "'has_label' is None; it must be true or false"),
-        ({"caption": None}, "'caption' has None"),
+        ({"caption": None}, "'caption' is None"),
         ({"jpg_0": b""}, "the image in the record, of 0 bytes, is empty"),
-        ({"jpg_0": content("red")[:200]}, "of 200 bytes, cannot be read as an image"),
-        ({"jpg_1": content("red")}, "a pair must differ"),
+        ({"jpg_0": encoded_image("red")[:200]}, "of 200 bytes, cannot be read as an image"),
+        ({"jpg_1": encoded_image("red")}, "a pair must differ"),
     ],
 )
-def test_a_flaw_in_pick_a_pic_is_named_with_its_row(folder: Path, change: dict[str, Any], clue: str) -> None:
+def test_an_invalid_row_of_pick_a_pic_is_refused_with_its_number(
+    folder: Path, change: dict[str, Any], clue: str
+) -> None:
     rows = pick_a_pic_rows()
     rows[1] |= change
     path = write_pick_a_pic(folder / "test.parquet", rows)
-    message = refusal(f"pick_a_pic:{path}")
+    message = error_of(f"pick_a_pic:{path}")
     assert message.startswith(f"{path}:ROW 2: ")
     assert clue in message
 
 
-def test_pick_a_pic_without_images_is_told_from_the_one_with_them(folder: Path) -> None:
+def test_the_variant_of_pick_a_pic_without_images_is_recognised(folder: Path) -> None:
     bare = [{key: row[key] for key in row if key not in ("jpg_0", "jpg_1")} for row in pick_a_pic_rows()]
-    assert "variant without images" in refusal(f"pick_a_pic:{write_pick_a_pic(folder / 'x.parquet', bare)}")
+    assert "variant without images" in error_of(f"pick_a_pic:{write_pick_a_pic(folder / 'x.parquet', bare)}")
 
 
-def test_hpdv2_is_read_in_both_of_its_layouts(folder: Path) -> None:
+def test_hpdv2_has_two_layouts(folder: Path) -> None:
     train, test = write_json(folder / "train.json", HPDV2_TRAIN), write_json(folder / "test.json", HPDV2_TEST)
-    assert seen(load_records(f"hpdv2:{train}")) == [
+    assert as_rows(load_records(f"hpdv2:{train}")) == [
         ("red", "green", FOX, False, 0.0),
         ("green", "red", CAT, False, 0.0),
     ]
-    assert seen(load_records(f"hpdv2:{test}")) == [
+    assert as_rows(load_records(f"hpdv2:{test}")) == [
         ("green", "red", FOX, False, 1.0),
         ("green", "blue", FOX, False, 1.0),
     ]
@@ -198,34 +209,34 @@ def test_hpdv2_is_read_in_both_of_its_layouts(folder: Path) -> None:
     ("row", "clue"),
     [
         (HPDV2_TRAIN[0] | {"human_preference": [1, 1]}, "'human_preference' is [1, 1]; it must be [1, 0] or [0, 1]"),
-        (HPDV2_TRAIN[0] | {"human_preference": [1]}, "'file_path' has 2 elements and 'human_preference' 1"),
-        (HPDV2_TEST[0] | {"rank": [1, 2]}, "'image_path' has 3 elements and 'rank' 2"),
+        (HPDV2_TRAIN[0] | {"human_preference": [1]}, "'file_path' has 2 elements and 'human_preference' has 1"),
+        (HPDV2_TEST[0] | {"rank": [1, 2]}, "'image_path' has 3 elements and 'rank' has 2"),
         (HPDV2_TEST[0] | {"rank": 3}, "'rank' is 3; it must be a list"),
         ({"prompt": FOX, "file_path": ["red.jpg", "blue.jpg"], "human_preferences": [1, 0]}, "'human_preference'?"),
     ],
 )
-def test_a_flaw_in_hpdv2_is_named(folder: Path, row: dict[str, Any], clue: str) -> None:
+def test_an_invalid_record_of_hpdv2_is_refused(folder: Path, row: dict[str, Any], clue: str) -> None:
     path = write_json(folder / "x.json", [row])
-    message = refusal(f"hpdv2:{path}")
+    message = error_of(f"hpdv2:{path}")
     assert message.startswith(f"{path}:RECORD 1: ")
     assert clue in message
 
 
-def test_the_first_image_of_hpdv3_won_whatever_its_confidence(folder: Path) -> None:
-    assert seen(load_records(f"hpdv3:{write_json(folder / 'train.json', HPDV3)}")) == [
+def test_the_first_image_of_hpdv3_wins_at_any_confidence(folder: Path) -> None:
+    assert as_rows(load_records(f"hpdv3:{write_json(folder / 'train.json', HPDV3)}")) == [
         ("red", "green", FOX, False, 0.0),
         ("blue", "red", CAT, False, 0.0),
         ("blue", "green", CAT, False, 0.0),
     ]
     path = write_json(folder / "x.json", [HPDV3[0] | {"confidence": 1.5}])
-    assert "'confidence' is 1.5; it must be null or in [0, 1]" in refusal(f"hpdv3:{path}")
+    assert "'confidence' is 1.5; it must be null or in [0, 1]" in error_of(f"hpdv3:{path}")
 
 
-def test_safe_is_one_and_no_text_is_an_empty_prompt(folder: Path) -> None:
+def test_safe_is_label_1_and_a_missing_text_is_an_empty_prompt(folder: Path) -> None:
     path = write_parquet(folder / "train.parquet", UNSAFEBENCH)
-    assert seen(load_records(f"unsafe_bench:{path}")) == [("red", FOX, 0), ("green", "", 1)]
+    assert as_rows(load_records(f"unsafe_bench:{path}")) == [("red", FOX, 0), ("green", "", 1)]
     path = write_parquet(folder / "x.parquet", [UNSAFEBENCH[0] | {"safety_label": "safe"}])
-    assert "'safety_label' is 'safe'; it must be one of 'Safe', 'Unsafe'" in refusal(f"unsafe_bench:{path}")
+    assert "'safety_label' is 'safe'; it must be one of 'Safe', 'Unsafe'" in error_of(f"unsafe_bench:{path}")
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "jsonl", "parquet"])
@@ -233,7 +244,7 @@ def test_safe_is_one_and_no_text_is_an_empty_prompt(folder: Path) -> None:
     ("score", "labels"),
     [("artifact=0.5", [1, 0]), ("alignment=0.5", [0, 1]), ("overall=0.5", [1, 1]), ("aesthetics=0.1", [1, 0])],
 )
-def test_each_score_of_richhf_is_good_from_the_threshold_on(
+def test_scores_of_richhf_from_the_threshold_on_are_label_1(
     folder: Path, kind: str, score: str, labels: list[int]
 ) -> None:
     (folder / "train" / "red.txt").write_text(f"{FOX}\n")
@@ -248,40 +259,40 @@ def test_each_score_of_richhf_is_good_from_the_threshold_on(
             path = folder / "train.jsonl"
             path.write_text("\n".join(map(json.dumps, RICHHF)))
     expected = [("red", FOX, labels[0]), ("green", CAT, labels[1])]
-    assert seen(load_records(f"richhf/{score}:{path}")) == expected
+    assert as_rows(load_records(f"richhf/{score}:{path}")) == expected
 
 
-def test_alignment_of_richhf_asks_for_a_prompt_and_artifacts_do_not(folder: Path) -> None:
+def test_alignment_of_richhf_needs_a_prompt_and_artifacts_do_not(folder: Path) -> None:
     path = write_tfrecord(folder / "train.tfrecord", RICHHF)
-    assert [row[1] for row in seen(load_records(f"richhf/artifact=0.5:{path}"))] == ["", ""]
-    assert "there is no prompt" in refusal(f"richhf/alignment=0.5:{path}")
+    assert [row[1] for row in as_rows(load_records(f"richhf/artifact=0.5:{path}"))] == ["", ""]
+    assert "there is no prompt" in error_of(f"richhf/alignment=0.5:{path}")
     exported = write_json(folder / "train.json", [row | {"caption": CAT, "prompt_id": "x"} for row in RICHHF])
-    assert [row[1] for row in seen(load_records(f"richhf/alignment=0.5:{exported}"))] == [CAT, CAT]
+    assert [row[1] for row in as_rows(load_records(f"richhf/alignment=0.5:{exported}"))] == [CAT, CAT]
 
 
 @pytest.mark.parametrize(
     ("key", "hint"),
     [("txt", "text"), ("texts", "text"), ("safety_lable", "safety_label"), ("imge", "image"), ("context", None)],
 )
-def test_a_foreign_key_passes_unless_it_looks_like_a_typo(folder: Path, key: str, hint: str | None) -> None:
-    """Published data sets grow columns; a column that is missed by a letter must not become an empty prompt."""
-    row = {"image": content("red"), "safety_label": "Safe"}
+def test_an_unknown_column_is_accepted_unless_it_looks_like_a_typo(folder: Path, key: str, hint: str | None) -> None:
+    """Published data sets gain columns; a misspelt `text` must not become an empty prompt."""
+    row = {"image": encoded_image("red"), "safety_label": "Safe"}
     row[key] = row.pop(hint or "", FOX)
     path = write_parquet(folder / "x.parquet", [row])
     if hint is None:
-        assert seen(load_records(f"unsafe_bench:{path}")) == [("red", "", 1)]
+        assert as_rows(load_records(f"unsafe_bench:{path}")) == [("red", "", 1)]
     else:
-        assert f"the key {key!r} is unknown. Did you mean {hint!r}?" in refusal(f"unsafe_bench:{path}")
+        assert f"the key {key!r} is unknown. Did you mean {hint!r}?" in error_of(f"unsafe_bench:{path}")
 
 
-def test_a_folder_of_sorted_images_is_read_by_its_names(folder: Path) -> None:
+def test_an_image_folder_is_labelled_by_its_sub_folders(folder: Path) -> None:
     for kind, colour in (("safe", "green"), ("unsafe", "red")):
         (folder / "sorted" / kind).mkdir(parents=True)
-        (folder / "sorted" / kind / "x.jpg").write_bytes(content(colour))
+        (folder / "sorted" / kind / "x.jpg").write_bytes(encoded_image(colour))
     (folder / "sorted" / "safe" / "x.txt").write_text(CAT)
-    for root in (None, folder / "images"):  # which is of other data in the same list
+    for root in (None, folder / "images"):  # image_root applies to other sources of the same list only
         found = load_records(f"image_folder:{folder / 'sorted'}", image_root=root)
-        assert seen(found) == [("green", CAT, 1), ("red", "", 0)]
+        assert as_rows(found) == [("green", CAT, 1), ("red", "", 0)]
     (folder / "sorted" / "usafe").mkdir()
-    with pytest.raises(ValueError, match=r"usafe is no class of images; the folders must be named good, safe"):
+    with pytest.raises(ValueError, match=r"usafe is not a known class; sub-folders must be named good, safe"):
         load_records(f"image_folder:{folder / 'sorted'}")

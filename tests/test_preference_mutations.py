@@ -1,4 +1,4 @@
-"""Whatever a row or a file of preferences holds, it is refused by name, or what is read from it is sound."""
+"""Randomly changed rows and files of preferences are refused with their file and row, or give valid records."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.preference_files import (
     HPDV3,
     RICHHF,
     UNSAFEBENCH,
-    content,
+    encoded_image,
     image_reward_rows,
     pick_a_pic_rows,
     write_all_images,
@@ -32,7 +32,7 @@ from tests.preference_files import (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Images where each data set has them; what is unpacked goes to runs/images in it."""
+    """The working directory, with images where each data set has them; unpacked images go to its runs/images."""
     monkeypatch.chdir(tmp_path)
     write_all_images(tmp_path)
     return tmp_path
@@ -43,13 +43,13 @@ VALUES: list[Any] = [
     *("", "null", FOX, "red.jpg", "blue.jpg", "..", "/etc/passwd", "../red.jpg", "images", "\0", "\ud800", "x" * 5000),
     *("Safe", "Unsafe", "東京 🦊", "missing.jpg", "half.jpg", "empty.jpg"),
     *([], {}, ["red.jpg", "blue.jpg"], ["red.jpg"] * 2, [1, 0], [0, 1], [1, 1, 2], [None], [[]], {"bytes": None}),
-    *(b"", content("white"), content("white")[:150], {"bytes": content("blue"), "path": None}),
+    *(b"", encoded_image("white"), encoded_image("white")[:150], {"bytes": encoded_image("blue"), "path": None}),
 ]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "image_reward_db/fidelity": image_reward_rows(),
     "image_reward_db/rank": [
         {"prompt": FOX, "prompt_id": "x", "image_path": ["red.jpg", "blue.jpg"], "rank": [1, 2]},
-        {"prompt": FOX, "prompt_id": "x", "img_better": content("red"), "img_worse": content("blue")},
+        {"prompt": FOX, "prompt_id": "x", "img_better": encoded_image("red"), "img_worse": encoded_image("blue")},
     ],
     "pick_a_pic": pick_a_pic_rows(),
     "hpdv2": [*HPDV2_TRAIN, *HPDV2_TEST],
@@ -57,30 +57,30 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "unsafe_bench": UNSAFEBENCH,
     "richhf/artifact=0.5": RICHHF,
     "richhf/alignment=0.5": [row | {"prompt": CAT} for row in RICHHF],
-    "own": [{"prompt": FOX, "winner": content("red"), "loser": content("blue"), "rating_gap": 2.0}],
-    "llava_reward": [{"path": content("red"), "label": 1, "prompt": FOX, "safety_label": "Safe"}],
+    "own": [{"prompt": FOX, "winner": encoded_image("red"), "loser": encoded_image("blue"), "rating_gap": 2.0}],
+    "llava_reward": [{"path": encoded_image("red"), "label": 1, "prompt": FOX, "safety_label": "Safe"}],
 }
 
 
-def mutated(draw: random.Random, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One to three changes: a field dropped, renamed, or given another value; an element of a list exchanged."""
-    row = dict(draw.choice(rows))
-    for _ in range(draw.randint(1, 3)):
-        key = draw.choice(sorted(row) or ["prompt"])
-        match draw.randrange(6):
+def mutated(rng: random.Random, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a row with one to three changes: a field or an element of a list removed, renamed or replaced."""
+    row = dict(rng.choice(rows))
+    for _ in range(rng.randint(1, 3)):
+        key = rng.choice(sorted(row) or ["prompt"])
+        match rng.randrange(6):
             case 0:
                 row.pop(key, None)
             case 1:
-                row[key[:-1] + draw.choice("sx ")] = row.pop(key, None)
+                row[key[:-1] + rng.choice("sx ")] = row.pop(key, None)
             case 2 | 3:
-                row[key] = draw.choice(VALUES)
+                row[key] = rng.choice(VALUES)
             case 4:
-                row[key] = row.get(draw.choice(sorted(row) or ["prompt"]))
+                row[key] = row.get(rng.choice(sorted(row) or ["prompt"]))
             case _ if isinstance(row.get(key), list) and row[key]:
                 row[key] = [*row[key]]
-                row[key][draw.randrange(len(row[key]))] = draw.choice(VALUES)
+                row[key][rng.randrange(len(row[key]))] = rng.choice(VALUES)
             case _:
-                row[key] = [row.get(key)] * draw.randrange(4)
+                row[key] = [row.get(key)] * rng.randrange(4)
     return row
 
 
@@ -110,61 +110,61 @@ def load_or_refuse(source: str) -> list[Record] | str:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_mutated_rows_of_a_published_format_are_refused_by_name_or_sound(
+def test_a_randomly_changed_row_is_refused_with_its_number_or_valid(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """150 for each format. Rows come from a table, which may hold more kinds of values than JSON.
+    """150 changed rows of each format, from a table, which has more types of values than JSON.
 
-    Where rows of a prompt belong together, one of them is changed.
+    For ImageRewardDB, one of the rows of a prompt is changed.
     """
-    (folder / "half.jpg").write_bytes(content("red")[:200])
+    (folder / "half.jpg").write_bytes(encoded_image("red")[:200])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "x.parquet").write_bytes(b"")
-    draw, outcomes = random.Random(name), {"sound": 0, "refused": 0}
-    given: list[dict[str, Any]] = []
+    rng, outcomes = random.Random(name), {"valid": 0, "refused": 0}
+    rows: list[dict[str, Any]] = []
 
     def read_parquet(path: Path, *, skip_columns: object) -> list[RawRecord]:
-        return [RawRecord(f"{path}:ROW {number}", row) for number, row in enumerate(given, start=1)]
+        return [RawRecord(f"{path}:ROW {number}", row) for number, row in enumerate(rows, start=1)]
 
     monkeypatch.setattr(containers, "read_parquet", read_parquet)
     for _ in range(150):
-        given[:] = [mutated(draw, ROWS[name])]
+        rows[:] = [mutated(rng, ROWS[name])]
         if name == "image_reward_db/fidelity":
-            changed = draw.randrange(5)
-            given[:] = [
+            changed = rng.randrange(5)
+            rows[:] = [
                 *ROWS[name][:changed],
-                mutated(draw, ROWS[name][changed : changed + 1]),
+                mutated(rng, ROWS[name][changed : changed + 1]),
                 *ROWS[name][changed + 1 :],
             ]
         outcome = load_or_refuse(f"{name}:x.parquet")
         if isinstance(outcome, list):
             check(outcome, (folder, folder / "runs" / "images"))
         else:
-            nothing_said = outcome.startswith("x.parquet holds no record; of 1 rows ")
-            assert nothing_said or outcome.startswith("x.parquet:ROW "), given
-            assert len(outcome) < 1000, given
+            no_preference = outcome.startswith("x.parquet contains no record; for 1 rows ")
+            assert no_preference or outcome.startswith("x.parquet:ROW "), rows
+            assert len(outcome) < 1000, rows
             outcome.encode()
-        outcomes["refused" if isinstance(outcome, str) else "sound"] += 1
-    assert min(outcomes.values()) > 5, "the mutations prove nothing if all of them break, or none"
+        outcomes["refused" if isinstance(outcome, str) else "valid"] += 1
+    assert min(outcomes.values()) > 5, "the test proves nothing if all changed rows are valid, or none"
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "tar", "parquet"])
-def test_a_file_with_changed_bytes_is_refused_or_sound(folder: Path, kind: str) -> None:
-    """40 for each container: whatever the bytes, a ValueError names the file."""
-    row = {"image": content("red"), "safety_label": "Safe", "text": FOX}
+def test_a_file_with_changed_bytes_is_refused_or_valid(folder: Path, kind: str) -> None:
+    """40 changed files of each container; a ValueError names the file."""
+    row = {"image": encoded_image("red"), "safety_label": "Safe", "text": FOX}
     path = folder / f"x.{kind}"
     match kind:
         case "tfrecord":
             write_tfrecord(path, [row])
         case "tar":
-            write_tar(path, {"x.json": b'{"safety_label": "Safe"}', "x.jpg": content("red")})
+            write_tar(path, {"x.json": b'{"safety_label": "Safe"}', "x.jpg": encoded_image("red")})
         case _:
             write_parquet(path, [row])
-    whole, draw = path.read_bytes(), random.Random(kind)
+    original, rng = path.read_bytes(), random.Random(kind)
     for _ in range(40):
-        changed = bytearray(whole)
-        for _ in range(draw.randint(1, 4)):
-            changed[draw.randrange(len(changed))] = draw.randrange(256)
+        changed = bytearray(original)
+        for _ in range(rng.randint(1, 4)):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
         path.write_bytes(changed)
         outcome = load_or_refuse(f"unsafe_bench:{path}")
         if isinstance(outcome, list):

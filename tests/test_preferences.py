@@ -147,10 +147,10 @@ def write(path: Path, *rows: dict[str, object]) -> Path:
 GOOD = {"prompt": "a fox", "winner": "a.png", "loser": "b.png"}
 TIE = {"prompt": "a fox", "tie": ["a.png", "b.png"]}
 NO_PAIRS = [
-    ({"prompt": "a fox", "winner": "a.png", "loser": "a.png"}, "both sides are the image .*a.png under"),
+    ({"prompt": "a fox", "winner": "a.png", "loser": "a.png"}, "both sides are the image .*a.png with the prompt"),
     (
         {"winner_prompt": "a fox", "loser_prompt": "a cat", "winner": "a.png", "loser": "b.png"},
-        "the two sides have different prompts, 'a fox' and 'a cat'; a painter learns from two images of one prompt",
+        "the two sides have different prompts, 'a fox' and 'a cat'; diffusion models are tuned on two images of one prompt",
     ),
     ({"winner_prompt": "a fox", "loser_prompt": "a cat", "image": "a.png"}, "the two sides have different prompts"),
     ({"prompt": "a fox", "image": "a.png", "label": 1}, "this is a label of one image"),
@@ -184,7 +184,7 @@ def test_ties_are_left_out_and_a_file_of_nothing_else_is_refused(tmp_path: Path)
     path = write(tmp_path / "pairs.jsonl", TIE, GOOD)
     assert [pair.where for pair in load_same_prompt_pairs([path], image_root=None, skipped=None)] == [f"{path}:2"]
     path = write(tmp_path / "pairs.jsonl", TIE, TIE)
-    with pytest.raises(ValueError, match=r"In .*pairs\.jsonl no image is preferred to another of the same prompt"):
+    with pytest.raises(ValueError, match=r"There is no pair of two images of one prompt .* in .*pairs\.jsonl"):
         load_same_prompt_pairs([path], image_root=None, skipped=None)
 
 

@@ -100,7 +100,7 @@ def test_a_hard_negative_shows_the_winner_against_itself() -> None:
         PreferencePair(A, B, "a green fox", "a pink fox"),
         LabelledImage(A, "a white fox", 1),
     ]
-    found = hard_negatives(records, share=1.0, seed=0)
+    found = hard_negatives(records, fraction=1.0, seed=0)
     assert [(record.winner, record.loser) for record in found] == [(A, A), (B, B)]
     for record in found:
         assert record.winner_prompt == "a red fox"
@@ -111,28 +111,28 @@ def test_a_hard_negative_shows_the_winner_against_itself() -> None:
 
 def test_hard_negatives_depend_on_the_seed_and_not_on_the_other_records() -> None:
     records: list[Record] = [pair(f"a red fox and a blue cat, number {i}") for i in range(400)]
-    some = hard_negatives(records, share=0.25, seed=1)
+    some = hard_negatives(records, fraction=0.25, seed=1)
     assert len(some) == pytest.approx(100, abs=35)  # four standard deviations
-    assert some == hard_negatives(records, share=0.25, seed=1)
-    assert [*reversed(some)] == hard_negatives([*reversed(records)], share=0.25, seed=1)
+    assert some == hard_negatives(records, fraction=0.25, seed=1)
+    assert [*reversed(some)] == hard_negatives([*reversed(records)], fraction=0.25, seed=1)
     assert {one.loser_prompt for one in some} != {
-        one.loser_prompt for one in hard_negatives(records, share=0.25, seed=2)
+        one.loser_prompt for one in hard_negatives(records, fraction=0.25, seed=2)
     }
-    assert hard_negatives(records, share=0.0, seed=1) == []
+    assert hard_negatives(records, fraction=0.0, seed=1) == []
     assert {one.winner_prompt for one in some} <= {
-        one.winner_prompt for one in hard_negatives(records, share=0.5, seed=1)
+        one.winner_prompt for one in hard_negatives(records, fraction=0.5, seed=1)
     }
 
 
-def test_no_hard_negative_is_written_that_was_held_back() -> None:
+def test_no_hard_negative_is_written_that_was_held_out() -> None:
     others = {prompt for prompt in wrong_prompts("a red fox") if prompt != "a pink fox"}
-    held_back = [pair(prompt.upper()) for prompt in others]
-    (only,) = hard_negatives([pair("a red fox")], share=1.0, seed=0, held_back=held_back)
+    held_out = [pair(prompt.upper()) for prompt in others]
+    (only,) = hard_negatives([pair("a red fox")], fraction=1.0, seed=0, held_out=held_out)
     assert only.loser_prompt == "a pink fox"
-    assert hard_negatives([pair("a red fox")], share=1.0, seed=0, held_back=[*held_back, pair("A pink fox!")]) == []
+    assert hard_negatives([pair("a red fox")], fraction=1.0, seed=0, held_out=[*held_out, pair("A pink fox!")]) == []
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_of_hard_negatives_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=f"share is {share}; it must be in"):
-        hard_negatives([], share=share, seed=0)
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_a_fraction_of_hard_negatives_outside_of_0_and_1_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=f"fraction is {fraction}; it must be in"):
+        hard_negatives([], fraction=fraction, seed=0)

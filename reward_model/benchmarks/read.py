@@ -39,7 +39,7 @@ def records_of(*paths: Path) -> Iterator[tuple[str, Fields]]:
         for number, record in enumerate(_records(path), start=1):  # noqa: B007
             yield record
         if not number:
-            raise ValueError(f"{path} holds no record.")
+            raise ValueError(f"{path} contains no record.")
 
 
 def _records(path: Path) -> Iterator[tuple[str, Fields]]:

@@ -1,4 +1,7 @@
-"""What people preferred: one reader for each format, all of which answer with pairs and labels."""
+"""Human preference data: one module for each published format, all converted to `PreferencePair` and `LabelledImage`.
+
+Also what is done with records before training: splits by prompt, overlap with test sets, hard negatives, a summary.
+"""
 
 from reward_model.datasets.fields import BadRecordError
 from reward_model.datasets.load import load_records

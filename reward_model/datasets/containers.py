@@ -1,4 +1,4 @@
-"""Files that hold rows, whatever the rows mean: JSON, JSONL, Parquet, tar, TFRecord, the Hub, and folders of those."""
+"""Containers of records of any format: JSON, JSONL, Parquet, tar, TFRecord, the Hub, and folders of such files."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from reward_model.datasets.raw_records import RawRecord, read_json_lines, read_j
 from reward_model.datasets.tar import TarShard
 from reward_model.datasets.tfrecord import read_tfrecord
 
-ENDINGS = (".jsonl", ".json", ".parquet", ".tar", ".tfrecord")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".tar", ".tfrecord")
 
 
 class Container(NamedTuple):
-    """One file of a data set, or all of one on the Hub."""
+    """One file of a data set, or one split of a data set on the Hub."""
 
     root: Path
-    """Where relative image paths start, unless the user says otherwise."""
-    rows: Iterable[RawRecord]
-    member: Callable[[str], bytes] | None = None
-    """The content of an image that lies in the same archive."""
+    """Folder that relative image paths start from, unless the user gives an image_root."""
+    records: Iterable[RawRecord]
+    read_member: Callable[[str], bytes] | None = None
+    """Returns the bytes of a member of the same archive by its name; None if the container is not an archive."""
 
 
-def open_containers(place: str, *, is_image_folder: bool, skip_columns: Collection[str]) -> Iterator[Container]:
-    """The containers of a place: a file, a folder of files of one kind, or hf:ID@SPLIT."""
-    if place.startswith("hf:"):
-        yield Container(Path(), read_hub_dataset(place.removeprefix("hf:"), skip_columns=skip_columns))
+def open_containers(path: str, *, is_image_folder: bool, skip_columns: Collection[str]) -> Iterator[Container]:
+    """Yield the containers of a path: one file, every file of a folder in the order of their names, or hf:ID@SPLIT.
+
+    Raises FileNotFoundError if the file does not exist, and ValueError for an unknown suffix or a mixed folder.
+    """
+    if path.startswith("hf:"):
+        yield Container(Path(), read_hub_dataset(path.removeprefix("hf:"), skip_columns=skip_columns))
         return
-    path = Path(place)
+    location = Path(path)
     if is_image_folder:
-        yield Container(path, read_image_folder(path))
+        yield Container(location, read_image_folder(location))
         return
-    for file in _files_of(path) if path.is_dir() else [path]:
+    for file in _data_files(location) if location.is_dir() else [location]:
         yield _open_file(file, skip_columns)
 
 
@@ -50,17 +53,19 @@ def _open_file(path: Path, skip_columns: Collection[str]) -> Container:
             return Container(path.parent, read_parquet(path, skip_columns=skip_columns))
         case ".tar":
             shard = TarShard(path)
-            return Container(path.parent, shard.samples(), shard.content)
+            return Container(path.parent, shard.samples(), shard.read_member)
         case ".tfrecord":
             return Container(path.parent, read_tfrecord(path, skip_columns=skip_columns))
         case other:
-            raise ValueError(f"{path} ends in {other!r}; possible are {', '.join(ENDINGS)}, and folders of them.")
+            raise ValueError(
+                f"{path} has the suffix {other!r}; it must be one of {', '.join(SUFFIXES)}, or a folder of such files."
+            )
 
 
-def _files_of(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file())
-    kinds = sorted({path.suffix for path in files})
-    if len(kinds) != 1:
-        found = f"holds {' and '.join(kinds)} files" if kinds else f"holds no file that ends in {', '.join(ENDINGS)}"
-        raise ValueError(f"The folder {folder} {found}; give one with files of one kind, or name the files.")
+def _data_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    suffixes = sorted({path.suffix for path in files})
+    if len(suffixes) != 1:
+        found = f"{' and '.join(suffixes)} files" if suffixes else f"no file with the suffix {', '.join(SUFFIXES)}"
+        raise ValueError(f"The folder {folder} contains {found}; all of its data files must have one suffix.")
     return files

@@ -1,4 +1,4 @@
-"""What the readers of all formats share: how a field is taken from a record, and how it is refused."""
+"""Typed access to the fields of a record, shared by all formats. A wrong value raises BadRecordError."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 ImageField = str | bytes
-"""What a record gives for an image: the path of a file, or the file's content."""
+"""An image in a record: the path of a file, or the content of a file."""
 
 
 class BadRecordError(ValueError):
-    """A record that nothing can be learnt from: what is wrong with it and what would be right."""
+    """An invalid record. The message states the invalid value and what would be valid."""
 
 
 class NoPreferenceError(Exception):
-    """A sound record from which nothing can be learnt, such as a pair that nobody judged; the message says why."""
+    """A valid record without a preference, such as a pair without a label. The message states the reason."""
 
 
 def shortened(value: object) -> str:
-    """A value as it stands in a message: at most 80 characters of its repr, however long or deep it is."""
+    """Return the repr of a value for a message: at most 80 characters, however long or deeply nested the value is."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     short.maxlist = short.maxdict = 12
@@ -30,7 +30,7 @@ def shortened(value: object) -> str:
 
 
 def refuse_unknown_keys(fields: Collection[str], known: Collection[str]) -> None:
-    """Let no misspelt key pass as if it were not there."""
+    """Raise BadRecordError for the first key that is not among `known`, so that a misspelt key is not ignored."""
     for key in fields:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -45,7 +45,10 @@ def check_keys(
     optional: Collection[str] = (),
     ignored: Collection[str] = (),
 ) -> None:
-    """Ask for the keys of a published format; foreign ones pass, for formats grow, unless one looks like a typo."""
+    """Check the keys of a record in a published format; raises BadRecordError for a missing or misspelt key.
+
+    Other keys are accepted, because published data sets gain columns, unless one is nearly the name of a missing key.
+    """
     foreign = [key for key in fields if key not in {*needed, *optional, *ignored}]
     for key in sorted({*needed, *optional} - {*fields}):
         close = difflib.get_close_matches(key, foreign, n=1, cutoff=0.85)
@@ -56,39 +59,39 @@ def check_keys(
 
 
 def take_text(fields: Mapping[str, Any], key: str) -> str:
-    """The string under a key; it may be empty."""
-    return _text(fields[key], key)
+    """Return the string under a key; it may be empty."""
+    return _checked_text(fields[key], key)
 
 
 def take_two_texts(fields: Mapping[str, Any], key: str) -> tuple[str, str]:
-    """The two strings that stand as a list under a key."""
+    """Return the two strings of the list under a key."""
     match fields[key]:
         case [first, second]:
-            return _text(first, key), _text(second, key)
+            return _checked_text(first, key), _checked_text(second, key)
         case value:
             raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a list of two strings.")
 
 
 def take_image(fields: Mapping[str, Any], key: str) -> ImageField:
-    """The image under a key: a path, bytes, or what `datasets` makes of either, {"bytes": ..., "path": ...}."""
-    return image_of(fields[key], key)
+    """Return the image under a key: a path, bytes, or the {"bytes": ..., "path": ...} of `datasets`."""
+    return as_image(fields[key], key)
 
 
-def image_of(value: object, key: str) -> ImageField:
-    """The image that a value is; `key` is where it stood, for messages."""
+def as_image(value: object, key: str) -> ImageField:
+    """Return a value as an image; `key` names it in messages."""
     match value:
         case bytes() as content:
             return content
         case {"bytes": bytes() as content}:
             return content
         case {"bytes": None, "path": str() as path}:
-            return _text(path, key)
+            return _checked_text(path, key)
         case _:
-            return _text(value, key)
+            return _checked_text(value, key)
 
 
 def take_list(fields: Mapping[str, Any], key: str) -> list[Any]:
-    """The list under a key."""
+    """Return the list under a key."""
     value = fields[key]
     if not isinstance(value, list):
         raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a list.")
@@ -96,7 +99,7 @@ def take_list(fields: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def take_choice(fields: Mapping[str, Any], key: str, choices: Collection[str]) -> str:
-    """One of a few words under a key."""
+    """Return the string under a key, which must be one of `choices`."""
     value = fields[key]
     if not isinstance(value, str) or value not in choices:
         raise BadRecordError(f"{key!r} is {shortened(value)}; it must be one of {', '.join(map(repr, choices))}.")
@@ -104,15 +107,15 @@ def take_choice(fields: Mapping[str, Any], key: str, choices: Collection[str]) -
 
 
 def take_number(fields: Mapping[str, Any], key: str) -> float:
-    """The finite number under a key."""
-    return number_of(fields[key], key)
+    """Return the finite number under a key."""
+    return as_number(fields[key], key)
 
 
-def number_of(value: object, key: str) -> float:
-    """The finite number that a value is; `key` is where it stood, for messages."""
+def as_number(value: object, key: str) -> float:
+    """Return a value as a finite float; `key` names it in messages."""
     try:
         number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    except OverflowError:  # a whole number beyond the range of floats
+    except OverflowError:  # an integer beyond the range of floats
         number = math.inf
     if not math.isfinite(number):
         raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a finite number.")
@@ -120,19 +123,19 @@ def number_of(value: object, key: str) -> float:
 
 
 def take_label(fields: Mapping[str, Any]) -> int:
-    """1 for good (safe, sound) or 0 for bad. `true` is refused: whether it means good or unsafe is anyone's guess."""
+    """Return the label: 1 for good or safe, 0 for bad or unsafe. `true` is refused, as it could mean either."""
     value = fields["label"]
     if type(value) is not int or value not in (0, 1):
         raise BadRecordError(f"'label' is {shortened(value)}; it must be the number 1 (good, safe) or 0 (bad, unsafe).")
     return value
 
 
-def _text(value: object, key: str) -> str:
+def _checked_text(value: object, key: str) -> str:
     if not isinstance(value, str):
-        raise BadRecordError(f"{key!r} has {shortened(value)}, where a string must stand.")
+        raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a string.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair ("\ud83d"); tokenizers and file systems choke on it much later.
-        raise BadRecordError(f"{key!r} has {shortened(value)}, which is no valid Unicode: {error.reason}.") from error
+        # JSON can contain half of a surrogate pair ("\ud83d"), on which tokenizers and file systems fail much later.
+        raise BadRecordError(f"{key!r} is {shortened(value)}, which is not valid Unicode: {error.reason}.") from error
     return value

@@ -1,4 +1,4 @@
-"""Which format data have, and where they lie: FORMAT:PLACE, in which FORMAT: may be left out for our own files."""
+"""The table of data formats, and the parsing of FORMAT:PATH. FORMAT: may be omitted for the project's own format."""
 
 from __future__ import annotations
 
@@ -31,51 +31,50 @@ FORMATS = (
     "image_folder",
 )
 
-
-Reader = Callable[..., list[Record]]
-"""From the fields of a row, with `find_image` and `where` as keywords, to what they say."""
+ConvertRecord = Callable[..., list[Record]]
+"""Converts the fields of one raw record, with `find_image` and `where` as keywords, to records."""
 
 
 class Format(NamedTuple):
-    """How the rows of a data set are understood."""
+    """One data format: how raw records become records."""
 
     name: str
-    read: Reader
-    gather: Callable[[Iterable[RawRecord]], Iterator[RawRecord]] = iter
-    """Puts together what belongs to one row, if several were published."""
+    convert: ConvertRecord
+    group: Callable[[Iterable[RawRecord]], Iterator[RawRecord]] = iter
+    """Merges consecutive raw records that belong together, where a format spreads a prompt over several rows."""
     skip_columns: frozenset[str] = frozenset()
-    """Columns too large to be read for nothing."""
+    """Large columns that are not used and therefore not loaded."""
 
 
 def parse_source(source: str) -> tuple[Format, str]:
-    """The format and the place of FORMAT:PLACE. ValueError for a format that does not exist.
+    """Return the format and the path of FORMAT:PATH. Raises ValueError for an unknown format.
 
-    Without a format, a file .json is one of LLaVA-Reward's, and everything else our own.
+    Without a format, a .json file is in LLaVA-Reward's format and everything else in the project's own.
     """
     found = re.fullmatch(r"([a-z][a-z0-9_]+)(?:/([a-z]+))?(?:=([^:]*))?:(.+)", source, flags=re.DOTALL)
     if found is None or found[1] == "hf" or Path(source).exists():
         return _format("llava_reward" if Path(source).suffix == ".json" else "own", None, None), source
-    name, part, threshold, place = found.groups()
-    return _format(name, part, threshold), place
+    name, part, threshold, path = found.groups()
+    return _format(name, part, threshold), path
 
 
 def source_name(source: str) -> str:
-    """A short name for tables and files: that of the place, behind the format if one is given."""
-    form, place = parse_source(source)
-    stem = Path(place).stem
-    return stem if place == source else f"{form.name.replace('/', '-')}-{stem}"
+    """Return a short name of a source for tables and file names: FORMAT-STEM, or STEM without a format."""
+    form, path = parse_source(source)
+    stem = Path(path).stem
+    return stem if path == source else f"{form.name.replace('/', '-')}-{stem}"
 
 
 def _format(name: str, part: str | None, threshold: str | None) -> Format:
     full = name if part is None else f"{name}/{part}"
     match name, part, threshold:
         case "own", None, None:
-            return Format(full, _one(own_record))
+            return Format(full, _as_list(own_record))
         case "llava_reward", None, None:
-            return Format(full, _one(llava_reward_record))
+            return Format(full, _as_list(llava_reward_record))
         case "image_reward_db", ("alignment" | "fidelity" | "overall" | "rank") as perspective, None:
-            read = partial(image_reward_db.image_reward_record, perspective=perspective)
-            return Format(full, read, image_reward_db.by_prompt)
+            convert = partial(image_reward_db.image_reward_record, perspective=perspective)
+            return Format(full, convert, image_reward_db.group_by_prompt)
         case "pick_a_pic", None, None:
             return Format(full, pick_a_pic_record)
         case "hpdv2", None, None:
@@ -85,29 +84,31 @@ def _format(name: str, part: str | None, threshold: str | None) -> Format:
         case "unsafe_bench", None, None:
             return Format(full, unsafe_bench_record)
         case "richhf", ("alignment" | "artifact" | "overall" | "aesthetics") as score, str():
-            read = partial(richhf.richhf_record, score=score, threshold=_number(threshold, full))
-            return Format(full, read, skip_columns=richhf.MAPS)
+            convert = partial(richhf.richhf_record, score=score, threshold=_parse_threshold(threshold, full))
+            return Format(full, convert, skip_columns=richhf.MAPS)
         case "image_folder", None, None:
             return Format(full, folder_record)
         case _:
             given = full if threshold is None else f"{full}={threshold}"
             close = difflib.get_close_matches(given, FORMATS, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{given}: is no format of data.{hint} Possible are {', '.join(FORMATS)}.")
+            raise ValueError(f"{given} is not a data format.{hint} Formats are {', '.join(FORMATS)}.")
 
 
-def _one(read: Callable[..., Record]) -> Reader:
-    def read_one(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
-        return [read(fields, find_image=find_image, where=where)]
+def _as_list(convert: Callable[..., Record]) -> ConvertRecord:
+    def convert_to_list(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
+        return [convert(fields, find_image=find_image, where=where)]
 
-    return read_one
+    return convert_to_list
 
 
-def _number(text: str, name: str) -> float:
+def _parse_threshold(text: str, name: str) -> float:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"The threshold of {name}={text} is no number; a score of at least that much is good.")
+        raise ValueError(
+            f"The threshold of {name}={text} is not a finite number; images with at least that score get label 1."
+        )
     return number

@@ -1,4 +1,4 @@
-"""HPDv2 (Wu et al., arXiv:2306.09341): people's choices among images of many models.
+"""HPDv2 (Wu et al., arXiv:2306.09341): human choices among images of many models.
 
 train.json  {"prompt": "a red fox", "file_path": ["a.jpg", "b.jpg"], "human_preference": [1, 0]}    1 is preferred
 test.json   {"prompt": "a red fox", "image_path": ["a.jpg", "b.jpg", "c.jpg"], "rank": [1, 3, 2],
@@ -12,9 +12,9 @@ from typing import Any
 
 from reward_model.datasets.fields import (
     BadRecordError,
+    as_image,
+    as_number,
     check_keys,
-    image_of,
-    number_of,
     shortened,
     take_list,
     take_text,
@@ -25,20 +25,22 @@ from reward_model.types import PreferencePair, Record
 
 
 def hpdv2_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
-    """The pair of an element of train.json, or all pairs of one of test.json."""
+    """Convert an element of train.json to its pair, or an element of test.json to all pairs of its images."""
     key = "file_path" if "file_path" in fields else "image_path"
-    verdict = "rank" if "rank" in fields else "human_preference"
-    check_keys(fields, needed={"prompt", key, verdict}, ignored={"raw_annotations", "user_hash"})
+    answer = "rank" if "rank" in fields else "human_preference"
+    check_keys(fields, needed={"prompt", key, answer}, ignored={"raw_annotations", "user_hash"})
     prompt = take_text(fields, "prompt")
-    images = [image_of(value, key) for value in take_list(fields, key)]
-    numbers = [number_of(value, verdict) for value in take_list(fields, verdict)]
+    images = [as_image(value, key) for value in take_list(fields, key)]
+    numbers = [as_number(value, answer) for value in take_list(fields, answer)]
     if len(images) != len(numbers):
-        raise BadRecordError(f"{key!r} has {len(images)} elements and {verdict!r} {len(numbers)}; each needs one.")
-    if verdict == "rank":
+        raise BadRecordError(
+            f"{key!r} has {len(images)} elements and {answer!r} has {len(numbers)}; they must be as many."
+        )
+    if answer == "rank":
         ranks = [-number for number in numbers]
         return pairs_from_ratings(images, ranks, prompt, find_image=find_image, where=where)
     if numbers not in ([1, 0], [0, 1]):
-        raise BadRecordError(f"'human_preference' is {shortened(fields[verdict])}; it must be [1, 0] or [0, 1].")
+        raise BadRecordError(f"'human_preference' is {shortened(fields[answer])}; it must be [1, 0] or [0, 1].")
     first, second = (find_image(image) for image in images)
     winner, loser = (first, second) if numbers == [1, 0] else (second, first)
     return [PreferencePair(winner, loser, prompt, prompt, where=where)]

@@ -1,9 +1,9 @@
-"""HPDv3 and HPDv3++ (Ma et al., arXiv:2508.03789): pairs of which the first is preferred.
+"""HPDv3 and HPDv3++ (Ma et al., arXiv:2508.03789): pairs whose first image is preferred.
 
     {"prompt": "a red fox", "path1": "a.jpg", "path2": "b.jpg", "confidence": 0.97, "choice_dist": [17, 2],
      "model1": "flux", "model2": "real_images"}
 
-`confidence` may be null, or the text "null". It and the rest are checked as far as they are known, and not used.
+`confidence` may be null, or the string "null"; it is checked and not used, as the other fields are not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from reward_model.types import PreferencePair, Record
 
 
 def hpdv3_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
-    """The pair of an element: path1 won."""
+    """Convert an element to its pair; path1 is the winner."""
     check_keys(
         fields,
         needed={"prompt", "path1", "path2"},

@@ -1,4 +1,4 @@
-"""Whether an image that a record names is there, is sound, and lies where images may lie."""
+"""Checks of the images that records name: each exists, can be decoded, and lies within the image root."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 from reward_model.datasets.fields import BadRecordError, ImageField, shortened
 
 FindImage = Callable[[ImageField], Path]
-"""From an image as a record gives it to a file that was checked; BadRecordError if there is none."""
+"""Returns the checked file of an image as a record gives it; raises BadRecordError if there is none."""
 MAX_PIXELS = 64_000_000
-"""An image with more is taken for a decompression bomb."""
+"""Images with more pixels are refused as decompression bombs."""
 
 
 def image_finder(
@@ -25,34 +25,34 @@ def image_finder(
     *,
     unpack_to: Path,
     prefix: tuple[str, str] | None = None,
-    member: Callable[[str], bytes] | None = None,
+    read_member: Callable[[str], bytes] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> FindImage:
-    """A function that finds images under `root` and opens each file once, however many records name it.
+    """Return a function that finds images under `root` and checks each file once, however many records name it.
 
-    With a `prefix` (OLD, NEW), a path that starts with the folder OLD is read as if it started with NEW. If the data
-    are an archive, `member` gives the content of what it names. Content is written to a file of its own, once, in the
-    folder `unpack_to`: what trains on images opens files, in any order and as often as it likes.
+    With a `prefix` (OLD, NEW), paths that start with the folder OLD are looked up in the folder NEW. If the records
+    lie in an archive, `read_member` returns the content of the member that a record names. Images that are given as
+    content are written to the folder `unpack_to`, each distinct one once, as training opens images in random order.
     """
     root, unpack_to = root.resolve(), unpack_to.resolve()
     flaw = cache(partial(flaw_of_image, max_pixels=max_pixels))
 
     def find_image(image: ImageField) -> Path:
         if isinstance(image, bytes):
-            return _unpacked(image, unpack_to, max_pixels=max_pixels, name="in the record")
-        name = image if prefix is None else _moved(image, *prefix)
-        if member is not None:
-            return _unpacked(member(name), unpack_to, max_pixels=max_pixels, name=shortened(image))
+            return _unpack(image, unpack_to, max_pixels=max_pixels, name="in the record")
+        name = image if prefix is None else _with_new_prefix(image, *prefix)
+        if read_member is not None:
+            return _unpack(read_member(name), unpack_to, max_pixels=max_pixels, name=shortened(image))
         path = _path_inside(root, name)
         if found := flaw(path):
-            raise BadRecordError(f"the image {shortened(image)}, seen from {root}, {found}")
+            raise BadRecordError(f"the image {shortened(image)}, relative to {root}, {found}")
         return path
 
     return find_image
 
 
 def parse_prefix(text: str | None) -> tuple[str, str] | None:
-    """The two folders of OLD=NEW, without slashes at their ends."""
+    """Return the two folders of OLD=NEW without trailing slashes. Raises ValueError if OLD or = is missing."""
     if text is None:
         return None
     old, equals, new = text.partition("=")
@@ -62,7 +62,7 @@ def parse_prefix(text: str | None) -> tuple[str, str] | None:
 
 
 def text_beside(image: Path) -> str:
-    """What stands in the .txt file of the same name, without blanks around it; empty if there is none."""
+    """Return the text of the .txt file with the same name, without surrounding blanks; empty if there is no file."""
     file = image.with_suffix(".txt")
     try:
         return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
@@ -71,34 +71,34 @@ def text_beside(image: Path) -> str:
 
 
 def flaw_of_image(path: Path, *, max_pixels: int) -> str | None:
-    """What keeps a file from being used as an image, as the rest of a sentence; None if nothing does."""
+    """Return why a file cannot be used as an image, as the end of a sentence; None if it can."""
     try:
         if not path.exists():
             return "does not exist. Correct the path, or give another image_root."
         if not path.is_file():
             return "is not a file. Name an image."
         if not path.stat().st_size:
-            return "is an empty file. Fetch it again or leave the record out."
+            return "is an empty file. Download it again or remove the record."
         return _flaw_of_pixels(path, max_pixels=max_pixels)
-    # Pillow's many readers raise anything at all when they meet broken bytes: SyntaxError, struct.error, KeyError, ...
+    # Pillow's decoders raise any exception type on broken bytes: SyntaxError, struct.error, KeyError, ...
     except Exception as error:
-        return f"cannot be read as an image: {str(error)[:200]}. Fetch it again or leave the record out."
+        return f"cannot be read as an image: {str(error)[:200]}. Download it again or remove the record."
 
 
 def flaw_of_content(content: bytes, *, max_pixels: int) -> str | None:
-    """The same of an image's bytes."""
+    """Return why the content of a file cannot be used as an image, as the end of a sentence; None if it can."""
     if not content:
-        return "is empty. Fetch the data again or leave the record out."
+        return "is empty. Download the data again or remove the record."
     try:
         return _flaw_of_pixels(io.BytesIO(content), max_pixels=max_pixels)
     except Exception as error:
         text = str(error).partition(" <_io.BytesIO")[0][:200]
-        return f"cannot be read as an image: {text}. Fetch the data again or leave the record out."
+        return f"cannot be read as an image: {text}. Download the data again or remove the record."
 
 
 def _flaw_of_pixels(source: Path | io.BytesIO, *, max_pixels: int) -> str | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of bombs at a limit of its own, and of harmless metadata
+        warnings.simplefilter("ignore")  # Pillow warns about bombs at its own limit, and about harmless metadata
         try:
             image = Image.open(source)
         except Image.DecompressionBombError as error:
@@ -107,23 +107,21 @@ def _flaw_of_pixels(source: Path | io.BytesIO, *, max_pixels: int) -> str | None
             width, height = image.size
             if width * height > max_pixels:
                 return (
-                    f"looks like a decompression bomb: {width} x {height} = {width * height} pixels, where max_pixels "
-                    f"is {max_pixels}. Shrink it if it is genuine."
+                    f"looks like a decompression bomb: {width} x {height} = {width * height} pixels; max_pixels is "
+                    f"{max_pixels}. Make it smaller if it is genuine."
                 )
             if image.mode in ("I", "F"):
-                return (
-                    f"has 32-bit gray values ({image.mode}), of which none is known to be white; save it with 8 bits."
-                )
+                return f"has 32-bit gray values ({image.mode}) without a known white value; save it with 8 bits."
             if image.format == "PNG":
-                image.verify()  # the check sum of every chunk: as good as decoding and many times faster
+                image.verify()  # compares the checksum of every chunk, many times faster than decoding
             else:
-                image.draft("L", (1, 1))  # JPEG: all bytes are read, few pixels are made
-                image.load()  # elsewhere `verify` does nothing, and half a file would pass
+                image.draft("L", (1, 1))  # JPEG: reads all bytes, but decodes few pixels
+                image.load()  # for formats other than PNG, `verify` does not notice a truncated file
     return None
 
 
-def _unpacked(content: bytes, folder: Path, *, max_pixels: int, name: str) -> Path:
-    """The file of this content, named after it: two records, or two processes, with one image share the file."""
+def _unpack(content: bytes, folder: Path, *, max_pixels: int, name: str) -> Path:
+    """Write an image to a file that is named by its hash, so that records and processes share equal images."""
     if flaw := flaw_of_content(content, max_pixels=max_pixels):
         raise BadRecordError(f"the image {name}, of {len(content):,} bytes, {flaw}")
     digest = hashlib.sha256(content).hexdigest()
@@ -136,8 +134,8 @@ def _unpacked(content: bytes, folder: Path, *, max_pixels: int, name: str) -> Pa
     return path
 
 
-def _moved(name: str, old: str, new: str) -> str:
-    """Only whole names of folders count: /data is no prefix of /data2/a.png."""
+def _with_new_prefix(name: str, old: str, new: str) -> str:
+    """Replace the folder `old` at the start of a path by `new`; /data is not a prefix of /data2/a.png."""
     if not name.startswith(f"{old}/"):
         return name
     rest = name[len(old) + 1 :]
@@ -145,14 +143,14 @@ def _moved(name: str, old: str, new: str) -> str:
 
 
 def _path_inside(root: Path, name: str) -> Path:
-    """Where a name leads once every link and every `..` is followed: two names of one file give the same path."""
+    """Return the path with links and `..` resolved, so that two names of one file give the same path."""
     try:
         path = (root / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL
-        raise BadRecordError(f"the image {shortened(name)} cannot be a path: {str(error)[:200]}.") from error
+    except (OSError, RuntimeError, ValueError) as error:  # circular links, a null byte
+        raise BadRecordError(f"the image {shortened(name)} is not a valid path: {str(error)[:200]}.") from error
     if not path.is_relative_to(root):
         raise BadRecordError(
-            f"the image {shortened(name)} leads to {shortened(str(path))}, outside of the image root {root}. "
-            f"Give an image_root that holds every image."
+            f"the image {shortened(name)} resolves to {shortened(str(path))}, outside of the image root {root}. "
+            f"Give an image_root that contains every image."
         )
     return path

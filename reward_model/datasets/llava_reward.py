@@ -1,10 +1,10 @@
-"""The JSON that LLaVA-Reward's authors published (arXiv:2507.21391): one list of pairs or of labelled images.
+"""The JSON files of LLaVA-Reward's authors (arXiv:2507.21391): one list of pairs or of labelled images.
 
     {"prompt_id": "x", "prompt": "a red fox", "chosen_path": "a.png", "c_rate": 7, "reject_path": "b.png", "r_rate": 4}
     {"path": "a.png", "label": 1, "prompt": "a red fox", "safety_label": "Safe", "category": "None", "source": "Lexica"}
 
-Label 1 means good or safe. The paths in the authors' own files are absolute ones of their machines: an `image_prefix`
-OLD=NEW leads them to yours.
+Label 1 means good or safe. The authors' files have absolute paths of their machines, which `image_prefix` OLD=NEW
+replaces by yours.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from reward_model.types import LabelledImage, PreferencePair, Record
 
 _PAIR = frozenset({"prompt", "chosen_path", "reject_path"})
 _PAIR_EXTRAS = frozenset({"prompt_id", "c_rate", "r_rate"})
-_POINT = frozenset({"path", "label", "prompt"})
-_POINT_EXTRAS = frozenset({"safety_label", "category", "source", "prompt_id", "id", "text"})
+_LABELLED = frozenset({"path", "label", "prompt"})
+_LABELLED_EXTRAS = frozenset({"safety_label", "category", "source", "prompt_id", "id", "text"})
 
 
 def llava_reward_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> Record:
-    """What one element of the published list says."""
+    """Convert one element of the list to a pair or a labelled image."""
     if "path" in fields or "label" in fields:
-        _check_keys(fields, needed=_POINT, extras=_POINT_EXTRAS)
+        _check_keys(fields, needed=_LABELLED, extras=_LABELLED_EXTRAS)
         label, prompt, image = take_label(fields), take_text(fields, "prompt"), take_image(fields, "path")
         return LabelledImage(find_image(image), prompt, label, where)
 
@@ -64,17 +64,17 @@ def _check_keys(fields: Mapping[str, Any], *, needed: frozenset[str], extras: fr
 
 
 def _rating_gap(fields: Mapping[str, Any]) -> float | None:
-    """How much higher the chosen image was rated; None if nobody rated the two."""
+    """Return the rating of the chosen minus that of the rejected image, >= 0; None without ratings."""
     match "c_rate" in fields, "r_rate" in fields:
         case False, False:
             return None
         case True, True:
             gap = take_number(fields, "c_rate") - take_number(fields, "r_rate")
         case _:
-            raise BadRecordError("only one of 'c_rate' and 'r_rate' is given; there must be both or neither.")
+            raise BadRecordError("only one of 'c_rate' and 'r_rate' is given; give both or neither.")
     if gap < 0 or math.isinf(gap):
         raise BadRecordError(
             f"'c_rate' is {shortened(fields['c_rate'])} and 'r_rate' is {shortened(fields['r_rate'])}; "
-            f"the chosen image must be rated as high as the rejected one or, by a finite gap, higher."
+            f"the chosen image must have at least the rating of the rejected one, with a finite gap."
         )
     return gap

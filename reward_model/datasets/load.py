@@ -1,4 +1,4 @@
-"""Read human preferences: every row is returned as records, refused, counted as without preference, or written down as skipped."""
+"""Loading of preference data: each raw record is converted, refused, skipped, or counted as without preference."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from reward_model.datasets.images import MAX_PIXELS, FindImage, image_finder, pa
 from reward_model.datasets.raw_records import RawRecord
 from reward_model.types import PreferencePair, Record
 
-UNPACKED = Path("runs/images")
-"""Where images go that lie within tables and archives."""
+UNPACK_FOLDER = Path("runs/images")
+"""Default folder for images that lie within tables and archives."""
 
 
 def load_records(
@@ -23,66 +23,71 @@ def load_records(
     *,
     image_root: str | Path | None = None,
     image_prefix: str | None = None,
-    unpack_to: str | Path = UNPACKED,
+    unpack_to: str | Path = UNPACK_FOLDER,
     on_bad_record: Literal["error", "skip"] = "error",
     skipped: Path | None = None,
     without_preference: Counter[str] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> list[Record]:
-    """The pairs and labels of FORMAT:PLACE, in the order of their rows, with every image checked.
+    """Return the pairs and labelled images of FORMAT:PATH in the order of the file, with every image checked.
 
-    `formats.py` lists the formats, `containers.py` the places. Without a format, `.json` is the one published with
-    LLaVA-Reward, everything else our own. Relative image paths start at `image_root`, by default the folder of the
-    file; no image may lie outside of it. An `image_prefix` OLD=NEW leads paths from the folder OLD to NEW. Images
-    within tables and archives are written to files in the folder `unpack_to`.
+    `formats.FORMATS` lists the formats; PATH is a file, a folder of files with one suffix, or hf:ID@SPLIT. Without a
+    format, .json files are in LLaVA-Reward's format and all others in the project's own.
 
-    With on_bad_record="skip" a bad row is left out, and a line {"where", "reason", "record"} is appended to the file
-    `skipped`. Otherwise the first one raises BadRecordError. Sound rows that say nothing, such as pairs without a
-    label, are counted in `without_preference`, by reason. A source without any good record is a ValueError.
+    image_root: folder that relative image paths start from, by default the folder of the file. All images must lie
+        within it.
+    image_prefix: OLD=NEW; image paths that start with the folder OLD are looked up in the folder NEW.
+    unpack_to: folder to which images within tables and archives are written.
+    on_bad_record: "error" raises BadRecordError, with file and line, for the first invalid record; "skip" leaves it
+        out and appends a line {"where", "reason", "record"} to the file `skipped`.
+    without_preference: receives the number of valid records without a preference (such as unlabelled pairs) by reason.
+    max_pixels: images with more pixels are invalid.
+
+    Raises ValueError if the source is invalid or gives no record, and FileNotFoundError if a file or folder is missing.
     """
-    form, place = parse_source(str(source))
+    form, path = parse_source(str(source))
     skip_log = skipped if on_bad_record == "skip" else None
     if on_bad_record == "skip" and skip_log is None:
-        raise ValueError("on_bad_record='skip' needs `skipped`: the file in which left-out records are written down.")
-    prefix, records, silent, num_bad = parse_prefix(image_prefix), list[Record](), Counter[str](), 0
+        raise ValueError("on_bad_record='skip' needs `skipped`: the file to which skipped records are written.")
+    prefix, records, uninformative, num_bad = parse_prefix(image_prefix), list[Record](), Counter[str](), 0
     is_image_folder = form.name == "image_folder"
-    for container in open_containers(place, is_image_folder=is_image_folder, skip_columns=form.skip_columns):
+    for container in open_containers(path, is_image_folder=is_image_folder, skip_columns=form.skip_columns):
         root = container.root if image_root is None or is_image_folder else Path(image_root)
-        _check_files(place, root, skip_log=skip_log)
+        _check_paths(path, root, skip_log=skip_log)
         find_image = image_finder(
-            root, unpack_to=Path(unpack_to), prefix=prefix, member=container.member, max_pixels=max_pixels
+            root, unpack_to=Path(unpack_to), prefix=prefix, read_member=container.read_member, max_pixels=max_pixels
         )
-        for raw in form.gather(container.rows):
+        for raw in form.group(container.records):
             try:
-                records += _understand(raw, form, find_image)
+                records += _convert(raw, form, find_image)
             except NoPreferenceError as reason:
-                silent[f"{form.name}: {reason}"] += 1
+                uninformative[f"{form.name}: {reason}"] += 1
             except BadRecordError as error:
                 if skip_log is None:
                     raise BadRecordError(f"{raw.where}: {error}") from error
-                _write_down(raw, reason=str(error), skip_log=skip_log)
+                _write_skipped(raw, reason=str(error), skip_log=skip_log)
                 num_bad += 1
     if without_preference is not None:
-        without_preference.update(silent)
+        without_preference.update(uninformative)
     if not records:
-        bad = f"; all of its {num_bad} were bad, see {skip_log}" if num_bad else ""
-        rest = "".join(f"; of {count} rows {reason.partition(': ')[2]}" for reason, count in silent.items())
-        raise ValueError(f"{place} holds no record{bad}{rest}.")
+        bad = f"; all of its {num_bad} were invalid, see {skip_log}" if num_bad else ""
+        rest = "".join(f"; for {count} rows {reason.partition(': ')[2]}" for reason, count in uninformative.items())
+        raise ValueError(f"{path} contains no record{bad}{rest}.")
     return records
 
 
-def _understand(raw: RawRecord, form: Format, find_image: FindImage) -> list[Record]:
-    found = form.read(raw.fields(), find_image=find_image, where=raw.where)
-    for record in found:
+def _convert(raw: RawRecord, form: Format, find_image: FindImage) -> list[Record]:
+    records = form.convert(raw.fields(), find_image=find_image, where=raw.where)
+    for record in records:
         _refuse_identical_sides(record)
-    return found
+    return records
 
 
-def _check_files(place: str, root: Path, *, skip_log: Path | None) -> None:
+def _check_paths(path: str, root: Path, *, skip_log: Path | None) -> None:
     if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {root}, which image_root names.")
-    if skip_log is not None and skip_log.resolve() == Path(place).resolve():
-        raise ValueError(f"`skipped` is the data file {place} itself; left-out records need a file of their own.")
+        raise FileNotFoundError(f"There is no folder {root} (image_root).")
+    if skip_log is not None and skip_log.resolve() == Path(path).resolve():
+        raise ValueError(f"`skipped` is the data file {path} itself; give another file for skipped records.")
 
 
 def _refuse_identical_sides(record: Record) -> None:
@@ -90,13 +95,13 @@ def _refuse_identical_sides(record: Record) -> None:
         return
     if (record.winner, record.winner_prompt) == (record.loser, record.loser_prompt):
         raise BadRecordError(
-            f"both sides are the image {record.winner} under the prompt {shortened(record.winner_prompt)}; "
+            f"both sides are the image {record.winner} with the prompt {shortened(record.winner_prompt)}; "
             f"a pair must differ in the image or in the prompt."
         )
 
 
-def _write_down(raw: RawRecord, *, reason: str, skip_log: Path) -> None:
-    """Append one line and close the file again, so that nothing is lost if a later record stops the program."""
+def _write_skipped(raw: RawRecord, *, reason: str, skip_log: Path) -> None:
+    """Append one line and close the file, so that no line is lost if a later record stops the program."""
     skip_log.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(raw.source, bytes):
         record = raw.source.decode(errors="backslashreplace").strip()

@@ -1,4 +1,4 @@
-"""Which prompts of the training data stand in a test set as well: a judge is not to be measured on what it has read."""
+"""Prompts that occur both in the training data and in a test set, on which test accuracy would be too high."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from reward_model.types import Record
 
 
 def normalise(prompt: str) -> str:
-    """The words of a prompt: without case, punctuation, and other ways of writing the same letters (NFKC).
+    """Return the words of a prompt without case, punctuation and different encodings of the same letters (NFKC).
 
-    "A red  fox!" and "a red fox" are one prompt. A prompt without any letter or digit stays as it is.
+    "A red  fox!" and "a red fox" give the same. A prompt without letters and digits is only stripped.
     """
     text = unicodedata.normalize("NFKC", prompt).casefold()
-    # Letters, marks and digits: without the marks, words of Hindi or Thai would run into one.
+    # Letters, marks and digits: without the marks, words of Hindi or Thai would be split.
     words = "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in text).split()
     return " ".join(words) or text.strip()
 
 
 def shared_prompts(training: Sequence[Record], test: Sequence[Record]) -> set[str]:
-    """The normalised prompts of both. The empty one, of images without a prompt, is not counted."""
+    """Return the normalised prompts that occur in both; the empty prompt, of images without one, is not counted."""
     return (normalised_prompts(training) & normalised_prompts(test)) - {""}
 
 
 def without_prompts(records: Sequence[Record], prompts: set[str]) -> list[Record]:
-    """The records of which neither side has one of these normalised prompts."""
+    """Return the records with none of these normalised prompts on either side."""
     return [record for record in records if not prompts & {*map(normalise, record_prompts(record))}]
 
 
 def overlap_table(training: Sequence[Record], tests: Mapping[str, Sequence[Record]]) -> str:
-    """For each test set a line: how many of its prompts, and of the training records, are shared; and one of them."""
+    """Return a line for each test set with the numbers of shared prompts and training records, and an example."""
     lines: list[str] = []
     for name, test in tests.items():
         shared = shared_prompts(training, test)
@@ -47,5 +47,5 @@ def overlap_table(training: Sequence[Record], tests: Mapping[str, Sequence[Recor
 
 
 def normalised_prompts(records: Iterable[Record]) -> set[str]:
-    """Those of both sides of all records."""
+    """Return the normalised prompts of both sides of all records."""
     return {normalise(prompt) for record in records for prompt in record_prompts(record)}

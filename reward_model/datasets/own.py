@@ -1,4 +1,4 @@
-"""Our own format: one JSON object a line, short enough to be written by hand.
+"""The project's own format: one JSON object a line, short enough to be written by hand.
 
     {"prompt": "a red fox", "winner": "a.png", "loser": "b.png"}
     {"prompt": "a red fox", "winner": "a.png", "loser": "b.png", "rating_gap": 2.0}
@@ -7,8 +7,8 @@
     {"winner_prompt": "a red fox", "loser_prompt": "a blue fox", "winner": "a.png", "loser": "b.png"}
     {"prompt": "a red fox", "image": "a.png", "label": 1}
 
-The fourth asks which prompt one image serves better; together with the fifth it is what the paper calls a hard
-negative. Every form may carry an "id" (text or number) and a "comment" (text), which nobody reads.
+The fourth says which prompt matches one image better; the fourth and the fifth are what LLaVA-Reward's paper calls
+hard negatives. Every form may have an "id" (string or number) and a "comment" (string), which are not used.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _KNOWN = _REMARKS | {
     *("rating_gap", "label"),
 }
 _FORMS = (
-    "A record has exactly: prompt, winner, loser (and rating_gap, if known); or prompt, tie; or winner_prompt, "
+    "A record has exactly: prompt, winner, loser (and optionally rating_gap); or prompt, tie; or winner_prompt, "
     "loser_prompt, image; or winner_prompt, loser_prompt, winner, loser; or prompt, image, label."
 )
 
 
 def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> Record:
-    """What one line of our own format says. The keys alone tell which of the six forms it has."""
+    """Convert one line to a pair or a labelled image; the set of its keys determines which of the six forms it is."""
     refuse_unknown_keys(fields, _KNOWN)
     _check_remarks(fields)
 
@@ -66,7 +66,7 @@ def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) 
         case ["loser", "loser_prompt", "winner", "winner_prompt"]:
             images, prompts = images_of("winner", "loser"), texts("winner_prompt", "loser_prompt")
         case keys:
-            raise BadRecordError(f"the keys {shortened(keys)} make no record. {_FORMS}")
+            raise BadRecordError(f"the keys {shortened(keys)} do not form a record. {_FORMS}")
     gap = _rating_gap(fields)
     winner, loser = map(find_image, images)
     return PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where)
@@ -77,12 +77,12 @@ def _rating_gap(fields: Mapping[str, Any]) -> float:
         return 0.0
     gap = take_number(fields, "rating_gap")
     if gap <= 0:
-        raise BadRecordError(f"'rating_gap' is {gap:g}; it must be above 0. Equally good images are a 'tie'.")
+        raise BadRecordError(f"'rating_gap' is {gap:g}; it must be above 0. Equally good images form a 'tie'.")
     return gap
 
 
 def _check_remarks(fields: Mapping[str, Any]) -> None:
     if isinstance(fields.get("id"), dict | list):
-        raise BadRecordError(f"'id' is {shortened(fields['id'])}; it must be one text or number.")
+        raise BadRecordError(f"'id' is {shortened(fields['id'])}; it must be one string or number.")
     if not isinstance(fields.get("comment", ""), str):
-        raise BadRecordError(f"'comment' is {shortened(fields['comment'])}; it must be a text in quotation marks.")
+        raise BadRecordError(f"'comment' is {shortened(fields['comment'])}; it must be a string.")

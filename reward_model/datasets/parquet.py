@@ -1,4 +1,4 @@
-"""Tables: Parquet files, and data sets of the Hub or of a folder through `datasets`."""
+"""Tables: Parquet files through pyarrow, and data sets of the Hub or of a folder through `datasets`."""
 
 # pyarrow and datasets have no usable types.
 # pyright: reportAttributeAccessIssue=false, reportUnknownMemberType=false, reportCallIssue=false
@@ -11,14 +11,14 @@ from typing import Any
 
 from reward_model.datasets.raw_records import RawRecord
 
-_ROWS_AT_ONCE = 16
-"""Rows may hold images of megabytes."""
+_BATCH_SIZE = 16
+"""Rows in memory at once; a row may contain images of several megabytes."""
 
 
 def read_parquet(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
-    """The rows of a Parquet file, numbered from 1, a few at a time and without the columns `skip_columns`.
+    """Yield the rows of a Parquet file, numbered from 1, without the columns `skip_columns`.
 
-    Raises ValueError if the file as a whole is broken.
+    Raises ValueError if the file is broken.
     """
     import pyarrow.parquet as pq
 
@@ -26,39 +26,39 @@ def read_parquet(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawRe
     try:
         with pq.ParquetFile(path) as file:
             columns = [name for name in file.schema_arrow.names if name not in skip_columns]
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+            for batch in file.iter_batches(batch_size=_BATCH_SIZE, columns=columns):
                 for fields in batch.to_pylist():
                     number += 1
                     yield RawRecord(f"{path}:ROW {number}", fields)
-    # Broken bytes end in a dozen types of errors, some of them not Arrow's own.
+    # Broken bytes cause a dozen exception types, not all of them Arrow's own.
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as Parquet behind row {number}: {str(error)[:200]}. Fetch the file again."
+            f"{path} cannot be read as Parquet after row {number}: {str(error)[:200]}. Download the file again."
         ) from error
 
 
-def read_hub_dataset(place: str, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
-    """The rows of ID@SPLIT, a data set of the Hub (or a folder that `datasets` understands), numbered from 1.
+def read_hub_dataset(path: str, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
+    """Yield the rows of ID@SPLIT, numbered from 1; ID is a data set on the Hub, or a folder in a layout of `datasets`.
 
-    Raises ValueError if there is none such. Data sets that are Python scripts are none since datasets 4; `docs/data.md`
-    says which files of theirs to fetch instead.
+    Raises ValueError if it cannot be loaded. Data sets that are Python scripts cannot since datasets 4; `docs/data.md`
+    lists the files to download instead.
     """
     from datasets import Dataset, Image, load_dataset
 
-    name, at, split = place.rpartition("@")
+    name, at, split = path.rpartition("@")
     if not (name and at and split):
-        raise ValueError(f"hf:{place} names no split; write hf:ID@SPLIT, such as hf:yuvalkirstain/pickapic_v2@test.")
+        raise ValueError(f"hf:{path} has no split; write hf:ID@SPLIT, such as hf:yuvalkirstain/pickapic_v2@test.")
     try:
         table: Any = load_dataset(name, split=split)
-    # Whatever goes wrong on the way to the Hub has one of a dozen types of several libraries.
+    # Failures on the way to the Hub have a dozen exception types of several libraries.
     except Exception as error:
-        raise ValueError(f"hf:{place} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from error
+        raise ValueError(f"hf:{path} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from error
     assert isinstance(table, Dataset)
     table = table.remove_columns([column for column in table.column_names if column in skip_columns])
     for column, feature in table.features.items():
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, Image):
-            bare = Image(decode=False)
-            table = table.cast_column(column, bare if inner is feature else type(feature)(bare))
+            undecoded = Image(decode=False)
+            table = table.cast_column(column, undecoded if inner is feature else type(feature)(undecoded))
     for number, fields in enumerate(table, start=1):
-        yield RawRecord(f"hf:{place}:ROW {number}", fields)
+        yield RawRecord(f"hf:{path}:ROW {number}", fields)

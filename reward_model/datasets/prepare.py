@@ -1,4 +1,4 @@
-"""What a judge is taught by and what it is chosen by: prompts are kept apart, hard negatives added, and all is said."""
+"""Preparation of training and validation records: test prompts removed, validation prompts held out, hard negatives."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ def prepare_records(
     seed: int,
     log: Callable[[str], None],
 ) -> tuple[list[Record], list[Record]]:
-    """The records to train on and those to choose by.
+    """Return the training and the validation records.
 
-    Prompts that training shares with test sets are counted, and left out if they are to be. Without validation records
-    a share of the prompts becomes these. Then so many hard negatives are added as `hard_negatives` is of the records.
-    Raises ValueError if nothing is left to train on.
+    Prompts that the training data share with the sets in `tests` (by name) are counted, and removed from training if
+    `exclude_test_prompts`. If `validation` is empty, `validation_fraction` of the training records, in (0, 1), are held
+    out by prompt. Hard negatives are made for the fraction `hard_negatives`, in [0, 1], of the winners and added to the
+    training records. Tables of overlap and content are passed to `log`.
+
+    Raises ValueError if no training record is left.
     """
     records = list(training)
     if tests:
@@ -38,10 +41,10 @@ def prepare_records(
         held_out = list(validation)
         log(overlap_table(records, {"validation": held_out}))
     else:
-        records, held_out = split_by_prompt(records, share=validation_fraction, seed=seed)
+        records, held_out = split_by_prompt(records, fraction=validation_fraction, seed=seed)
     if hard_negatives:
-        held_back = [*held_out, *chain(*tests.values())]
-        negatives = make_hard_negatives(records, share=hard_negatives, seed=seed, held_back=held_back)
+        unseen = [*held_out, *chain(*tests.values())]
+        negatives = make_hard_negatives(records, fraction=hard_negatives, seed=seed, held_out=unseen)
         log(f"{len(negatives):,} hard negatives are added to {len(records):,} training records")
         records += negatives
     log(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
@@ -51,8 +54,9 @@ def prepare_records(
 def _without_test_prompts(
     records: Sequence[Record], tests: Mapping[str, Sequence[Record]], *, log: Callable[[str], None]
 ) -> list[Record]:
-    kept = without_prompts(records, {prompt for test in tests.values() for prompt in shared_prompts(records, test)})
-    if not kept:
-        raise ValueError(f"All {len(records):,} training records have prompts of the test data; nothing is left.")
-    log(f"{len(records) - len(kept):,} training records are left out for prompts that occur in test")
-    return kept
+    shared = {prompt for test in tests.values() for prompt in shared_prompts(records, test)}
+    remaining = without_prompts(records, shared)
+    if not remaining:
+        raise ValueError(f"All {len(records):,} training records have prompts of the test data; none is left.")
+    log(f"{len(records) - len(remaining):,} training records with prompts of the test data are excluded")
+    return remaining

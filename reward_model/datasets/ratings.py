@@ -1,4 +1,4 @@
-"""From the ratings of several images of one prompt to pairs."""
+"""Conversion of ratings of several images of one prompt to pairs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from reward_model.types import PreferencePair, Record
 def pairs_from_ratings(
     images: Sequence[ImageField], ratings: Sequence[float], prompt: str, *, find_image: FindImage, where: str
 ) -> list[Record]:
-    """Every two images of which one is rated higher, with the difference as the gap.
+    """Return a pair for every two images with different ratings; its rating gap is their difference.
 
-    Two that are rated the same make no pair, as in the training data of LLaVA-Reward (arXiv:2507.21391). For ranks, of
-    which 1 is the best, hand in their negatives. Raises NoPreferenceError if all are rated the same.
+    Higher is better: pass negative ranks. Two images with the same rating give no pair, as in the training data of
+    LLaVA-Reward (arXiv:2507.21391). Raises NoPreferenceError if there is one image only, or all ratings are the same.
     """
     if len(images) < 2:
         raise NoPreferenceError(f"there is only one image of the prompt {shortened(prompt)}")

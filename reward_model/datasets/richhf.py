@@ -1,13 +1,13 @@
 """RichHF-18K (Liang et al., arXiv:2312.10240): four scores of single images from Pick-a-Pic v1.
 
     filename   artifact_score   misalignment_score   overall_score   aesthetics_score
-    artifact_map, misalignment_map, prompt_misalignment_label: where and in which words; not used
+    artifact_map, misalignment_map, prompt_misalignment_label: locations and words of flaws; not used
 
-For every score, those named after a flaw too, higher is better: artifact_score 1 is an image without artifacts. A
-score becomes a label by a threshold, which the user has to name.
+Higher is better for every score, including those named after a flaw: artifact_score 1 is an image without artifacts. A
+score becomes a label by a threshold that the user gives.
 
 It is published as TFRecords without images and prompts. `filename` is looked up under the image root; the prompt is
-the field `prompt` or `caption` of an export that has it, or else the text file beside the image (a.txt of a.png).
+the field `prompt` or `caption` if there is one, or else the text file beside the image (a.txt of a.png).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAPS = frozenset({"artifact_map", "misalignment_map"})
 def richhf_record(
     fields: Mapping[str, Any], *, find_image: FindImage, where: str, score: Score, threshold: float
 ) -> list[Record]:
-    """An image that is good (1) if its score is at least the threshold. Only alignment asks for a prompt."""
+    """Convert a row to a labelled image: 1 if the score is at least the threshold. Only alignment needs a prompt."""
     image = "image" if fields.get("image") is not None else "filename"
     check_keys(
         fields,
@@ -46,8 +46,8 @@ def richhf_record(
     prompt = _prompt(fields, file)
     if score == "alignment" and not prompt:
         raise BadRecordError(
-            f"there is no prompt, and alignment is about nothing else. Add a column 'prompt' from Pick-a-Pic's "
-            f"captions, or write it into {file.with_suffix('.txt')}."
+            f"there is no prompt, which alignment needs. Add a column 'prompt' from Pick-a-Pic's captions, or write it "
+            f"to {file.with_suffix('.txt')}."
         )
     return [LabelledImage(file, prompt, label, where)]
 

@@ -1,4 +1,4 @@
-"""What is in a data set, at a glance."""
+"""Summary of the records of a data set."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _NUM_BINS = 4
 
 
 def describe(records: Sequence[Record]) -> str:
-    """A short table of how many pairs, labels, prompts and images there are."""
+    """Return a table, one count a line, of pairs, ties, rating gaps, labels, prompts and images."""
     pairs = [record for record in records if isinstance(record, PreferencePair)]
-    points = [record for record in records if isinstance(record, LabelledImage)]
+    labelled = [record for record in records if isinstance(record, LabelledImage)]
     gaps = [pair.rating_gap for pair in pairs if pair.rating_gap > 0]
-    images = {image for pair in pairs for image in (pair.winner, pair.loser)} | {point.image for point in points}
+    images = {image for pair in pairs for image in (pair.winner, pair.loser)} | {one.image for one in labelled}
     per_prompt = Counter(prompt for record in records for prompt in {*record_prompts(record)})
-    num_ties, num_good = sum(pair.tie for pair in pairs), sum(point.label == 1 for point in points)
+    num_ties, num_good = sum(pair.tie for pair in pairs), sum(one.label == 1 for one in labelled)
     rows: list[Row] = [
         ("pairs", len(pairs)),
         ("  ties", num_ties),
@@ -29,10 +29,10 @@ def describe(records: Sequence[Record]) -> str:
         ("  with two prompts", sum(pair.winner_prompt != pair.loser_prompt for pair in pairs)),
         ("  with a rating gap", len(gaps)),
         *_histogram(gaps),
-        ("labelled images", len(points)),
+        ("labelled images", len(labelled)),
         ("  label 1 (good)", num_good),
-        ("  label 0 (bad)", len(points) - num_good),
-        *_share("  good among the labels", num_good, len(points)),
+        ("  label 0 (bad)", len(labelled) - num_good),
+        *_share("  good among the labels", num_good, len(labelled)),
         ("distinct prompts", len(per_prompt)),
         ("  most records of one", max(per_prompt.values(), default=0)),
         ("distinct images", len(images)),
@@ -41,14 +41,14 @@ def describe(records: Sequence[Record]) -> str:
     return "\n".join(f"{name:<{width}}  {count if isinstance(count, str) else f'{count:,}':>9}" for name, count in rows)
 
 
-def _share(name: str, part: int, whole: int) -> Iterator[Row]:
-    """How balanced two classes are, if there are any."""
-    if whole:
-        yield name, f"{part / whole:.1%}"
+def _share(name: str, count: int, total: int) -> Iterator[Row]:
+    """Yield a row with a percentage; no row if the total is 0."""
+    if total:
+        yield name, f"{count / total:.1%}"
 
 
 def _histogram(gaps: Sequence[float]) -> Iterator[Row]:
-    """Few different gaps each have a row (ratings are mostly whole numbers); many are put into bins of equal width."""
+    """Yield one row for each gap if there are few different ones, as of integer ratings; else bins of equal width."""
     counts = sorted(Counter(gaps).items())
     if len(counts) <= 2 * _NUM_BINS:
         yield from ((f"    gap {gap:g}", count) for gap, count in counts)

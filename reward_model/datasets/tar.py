@@ -1,10 +1,13 @@
-"""WebDataset shards: tar archives in which the files of one sample stand beside each other.
+"""WebDataset shards: tar archives in which the files of one sample share the start of their name.
 
-    0001.json  0001.jpg                     the JSON holds all fields but the image
+    0001.json  0001.jpg                     the JSON has all fields but the image
     0002.json  0002.winner.jpg  0002.loser.jpg
 
-A sample is a KEY.json with a record's fields. An image KEY.FIELD.jpg is the field FIELD, if the JSON lacks it, and
-KEY.jpg the field `image`; an image that the JSON names by itself is looked up among all members.
+KEY.json has the fields of a record. KEY.FIELD.jpg is the image of the field FIELD, and KEY.jpg that of the field
+`image`, unless the JSON has this field. An image that the JSON gives as a path is looked up among all members.
+
+Not `datasets.load_dataset("webdataset")`: it requires the same files for every sample, copies the archive into its
+cache, and stops at the first broken sample.
 """
 
 from __future__ import annotations
@@ -21,73 +24,75 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class TarShard:
-    """One archive, of which members are read when they are asked for, from where they lie."""
+    """A tar archive whose members are read from the file on demand."""
 
     def __init__(self, path: Path) -> None:
-        """List the members. ValueError if the file is no whole, uncompressed tar, or two members have one name."""
+        """List the members. Raises ValueError if the tar is compressed, truncated, or has two members of one name."""
         self.path = path
         try:
             with tarfile.open(path, "r:") as archive:
                 found = list(archive)
         except (tarfile.TarError, OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as an uncompressed tar: {error}. Fetch it again.") from error
+            raise ValueError(f"{path} cannot be read as an uncompressed tar: {error}. Download it again.") from error
         _check_end(path, found)
         members = [member for member in found if not member.isdir()]
         self.members = {member.name: member for member in members}
         if len(self.members) < len(members):
-            (twin, _), *_ = Counter(member.name for member in members).most_common(1)
-            raise ValueError(f"{path} has two members {shortened(twin)}; each needs a name of its own.")
+            (duplicate, _), *_ = Counter(member.name for member in members).most_common(1)
+            raise ValueError(f"{path} has two members {shortened(duplicate)}; names must be unique.")
 
-    def content(self, name: str) -> bytes:
-        """What a member holds; BadRecordError if there is none, or it is a link, or cut off."""
+    def read_member(self, name: str) -> bytes:
+        """Return the bytes of a member. Raises BadRecordError if it is missing, a link, or truncated."""
         member = self.members.get(name)
         if member is None:
-            raise BadRecordError(f"the image {shortened(name)} is no member of the archive.")
+            raise BadRecordError(f"the image {shortened(name)} is not a member of the archive.")
         if not member.isreg():
-            raise BadRecordError(f"the member {shortened(name)} is no ordinary file; pack the image itself.")
+            raise BadRecordError(f"the member {shortened(name)} is not a regular file; pack the image itself.")
         with self.path.open("rb") as file:
             file.seek(member.offset_data)
             content = file.read(member.size)
         if len(content) < member.size:
-            raise BadRecordError(f"the member {shortened(name)} is cut off: {len(content)} of {member.size} bytes.")
+            raise BadRecordError(f"the member {shortened(name)} is truncated: {len(content)} of {member.size} bytes.")
         return content
 
     def samples(self) -> Iterator[RawRecord]:
-        """The samples in the order of their .json members."""
+        """Yield the samples in the order of their .json members."""
         images: dict[str, dict[str, str]] = {}
         for name in self.members:
-            key, rest = _key_and_rest(name)
+            key, rest = _split_name(name)
             field, _, ending = rest.removeprefix(".").rpartition(".")
             if ending.lower() in _IMAGES:
                 images.setdefault(key, {})[field or "image"] = name
         for name in self.members:
-            key, rest = _key_and_rest(name)
+            key, rest = _split_name(name)
             if rest == ".json":
                 yield self._sample(name, images.get(key, {}))
 
     def _sample(self, name: str, images: dict[str, str]) -> RawRecord:
         where = f"{self.path}:{name}"
-        source = self.content(name)
+        source = self.read_member(name)
         try:
             fields = parse_object(source)
         except BadRecordError:
-            return RawRecord(where, source)  # refused like any broken line, once its turn comes
+            return RawRecord(where, source)  # refused on conversion, like any broken line
         return RawRecord(where, {**images, **fields})
 
 
 def _check_end(path: Path, members: Sequence[tarfile.TarInfo]) -> None:
-    """Python's reader takes a broken header, and the end of the first of two archives in a row, for the end of all."""
+    """Raise ValueError if data follow the last member: tarfile stops at a broken header and between two archives."""
     last = max(members, key=lambda member: member.offset_data, default=None)
     end = 0 if last is None else last.offset_data + (last.size + 511) // 512 * 512
     with path.open("rb") as file:
         file.seek(end)
         while chunk := file.read(1 << 20):
             if chunk.strip(b"\0"):
-                raise ValueError(f"{path} cannot be read behind byte {end:,}: there stands no member. Fetch it again.")
+                raise ValueError(
+                    f"{path} cannot be read after byte {end:,}: no member starts there. Download it again."
+                )
 
 
-def _key_and_rest(name: str) -> tuple[str, str]:
-    """The folder/0001 and .winner.jpg of folder/0001.winner.jpg."""
+def _split_name(name: str) -> tuple[str, str]:
+    """Split folder/0001.winner.jpg into folder/0001 and .winner.jpg."""
     folder, slash, file = name.rpartition("/")
     stem, dot, rest = file.partition(".")
     return f"{folder}{slash}{stem}", f"{dot}{rest}"

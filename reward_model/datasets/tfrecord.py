@@ -1,10 +1,10 @@
-"""TFRecord files of `tf.train.Example`s, read without TensorFlow.
+"""TFRecord files of `tf.train.Example` messages, read without TensorFlow.
 
-    file    = (length: uint64, check sum of length: uint32, an Example of that length, its check sum: uint32)*
+    file    = (length: uint64, checksum of length: uint32, an Example of that length, its checksum: uint32)*
     Example = {features: {feature: map from a name to bytes_list, float_list or int64_list}}
 
-Numbers are little-endian, check sums are masked CRC-32C. The one of the length is compared: it finds a file that is no
-TFRecord and one that lost a byte. The one of the content is not: in Python that takes a second for a few megabytes.
+Numbers are little-endian, checksums are masked CRC-32C. The checksum of the length is verified, which detects other
+files and lost bytes. That of the content is not: in Python it takes a second for a few megabytes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from typing import Any, BinaryIO
 from reward_model.datasets.raw_records import RawRecord
 
 Wire = Iterator[tuple[int, int | bytes]]
-"""The fields of a protobuf message: number, and a varint or what stands there."""
+"""The fields of a protobuf message: number, and a varint or the bytes of the value."""
 
 
 def read_tfrecord(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
-    """The Examples of a TFRecord file, numbered from 1, without the features `skip_columns`. ValueError if it is broken.
+    """Yield the Examples of a TFRecord file, numbered from 1, without the features `skip_columns`.
 
-    A feature with one value is that value, text if its bytes are UTF-8; one with several is a list.
+    A feature with one value gives this value, one with several a list. Bytes that are UTF-8 become strings.
+
+    Raises ValueError, with the number of the Example, if the file is broken.
     """
     number = 0
     with path.open("rb") as file:
@@ -33,12 +35,12 @@ def read_tfrecord(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawR
             try:
                 fields = _example(_content(file, head), skip_columns)
             except (ValueError, IndexError, struct.error) as error:
-                raise ValueError(f"{path}:RECORD {number} is no Example of a TFRecord: {error}.") from error
+                raise ValueError(f"{path}:RECORD {number} is not an Example of a TFRecord: {error}.") from error
             yield RawRecord(f"{path}:RECORD {number}", fields)
 
 
 def masked_crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) as TFRecord stores it: rotated right by 15 bits, plus 0xa282ead8."""
+    """Return CRC-32C (Castagnoli) as TFRecord stores it: rotated right by 15 bits, plus 0xa282ead8."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -50,23 +52,25 @@ def masked_crc32c(data: bytes) -> int:
 
 def _content(file: BinaryIO, head: bytes) -> bytes:
     if len(head) < 12:
-        raise ValueError(f"the file ends within the 12 bytes of its head, after {len(head)}")
+        raise ValueError(f"the file ends after {len(head)} of the 12 bytes of a header")
     length, check = struct.unpack("<QI", head)
     if check != masked_crc32c(head[:8]):
-        raise ValueError(f"the check sum of its length is {check:#x}, not {masked_crc32c(head[:8]):#x}")
+        raise ValueError(f"the checksum of its length is {check:#x}, not {masked_crc32c(head[:8]):#x}")
     left = os.fstat(file.fileno()).st_size - file.tell()
     if left < length + 4:
-        raise ValueError(f"the file ends {left:,} bytes behind its head, of its {length:,} and 4 of a check sum")
+        raise ValueError(
+            f"the file ends {left:,} bytes after its header, which announces {length:,} and a checksum of 4"
+        )
     return file.read(length + 4)[:length]
 
 
 def _example(data: bytes, skip_columns: Collection[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    for features in _parts(data, 1):
-        for entry in _parts(features, 1):
-            name = b"".join(_parts(entry, 1)).decode()
+    for features in _messages(data, 1):
+        for entry in _messages(features, 1):
+            name = b"".join(_messages(entry, 1)).decode()
             if name not in skip_columns:
-                values = [value for feature in _parts(entry, 2) for value in _values(feature)]
+                values = [value for feature in _messages(entry, 2) for value in _values(feature)]
                 fields[name] = values[0] if len(values) == 1 else values
     return fields
 
@@ -89,11 +93,11 @@ def _values(feature: bytes) -> Iterator[Any]:
                     raise ValueError(f"a value of kind {kind} is {value!r:.40}")
 
 
-def _parts(data: bytes, number: int) -> Iterator[bytes]:
+def _messages(data: bytes, number: int) -> Iterator[bytes]:
     for found, value in _wire(data):
         if found == number:
             if not isinstance(value, bytes):
-                raise ValueError(f"field {number} is the number {value}, where a message must stand")
+                raise ValueError(f"field {number} is the number {value}; it must be a message")
             yield value
 
 

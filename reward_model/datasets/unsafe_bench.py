@@ -1,8 +1,8 @@
-"""UnsafeBench (Qu et al., arXiv:2405.03486): images that people called safe or unsafe.
+"""UnsafeBench (Qu et al., arXiv:2405.03486): images that annotators labelled safe or unsafe.
 
     image   safety_label "Safe" or "Unsafe"   category   source "Laion5B" or "Lexica"   text, in later revisions
 
-Safe is label 1, unsafe 0, as in LLaVA-Reward's own files. Where there is no text the prompt is empty.
+Safe is label 1 and unsafe 0, as in LLaVA-Reward's own files. Without a text, the prompt is empty.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reward_model.types import LabelledImage, Record
 
 
 def unsafe_bench_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
-    """The labelled image of a row."""
+    """Convert a row to its labelled image."""
     check_keys(fields, needed={"image", "safety_label"}, optional={"text"}, ignored={"category", "source"})
     label = int(take_choice(fields, "safety_label", ("Safe", "Unsafe")) == "Safe")
     prompt = "" if fields.get("text") is None else take_text(fields, "text")

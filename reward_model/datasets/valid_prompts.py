@@ -1,4 +1,4 @@
-"""Leave out, or refuse, what a backbone cannot be shown, before any time is spent on it."""
+"""Removal of records whose prompts a backbone cannot process, before training starts."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from reward_model.types import Record
 
 
 def with_valid_prompts(
-    records: Sequence[Record], try_prompt: Callable[[str], object], *, skipped: Path | None
+    records: Sequence[Record], check_prompt: Callable[[str], object], *, skipped: Path | None
 ) -> list[Record]:
-    """The records whose prompts `try_prompt` does not answer with a ValueError.
+    """Return the records for whose prompts `check_prompt` does not raise ValueError.
 
-    Another record raises BadRecordError, or, if there is a file `skipped`, is left out and written down there.
+    Other records are written to the file `skipped` if there is one; without, the first one raises BadRecordError.
     """
 
     @cache
     def flaw_of(prompt: str) -> str | None:
         try:
-            try_prompt(prompt)
+            check_prompt(prompt)
         except ValueError as error:
             return str(error)
         return None
 
-    kept: list[Record] = []
+    valid: list[Record] = []
     for record in records:
         flaw = next(filter(None, map(flaw_of, record_prompts(record))), None)
         if flaw is None:
-            kept.append(record)
+            valid.append(record)
         elif skipped is None:
             raise BadRecordError(f"{record.where}: {flaw}")
         else:
             with skipped.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"where": record.where, "reason": flaw}) + "\n")
-    return kept
+    return valid
