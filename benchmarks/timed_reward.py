@@ -1,4 +1,4 @@
-"""A smooth reward that any trainer can climb, and a stop-watch: trainers ask it once for each batch, so it can tell."""
+"""A smooth differentiable reward that records the time and memory at each call, and so times any trainer."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ _FIRST, _SECOND, _LAST = (
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process held so far. (`ru_maxrss` would start at that of the process it came from.)"""
+    """Return the peak memory of this process in MiB; `ru_maxrss` would include that of its parent."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) / 1024
 
 
 def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """How much images in [0, 1] please a small network with random weights, which does not read.
+    """Return the scores of a small random convolutional network for images in [0, 1]; prompts are ignored.
 
-    Writes a line into the file that the variable TIMES names, if it is set. A call for one image is a mere trial.
+    Appends a line of JSON to the file in the environment variable TIMES, if it is set. A call with one image, as in the
+    test for a gradient, is not recorded.
     """
     del prompts
     if "TIMES" in os.environ and len(images) > 1:
-        facts = {
+        record = {
             "wall": time.monotonic(), "cpu": time.process_time(), "images": len(images),
             "megabytes": peak_megabytes(),
         }  # fmt: skip
         with Path(os.environ["TIMES"]).open("a") as file:
-            file.write(json.dumps(facts) + "\n")
+            file.write(json.dumps(record) + "\n")
     first = F.conv2d(2 * images - 1, _FIRST.to(images), stride=2, padding=2).tanh()
     second = F.conv2d(first, _SECOND.to(images), stride=2, padding=2).tanh()
     return second.mean(dim=(2, 3)) @ _LAST.to(images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch.testing import assert_close
 
 from reward_model import scorers
 from rlhf_t2i.rewards.builtin import jpeg_compressibility, jpeg_incompressibility, oracle_graded, oracle_pass
+from rlhf_t2i.rewards.gradient import require_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
 from rlhf_t2i.rewards.table import REWARDS, find_reward, markdown_table, rewards_help
 from rlhf_t2i.shapes.scenes import parse_prompt, render
@@ -173,6 +175,14 @@ def test_a_function_of_the_working_directory_is_a_reward(workplace: Path) -> Non
     reward = load_rewards("my_rewards:greenness=2")
     assert_close(reward(IMAGES, PROMPTS)[0], 2 * (IMAGES[:, 1].mean((1, 2)) + 5))
     assert list(reward(IMAGES, PROMPTS)[1]) == ["my_rewards:greenness"]
+
+
+def test_the_example_in_the_docs_is_a_differentiable_reward(workplace: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rewards.md").read_text(), flags=re.DOTALL)
+    (workplace / "my_rewards.py").write_text(example)
+    reward = load_rewards("my_rewards:brightness")
+    assert_close(reward(IMAGES, PROMPTS)[0], IMAGES.mean((1, 2, 3)))
+    require_gradient(reward, prompt="a fox")
 
 
 def test_a_function_of_an_installed_package_is_a_reward() -> None:
