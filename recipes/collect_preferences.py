@@ -45,7 +45,7 @@ say = partial(print, flush=True)  # so that a program at the end of a pipe gets 
 _NUM_SAMPLED = 100
 """Default number of pairs to sample."""
 _DECIDED = ("preferred in the file", "not preferred in the file")
-_UNDECIDED = ("no preference in the file",) * 2
+_UNDECIDED = ("no preference in the file", "no preference in the file")
 
 
 @dataclass(frozen=True, kw_only=True)
