@@ -48,7 +48,7 @@ def main() -> None:
         every = all_scenes(tier)
         scenes = [every[i] for i in rng.integers(len(every), size=1_000)]
         with torch.no_grad():
-            restored = base.decode(base.family.autoencoder.vae.encode(render(scenes, rng=rng) * 2 - 1).latents)
+            restored = base.decode(base.autoencoder.vae.encode(render(scenes, rng=rng) * 2 - 1).latents)
         passed = oracle_scores(restored, [scene.prompt for scene in scenes]).passed.float().mean()
         lines.append(f"\nautoencoder, tier {tier}: {passed:.3f} of 1,000 reconstructions pass")
     print("\n".join(lines))  # noqa: T201

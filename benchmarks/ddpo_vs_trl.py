@@ -37,15 +37,15 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
     """One trajectory of eight images, replayed by both: the largest difference of densities and of gradients."""
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy("shapes", device=torch.device("cpu"))
-    policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler = Sampler(policy.schedule(8), partial(ddim, eta=1.0), GUIDANCE)
     prompts = all_prompts("training")[:8]
     generators = [torch.Generator().manual_seed(i) for i in range(8)]
-    _, trajectory = rollout(policy, prompts, sampler=sampler, generators=generators, batch_size=8)
+    _, trajectory = rollout(policy, prompts, sampler=sampler, generators=generators, microbatch_size=8)
     advantages = torch.linspace(-1, 1, 8)
     given = {
         "latents": trajectory.latents, "log_probs": trajectory.log_probs, "advantages": advantages,
-        "conditioning": trajectory.conditioning,
+        "conditioning": trajectory.conditioning.states,
     }  # fmt: skip
     torch.save(given, folder / "trajectory.pt")
     run([str(python), "benchmarks/trl_side.py", "replay", "--model", str(model), "--folder", str(folder)], 1)

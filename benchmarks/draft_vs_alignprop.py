@@ -57,7 +57,7 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy("shapes", device=torch.device("cpu"))
-    policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler, prompts = Sampler(policy.schedule(8), partial(ddim, eta=0.0), GUIDANCE), all_prompts("training")[:8]
     judges = load_rewards("timed_reward:reward")
     noise = policy.initial_noise([torch.Generator().manual_seed(i) for i in range(8)], copies=1)
@@ -68,7 +68,7 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
         theirs = torch.load(folder / f"gradient-{depth}.pt", weights_only=True)
         generators = [torch.Generator().manual_seed(i) for i in range(8)]
         kept = GradientWindow(torch.full((8,), 8 - depth))
-        images = sample_with_gradient(policy, prompts, sampler=sampler, kept=kept, generators=generators).images
+        images = sample_with_gradient(policy, prompts, sampler=sampler, window=kept, generators=generators).images
         rewards = score_with_gradient(judges, images, prompts).rewards
         gradient = torch.autograd.grad(-rewards.mean(), list(policy.trainable.values()))
         gradient = torch.cat([g.flatten() for g in gradient])

@@ -121,9 +121,9 @@ def main(config: Config) -> Path:
         with AsyncReward(reward, batch_size=config.microbatch_size) as async_reward:
             with trainer.timed("rollout"), trainer.sampling():
                 images, trajectory = rollout(
-                    policy, own_prompts, sampler=sampler, batch_size=config.microbatch_size,
+                    policy, own_prompts, sampler=sampler, microbatch_size=config.microbatch_size,
                     generators=generators_for(config.seed, SAMPLE, step, shard),
-                    painted=async_reward.submit if config.async_reward else None,
+                    on_images=async_reward.submit if config.async_reward else None,
                 )  # fmt: skip
             with trainer.timed("reward"), torch.no_grad():
                 if config.async_reward:

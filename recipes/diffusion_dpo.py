@@ -41,7 +41,7 @@ from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.denoising_errors import denoising_errors
-from rlhf_t2i.sampling.rollout import paint
+from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.metrics import mean_update_metrics
 from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
@@ -140,8 +140,8 @@ def sample_pairs(
     mine = trainer.shard(len(prompts), name="prompts_per_step")
     own = [prompts[i] for i in mine for _ in range(copies)]
     with trainer.timed("rollout"), trainer.sampling():
-        images, painted = paint(
-            trainer.policy, own, sampler=trainer.sampler(eta=config.eta), batch_size=config.microbatch_size,
+        images, painted = generate(
+            trainer.policy, own, sampler=trainer.sampler(eta=config.eta), microbatch_size=config.microbatch_size,
             generators=generators_for(config.seed, SAMPLE, step, mine),
         )  # fmt: skip
     with trainer.timed("reward"), torch.no_grad():
@@ -233,7 +233,7 @@ def loss_of_pairs(
         loss = denoising_errors(policy, pairs.winner, noise, policy.levels_at(drawn), pairs.conditioning).mean()
         return loss, loss.detach().expand(len(noise), 1)
     both = torch.cat([pairs.winner, pairs.loser]), noise.repeat(2, 1, 1, 1)
-    asked = *both, policy.levels_at(drawn.repeat(2)), pairs.conditioning.repeat(2, 1, 1)
+    asked = *both, policy.levels_at(drawn.repeat(2)), pairs.conditioning.repeat(2)
     with torch.no_grad(), policy.as_reference():
         reference_winner, reference_loser = denoising_errors(policy, *asked).chunk(2)
     winner, loser = denoising_errors(policy, *asked).chunk(2)

@@ -33,13 +33,13 @@ from rlhf_t2i.losses import denoising_mse, negative_aware_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.sampling.rollout import paint
+from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.ema import rising_decay
 from rlhf_t2i.training.metrics import mean_update_metrics
 from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
-from rlhf_t2i.types import Level, Policy, Prediction
+from rlhf_t2i.types import Conditioning, Level, Policy, Prediction
 
 METRICS: Sequence[str] = ("loss", "moved", "reference_gap")
 
@@ -113,8 +113,8 @@ def main(config: Config) -> Path:
         all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
         with trainer.timed("rollout"), trainer.sampling(average="sampling"):
-            images, clean = paint(
-                policy, own_prompts, sampler=sampler, batch_size=config.microbatch_size,
+            images, clean = generate(
+                policy, own_prompts, sampler=sampler, microbatch_size=config.microbatch_size,
                 generators=generators_for(config.seed, SAMPLE, step, shard),
             )  # fmt: skip
         with trainer.timed("reward"), torch.no_grad():
@@ -176,7 +176,7 @@ def update(
         reference_outputs: list[Tensor | None] = [None] * len(batches)
         if config.kl_weight:
             with torch.no_grad(), trainer.sampling(), policy.as_reference():
-                reference_outputs = [policy.output(predict(batch), batch.level) for batch in batches]
+                reference_outputs = [policy.to_output(predict(batch), batch.level) for batch in batches]
         for batch, old, reference in trainer.accumulate(
             list(zip(batches, old_predictions, reference_outputs, strict=True))
         ):
@@ -187,7 +187,7 @@ def update(
             )
             sample = [loss.detach().expand(len(batch.clean)), denoising_mse(new.clean.detach(), old)]
             if reference is not None:
-                gap = denoising_mse(policy.output(new, batch.level), reference)
+                gap = denoising_mse(policy.to_output(new, batch.level), reference)
                 loss = loss + config.kl_weight * gap.mean()
                 sample.append(gap.detach())
             trainer.backward(loss * len(batch.clean) / len(image))
@@ -207,7 +207,7 @@ class NoisedBatch:
     clean: Float[Tensor, "B C H W"]
     noise: Float[Tensor, "B C H W"]
     level: Level
-    conditioning: Float[Tensor, "B L D"]
+    conditioning: Conditioning
     optimality: Float[Tensor, " B"]
 
 

@@ -35,7 +35,7 @@ from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.gradient import ScoredImages, require_gradient, score_with_gradient
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
-from rlhf_t2i.sampling.backprop import GradientWindow, Painting, sample_with_gradient
+from rlhf_t2i.sampling.backprop import DifferentiableSamples, GradientWindow, sample_with_gradient
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
 from rlhf_t2i.types import Sampler
@@ -184,10 +184,10 @@ def update(
         with trainer.timed("rollout"):
             sampled = sample_with_gradient(
                 policy, own_prompts, sampler=sampler,
-                kept=gradient_window(config, generators_for(config.seed, UPDATE, step, indices)),
+                window=gradient_window(config, generators_for(config.seed, UPDATE, step, indices)),
                 generators=generators_for(config.seed, SAMPLE, step, indices),
-                checkpointing=config.checkpoint_denoising_steps, ask_reference=config.kl_weight > 0,
-                in_step=trainer.is_sharded,
+                checkpointing=config.checkpoint_denoising_steps, with_reference_gap=config.kl_weight > 0,
+                equal_calls=trainer.is_sharded,
             )  # fmt: skip
         with trainer.timed("reward"):
             scored = score_with_gradient(reward, sampled.images, own_prompts * variants)
@@ -216,7 +216,7 @@ def update(
 
 
 @torch.no_grad()
-def measurements(sampled: Painting, scored: ScoredImages, loss: Tensor) -> Float[Tensor, "B metrics"]:
+def measurements(sampled: DifferentiableSamples, scored: ScoredImages, loss: Tensor) -> Float[Tensor, "B metrics"]:
     """Return what is averaged over the images of all processes, one row for each image."""
     squared = scored.pixel_gradient.square()
     outside = (sampled.images < 0) | (sampled.images > 1)

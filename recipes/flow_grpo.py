@@ -139,7 +139,7 @@ def main(config: Config) -> Path:
         sampler = Sampler(schedule, partial(windowed, dynamics=dynamics, first=first, end=end), config.guidance_scale)
         with trainer.timed("rollout"), trainer.sampling():
             images, trajectory = rollout(
-                policy, own_prompts, sampler=sampler, batch_size=config.microbatch_size,
+                policy, own_prompts, sampler=sampler, microbatch_size=config.microbatch_size,
                 generators=generators_for(config.seed, SAMPLE, step, shard),
             )  # fmt: skip
         with trainer.timed("reward"), torch.no_grad():

@@ -171,9 +171,9 @@ def main(config: Config) -> Path:
     from reward_model.checkpoint import adapter_tensors, save_adapter
     from reward_model.config import RewardModelConfig
     from reward_model.datasets.valid_prompts import with_valid_prompts
+    from reward_model.losses import Objective
     from reward_model.model import RewardModel, parameter_table, visual_token_table
     from reward_model.scoring import LlavaReward
-    from reward_model.losses import Objective
     from reward_model.training import RewardModelTrainer, newest_checkpoint
     from rlhf_t2i.distributed.processes import end_processes
     from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER

@@ -1,56 +1,56 @@
-"""The vocabulary of the toolkit: what crosses from one file to another.
+"""Types that cross from one file to another.
 
-Every diffusion process here is x = alpha * clean + sigma * noise. A `Schedule` lists levels of noise, a model answers
-with a `Prediction` of both parts whatever it was trained to output, and one reverse step is a Gaussian `Transition`.
+Every diffusion process here is x = alpha * clean + sigma * noise. A `Schedule` lists noise levels, a model returns a
+`Prediction` of both parts whatever it was trained to output, and one reverse step is a Gaussian `Transition`.
 All per-level numbers are tensors with one entry per image, so a batch may mix denoising steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """How noisy each latent of a batch is: x = alpha * clean + sigma * noise."""
+    """Noise level of each latent of a batch: x = alpha * clean + sigma * noise."""
 
     alpha: Float[Tensor, " B"]
     sigma: Float[Tensor, " B"]
     model_time: Float[Tensor, " B"]
-    """What the network is told, in its own units (0..999 for Stable Diffusion)."""
+    """Time input of the network, in the network's own units (0 to 999 for Stable Diffusion)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The levels an image passes on its way from noise (index 0) to clean (index T)."""
+    """Noise levels that an image passes, from pure noise (index 0) to clean (index T)."""
 
     alpha: Float[Tensor, " levels"]
     sigma: Float[Tensor, " levels"]
     model_time: Float[Tensor, " levels"]
     kind: Literal["diffusion", "flow"] = "diffusion"
-    """What an image turns into noise by: alpha^2 + sigma^2 = 1, or alpha + sigma = 1."""
+    """Forward process: alpha^2 + sigma^2 = 1 for "diffusion", alpha + sigma = 1 for "flow"."""
 
     @property
     def num_steps(self) -> int:
         return len(self.alpha) - 1
 
     def at(self, index: Int[Tensor, " B"]) -> Level:
-        """The level of each image of a batch, given how many steps it has taken."""
+        """Return the level of each image of a batch after `index` denoising steps."""
         index = index.to(self.alpha.device)
         return Level(self.alpha[index], self.sigma[index], self.model_time[index])
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model sees in a noisy latent, free of its parameterisation (noise, v or velocity)."""
+    """Clean and noise parts that a model predicts of noisy latents, whatever it was trained to output."""
 
     clean: Float[Tensor, "B C H W"]
     noise: Float[Tensor, "B C H W"]
@@ -62,21 +62,64 @@ class Transition:
 
     mean: Float[Tensor, "B C H W"]
     std: Float[Tensor, " B"]
-    """The whole standard deviation of the step, every factor included; 0 where the step is deterministic."""
+    """Standard deviation of the step with every factor included; 0 for a deterministic step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """Encoded prompts of a batch, as the denoiser takes them."""
+
+    states: Float[Tensor, "B L D"]
+    """Hidden states of the text encoders, one row per token."""
+    pooled: Float[Tensor, "B E"] | None = None
+    """One vector per prompt, for models that take one."""
+    mask: Bool[Tensor, "B L"] | None = None
+    """True for real tokens, False for padding; None if the model attends to every row of `states`."""
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name; `Conditioning(**parts)` is the inverse."""
+        fields = {"states": self.states, "pooled": self.pooled, "mask": self.mask}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, index: slice | Int[Tensor, " N"]) -> Conditioning:
+        """Return some rows of the batch, as a tensor's index does."""
+        return self._map(lambda tensor: tensor[index])
+
+    def repeat(self, count: int) -> Conditioning:
+        """Return the whole batch `count` times in a row: (a, b) becomes (a, b, a, b)."""
+        return self._map(lambda tensor: tensor.repeat(count, *[1] * (tensor.dim() - 1)))
+
+    def to(self, target: torch.device | torch.dtype) -> Conditioning:
+        """Move to a device, or convert `states` and `pooled` to a floating point type."""
+        keeps_mask = isinstance(target, torch.dtype)
+        return self._map(lambda tensor: tensor if keeps_mask and tensor.dtype == torch.bool else tensor.to(target))
+
+    @staticmethod
+    def cat(batches: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate batches of one model along the batch dimension."""
+        return Conditioning(**{name: torch.cat([batch.parts[name] for batch in batches]) for name in batches[0].parts})
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(**{name: function(tensor) for name, tensor in self.parts.items()})
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """Everything an update needs to replay how a batch of images was painted, in float32."""
+    """Sampling record of a batch of images, in float32, from which an update replays every denoising step."""
 
-    conditioning: Float[Tensor, "B L D"]
+    conditioning: Conditioning
     log_probs: Float[Tensor, "B T"]
+    """Log-probability of each step, averaged over latent dimensions (`diffusion.gaussian.mean_log_prob`)."""
     latents: Float[Tensor, "B T+1 C H W"]
 
 
 @runtime_checkable
 class Dynamics(Protocol):
-    """How a sampler steps from one level to the next; `partial(ddim, eta=1.0)` is one."""
+    """Distribution of the next latents, given a prediction at one level; `partial(ddim, eta=1.0)` is one."""
 
     def __call__(
         self,
@@ -89,87 +132,87 @@ class Dynamics(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """How images are painted: along which levels, by which step, with how much guidance."""
+    """Noise levels, dynamics and guidance of sampling."""
 
     schedule: Schedule
     dynamics: Dynamics
     guidance_scale: float = 1.0
-    """Of classifier-free guidance; 1 is off."""
+    """Scale of classifier-free guidance; 1 is off."""
 
 
 @runtime_checkable
 class DiffusionModel(Protocol):
-    """A text-to-image model seen as something that paints."""
+    """A text-to-image diffusion model that can be sampled from."""
 
     def schedule(self, num_steps: int) -> Schedule: ...
 
     def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Tensor:
-        """Latents at index 0 of a schedule, `copies` from each generator: (G * copies, C, H, W)."""
+        """Draw latents at index 0 of a schedule, `copies` from each generator: (G * copies, C, H, W)."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]: ...
+    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
 
     def predict(
         self,
         latents: Float[Tensor, "B C H W"],
         level: Level,
-        conditioning: Float[Tensor, "B L D"],
+        conditioning: Conditioning,
         *,
         guidance_scale: float,
     ) -> Prediction: ...
 
     def num_calls(self, guidance_scale: float) -> int:
-        """How often the denoiser is asked for one prediction: twice with classifier-free guidance."""
+        """Return the number of denoiser evaluations per image and prediction: 2 with classifier-free guidance."""
         ...
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
-        """Images in [0, 1]; values beyond it are kept, so that a gradient survives."""
+        """Return images with a nominal range of [0, 1], not clamped, so that saturated pixels keep a gradient."""
         ...
 
 
 @runtime_checkable
 class Policy(DiffusionModel, Protocol):
-    """A text-to-image model seen as something that can be taught."""
+    """A text-to-image diffusion model that can be trained."""
 
     denoiser: nn.Module
-    """The network that learns, as it is spread over several processes."""
+    """The trained network as the distribution strategy wraps it."""
     reference: nn.Module | None
-    """A frozen copy of it, if one is needed and was kept; spread in the same way."""
+    """A frozen copy of the network before training, wrapped in the same way; None if it is not needed."""
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name."""
+        """The trained parameters, by name."""
         ...
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images it paints."""
+        """Height and width of generated images, in pixels."""
         ...
 
     def encode_images(
         self, images: Float[Tensor, "B 3 Y X"], *, generators: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B C H W"]:
-        """Clean latents of images in [0, 1]: what `decode` makes images of."""
+        """Return the clean latents of images in [0, 1], the inverse of `decode`."""
         ...
 
     def levels_at(self, times: Int[Tensor, " B"]) -> Level:
-        """The levels of noise that the model was trained at, by their number: 0 is nearly clean."""
+        """Return the noise levels of the model's training, by index: 0 is nearly clean."""
         ...
 
-    def output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
-        """A prediction in the model's own terms: the noise, or v = alpha noise - sigma clean."""
+    def to_output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+        """Convert a prediction to the network's parameterisation: noise, v or velocity."""
         ...
 
     def fingerprint(self, part: Literal["autoencoder", "text encoder"]) -> str:
-        """A hash of a frozen part: equal if it gives equal answers."""
+        """Return a hash of a frozen part; equal hashes mean equal outputs."""
         ...
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
-        """Write trained weights, whole and by name, in a form that others load; returns where in `folder` they lie."""
+        """Write unsharded trained weights, given by name, in diffusers' format; return the subfolder of `folder`."""
         ...
 
     def as_reference(self) -> AbstractContextManager[None]:
-        """Within it, `predict` answers as the model did before training."""
+        """Return a context in which `predict` uses the weights from before training."""
         ...
 
 
@@ -192,6 +235,6 @@ class ProcessGroup(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """How good are these images? Any callable of this shape is a reward."""
+    """Score of each image for its prompt, higher is better; any callable of this shape is a reward."""
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]: ...

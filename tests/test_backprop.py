@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.models.stable_diffusion import StableDiffusion
-from rlhf_t2i.sampling.backprop import GradientWindow, Painting, sample_with_gradient
+from rlhf_t2i.sampling.backprop import DifferentiableSamples, GradientWindow, sample_with_gradient
 from rlhf_t2i.sampling.rollout import rollout
-from rlhf_t2i.types import Sampler
+from rlhf_t2i.types import Conditioning, Sampler
 
 PROMPTS = ["a red circle", "a blue square", "a red circle"]
 CHOICES = {
@@ -33,21 +32,17 @@ CHOICES = {
 """Of four steps."""
 
 
-class ExactFamily(StableDiffusion):
+class ExactDiffusion(StableDiffusion):
     """The same in float64, for which finite differences are good to eight digits."""
-
-    def denoise(self, network: Any, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
-        return network(latents, model_time, conditioning.double(), return_dict=False)[0]
-
-
-class ExactDiffusion(PipelinePolicy):
-    """A policy of it."""
 
     def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Tensor:
         return super().initial_noise(generators, copies=copies).double()
 
+    def denoise(self, latents: Tensor, model_time: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.denoiser(latents, model_time, conditioning.states.double(), return_dict=False)[0]
+
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self.family.autoencoder.vae
+        vae = self.autoencoder.vae
         return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
 
 
@@ -59,27 +54,29 @@ def policy(tiny_sd_v: Path) -> ExactDiffusion:
 
 def exact_policy(model: Path) -> ExactDiffusion:
     policy = load_policy(str(model), device=torch.device("cpu"))
-    policy.learn(None, lora_alpha=None, keep_reference=True, seed=0)
-    policy.__class__, policy.family.__class__ = ExactDiffusion, ExactFamily
+    policy.set_trainable(None, lora_alpha=None, keep_reference=True, seed=0)
+    policy.__class__ = ExactDiffusion
     assert isinstance(policy, ExactDiffusion)
-    for module in (policy.network, policy.family.autoencoder.vae, policy.reference):
+    for module in (policy.network, policy.autoencoder.vae, policy.reference):
         module.double()
     move(policy, directions(policy, seed=7), 0.02)
     return policy
 
 
-def directions(policy: PipelinePolicy, *, seed: int) -> dict[str, Tensor]:
+def directions(policy: DiffusionPolicy, *, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in policy.trainable.items()}
 
 
 @torch.no_grad()
-def move(policy: PipelinePolicy, direction: dict[str, Tensor], length: float) -> None:
+def move(policy: DiffusionPolicy, direction: dict[str, Tensor], length: float) -> None:
     for name, weight in policy.trainable.items():
         weight.add_(direction[name], alpha=length)
 
 
-def sampler_of(policy: PipelinePolicy, *, eta: float = 0.0, num_steps: int = 4, guidance_scale: float = 1.0) -> Sampler:
+def sampler_of(
+    policy: DiffusionPolicy, *, eta: float = 0.0, num_steps: int = 4, guidance_scale: float = 1.0
+) -> Sampler:
     return Sampler(policy.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
 
 
@@ -87,38 +84,44 @@ def seeded(count: int = 3) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(count)]
 
 
-def number(painting: Painting) -> Tensor:
+def number(painting: DifferentiableSamples) -> Tensor:
     """One number that every pixel and every gap moves differently."""
     weights = torch.linspace(-1, 1, painting.images.numel(), dtype=torch.float64).view_as(painting.images).sin()
     gaps = torch.linspace(1, 2, len(painting.reference_gap), dtype=torch.float64)
     return (weights * painting.images).sum() + (30 * gaps * painting.reference_gap).sum()
 
 
-def gradient(policy: PipelinePolicy, value: Tensor) -> dict[str, Tensor]:
+def gradient(policy: DiffusionPolicy, value: Tensor) -> dict[str, Tensor]:
     found = torch.autograd.grad(value, list(policy.trainable.values()))
     return dict(zip(policy.trainable, found, strict=True))
 
 
 def written_out(
     policy: ExactDiffusion,
-    before: PipelinePolicy,
+    before: DiffusionPolicy,
     *,
-    kept: GradientWindow,
+    window: GradientWindow,
     sampler: Sampler,
     prompts: Sequence[str] = PROMPTS,
-) -> Painting:
-    """The slow way: one image at a time, the steps before the kept ones painted by `before`, all in one graph."""
+) -> DifferentiableSamples:
+    """The slow way: one image at a time, the steps before the window ones painted by `before`, all in one graph."""
     schedule, last = sampler.schedule, sampler.schedule.num_steps - 1
     images: list[tuple[Tensor, Tensor]] = []
     variants: list[list[tuple[Tensor, Tensor]]] = []
-    for prompt, generator, first in zip(prompts, seeded(len(prompts)), kept.first.tolist(), strict=True):
+    for prompt, generator, first in zip(prompts, seeded(len(prompts)), window.first.tolist(), strict=True):
         text = policy.encode([prompt])
 
         def noise_like(x: Tensor, generator: torch.Generator = generator) -> Tensor:
             return torch.randn(x.shape, generator=generator).to(x.dtype)
 
         def step(
-            x: Tensor, t: int, noise: Tensor, *, by: PipelinePolicy = policy, jump: bool = False, text: Tensor = text
+            x: Tensor,
+            t: int,
+            noise: Tensor,
+            *,
+            by: DiffusionPolicy = policy,
+            jump: bool = False,
+            text: Conditioning = text,
         ) -> tuple[Tensor, Tensor]:
             at = torch.tensor([t])
             level, following = schedule.at(at), schedule.at(at + 1)
@@ -137,12 +140,12 @@ def written_out(
             if t < first:
                 x = step(x, t, noise, by=before)[0].detach()
                 continue
-            x, gap = step(x, t, noise, jump=kept.jumps)
+            x, gap = step(x, t, noise, jump=window.jumps)
             gaps.append(gap)
-            if kept.jumps:
+            if window.jumps:
                 break
         images.append((policy.decode(x), torch.stack(gaps).mean()))
-        drawn = [[noise_like(x) for _ in range(kept.num_renoisings)] for _ in range(2)]
+        drawn = [[noise_like(x) for _ in range(window.num_renoisings)] for _ in range(2)]
         own = []
         alpha, sigma = schedule.alpha.double(), schedule.sigma.double()
         for back, forth in zip(*drawn, strict=True):
@@ -151,8 +154,10 @@ def written_out(
             again, gap = step(noisy, last, forth)
             own.append((policy.decode(again), gap))
         variants.append(own)
-    ordered = images + [own[i] for i in range(kept.num_renoisings) for own in variants]
-    return Painting(torch.cat([image for image, _ in ordered]), torch.stack([gap for _, gap in ordered]), 0)
+    ordered = images + [own[i] for i in range(window.num_renoisings) for own in variants]
+    return DifferentiableSamples(
+        torch.cat([image for image, _ in ordered]), torch.stack([gap for _, gap in ordered]), 0
+    )
 
 
 # --- the gradient -----------------------------------------------------------------------------------
@@ -163,9 +168,9 @@ def written_out(
 def test_the_gradient_equals_finite_differences(tiny_sd: Path, choice: str, eta: float) -> None:
     """Along a random direction of all weights of a model that predicts noise; earlier steps do not move."""
     policy = exact_policy(tiny_sd)
-    sampler, kept, direction = sampler_of(policy, eta=eta), CHOICES[choice], directions(policy, seed=1)
+    sampler, window, direction = sampler_of(policy, eta=eta), CHOICES[choice], directions(policy, seed=1)
     painting = sample_with_gradient(
-        policy, PROMPTS, sampler=sampler, kept=kept, generators=seeded(), ask_reference=True
+        policy, PROMPTS, sampler=sampler, window=window, generators=seeded(), with_reference_gap=True
     )
     pixel_gradient = sum((direction[n] * g).sum().item() for n, g in gradient(policy, number(painting)).items())
     before = frozen_copy(policy)
@@ -173,17 +178,17 @@ def test_the_gradient_equals_finite_differences(tiny_sd: Path, choice: str, eta:
     with torch.no_grad():
         for length in (1e-5, -2e-5):
             move(policy, direction, length)
-            ends.append(number(written_out(policy, before, kept=kept, sampler=sampler)).item())
+            ends.append(number(written_out(policy, before, window=window, sampler=sampler)).item())
     assert pixel_gradient == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
 
 
 def frozen_copy(policy: ExactDiffusion) -> ExactDiffusion:
     """The policy as it is now."""
 
-    kept = copy.copy(policy)
-    kept.network = copy.deepcopy(policy.network).requires_grad_(False)
-    kept.denoiser = kept.network
-    return kept
+    window = copy.copy(policy)
+    window.network = copy.deepcopy(policy.network).requires_grad_(False)
+    window.denoiser = window.network
+    return window
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -191,12 +196,12 @@ def frozen_copy(policy: ExactDiffusion) -> ExactDiffusion:
 def test_it_equals_autograd_through_a_written_out_loop(
     policy: ExactDiffusion, choice: str, guidance_scale: float
 ) -> None:
-    """Every weight's gradient, for all steps kept and for fewer; one image at a time gives the same as a batch."""
-    sampler, kept = sampler_of(policy, eta=0.5, guidance_scale=guidance_scale), CHOICES[choice]
+    """Every weight's gradient, for all steps window and for fewer; one image at a time gives the same as a batch."""
+    sampler, window = sampler_of(policy, eta=0.5, guidance_scale=guidance_scale), CHOICES[choice]
     painting = sample_with_gradient(
-        policy, PROMPTS, sampler=sampler, kept=kept, generators=seeded(), ask_reference=True
+        policy, PROMPTS, sampler=sampler, window=window, generators=seeded(), with_reference_gap=True
     )
-    slow = written_out(policy, frozen_copy(policy), kept=kept, sampler=sampler)
+    slow = written_out(policy, frozen_copy(policy), window=window, sampler=sampler)
     assert_close(painting.images, slow.images, rtol=0, atol=1e-6)
     assert_close(painting.reference_gap, slow.reference_gap, rtol=1e-6, atol=0)
     one, other = gradient(policy, number(painting)), gradient(policy, number(slow))
@@ -209,8 +214,8 @@ def test_checkpointing_changes_nothing(policy: ExactDiffusion, choice: str) -> N
     found: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):
         painting = sample_with_gradient(
-            policy, PROMPTS, sampler=sampler_of(policy, eta=1.0), kept=CHOICES[choice], generators=seeded(),
-            ask_reference=True, checkpointing=checkpointing,
+            policy, PROMPTS, sampler=sampler_of(policy, eta=1.0), window=CHOICES[choice], generators=seeded(),
+            with_reference_gap=True, checkpointing=checkpointing,
         )  # fmt: skip
         found.append(gradient(policy, number(painting)))
     assert all(g.abs().max() > 0 for g in found[0].values())
@@ -220,13 +225,13 @@ def test_checkpointing_changes_nothing(policy: ExactDiffusion, choice: str) -> N
 def test_checkpointing_keeps_adapters_on_and_the_reference_off(tiny_sd: Path) -> None:
     """The reference is painted with adapters switched off, in the backward pass once more."""
     policy = load_policy(str(tiny_sd), device=torch.device("cpu"))
-    policy.learn(2, lora_alpha=None, keep_reference=True, seed=0)
+    policy.set_trainable(2, lora_alpha=None, keep_reference=True, seed=0)
     move(policy, directions(policy, seed=3), 0.1)
     found: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):
         painting = sample_with_gradient(
-            policy, PROMPTS, sampler=sampler_of(policy), kept=CHOICES["alignprop"], generators=seeded(),
-            ask_reference=True, checkpointing=checkpointing,
+            policy, PROMPTS, sampler=sampler_of(policy), window=CHOICES["alignprop"], generators=seeded(),
+            with_reference_gap=True, checkpointing=checkpointing,
         )  # fmt: skip
         assert (painting.reference_gap > 0).all()
         found.append(gradient(policy, painting.images.sum() + painting.reference_gap.sum()))
@@ -235,7 +240,7 @@ def test_checkpointing_keeps_adapters_on_and_the_reference_off(tiny_sd: Path) ->
 
 def test_without_a_reference_the_gap_is_zero(policy: ExactDiffusion) -> None:
     painting = sample_with_gradient(
-        policy, PROMPTS, sampler=sampler_of(policy), kept=CHOICES["draft"], generators=seeded()
+        policy, PROMPTS, sampler=sampler_of(policy), window=CHOICES["draft"], generators=seeded()
     )
     assert painting.reference_gap.tolist() == [0, 0, 0]
 
@@ -247,17 +252,17 @@ def test_without_a_reference_the_gap_is_zero(policy: ExactDiffusion) -> None:
 @pytest.mark.parametrize("choice", ["draft-1", "draft", "draft-lv", "alignprop"])
 def test_the_images_are_those_of_a_rollout(tiny_sd: Path, choice: str, eta: float) -> None:
     policy = load_policy(str(tiny_sd), device=torch.device("cpu"))
-    policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler = sampler_of(policy, eta=eta)
-    painting = sample_with_gradient(policy, PROMPTS, sampler=sampler, kept=CHOICES[choice], generators=seeded())
-    images, _ = rollout(policy, PROMPTS, sampler=sampler, generators=seeded(), batch_size=3)
+    painting = sample_with_gradient(policy, PROMPTS, sampler=sampler, window=CHOICES[choice], generators=seeded())
+    images, _ = rollout(policy, PROMPTS, sampler=sampler, generators=seeded(), microbatch_size=3)
     assert_close(painting.images[:3].detach().clamp(0, 1), images, rtol=0, atol=1e-5)
 
 
 def test_renoised_variants_are_new_images_as_noisy_as_the_last_level(policy: ExactDiffusion) -> None:
     """Denoised from the last level, they resemble their image and differ from one another."""
     painting = sample_with_gradient(
-        policy, PROMPTS, sampler=sampler_of(policy), kept=CHOICES["draft-lv"], generators=seeded()
+        policy, PROMPTS, sampler=sampler_of(policy), window=CHOICES["draft-lv"], generators=seeded()
     )
     one, two, three = painting.images.detach().chunk(3)
     assert (one - two).abs().max() > 1e-4
@@ -266,19 +271,19 @@ def test_renoised_variants_are_new_images_as_noisy_as_the_last_level(policy: Exa
 
 def test_a_image_does_not_depend_on_its_neighbours(policy: ExactDiffusion) -> None:
     sampler = sampler_of(policy, eta=1.0)
-    for name, kept in CHOICES.items():
-        whole = sample_with_gradient(policy, PROMPTS, sampler=sampler, kept=kept, generators=seeded())
+    for name, window in CHOICES.items():
+        whole = sample_with_gradient(policy, PROMPTS, sampler=sampler, window=window, generators=seeded())
         alone = sample_with_gradient(
             policy, PROMPTS[2:], sampler=sampler, generators=seeded()[2:],
-            kept=GradientWindow(kept.first[2:], jumps=kept.jumps, num_renoisings=kept.num_renoisings),
+            window=GradientWindow(window.first[2:], jumps=window.jumps, num_renoisings=window.num_renoisings),
         )  # fmt: skip
         assert_close(whole.images[2::3], alone.images, rtol=0, atol=1e-9, msg=name)
 
 
 def test_pixels_beyond_black_and_white_are_kept_with_their_gradient(policy: ExactDiffusion) -> None:
-    policy.family.autoencoder.vae.decoder.conv_out.weight.data *= 30
+    policy.autoencoder.vae.decoder.conv_out.weight.data *= 30
     painting = sample_with_gradient(
-        policy, PROMPTS, sampler=sampler_of(policy), kept=CHOICES["draft-1"], generators=seeded()
+        policy, PROMPTS, sampler=sampler_of(policy), window=CHOICES["draft-1"], generators=seeded()
     )
     beyond = (painting.images < 0) | (painting.images > 1)
     assert beyond.any()
@@ -297,16 +302,16 @@ def test_calls_of_the_denoiser_are_counted(tiny_sd: Path, choice: str, calls: in
     counted: list[int] = []
     policy.network.register_forward_pre_hook(lambda module, given: counted.append(len(given[0])))
     painting = sample_with_gradient(
-        policy, PROMPTS, sampler=sampler_of(policy, guidance_scale=guidance_scale), kept=CHOICES[choice],
+        policy, PROMPTS, sampler=sampler_of(policy, guidance_scale=guidance_scale), window=CHOICES[choice],
         generators=seeded(),
     )  # fmt: skip
     assert painting.num_calls == sum(counted) == calls * int(guidance_scale)
 
 
-def stored_bytes(policy: PipelinePolicy, *, num_steps: int, gradient_window: int, checkpointing: bool) -> int:
+def stored_bytes(policy: DiffusionPolicy, *, num_steps: int, gradient_window: int, checkpointing: bool) -> int:
     """What the graph of a painting holds, the weights left out."""
     storages: dict[int, Tensor] = {}
-    weights = {p.data_ptr() for p in [*policy.network.parameters(), *policy.family.autoencoder.vae.parameters()]}
+    weights = {p.data_ptr() for p in [*policy.network.parameters(), *policy.autoencoder.vae.parameters()]}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in weights:
@@ -316,7 +321,7 @@ def stored_bytes(policy: PipelinePolicy, *, num_steps: int, gradient_window: int
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         painting = sample_with_gradient(
             policy, PROMPTS, sampler=sampler_of(policy, num_steps=num_steps), generators=seeded(),
-            kept=GradientWindow(torch.full((3,), num_steps - gradient_window)), checkpointing=checkpointing,
+            window=GradientWindow(torch.full((3,), num_steps - gradient_window)), checkpointing=checkpointing,
         )  # fmt: skip
     assert painting.images.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())

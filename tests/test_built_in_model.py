@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import BUILT_IN, BUILT_IN_FLOW, load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
@@ -22,47 +22,47 @@ from rlhf_t2i.types import Sampler
 
 
 @pytest.fixture(scope="module")
-def base() -> PipelinePolicy:
+def base() -> DiffusionPolicy:
     return load_policy("shapes", device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def flow() -> PipelinePolicy:
+def flow() -> DiffusionPolicy:
     return load_policy("shapes-flow", device=torch.device("cpu"))
 
 
-def painted(base: PipelinePolicy, *, guidance_scale: float) -> Evaluation:
+def painted(base: DiffusionPolicy, *, guidance_scale: float) -> Evaluation:
     prompts, seeds = evaluation_set(load_prompts("shapes", held_out=True), num_images=204, seed=5)
     schedule = base.schedule(8)
     sampler = Sampler(schedule, stochastic(schedule, eta=0.0), guidance_scale)
     return evaluate(base, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, batch_size=68)
 
 
-def test_it_is_sharp_but_does_not_listen_well(base: PipelinePolicy) -> None:
+def test_it_is_sharp_but_does_not_listen_well(base: DiffusionPolicy) -> None:
     evaluation = painted(base, guidance_scale=1.0)
     assert shows_something(evaluation.images).float().mean() >= 0.9
     assert 0.25 <= evaluation.scores["oracle_pass"].mean() <= 0.5
 
 
-def test_guidance_makes_it_listen_better(base: PipelinePolicy) -> None:
+def test_guidance_makes_it_listen_better(base: DiffusionPolicy) -> None:
     """So there is something to be learnt: the words are in it."""
     plain, guided = (painted(base, guidance_scale=scale).scores["oracle_pass"].mean() for scale in (1.0, 3.0))
     assert guided > plain + 0.1
 
 
-def test_the_flow_model_is_as_sharp_and_as_deaf(flow: PipelinePolicy) -> None:
+def test_the_flow_model_is_as_sharp_and_as_deaf(flow: DiffusionPolicy) -> None:
     plain, guided = (painted(flow, guidance_scale=scale) for scale in (1.0, 3.0))
     assert shows_something(plain.images).float().mean() >= 0.8
     assert 0.2 <= plain.scores["oracle_pass"].mean() <= 0.5
     assert guided.scores["oracle_pass"].mean() > plain.scores["oracle_pass"].mean() + 0.1
 
 
-def test_its_autoencoder_keeps_what_the_oracle_sees(base: PipelinePolicy) -> None:
+def test_its_autoencoder_keeps_what_the_oracle_sees(base: DiffusionPolicy) -> None:
     rng = np.random.default_rng(3)
     scenes = [scene for scene in all_scenes("one") for _ in range(6)]
     images = render(scenes, rng=rng)
     with torch.no_grad():
-        restored = base.decode(base.family.autoencoder.vae.encode(images * 2 - 1).latents)
+        restored = base.decode(base.autoencoder.vae.encode(images * 2 - 1).latents)
     assert oracle_scores(restored, [scene.prompt for scene in scenes]).passed.float().mean() >= 0.98
 
 

@@ -113,30 +113,30 @@ def test_what_is_trainable_moves_and_what_is_frozen_does_not(
     config: ddpo.Config, lora_rank: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlhf_t2i.models import load
-    from rlhf_t2i.models.base import PipelinePolicy
+    from rlhf_t2i.models.base import DiffusionPolicy
 
-    loaded: list[PipelinePolicy] = []
+    loaded: list[DiffusionPolicy] = []
     original = load.load_policy
 
-    def remember(*arguments: Any, **keywords: Any) -> PipelinePolicy:
+    def remember(*arguments: Any, **keywords: Any) -> DiffusionPolicy:
         loaded.append(original(*arguments, **keywords))
         return loaded[0]
 
     monkeypatch.setattr(load, "load_policy", remember)
     before = original(config.model, device=torch.device("cpu"))
-    before.learn(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
+    before.set_trainable(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
     frozen = {
         **{f"unet.{n}": p for n, p in before.network.named_parameters() if not p.requires_grad},
-        **{f"vae.{n}": p for n, p in before.family.autoencoder.vae.named_parameters()},
-        **{f"text.{n}": p for n, p in before.family.text_encoders[0].model.named_parameters()},
+        **{f"vae.{n}": p for n, p in before.autoencoder.vae.named_parameters()},
+        **{f"text.{n}": p for n, p in before.text_encoders[0].model.named_parameters()},
     }
     torch.manual_seed(0)
     train(replace(config, lora_rank=lora_rank, num_steps=2, weight_decay=0.0))
     after = loaded[0]
     now = {
         **{f"unet.{n}": p for n, p in after.network.named_parameters()},
-        **{f"vae.{n}": p for n, p in after.family.autoencoder.vae.named_parameters()},
-        **{f"text.{n}": p for n, p in after.family.text_encoders[0].model.named_parameters()},
+        **{f"vae.{n}": p for n, p in after.autoencoder.vae.named_parameters()},
+        **{f"text.{n}": p for n, p in after.text_encoders[0].model.named_parameters()},
     }
     for name, parameter in frozen.items():
         assert torch.equal(parameter, now[name]), name

@@ -143,7 +143,7 @@ def test_winner_and_loser_are_disturbed_alike_and_each_pair_by_its_own_generator
     model: str, config: diffusion_dpo.Config, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(str(request.getfixturevalue(model)), device=torch.device("cpu"))
-    policy.learn(None, lora_alpha=None, keep_reference=True, seed=0)
+    policy.set_trainable(None, lora_alpha=None, keep_reference=True, seed=0)
     winner, loser = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pairs = PairBatch(winner, loser, policy.encode(["a fox", "a cat", "a dog"]))
     asked: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -343,7 +343,7 @@ def test_values_that_cannot_work_are_refused(
 
 
 def test_times_beyond_the_models_are_refused_before_anything_is_painted(config: diffusion_dpo.Config) -> None:
-    with pytest.raises(ValueError, match="times go from 500 to 1000; the model knows 0 to 999"):
+    with pytest.raises(ValueError, match="times range from 500 to 1000; the model was trained at 0 to 999"):
         train(replace(config, times="500-1000"))
     assert not rows(Path(str(config.run_folder)), "evaluation")
 

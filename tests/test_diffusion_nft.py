@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from recipes import diffusion_nft
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.models.load import load_policy
-from rlhf_t2i.sampling.rollout import paint, rollout
+from rlhf_t2i.sampling.rollout import generate, rollout
 from rlhf_t2i.types import Sampler
 from tests.runs import FLAT, REDNESS, lora_weights, rows
 
@@ -134,8 +134,8 @@ def test_painting_without_memory_paints_the_same(tiny_sd: Path, eta: float) -> N
     def seeds() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
 
-    images, trajectory = rollout(policy, prompts, sampler=sampler, generators=seeds(), batch_size=3)
-    again, latents = paint(policy, prompts, sampler=sampler, generators=seeds(), batch_size=3)
+    images, trajectory = rollout(policy, prompts, sampler=sampler, generators=seeds(), microbatch_size=3)
+    again, latents = generate(policy, prompts, sampler=sampler, generators=seeds(), microbatch_size=3)
     assert torch.equal(images, again)
     assert torch.equal(trajectory.latents[:, -1], latents)
 

@@ -147,7 +147,7 @@ def test_the_built_in_model_learns(tmp_path: Path, reward: str, changes: dict[st
 
 def test_pulls_hold_the_weights_back(config: draft.Config, tmp_path: Path) -> None:
     start = load_policy(config.model, device=torch.device("cpu"))
-    start.learn(None, lora_alpha=None, keep_reference=False, seed=0)
+    start.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     free = replace(config, kl_weight=0.0, l2_sp_weight=0.0, weight_decay=0.0, learning_rate=3e-3, adam_epsilon=1e-8)
 
     def distance(name: str, **changes: Any) -> float:

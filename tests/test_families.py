@@ -14,12 +14,12 @@ from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import as_policy, family_of, load_policy
-from rlhf_t2i.models.text_encoders import Memory, with_summary, without_summary
+from rlhf_t2i.models.text_encoders import PromptCache
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.training.evaluation import evaluate
-from rlhf_t2i.types import Sampler
+from rlhf_t2i.types import Conditioning, Sampler
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle on a blue background", "a blue square on a red background"]
@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
-def policy_of(folder: Path, dtype: torch.dtype = torch.float32) -> PipelinePolicy:
+def policy_of(folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionPolicy:
     return load_policy(str(folder), device=CPU, dtype=dtype, resolution=SIZE)
 
 
@@ -52,7 +52,9 @@ def pipeline_of(folder: Path) -> Any:
     return pipeline
 
 
-def sampler_of(policy: PipelinePolicy, *, eta: float = 0.0, guidance_scale: float = 1.0, num_steps: int = 4) -> Sampler:
+def sampler_of(
+    policy: DiffusionPolicy, *, eta: float = 0.0, guidance_scale: float = 1.0, num_steps: int = 4
+) -> Sampler:
     schedule = policy.schedule(num_steps)
     return Sampler(schedule, stochastic(schedule, eta=eta), guidance_scale)
 
@@ -61,7 +63,7 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def painted(policy: PipelinePolicy, *, guidance_scale: float = 1.0, eta: float = 0.0) -> Tensor:
+def painted(policy: DiffusionPolicy, *, guidance_scale: float = 1.0, eta: float = 0.0) -> Tensor:
     sampler = sampler_of(policy, eta=eta, guidance_scale=guidance_scale)
     return evaluate(policy, PROMPTS, [7, 8], [], sampler=sampler, batch_size=2).images
 
@@ -75,7 +77,7 @@ def painted_by_diffusers(pipeline: Any, *, guidance_scale: float = 1.0, **settin
 
 
 @torch.no_grad()
-def move(policy: PipelinePolicy) -> None:
+def move(policy: DiffusionPolicy) -> None:
     """As if it had learnt something."""
     generator = torch.Generator().manual_seed(3)
     for weight in policy.trainable.values():
@@ -107,9 +109,9 @@ def test_replaying_a_fresh_rollout_gives_ratio_one(
 ) -> None:
     """An unchanged policy assigns its own strokes the very density it recorded, even where a batch mixes steps."""
     policy = policy_of(model, dtype)
-    policy.learn(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
     sampler = sampler_of(policy, eta=1.0, guidance_scale=guidance_scale)
-    _, trajectory = rollout(policy, PROMPTS * 2, sampler=sampler, generators=seeded(1, 2), batch_size=4)
+    _, trajectory = rollout(policy, PROMPTS * 2, sampler=sampler, generators=seeded(1, 2), microbatch_size=4)
     image, step = (grid.flatten() for grid in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     for rows in order.split(4):
@@ -123,7 +125,7 @@ def test_replaying_a_fresh_rollout_gives_ratio_one(
 def test_a_pipeline_at_hand_paints_the_same(model: Path) -> None:
     pipeline = pipeline_of(model)
     policy = as_policy(pipeline, resolution=SIZE)
-    assert policy.network is getattr(pipeline, policy.family.component)
+    assert policy.network is getattr(pipeline, policy.component)
     assert_close(painted(policy), painted(policy_of(model)), rtol=0, atol=0)
 
 
@@ -135,7 +137,7 @@ def test_the_reference_is_the_model_before_training(model: Path) -> None:
     for lora_rank in (None, 2):
         policy = policy_of(model)
         before = painted(policy)
-        policy.learn(lora_rank, lora_alpha=None, keep_reference=True, seed=0)
+        policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=True, seed=0)
         move(policy)
         moved = painted(policy)
         with policy.as_reference():
@@ -148,10 +150,10 @@ def test_the_reference_is_the_model_before_training(model: Path) -> None:
 def test_plain_diffusers_paints_with_an_exported_lora(model: Path, tmp_path: Path) -> None:
     """As the policy does; and so does a policy that takes it up."""
     policy = policy_of(model)
-    policy.learn(2, lora_alpha=6.0, keep_reference=False, seed=0)
+    policy.set_trainable(2, lora_alpha=6.0, keep_reference=False, seed=0)
     assert all(
         any(name.endswith(f"{target}.lora_A.default.weight") for name in policy.trainable)
-        for target in policy.family.lora_targets
+        for target in policy.lora_targets
     )
     move(policy)
     policy.export(tmp_path, policy.trainable)
@@ -169,7 +171,7 @@ def test_plain_diffusers_paints_with_an_exported_lora(model: Path, tmp_path: Pat
 @pytest.mark.parametrize("model", FAMILIES, indirect=True)
 def test_plain_diffusers_paints_with_an_exported_denoiser(model: Path, tmp_path: Path) -> None:
     policy = policy_of(model)
-    policy.learn(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     move(policy)
     component = policy.export(tmp_path, policy.trainable).name
     pipeline = pipeline_of(model)
@@ -201,7 +203,7 @@ def test_latents_become_images_and_images_latents_as_in_diffusers(model: Path) -
 @pytest.mark.parametrize("model", FAMILIES, indirect=True)
 def test_a_prompt_is_read_once(model: Path) -> None:
     policy = policy_of(model)
-    counts = [0 for _ in policy.family.text_encoders]
+    counts = [0 for _ in policy.text_encoders]
 
     def counted(index: int) -> Any:
         def count(*_: object) -> None:
@@ -209,12 +211,12 @@ def test_a_prompt_is_read_once(model: Path) -> None:
 
         return count
 
-    for index, encoder in enumerate(policy.family.text_encoders):
+    for index, encoder in enumerate(policy.text_encoders):
         encoder.model.register_forward_pre_hook(counted(index))
     first = policy.encode([*PROMPTS, PROMPTS[0]])
     assert counts == [2] * len(counts)
-    assert_close(policy.encode(PROMPTS[1:]), first[1:2], rtol=0, atol=0)
-    assert_close(first[2], first[0], rtol=0, atol=0)
+    assert_close(policy.encode(PROMPTS[1:]).parts, first[1:2].parts, rtol=0, atol=0)
+    assert_close(first[2:].parts, first[:1].parts, rtol=0, atol=0)
     assert counts == [2] * len(counts)
 
 
@@ -222,7 +224,7 @@ def test_text_encoders_are_on_the_device_only_while_they_read(tiny_sd3: Path) ->
     policy = policy_of(tiny_sd3)
     expected, policy = policy.encode(PROMPTS), policy_of(tiny_sd3)
     places: list[str] = []
-    for encoder in policy.family.text_encoders:
+    for encoder in policy.text_encoders:
         encoder.model.to = lambda device: places.append(str(device))
         encoder.model.register_forward_pre_hook(lambda *_: places.append("reads"))
     policy.device = torch.device("meta")  # in place of a GPU: its name is what is looked at
@@ -230,39 +232,43 @@ def test_text_encoders_are_on_the_device_only_while_they_read(tiny_sd3: Path) ->
     policy.encode(PROMPTS)
     assert places == ["cpu"] * 3 + ["meta"] * 3 + ["reads"] * 6 + ["cpu"] * 3
     policy.device = torch.device("cpu")
-    assert_close(policy.encode(PROMPTS), expected, rtol=0, atol=0)
+    assert_close(policy.encode(PROMPTS).parts, expected.parts, rtol=0, atol=0)
     assert len(places) == 15
 
 
-def test_the_memory_of_prompts_is_bounded_and_forgets_the_oldest() -> None:
-    asked: list[str] = []
+def test_the_cache_of_prompts_is_bounded_and_drops_the_oldest() -> None:
+    encoded: list[str] = []
 
-    def read(prompts: Any) -> Tensor:
-        asked.extend(prompts)
-        return torch.full((1, 2, 3), float(len(prompts[0])))
+    def encode(prompts: Any) -> Conditioning:
+        encoded.extend(prompts)
+        return Conditioning(torch.full((1, 2, 3), float(len(prompts[0]))))
 
-    memory = Memory(max_bytes=2 * 6 * 4)
-    memory.read(["a", "bb"], read)
-    memory.read(["a", "ccc"], read)
-    assert asked == ["a", "bb", "ccc"]
-    assert memory.read(["a", "bb"], read)[1, 0, 0] == 2
-    assert asked == ["a", "bb", "ccc", "bb"]
+    cache = PromptCache(max_bytes=2 * 6 * 4)
+    cache.encode(["a", "bb"], encode)
+    cache.encode(["a", "ccc"], encode)
+    assert encoded == ["a", "bb", "ccc"]
+    assert cache.encode(["a", "bb"], encode).states[1, 0, 0] == 2
+    assert encoded == ["a", "bb", "ccc", "bb"]
 
 
-def test_a_summary_of_any_width_travels_with_the_states() -> None:
-    for width in (3, 5, 8):
-        states, summary = torch.randn(2, 4, 5), torch.randn(2, width)
-        packed = with_summary(states, summary)
-        for part, whole in zip(without_summary(packed, width=5, summary_width=width), (states, summary), strict=True):
-            assert_close(part, whole, rtol=0, atol=0)
+def test_conditioning_is_indexed_repeated_concatenated_and_moved_as_one() -> None:
+    states, pooled, mask = torch.randn(3, 4, 5), torch.randn(3, 2), torch.rand(3, 4) > 0.5
+    conditioning, rows = Conditioning(states, pooled, mask), torch.tensor([2, 0])
+    assert len(conditioning) == 3
+    assert_close(conditioning[rows].parts, {"states": states[rows], "pooled": pooled[rows], "mask": mask[rows]})
+    assert_close(Conditioning.cat([conditioning[:1], conditioning[1:]]).parts, conditioning.parts)
+    assert_close(conditioning.repeat(2).parts, Conditioning.cat([conditioning] * 2).parts)
+    coarse = conditioning.to(torch.bfloat16)
+    assert_close(coarse.parts, {"states": states.bfloat16(), "pooled": pooled.bfloat16(), "mask": mask})
+    assert Conditioning(states).to(torch.device("meta")).parts.keys() == {"states"}
 
 
 def test_sdxls_autoencoder_does_not_overflow_in_half_precision(tiny_sdxl: Path, tmp_path: Path) -> None:
-    assert policy_of(tiny_sdxl, torch.float16).family.autoencoder.vae.dtype == torch.float32
-    assert policy_of(tiny_sdxl, torch.bfloat16).family.autoencoder.vae.dtype == torch.bfloat16
+    assert policy_of(tiny_sdxl, torch.float16).autoencoder.vae.dtype == torch.float32
+    assert policy_of(tiny_sdxl, torch.bfloat16).autoencoder.vae.dtype == torch.bfloat16
     fixed = shutil.copytree(tiny_sdxl, tmp_path / "model")
     change(fixed / "vae" / "config.json", force_upcast=False)
-    assert policy_of(fixed, torch.float16).family.autoencoder.vae.dtype == torch.float16
+    assert policy_of(fixed, torch.float16).autoencoder.vae.dtype == torch.float16
 
 
 def test_sdxl_without_a_prompt_is_told_nothing_or_the_empty_one(tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -281,7 +287,7 @@ def test_latents_with_a_mean_of_their_own_are_scaled_as_in_diffusers(tiny_sdxl: 
     policy = policy_of(folder)
     images = painted_by_diffusers(pipeline_of(folder))
     assert_close(painted(policy), images, rtol=0, atol=2e-5)
-    vae, (mean, std) = policy.family.autoencoder.vae, torch.tensor([[-1.6, 1.1, 3.3, -1.8], [8.4, 5.9, 6.8, 5.5]])
+    vae, (mean, std) = policy.autoencoder.vae, torch.tensor([[-1.6, 1.1, 3.3, -1.8], [8.4, 5.9, 6.8, 5.5]])
     encoded = vae.encode(2 * images - 1).latent_dist.mean
     expected = (encoded - mean[:, None, None]) * vae.config.scaling_factor / std[:, None, None]
     assert_close(policy.encode_images(images), expected, rtol=1e-4, atol=1e-5)
@@ -322,7 +328,7 @@ def test_flux_paints_as_large_as_the_stock_pipeline_if_it_is_not_told(tiny_flux:
 
 
 def test_a_model_without_guidance_refuses_it(tiny_schnell: Path) -> None:
-    with pytest.raises(ValueError, match=r"guidance_scale is 4\.0; this model \(FLUX.1 schnell\) knows none"):
+    with pytest.raises(ValueError, match=r"guidance_scale is 4\.0; this model \(FLUX.1 schnell\) has no guidance"):
         painted(policy_of(tiny_schnell), guidance_scale=4.0)
 
 
@@ -336,7 +342,7 @@ def change(path: Path, **values: object) -> None:
 def test_a_pipeline_of_an_unknown_family_is_refused_with_those_that_work(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     with pytest.raises(
-        ValueError, match="is a KandinskyPipeline; those that can be trained are StableDiffusionPipeline"
+        ValueError, match="is a KandinskyPipeline; supported are StableDiffusionPipeline, StableDiffusionXLPipeline"
     ):
         policy_of(tmp_path)
 
@@ -344,14 +350,14 @@ def test_a_pipeline_of_an_unknown_family_is_refused_with_those_that_work(tmp_pat
 def test_a_refiner_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
     change(folder / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
-    with pytest.raises(ValueError, match="refiner of images"):
+    with pytest.raises(ValueError, match="SDXL refiner"):
         policy_of(folder)
 
 
 def test_a_distilled_unet_is_refused(tiny_sdxl: Path) -> None:
     pipeline = pipeline_of(tiny_sdxl)
     pipeline.unet.register_to_config(time_cond_proj_dim=8)
-    with pytest.raises(ValueError, match="told of its guidance"):
+    with pytest.raises(ValueError, match="takes its guidance scale as an input"):
         as_policy(pipeline)
 
 

@@ -110,7 +110,7 @@ def test_without_noise_every_step_is_the_euler_step_of_diffusers(kind: str) -> N
         "cps": partial(cps, noise_scale=0.0),
         "ancestral": partial(ancestral, eta=0.0),
     }
-    found = none[kind](latents, levels.prediction(latents, velocity, level), level, after)
+    found = none[kind](latents, levels.to_prediction(latents, velocity, level), level, after)
     scheduler.set_timesteps(6)
     expected = [scheduler.step(velocity[[i]], t, latents[[i]])[0] for i, t in enumerate(scheduler.timesteps)]
     assert_close(level.model_time, scheduler.timesteps)
@@ -131,11 +131,11 @@ def test_trained_levels_and_their_target_are_those_of_diffusers() -> None:
     level = levels.at(torch.arange(1000))
     assert_close(level.model_time, scheduler.timesteps.flip(0))
     assert_close(noise_to(clean, level, noise), scheduler.scale_noise(clean, level.model_time, noise))
-    prediction = levels.prediction(noise_to(clean, level, noise), noise - clean, level)
+    prediction = levels.to_prediction(noise_to(clean, level, noise), noise - clean, level)
     assert_close(prediction.clean, clean, rtol=1e-5, atol=1e-5)
     assert_close(prediction.noise, noise, rtol=1e-5, atol=1e-5)
-    assert_close(levels.output(Prediction(clean, noise), level), noise - clean)
-    with pytest.raises(ValueError, match="times go from 5 to 1000; the model knows 0 to 999"):
+    assert_close(levels.to_output(Prediction(clean, noise), level), noise - clean)
+    with pytest.raises(ValueError, match="times range from 5 to 1000; the model was trained at 0 to 999"):
         levels.at(torch.tensor([5, 1000]))
 
 

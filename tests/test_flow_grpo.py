@@ -198,7 +198,7 @@ def test_a_rollout_has_densities_in_its_window_only_and_its_noise_can_be_drawn_a
     step = partial(flow_sde, noise_scale=0.7, sigma_cap=first)
     sampler = Sampler(schedule, partial(windowed, dynamics=step, first=first, end=end))
     seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    _, trajectory = rollout(policy, ["a", "a", "b", "b"], sampler=sampler, generators=seeds, batch_size=3)
+    _, trajectory = rollout(policy, ["a", "a", "b", "b"], sampler=sampler, generators=seeds, microbatch_size=3)
     assert trajectory.log_probs.ne(0).tolist() == [[False, True, True, False]] * 4
     seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     drawn = noise_of_rollout(policy, trajectory, generators=seeds)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.training.evaluation import evaluate
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 PROMPTS = ["a red circle on a blue background", "a blue square on a red background"]
 
 
-def sampler_of(policy: PipelinePolicy, *, eta: float, guidance_scale: float = 1.0, num_steps: int = 5) -> Sampler:
+def sampler_of(policy: DiffusionPolicy, *, eta: float, guidance_scale: float = 1.0, num_steps: int = 5) -> Sampler:
     return Sampler(policy.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
 
 
@@ -40,9 +40,9 @@ def test_replaying_a_fresh_rollout_gives_ratio_one(
 ) -> None:
     """An unchanged policy assigns its own strokes the very density it recorded, even where a batch mixes steps."""
     policy = load_policy(str(request.getfixturevalue(model)), device=CPU, dtype=dtype)
-    policy.learn(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
     sampler = sampler_of(policy, eta=1.0, guidance_scale=guidance_scale)
-    _, trajectory = rollout(policy, PROMPTS * 2, sampler=sampler, generators=seeded(1, 2), batch_size=4)
+    _, trajectory = rollout(policy, PROMPTS * 2, sampler=sampler, generators=seeded(1, 2), microbatch_size=4)
 
     image, step = (grid.flatten() for grid in torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij"))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def test_the_reference_is_the_model_before_training(tiny_sd: Path, lora_rank: in
     asked = noise, torch.tensor([0, 3]), policy.encode(PROMPTS)
     with torch.no_grad():
         before = transition_at(policy, *asked, sampler=sampler).mean
-        policy.learn(lora_rank, lora_alpha=None, keep_reference=True, seed=0)
+        policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=True, seed=0)
         for weight in policy.trainable.values():
             weight.add_(0.05)
         moved = transition_at(policy, *asked, sampler=sampler).mean
@@ -108,7 +108,7 @@ def test_the_reference_is_the_model_before_training(tiny_sd: Path, lora_rank: in
 def test_a_long_prompt_is_reported_once_and_not_silently_cut(tiny_sd: Path) -> None:
     policy = load_policy(str(tiny_sd), device=CPU)
     long = "a red circle " * 20
-    with pytest.warns(UserWarning, match="reads 24 tokens and this prompt has 62") as caught:
+    with pytest.warns(UserWarning, match="takes 24 tokens and this prompt has 62") as caught:
         _ = policy.encode([long, PROMPTS[0]]), policy.encode([long])
     assert len(caught) == 1
     assert long in str(caught[0].message)

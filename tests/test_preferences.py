@@ -27,7 +27,7 @@ from rlhf_t2i.data.preferences import (
     save_pairs,
     share_of,
 )
-from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generators_for
 
@@ -210,7 +210,7 @@ def test_saved_pairs_are_a_preference_file_like_any_other(tmp_path: Path) -> Non
 # --- the cache --------------------------------------------------------------------------------------
 
 
-def policy_of(folder: Path, dtype: torch.dtype = torch.float32) -> PipelinePolicy:
+def policy_of(folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionPolicy:
     return load_policy(str(folder), device=CPU, dtype=dtype)
 
 
@@ -218,7 +218,7 @@ def pair_of(prompt: str, winner: Path, loser: Path) -> PreferencePair:
     return PreferencePair(winner, loser, prompt, prompt)
 
 
-def three_pairs(folder: Path, *, policy: PipelinePolicy, cache_folder: Path | None) -> ImagePairs:
+def three_pairs(folder: Path, *, policy: DiffusionPolicy, cache_folder: Path | None) -> ImagePairs:
     sizes = [(16, 16), (40, 20), (16, 16), (9, 30)]
     a, b, c, d = (save_image_once(folder / f"{i}.png", i, size) for i, size in enumerate(sizes))
     pairs = [pair_of("a fox", a, b), pair_of("a red cat", c, d), pair_of("a fox", b, c)]
@@ -236,7 +236,7 @@ def test_cached_pairs_are_those_that_are_not(tiny_sd: Path, tmp_path: Path, dtyp
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     assert_close(found.winner, plain.winner, rtol=0, atol=tolerance)
     assert_close(found.loser, plain.loser, rtol=0, atol=tolerance)
-    assert_close(found.conditioning, plain.conditioning, rtol=0, atol=tolerance)
+    assert_close(found.conditioning.parts, plain.conditioning.parts, rtol=0, atol=tolerance)
     assert (found.winner[0] - found.loser[0]).abs().max() > 0.01
 
 
@@ -251,8 +251,8 @@ def test_a_full_cache_encodes_nothing_again(tiny_sd: Path, tmp_path: Path, monke
     def refuse(*_: object, **__: object) -> torch.Tensor:
         raise AssertionError("nothing is to be encoded")
 
-    monkeypatch.setattr(PipelinePolicy, "encode_images", refuse)
-    monkeypatch.setattr(PipelinePolicy, "encode", refuse)
+    monkeypatch.setattr(DiffusionPolicy, "encode_images", refuse)
+    monkeypatch.setattr(DiffusionPolicy, "encode", refuse)
     again.fill_cache(rank=0, num_processes=1)
     assert again.load([0], [0]).winner.shape == (1, 4, 8, 8)
 
@@ -352,7 +352,7 @@ def test_noise_and_target_are_those_of_diffusers(model: str, request: pytest.Fix
     assert_close(noise_to(clean, level, noise), scheduler.add_noise(clean, noise, times))
     is_v = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(clean, noise, times) if is_v else noise
-    assert_close(policy.output(Prediction(clean, noise), level), target)
+    assert_close(policy.to_output(Prediction(clean, noise), level), target)
     assert torch.equal(level.model_time, times.float())
 
 
@@ -370,7 +370,7 @@ def test_the_error_is_that_of_the_unets_own_output(model: str, request: pytest.F
     text = policy.encode(["a fox", "a cat", "a dog"])
     with torch.no_grad():
         found = denoising_errors(policy, clean, noise, policy.levels_at(times), text)
-        output = policy.network(scheduler.add_noise(clean, noise, times), times, text).sample
+        output = policy.network(scheduler.add_noise(clean, noise, times), times, text.states).sample
     is_v = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(clean, noise, times) if is_v else noise
     assert_close(found, (output - target).square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-5)
@@ -378,5 +378,7 @@ def test_the_error_is_that_of_the_unets_own_output(model: str, request: pytest.F
 
 @pytest.mark.parametrize("times", [[0, 1000], [-1, 5]])
 def test_times_that_the_model_does_not_know_are_refused(tiny_sd: Path, times: list[int]) -> None:
-    with pytest.raises(ValueError, match=rf"times go from {times[0]} to {times[1]}; the model knows 0 to 999"):
+    with pytest.raises(
+        ValueError, match=rf"times range from {times[0]} to {times[1]}; the model was trained at 0 to 999"
+    ):
         policy_of(tiny_sd).levels_at(torch.tensor(times))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.models.base import PipelinePolicy
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
@@ -59,11 +59,11 @@ def distribution_of(context: SearchContext) -> tuple[float, float]:
 
 
 @pytest.fixture
-def tiny(tiny_sd: Path) -> PipelinePolicy:
+def tiny(tiny_sd: Path) -> DiffusionPolicy:
     return load_policy(str(tiny_sd), device=torch.device("cpu"))
 
 
-def context_of(policy: PipelinePolicy, *, eta: float, microbatch_size: int = 64, num_steps: int = 4) -> SearchContext:
+def context_of(policy: DiffusionPolicy, *, eta: float, microbatch_size: int = 64, num_steps: int = 4) -> SearchContext:
     return SearchContext(
         policy,
         redness,
@@ -116,18 +116,18 @@ def test_best_of_n_on_the_toy_has_the_mean_of_the_maximum_of_n_normal_numbers() 
     assert number(found.best).mean().item() == pytest.approx(mean + 1.0294 * variance**0.5, abs=0.03)
 
 
-def test_an_image_depends_only_on_its_seed(tiny: PipelinePolicy) -> None:
+def test_an_image_depends_only_on_its_seed(tiny: DiffusionPolicy) -> None:
     """Best of 6 contains the images of best of 3, and equals what `rollout` generates."""
     many = best_of_n(context_of(tiny, eta=1.0), ["a fox"], generators=generators(6))
     few = best_of_n(context_of(tiny, eta=1.0), ["a fox"], generators=generators(3))
     assert_close(many.images[:, :3], few.images, rtol=0, atol=1e-6)
     images, _ = rollout(
-        tiny, ["a fox"] * 6, sampler=context_of(tiny, eta=1.0).sampler, generators=generators(6), batch_size=64
+        tiny, ["a fox"] * 6, sampler=context_of(tiny, eta=1.0).sampler, generators=generators(6), microbatch_size=64
     )
     assert torch.equal(images, many.images[0])
 
 
-def test_a_weighted_sum_returns_the_scores_of_each_reward(tiny: PipelinePolicy) -> None:
+def test_a_weighted_sum_returns_the_scores_of_each_reward(tiny: DiffusionPolicy) -> None:
     rewards = load_rewards(f"{REDNESS}=2,jpeg_compressibility=0.1", finite=False)
     found = api.best_of_n(
         tiny, ["a fox", "a cat"], rewards, num_candidates=3, num_denoising_steps=4, guidance_scale=1.0
@@ -160,7 +160,7 @@ def test_the_veto_applies_to_final_images() -> None:
 # --- pruning -----------------------------------------------------------------------------------------
 
 
-def test_pruning_saves_denoiser_calls_and_survivors_equal_the_unpruned_images(tiny: PipelinePolicy) -> None:
+def test_pruning_saves_denoiser_calls_and_survivors_equal_the_unpruned_images(tiny: DiffusionPolicy) -> None:
     whole = best_of_n(context_of(tiny, eta=0.0), ["a fox", "a cat"], generators=generators(16))
     pruned = pruned_best_of_n(
         context_of(tiny, eta=0.0), ["a fox", "a cat"], keep=halving(8, after=[1, 2]), generators=generators(16)
@@ -253,14 +253,14 @@ def test_adaptive_resampling_skips_and_resamples() -> None:
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
-def test_strength_zero_is_plain_sampling_to_the_bit(tiny: PipelinePolicy, potential: PotentialName) -> None:
+def test_strength_zero_is_plain_sampling_to_the_bit(tiny: DiffusionPolicy, potential: PotentialName) -> None:
     context = context_of(tiny, eta=1.0)
     found = fk_steering(
         context, ["a fox", "a cat"], strength=0.0, reward_std=1.0, potential=potential, resample_after=[1, 2, 3],
         generators=generators(8), resampling=generators(2, seed=1),
     )  # fmt: skip
     images, _ = rollout(
-        tiny, ["a fox"] * 4 + ["a cat"] * 4, sampler=context.sampler, generators=generators(8), batch_size=64
+        tiny, ["a fox"] * 4 + ["a cat"] * 4, sampler=context.sampler, generators=generators(8), microbatch_size=64
     )
     assert torch.equal(found.candidates.images.flatten(0, 1), images)
     assert (found.log_weights == 0).all()
@@ -308,7 +308,7 @@ def test_prompts_in_one_batch_are_independent() -> None:
     assert up > down + 0.5
 
 
-def test_the_cost_counts_guidance_twice_and_every_scored_image(tiny: PipelinePolicy) -> None:
+def test_the_cost_counts_guidance_twice_and_every_scored_image(tiny: DiffusionPolicy) -> None:
     context = context_of(tiny, eta=1.0)
     context.sampler = Sampler(context.sampler.schedule, context.sampler.dynamics, guidance_scale=3.0)
     found = fk_steering(
@@ -406,7 +406,7 @@ def test_gradient_search_raises_the_reward_of_the_built_in_model() -> None:
 
 
 @pytest.mark.parametrize("microbatch_size", [3, 5])
-def test_the_microbatch_size_does_not_change_the_images(tiny: PipelinePolicy, microbatch_size: int) -> None:
+def test_the_microbatch_size_does_not_change_the_images(tiny: DiffusionPolicy, microbatch_size: int) -> None:
     settings: dict[str, Any] = {"strength": 3.0, "reward_std": 0.05, "resample_after": [1, 2]}
     results = [
         fk_steering(
@@ -479,7 +479,7 @@ def test_the_seed_of_a_selected_image_gives_that_image_in_diffusers(tiny_sd: Pat
     assert_close(image, found.best[1], rtol=0, atol=1e-3)
 
 
-def test_the_api_steers_and_prunes(tiny: PipelinePolicy) -> None:
+def test_the_api_steers_and_prunes(tiny: DiffusionPolicy) -> None:
     small: dict[str, Any] = {"num_denoising_steps": 4, "guidance_scale": 1.0}
     found = api.fk_steering(tiny, ["a fox"], redness, num_particles=4, resample_after=(1, 2), **small)
     assert found.candidates.images.shape == (1, 4, 3, 16, 16)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.diffusion.gaussian import randn
-from rlhf_t2i.types import Level, Prediction, Sampler, Schedule
+from rlhf_t2i.types import Conditioning, Level, Prediction, Sampler, Schedule
 
 SCALE = 1000.0
 """Latents of up to a few hundred are images in [0, 1]."""
@@ -29,10 +29,12 @@ class GaussianModel:
     def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Tensor:
         return randn((len(generators) * copies, 1, 1, 1), generators=generators, device=torch.device("cpu"))
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        return torch.zeros(len(prompts), 1, 1)
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning(torch.zeros(len(prompts), 1, 1))
 
-    def predict(self, latents: Tensor, level: Level, conditioning: Tensor, *, guidance_scale: float) -> Prediction:
+    def predict(
+        self, latents: Tensor, level: Level, conditioning: Conditioning, *, guidance_scale: float
+    ) -> Prediction:
         self.rows.append(len(latents))
         alpha, sigma = (value[:, None, None, None] for value in (level.alpha, level.sigma))
         total = alpha**2 * self.std**2 + sigma**2

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_t2i.data.latent_cache import TensorCache
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.image_grids import save_image_grid
-from rlhf_t2i.types import Policy
+from rlhf_t2i.types import Conditioning, Policy
 
 _PER_FILE = 512
 """Images in one file of a cache."""
@@ -29,7 +29,7 @@ class PairBatch:
 
     winner: Float[Tensor, "B C H W"]
     loser: Float[Tensor, "B C H W"]
-    conditioning: Float[Tensor, "B L D"]
+    conditioning: Conditioning
 
     def at(self, index: Int[Tensor, " N"]) -> PairBatch:
         """Some of the pairs."""
@@ -170,10 +170,10 @@ class ImagePairs:
             some = keys[start : start + _PER_FILE]
             self.latents_cache.add(dict(zip(some, self._encode([files[key] for key in some]), strict=True)))
         prompts = {_digest(pair.winner_prompt): pair.winner_prompt for pair in self.pairs}
-        keys = self.text_cache.missing(list(prompts)[rank::num_processes])
+        keys = _lacking_text(self.text_cache, list(prompts)[rank::num_processes])
         for start in range(0, len(keys), _PER_FILE):
             some = keys[start : start + _PER_FILE]
-            self.text_cache.add(dict(zip(some, self.policy.encode([prompts[key] for key in some]), strict=True)))
+            self.text_cache.add(_text_entries(some, self.policy.encode([prompts[key] for key in some])))
 
     def load(self, numbers: Sequence[int], rows: Sequence[int]) -> PairBatch:
         """Of the pairs with these numbers those in some `rows`, ready to learn from."""
@@ -186,7 +186,7 @@ class ImagePairs:
             self.latents_cache.missing([])
             self.text_cache.missing([])
             latents = self.latents_cache.get([_key_of(path) for path in files])
-            conditioning = self.text_cache.get([_digest(prompt) for prompt in prompts])
+            conditioning = _cached_text(self.text_cache, [_digest(prompt) for prompt in prompts])
         device = next(self.policy.denoiser.parameters()).device
         winner, loser = latents.to(device).chunk(2)
         return PairBatch(winner, loser, conditioning.to(device))
@@ -213,6 +213,23 @@ def fit(image: Float[Tensor, "3 _ _"], height: int, width: int) -> Float[Tensor,
         image = resized[0].clamp(0, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return image[:, top : top + height, left : left + width]
+
+
+def _lacking_text(cache: TensorCache, keys: Sequence[str]) -> list[str]:
+    """Return the prompts' keys that a cache has no entries of."""
+    return [key.removesuffix(".states") for key in cache.missing([f"{key}.states" for key in keys])]
+
+
+def _text_entries(keys: Sequence[str], conditioning: Conditioning) -> dict[str, Tensor]:
+    """Return the cache entries of encoded prompts, one for each part: KEY.states, KEY.pooled, KEY.mask."""
+    parts = conditioning.parts.items()
+    return {f"{key}.{name}": row for name, rows in parts for key, row in zip(keys, rows, strict=True)}
+
+
+def _cached_text(cache: TensorCache, keys: Sequence[str]) -> Conditioning:
+    """Return the conditioning of cached prompts; one model's entries all have the same parts."""
+    names = [name for name in ("states", "pooled", "mask") if not cache.missing([f"{keys[0]}.{name}"])]
+    return Conditioning(**{name: cache.get([f"{key}.{name}" for key in keys]) for name in names})
 
 
 def _cache_of(policy: Policy, part: Literal["autoencoder", "text encoder"], folder: Path) -> TensorCache:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf_t2i.models.family import FamilyClass
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.training.finished_run import FinishedRun
 
 
@@ -20,7 +20,7 @@ class Base:
     """Hub id that loads it on other machines; None if it is not on the Hub."""
     built_in: bool
     """True for a model that is part of this package."""
-    family: FamilyClass | None = None
+    family: type[DiffusionPolicy] | None = None
     """Family of a diffusion model; None for a backbone."""
     missing_parts: Sequence[str] = ()
     """Parts of the pipeline that the model lacks; diffusers loads it with each of them set to None."""
@@ -36,12 +36,12 @@ def find_base(run: FinishedRun, *, hub_id: str | None) -> Base:
 
         source = backbone_source(read_config(run.weights), run.weights)
         return _named_base(run, source, built_in=run.config["backbone"] == "shapes", hub_id=hub_id)
-    from rlhf_t2i.models.packaging import family_and_lack  # imports torch and diffusers
+    from rlhf_t2i.models.packaging import family_and_missing_parts  # imports torch and diffusers
 
     base = _named_base(
         run, run.config["model"], built_in=run.config["model"] in ("shapes", "shapes-flow"), hub_id=hub_id
     )
-    family, missing_parts = family_and_lack(base.source)
+    family, missing_parts = family_and_missing_parts(base.source)
     return replace(base, family=family, missing_parts=missing_parts)
 
 

@@ -42,9 +42,9 @@ def write_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: boo
     Raises ValueError for a LoRA whose base model is only a folder of this machine.
     """
     if is_full_pipeline(run, merge_lora=merge_lora):
-        from rlhf_t2i.models.packaging import save_tuned_pipeline  # imports torch and diffusers
+        from rlhf_t2i.models.packaging import save_trained_pipeline  # imports torch and diffusers
 
-        save_tuned_pipeline(base.source, run.weights, folder)
+        save_trained_pipeline(base.source, run.weights, folder)
     elif run.kind == "reward_model":
         _write_reward_model(run, base, folder)
     elif base.hub_id is None and not base.built_in:

@@ -1,4 +1,4 @@
-"""From latents to images and back."""
+"""The frozen autoencoder between images and latents."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from rlhf_t2i.diffusion.gaussian import randn
 
 
 class Autoencoder:
-    """A frozen autoencoder, and the scale on which a denoiser sees its latents.
+    """A frozen autoencoder, and the scale of the latents that the denoiser works on.
 
         latents = (encoded - shift) * scale
 
-    shift and scale are numbers, or one of each for every channel.
+    shift and scale are one number, or one per channel.
     """
 
     def __init__(self, vae: Any, *, pixels_per_latent: int, device: torch.device, dtype: torch.dtype) -> None:
-        """It is held and computes in `dtype`."""
+        """Hold the weights and compute in `dtype`."""
         self.vae: Any = vae.requires_grad_(False).to(device, dtype).eval()
         self.pixels_per_latent, self.device, self.dtype = pixels_per_latent, device, dtype
         self.scale, self.shift = _scale_and_shift(vae.config, device=device)
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
-        """Images around [0, 1], not clamped."""
+        """Return float32 images with a nominal range of [0, 1], not clamped."""
         encoded = latents / self.scale
         if self.shift is not None:
             encoded = encoded + self.shift
@@ -36,10 +36,10 @@ class Autoencoder:
     def encode(
         self, images: Float[Tensor, "B 3 Y X"], *, generators: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B C H W"]:
-        """The latents that `decode` makes images of, in float32.
+        """Return float32 latents of images in [0, 1].
 
-        Of a Gaussian autoencoder their mean or, with generators that share the images equally, a draw. A tiny
-        autoencoder has but one answer.
+        A Gaussian autoencoder returns its mean or, with generators that each serve an equal share of the images, a
+        draw. A tiny autoencoder is deterministic.
         """
         found = self.vae.encode((2 * images - 1).to(self.device, self.dtype), return_dict=False)[0]
         if isinstance(found, Tensor):
@@ -52,16 +52,29 @@ class Autoencoder:
 
     @property
     def settings(self) -> list[Any]:
-        """All that its answers depend on beside its weights."""
+        """Everything besides the weights that the output depends on, for a fingerprint."""
         config = self.vae.config
         named = ("latents_mean", "latents_std", "shift_factor")
         return [config.scaling_factor, *([name, config[name]] for name in named if config.get(name))]
 
 
 def _scale_and_shift(config: Any, *, device: torch.device) -> tuple[float | Tensor, float | Tensor | None]:
-    """From what an autoencoder's own config says: its factors or, if it has them, mean and std of each channel."""
+    """Return scale and shift of an autoencoder's config: its factors, or from the mean and std of each channel."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return config.scaling_factor, config.get("shift_factor") or None
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
     return config.scaling_factor / std, mean
+
+
+def latent_size(resolution: int | None, own: int | Sequence[int], *, scale: int, patch: int = 1) -> tuple[int, int]:
+    """Return height and width of the latents of square images of `resolution` pixels; None is the model's `own` size.
+
+    `scale` is pixels per latent, `patch` latents per token. Raises ValueError for a resolution that is not a multiple
+    of scale * patch.
+    """
+    if resolution is None:
+        return (own, own) if isinstance(own, int) else (own[0], own[1])
+    if resolution < 1 or resolution % (scale * patch):
+        raise ValueError(f"resolution is {resolution}; for this model it must be a multiple of {scale * patch}.")
+    return resolution // scale, resolution // scale

@@ -1,181 +1,259 @@
-"""A diffusers pipeline as a policy: what all families of models do alike."""
+"""Base class of all model families: a diffusers pipeline as a policy."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlhf_t2i.diffusion.gaussian import randn
-from rlhf_t2i.models.family import Family
+from rlhf_t2i.models.autoencoder import Autoencoder
+from rlhf_t2i.models.levels import Levels
 from rlhf_t2i.models.lora import add_lora, has_lora, lora_disabled, lora_weights, trainable
 from rlhf_t2i.models.quiet import only_errors
-from rlhf_t2i.models.text_encoders import CutWarnings, Memory
-from rlhf_t2i.types import Level, Prediction, Schedule
+from rlhf_t2i.models.text_encoders import PromptCache, TextEncoder, TruncationWarnings
+from rlhf_t2i.types import Conditioning, Level, Prediction, Schedule
 
 
-class PipelinePolicy:
-    """A model of any family as a policy: frozen text encoders and autoencoder, a denoiser that learns."""
+class DiffusionPolicy(ABC):
+    """A pipeline's frozen text encoders and autoencoder, and a denoiser that can be trained.
 
-    def __init__(self, family: Family, *, device: torch.device, dtype: torch.dtype) -> None:
-        """All computes in `dtype`, and what is frozen is held in it."""
-        self.family, self.device, self.dtype = family, device, dtype
-        self.network: Any = family.network.requires_grad_(False).to(device).eval()
+    A family of models is a subclass: class attributes and three methods, `load_parts`, `encode_prompts` and `denoise`.
+    """
+
+    pipeline_class: ClassVar[type[Any]]
+    """The diffusers pipeline that loads a folder and saves LoRA weights."""
+    title: ClassVar[str]
+    """Name of the family in prose."""
+    tag: ClassVar[str]
+    """Tag of the family on the Hugging Face Hub."""
+    is_flow: ClassVar[bool]
+    """True if the stock pipeline samples with a flow scheduler, False for a diffusion scheduler such as DDIM."""
+    component: ClassVar[Literal["unet", "transformer"]]
+    """Name of the denoiser in the pipeline."""
+    lora_targets: ClassVar[Sequence[str]]
+    """Name endings of the layers that get LoRA adapters."""
+    guidance_when_off: ClassVar[float] = 1.0
+    """The stock pipeline's guidance_scale for no guidance; a scale of 1 + g here is `guidance_when_off` + g there."""
+    embeds_guidance: ClassVar[bool] = False
+    """True if guidance is an input of the network, False if it takes a second forward pass."""
+
+    text_encoders: Sequence[TextEncoder]
+    autoencoder: Autoencoder
+    levels: Levels
+    latent_shape: tuple[int, int, int]
+    """Channels, height and width of the latents of one image."""
+
+    def __init__(
+        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
+    ) -> None:
+        """Take a loaded pipeline's parts; compute, and hold frozen weights, in `dtype`.
+
+        `resolution` is the side of generated images in pixels; None is the model's own. Raises ValueError for a
+        pipeline that cannot be trained.
+        """
+        self.device, self.dtype = device, dtype
+        self.network: Any = getattr(pipeline, self.component).requires_grad_(False).to(device).eval()
         self.denoiser: nn.Module = self.network
-        self._network_class = type(self.network)
         self.reference: nn.Module | None = None
-        self._memory, self._cut = Memory(), CutWarnings()
+        self._network_class = type(self.network)
+        self._cache, self._truncation = PromptCache(), TruncationWarnings()
         self._offloads_text_encoders = False
+        self.load_parts(pipeline, resolution)
+        with torch.no_grad():
+            self.unconditional = None if self.embeds_guidance else self.encode_unconditional()
 
-    # --- what learns ---
+    # --- what a family defines ---
 
-    def learn(self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool, seed: int) -> None:
-        """Choose what learns: adapters of a rank on the denoiser's attention, or (None) all of it in float32.
+    @abstractmethod
+    def load_parts(self, pipeline: Any, resolution: int | None) -> None:
+        """Set `text_encoders`, `autoencoder`, `levels` and `latent_shape`; ValueError for an unsupported pipeline."""
 
-        The seed is that of the adapters' first values. For the whole denoiser a frozen copy is kept if a reference will
-        be asked for; adapters can just be switched off.
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Run the text encoders, without cache."""
+
+    @abstractmethod
+    def denoise(
+        self, latents: Float[Tensor, "B C H W"], model_time: Float[Tensor, " B"], conditioning: Conditioning
+    ) -> Float[Tensor, "B C H W"]:
+        """Run `denoiser` without guidance; the output is float32."""
+
+    def encode_unconditional(self) -> Conditioning:
+        """Return the conditioning of the unconditional pass of classifier-free guidance, a batch of one."""
+        return self.encode_prompts([""])
+
+    def guided(
+        self,
+        latents: Float[Tensor, "B C H W"],
+        model_time: Float[Tensor, " B"],
+        conditioning: Conditioning,
+        *,
+        guidance_scale: float,
+    ) -> Float[Tensor, "B C H W"]:
+        """Return the network output with classifier-free guidance (arXiv:2207.12598), in float32.
+
+            output = unconditional + guidance_scale * (conditional - unconditional)
+
+        Both are rows of one forward pass. A scale of 1 is off and needs the conditional half only.
+        """
+        if guidance_scale <= 1 or self.unconditional is None:
+            return self.denoise(latents, model_time, conditioning)
+        both = self.denoise(
+            torch.cat([latents, latents]),
+            torch.cat([model_time, model_time]),
+            Conditioning.cat([self.unconditional.repeat(len(conditioning)), conditioning]),
+        )
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    # --- training ---
+
+    def set_trainable(
+        self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool, seed: int
+    ) -> None:
+        """Train LoRA adapters of a rank, initialised from `seed`; if the rank is None, the full denoiser in float32.
+
+        With `keep_reference` a frozen copy of the full denoiser is kept for `as_reference`; adapters need none.
         """
         if lora_rank is not None:
             with only_errors():
                 self.network.to(self.dtype)
-            add_lora(
-                self.network, rank=lora_rank, alpha=float(lora_alpha or lora_rank), seed=seed,
-                targets=self.family.lora_targets,
-            )  # fmt: skip
+            alpha = float(lora_alpha or lora_rank)
+            add_lora(self.network, rank=lora_rank, alpha=alpha, seed=seed, targets=self.lora_targets)
             return
         if keep_reference:
             self.reference = copy.deepcopy(self.network)
         self.network.float().requires_grad_(True)
 
-    def checkpoint_gradients(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of storing them."""
         self.network.enable_gradient_checkpointing()
 
     def offload_text_encoders(self) -> None:
-        """Keep the text encoders in main memory from now on, but for the time in which they read something new."""
+        """Keep the text encoders in main memory from now on, except while they encode new prompts."""
         self._offloads_text_encoders = True
         self._place_text_encoders(torch.device("cpu"))
 
     def _place_text_encoders(self, device: torch.device) -> None:
-        for encoder in self.family.text_encoders:
+        for encoder in self.text_encoders:
             encoder.model.to(device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name."""
+        """The trained parameters, by name."""
         return trainable(self.network)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within it, `predict` answers as the model did before training (without adapters, or by its frozen copy)."""
+        """Predict with the weights from before training: adapters off, or the frozen copy.
+
+        Raises RuntimeError if no copy was kept.
+        """
         if has_lora(self.network):
             with lora_disabled(self.network):
                 yield
             return
         if self.reference is None:
-            raise RuntimeError("No reference was kept: call learn(..., keep_reference=True).")
-        engine, self.denoiser = self.denoiser, self.reference
+            raise RuntimeError("No reference was kept: call set_trainable(..., keep_reference=True).")
+        trained, self.denoiser = self.denoiser, self.reference
         try:
             yield
         finally:
-            self.denoiser = engine
+            self.denoiser = trained
 
-    # --- painting ---
+    # --- sampling ---
 
     def schedule(self, num_steps: int) -> Schedule:
-        """The levels that the stock pipeline passes in `num_steps` steps, from noise to clean.
+        """Return the levels that the stock pipeline passes in `num_steps` steps, from noise to clean.
 
-        Raises ValueError for a number of steps that the model's schedule cannot be cut into.
+        Raises ValueError for a number of steps that the model's schedule does not allow.
         """
-        return self.family.levels.schedule(num_steps)
+        return self.levels.schedule(num_steps)
 
     def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Float[Tensor, "B C H W"]:
-        """Pure noise, `copies` latents from each generator."""
-        shape = (len(generators) * copies, *self.family.latent_shape)
-        return randn(shape, generators=generators, device=self.device)
+        """Draw pure noise, `copies` latents from each generator."""
+        return randn((len(generators) * copies, *self.latent_shape), generators=generators, device=self.device)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
-        """What the denoiser is told of prompts, each different one read once; warns once of each that is cut."""
-        self._cut.look(prompts, self.family.text_encoders)
-        if self._offloads_text_encoders and not self._memory.knows(prompts):
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, each distinct one once; warn once of each prompt that is truncated."""
+        self._truncation.warn(prompts, self.text_encoders)
+        if self._offloads_text_encoders and not self._cache.has(prompts):
             self._place_text_encoders(self.device)
-            states = self._memory.read(prompts, self.family.read)
+            conditioning = self._cache.encode(prompts, self.encode_prompts)
             self._place_text_encoders(torch.device("cpu"))
-            return states.to(self.device)
-        return self._memory.read(prompts, self.family.read).to(self.device)
+            return conditioning.to(self.device)
+        return self._cache.encode(prompts, self.encode_prompts).to(self.device)
 
     def predict(
         self,
         latents: Float[Tensor, "B C H W"],
         level: Level,
-        conditioning: Float[Tensor, "B L D"],
+        conditioning: Conditioning,
         *,
         guidance_scale: float,
     ) -> Prediction:
-        """What the denoiser sees in noisy latents, in float32; guided, if the scale is above 1."""
+        """Predict the clean and noise parts of noisy latents, in float32; guided if the scale is above 1."""
         autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
         with autocast:
-            output = self.family.output(
-                self.denoiser, latents, level.model_time, conditioning, guidance_scale=guidance_scale
-            )
-        return self.family.levels.prediction(latents, output, level)
+            output = self.guided(latents, level.model_time, conditioning, guidance_scale=guidance_scale)
+        return self.levels.to_prediction(latents, output, level)
 
     def num_calls(self, guidance_scale: float) -> int:
-        """How often the denoiser is asked for one prediction."""
-        return 2 if guidance_scale > 1 and not self.family.is_told_guidance else 1
+        """Return the number of denoiser evaluations per image and prediction."""
+        return 2 if guidance_scale > 1 and not self.embeds_guidance else 1
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
-        """Images around [0, 1], not clamped."""
-        return self.family.autoencoder.decode(latents)
+        """Return images with a nominal range of [0, 1], not clamped."""
+        return self.autoencoder.decode(latents)
 
-    # --- learning from images that are there ---
+    # --- training on existing images ---
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images it paints."""
-        _, height, width = self.family.latent_shape
-        scale = self.family.autoencoder.pixels_per_latent
-        return height * scale, width * scale
+        """Height and width of generated images, in pixels."""
+        _, height, width = self.latent_shape
+        return height * self.autoencoder.pixels_per_latent, width * self.autoencoder.pixels_per_latent
 
     @torch.no_grad()
     def encode_images(
         self, images: Float[Tensor, "B 3 Y X"], *, generators: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B C H W"]:
-        """What `decode` makes images of; of a Gaussian autoencoder the mean or, with generators, a draw."""
-        return self.family.autoencoder.encode(images, generators=generators)
+        """Return the clean latents of images in [0, 1]: an autoencoder's mean or, with generators, a draw."""
+        return self.autoencoder.encode(images, generators=generators)
 
     def levels_at(self, times: Int[Tensor, " B"]) -> Level:
-        """The levels of noise that the model was trained at: 0 is nearly clean, 999 (for most models) nearly noise.
+        """Return the noise levels of the model's training: 0 is nearly clean, 999 (for most models) nearly pure noise.
 
-        Raises ValueError for a time that it was not trained at.
+        Raises ValueError for an index outside of that range.
         """
-        return self.family.levels.at(times)
+        return self.levels.at(times)
 
-    def output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
-        """A prediction in the denoiser's own terms."""
-        return self.family.levels.output(prediction, level)
+    def to_output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+        """Convert a prediction to the network's parameterisation: noise, v or velocity."""
+        return self.levels.to_output(prediction, level)
 
     def fingerprint(self, part: Literal["autoencoder", "text encoder"]) -> str:
-        """A hash of all that the answers of a frozen part depend on: weights, scaling, tokenizer and precision."""
-        autoencoder, encoders = self.family.autoencoder, self.family.text_encoders
+        """Return a hash of all that a frozen part's output depends on: weights, scaling, tokenizer, precision."""
         if part == "autoencoder":
-            modules, dtype = [autoencoder.vae], autoencoder.dtype
-            scaling, *others = autoencoder.settings
+            modules, dtype = [self.autoencoder.vae], self.autoencoder.dtype
+            scaling, *others = self.autoencoder.settings
             settings = [scaling, self.image_size, *others]
         else:
-            modules, dtype = [encoder.model for encoder in encoders], self.dtype
-            settings = [part for e in encoders for part in (e.max_length, e.tokenizer.get_vocab())]
+            modules, dtype = [encoder.model for encoder in self.text_encoders], self.dtype
+            settings = [part for e in self.text_encoders for part in (e.max_length, e.tokenizer.get_vocab())]
         digest = hashlib.sha256(json.dumps([str(dtype), settings], sort_keys=True).encode())
         for module in modules:
             for name, tensor in sorted(module.state_dict().items()):
@@ -183,26 +261,25 @@ class PipelinePolicy:
                 digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    # --- taking it elsewhere ---
+    # --- export ---
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
-        """Write the trained weights so that plain diffusers loads them; returns which folder they are in.
+        """Write the trained weights in diffusers' format; return the subfolder of `folder` that they are in.
 
-        That is `folder/lora` or, of a whole denoiser, `folder/unet` or `folder/transformer`. They are given, because
-        this process may hold but a part of each.
+        That is `lora`, or `unet` or `transformer` for a full denoiser. `weights` are the unsharded values of
+        `trainable`, of which this process may hold a shard only.
         """
-        component = self.family.component
         if has_lora(self.network):
-            self.family.pipeline_class.save_lora_weights(
+            self.pipeline_class.save_lora_weights(
                 folder / "lora",
                 **{
-                    f"{component}_lora_layers": lora_weights(self.network, weights),
-                    f"{component}_lora_adapter_metadata": self.network.peft_config["default"].to_dict(),
+                    f"{self.component}_lora_layers": lora_weights(self.network, weights),
+                    f"{self.component}_lora_adapter_metadata": self.network.peft_config["default"].to_dict(),
                 },
             )
             return folder / "lora"
         network: Any = self._network_class.from_config(self.network.config)
         expected = network.state_dict()
         network.load_state_dict({**{n: b for n, b in self.network.named_buffers() if n in expected}, **weights})
-        network.save_pretrained(folder / component)
-        return folder / component
+        network.save_pretrained(folder / self.component)
+        return folder / self.component

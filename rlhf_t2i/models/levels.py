@@ -1,14 +1,13 @@
-"""How noisy the latents are that a model was trained with, and what it was trained to put out."""
+"""Noise levels of a model's training and sampling, and the parameterisation of its output."""
 
 # diffusers has no usable types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportReturnType=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,20 +15,44 @@ from rlhf_t2i.diffusion.gaussian import per_image
 from rlhf_t2i.types import Level, Prediction, Schedule
 
 
+@runtime_checkable
+class Levels(Protocol):
+    """Noise levels of a model and the parameterisation of its output."""
+
+    scheduler: Any
+    """The diffusers scheduler that steps along these levels."""
+
+    def schedule(self, num_steps: int) -> Schedule: ...
+
+    def at(self, times: Int[Tensor, " B"]) -> Level:
+        """Return the noise levels of the model's training, by index: 0 is nearly clean."""
+        ...
+
+    def to_prediction(
+        self, latents: Float[Tensor, "B C H W"], output: Float[Tensor, "B C H W"], level: Level
+    ) -> Prediction:
+        """Return the clean and noise parts of `latents` that a network output stands for."""
+        ...
+
+    def to_output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+        """Return the network output that stands for a prediction, the inverse of `to_prediction`."""
+        ...
+
+
 class DiffusionLevels:
-    """alpha^2 + sigma^2 = 1, a network that finds the noise, or v = alpha noise - sigma clean (arXiv:2202.00512)."""
+    """Levels with alpha^2 + sigma^2 = 1; the output is noise, or v = alpha noise - sigma clean (arXiv:2202.00512)."""
 
     def __init__(self, config: Any, *, device: torch.device) -> None:
-        """From a scheduler's config.
+        """Take a scheduler's config.
 
         Raises ValueError for a scheduler without betas, a prediction type other than noise or v, or thresholding.
         """
         self.scheduler, self.device = _ddim_scheduler(config), device
 
     def schedule(self, num_steps: int) -> Schedule:
-        """The levels that diffusers' DDIM passes in `num_steps` steps, from noise to clean.
+        """Return the levels that diffusers' DDIM passes in `num_steps` steps, from noise to clean.
 
-        Raises ValueError for a number of steps that the model's schedule cannot be cut into.
+        Raises ValueError for a number of steps that the model's schedule does not allow.
         """
         total = self.scheduler.config.num_train_timesteps
         spacing = self.scheduler.config.timestep_spacing
@@ -45,23 +68,23 @@ class DiffusionLevels:
         if int(times[0]) >= total:
             raise ValueError(f"num_denoising_steps is {num_steps}; with this model's steps_offset it must be less.")
         last = int(times[-1]) - total // num_steps
-        products = self.scheduler.alphas_cumprod
-        final = products[last] if last >= 0 else self.scheduler.final_alpha_cumprod
-        kept = torch.cat([products[times], final.reshape(1)]).to(self.device, torch.float32)
+        alphas_cumprod = self.scheduler.alphas_cumprod
+        final = alphas_cumprod[last] if last >= 0 else self.scheduler.final_alpha_cumprod
+        alpha_squared = torch.cat([alphas_cumprod[times], final.reshape(1)]).to(self.device, torch.float32)
         model_time = torch.cat([times, times.new_tensor([max(last, 0)])]).to(self.device)
-        return Schedule(kept.sqrt(), (1 - kept).sqrt(), model_time.float())
+        return Schedule(alpha_squared.sqrt(), (1 - alpha_squared).sqrt(), model_time.float())
 
     def at(self, times: Int[Tensor, " B"]) -> Level:
-        """The levels of noise that the model was trained at: 0 is nearly clean, 999 (for most models) nearly noise.
+        """Return the noise levels of the model's training: 0 is nearly clean, 999 (for most models) nearly pure noise.
 
-        Raises ValueError for a time that it was not trained at.
+        Raises ValueError for an index outside of that range.
         """
-        times, total = times.cpu(), self.scheduler.config.num_train_timesteps
-        check_times(times, total)
-        kept = self.scheduler.alphas_cumprod[times].to(self.device, torch.float32)
-        return Level(kept.sqrt(), (1 - kept).sqrt(), times.to(self.device).float())
+        times = times.cpu()
+        check_times(times, self.scheduler.config.num_train_timesteps)
+        alpha_squared = self.scheduler.alphas_cumprod[times].to(self.device, torch.float32)
+        return Level(alpha_squared.sqrt(), (1 - alpha_squared).sqrt(), times.to(self.device).float())
 
-    def prediction(
+    def to_prediction(
         self, latents: Float[Tensor, "B C H W"], output: Float[Tensor, "B C H W"], level: Level
     ) -> Prediction:
         alpha, sigma = per_image(level.alpha), per_image(level.sigma)
@@ -69,22 +92,24 @@ class DiffusionLevels:
             return Prediction(alpha * latents - sigma * output, alpha * output + sigma * latents)
         return Prediction((latents - sigma * output) / alpha, output)
 
-    def output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+    def to_output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
         if self.scheduler.config.prediction_type == "v_prediction":
             return per_image(level.alpha) * prediction.noise - per_image(level.sigma) * prediction.clean
         return prediction.noise
 
 
 class FlowLevels:
-    """alpha + sigma = 1, and a network that finds the velocity = noise - clean (arXiv:2209.03003)."""
+    """Levels with alpha + sigma = 1; the output is the velocity = noise - clean (arXiv:2209.03003)."""
 
     def __init__(self, config: Any, *, device: torch.device, shift: float, even: bool = False) -> None:
-        """From a scheduler's config.
+        """Take a scheduler's config.
 
-        `shift` is that of an image's size, for a scheduler that asks for it (`shift_for`). With `even` a schedule's
-        levels are, before any shift, 1, 1 - 1/T, ..., 1/T; else as the scheduler itself spaces them.
-        Raises ValueError for a scheduler that is none of a flow, and for one whose time runs backwards.
+        `shift` depends on the image size, for a scheduler with dynamic shifting (`shift_for`). With `even` the levels
+        of a schedule are, before any shift, 1, 1 - 1/T, ..., 1/T; otherwise the scheduler spaces them.
+        Raises ValueError for a scheduler that is not one of a flow model, and for one with invert_sigmas.
         """
+        from diffusers import FlowMatchEulerDiscreteScheduler  # takes seconds
+
         name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
         if not name.startswith("FlowMatch"):
             raise ValueError(f"The model's scheduler, {name}, is not one of a flow model (FlowMatchEulerDiscrete).")
@@ -97,9 +122,9 @@ class FlowLevels:
         self._trained: Tensor = self.scheduler.time_shift(shift, 1.0, sigmas) if is_dynamic else sigmas
 
     def schedule(self, num_steps: int) -> Schedule:
-        """The levels that the stock pipeline passes in `num_steps` steps, from pure noise to clean.
+        """Return the levels that the stock pipeline passes in `num_steps` steps, from pure noise to clean.
 
-        Raises ValueError for less than one step.
+        Raises ValueError for fewer than one step.
         """
         if num_steps < 1:
             raise ValueError(f"num_denoising_steps is {num_steps}; it must be at least 1.")
@@ -110,44 +135,46 @@ class FlowLevels:
         return Schedule(1 - sigma, sigma, torch.cat([times, times.new_zeros(1)]), kind="flow")
 
     def at(self, times: Int[Tensor, " B"]) -> Level:
-        """The levels that the model's own schedule has: 0 is nearly clean, 999 (for most models) pure noise.
+        """Return the levels of the model's own schedule: 0 is nearly clean, 999 (for most models) pure noise.
 
-        Raises ValueError for a time that it does not have.
+        Raises ValueError for an index outside of that range.
         """
         times, total = times.cpu(), len(self._trained)
         check_times(times, total)
         sigma = self._trained[times].to(self.device, torch.float32)
         return Level(1 - sigma, sigma, sigma * total)
 
-    def prediction(
+    def to_prediction(
         self, latents: Float[Tensor, "B C H W"], output: Float[Tensor, "B C H W"], level: Level
     ) -> Prediction:
         alpha, sigma = per_image(level.alpha), per_image(level.sigma)
         return Prediction(latents - sigma * output, latents + alpha * output)
 
-    def output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
+    def to_output(self, prediction: Prediction, level: Level) -> Float[Tensor, "B C H W"]:
         return prediction.noise - prediction.clean
 
 
 def shift_for(num_patches: int, config: Any) -> float:
-    """How far a scheduler with dynamic shifting moves its levels towards noise, for an image of so many patches.
+    """Return the shift towards noise of a scheduler with dynamic shifting, for an image of so many patches.
 
     A line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift), as in the stock pipelines.
     """
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    pixel_gradient = (most - base) / (high - low)
-    return pixel_gradient * num_patches + base - pixel_gradient * low
+    base, largest = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (largest - base) / (high - low)
+    return slope * num_patches + base - slope * low
 
 
 def check_times(times: Int[Tensor, " B"], total: int) -> None:
-    """ValueError for a time that a model with `total` levels was not trained at."""
+    """Raise ValueError for an index outside of the `total` levels of a model's training."""
     if not ((times >= 0) & (times < total)).all():
-        raise ValueError(f"times go from {times.min()} to {times.max()}; the model knows 0 to {total - 1}.")
+        raise ValueError(f"times range from {times.min()} to {times.max()}; the model was trained at 0 to {total - 1}.")
 
 
-def _ddim_scheduler(config: Any) -> DDIMScheduler:
-    """DDIM over a model's own levels of noise, whichever scheduler it was saved with."""
+def _ddim_scheduler(config: Any) -> Any:
+    """Return a DDIM scheduler over a model's own noise levels, whichever scheduler it was saved with."""
+    from diffusers import DDIMScheduler  # takes seconds
+
     name = config.get("_class_name", "a scheduler")
     if "beta_schedule" not in config:
         raise ValueError(
@@ -166,7 +193,7 @@ def _ddim_scheduler(config: Any) -> DDIMScheduler:
         raise ValueError(
             "The model's scheduler sets rescale_betas_zero_snr, whose first step has alpha = 0; set it to false."
         )
-    # DDIM's steps are all equally long; with `linspace` they would end between its levels.
+    # DDIM's steps all have one length; with `linspace` they would end between the model's levels.
     spacing = config.get("timestep_spacing", "leading")
     spacing = "leading" if spacing == "linspace" else spacing
     return DDIMScheduler.from_config(config, clip_sample=False, timestep_spacing=spacing)

@@ -1,9 +1,10 @@
-"""From a pipeline folder to a policy; the one place that knows which families there are."""
+"""Load a pipeline folder or Hub id as a policy; the table of model families."""
 
 # diffusers has no usable types.
 # pyright: reportPrivateImportUsage=false, reportAssignmentType=false, reportReturnType=false
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,59 +13,42 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from rlhf_t2i.distributed.state import stored_weights
-from rlhf_t2i.models.base import PipelinePolicy
-from rlhf_t2i.models.family import FamilyClass
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import add_lora
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.shapes.names import TOY_RESOLUTION as PIXELS
 
+FAMILIES = {
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
+    "ZImagePipeline": ("zimage", "ZImage"),
+}
+"""diffusers pipeline class -> module of this package and class in it; imported when it is needed."""
 BUILT_IN = Path(__file__).parent.parent / "shapes" / "weights"
-"""What the model name `shapes` stands for."""
+"""Folder of the built-in model, `shapes`."""
 BUILT_IN_FLOW = BUILT_IN / "flow"
-"""What `shapes-flow` stands for."""
+"""Folder of the built-in flow model, `shapes-flow`."""
 
 
-def family_of(pipeline_class: str) -> FamilyClass:
-    """What paints as a pipeline class of diffusers does. Raises ValueError, listing those that work, for another."""
-    match pipeline_class:
-        case "StableDiffusionPipeline":
-            from rlhf_t2i.models.stable_diffusion import StableDiffusion
-
-            return StableDiffusion
-        case "StableDiffusionXLPipeline":
-            from rlhf_t2i.models.sdxl import StableDiffusionXL
-
-            return StableDiffusionXL
-        case "StableDiffusion3Pipeline":
-            from rlhf_t2i.models.sd3 import StableDiffusion3
-
-            return StableDiffusion3
-        case "FluxPipeline":
-            from rlhf_t2i.models.flux import Flux
-
-            return Flux
-        case "ZImagePipeline":
-            from rlhf_t2i.models.zimage import ZImage
-
-            return ZImage
-        case _:
-            raise ValueError(
-                f"The model is a {pipeline_class}; those that can be trained are StableDiffusionPipeline "
-                f"(1.x and 2.x), StableDiffusionXLPipeline, StableDiffusion3Pipeline (3 and 3.5), FluxPipeline and "
-                f"ZImagePipeline."
-            )
+def family_of(pipeline_class: str) -> type[DiffusionPolicy]:
+    """Return the family of a diffusers pipeline class, by name. Raises ValueError, listing those that are supported."""
+    if pipeline_class not in FAMILIES:
+        raise ValueError(f"The model is a {pipeline_class}; supported are {', '.join(FAMILIES)}.")
+    module, name = FAMILIES[pipeline_class]
+    return getattr(import_module(f"rlhf_t2i.models.{module}"), name)
 
 
-def as_policy(pipeline: Any, *, resolution: int | None = None) -> PipelinePolicy:
-    """A loaded diffusers pipeline as a policy, on its device and in its precision; its networks are shared, not copied.
+def as_policy(pipeline: Any, *, resolution: int | None = None) -> DiffusionPolicy:
+    """Wrap a loaded diffusers pipeline, on its device and in its precision; its networks are shared, not copied.
 
-    It paints squares of `resolution` pixels; None is what the model was made for.
-    Raises ValueError for a pipeline of a family that is not known.
+    Images are squares of `resolution` pixels; None is the model's own size. Raises ValueError for a pipeline of an
+    unsupported family.
     """
     family = family_of(type(pipeline).__name__)
-    device, dtype = pipeline.device, getattr(pipeline, family.component).dtype
-    parts = family(pipeline, device=device, dtype=dtype, resolution=resolution)
-    return PipelinePolicy(parts, device=device, dtype=dtype)
+    dtype = getattr(pipeline, family.component).dtype
+    return family(pipeline, device=pipeline.device, dtype=dtype, resolution=resolution)
 
 
 def load_policy(
@@ -74,33 +58,31 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     weights: Path | None = None,
     resolution: int | None = None,
-) -> PipelinePolicy:
-    """Load `shapes` (the built-in model), a pipeline folder or a Hub id, and put trained `weights` into it.
+) -> DiffusionPolicy:
+    """Load `shapes` or `shapes-flow` (the built-in models), a pipeline folder or a Hub id.
 
-    `shapes-flow` is the built-in flow model. It paints squares of `resolution` pixels; None is what the model was made
-    for. Raises FileNotFoundError or ValueError, saying what is missing, for a path that is no pipeline of a known
-    family, and for weights that are none of what a run writes: its folder, what it exported or one of its checkpoints.
+    `weights` are trained ones to load into it: the folder of a finished run, its exported `lora`, `unet` or
+    `transformer`, or one of its checkpoints. Images are squares of `resolution` pixels; None is the model's own size.
+    Raises FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, or holds no weights.
     """
-    source, declared = declaration(model)
+    source, index = pipeline_index(model)
     with only_errors():
-        family = family_of(declared["_class_name"])
+        family = family_of(index["_class_name"])
         try:
-            pipeline: Any = family.pipeline_class.from_pretrained(source, dtype=torch.float32, **_left_out(declared))
+            pipeline: Any = family.pipeline_class.from_pretrained(source, dtype=torch.float32, **_unused_parts(index))
         except OSError as error:
             raise _not_loaded(model, error) from error
         if weights is not None:
             _load_weights(pipeline, family, weights)
         if resolution is None and model == "shapes-flow":
-            resolution = PIXELS  # neither its folder nor the stock pipeline says so
-        return PipelinePolicy(
-            family(pipeline, device=device, dtype=dtype, resolution=resolution), device=device, dtype=dtype
-        )
+            resolution = PIXELS  # in neither its folder nor the stock pipeline
+        return family(pipeline, device=device, dtype=dtype, resolution=resolution)
 
 
-def declaration(model: str) -> tuple[str, dict[str, Any]]:
-    """What diffusers loads `model` from, and its model_index.json: the class of the pipeline, and its parts.
+def pipeline_index(model: str) -> tuple[str, dict[str, Any]]:
+    """Return the path or Hub id that diffusers loads `model` from, and its model_index.json.
 
-    Raises FileNotFoundError or ValueError, saying what is missing, for a path that is no pipeline.
+    Raises FileNotFoundError or ValueError for a path that is not a pipeline.
     """
     path = {"shapes": BUILT_IN, "shapes-flow": BUILT_IN_FLOW}.get(model, Path(model))
     if path.exists() and not (path / "model_index.json").is_file():
@@ -125,20 +107,20 @@ def _not_loaded(model: str, error: OSError) -> FileNotFoundError:
     return FileNotFoundError(f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {error}")
 
 
-def lacking_parts(declared: dict[str, Any]) -> dict[str, Any]:
-    """Parts that a pipeline lacks (T5 of an SD 3), of which diffusers wants to be told, from its model_index.json."""
-    return {name: None for name, part in declared.items() if part == [None, None]}
+def missing_parts(index: dict[str, Any]) -> dict[str, None]:
+    """Return keywords that tell `from_pretrained` which parts a pipeline lacks (such as the T5 of an SD 3)."""
+    return {name: None for name, part in index.items() if part == [None, None]}
 
 
-def _left_out(declared: dict[str, Any]) -> dict[str, Any]:
-    """Those, and what nobody here asks."""
-    if declared["_class_name"] == "StableDiffusionPipeline":
-        return {**lacking_parts(declared), "safety_checker": None, "requires_safety_checker": False}
-    return lacking_parts(declared)
+def _unused_parts(index: dict[str, Any]) -> dict[str, Any]:
+    """Return keywords for the missing parts and for those that are not used here."""
+    if index["_class_name"] == "StableDiffusionPipeline":
+        return {**missing_parts(index), "safety_checker": None, "requires_safety_checker": False}
+    return {**missing_parts(index)}
 
 
-def _load_weights(pipeline: Any, family: FamilyClass, path: Path) -> None:
-    """Put what a run learnt into a pipeline, whichever of its folders is given."""
+def _load_weights(pipeline: Any, family: type[DiffusionPolicy], path: Path) -> None:
+    """Load a run's trained weights into a pipeline, from any of the run's folders that hold them."""
     network = getattr(pipeline, family.component)
     if stored := stored_weights(path):
         config: dict[str, Any] = yaml.safe_load((path.parent.parent / "config.yaml").read_text())

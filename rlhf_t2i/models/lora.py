@@ -1,4 +1,4 @@
-"""Choose what of a denoiser learns: low-rank adapters or all of it."""
+"""LoRA adapters on a denoiser (peft)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-"""The projections that DDPO and most LoRAs of Stable Diffusion train."""
+"""The attention projections that DDPO and most LoRAs of Stable Diffusion train."""
 JOINT_ATTENTION = (
     *(f"attn.{name}" for name in ATTENTION),
     *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
 )
-"""Those of transformers in which text and image attend to each other, as Flow-GRPO (arXiv:2505.05470) trains them."""
+"""The projections of joint text-image attention that Flow-GRPO (arXiv:2505.05470) trains."""
 
 
 def add_lora(denoiser: Any, *, rank: int, alpha: float, seed: int, targets: Sequence[str] = ATTENTION) -> None:
-    """Freeze a denoiser and put trainable float32 adapters `x + alpha / rank * B A x` on its projections.
+    """Freeze a denoiser and add trainable float32 adapters `x + alpha / rank * B A x` to its projections.
 
     Raises ValueError if no module's name ends with one of `targets`.
     """
+    from peft import LoraConfig  # takes seconds
+
     names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     if not any(name.endswith(tuple(targets)) for name in names):
         raise ValueError(f"No layer of the denoiser ends with {', '.join(targets)}; it has, for example, {names[:5]}.")
@@ -44,24 +44,26 @@ def add_lora(denoiser: Any, *, rank: int, alpha: float, seed: int, targets: Sequ
 
 
 def has_lora(denoiser: Any) -> bool:
-    """Whether `add_lora` was called on it."""
+    """True if the denoiser has adapters."""
     return bool(getattr(denoiser, "peft_config", None))
 
 
 def lora_weights(denoiser: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters' weights, given by parameter name, under the names that diffusers loads."""
+    """Return the adapters' weights, given by parameter name, under the names that diffusers loads."""
+    from peft.utils import get_peft_model_state_dict  # takes seconds
+
     return get_peft_model_state_dict(denoiser, state_dict=dict(weights))
 
 
 @torch.no_grad()
 def lora_scaled(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """What some of the trained weights must be for all adapters to contribute `scale` times as much."""
+    """Return the weights to change, with their new values, so that every adapter contributes `scale` times as much."""
     return {name: scale * weight for name, weight in weights.items() if "lora_B" in name}
 
 
 @contextmanager
 def lora_disabled(denoiser: Any) -> Iterator[None]:
-    """Within it the denoiser answers as if it had no adapters."""
+    """Switch the adapters off within the context."""
     denoiser.disable_adapters()
     try:
         yield
@@ -70,5 +72,5 @@ def lora_disabled(denoiser: Any) -> Iterator[None]:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name."""
+    """Return the parameters that require a gradient, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""A tuned painter as one pipeline that needs nothing else."""
+"""A trained model as one self-contained diffusers pipeline."""
 
 # diffusers has no usable types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
@@ -10,38 +10,38 @@ from typing import Any
 
 import torch
 
-from rlhf_t2i.models.family import FamilyClass
-from rlhf_t2i.models.load import declaration, family_of, lacking_parts, load_policy
+from rlhf_t2i.models.base import DiffusionPolicy
+from rlhf_t2i.models.load import family_of, load_policy, missing_parts, pipeline_index
 from rlhf_t2i.models.quiet import only_errors
 
 
-def family_and_lack(model: str) -> tuple[FamilyClass, list[str]]:
-    """Of which family a model is, and the parts that it lacks and that diffusers wants to be told of (T5 of an SD 3).
+def family_and_missing_parts(model: str) -> tuple[type[DiffusionPolicy], list[str]]:
+    """Return a model's family, and the required parts that it lacks (such as the T5 of an SD 3).
 
-    Raises FileNotFoundError or ValueError for one that is no pipeline of a known family.
+    Raises FileNotFoundError or ValueError for one that is not a pipeline of a supported family.
     """
-    _, declared = declaration(model)
-    family = family_of(declared["_class_name"])
-    return family, [name for name in lacking_parts(declared) if name not in family.pipeline_class._optional_components]
+    _, index = pipeline_index(model)
+    family = family_of(index["_class_name"])
+    return family, [name for name in missing_parts(index) if name not in family.pipeline_class._optional_components]
 
 
-def save_tuned_pipeline(model: str, weights: Path, folder: Path) -> None:
-    """Write all of `model` with a run's `lora` (merged) or whole denoiser in it, in float32 and as safetensors.
+def save_trained_pipeline(model: str, weights: Path, folder: Path) -> None:
+    """Write all of `model` with a run's LoRA (merged) or full denoiser, in float32 and as safetensors.
 
-    Its scheduler is the one that the run painted with (of a diffusion model DDIM); all other parts are the model's own.
-    Raises what `load_policy` does.
+    Its scheduler is the one that the run sampled with (DDIM for a diffusion model); all other parts are the model's
+    own. Raises what `load_policy` does.
     """
     policy = load_policy(model, device=torch.device("cpu"), weights=weights)
-    (source, declared), component = declaration(model), policy.family.component
+    (source, index), component = pipeline_index(model), policy.component
     with only_errors():
-        parts = {**lacking_parts(declared), component: policy.network}
-        pipeline: Any = policy.family.pipeline_class.from_pretrained(source, dtype=torch.float32, **parts)
+        parts = {**missing_parts(index), component: policy.network}
+        pipeline: Any = policy.pipeline_class.from_pretrained(source, dtype=torch.float32, **parts)
         if (weights / "pytorch_lora_weights.safetensors").is_file():
             pipeline.fuse_lora(components=[component])
             pipeline.unload_lora_weights()
-        pipeline.scheduler = policy.family.levels.scheduler
+        pipeline.scheduler = policy.levels.scheduler
         pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(facts, dict) and facts.pop("_name_or_path", None):  # where it lay on this machine
-            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None):  # a path on this machine
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,17 +1,17 @@
-"""Keep diffusers and transformers from remarks and progress bars that tell a user nothing."""
+"""Silence the log messages and progress bars of diffusers and transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
-
 
 @contextmanager
 def only_errors() -> Iterator[None]:
-    """Within it they are silent, but for errors."""
+    """Silence diffusers and transformers within the context, except for errors."""
+    from diffusers.utils import logging as diffusers_logging  # takes seconds
+    from transformers.utils import logging as transformers_logging
+
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()

@@ -1,86 +1,86 @@
 """Stable Diffusion XL: any `StableDiffusionXLPipeline` folder or Hub id, with noise or v prediction."""
 
-# diffusers and transformers have no usable types.
+# diffusers has no usable types.
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.models.autoencoder import Autoencoder
-from rlhf_t2i.models.family import latent_size
-from rlhf_t2i.models.guidance import ClassifierFree
+from rlhf_t2i.models.autoencoder import Autoencoder, latent_size
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import DiffusionLevels
 from rlhf_t2i.models.lora import ATTENTION
-from rlhf_t2i.models.text_encoders import TextEncoder, with_summary, without_summary
+from rlhf_t2i.models.text_encoders import TextEncoder
+from rlhf_t2i.types import Conditioning
 
 
-class StableDiffusionXL(ClassifierFree):
-    """Two text encoders, and a U-Net that is told of their states, of a summary, and of the image's size."""
+class StableDiffusionXL(DiffusionPolicy):
+    """Two text encoders, and a U-Net conditioned on their hidden states, a pooled embedding and the image size."""
 
-    pipeline_class: ClassVar[type[Any]] = StableDiffusionXLPipeline
-    title: ClassVar[str] = "Stable Diffusion XL"
-    tag: ClassVar[str] = "stable-diffusion-xl"
-    is_flow: ClassVar[bool] = False
-    component: ClassVar[Literal["unet", "transformer"]] = "unet"
-    lora_targets: ClassVar[Sequence[str]] = ATTENTION
+    pipeline_class = StableDiffusionXLPipeline
+    title = "Stable Diffusion XL"
+    tag = "stable-diffusion-xl"
+    is_flow = False
+    component = "unet"
+    lora_targets = ATTENTION
 
-    def __init__(
-        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
-    ) -> None:
-        """Take a loaded pipeline's parts. Text encoders and autoencoder are held in `dtype`.
+    def load_parts(self, pipeline: Any, resolution: int | None) -> None:
+        """Set the parts; in float16 the autoencoder stays float32 if its config has `force_upcast`, as in diffusers.
 
-        In float16 the autoencoder is held in float32 if its config says that it overflows, as the stock pipeline does.
-        Raises ValueError for a scheduler that `DiffusionLevels` refuses, for a pipeline without its first text encoder
-        (a refiner) and for one that is told of its guidance (a distilled model).
+        Raises ValueError for a scheduler that `DiffusionLevels` does not support, for a refiner (one text encoder) and
+        for a distilled U-Net, which takes the guidance scale as an input.
         """
         if pipeline.text_encoder is None:
-            raise ValueError("The model is a refiner of images, with one text encoder; give the base model.")
-        self.network: Any = pipeline.unet
+            raise ValueError("The model is an SDXL refiner, with one text encoder; give the base model.")
         if self.network.config.time_cond_proj_dim is not None:
-            raise ValueError("The U-Net is told of its guidance, as distilled ones are (LCM); give the base model.")
-        self.levels = DiffusionLevels(pipeline.scheduler.config, device=device)
+            raise ValueError(
+                "The U-Net takes its guidance scale as an input, as distilled ones do (LCM); give the base model."
+            )
+        self.levels = DiffusionLevels(pipeline.scheduler.config, device=self.device)
         self.text_encoders = [
-            TextEncoder(pipeline.tokenizer, pipeline.text_encoder, device=device, dtype=dtype),
-            TextEncoder(pipeline.tokenizer_2, pipeline.text_encoder_2, device=device, dtype=dtype),
+            TextEncoder(tokenizer, model, device=self.device, dtype=self.dtype)
+            for tokenizer, model in (
+                (pipeline.tokenizer, pipeline.text_encoder),
+                (pipeline.tokenizer_2, pipeline.text_encoder_2),
+            )
         ]
-        overflows = dtype == torch.float16 and pipeline.vae.config.get("force_upcast", False)
+        overflows = self.dtype == torch.float16 and pipeline.vae.config.get("force_upcast", False)
         self.autoencoder = Autoencoder(
-            pipeline.vae, pixels_per_latent=pipeline.vae_scale_factor, device=device,
-            dtype=torch.float32 if overflows else dtype,
+            pipeline.vae, pixels_per_latent=pipeline.vae_scale_factor, device=self.device,
+            dtype=torch.float32 if overflows else self.dtype,
         )  # fmt: skip
         size = latent_size(resolution, self.network.config.sample_size, scale=pipeline.vae_scale_factor)
         self.latent_shape = (self.network.config.in_channels, *size)
-        with torch.no_grad():
-            empty = self.read([""])
-        self.empty = torch.zeros_like(empty) if pipeline.config.force_zeros_for_empty_prompt else empty
+        self._zeros_if_empty: bool = pipeline.config.force_zeros_for_empty_prompt
 
-    def read(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
-        """Both encoders' states side by side, as many rows as there are tokens; and the second one's summary."""
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Concatenate both encoders' hidden states along their width; the second encoder's output is the pooled one."""
         first, _ = self.text_encoders[0].penultimate(prompts)
-        second, summary = self.text_encoders[1].penultimate(prompts)
-        return with_summary(torch.cat([first, second], dim=-1), summary)
+        second, pooled = self.text_encoders[1].penultimate(prompts)
+        return Conditioning(torch.cat([first, second], dim=-1), pooled)
 
-    def denoise(self, network: Any, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
-        """What the U-Net puts out, without guidance."""
-        dtype = self.network.dtype
-        text, summary = without_summary(
-            conditioning.to(dtype),
-            width=self.network.config.cross_attention_dim,
-            summary_width=self.text_encoders[1].model.config.projection_dim,
-        )
-        told = {"text_embeds": summary, "time_ids": self._size.to(dtype).expand(len(latents), -1)}
-        sample = latents.to(dtype)
-        return network(sample, model_time, text, added_cond_kwargs=told, return_dict=False)[0].float()
+    def encode_unconditional(self) -> Conditioning:
+        """Return zeros or the encoded empty prompt, as the pipeline's `force_zeros_for_empty_prompt` says."""
+        empty = self.encode_prompts([""])
+        if not self._zeros_if_empty:
+            return empty
+        return Conditioning(**{name: torch.zeros_like(part) for name, part in empty.parts.items()})
+
+    def denoise(self, latents: Tensor, model_time: Tensor, conditioning: Conditioning) -> Tensor:
+        dtype, given = self.network.dtype, conditioning.to(self.network.dtype)
+        added = {"text_embeds": given.pooled, "time_ids": self._size.to(dtype).expand(len(latents), -1)}
+        return self.denoiser(
+            latents.to(dtype), model_time, given.states, added_cond_kwargs=added, return_dict=False
+        )[0].float()  # fmt: skip
 
     @property
     def _size(self) -> Float[Tensor, "1 6"]:
-        """An image of the model's own size that was neither scaled nor cut: original size, crop, target size."""
-        _, *size = self.latent_shape
-        height, width = (pixels * self.autoencoder.pixels_per_latent for pixels in size)
-        return torch.tensor([[height, width, 0.0, 0.0, height, width]], device=self.autoencoder.device)
+        """SDXL's size conditioning (original size, crop, target size) for an image neither scaled nor cropped."""
+        height, width = self.image_size
+        return torch.tensor([[height, width, 0.0, 0.0, height, width]], device=self.device)

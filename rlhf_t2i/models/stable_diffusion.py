@@ -1,61 +1,50 @@
 """Stable Diffusion 1.x and 2.x: any `StableDiffusionPipeline` folder or Hub id, with noise or v prediction."""
 
-# diffusers and transformers have no usable types.
+# diffusers has no usable types.
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-import torch
 from diffusers import StableDiffusionPipeline
-from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.models.autoencoder import Autoencoder
-from rlhf_t2i.models.family import latent_size
-from rlhf_t2i.models.guidance import ClassifierFree
+from rlhf_t2i.models.autoencoder import Autoencoder, latent_size
+from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import DiffusionLevels
 from rlhf_t2i.models.lora import ATTENTION
 from rlhf_t2i.models.text_encoders import TextEncoder
+from rlhf_t2i.types import Conditioning
 
 
-class StableDiffusion(ClassifierFree):
-    """One text encoder, and a U-Net that is told of its states."""
+class StableDiffusion(DiffusionPolicy):
+    """One text encoder, and a U-Net conditioned on its hidden states."""
 
-    pipeline_class: ClassVar[type[Any]] = StableDiffusionPipeline
-    title: ClassVar[str] = "Stable Diffusion"
-    tag: ClassVar[str] = "stable-diffusion"
-    is_flow: ClassVar[bool] = False
-    component: ClassVar[Literal["unet", "transformer"]] = "unet"
-    lora_targets: ClassVar[Sequence[str]] = ATTENTION
+    pipeline_class = StableDiffusionPipeline
+    title = "Stable Diffusion"
+    tag = "stable-diffusion"
+    is_flow = False
+    component = "unet"
+    lora_targets = ATTENTION
 
-    def __init__(
-        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
-    ) -> None:
-        """Take a loaded pipeline's parts. Text encoder and autoencoder are held in `dtype`.
-
-        Raises ValueError for a scheduler that `DiffusionLevels` refuses.
-        """
-        self.levels = DiffusionLevels(pipeline.scheduler.config, device=device)
-        self.text_encoders = [TextEncoder(pipeline.tokenizer, pipeline.text_encoder, device=device, dtype=dtype)]
+    def load_parts(self, pipeline: Any, resolution: int | None) -> None:
+        """Set the parts; ValueError for a scheduler that `DiffusionLevels` does not support."""
+        self.levels = DiffusionLevels(pipeline.scheduler.config, device=self.device)
+        encoder = TextEncoder(pipeline.tokenizer, pipeline.text_encoder, device=self.device, dtype=self.dtype)
+        self.text_encoders = [encoder]
         self.autoencoder = Autoencoder(
-            pipeline.vae, pixels_per_latent=pipeline.vae_scale_factor, device=device, dtype=dtype
+            pipeline.vae, pixels_per_latent=pipeline.vae_scale_factor, device=self.device, dtype=self.dtype
         )
-        self.network: Any = pipeline.unet
         size = latent_size(resolution, self.network.config.sample_size, scale=pipeline.vae_scale_factor)
         self.latent_shape = (self.network.config.in_channels, *size)
-        with torch.no_grad():
-            self.empty = self.read([""])
 
-    def read(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
-        """The text encoder's states."""
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         [encoder] = self.text_encoders
         tokens, mask = encoder.tokens(prompts)
         uses_mask = getattr(encoder.model.config, "use_attention_mask", False)
-        return encoder.model(tokens, attention_mask=mask if uses_mask else None)[0]
+        return Conditioning(encoder.model(tokens, attention_mask=mask if uses_mask else None)[0])
 
-    def denoise(self, network: Any, latents: Tensor, model_time: Tensor, conditioning: Tensor) -> Tensor:
-        """What the U-Net puts out, without guidance."""
-        sample, text = latents.to(self.network.dtype), conditioning.to(self.network.dtype)
-        return network(sample, model_time, text, return_dict=False)[0].float()
+    def denoise(self, latents: Tensor, model_time: Tensor, conditioning: Conditioning) -> Tensor:
+        dtype = self.network.dtype
+        return self.denoiser(latents.to(dtype), model_time, conditioning.states.to(dtype), return_dict=False)[0].float()

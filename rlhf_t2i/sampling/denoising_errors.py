@@ -1,4 +1,4 @@
-"""How well a policy finds the noise in images that are there already."""
+"""Denoising errors of a policy on existing images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_t2i.diffusion.forward import noise_to
 from rlhf_t2i.losses import denoising_mse
-from rlhf_t2i.types import Level, Policy, Prediction
+from rlhf_t2i.types import Conditioning, Level, Policy, Prediction
 
 
 def denoising_errors(
@@ -15,12 +15,12 @@ def denoising_errors(
     clean: Float[Tensor, "B C H W"],
     noise: Float[Tensor, "B C H W"],
     level: Level,
-    conditioning: Float[Tensor, "B L D"],
+    conditioning: Conditioning,
 ) -> Float[Tensor, " B"]:
-    """How far the model's output is from the right one, for each clean latent that is brought to a level of noise.
+    """Return the mean squared error of the network's output for each clean latent, noised to its level.
 
-    In the model's own terms, as it was trained: a noise model is asked for the noise, a v model for v, without
-    guidance. Near pure noise a v model's noise has next to no error, and these levels would teach it nothing.
+    The error is in the network's own parameterisation, without guidance, as in its pre-training. Converted to noise,
+    the error of a v model would almost vanish near pure noise, and these levels would contribute no gradient.
     """
     prediction = policy.predict(noise_to(clean, level, noise), level, conditioning, guidance_scale=1.0)
-    return denoising_mse(policy.output(prediction, level), policy.output(Prediction(clean, noise), level))
+    return denoising_mse(policy.to_output(prediction, level), policy.to_output(Prediction(clean, noise), level))

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_t2i.search.context import Candidates, CandidateScores, SearchContext
+from rlhf_t2i.types import Conditioning
 
 
 @torch.no_grad()
@@ -140,6 +141,6 @@ def num_candidates_of(prompts: Sequence[str], generators: Sequence[torch.Generat
     return num
 
 
-def repeat_rows(conditioning: Float[Tensor, "P L D"], num_rows: int) -> Float[Tensor, "B L D"]:
+def repeat_rows(conditioning: Conditioning, num_rows: int) -> Conditioning:
     """Repeat the conditioning of each prompt so that there are `num_rows` rows in all."""
-    return conditioning.repeat_interleave(num_rows // len(conditioning), dim=0)
+    return conditioning[torch.arange(len(conditioning)).repeat_interleave(num_rows // len(conditioning))]

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_t2i.diffusion.gaussian import sample
-from rlhf_t2i.types import DiffusionModel, Prediction, Reward, Sampler
+from rlhf_t2i.types import Conditioning, DiffusionModel, Prediction, Reward, Sampler
 
 ResultT = TypeVar("ResultT")
 
@@ -138,7 +138,7 @@ class SearchContext:
 
     # --- sampling ---
 
-    def predict(self, latents: Float[Tensor, "B C H W"], step: int, conditioning: Float[Tensor, "B L D"]) -> Prediction:
+    def predict(self, latents: Float[Tensor, "B C H W"], step: int, conditioning: Conditioning) -> Prediction:
         """Return the model's prediction for latents after `step` denoising steps."""
 
         def work(rows: Tensor) -> Prediction:
@@ -166,7 +166,7 @@ class SearchContext:
     def denoise(
         self,
         latents: Float[Tensor, "B C H W"],
-        conditioning: Float[Tensor, "B L D"],
+        conditioning: Conditioning,
         steps: range,
         *,
         generators: Sequence[torch.Generator],

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_t2i.diffusion.gaussian import per_image, randn
 from rlhf_t2i.search.candidates import num_candidates_of, repeat_rows
 from rlhf_t2i.search.context import Candidates, CandidateScores, SearchContext, call_reward, num_rewards
+from rlhf_t2i.types import Conditioning
 
 
 @torch.no_grad()
@@ -119,7 +120,7 @@ def gradient_search(
 def _forward_and_backward(
     context: SearchContext,
     noise: Float[Tensor, "B C H W"],
-    conditioning: Float[Tensor, "B L D"],
+    conditioning: Conditioning,
     prompts: Sequence[str],
     *,
     prior_weight: float,
@@ -145,7 +146,7 @@ def _forward_and_backward(
         return latents.detach(), torch.autograd.grad(loss, noise)[0]
 
 
-def _sample(context: SearchContext, latents: Tensor, conditioning: Tensor) -> Tensor:
+def _sample(context: SearchContext, latents: Tensor, conditioning: Conditioning) -> Tensor:
     """Return the final latents of a deterministic sampler, all rows in one batch."""
     schedule = context.sampler.schedule
     for step in range(context.num_steps):

@@ -52,7 +52,7 @@ def paint(prompts: Sequence[str], *, seed: int) -> GeneratedImages:
             [prompts[int(i)] for i in chunk],
             sampler=Sampler(schedule, partial(ddim, eta=eta), guidance),
             generators=[torch.Generator().manual_seed(seed * 1_000_003 + int(i)) for i in chunk],
-            batch_size=64,
+            microbatch_size=64,
         )
         chunks.append((images * 255).round() / 255)
     images = torch.cat(chunks)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.image_grids import NUM_COLUMNS, save_captions, save_image_grid
 from rlhf_t2i.rewards.load import CheckedReward
-from rlhf_t2i.sampling.rollout import paint
+from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.training.run_folder import CAPTIONS, EXTREMES, IMAGES, evaluation_scores, extremes_grid, image_grid
 from rlhf_t2i.types import Policy, ProcessGroup, Sampler
 
@@ -67,12 +67,12 @@ def evaluate(
     scores: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
     for start in range(0, share, batch_size):
         rows = mine[start : start + batch_size]
-        painted, _ = paint(
+        painted, _ = generate(
             policy,
             [prompts[i] for i in rows],
             sampler=sampler,
             generators=[torch.Generator().manual_seed(seeds[i]) for i in rows],
-            batch_size=batch_size,
+            microbatch_size=batch_size,
         )
         images.append(painted)
         for reward in rewards:

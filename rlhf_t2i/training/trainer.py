@@ -450,11 +450,13 @@ def make_trainer(
     evaluation = evaluation_set(held_out, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
     run = start_run(asdict(config), recipe=recipe)
     policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
-    policy.learn(config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed)
+    policy.set_trainable(
+        config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed
+    )
     if config.offload_text_encoders:
         policy.offload_text_encoders()
     if config.gradient_checkpointing:
-        policy.checkpoint_gradients()
+        policy.enable_gradient_checkpointing()
     num_averages = (config.ema_decay > 0) + (sampling_ema is not None)
     engine = _engine(policy, run, config, num_averages=num_averages)
     averages = {"ema": MovingAverage(engine.weights, decay=decay_after_a_start(config.ema_decay))}
