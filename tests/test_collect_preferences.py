@@ -92,8 +92,8 @@ def preference_file(folder: Path, count: int) -> Path:
             Image.fromarray(pixels).save(folder / f"secret_{number}.png", pnginfo=remark)
         row = {"prompt": f"a fox {i}", "winner": f"secret_{2 * i}.png", "loser": f"secret_{2 * i + 1}.png"}
         lines.append(json.dumps(row) + "\n")
-    (folder / "asked.jsonl").write_text("".join(lines))
-    return folder / "asked.jsonl"
+    (folder / "preferences.jsonl").write_text("".join(lines))
+    return folder / "preferences.jsonl"
 
 
 def press(answers: Answers, annotator: str, *keys: Any) -> None:
@@ -276,9 +276,9 @@ def test_an_invalid_name_is_refused(name: str, tmp_path: Path) -> None:
     with (
         collecting(tmp_path, write_pairs(tmp_path)) as answers,
         serving(answers) as address,
-        person(name, address) as nobody,
+        person(name, address) as annotator,
     ):
-        reply = nobody.post("/enter")
+        reply = annotator.post("/enter")
         assert (reply.status_code, reply.json()) == (422, {"error": "Please enter a name of 1 to 40 characters."})
     assert annotator_name("  ANN\tB ") == "ann b"
 
@@ -406,7 +406,7 @@ def test_nothing_sent_to_a_browser_reveals_the_source_of_an_image(tmp_path: Path
     (tmp_path / "run").mkdir()
     questions = write_questions(tmp_path / "run", from_files(config, tmp_path / "run", GENERATOR))
     assert {question.sources for question in questions} == {("preferred in the file", "not preferred in the file")}
-    preferred_on_left, preferred_fetched_first = 0, 0
+    preferred_on_left, preferred_prefetched_first = 0, 0
     with (
         collecting(tmp_path / "run", questions) as answers,
         serving(answers) as address,
@@ -425,12 +425,12 @@ def test_nothing_sent_to_a_browser_reveals_the_source_of_an_image(tmp_path: Path
                     assert image.info == {}
             if number < 7:
                 (following,) = [q for q in questions if set(q.images) == set(ann.pair["following"])]
-                preferred_fetched_first += following.images[0] == ann.pair["following"][0]
+                preferred_prefetched_first += following.images[0] == ann.pair["following"][0]
             ann.press("left")
     for word in ("secret", "preferred", "in the file", str(tmp_path)):
         assert not [text for text in received if word in text]
     assert 0 < preferred_on_left < 8
-    assert 0 < preferred_fetched_first < 7
+    assert 0 < preferred_prefetched_first < 7
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ def test_an_unreadable_image_is_refused_by_name_or_skipped(tmp_path: Path) -> No
     source = preference_file(tmp_path / "images", 3)
     (source.parent / "secret_2.png").write_bytes(b"no image")
     (tmp_path / "run").mkdir()
-    with pytest.raises(BadRecordError, match=r"asked\.jsonl:2: the image 'secret_2.png'.* cannot be read as an image"):
+    with pytest.raises(BadRecordError, match=r"preferences\.jsonl:2: the image 'secret_2.png'.* cannot be read as an image"):
         list(from_files(Config(pairs=str(source)), tmp_path / "run", GENERATOR))
     skip = Config(pairs=str(source.parent), on_bad_record="skip")
     questions = write_questions(tmp_path / "run", from_files(skip, tmp_path / "run", GENERATOR))

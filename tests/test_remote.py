@@ -164,17 +164,17 @@ def test_a_response_has_the_unweighted_scores_of_each_reward() -> None:
 def test_float16_uint8_and_png_pixels_are_scored_as_their_values_in_float32() -> None:
     bytes_ = (IMAGES.clamp(0, 1) * 255).round()
     with serving(redness) as server:
-        halves = RemoteReward(server.address, pixels=torch.float16)(IMAGES, PROMPTS)
-        whole = RemoteReward(server.address, pixels=torch.uint8)(IMAGES, PROMPTS)
+        of_float16 = RemoteReward(server.address, pixels=torch.float16)(IMAGES, PROMPTS)
+        of_uint8 = RemoteReward(server.address, pixels=torch.uint8)(IMAGES, PROMPTS)
         files = []
         for image in bytes_.permute(0, 2, 3, 1).numpy().astype(np.uint8):
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "PNG")
             files.append(base64.b64encode(buffer.getvalue()).decode())
         of_png = server.post(json.dumps({"prompts": PROMPTS, "images": files}).encode(), JSON).json()["total"]
-    assert torch.equal(halves, redness(IMAGES.half().float(), PROMPTS))
-    assert torch.equal(whole, redness(bytes_ / 255, PROMPTS))
-    assert of_png == whole.tolist()
+    assert torch.equal(of_float16, redness(IMAGES.half().float(), PROMPTS))
+    assert torch.equal(of_uint8, redness(bytes_ / 255, PROMPTS))
+    assert of_png == of_uint8.tolist()
 
 
 def test_bfloat16_images_and_unicode_prompts_arrive() -> None:
@@ -352,9 +352,9 @@ def test_images_that_are_large_only_when_decoded_are_refused() -> None:
     """A PNG of 2 MB in 10 kB, and bytes that are four times as much in float32."""
     with serving(redness, max_bytes=2**20) as server:
         bomb = json.dumps({"prompts": ["a fox"], "images": [png(size=(1000, 1000))]}).encode()
-        whole = pack(torch.zeros(1, 3, 400, 400), ["a fox"], pixels=torch.uint8)
-        assert max(len(bomb), len(whole)) < 2**19
-        assert [server.post(bomb, JSON).status_code, server.post(whole).status_code] == [413, 413]
+        large = pack(torch.zeros(1, 3, 400, 400), ["a fox"], pixels=torch.uint8)
+        assert max(len(bomb), len(large)) < 2**19
+        assert [server.post(bomb, JSON).status_code, server.post(large).status_code] == [413, 413]
 
 
 def test_too_many_images_are_refused_with_the_limit() -> None:

@@ -44,7 +44,7 @@ class Agreement:
 
     names: tuple[str, str]
     count: int
-    """Questions that both answered; with a reward, those that both decided."""
+    """Questions that both answered; with a reward, only those with a preference of both."""
     raw: Estimate
     """Fraction of equal answers, with Wilson's interval."""
     kappa: Estimate

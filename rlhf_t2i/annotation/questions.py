@@ -36,7 +36,7 @@ class Question:
 
     prompt: str
     images: tuple[str, str]
-    """File names in images/ without their ending; the browser knows images by nothing else."""
+    """File names in images/ without their ending; the only identifiers of images in the browser."""
     sources: tuple[str, str]
     """The source of each image, for the results page; the page with the questions does not show it."""
 
