@@ -74,7 +74,7 @@ def trl_training(
         return
     folder.mkdir(parents=True, exist_ok=True)
     command = [str(python), "benchmarks/trl_side.py", "train", "--model", str(model), "--folder", str(folder)]
-    command += ["--learning-rate", str(learning_rate), "--max-epochs", str(epochs), "--max-seconds", str(seconds)]
+    command += ["--learning_rate", str(learning_rate), "--max_epochs", str(epochs), "--max_seconds", str(seconds)]
     run([*command, "--threads", str(threads)], threads)
 
 
@@ -129,11 +129,11 @@ def time_until(curve: list[tuple[float, float]], rise: float) -> float:
 def main() -> None:
     """Agreement, speed, time to the same quality."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-folder", type=Path, default=Path("runs/ddpo-vs-trl"))
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/ddpo-vs-trl"))
     parser.add_argument("--environment", type=Path, default=Path("runs/trl-0.23.1"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="turns of the speed measurement")
-    parser.add_argument("--max-seconds", type=float, default=240, help="of training, for each learning rate")
+    parser.add_argument("--max_seconds", type=float, default=240, help="of training, for each learning rate")
     arguments = parser.parse_args()
     python, folder, threads = (
         environment_for_trl(arguments.environment.absolute()),

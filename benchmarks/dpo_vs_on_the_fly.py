@@ -93,7 +93,7 @@ def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) ->
         config = Config(
             pairs=str(folder / "pairs.jsonl"), cache_folder=str(cache), run_folder=run_folder,
             pairs_per_step=PAIRS_PER_STEP, microbatch_size=2 * PAIRS_PER_STEP, num_inner_epochs=num_inner_epochs,
-            beta=BETA, learning_rate=LEARNING_RATE, times=f"{TIMES[0]}-{TIMES[-1]}", num_steps=num_steps,
+            beta=BETA, learning_rate=LEARNING_RATE, timesteps=f"{TIMES[0]}-{TIMES[-1]}", num_steps=num_steps,
             evaluation_rewards="oracle", num_evaluation_images=2, evaluate_every=0, checkpoint_every=0,
             num_cpu_threads=torch.get_num_threads(),
         )  # fmt: skip
@@ -150,7 +150,7 @@ def cell(values: Sequence[float], digits: int) -> str:
 def main() -> None:
     """Agreement of the losses, then a table of speed and memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-folder", type=Path, default=Path("runs/dpo-vs-on-the-fly"))
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/dpo-vs-on-the-fly"))
     parser.add_argument("--pairs", type=int, default=512)
     parser.add_argument("--steps", type=int, default=14, help="of one measurement; the first and last do not count")
     parser.add_argument("--threads", type=int, default=1)

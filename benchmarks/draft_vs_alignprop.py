@@ -64,7 +64,7 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
     torch.save({"noise": noise, "prompts": prompts}, folder / "given.pt")
     for depth in (1, 4, 8):
         command = [str(python), "benchmarks/trl_side.py", "gradient", "--model", str(model), "--folder", str(folder)]
-        run([*command, "--backprop-steps", str(depth)], 1)
+        run([*command, "--backprop_steps", str(depth)], 1)
         theirs = torch.load(folder / f"gradient-{depth}.pt", weights_only=True)
         generators = [torch.Generator().manual_seed(i) for i in range(8)]
         kept = GradientWindow(torch.full((8,), 8 - depth))
@@ -99,16 +99,16 @@ def measure(command: list[str], times: Path, threads: int) -> Measured:
 def commands(python: Path, model: Path, threads: int, images: int) -> dict[tuple[str, str], list[str]]:
     """What is measured in one turn, by method and side; the folder is to be added. `images` are those of one step."""
     there = [str(python), "benchmarks/trl_side.py", "alignprop", "--model", str(model), "--threads", str(threads)]
-    there += ["--max-epochs", str(STEPS), "--batch-size", str(images)]
+    there += ["--max_epochs", str(STEPS), "--batch_size", str(images)]
     here = [sys.executable, "recipes/draft.py", "--rewards", "timed_reward:reward", "--num_cpu_threads", str(threads)]
     here += ["--evaluation_rewards", "oracle", "--num_evaluation_images", "2", "--evaluate_every", "0"]
-    here += ["--checkpoint_every", "0", "--num_steps", str(STEPS), "--images_per_step", str(images)]
+    here += ["--checkpoint_every", "0", "--num_steps", str(STEPS), "--prompts_per_step", str(images)]
     found: dict[tuple[str, str], list[str]] = {}
     for method, (depth, options) in METHODS.items():
-        trl = [*there, "--backprop-steps", str(depth)]
+        trl = [*there, "--backprop_steps", str(depth)]
         found[method, TRL] = [*trl, "--folder"]
         found[method, HERE] = [*here, *options, "--run_folder"]
-        found[method, "trl, its checkpointing off"] = [*trl, "--no-checkpointing", "--folder"]
+        found[method, "trl, its checkpointing off"] = [*trl, "--no_checkpointing", "--folder"]
         for variant, more in VARIANTS.items():
             found[method, variant] = [*here, *options, *more, "--run_folder"]
     found["", DEFAULT] = [*here, "--run_folder"]
@@ -123,7 +123,7 @@ def cell(values: list[float], digits: int) -> str:
 def main() -> None:
     """Agreement, then a table of speed and memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-folder", type=Path, default=Path("runs/draft-vs-alignprop"))
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/draft-vs-alignprop"))
     parser.add_argument("--environment", type=Path, default=Path("runs/trl-0.23.1"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="turns of the measurement")

@@ -154,7 +154,7 @@ def main() -> None:
     done("asked")
     say(f"          {', '.join(f'{count} {key}' for key, count in sorted(pressed.items()))}")
     trained = folder / "answers" / "pairs.jsonl"
-    recipe("train_reward_model", "--training", trained, "--seed", seed, "--run_folder", folder / "reward_model")
+    recipe("train_reward_model", "--train_data", trained, "--seed", seed, "--run_folder", folder / "reward_model")
     done("llava_reward")
     measured = json.loads((folder / "reward_model" / "metrics.json").read_text())["validation"][0]
     say(f"          {measured['name']} {measured['value']:.3f} on held-out prompts of the answers")

@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "DRaFT-LV": ("draft", {"method": "draft_lv"}),
     "AlignProp": ("draft", {"method": "alignprop"}),
     "Diffusion-DPO, judged pairs": ("diffusion_dpo", {}),
-    "SFT on winners": ("diffusion_dpo", {"loss": "sft", "times": "0-999", "learning_rate": "5e-5"}),
+    "SFT on winners": ("diffusion_dpo", {"loss": "sft", "timesteps": "0-999", "learning_rate": "5e-5"}),
     "DiffusionNFT": ("diffusion_nft", {"model": "shapes"}),
 }
 """Each recipe's own defaults but for what is named. SFT has settings of its own: with those of DPO it collapses."""
@@ -219,7 +219,7 @@ def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path, *, seconds
 def main() -> None:
     """Train all, or read what is finished, and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-folder", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/methods"))
     parser.add_argument("--seconds", type=float, default=120, help="of training, for each method and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--searches", type=int, default=4, help="of best-of-N, for each held-out prompt")

@@ -21,8 +21,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "LoRA only, as published": {"lora_only": "true"},
     "general preference": {"loss": "general_preference"},
     "cross-entropy": {"loss": "cross_entropy"},
-    "without painted pairs": {"training": "{pairs}/train_drawn.jsonl"},
-    "without drawn pairs": {"training": "{pairs}/train_painted.jsonl"},
+    "without painted pairs": {"train_data": "{pairs}/train_drawn.jsonl"},
+    "without drawn pairs": {"train_data": "{pairs}/train_painted.jsonl"},
 }
 SETS = {"test_drawn": "drawings", "test_painted": "paintings", "test_relation": "relations"}
 
@@ -33,10 +33,10 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, floa
     pairs = arguments.pairs
     options = {
         "config": ROOT / "recipes" / "configs" / "reward_shapes.yaml",
-        "training": f"{pairs}/train_drawn.jsonl,{pairs}/train_painted.jsonl",
-        "validation": f"{pairs}/validation.jsonl",
-        "test": ",".join(f"{pairs}/{test}.jsonl" for test in SETS),
-        "max_steps": arguments.max_steps,
+        "train_data": f"{pairs}/train_drawn.jsonl,{pairs}/train_painted.jsonl",
+        "validation_data": f"{pairs}/validation.jsonl",
+        "test_data": ",".join(f"{pairs}/{test}.jsonl" for test in SETS),
+        "num_steps": arguments.num_steps,
         "num_cpu_threads": 1,
         "seed": seed,
         "run_folder": folder,
@@ -62,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=Path, default=Path("runs/shapes-pairs-0"))
     parser.add_argument("--backbone", default="", help="another backbone than the built-in one")
-    parser.add_argument("--output-folder", type=Path, default=Path("runs/judge-ablation"))
-    parser.add_argument("--max-steps", type=int, default=300)
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/judge-ablation"))
+    parser.add_argument("--num_steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))

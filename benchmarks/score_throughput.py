@@ -58,9 +58,9 @@ class Work:
 def main() -> None:
     """Compare both ways, then show what each setting does to ours."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--num-images", type=int, default=8, help="for the random LLaVA; the built-in judge takes 64")
-    parser.add_argument("--image-size", type=int, default=224, help="256 visual tokens")
-    parser.add_argument("--num-rounds", type=int, default=1, help="of each comparison; the fastest counts")
+    parser.add_argument("--num_images", type=int, default=8, help="for the random LLaVA; the built-in judge takes 64")
+    parser.add_argument("--image_size", type=int, default=224, help="256 visual tokens")
+    parser.add_argument("--num_rounds", type=int, default=1, help="of each comparison; the fastest counts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     scores_of(work(built_in(), 4, 32))  # what is built at the first call is nobody's

@@ -173,7 +173,7 @@ def main() -> None:
     """Search with every method and every seed, and print both tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--searches-per-prompt", type=int, default=4)
+    parser.add_argument("--searches_per_prompt", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=17, help="the first of the held-out ones")
     parser.add_argument("--judge", default="llava_reward", help="of the first table")
     parser.add_argument(

@@ -95,7 +95,7 @@ def replay(arguments: argparse.Namespace) -> None:
 def alignprop_trainer(arguments: argparse.Namespace, *, backprop_steps: int, batch_size: int) -> AlignPropTrainer:
     """A trainer of the whole U-Net that climbs `timed_reward` through the last `backprop_steps` of 8; 0 is by chance.
 
-    The trainer always checkpoints each call of the U-Net; `--no-checkpointing` takes that away.
+    The trainer always checkpoints each call of the U-Net; `--no_checkpointing` takes that away.
     """
     pipeline = DefaultDDPOStableDiffusionPipeline(arguments.model, use_lora=False)
     painted = partial(pipeline.rgb_with_grad, gradient_checkpoint=arguments.checkpointing)
@@ -144,14 +144,14 @@ def main() -> None:
     parser.add_argument("what", choices=["train", "replay", "alignprop", "gradient"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--max-epochs", type=int, default=1)
-    parser.add_argument("--max-seconds", type=float, default=1e9)
-    parser.add_argument("--save-every", type=int, default=2)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--max_epochs", type=int, default=1)
+    parser.add_argument("--max_seconds", type=float, default=1e9)
+    parser.add_argument("--save_every", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--backprop-steps", type=int, default=0, help="0 draws which")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument("--backprop_steps", type=int, default=0, help="0 draws which")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--no_checkpointing", dest="checkpointing", action="store_false")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     known = {"train": train, "replay": replay, "alignprop": alignprop, "gradient": gradient}

@@ -235,8 +235,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--judge", choices=[*REWARD_MODELS, "elsewhere"], default="Qwen2.5-VL-3B")
-    parser.add_argument("--offload-text-encoders", action="store_true")
-    parser.add_argument("--only-adapters", action="store_true")
+    parser.add_argument("--offload_text_encoders", action="store_true")
+    parser.add_argument("--only_adapters", action="store_true")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     say(

@@ -13,55 +13,36 @@ that GenEval's scorer reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.best_of_n import Config
 
-from rlhf_t2i.config import Rule, names, parse_config
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
+
 from rlhf_t2i.report.search import SearchRecord
 from rlhf_t2i.search.candidates import best_of_n, check_pruning, halving, pruned_best_of_n
-from rlhf_t2i.search.run import SearchConfig, finite_or_none, start_search
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(SearchConfig):
-    """Those of every search, and best-of-N's own."""
-
-    n: int = 16
-    """Images of which one is kept."""
-    eta: float = 0.0
-    """Noise of each step, in [0, 1]."""
-    prune_after: str = ""
-    """Comma-separated numbers of denoising steps after each of which the worse half is given up; empty never does."""
-    compare: bool = True
-    """Where there is pruning: also finish all images, for the report."""
-
-    def rules(self) -> list[Rule]:
-        return [
-            *super().rules(),
-            ("n", self.n >= 1, "at least 1"),
-            ("eta", 0 <= self.eta <= 1, "in [0, 1]"),
-            ("prune_after", all(part.isdigit() for part in names(self.prune_after)), "whole numbers with commas"),
-        ]
-
-    @property
-    def keep(self) -> dict[int, int]:
-        """How many images go on after how many steps."""
-        return halving(self.n, after=[int(part) for part in names(self.prune_after)])
+from rlhf_t2i.search.run import finite_or_none, start_search
 
 
 def main(config: Config) -> list[SearchRecord]:
     """Generate N images of each prompt, score them, keep the best."""
-    check_pruning(config.keep, num=config.n, num_steps=config.num_denoising_steps)
+    keep = halving(config.num_candidates, after=config.pruning_steps)
+    check_pruning(keep, num=config.num_candidates, num_steps=config.num_denoising_steps)
     search = start_search(config, recipe="best_of_n", eta=config.eta)
     for tasks in search.batches():
-        prompts, seeds = [task.text for task in tasks], [task.seeds(config.seed, config.n) for task in tasks]
+        prompts, seeds = (
+            [task.text for task in tasks],
+            [task.seeds(config.seed, config.num_candidates) for task in tasks],
+        )
         baseline = None
-        if config.compare or not config.keep:
-            baseline = best_of_n(search.context, prompts, generators=search.generators(tasks, config.n))
-        if baseline and not config.keep:
+        if config.baseline or not keep:
+            baseline = best_of_n(search.context, prompts, generators=search.generators(tasks, config.num_candidates))
+        if baseline and not keep:
             search.write_results(tasks, baseline, baseline=baseline, seeds=seeds)
             continue
         pruned = pruned_best_of_n(
-            search.context, prompts, keep=config.keep, generators=search.generators(tasks, config.n)
+            search.context, prompts, keep=keep, generators=search.generators(tasks, config.num_candidates)
         )
         survivor_seeds = [[seeds[i][int(j)] for j in survivors] for i, survivors in enumerate(pruned.survivors)]
         early_rewards = [
@@ -75,4 +56,4 @@ def main(config: Config) -> list[SearchRecord]:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

@@ -2,22 +2,28 @@
 
     python recipes/collect_preferences.py --runs runs/ddpo-DATE            before and after, as its evaluations painted
     python recipes/collect_preferences.py --pairs runs/diffusion_dpo-DATE/pairs     what a judge chose, asked anew
-    python recipes/collect_preferences.py --weights base,runs/ddpo-DATE --prompts mine.txt    painted on the spot
+    python recipes/collect_preferences.py --weights base,runs/ddpo-DATE --evaluation_prompts mine.txt    painted on the spot
 
 Open the address that it prints; http://ADDRESS/results shows who agrees. Every answer is on the disk before the next
-pair appears, and RUN_FOLDER/pairs.jsonl always holds what stands, for `train_reward_model.py --training` and
+pair appears, and RUN_FOLDER/pairs.jsonl always holds what stands, for `train_reward_model.py --train_data` and
 `diffusion_dpo.py --pairs`. After a stop the same command with --resume and --run_folder goes on.
 """
 
 from __future__ import annotations
 
+from rlhf_t2i.config import parse_config, require
+from rlhf_t2i.settings.collect_preferences import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+    require("fastapi", "uvicorn", extra="serve")
+
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from socket import socket
-from typing import Literal
 
 import torch
 import uvicorn
@@ -33,14 +39,14 @@ from rlhf_t2i.annotation.questions import (
     write_questions,
 )
 from rlhf_t2i.annotation.serve import Service, create_app
-from rlhf_t2i.config import check, names, parse_config
-from rlhf_t2i.reward_server.server import is_loopback, listen
+from rlhf_t2i.config import names
+from rlhf_t2i.reward_server.server import listen
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE, token
 from rlhf_t2i.seeds import ANNOTATE, generator_for
+from rlhf_t2i.settings.access import TOKEN_VARIABLE, token
 from rlhf_t2i.training.claim import claim_folder
 
-_FREE_TO_CHANGE = {"run_folder", "resume", "judge", "batch_size", "host", "port"}
+_FREE_TO_CHANGE = {"run_folder", "resume", "rewards", "microbatch_size", "host", "port"}
 say = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once
 _NUM_SAMPLED = 100
 """Default number of pairs to sample."""
@@ -48,85 +54,17 @@ _DECIDED = ("preferred in the file", "not preferred in the file")
 _UNDECIDED = ("no preference in the file", "no preference in the file")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields in the order of the flow. Exactly one of runs, pairs and weights says where the images come from."""
-
-    runs: str | None = None
-    """Comma-separated folders of runs that tuned a painter, or of recipes/evaluate_policy.py."""
-    pairs: str | None = None
-    """Comma-separated preference files, or folders of them, in the format of diffusion_dpo.py --pairs; {"prompt",
-    "tie"} is a pair that nobody has judged. What they say of a pair is shown on the results page only."""
-    image_root: str | None = None
-    """Of pairs: where relative image paths start; null is each file's own folder."""
-    image_prefix: str | None = None
-    """Of pairs: OLD=NEW; image paths that start with the folder OLD are read as if they started with NEW."""
-    unpack_folder: str = "runs/images"
-    """Of pairs: where images are written that lie within tables and archives."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """Of pairs: stop at a record that cannot be asked, or write it to skipped.jsonl in the run folder."""
-    weights: str | None = None
-    """Two, as evaluate_policy.py takes them: base, and folders of runs, of what they exported, or checkpoints."""
-    model: str = "shapes"
-    """Of weights: a pipeline folder of diffusers, a Hub id, or a built-in model: shapes, or shapes-flow."""
-    resolution: int | None = None
-    """Of weights: the side of the images in pixels; null is what the model was made for."""
-    prompts: str = "shapes"
-    """Of weights: a UTF-8 file with one prompt a line (or .jsonl), or the built-in world's held-out prompts."""
-    evaluation_seed: int = 1_000_000
-    """Of weights: the seed of the first pair, the same for both images; the next ones follow."""
-    num_denoising_steps: int = 8
-    eta: float = 0.0
-    guidance_scale: float = 1.0
-    num_pairs: int | None = None
-    """Painted (null is 100: the prompts in turn), or drawn at random from all that there are (null is all)."""
-    judge: str | None = None
-    """What the results page compares people with: comma-separated NAME or NAME=WEIGHT, as the rewards of any recipe."""
-    batch_size: int = 64
-    """Images that are painted or judged at once."""
-    host: str = "127.0.0.1"
-    """The address to listen at; another than this machine's own needs a token."""
-    port: int = 8000
-    """0 is any that is free."""
-    seed: int = 0
-    """Of the order and the sides in which each annotator sees the pairs."""
-    run_folder: str | None = None
-    """Null is runs/preferences-DATE."""
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, naming them."""
-        alone = f"127.0.0.1, ::1 or localhost unless the environment variable {TOKEN_VARIABLE} has a token"
-        check(
-            self,
-            [
-                ("weights", self.weights is None or len(names(self.weights)) == 2, "two of them, such as base,FOLDER"),
-                ("num_denoising_steps", self.num_denoising_steps >= 1, "at least 1"),
-                ("eta", 0 <= self.eta <= 1, "in [0, 1]"),
-                ("num_pairs", self.num_pairs is None or self.num_pairs >= 1, "at least 1"),
-                ("batch_size", self.batch_size >= 1, "at least 1"),
-                ("host", is_loopback(self.host) or token() is not None, alone),
-                ("port", 0 <= self.port < 2**16, "in 0..65535"),
-                ("seed", self.seed >= 0, "at least 0"),
-            ],
-        )
-        sources = [name for name in ("runs", "pairs", "weights") if names(getattr(self, name) or "")]
-        if len(sources) != 1:
-            given = " and ".join(sources) or "none of them"
-            raise ValueError(f"Images come from exactly one of runs, pairs and weights; given is {given}.")
-
-
 def main(config: Config) -> Path:
     """Collect the questions, load earlier answers, serve the page until Ctrl-C or SIGTERM; return the run folder."""
-    reward = load_rewards(config.judge) if config.judge else None
+    reward = load_rewards(config.rewards) if config.rewards else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with listen(config.host, config.port) as listener:
         folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE)
         questions = read_questions(folder) or write_questions(folder, candidates(config, folder, device))
         judge = None
-        if reward and config.judge:
-            scores = score_questions(reward, folder, questions, device=device, batch_size=config.batch_size)
-            judge = config.judge, scores
+        if reward and config.rewards:
+            scores = score_questions(reward, folder, questions, device=device, batch_size=config.microbatch_size)
+            judge = config.rewards, scores
         with closing(Answers(folder, questions, seed=config.seed)) as answers:
             if answers.truncated_line:
                 say(f"Removed the incomplete last line of {answers.path}, left by a crash: {answers.truncated_line!r}")
@@ -186,7 +124,7 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
     from rlhf_t2i.training.evaluation import evaluate, evaluation_set
     from rlhf_t2i.types import Sampler
 
-    asked, count = load_prompts(config.prompts, held_out=True), config.num_pairs or _NUM_SAMPLED
+    asked, count = load_prompts(config.evaluation_prompts, held_out=True), config.num_pairs or _NUM_SAMPLED
     prompts, seeds = evaluation_set(asked, num_images=count, seed=config.evaluation_seed)
     images: list[torch.Tensor] = []
     first, second = names(config.weights or "")
@@ -194,11 +132,11 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
         say(f"sampling  {len(prompts)} images with {name}")
         weights = None if name == "base" else Path(name)
         policy = load_policy(config.model, device=device, weights=weights, resolution=config.resolution)
-        schedule = policy.schedule(config.num_denoising_steps)
-        sampler = Sampler(schedule, stochastic(schedule, eta=config.eta), config.guidance_scale)
-        images.append(evaluate(policy, prompts, seeds, [], sampler=sampler, batch_size=config.batch_size).images)
+        schedule = policy.schedule(config.num_evaluation_steps)
+        sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)
+        images.append(evaluate(policy, prompts, seeds, [], sampler=sampler, batch_size=config.microbatch_size).images)
     return from_images(prompts, images[0], images[1], sources=(first, second))
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

@@ -8,27 +8,18 @@ Only the run folders are read: nothing is painted. All must have painted the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.compare import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
 from pathlib import Path
 
 from tqdm import tqdm
 
-from rlhf_t2i.config import check, names, parse_config
+from rlhf_t2i.config import names
 from rlhf_t2i.report.comparison import side_by_side, write_comparison
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What is compared, and where that is written."""
-
-    runs: str
-    """Comma-separated folders of runs that tuned a painter, or of recipes/evaluate_policy.py."""
-    output: str = "runs/comparison.html"
-    """The page to write."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, naming them."""
-        check(self, [("runs", bool(names(self.runs)), "at least one folder")])
 
 
 def main(config: Config) -> Path:
@@ -41,4 +32,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

@@ -14,17 +14,20 @@ earned more than others of its prompt. One step of training:
 
 from __future__ import annotations
 
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.ddpo import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.advantages import PerPromptHistory, group_relative_advantages, whole_batch_advantages
-from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
@@ -35,75 +38,8 @@ from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
+from rlhf_t2i.training.trainer import Trainer, make_trainer
 from rlhf_t2i.types import Sampler, Trajectory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(TrainerConfig):
-    """Those of every recipe, and DDPO's own. A microbatch holds images, or strokes of an update."""
-
-    prompts_per_step: int = 16
-    """Different prompts in one rollout, over all processes."""
-    images_per_prompt: int = 12
-    """Images of each, on one process."""
-    eta: float = 1.0
-    """Noise of each step, in (0, 1]: 1 is as much as the forward process has."""
-    rewards: str = "llava_reward"
-    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), llava_reward:PATH (a LLaVA-Reward folder or Hub id),
-    oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, module:function, or http://HOST:PORT."""
-    async_reward: bool = False
-    """Judge what is painted while the rest is still being painted: for a judge on another machine or device."""
-
-    advantages: Literal["per_prompt_history", "group_relative", "whole_batch"] = "per_prompt_history"
-    history_size: int = 32
-    """Rewards that are remembered of each prompt."""
-    history_min_count: int = 16
-    """With fewer than these a prompt is compared with the whole batch."""
-    max_advantage: float = 5.0
-
-    window_start: float = 0.0
-    """Train the denoising steps from here (0 is pure noise) ..."""
-    window_end: float = 0.5
-    """... to here (1 is the image). Early steps decide what is painted, late ones how cleanly."""
-    timestep_fraction: float = 1.0
-    """Of these steps, the random share that each image trains."""
-    clip_range: float | None = None
-    """Of the ratio of densities averaged over latent numbers; null is 0.0113 / sqrt(latent numbers): 5e-4 for the 512
-    of the built-in model, 9e-5 for the 16,384 of SD 1.5, where 1e-4 was published."""
-    kl_weight: float = 0.0
-    """Of the KL divergence from the model before training, averaged over latent numbers."""
-    num_inner_epochs: int = 1
-    """Times that each rollout is learnt from."""
-    num_minibatches: int = 2
-    """Optimiser steps in one inner epoch."""
-
-    def rules(self) -> list[Rule]:
-        first, end = self.trained_window
-        return [
-            *super().rules(),
-            ("prompts_per_step", self.prompts_per_step >= 1, "at least 1"),
-            ("images_per_prompt", self.images_per_prompt >= 1, "at least 1"),
-            ("eta", 0 < self.eta <= 1, "in (0, 1], because DDPO needs steps with noise"),
-            ("max_advantage", self.max_advantage > 0, "positive"),
-            ("window_start", self.window_start >= 0, "in [0, 1]"),
-            ("window_end", self.window_end <= 1 and first < end, "in [0, 1] and at least one step after window_start"),
-            ("timestep_fraction", 0 < self.timestep_fraction <= 1, "in (0, 1]"),
-            ("clip_range", self.clip_range is None or self.clip_range > 0, "positive"),
-            ("kl_weight", self.kl_weight >= 0, "at least 0"),
-            ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
-            (
-                "num_minibatches",
-                self.num_minibatches >= 1 and self.images_per_prompt % self.num_minibatches == 0,
-                f"at least 1 and divide images_per_prompt ({self.images_per_prompt}): each minibatch takes the same "
-                f"number of images of every prompt",
-            ),
-        ]
-
-    @property
-    def trained_window(self) -> tuple[int, int]:
-        """The first trained denoising step, and the one after the last."""
-        return round(self.window_start * self.num_denoising_steps), round(self.window_end * self.num_denoising_steps)
 
 
 def main(config: Config) -> Path:
@@ -222,4 +158,4 @@ def update(
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

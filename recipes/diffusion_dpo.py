@@ -15,17 +15,21 @@ lowered against those of the other one, both measured from the model before trai
 
 from __future__ import annotations
 
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.diffusion_dpo import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.config import Rule, names, parse_config, whole_numbers
+from rlhf_t2i.config import names, whole_numbers
 from rlhf_t2i.data.preferences import (
     ImagePairs,
     PairBatch,
@@ -44,7 +48,7 @@ from rlhf_t2i.sampling.denoising_errors import denoising_errors
 from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
+from rlhf_t2i.training.trainer import Trainer, make_trainer
 from rlhf_t2i.types import Policy
 
 LoadPairs = Callable[[Sequence[int]], PairBatch]
@@ -52,70 +56,12 @@ LoadPairs = Callable[[Sequence[int]], PairBatch]
 METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(TrainerConfig):
-    """Those of every recipe, and Diffusion-DPO's own. An update uses no guidance; only painting does."""
-
-    pairs: str = "judged"
-    """Comma-separated FORMAT:PLACE (docs/data.md), preference files or folders; judged makes pairs in each step."""
-    image_root: str | None = None
-    """Where relative image paths start; null is each file's own folder. No image may lie outside of it."""
-    image_prefix: str | None = None
-    """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
-    unpack_folder: str = "runs/images"
-    """Where images are written that lie within tables and archives."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """Stop at a record that is no pair of one prompt, or write it to skipped.jsonl in the run folder."""
-    pairs_per_step: int = 64
-    """Pairs of a file in one step, over all processes."""
-    cache_folder: str | None = None
-    """Where latents and text embeddings of a file's pairs are kept; null encodes them anew each time."""
-    prompts_per_step: int = 32
-    """Of judged pairs: different prompts in one step, over all processes."""
-    images_per_prompt: int = 8
-    """Of judged pairs: images of each, on one process."""
-    eta: float = 1.0
-    """Of judged pairs: noise of each step of painting, in [0, 1]."""
-    rewards: str = "llava_reward"
-    """Of judged pairs: comma-separated NAME or NAME=WEIGHT, as in every recipe."""
-    choice: Literal["best_worst", "all", "random"] = "best_worst"
-    """Of judged pairs: which of a prompt's images make pairs."""
-    keep_pairs: bool = True
-    """Write judged pairs to RUN_FOLDER/pairs, which --pairs can be given."""
-    loss: Literal["dpo", "sft"] = "dpo"
-    """sft trains on the winners alone, as if they were ordinary images: the baseline."""
-    beta: float = 50.0
-    """How firmly the reference is kept to: 2000 to 5000 for the 16,384 latent numbers of SD 1.5, less for fewer."""
-    winner_guard: float = 0.0
-    """Above 0: how often an error of the winner that rose counts again (DPO-Positive, arXiv:2402.13228)."""
-    times: str = "500-999"
-    """Levels of noise to learn at: a range (0-999 is all), or a list such as 249,499,749,999 for a turbo model."""
-    num_inner_epochs: int = 4
-    """Optimiser steps on each step's pairs, each with new noise."""
-    learning_rate: float = 1.5e-4
-    num_steps: int = 20
-
-    def rules(self) -> list[Rule]:
-        return [
-            *super().rules(),
-            ("pairs_per_step", self.pairs_per_step >= 1, "at least 1"),
-            ("prompts_per_step", self.prompts_per_step >= 1, "at least 1"),
-            ("images_per_prompt", self.images_per_prompt >= 2, "at least 2, to make a pair"),
-            ("eta", 0 <= self.eta <= 1, "in [0, 1]"),
-            ("beta", self.beta > 0, "positive"),
-            ("winner_guard", self.winner_guard >= 0, "at least 0, which is off"),
-            ("times", bool(whole_numbers(self.times)), "a range such as 0-999 or a list such as 249,499,749,999"),
-            ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
-            ("microbatch_size", self.microbatch_size >= 2, "at least 2: both images of a pair"),
-        ]
-
-
 def main(config: Config) -> Path:
     """Load or sample preference pairs, noise them, update the policy; return the run folder."""
-    judged = config.pairs == "judged"
+    judged = config.pairs == "sampled"
     reward, prompts = (load_rewards(config.rewards), load_prompts(config.prompts)) if judged else (None, [])
     trainer = make_trainer(config, recipe="diffusion_dpo", report=write_report, keep_reference=config.loss == "dpo")
-    times = torch.tensor(whole_numbers(config.times))
+    times = torch.tensor(whole_numbers(config.timesteps))
     trainer.policy.levels_at(times)  # refuses those that the model does not know
     files = None if judged else load_pairs(trainer, config)
     for step in trainer.steps():
@@ -148,12 +94,12 @@ def sample_pairs(
         rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
     scores = trainer.gather(rewards.view(len(mine), copies)).cpu()
     generators = generators_for(config.seed, UPDATE, step, range(len(prompts)))
-    winners, losers = choose_pairs(scores, choice=config.choice, generators=generators)
+    winners, losers = choose_pairs(scores, choice=config.pair_selection, generators=generators)
     if not len(winners):
         trainer.print(
             f"WARNING: in step {step + 1} all images of each prompt earned the same: nothing could be learnt."
         )
-    if config.keep_pairs:
+    if config.save_pairs:
         path = trainer.folder / "pairs" / f"step_{step + 1:06d}.jsonl"
         save_pairs(path, images, prompts, scores, (winners, losers), first=mine.start * copies)
     latents, conditioning = trainer.gather(painted), trainer.policy.encode(prompts)
@@ -196,7 +142,7 @@ def update(
     """Learn from `count` pairs, once in each inner epoch. Returns metrics of all processes.
 
     `winner_error` and `loser_error` are how far the errors moved from the reference's: both above 0 is DPO's known
-    failing, for which there is winner_guard.
+    failing, for which there is dpop_weight.
     """
     if not count:
         return {}
@@ -238,7 +184,7 @@ def loss_of_pairs(
         reference_winner, reference_loser = denoising_errors(policy, *asked).chunk(2)
     winner, loser = denoising_errors(policy, *asked).chunk(2)
     loss = diffusion_dpo_loss(
-        winner, loser, reference_winner, reference_loser, beta=config.beta, winner_guard=config.winner_guard
+        winner, loser, reference_winner, reference_loser, beta=config.beta, dpop_weight=config.dpop_weight
     )
     moved = torch.stack([winner - reference_winner, loser - reference_loser], dim=1).detach()
     agrees = implicit_preference(moved[:, 1:] - moved[:, :1])
@@ -246,4 +192,4 @@ def loss_of_pairs(
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

@@ -15,18 +15,22 @@ One step of training:
 
 from __future__ import annotations
 
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.diffusion_nft import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.advantages import globally_scaled_advantages, group_relative_advantages, num_degenerate_groups
-from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.forward import noise_to
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import denoising_mse, negative_aware_loss
@@ -38,63 +42,10 @@ from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.ema import rising_decay
 from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
+from rlhf_t2i.training.trainer import Trainer, make_trainer
 from rlhf_t2i.types import Conditioning, Level, Policy, Prediction
 
 METRICS: Sequence[str] = ("loss", "moved", "reference_gap")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(TrainerConfig):
-    """Those of every recipe, and DiffusionNFT's own. A microbatch holds images, or noisy images of an update."""
-
-    prompts_per_step: int = 16
-    """Different prompts in one step, over all processes."""
-    images_per_prompt: int = 12
-    """Images of each, on one process: a group."""
-    model: str = "shapes-flow"
-    rewards: str = "llava_reward"
-    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), llava_reward:PATH (a LLaVA-Reward folder or Hub id),
-    oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
-    eta: float = 0.0
-    """Noise of each step of painting, in [0, 1]."""
-
-    advantages: Literal["global_std", "group_std"] = "global_std"
-    """In standard deviations of all rewards of a step, or of a group's own."""
-    max_advantage: float = 5.0
-    """An advantage of so much makes an image wholly good."""
-    timestep_fraction: float = 0.5
-    """Share of the sampler's levels of noise that each image learns at."""
-    beta: float = 1.0
-    """How far good and bad lie from the weights that painted; 1 or, for several rewards, 0.1 were published."""
-    kl_weight: float = 1e-4
-    """Of how differently the model before training puts out its answers, squared."""
-    num_minibatches: int = 1
-    """Optimiser steps on each step's images; the loss takes it that these are few."""
-
-    sampling_ema_start: int = 0
-    """The weights that paint are those that learn up to this step; then ..."""
-    sampling_ema_rise: float = 1e-3
-    """... they keep so much more of themselves in each step ..."""
-    sampling_ema_max: float = 0.5
-    """... up to this share. Also published are 75, 0.0075 and 0.999, for a reward that is easily fooled."""
-
-    def rules(self) -> list[Rule]:
-        divides = self.num_minibatches >= 1 and self.images_per_prompt % self.num_minibatches == 0
-        return [
-            *super().rules(),
-            ("prompts_per_step", self.prompts_per_step >= 1, "at least 1"),
-            ("images_per_prompt", self.images_per_prompt >= 2, "at least 2, to be compared"),
-            ("eta", 0 <= self.eta <= 1, "in [0, 1]"),
-            ("max_advantage", self.max_advantage > 0, "positive"),
-            ("timestep_fraction", 0 < self.timestep_fraction <= 1, "in (0, 1]"),
-            ("beta", self.beta > 0, "positive"),
-            ("kl_weight", self.kl_weight >= 0, "at least 0"),
-            ("num_minibatches", divides, f"at least 1 and divide images_per_prompt ({self.images_per_prompt})"),
-            ("sampling_ema_start", self.sampling_ema_start >= 0, "at least 0"),
-            ("sampling_ema_rise", self.sampling_ema_rise >= 0, "at least 0"),
-            ("sampling_ema_max", 0 <= self.sampling_ema_max < 1, "in [0, 1)"),
-        ]
 
 
 def main(config: Config) -> Path:
@@ -218,4 +169,4 @@ def predict_clean(policy: Policy, batch: NoisedBatch, *, guidance_scale: float) 
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

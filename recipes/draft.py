@@ -6,7 +6,7 @@
 Where a reward is differentiable, every pixel can be asked which way is better, and the answer led back through the
 decoder and the denoising steps into the weights. One step of training:
 
-    paint      images_per_step images of as many prompts; some denoising steps remember how they came about
+    paint      prompts_per_step images of as many prompts; some denoising steps remember how they came about
     judge      any differentiable reward: its value, and its gradient with respect to the pixels
     move       one optimiser step up that gradient
 
@@ -20,16 +20,19 @@ The methods differ only in the steps that remember:
 
 from __future__ import annotations
 
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.draft import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.losses import reward_loss, weight_distance
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.report import write_report
@@ -37,85 +40,8 @@ from rlhf_t2i.rewards.gradient import ScoredImages, require_gradient, score_with
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.backprop import DifferentiableSamples, GradientWindow, sample_with_gradient
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
+from rlhf_t2i.training.trainer import Trainer, make_trainer
 from rlhf_t2i.types import Sampler
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(TrainerConfig):
-    """Those of every recipe, and the method's own."""
-
-    images_per_step: int = 128
-    """Images in one optimiser step, each of another prompt, over all processes."""
-    eta: float = 0.0
-    """Noise of each step, in [0, 1]."""
-    rewards: str = "llava_reward"
-    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), llava_reward:PATH (a LLaVA-Reward folder or Hub id), or
-    module:function. All must be differentiable; several make an ensemble, which is harder to fool."""
-
-    method: Literal["draft", "draft_lv", "alignprop", "refl"] = "refl"
-    """In the built-in world refl learns best: its gradient takes one short way, and meets steps that still decide what
-    is painted."""
-    backprop_steps: int | None = None
-    """K of draft and alignprop; null is num_denoising_steps."""
-    num_renoisings: int = 2
-    """Noisy copies of each image (draft_lv)."""
-    window_start: float = 0.25
-    """Draw the step to learn from here (0 is pure noise; published 0.75) ..."""
-    window_end: float = 1.0
-    """... to here (1 is the image) (refl)."""
-    checkpoint_denoising_steps: bool = False
-    """Run each remembered step, and the decoder, again in the backward pass: memory then hardly grows with
-    backprop_steps; about a third slower."""
-
-    reward_margin: float | None = None
-    """Minimise max(0, reward_margin - reward): what is good enough pulls no more. Null minimises -reward."""
-    reward_weight: float = 1.0
-    """Of that, beside the following two."""
-    kl_weight: float = 0.0
-    """Of the mean squared difference of noise predictions from the model before training, at the steps that remember.
-    """
-    l2_sp_weight: float = 0.0
-    """Of half the squared distance of the weights from those before training (of adapters: which add nothing)."""
-
-    learning_rate: float = 2e-4
-    warmup_steps: int = 40
-    """Steps over which the learning rate rises from zero: the first gradients are mostly noise."""
-    ema_decay: float = 0.95
-    """Evaluate and export an exponential moving average of the weights; 0 is off."""
-    num_steps: int = 200
-    evaluate_every: int = 50
-    """Steps between evaluations, which there always are before and after; 0 has no others."""
-    checkpoint_every: int = 50
-
-    def rules(self) -> list[Rule]:
-        first, end = self.trained_window
-        return [
-            *super().rules(),
-            ("images_per_step", self.images_per_step >= 1, "at least 1"),
-            ("eta", 0 <= self.eta <= 1, "in [0, 1]"),
-            (
-                "backprop_steps",
-                self.backprop_steps is None or 1 <= self.backprop_steps <= self.num_denoising_steps,
-                f"between 1 and num_denoising_steps ({self.num_denoising_steps})",
-            ),
-            (
-                "backprop_steps",
-                self.method in ("draft", "alignprop") or self.backprop_steps in (None, 1),
-                f"null or 1, because {self.method} remembers one step",
-            ),
-            ("num_renoisings", self.num_renoisings >= 1, "at least 1"),
-            ("window_start", self.window_start >= 0, "in [0, 1]"),
-            ("window_end", self.window_end <= 1 and first < end, "in [0, 1] and at least one step after window_start"),
-            ("reward_weight", self.reward_weight > 0, "positive"),
-            ("kl_weight", self.kl_weight >= 0, "at least 0"),
-            ("l2_sp_weight", self.l2_sp_weight >= 0, "at least 0"),
-        ]
-
-    @property
-    def trained_window(self) -> tuple[int, int]:
-        """The first denoising step that refl may draw, and the one after the last."""
-        return round(self.window_start * self.num_denoising_steps), round(self.window_end * self.num_denoising_steps)
 
 
 def main(config: Config) -> Path:
@@ -132,11 +58,11 @@ def main(config: Config) -> Path:
             "accelerate_configs/deepspeed_zero2.yaml."
         )
     sampler = trainer.sampler(eta=config.eta)
-    shard = trainer.shard(config.images_per_step, name="images_per_step")
+    shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
     for step in trainer.steps():
-        all_prompts = prompts_of_step(prompts, step, num_prompts=config.images_per_step, seed=config.seed)
+        all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
         metrics = update(trainer, reward, all_prompts, step=step, shard=shard, sampler=sampler, config=config)
-        trainer.finish_step(step, images=config.images_per_step, **metrics)
+        trainer.finish_step(step, images=config.prompts_per_step, **metrics)
     return trainer.finish()
 
 
@@ -228,4 +154,4 @@ def measurements(sampled: DifferentiableSamples, scored: ScoredImages, loss: Ten
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

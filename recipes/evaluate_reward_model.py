@@ -1,7 +1,7 @@
 """How good is a judge? Its answers against what people preferred.
 
-    accelerate launch recipes/evaluate_reward_model.py --judge runs/reward_model-DATE/reward_model --data pairs.jsonl
-    accelerate launch recipes/evaluate_reward_model.py --judge runs/reward_model-DATE/reward_model --benchmark hpdv2:data/HPDv2
+    accelerate launch recipes/evaluate_reward_model.py --reward runs/reward_model-DATE/reward_model --test_data pairs.jsonl
+    accelerate launch recipes/evaluate_reward_model.py --reward runs/reward_model-DATE/reward_model --benchmarks hpdv2:data/HPDv2
 
 Prints a table for each data file (accuracy under three rules for ties, calibration, F1 of both classes, AUROC, each
 with a 95 % interval), and writes it as CSV beside a page that shows the pairs the judge got most wrong. Published test
@@ -10,14 +10,20 @@ sets (`docs/benchmarks.md`) are measured under every rule in use; their tables a
 
 from __future__ import annotations
 
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.evaluate_reward_model import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from rlhf_t2i.config import check, names, parse_config
+from rlhf_t2i.config import names
 
 if TYPE_CHECKING:
     from reward_model.benchmarks import Result
@@ -27,52 +33,6 @@ if TYPE_CHECKING:
     from reward_model.scoring import LlavaReward
     from reward_model.types import Record
     from rlhf_t2i.training.run import Run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields in the order of the flow."""
-
-    judge: str = "shapes"
-    """A folder or Hub id of a LLaVA-Reward judge, the built-in one (shapes), or a well-known one as NAME:PATH: clip,
-    clip_score, pick_score, hps, image_reward, vqa_score."""
-    data: str | None = None
-    """Comma-separated FORMAT:PLACE (docs/data.md); a file .jsonl is of our own format, .json as published with
-    LLaVA-Reward. Or the built-in world's pairs (shapes), which null stands for unless there is a benchmark."""
-    benchmark: str = ""
-    """Comma-separated published test sets as NAME:PATH: tifa160, mj_bench, unsafe_bench, image_reward, hpdv2, hpdv3,
-    pick_a_pic, genai_bench."""
-    image_root: str | None = None
-    """Where relative image paths start; null is each data file's own folder. No image may lie outside of it."""
-    image_prefix: str | None = None
-    """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
-    unpack_folder: str = "runs/images"
-    """Where images are written that lie within tables and archives."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """Stop at a bad record of the data, or leave it out and write it to skipped.jsonl in the run folder."""
-    tie_threshold: float = 0.0
-    """On a benchmark, scores that differ by no more are a tie of the judge."""
-    label_threshold: float = 0.0
-    """On a benchmark, images with this score or more are called good (safe)."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Of a LLaVA-Reward judge's backbone; null is what it had in training. Scores are float32."""
-    batch_size: int = 64
-    num_resamples: int = 2000
-    """For the intervals of benchmarks."""
-    num_shown: int = 24
-    """Pairs on the page: those that the judge got most wrong."""
-    seed: int = 0
-    """Of the built-in world's pairs and of resamples."""
-    run_folder: str | None = None
-    """Null is runs/reward_model_evaluation-DATE."""
-    num_cpu_threads: int = 0
-    """On a CPU; 0 shares all cores among the processes."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, naming them."""
-        for name, least in (("batch_size", 1), ("num_resamples", 1), ("num_shown", 0), ("seed", 0)):
-            check(self, [(name, getattr(self, name) >= least, f"at least {least}")])
-        check(self, [("tie_threshold", self.tie_threshold >= 0, "at least 0")])
 
 
 def main(config: Config) -> dict[str, list[Metric]]:
@@ -86,9 +46,9 @@ def main(config: Config) -> dict[str, list[Metric]]:
         raise ValueError(f"A judge is measured by one process; there are {run.num_processes}. Launch with single.yaml.")
     judge = load_reward_model(config, run)
     found: dict[str, list[Metric]] = {}
-    if config.data or not config.benchmark:
+    if config.test_data or not config.benchmarks:
         found |= measure_data(judge, config, run.folder)
-    if config.benchmark:
+    if config.benchmarks:
         for result in measure_benchmarks(judge, config, run.folder):
             found[result.benchmark.name] = list(result.metrics)
     run.close()
@@ -99,12 +59,12 @@ def load_reward_model(config: Config, run: Run) -> LlavaReward | PointwiseScorer
     """The judge that the config names, on the run's device."""
     from reward_model import scorers
 
-    if scorers.is_known(config.judge):
-        return scorers.load_scorer(config.judge).to(run.device)
+    if scorers.is_known(config.reward):
+        return scorers.load_scorer(config.reward).to(run.device)
     from reward_model.scoring import LlavaReward
     from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
 
-    source = TOY_REWARD_MODEL_FOLDER if config.judge == "shapes" else config.judge
+    source = TOY_REWARD_MODEL_FOLDER if config.reward == "shapes" else config.reward
     return LlavaReward.from_pretrained(source, dtype=run.dtype if config.mixed_precision else None, device=run.device)
 
 
@@ -117,12 +77,12 @@ def measure_data(judge: LlavaReward | PointwiseScorer, config: Config, folder: P
     found: dict[str, list[Metric]] = {}
     wrong: dict[str, list[Mistake]] = {}
     for name, records in load(config, folder).items():
-        answers: RecordScores = score_records(judge, records, batch_size=config.batch_size)
+        answers: RecordScores = score_records(judge, records, batch_size=config.microbatch_size)
         found[name], wrong[name] = record_metrics(answers), worst_mistakes(answers, count=config.num_shown)
         (folder / f"{name}.csv").write_text(to_csv(found[name]))
         tqdm.write(f"{name}\n{to_table(found[name])}\n")
     report = folder / "report.html"
-    report.write_text(page(config.judge, found, wrong), encoding="utf-8")
+    report.write_text(page(config.reward, found, wrong), encoding="utf-8")
     tqdm.write(f"tables    {folder}/*.csv\nreport    {report}")
     return found
 
@@ -133,17 +93,17 @@ def measure_benchmarks(judge: LlavaReward | PointwiseScorer, config: Config, fol
     from reward_model.benchmarks.metrics import to_table
 
     root = Path(config.image_root) if config.image_root else None
-    wanted = [one for name in names(config.benchmark) for one in load_benchmarks(name, image_root=root)]
+    wanted = [one for name in names(config.benchmarks) for one in load_benchmarks(name, image_root=root)]
     results: list[Result] = []
     for benchmark in wanted:
         result = evaluate(
             judge, benchmark, threshold=config.tie_threshold, label_threshold=config.label_threshold,
-            batch_size=config.batch_size, num_resamples=config.num_resamples, seed=config.seed,
+            batch_size=config.microbatch_size, num_resamples=config.num_resamples, seed=config.seed,
         )  # fmt: skip
         results.append(result)
         tqdm.write(f"{benchmark.name}\n{to_table(result.metrics)}\n")
-    (folder / "benchmarks.md").write_text(to_markdown(config.judge, results), encoding="utf-8")
-    (folder / "benchmarks.json").write_text(to_json(config.judge, results, settings=asdict(config)), encoding="utf-8")
+    (folder / "benchmarks.md").write_text(to_markdown(config.reward, results), encoding="utf-8")
+    (folder / "benchmarks.json").write_text(to_json(config.reward, results, settings=asdict(config)), encoding="utf-8")
     tqdm.write(f"benchmarks    {folder}/benchmarks.md, benchmarks.json")
     return results
 
@@ -153,15 +113,15 @@ def load(config: Config, folder: Path) -> dict[str, list[Record]]:
     from reward_model.datasets import load_records
     from reward_model.datasets.formats import source_name
 
-    sources = names(config.data or "")
-    if config.data in (None, "shapes"):
+    sources = names(config.test_data or "")
+    if config.test_data in (None, "shapes"):
         from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 
         made = write_pairs(Path("runs") / f"shapes-pairs-{config.seed}", seed=config.seed)
         sources = [str(made / f"{name}.jsonl") for name in TESTS]
     named = {source_name(source): source for source in sources}
     if len(named) < len(sources) or not named:
-        raise ValueError(f"data is {config.data!r}; name one or more files with names of their own.")
+        raise ValueError(f"test_data is {config.test_data!r}; name one or more files with names of their own.")
     no_preference = Counter[str]()
     found = {
         name: load_records(
@@ -176,4 +136,4 @@ def load(config: Config, folder: Path) -> dict[str, list[Record]]:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

@@ -19,68 +19,29 @@ that GenEval's scorer reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.fk_steering import Config
 
-from rlhf_t2i.config import Rule, names, parse_config
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
+
 from rlhf_t2i.report.search import SearchRecord
 from rlhf_t2i.search.candidates import best_of_n
-from rlhf_t2i.search.particles import PotentialName
-from rlhf_t2i.search.run import SearchConfig, start_search
+from rlhf_t2i.search.run import start_search
 from rlhf_t2i.search.steering import check_steering, fk_steering
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(SearchConfig):
-    """Those of every search, and FK steering's own."""
-
-    num_particles: int = 16
-    """Images of each prompt that are painted together."""
-    eta: float = 1.0
-    """Noise of each step, in (0, 1]: 1 is as much as the forward process has."""
-    strength: float = 2.0
-    """How much reward counts against being likely; 0 is plain sampling."""
-    spread: float | None = None
-    """The reward's standard deviation among images of one prompt, the unit of strength; null measures it on a few
-    plain images. With 1, strength is the published lambda."""
-    potential: PotentialName = "difference"
-    resample_after: str = "2,3,4,6"
-    """Comma-separated numbers of denoising steps after which particles are judged and may be resampled."""
-    ess_threshold: float = 1.0
-    """Resample only where the effective number of particles is below this share of them; 1 always does."""
-    compare: bool = True
-    """Also paint plain best-of-N of as many images, for the report."""
-
-    def rules(self) -> list[Rule]:
-        return [
-            *super().rules(),
-            ("num_particles", self.num_particles >= 1, "at least 1"),
-            ("eta", 0 < self.eta <= 1, "in (0, 1]: FK steering needs steps with noise, or copies stay copies"),
-            ("strength", self.strength >= 0, "at least 0"),
-            ("spread", self.spread is None or self.spread > 0, "positive"),
-            (
-                "resample_after",
-                bool(names(self.resample_after))
-                and all(p.isdigit() and 1 <= int(p) < self.num_denoising_steps for p in names(self.resample_after)),
-                f"whole numbers with commas, from 1 to {self.num_denoising_steps - 1}",
-            ),
-            ("ess_threshold", 0 < self.ess_threshold <= 1, "in (0, 1]"),
-        ]
-
-    @property
-    def resampling_steps(self) -> list[int]:
-        return sorted(int(part) for part in names(self.resample_after))
 
 
 def main(config: Config) -> list[SearchRecord]:
     """Sample and resample particles of each prompt, keep the best."""
     search = start_search(config, recipe="fk_steering", eta=config.eta)
     check_steering(search.context, config.resampling_steps, reward_std=1.0, ess_threshold=config.ess_threshold)
-    reward_std = config.spread or search.measured_reward_std()
+    reward_std = config.reward_std or search.measured_reward_std()
     for tasks in search.batches():
         prompts = [task.text for task in tasks]
         seeds = [task.seeds(config.seed, config.num_particles) for task in tasks]
         baseline = None
-        if config.compare:
+        if config.baseline:
             baseline = best_of_n(search.context, prompts, generators=search.generators(tasks, config.num_particles))
         steered = fk_steering(
             search.context, prompts, strength=config.strength, reward_std=reward_std, potential=config.potential,
@@ -99,4 +60,4 @@ def main(config: Config) -> list[SearchRecord]:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

@@ -17,18 +17,21 @@ good from bad; evaluation takes more. Without guidance a step costs half, and th
 
 from __future__ import annotations
 
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.flow_grpo import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.advantages import globally_scaled_advantages, group_relative_advantages, num_degenerate_groups
-from rlhf_t2i.config import Rule, parse_config
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_ratio, per_image
 from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
@@ -39,89 +42,8 @@ from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.batching import minibatches, window_of_step
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig, make_trainer
+from rlhf_t2i.training.trainer import Trainer, make_trainer
 from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(TrainerConfig):
-    """Those of every recipe, and Flow-GRPO's own. A microbatch holds images, or strokes of an update."""
-
-    prompts_per_step: int = 16
-    """Different prompts in one rollout, over all processes."""
-    images_per_prompt: int = 12
-    """Images of each, on one process: a group."""
-    model: str = "shapes-flow"
-    """A pipeline folder of diffusers, a Hub id, or a built-in model; of a flow model."""
-    rewards: str = "llava_reward"
-    """Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), llava_reward:PATH (a LLaVA-Reward folder or Hub id),
-    oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
-
-    dynamics: Literal["flow_sde", "cps"] = "flow_sde"
-    """The noisy step: Flow-GRPO's SDE, or coefficients-preserving sampling (arXiv:2509.05952)."""
-    noise_scale: float = 0.7
-    """Published are 0.7 with flow_sde and 0.8 with cps, which goes up to 1."""
-    window_size: int | None = None
-    """Noisy steps, which are the trained ones; null is as many as fit."""
-    window_start: float = 0.0
-    """The window lies between here (0 is pure noise) ..."""
-    window_end: float = 0.5
-    """... and here (1 is the image). The very last step is never noisy: its noise would stay in the image."""
-    window_moves_every: int | None = None
-    """Training steps after which the window moves on by one, from noise to image and round again (MixGRPO); null
-    draws its place anew in each."""
-
-    advantages: Literal["global_std", "group_std"] = "global_std"
-    """In standard deviations of all rewards of a step, or of a group's own."""
-    max_advantage: float = 5.0
-    clip_range: float | None = None
-    """Of the ratio of densities averaged over latent numbers; null is 0.0113 / sqrt(latent numbers). Published are 1e-4
-    for the 65,536 of SD 3.5 at 512 pixels, and 1e-5 for a small window."""
-    ratio_normalisation: bool = False
-    """Take the bias out of ratios, scale them alike in all steps, and weigh steps by 1 / their length (GRPO-Guard,
-    arXiv:2510.22319)."""
-    kl_weight: float = 0.0
-    """Of the KL divergence from the model before training, averaged over latent numbers. It is exact: about ten times
-    what the authors' code computes, with which 0.04 was published."""
-    num_inner_epochs: int = 1
-    """Times that each rollout is learnt from."""
-    num_minibatches: int = 2
-    """Optimiser steps in one inner epoch."""
-
-    def rules(self) -> list[Rule]:
-        first, end = self.noisy_steps
-        fits = self.window_size is None or 1 <= self.window_size <= end - first
-        divides = self.num_minibatches >= 1 and self.images_per_prompt % self.num_minibatches == 0
-        return [
-            *super().rules(),
-            ("prompts_per_step", self.prompts_per_step >= 1, "at least 1"),
-            ("images_per_prompt", self.images_per_prompt >= 2, "at least 2, to be compared"),
-            ("num_denoising_steps", self.num_denoising_steps >= 2, "at least 2: the last step has no noise"),
-            ("noise_scale", self.noise_scale > 0, "positive: a step without noise has no density"),
-            ("noise_scale", self.dynamics == "flow_sde" or self.noise_scale <= 1, "at most 1 with cps"),
-            ("window_start", self.window_start >= 0, "in [0, 1]"),
-            ("window_end", self.window_end <= 1 and first < end, "in [0, 1], with a step that may be noisy before it"),
-            ("window_size", fits, f"between 1 and the {end - first} steps that may be noisy"),
-            ("window_moves_every", self.window_moves_every is None or self.window_moves_every >= 1, "at least 1"),
-            ("max_advantage", self.max_advantage > 0, "positive"),
-            ("clip_range", self.clip_range is None or self.clip_range > 0, "positive"),
-            ("kl_weight", self.kl_weight >= 0, "at least 0"),
-            ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
-            ("num_minibatches", divides, f"at least 1 and divide images_per_prompt ({self.images_per_prompt})"),
-        ]
-
-    @property
-    def noisy_steps(self) -> tuple[int, int]:
-        """The first denoising step that may be noisy, and the one after the last."""
-        total = self.num_denoising_steps
-        return round(self.window_start * total), min(round(self.window_end * total), total - 1)
-
-    def window(self, step: int) -> tuple[int, int]:
-        """The first noisy denoising step of a training step, and the one after the last."""
-        return window_of_step(
-            step, within=self.noisy_steps, size=self.window_size, moves_every=self.window_moves_every,
-            generator=generator_for(self.seed, UPDATE, step),
-        )  # fmt: skip
 
 
 def main(config: Config) -> Path:
@@ -134,7 +56,7 @@ def main(config: Config) -> Path:
     for step in trainer.steps():
         all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
-        window = config.window(step)
+        window = noisy_window(config, step)
         first, end = (float(schedule.sigma[index]) for index in window)
         sampler = Sampler(schedule, partial(windowed, dynamics=dynamics, first=first, end=end), config.guidance_scale)
         with trainer.timed("rollout"), trainer.sampling():
@@ -184,6 +106,14 @@ def noisy_step(schedule: Schedule, config: Config) -> Dynamics:
             return partial(flow_sde, noise_scale=config.noise_scale, sigma_cap=float(schedule.sigma[1]))
         case "cps":
             return partial(cps, noise_scale=config.noise_scale)
+
+
+def noisy_window(config: Config, step: int) -> tuple[int, int]:
+    """Return the first noisy denoising step of a training step, and the one after the last."""
+    return window_of_step(
+        step, within=config.noisy_steps, size=config.window_size, moves_every=config.window_moves_every,
+        generator=generator_for(config.seed, UPDATE, step),
+    )  # fmt: skip
 
 
 def update(
@@ -242,4 +172,4 @@ def update(
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

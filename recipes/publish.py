@@ -10,12 +10,17 @@ is HF_TOKEN's or that of `hf auth login`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.publish import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
 from pathlib import Path
 
 from tqdm import tqdm
 
-from rlhf_t2i.config import check, names, parse_config
+from rlhf_t2i.config import names
 from rlhf_t2i.hub.base import find_base
 from rlhf_t2i.hub.publication import (
     is_full_pipeline,
@@ -26,38 +31,6 @@ from rlhf_t2i.hub.publication import (
     write_weights,
 )
 from rlhf_t2i.training.finished_run import read_run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields in the order of the flow."""
-
-    run: str
-    """The folder of a finished run: of ddpo, flow_grpo, draft, diffusion_dpo or train_reward_model."""
-    folder: str | None = None
-    """What to write; null is RUN/publication. It must be new, empty, or hold an earlier publication."""
-    repo: str | None = None
-    """OWNER/NAME on the Hub; nothing is uploaded without it."""
-    private: bool = False
-    """Make the repository a private one."""
-    revision: str | None = None
-    """A branch to publish to; null is main."""
-    dry_run: bool = False
-    """Write the folder for `repo`, say what would be uploaded, and upload nothing."""
-
-    merge_lora: bool = False
-    """Publish a LoRA as a whole pipeline, with the LoRA in its weights."""
-    base: str | None = None
-    """OWNER/NAME on the Hub of the model that was tuned, where the run names a folder of this machine."""
-    license: str | None = None
-    """As the Hub abbreviates it, such as openrail; null carries over what the card of the base says."""
-    datasets: str = ""
-    """Comma-separated Hub ids of the data that it learnt from, for the card."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, naming them."""
-        for name in ("private", "dry_run", "revision"):
-            check(self, [(name, self.repo is not None or not getattr(self, name), "used with a repo")])
 
 
 def main(config: Config) -> Path:
@@ -96,4 +69,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or ""))
+    main(config)

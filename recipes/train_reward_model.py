@@ -1,7 +1,7 @@
 """Train a judge of images: LLaVA-Reward (arXiv:2507.21391).
 
     accelerate launch recipes/train_reward_model.py                          the built-in judge, minutes on a laptop
-    accelerate launch recipes/train_reward_model.py --training pairs.jsonl \\
+    accelerate launch recipes/train_reward_model.py --train_data pairs.jsonl \\
         --config recipes/configs/reward_qwen2_5_vl_alignment.yaml            Qwen2.5-VL, with the paper's settings
 
 A multimodal LLM reads an image and a prompt. Its last token looks at the image once more (SkipCA), and a linear
@@ -11,19 +11,28 @@ stays as it is. Without --config or --backbone, recipes/configs/reward_shapes.ya
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.train_reward_model import Config, with_defaults
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    built_in = Path(__file__).parent / "configs" / "reward_shapes.yaml"
+    config = parse_config(Config, __doc__, arguments=with_defaults(sys.argv[1:], path=built_in))
+
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
-from rlhf_t2i.config import names, parse_config
+from rlhf_t2i.config import names
 
 if TYPE_CHECKING:
     from trl.trainer.reward_config import RewardConfig
@@ -32,135 +41,15 @@ if TYPE_CHECKING:
     from reward_model.types import Record
 
 BUILT_IN = "shapes"
-_FREE_TO_CHANGE = {"resume", "run_folder", "keep_checkpoints", "trackers", "num_cpu_threads", "num_workers", "test"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields in the order of the flow; defaults are the paper's."""
-
-    backbone: str = BUILT_IN
-    """A folder or Hub id of a family with an adapter (Phi-3.5-vision, LLaVA-1.5, Qwen2.5-VL, ...), or the built-in
-    world's small LLaVA (shapes)."""
-    training: str = BUILT_IN
-    """Comma-separated FORMAT:PLACE (docs/data.md); a file .jsonl is of our own format, .json as published with
-    LLaVA-Reward. Or the built-in world's pairs (shapes)."""
-    validation: str | None = None
-    """Data files to choose the best judge by; null keeps validation_share of the training prompts back."""
-    validation_share: float = 0.05
-    test: str | None = None
-    """Data files that are only measured at the end; null is none, or those of the built-in world."""
-    image_root: str | None = None
-    """Where relative image paths start; null is each data file's own folder. No image may lie outside of it."""
-    image_prefix: str | None = None
-    """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
-    unpack_folder: str = "runs/images"
-    """Where images are written that lie within tables and archives."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """Stop at a bad record, or leave it out and write it to skipped.jsonl in the run folder."""
-    leave_out_test_prompts: bool = False
-    """Train on no prompt that occurs in test; how many do is always said."""
-    hard_negatives: float = 0.0
-    """Share of the training pairs whose winner is also shown against itself under a prompt with one thing wrong."""
-
-    perspective: str = "alignment"
-    """What the judge looks at: alignment, fidelity, safety, ranking, or a name of your own."""
-    loss: Literal["bradley_terry", "general_preference", "cross_entropy"] = "bradley_terry"
-    temperature: float = 0.1
-    """Differences of scores are divided by it to become log-odds; cross_entropy takes 1."""
-    tie_width: float = 0.5
-    """Used if the data has ties: in log-odds, how close two images must be to be called equal."""
-    margin_per_rating: float = 0.0
-    """Not for cross_entropy: log-odds by which a winner is asked to be ahead for each unit of rating_gap."""
-    skip_ca: bool = True
-    """Let the last token look at the visual tokens once more; false is the paper's ablation."""
-    skip_ca_heads: int = 1
-    template: Literal["family", "published"] = "family"
-    """How a prompt is shown: by the backbone's chat template, or as the published code did."""
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    """Bounds of an image for Qwen's models: more pixels are more tokens. Null is the model's own."""
-    num_crops: int | None = None
-    """The most crops of an image for models that cut it up: more crops are more tokens. Null is the model's own."""
-
-    lora_rank: int = 128
-    lora_alpha: float = 256.0
-    lora_dropout: float = 0.05
-    lora_only: bool = False
-    """Train only the LoRA, as the published code does by mistake; projector, SkipCA and head stay as they begin."""
-    learning_rate: float = 2e-4
-    projector_learning_rate: float | None = None
-    skip_ca_learning_rate: float | None = None
-    head_learning_rate: float | None = None
-    """Of each part; null is learning_rate."""
-    warmup_share: float = 0.03
-    """Of all steps; then the learning rate falls along a cosine."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
-    microbatch_size: int = 8
-    """Records (pairs, ties or labels) in one forward pass of one process."""
-    accumulation_steps: int = 4
-    num_epochs: float = 1.0
-    max_steps: int = -1
-    """Stop after so many optimiser steps; -1 trains num_epochs."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Null takes what `accelerate launch` says. Scores, SkipCA, head and loss are always float32."""
-    gradient_checkpointing: bool = False
-
-    evaluate_every: int = 100
-    """Steps between validations; a checkpoint is written at each."""
-    patience: int = 5
-    """Validations in a row without a better accuracy; 0 never stops early."""
-    keep_checkpoints: int = 2
-    resume: bool = False
-    run_folder: str | None = None
-    """Null is runs/reward_model-DATE."""
-    trackers: str = ""
-    """Comma-separated, of wandb and tensorboard."""
-    num_workers: int = 0
-    """Processes that read images ahead of the model."""
-    num_cpu_threads: int = 0
-    """On a CPU; 0 shares all cores among the processes."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, naming them."""
-        for name, works, rule in (
-            ("hard_negatives", 0 <= self.hard_negatives <= 1, "in [0, 1]"),
-            ("validation_share", 0 < self.validation_share < 1, "in (0, 1)"),
-            ("temperature", self.temperature > 0, "positive"),
-            ("tie_width", self.tie_width > 0, "positive"),
-            ("margin_per_rating", self.margin_per_rating >= 0, "at least 0"),
-            ("skip_ca_heads", self.skip_ca_heads >= 1, "at least 1"),
-            ("lora_rank", self.lora_rank >= 1, "at least 1"),
-            ("lora_alpha", self.lora_alpha > 0, "positive"),
-            ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
-            ("learning_rate", self.learning_rate > 0, "positive"),
-            ("warmup_share", 0 <= self.warmup_share < 1, "in [0, 1)"),
-            ("max_gradient_norm", self.max_gradient_norm > 0, "positive"),
-            ("microbatch_size", self.microbatch_size >= 1, "at least 1"),
-            ("accumulation_steps", self.accumulation_steps >= 1, "at least 1"),
-            ("num_epochs", self.num_epochs > 0, "positive"),
-            ("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or at least 1"),
-            ("evaluate_every", self.evaluate_every >= 1, "at least 1"),
-            ("patience", self.patience >= 0, "at least 0"),
-            ("keep_checkpoints", self.keep_checkpoints >= 2, "at least 2: the best and the newest"),
-            ("num_workers", self.num_workers >= 0, "at least 0"),
-            ("seed", self.seed >= 0, "at least 0"),
-        ):
-            if not works:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
-        if self.loss == "cross_entropy" and self.margin_per_rating:
-            raise ValueError(f"margin_per_rating is {self.margin_per_rating}, which cross_entropy has no use for.")
-
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        """Of each group of parameters."""
-        own = {"projector": self.projector_learning_rate, "skip_ca": self.skip_ca_learning_rate}
-        own = {"lora": None, **own, "head": self.head_learning_rate}
-        return {group: self.learning_rate if rate is None else rate for group, rate in own.items()}
+_FREE_TO_CHANGE = {
+    "resume",
+    "run_folder",
+    "keep_checkpoints",
+    "trackers",
+    "num_cpu_threads",
+    "num_workers",
+    "test_data",
+}
 
 
 def main(config: Config) -> Path:
@@ -268,10 +157,10 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
         per_device_eval_batch_size=2 * config.microbatch_size,
         gradient_accumulation_steps=config.accumulation_steps,
         num_train_epochs=config.num_epochs,
-        max_steps=config.max_steps,
+        max_steps=config.num_steps or -1,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_share,
+        warmup_steps=config.warmup_fraction,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         weight_decay=config.weight_decay,
@@ -327,11 +216,11 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     held_out = [record for source in validation for record in read(source)]
     for reason, count in no_preference.items():
         say(f"{count:,} rows state no preference: {reason}")
-    if config.backbone == BUILT_IN and config.training != BUILT_IN:
+    if config.backbone == BUILT_IN and config.train_data != BUILT_IN:
         say("The built-in backbone only knows the built-in world; for other images name a --backbone.")
     records, held_out = prepare_records(
-        records, held_out, tests, exclude_test_prompts=config.leave_out_test_prompts,
-        validation_fraction=config.validation_share, hard_negatives=config.hard_negatives, seed=config.seed, log=say,
+        records, held_out, tests, exclude_test_prompts=config.exclude_test_prompts,
+        validation_fraction=config.validation_fraction, hard_negatives=config.hard_negatives, seed=config.seed, log=say,
     )  # fmt: skip
     return records, held_out, tests
 
@@ -342,7 +231,7 @@ def sources(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
 
     from reward_model.datasets.formats import source_name
 
-    training, validation, test = config.training, config.validation or "", config.test or ""
+    training, validation, test = config.train_data, config.validation_data or "", config.test_data or ""
     if training == BUILT_IN:
         from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 
@@ -353,7 +242,7 @@ def sources(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
         test = test or ",".join(str(made / f"{name}.jsonl") for name in TESTS)
     tests = {source_name(source): source for source in names(test)}
     if len(tests) < len(names(test)) or "validation" in tests:
-        raise ValueError(f"test is {test!r}; each file needs a name of its own, other than validation.")
+        raise ValueError(f"test_data is {test!r}; each file needs a name of its own, other than validation.")
     return names(training), names(validation), tests
 
 
@@ -379,13 +268,5 @@ def measure(judge: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, 
     (folder / "metrics.json").write_text(json.dumps(rows, indent=1))
 
 
-def with_defaults(arguments: Sequence[str]) -> list[str]:
-    """Without --config or --backbone: the built-in judge's config first."""
-    named = {argument.partition("=")[0] for argument in arguments}
-    if named & {"--config", "--backbone", "--help", "-h"}:
-        return list(arguments)
-    return ["--config", str(Path(__file__).parent / "configs" / "reward_shapes.yaml"), *arguments]
-
-
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__ or "", arguments=with_defaults(sys.argv[1:])))
+    main(config)

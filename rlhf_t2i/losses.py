@@ -47,23 +47,23 @@ def diffusion_dpo_loss(
     reference_loser_error: Float[Tensor, " B"],
     *,
     beta: float,
-    winner_guard: float = 0.0,
+    dpop_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Diffusion-DPO (Wallace et al., arXiv:2311.12908, Eq. 14), averaged over pairs.
 
         moved_w = winner_error - reference_winner_error        moved_l = loser_error - reference_loser_error
-        loss    = -mean(log sigmoid(-beta / 2 * (moved_w - moved_l + winner_guard * max(0, moved_w))))
+        loss    = -mean(log sigmoid(-beta / 2 * (moved_w - moved_l + dpop_weight * max(0, moved_w))))
 
     Errors are `denoising_mse` of one noise and one level for all four: means over latent numbers, on which the
     published beta (2000 to 5000) depends, as it does on the half. At the reference the loss is log 2.
 
-    The loss also falls if both errors rise and the loser's rises more. A winner_guard above 0 is the penalty of
+    The loss also falls if both errors rise and the loser's rises more. A dpop_weight above 0 is the penalty of
     DPO-Positive (arXiv:2402.13228, Eq. 3) against it: what the winner lost counts again, so many times.
     Gradients reach the first two errors only.
     """
     moved_winner = winner_error - reference_winner_error.detach()
     moved_loser = loser_error - reference_loser_error.detach()
-    margin = moved_loser - moved_winner - winner_guard * moved_winner.clamp_min(0)
+    margin = moved_loser - moved_winner - dpop_weight * moved_winner.clamp_min(0)
     return -F.logsigmoid(beta / 2 * margin).mean()
 
 

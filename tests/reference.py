@@ -171,12 +171,12 @@ def diffusion_dpo(
     reference_loser: Sequence[float],
     *,
     beta: float,
-    winner_guard: float = 0.0,
+    dpop_weight: float = 0.0,
 ) -> float:
     """Diffusion-DPO's loss (arXiv:2311.12908, Eq. 14, with the authors' half), and DPO-Positive's penalty."""
     total = 0.0
     for w, l, rw, rl in zip(winner, loser, reference_winner, reference_loser, strict=True):  # noqa: E741
-        penalty = winner_guard * max(0.0, w - rw)
+        penalty = dpop_weight * max(0.0, w - rw)
         inside = -0.5 * beta * (((w - l) - (rw - rl)) + penalty)
         total += math.log(1 / (1 + math.exp(-inside)))
     return -total / len(winner)

@@ -539,10 +539,10 @@ def test_the_recipe_measures_a_benchmark_and_writes_its_tables(tmp_path: Path) -
     ]
     write(tmp_path / "test.json", rows)
     folder = tmp_path / "run"
-    found = main(Config(benchmark=f"hpdv3:{tmp_path}", num_resamples=20, run_folder=str(folder), num_cpu_threads=1))
+    found = main(Config(benchmarks=f"hpdv3:{tmp_path}", num_resamples=20, run_folder=str(folder), num_cpu_threads=1))
     assert {metric.name: metric.value for metric in found["hpdv3"]}["accuracy_ties_wrong"] == 1
     stored = json.loads((folder / "benchmarks.json").read_text())
-    assert stored["settings"]["benchmark"] == f"hpdv3:{tmp_path}"
+    assert stored["settings"]["benchmarks"] == f"hpdv3:{tmp_path}"
     assert stored["benchmarks"]["hpdv3"]["metrics"][0]["value"] == 1
     assert "## hpdv3" in (folder / "benchmarks.md").read_text()
     assert not list(folder.glob("*.csv"))

@@ -55,8 +55,8 @@ from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.preferences import save_pairs
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
-from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE
 from rlhf_t2i.seeds import generator_for
+from rlhf_t2i.settings.access import TOKEN_VARIABLE
 from tests import browser
 from tests.servers import free_port, running
 from tests.test_compare import CELLS, tuned
@@ -581,7 +581,11 @@ def test_two_weights_sample_the_same_prompts_from_the_same_seeds(tiny_sd: Path, 
     policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     policy.export(tmp_path, {name: 1.05 * tensor for name, tensor in policy.network.state_dict().items()})
     (tmp_path / "prompts.txt").write_text("a fox\na hen\n")
-    options: Any = {"model": str(tiny_sd), "prompts": str(tmp_path / "prompts.txt"), "num_denoising_steps": 2}
+    options: Any = {
+        "model": str(tiny_sd),
+        "evaluation_prompts": str(tmp_path / "prompts.txt"),
+        "num_evaluation_steps": 2,
+    }
     found = list(sampled(Config(weights=f"base,{tmp_path}", num_pairs=3, **options), cpu))
     swapped = list(sampled(Config(weights=f"{tmp_path}/unet,base", num_pairs=2, **options), cpu))
     assert [one.prompt for one in found] == ["a fox", "a hen", "a fox"]
@@ -710,7 +714,7 @@ def test_a_used_folder_is_continued_only_with_resume(tmp_path: Path, monkeypatch
     (source.parent / "secret_0.png").unlink()  # the saved questions are not made again
     with pytest.raises(FileExistsError, match="Go on with it by --resume"):
         recipe.main(Config(**options))
-    assert recipe.main(Config(**options, resume=True, judge="jpeg_compressibility")) == folder
+    assert recipe.main(Config(**options, resume=True, rewards="jpeg_compressibility")) == folder
     with pytest.raises(ValueError, match="seed was 0 and is now 1"):
         recipe.main(Config(**options, resume=True, seed=1))
     assert len(served) == 2

@@ -30,7 +30,7 @@ TINY = {
 }  # fmt: skip
 
 TINY_QWEN = {
-    "lora_rank": 2, "max_steps": 1, "evaluate_every": 1, "min_pixels": 784,
+    "lora_rank": 2, "num_steps": 1, "evaluate_every": 1, "min_pixels": 784,
     "max_pixels": 3136, "mixed_precision": "no", "num_workers": 0, "microbatch_size": 2,
 }  # fmt: skip
 
@@ -119,7 +119,9 @@ def test_weights_are_compared_on_the_same_images(tmp_path: Path) -> None:
     output = run(
         [
             "recipes/evaluate_policy.py",
-            *flags(weights=compared, num_images=8, num_denoising_steps=4, run_folder=tmp_path / "evaluation"),
+            *flags(
+                weights=compared, num_evaluation_images=8, num_evaluation_steps=4, run_folder=tmp_path / "evaluation"
+            ),
         ]
     )
     lines = [line for line in output.splitlines() if "oracle_pass" in line]
@@ -157,7 +159,7 @@ def test_the_other_recipes_run_as_the_readme_says(name: str, tmp_path: Path) -> 
     searching = name in ("best_of_n", "fk_steering")
     small = {"prompts": tmp_path / "prompts.txt", "images_per_prompt": 1} if searching else {
         "num_steps": 1, "num_evaluation_images": 4,
-        **({"images_per_step": 4} if name == "draft" else {"prompts_per_step": 2, "images_per_prompt": 2}),
+        **({"prompts_per_step": 4} if name == "draft" else {"prompts_per_step": 2, "images_per_prompt": 2}),
     }  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a red circle on a blue background\n")
     output = run([*shown(line.partition("#")[0]), *flags(**small, run_folder=tmp_path / "run")])
@@ -200,7 +202,7 @@ def test_a_judge_is_trained_measured_and_used_as_the_readme_says(tmp_path: Path)
         rows.append(json.dumps({"prompt": prompt, "winner": f"good{i}.png", "loser": f"bad{i}.png"}))
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     (tmp_path / "test.jsonl").write_text("\n".join(rows[:4]))
-    tiny = flags(backbone=backbone_folder("qwen2_5_vl"), **TINY_QWEN, validation_share=0.3)
+    tiny = flags(backbone=backbone_folder("qwen2_5_vl"), **TINY_QWEN, validation_fraction=0.3)
     commands = {"recipes/": f"{ROOT}/recipes/"}
 
     def arguments(command: str) -> list[str]:
@@ -235,7 +237,7 @@ def test_the_settings_for_every_perspective_train(perspective: str, tmp_path: Pa
         ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = ROOT / "recipes" / "configs" / f"reward_qwen2_5_vl_{perspective}.yaml"
-    data = {"training": tmp_path / "data.jsonl", "validation": tmp_path / "data.jsonl"}
+    data = {"train_data": tmp_path / "data.jsonl", "validation_data": tmp_path / "data.jsonl"}
     run(
         [
             "recipes/train_reward_model.py",
@@ -260,7 +262,7 @@ def test_the_built_in_judge_is_trained_by_the_command_without_arguments(tmp_path
         num_test=8,
     )
     output = run(
-        [str(ROOT / "recipes" / "train_reward_model.py"), *flags(max_steps=2, evaluate_every=2, run_folder="out")],
+        [str(ROOT / "recipes" / "train_reward_model.py"), *flags(num_steps=2, evaluate_every=2, run_folder="out")],
         cwd=tmp_path,
     )
     for word in ("validation", "test_drawn", "test_painted", str(Path("out") / "reward_model")):

@@ -56,7 +56,7 @@ def test_flow_grpos_are_as_published(path: Path) -> None:
     config = read(flow_grpo, path)
     assert (config.prompts_per_step, config.images_per_prompt, config.num_minibatches) == (48, 24, 2)
     assert (config.lora_rank, config.lora_alpha, config.clip_range, config.noise_scale) == (32, 64, 1e-4, 0.7)
-    assert config.window(0) == (0, 9)
+    assert flow_grpo.noisy_window(config, 0) == (0, 9)
 
 
 def test_diffusion_nft_is_as_published() -> None:

@@ -103,11 +103,11 @@ def test_a_command_reads_what_it_names(world: Path, command: list[str]) -> None:
     found: list[Record]
     match command[2]:
         case "recipes/train_reward_model.py":
-            config = config_of(train_reward_model, command[3:], validation_share=0.5)
-            source = config.training
+            config = config_of(train_reward_model, command[3:], validation_fraction=0.5)
+            source = config.train_data
             training, held_out, tests = train_reward_model.load_data(config, world)
-            found = [*training, *([] if config.validation else held_out)]
-            for records in [held_out] * bool(config.validation) + [*tests.values()]:
+            found = [*training, *([] if config.validation_data else held_out)]
+            for records in [held_out] * bool(config.validation_data) + [*tests.values()]:
                 assert as_rows(records) == EXPECTED[parse_source(source)[0].name.partition("=")[0]]
         case "recipes/diffusion_dpo.py":
             config = config_of(diffusion_dpo, command[3:])
@@ -147,8 +147,8 @@ def test_test_prompts_are_left_out_and_hard_negatives_added(world: Path, capsys:
     write_json(world / "data" / "HPDv3" / "images" / "test.json", HPDV2_TEST)
     write_json(world / "data" / "HPDv3" / "held_out.json", [HPDV3[0] | {"prompt": "a bird"}])
     config = train_reward_model.Config(
-        training="hpdv3:data/HPDv3/train.json", validation="hpdv3:data/HPDv3/held_out.json",
-        test="hpdv2:data/HPDv3/images/test.json", leave_out_test_prompts=True, hard_negatives=1.0,
+        train_data="hpdv3:data/HPDv3/train.json", validation_data="hpdv3:data/HPDv3/held_out.json",
+        test_data="hpdv2:data/HPDv3/images/test.json", exclude_test_prompts=True, hard_negatives=1.0,
     )  # fmt: skip
     training, held_out, tests = train_reward_model.load_data(config, world)
     said = capsys.readouterr().out

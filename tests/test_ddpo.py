@@ -370,11 +370,11 @@ def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
     [
         (
             {"images_per_prompt": 4, "num_minibatches": 3},
-            r"num_minibatches is 3; it must be at least 1 and divide images_per_prompt \(4\)",
+            r"num_minibatches is 3; it must be a divisor of images_per_prompt \(4\)",
         ),
         ({"eta": 0.0}, "eta is 0.0"),
         ({"timestep_fraction": 0.0}, "timestep_fraction is 0.0"),
-        ({"window_start": 0.5}, r"window_end is 0\.5; it must be in \[0, 1\] and at least one step after"),
+        ({"window_start": 0.5}, r"window_end is 0\.5; it must be at least one denoising step after"),
         ({"window_end": 1.5}, r"window_end is 1\.5; it must be in \[0, 1\]"),
         ({"evaluation_eta": 2.0}, r"evaluation_eta is 2\.0; it must be in \[0, 1\]"),
         ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5; it must be at least 1"),

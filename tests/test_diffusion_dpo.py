@@ -46,8 +46,8 @@ def config(tiny_sd: Path, tmp_path: Path) -> diffusion_dpo.Config:
         adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
         ema_decay=0.5,
         beta=500.0,
-        winner_guard=0.5,
-        times="0-999",
+        dpop_weight=0.5,
+        timesteps="0-999",
         rewards=REDNESS,
         evaluation_rewards=REDNESS,
         num_steps=3,
@@ -117,7 +117,7 @@ def test_the_first_step_finds_the_policy_at_its_reference(
 
 
 def test_pairs_from_people_are_learnt(config: diffusion_dpo.Config, people: Path) -> None:
-    config = replace(config, pairs=str(people), pairs_per_step=6, learning_rate=1e-2, winner_guard=0.0)
+    config = replace(config, pairs=str(people), pairs_per_step=6, learning_rate=1e-2, dpop_weight=0.0)
     later = rows(train(replace(config, num_inner_epochs=1, num_steps=12)), "train")[-4:]
     loss, accuracy, winner_error, loser_error = (
         sum(row[name] for row in later) / 4 for name in ("loss", "accuracy", "winner_error", "loser_error")
@@ -177,7 +177,7 @@ def test_winner_and_loser_are_disturbed_alike_and_each_pair_by_its_own_generator
 def test_times_are_drawn_from_those_that_were_asked_for(config: diffusion_dpo.Config, people: Path) -> None:
     """A reference of the loss at a single time, far from what other times give."""
     near, far = (
-        rows(train(replace(config, pairs=str(people), pairs_per_step=6, loss="sft", times=times, num_steps=1,
+        rows(train(replace(config, pairs=str(people), pairs_per_step=6, loss="sft", timesteps=times, num_steps=1,
                            run_folder=f"{config.run_folder}-{times}")), "train")[0]["loss"]
         for times in ("1", "999")
     )  # fmt: skip
@@ -187,11 +187,11 @@ def test_times_are_drawn_from_those_that_were_asked_for(config: diffusion_dpo.Co
 # --- the same numbers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["judged", "people"])
+@pytest.mark.parametrize("source", ["sampled", "people"])
 def test_the_microbatch_size_changes_no_result(
     config: diffusion_dpo.Config, people: Path, tmp_path: Path, source: str
 ) -> None:
-    config = config if source == "judged" else replace(config, pairs=str(people), pairs_per_step=5)
+    config = config if source == "sampled" else replace(config, pairs=str(people), pairs_per_step=5)
     whole = train(config)
     parts = train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "parts")))
     assert_same(weights(whole), weights(parts), atol=1e-4)
@@ -215,7 +215,7 @@ def test_gradient_checkpointing_changes_no_result(config: diffusion_dpo.Config, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "lora_rank"), [("judged", None), ("people", 2)])
+@pytest.mark.parametrize(("source", "lora_rank"), [("sampled", None), ("people", 2)])
 def test_two_processes_give_the_update_of_one(
     config: diffusion_dpo.Config, people: Path, tmp_path: Path, lora_rank: int | None, source: str
 ) -> None:
@@ -231,7 +231,7 @@ def test_two_processes_give_the_update_of_one(
         for name in ("loss", "winner_error", "loser_error", "accuracy", "gradient_norm"):
             assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-5), name
     assert_same(weights(one), weights(two), atol=5e-5)
-    if source == "judged":
+    if source == "sampled":
         for name, content in kept(one).items():
             if name.endswith(".jsonl"):
                 assert pairs_in(content) == pairs_in(kept(two)[name])
@@ -247,11 +247,11 @@ def pairs_in(content: bytes) -> list[tuple[str, str, str]]:
 # --- surviving --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["judged", "people"])
+@pytest.mark.parametrize("source", ["sampled", "people"])
 def test_a_resumed_run_equals_one_that_was_never_stopped(
     config: diffusion_dpo.Config, people: Path, tmp_path: Path, source: str
 ) -> None:
-    config = config if source == "judged" else replace(config, pairs=str(people), pairs_per_step=5)
+    config = config if source == "sampled" else replace(config, pairs=str(people), pairs_per_step=5)
     uninterrupted = train(config)
     stopped = replace(config, run_folder=str(tmp_path / "stopped"))
     train(replace(stopped, num_steps=1))
@@ -260,7 +260,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     names = ("step", "loss", "winner_error", "loser_error", "accuracy", "gradient_norm")
     one, two = ([[row[name] for name in names] for row in rows(f, "train")] for f in (uninterrupted, folder))
     assert one == two
-    if source == "judged":
+    if source == "sampled":
         assert kept(uninterrupted) == kept(folder)
 
 
@@ -293,7 +293,7 @@ def test_the_pairs_of_a_run_teach_another(config: diffusion_dpo.Config, tmp_path
 
 
 def test_nothing_is_kept_where_that_is_not_wished(config: diffusion_dpo.Config) -> None:
-    assert not (train(replace(config, keep_pairs=False, num_steps=1)) / "pairs").exists()
+    assert not (train(replace(config, save_pairs=False, num_steps=1)) / "pairs").exists()
 
 
 def constant(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -324,15 +324,15 @@ def test_the_report_shows_accuracy_and_both_errors(config: diffusion_dpo.Config)
     [
         ({"beta": 0.0}, r"beta is 0\.0; it must be positive"),
         ({"beta": -1.0}, r"beta is -1\.0; it must be positive"),
-        ({"winner_guard": -1.0}, r"winner_guard is -1\.0; it must be at least 0"),
-        ({"images_per_prompt": 1}, "images_per_prompt is 1; it must be at least 2, to make a pair"),
+        ({"dpop_weight": -1.0}, r"dpop_weight is -1\.0; it must be at least 0"),
+        ({"images_per_prompt": 1}, "images_per_prompt is 1; it must be at least 2"),
         ({"prompts_per_step": 0}, "prompts_per_step is 0; it must be at least 1"),
         ({"pairs_per_step": 0}, "pairs_per_step is 0; it must be at least 1"),
         ({"eta": 1.5}, r"eta is 1\.5; it must be in \[0, 1\]"),
-        ({"times": "999-0"}, "times is 999-0; it must be a range such as 0-999 or a list"),
-        ({"times": "often"}, "times is often; it must be a range"),
+        ({"timesteps": "999-0"}, "timesteps is 999-0; it must be a range such as 0-999 or a list"),
+        ({"timesteps": "often"}, "timesteps is often; it must be a range"),
         ({"num_inner_epochs": 0}, "num_inner_epochs is 0; it must be at least 1"),
-        ({"microbatch_size": 1}, "microbatch_size is 1; it must be at least 2: both images of a pair"),
+        ({"microbatch_size": 1}, "microbatch_size is 1; it must be at least 2"),
     ],
 )
 def test_values_that_cannot_work_are_refused(
@@ -344,7 +344,7 @@ def test_values_that_cannot_work_are_refused(
 
 def test_times_beyond_the_models_are_refused_before_anything_is_painted(config: diffusion_dpo.Config) -> None:
     with pytest.raises(ValueError, match="times range from 500 to 1000; the model was trained at 0 to 999"):
-        train(replace(config, times="500-1000"))
+        train(replace(config, timesteps="500-1000"))
     assert not rows(Path(str(config.run_folder)), "evaluation")
 
 
@@ -385,7 +385,7 @@ def test_a_cache_of_another_autoencoder_stops_the_run(
 def test_the_published_settings_are_read_and_their_batches_are_worked_out_right() -> None:
     path = ROOT / "recipes" / "configs" / "diffusion_dpo_sd15.yaml"
     config = parse_config(diffusion_dpo.Config, description="", arguments=["--config", str(path)])
-    assert (config.pairs_per_step, config.beta, config.times) == (2048, 2000.0, "0-999")
+    assert (config.pairs_per_step, config.beta, config.timesteps) == (2048, 2000.0, "0-999")
     assert config.learning_rate == pytest.approx(1e-8 * config.pairs_per_step)
     header = path.read_text()
     for gpus in (1, 4, 8):

@@ -147,7 +147,7 @@ def test_painting_without_memory_paints_the_same(tiny_sd: Path, eta: float) -> N
         ({"timestep_fraction": 0.0}, r"timestep_fraction is 0.0; it must be in \(0, 1\]"),
         ({"beta": 0.0}, "beta is 0.0; it must be positive"),
         ({"kl_weight": -1.0}, "kl_weight is -1.0"),
-        ({"num_minibatches": 3}, r"divide images_per_prompt \(4\)"),
+        ({"num_minibatches": 3}, r"a divisor of images_per_prompt \(4\)"),
         ({"sampling_ema_max": 1.0}, r"sampling_ema_max is 1.0; it must be in \[0, 1\)"),
         ({"eta": 1.5}, "eta is 1.5"),
     ],

@@ -184,7 +184,7 @@ def test_a_moving_window_goes_from_noise_to_image_and_round() -> None:
 
 
 def test_the_last_step_is_never_noisy(config: flow_grpo.Config) -> None:
-    assert config.window(0) == (0, 3)
+    assert flow_grpo.noisy_window(config, 0) == (0, 3)
     assert {replace(config, window_size=1).window(step) for step in range(40)} == {(0, 1), (1, 2), (2, 3)}
     assert replace(config, window_start=0.5, window_end=0.75).window(7) == (2, 3)
 
@@ -248,9 +248,9 @@ def test_log_ratios_are_biased_and_normalised_ones_are_not() -> None:
         ({"noise_scale": 0.0}, "noise_scale is 0.0; it must be positive"),
         ({"noise_scale": 1.2, "dynamics": "cps"}, "at most 1 with cps"),
         ({"window_size": 4}, "between 1 and the 3 steps that may be noisy"),
-        ({"window_start": 0.9}, "with a step that may be noisy"),
+        ({"window_start": 0.9}, "later: no denoising step"),
         ({"window_moves_every": 0}, "window_moves_every is 0"),
-        ({"num_minibatches": 3}, r"divide images_per_prompt \(4\)"),
+        ({"num_minibatches": 3}, r"a divisor of images_per_prompt \(4\)"),
         ({"resolution": 0}, "resolution is 0; it must be at least 1"),
     ],
 )

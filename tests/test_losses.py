@@ -84,21 +84,21 @@ def test_gradients_reach_only_the_new_density() -> None:
 # --- Diffusion-DPO ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("beta", "winner_guard"), [(0.5, 0.0), (50.0, 0.0), (2000.0, 0.0), (50.0, 2.5)])
-def test_diffusion_dpo_agrees_with_the_slow_reference(beta: float, winner_guard: float) -> None:
+@pytest.mark.parametrize(("beta", "dpop_weight"), [(0.5, 0.0), (50.0, 0.0), (2000.0, 0.0), (50.0, 2.5)])
+def test_diffusion_dpo_agrees_with_the_slow_reference(beta: float, dpop_weight: float) -> None:
     errors = (1 + 0.1 / beta**0.5 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))).double()
 
-    loss = diffusion_dpo_loss(*errors, beta=beta, winner_guard=winner_guard)
+    loss = diffusion_dpo_loss(*errors, beta=beta, dpop_weight=dpop_weight)
 
-    expected = reference.diffusion_dpo(*errors.tolist(), beta=beta, winner_guard=winner_guard)
+    expected = reference.diffusion_dpo(*errors.tolist(), beta=beta, dpop_weight=dpop_weight)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("winner_guard", [0.0, 50.0])
-def test_diffusion_dpo_starts_at_log_two(winner_guard: float) -> None:
+@pytest.mark.parametrize("dpop_weight", [0.0, 50.0])
+def test_diffusion_dpo_starts_at_log_two(dpop_weight: float) -> None:
     """A policy equal to its reference has no opinion yet, whatever the pair."""
     winner, loser = torch.tensor([0.3, 1.0]), torch.tensor([0.1, 1.5])
-    loss = diffusion_dpo_loss(winner, loser, winner, loser, beta=5000.0, winner_guard=winner_guard)
+    loss = diffusion_dpo_loss(winner, loser, winner, loser, beta=5000.0, dpop_weight=dpop_weight)
     assert loss.item() == torch.tensor(2.0).log().item()
 
 
@@ -118,22 +118,22 @@ def test_the_logarithm_comes_before_the_mean() -> None:
     assert loss.item() == pytest.approx((math.log1p(math.exp(-10)) + math.log1p(math.exp(10))) / 2)
 
 
-def test_the_winner_guard_turns_the_gradient_where_both_errors_rise() -> None:
+def test_the_dpop_weight_turns_the_gradient_where_both_errors_rise() -> None:
     """Plain DPO is content if the loser's error rises more; guarded, the winner's rise costs more than that earns."""
     winner, loser = torch.tensor([0.1], requires_grad=True), torch.tensor([0.3])
     zero = torch.zeros(1)
     plain = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0)
-    guarded = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, winner_guard=5.0)
+    guarded = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, dpop_weight=5.0)
     assert plain.item() < math.log(2) < guarded.item()
     (pixel_gradient,) = torch.autograd.grad(plain, winner)
     (guarded_slope,) = torch.autograd.grad(guarded, winner)
     assert guarded_slope.item() > 6 * pixel_gradient.item()
 
 
-def test_the_winner_guard_does_nothing_where_the_winner_gained() -> None:
+def test_the_dpop_weight_does_nothing_where_the_winner_gained() -> None:
     winner, loser, zero = torch.tensor([-0.1, 0.0]), torch.tensor([0.3, 0.2]), torch.zeros(2)
     plain = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0)
-    assert diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, winner_guard=5.0).item() == plain.item()
+    assert diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, dpop_weight=5.0).item() == plain.item()
 
 
 def test_a_margin_of_any_size_has_a_finite_loss() -> None:

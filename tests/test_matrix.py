@@ -33,7 +33,7 @@ SIZES = {
     "ddpo": {"prompts_per_step": 2, "images_per_prompt": 4},
     "flow_grpo": {"prompts_per_step": 2, "images_per_prompt": 4, "num_evaluation_steps": 4},
     "diffusion_nft": {"prompts_per_step": 2, "images_per_prompt": 4},
-    "draft": {"images_per_step": 2},
+    "draft": {"prompts_per_step": 2},
     "diffusion_dpo": {"prompts_per_step": 2, "images_per_prompt": 2},
 }
 
@@ -99,7 +99,7 @@ def painted(policy: Any) -> torch.Tensor:
 @pytest.mark.parametrize("recipe", SEARCHING)
 def test_a_image_is_searched(recipe: str, model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    size = {"n": 2} if recipe == "best_of_n" else {"num_particles": 2, "resample_after": "2"}
+    size = {"num_candidates": 2} if recipe == "best_of_n" else {"num_particles": 2, "resample_after": "2"}
     config = SEARCHING[recipe].Config(
         model=str(request.getfixturevalue(model)), resolution=16, prompts=str(tmp_path / "prompts.txt"),
         images_per_prompt=1, num_denoising_steps=4, rewards=REDNESS, evaluation_rewards="",

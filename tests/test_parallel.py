@@ -78,7 +78,7 @@ OTHERS = {
     "whole network, layer by layer": replace(
         TINY, **{**SHARED, "gather_for_sampling": False}, lora_rank=None, async_reward=True
     ),
-    "draft": draft.Config(**SHARED, method="draft", backprop_steps=2, images_per_step=16, kl_weight=0.1),
+    "draft": draft.Config(**SHARED, method="draft", backprop_steps=2, prompts_per_step=16, kl_weight=0.1),
     "diffusion_dpo": diffusion_dpo.Config(
         **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, num_inner_epochs=2
     ),

@@ -42,7 +42,8 @@ from rlhf_t2i.reward_server.server import Config, Service, create_app, listen
 from rlhf_t2i.rewards.gradient import require_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
 from rlhf_t2i.rewards.remote import RemoteReward
-from rlhf_t2i.rewards.wire_format import JSON, SAFETENSORS, TOKEN_VARIABLE, pack
+from rlhf_t2i.rewards.wire_format import JSON, SAFETENSORS, pack
+from rlhf_t2i.settings.access import TOKEN_VARIABLE
 from tests.runs import redness, rows
 from tests.servers import free_port, running, scores_response, scripted, until
 from tests.test_ddpo import state

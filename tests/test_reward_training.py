@@ -69,9 +69,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(data: Path, folder: Path, *, processes: int = 1, launcher: Path | None = None, **values: Any) -> list[str]:
     """The recipe on the tiny LLaVA."""
     settings: dict[str, Any] = {
-        "backbone": backbone_folder("llava"), "training": data / "pairs.jsonl", "validation": data / "pairs.jsonl",
+        "backbone": backbone_folder("llava"), "train_data": data / "pairs.jsonl", "validation_data": data / "pairs.jsonl",
         "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2, "microbatch_size": 4, "accumulation_steps": 1,
-        "max_steps": 8, "evaluate_every": 4, "patience": 0, "num_cpu_threads": 1, "run_folder": folder,
+        "num_steps": 8, "evaluate_every": 4, "patience": 0, "num_cpu_threads": 1, "run_folder": folder,
         **values,
     }  # fmt: skip
     config = launcher or ROOT / "accelerate_configs" / ("ddp.yaml" if processes > 1 else "single.yaml")
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_was_not_finished_or_was_damaged_is_passed_over(tmp_pa
 @pytest.mark.slow
 def test_killed_and_resumed_is_as_never_stopped(data: Path, tmp_path: Path) -> None:
     """kill -9 at any moment, here after the second checkpoint; with dropout, so that its draws must resume too."""
-    steps = {"max_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2, "patience": 4}
+    steps = {"num_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2, "patience": 4}
     run(command(data, tmp_path / "whole", **steps))
     killed = command(data, tmp_path / "killed", **steps)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -269,7 +269,7 @@ def test_killed_and_resumed_is_as_never_stopped(data: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_two_processes_train_the_judge_that_one_does(data: Path, tmp_path: Path) -> None:
     """Two processes of 4 pairs, or one that accumulates 2 batches of 4: the same up to rounding."""
-    same = {"lora_dropout": 0.0, "max_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3}
+    same = {"lora_dropout": 0.0, "num_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3}
     run(command(data, tmp_path / "one", accumulation_steps=2, **same))
     one = judge_of(tmp_path / "one")
     for mode in ("ddp", "deepspeed_zero2", "deepspeed_zero3"):
@@ -285,7 +285,7 @@ def test_two_processes_train_the_judge_that_one_does(data: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_it_learns_says_what_it_does_and_keeps_the_best(data: Path, tmp_path: Path) -> None:
-    output = run(command(data, tmp_path / "run", max_steps=24, test=data / "published.json"))
+    output = run(command(data, tmp_path / "run", num_steps=24, test_data=data / "published.json"))
     for word in ("lora", "projector", "skip_ca", "head", "trained", "frozen", "published", "accuracy_ties_wrong"):
         assert word in output
     assert "visual tokens of an image: 512 x 512: 4, 768 x 768: 4, 1024 x 1024: 4" in output
@@ -307,14 +307,14 @@ def test_it_learns_says_what_it_does_and_keeps_the_best(data: Path, tmp_path: Pa
     ("file", "loss", "more"),
     [
         ("published.json", "general_preference", {"margin_per_rating": 0.1}),
-        ("published.json", "cross_entropy", {"skip_ca": "false", "validation": ""}),
+        ("published.json", "cross_entropy", {"skip_ca": "false", "validation_data": ""}),
         ("mixed.jsonl", "bradley_terry", {"gradient_checkpointing": "true", "skip_ca_heads": 4}),
     ],
 )
 def test_every_format_and_loss_trains(data: Path, tmp_path: Path, file: str, loss: str, more: dict[str, Any]) -> None:
-    small = {"training": data / file, "loss": loss, "max_steps": 2, "evaluate_every": 2, **more}
-    if not small.get("validation", True):
-        small |= {"validation": "null", "validation_share": 0.3}
+    small = {"train_data": data / file, "loss": loss, "num_steps": 2, "evaluate_every": 2, **more}
+    if not small.get("validation_data", True):
+        small |= {"validation_data": "null", "validation_fraction": 0.3}
     run(command(data, tmp_path / "run", **small))
     facts = read_config(tmp_path / "run" / "reward_model")
     assert facts.head == ("general_preference" if loss == "general_preference" else "scalar")
@@ -328,7 +328,7 @@ def test_a_bad_record_stops_the_run_or_is_written_down(data: Path, tmp_path: Pat
     for image in data.glob("*.png"):
         shutil.copy(image, tmp_path)
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
-    bad = {"training": tmp_path / "bad.jsonl", "max_steps": 1, "evaluate_every": 1}
+    bad = {"train_data": tmp_path / "bad.jsonl", "num_steps": 1, "evaluate_every": 1}
     output = run(command(data, tmp_path / "stopped", **bad), fails=True)
     assert "bad.jsonl:4" in output
     assert "missing.png" in output

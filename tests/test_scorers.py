@@ -436,7 +436,7 @@ def test_the_recipe_measures_a_well_known_judge(
     rows = [{"prompt": PROMPTS[0], "path1": "0.png", "path2": "1.png"}]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     config = Config(
-        judge=f"clip_score:{folder / 'clip'}", data=str(tmp_path / "pairs.jsonl"), benchmark=f"hpdv3:{tmp_path}",
+        reward=f"clip_score:{folder / 'clip'}", test_data=str(tmp_path / "pairs.jsonl"), benchmarks=f"hpdv3:{tmp_path}",
         num_resamples=5, run_folder=str(tmp_path / "run"), num_cpu_threads=1,
     )  # fmt: skip
     found = main(config)

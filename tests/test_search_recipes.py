@@ -60,7 +60,7 @@ def config(name: str, tiny_sd: Path, tmp_path: Path, **changes: Any) -> Any:
         "run_folder": str(tmp_path / "run"),
         "num_cpu_threads": 1,
     }
-    own = {"best_of_n": {"n": 4, "prune_after": "1"}, "fk_steering": {"num_particles": 4, "resample_after": "1,2"}}
+    own = {"best_of_n": {"num_candidates": 4, "prune_after": "1"}, "fk_steering": {"num_particles": 4, "resample_after": "1,2"}}
     return RECIPES[name].Config(**{**shared, **own[name], **changes})
 
 
@@ -130,7 +130,7 @@ def test_without_pruning_images_are_generated_once(tiny_sd: Path, tmp_path: Path
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_without_a_baseline_the_report_shows_no_plain_samples(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """Particles and survivors are not samples of the model itself."""
-    RECIPES[name].main(config(name, tiny_sd, tmp_path, compare=False))
+    RECIPES[name].main(config(name, tiny_sd, tmp_path, baseline=False))
     found = read_records(tmp_path / "run" / "images")
     calls = {"best_of_n": 4 * 1 + 2 * 3, "fk_steering": 4 * 4}
     assert found[0].row["searched"]["cost"]["denoiser_calls"] == calls[name]
@@ -250,7 +250,7 @@ def test_kill_9_loses_nothing(tiny_sd: Path, tmp_path: Path) -> None:
     The code that is killed and resumed, `search/run.py`, is shared by the recipes.
     """
     name = "best_of_n"
-    settings = config(name, tiny_sd, tmp_path, images_per_prompt=20, batch_size=1)
+    settings = config(name, tiny_sd, tmp_path, images_per_prompt=20, microbatch_size=1)
     launch(command(name, settings))
     folder = tmp_path / "killed"
     rng, finished = random.Random(0), dict[Path, int]()
@@ -296,21 +296,21 @@ def test_two_processes_give_the_results_of_one(name: str, tiny_sd: Path, tmp_pat
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("best_of_n", {"n": 0}, "n is 0; it must be at least 1"),
+        ("best_of_n", {"num_candidates": 0}, "num_candidates is 0; it must be at least 1"),
         ("best_of_n", {"prune_after": "early"}, "prune_after is early; it must be whole numbers with commas"),
         ("best_of_n", {"prune_after": "4"}, "cannot be pruned after 4 steps: sampling has 4 steps"),
         ("best_of_n", {"eta": -1.0}, r"eta is -1\.0"),
         ("best_of_n", {"images_per_prompt": 0}, "images_per_prompt is 0; it must be at least 1"),
-        ("best_of_n", {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ("best_of_n", {"microbatch_size": 0}, "microbatch_size is 0; it must be at least 1"),
         ("fk_steering", {"num_particles": 0}, "num_particles is 0; it must be at least 1"),
-        ("fk_steering", {"eta": 0.0}, r"eta is 0\.0; it must be in \(0, 1\]: FK steering needs steps with noise"),
+        ("fk_steering", {"eta": 0.0}, r"eta is 0\.0; it must be in \(0, 1\]"),
         (
             "fk_steering",
             {"resample_after": "1,9"},
             "resample_after is 1,9; it must be whole numbers with commas, from 1 to 3",
         ),
         ("fk_steering", {"strength": -1.0}, r"strength is -1\.0; it must be at least 0"),
-        ("fk_steering", {"spread": 0.0}, r"spread is 0\.0; it must be positive"),
+        ("fk_steering", {"reward_std": 0.0}, r"reward_std is 0\.0; it must be positive"),
     ],
 )
 def test_impossible_settings_are_refused(
@@ -330,8 +330,8 @@ def test_a_reward_model_that_only_compares_is_refused(tiny_sd: Path, tmp_path: P
 def test_resuming_with_another_config_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
     settings = config("best_of_n", tiny_sd, tmp_path)
     best_of_n.main(settings)
-    with pytest.raises(ValueError, match="another config: n was 4 and is now 6"):
-        best_of_n.main(replace(settings, n=6, resume=True))
+    with pytest.raises(ValueError, match="another config: num_candidates was 4 and is now 6"):
+        best_of_n.main(replace(settings, num_candidates=6, resume=True))
 
 
 def test_resuming_with_other_prompts_is_refused(tiny_sd: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """One HTML page per run: what rose, by how much, how sure that is, what it cost, and what may have gone wrong.
 
 The page needs nothing but itself: images are embedded, curves are inline SVG, and its security policy lets the
-browser fetch nothing and run nothing but the slider. `python -m rlhf_t2i.report FOLDER` writes it afresh.
+browser fetch nothing and run nothing but the slider. `python -m rlhf_t2i.report --runs FOLDER` writes it afresh.
 """
 
 from rlhf_t2i.report.charts import Chart, charts, draw

@@ -1,14 +1,17 @@
-"""`python -m rlhf_t2i.report FOLDER ...` writes the page of each run folder and says where it is."""
+"""Write the report of finished or running runs, and print where it is.
 
-from __future__ import annotations
+python -m rlhf_t2i.report --runs runs/ddpo-DATE,runs/draft-DATE
+"""
 
-import sys
 from pathlib import Path
 
-from rlhf_t2i.report.page import write_report
+from rlhf_t2i.config import names, parse_config
+from rlhf_t2i.settings.report import Config
 
-if __name__ == "__main__":
-    if not sys.argv[1:]:
-        sys.exit("Name the folder of a run: python -m rlhf_t2i.report FOLDER")
-    for folder in sys.argv[1:]:
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+
+    from rlhf_t2i.report.page import write_report
+
+    for folder in names(config.runs):
         print(write_report(Path(folder)))  # noqa: T201

@@ -143,6 +143,6 @@ def groups_are_flat(rows: Sequence[Row], config: Config) -> Finding:
 def _flat_shares(train: Sequence[Row], config: Config) -> list[float]:
     """Of each recent step the share of its groups that taught nothing; none where that is not known."""
     groups = config.get("prompts_per_step")
-    if groups and config.get("pairs") == "judged" and config.get("choice") == "best_worst":
+    if groups and config.get("pairs") == "sampled" and config.get("pair_selection") == "best_worst":
         return recent([1 - row["pairs"] / groups for row in train if "pairs" in row])
     return recent([row["degenerate_groups"] / groups for row in train if "degenerate_groups" in row]) if groups else []

@@ -1,7 +1,20 @@
-"""`python -m rlhf_t2i.reward_server` keeps a reward in memory and answers requests for it over HTTP."""
+"""Serve rewards over HTTP to trainers on other machines: images in, scores out.
 
-from rlhf_t2i.config import parse_config
-from rlhf_t2i.reward_server import server
+    RLHF_T2I_TOKEN=... python -m rlhf_t2i.reward_server --rewards llava_reward --port 8000
 
-if __name__ == "__main__":
-    server.main(parse_config(server.Config, description=server.__doc__ or ""))
+A trainer then takes `--rewards http://HOST:8000`. `POST /score` is described in rlhf_t2i/reward_server/protocol.py,
+`GET /health` answers once the rewards are loaded, `GET /metrics` is in the format of Prometheus. If RLHF_T2I_TOKEN is
+set, all requests but /health need that token; otherwise only this machine can be served. SIGTERM or Ctrl-C finishes the
+requests that were accepted.
+"""
+
+from rlhf_t2i.config import parse_config, require
+from rlhf_t2i.settings.reward_server import Config
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
+    config = parse_config(Config, __doc__)
+    require("fastapi", "uvicorn", extra="serve")
+
+    from rlhf_t2i.reward_server.server import main
+
+    main(config)

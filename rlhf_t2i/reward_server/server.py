@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import signal
 import socket
@@ -20,15 +19,15 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import torch
 
-from rlhf_t2i.config import check
 from rlhf_t2i.reward_server.batcher import Batcher, ScoreResponse
 from rlhf_t2i.reward_server.metrics import CONTENT_TYPE
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.rewards.wire_format import TOKEN_VARIABLE, TooLargeError, token, unpack
+from rlhf_t2i.rewards.wire_format import TooLargeError, unpack
+from rlhf_t2i.settings.access import TOKEN_VARIABLE, token
+from rlhf_t2i.settings.reward_server import Config
 
 try:
     import uvicorn
@@ -44,46 +43,6 @@ _SILENT_SECONDS = 30.0
 """A client that sends nothing for so long has given up."""
 _HEADER_BYTES = 2**20
 """Allowance for the part of a body that is not pixels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields in the order of the flow."""
-
-    rewards: str = "llava_reward"
-    """Comma-separated, each NAME or NAME=WEIGHT, as in any recipe."""
-    device: str | None = None
-    """Null is a GPU if there is one."""
-    host: str = "127.0.0.1"
-    """The address to listen at; another than this machine's own needs a token."""
-    port: int = 8000
-    """0 is any that is free."""
-    max_body_mb: int = 512
-    """Of one request, and of its images as float32."""
-    max_images: int = 1024
-    """Of one request."""
-    max_requests: int = 64
-    """That are read, wait or are judged; one more is answered 503."""
-    batch_size: int = 64
-    """Images in one forward pass, of as many requests as fit."""
-    max_wait_ms: float = 5.0
-    """How long a request waits for others to share a forward pass with."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, naming them."""
-        alone = f"127.0.0.1, ::1 or localhost unless the environment variable {TOKEN_VARIABLE} has a token"
-        check(
-            self,
-            [
-                ("host", is_loopback(self.host) or token() is not None, alone),
-                ("port", 0 <= self.port < 2**16, "in 0..65535"),
-                ("max_wait_ms", self.max_wait_ms >= 0, "at least 0"),
-                *(
-                    (name, getattr(self, name) >= 1, "at least 1")
-                    for name in ("max_body_mb", "max_images", "max_requests", "batch_size")
-                ),
-            ],
-        )
 
 
 class Service:
@@ -220,7 +179,7 @@ def main(config: Config) -> None:
     batcher = Batcher(
         load_rewards(config.rewards, finite=False),  # the trainer decides if a score may be infinite
         device=device,
-        batch_size=config.batch_size,
+        batch_size=config.microbatch_size,
         max_wait=config.max_wait_ms / 1000,
     )
     service = Service(
@@ -234,11 +193,3 @@ def main(config: Config) -> None:
     host, port = listener.getsockname()[:2]
     _LOG.info("Serving %s at http://%s:%d", config.rewards, f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if only this machine can reach what listens on an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -18,7 +18,6 @@ import base64
 import io
 import json
 import math
-import os
 import struct
 import warnings
 from collections.abc import Sequence
@@ -32,7 +31,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-TOKEN_VARIABLE = "RLHF_T2I_TOKEN"
 SAFETENSORS, JSON = "application/x-safetensors", "application/json"
 PIXELS = (torch.float32, torch.float16, torch.uint8)
 """Storage types of pixels; float32 is lossless."""
@@ -40,17 +38,6 @@ PIXELS = (torch.float32, torch.float16, torch.uint8)
 
 class TooLargeError(ValueError):
     """A request larger than the server accepts."""
-
-
-def token() -> str | None:
-    """Return the token in the environment variable RLHF_T2I_TOKEN; None if it is not set.
-
-    Raises ValueError, without showing the token, if an HTTP header cannot carry it.
-    """
-    secret = os.environ.get(TOKEN_VARIABLE, "").strip()
-    if not all("!" <= character <= "~" for character in secret):
-        raise ValueError(f"The environment variable {TOKEN_VARIABLE} has blanks or letters beyond ASCII within it.")
-    return secret or None
 
 
 def pack(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], *, pixels: torch.dtype = torch.float32) -> bytes:

@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf_t2i.config import Rule, check, names
+from rlhf_t2i.config import names
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.image_grids import save_image_grid
@@ -29,68 +29,9 @@ from rlhf_t2i.search.context import Candidates, Cost, SearchContext, Veto
 from rlhf_t2i.search.geneval import metadata_of, write_metadata
 from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PROMPTS, measure_reward_std
 from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for, seed_for
+from rlhf_t2i.settings.search import SearchConfig
 from rlhf_t2i.training.run import Run, start_run
 from rlhf_t2i.types import Sampler
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """Settings that both recipes share, in the order of the flow. A recipe adds its own."""
-
-    prompts: str = "shapes"
-    """A UTF-8 file with one prompt a line (or .jsonl, GenEval's too), or the built-in world's held-out prompts."""
-    images_per_prompt: int = 4
-    """Images that each prompt gets, each from a search of its own."""
-    searches_per_batch: int = 8
-    """Searches in one batch: what a kill can cost."""
-
-    model: str = "shapes"
-    """A pipeline folder of diffusers, a Hub id, or a built-in model: shapes, or shapes-flow."""
-    resolution: int | None = None
-    """Height and width of images, in pixels; null is what the model was made for."""
-    weights: str | None = None
-    """Trained weights for it: the folder of a run, of its lora or unet, or of a checkpoint."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the networks; null takes what `accelerate launch` says."""
-    num_denoising_steps: int = 8
-    guidance_scale: float = 1.0
-    """Of classifier-free guidance; 1 is off and halves the cost."""
-    batch_size: int = 64
-    """Images in one forward pass; halved when memory runs out. Changes memory and speed, never results."""
-
-    rewards: str = "llava_reward"
-    """What decides. Comma-separated NAME or NAME=WEIGHT: judge (the built-in one), llava_reward:PATH (a LLaVA-Reward folder or
-    Hub id), oracle, oracle_pass, jpeg_compressibility, jpeg_incompressibility, or module:function."""
-    veto: str | None = None
-    """A reward that can forbid an image ..."""
-    veto_below: float = 0.0
-    """... by a score below this: it is returned only where all of its prompt are forbidden."""
-    evaluation_rewards: str = "oracle,oracle_pass"
-    """Comma-separated rewards that look at every finished image and decide nothing; may be empty."""
-
-    resume: bool = False
-    """Go on with run_folder, or with the newest run under runs/."""
-    run_folder: str | None = None
-    """Null is runs/RECIPE-DATE."""
-    num_cpu_threads: int = 0
-    """On a CPU; 0 shares all cores among the processes."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, naming them."""
-        check(self, self.rules())
-
-    def rules(self) -> list[Rule]:
-        """What the values must be; a recipe adds its own."""
-        return [
-            ("images_per_prompt", self.images_per_prompt >= 1, "at least 1"),
-            ("searches_per_batch", self.searches_per_batch >= 1, "at least 1"),
-            ("num_denoising_steps", self.num_denoising_steps >= 1, "at least 1"),
-            ("guidance_scale", self.guidance_scale >= 1, "at least 1, which is off"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("resolution", self.resolution is None or self.resolution >= 1, "at least 1"),
-            ("seed", self.seed >= 0, "at least 0"),
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +208,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> SearchRun:
     )
     schedule = policy.schedule(config.num_denoising_steps)
     sampler = Sampler(schedule, stochastic(schedule, eta=eta), config.guidance_scale)
-    context = SearchContext(policy, rewards, sampler=sampler, microbatch_size=config.batch_size, veto=veto)
+    context = SearchContext(policy, rewards, sampler=sampler, microbatch_size=config.microbatch_size, veto=veto)
     return SearchRun(config, run, context, evaluation_rewards, prompts, metadata)
 
 

@@ -1,4 +1,4 @@
-"""Train the built-in Stable Diffusion from scratch: `python -m rlhf_t2i.shapes.build --output-folder FOLDER`.
+"""Train the built-in Stable Diffusion from scratch: `python -m rlhf_t2i.shapes.build --output_folder FOLDER`.
 
 Three stages, each from a fixed seed, each resumed where it was stopped:
 
@@ -392,11 +392,11 @@ def save_in_half(pipeline: Any, folder: Path) -> None:
 def main() -> None:
     """The command line of `build`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-folder", type=Path, default=Path("runs/shapes"))
-    parser.add_argument("--num-autoencoder-updates", type=int, default=3_000)
-    parser.add_argument("--num-denoiser-updates", type=int, default=2_000)
-    parser.add_argument("--num-misalign-updates", type=int, default=1_000)
-    parser.add_argument("--num-images", type=int, default=16_000)
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--num_autoencoder_updates", type=int, default=3_000)
+    parser.add_argument("--num_denoiser_updates", type=int, default=2_000)
+    parser.add_argument("--num_misalign_updates", type=int, default=1_000)
+    parser.add_argument("--num_images", type=int, default=16_000)
     parser.add_argument("--seed", type=int, default=0)
     build(**vars(parser.parse_args()))
 

@@ -266,11 +266,11 @@ def build(
 def main() -> None:
     """The command line of `build`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-folder", type=Path, default=Path("runs/reader"))
-    parser.add_argument("--num-eye-updates", type=int, default=1_200)
-    parser.add_argument("--num-updates", type=int, default=6_000)
-    parser.add_argument("--num-drawn", type=int, default=30_000)
-    parser.add_argument("--num-painted", type=int, default=6_000)
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/reader"))
+    parser.add_argument("--num_eye_updates", type=int, default=1_200)
+    parser.add_argument("--num_updates", type=int, default=6_000)
+    parser.add_argument("--num_drawn", type=int, default=30_000)
+    parser.add_argument("--num_painted", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=0)
     build(**vars(parser.parse_args()))
 

@@ -1,4 +1,4 @@
-"""Train the built-in flow model from scratch: `python -m rlhf_t2i.shapes.build_flow --output-folder FOLDER`.
+"""Train the built-in flow model from scratch: `python -m rlhf_t2i.shapes.build_flow --output_folder FOLDER`.
 
 A `ZImagePipeline` of 2.5 million parameters over the latents of the built-in Stable Diffusion, so that recipes for flow
 models learn on a laptop too. Its stages are those of `build.py`, without the autoencoder, which is that model's own:
@@ -169,10 +169,10 @@ def build_flow(
 def main() -> None:
     """The command line of `build_flow`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-folder", type=Path, default=Path("runs/shapes-flow"))
-    parser.add_argument("--num-flow-updates", type=int, default=3_000)
-    parser.add_argument("--num-misalign-updates", type=int, default=1_000)
-    parser.add_argument("--num-images", type=int, default=16_000)
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/shapes-flow"))
+    parser.add_argument("--num_flow_updates", type=int, default=3_000)
+    parser.add_argument("--num_misalign_updates", type=int, default=1_000)
+    parser.add_argument("--num_images", type=int, default=16_000)
     parser.add_argument("--seed", type=int, default=0)
     build_flow(**vars(parser.parse_args()))
 

@@ -1,4 +1,4 @@
-"""Preference pairs of the built-in world: `python -m rlhf_t2i.shapes.pairs --output-folder FOLDER`.
+"""Preference pairs of the built-in world: `python -m rlhf_t2i.shapes.pairs --output_folder FOLDER`.
 
 A folder of images and six files in the format of `reward_model.datasets.own`:
 
@@ -239,12 +239,12 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 def main() -> None:
     """The command line of `write_pairs`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output-folder", type=Path, default=Path("runs/shapes-pairs"))
-    parser.add_argument("--num-drawn", type=int, default=10_000)
-    parser.add_argument("--num-painted", type=int, default=10_000)
-    parser.add_argument("--num-paintings", type=int, default=8_800)
-    parser.add_argument("--num-validation", type=int, default=1_000)
-    parser.add_argument("--num-test", type=int, default=1_500)
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/shapes-pairs"))
+    parser.add_argument("--num_drawn", type=int, default=10_000)
+    parser.add_argument("--num_painted", type=int, default=10_000)
+    parser.add_argument("--num_paintings", type=int, default=8_800)
+    parser.add_argument("--num_validation", type=int, default=1_000)
+    parser.add_argument("--num_test", type=int, default=1_500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
     write_pairs(arguments.pop("output_folder"), **arguments)

@@ -25,7 +25,7 @@ from rlhf_t2i.training.run_folder import CHECKPOINTS
 
 _FREE_TO_CHANGE = {
     "resume", "run_folder", "num_steps", "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads",
-    "batch_size", "searches_per_batch",
+    "searches_per_batch",
 }  # fmt: skip
 """Settings that may differ when a run is resumed."""
 
@@ -125,7 +125,9 @@ def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = Tru
     config = {**config, "mixed_precision": accelerator.mixed_precision}
     if accelerator.device.type == "cpu":
         set_num_threads(config["num_cpu_threads"])
-    folder = claim_folder(config, recipe=recipe, free_to_change=_FREE_TO_CHANGE)
+    # A search is either finished or not begun, so that a resumed run never mixes two sizes within one.
+    free = _FREE_TO_CHANGE if checkpoints else _FREE_TO_CHANGE | {"microbatch_size"}
+    folder = claim_folder(config, recipe=recipe, free_to_change=free)
     resumed_from = None
     if resume and checkpoints:
         resumed_from = newest_whole(folder / CHECKPOINTS, report=accelerator.print)

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf_t2i.config import Rule, check, names
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.distributed.placement import learning_of, placement_config, placement_table
 from rlhf_t2i.distributed.processes import make_engine
@@ -22,6 +21,7 @@ from rlhf_t2i.distributed.state import gather_weights
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
+from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
 from rlhf_t2i.training.checkpoint import Checkpoints
 from rlhf_t2i.training.early_stop import EarlyStop
@@ -34,129 +34,6 @@ from rlhf_t2i.training.run_folder import CONFIG, IMAGES, update_run_info
 from rlhf_t2i.types import Policy, Sampler
 
 Batch = TypeVar("Batch")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """Settings that all recipes share, in the order of the flow. A recipe adds its own."""
-
-    prompts: str = "shapes"
-    """A UTF-8 file with one prompt a line (or .jsonl), or the built-in world's training prompts."""
-    evaluation_prompts: str = "shapes"
-    """The same for evaluation; of the built-in world the held-out prompts."""
-
-    model: str = "shapes"
-    """A pipeline folder of diffusers, a Hub id, or a built-in model: shapes, or shapes-flow."""
-    resolution: int | None = None
-    """Height and width of images, in pixels; null is what the model was made for."""
-    lora_rank: int | None = None
-    """Rank of the trained adapters; null trains the whole denoiser."""
-    lora_alpha: float | None = None
-    """Adapters are scaled by alpha / rank; null stands for alpha = rank."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the networks; null takes what `accelerate launch` says. Densities are always float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations instead of keeping them: less memory, about a third slower."""
-
-    num_denoising_steps: int = 8
-    guidance_scale: float = 1.0
-    """Classifier-free guidance in rollout, update and evaluation; 1 is off and halves the cost."""
-    microbatch_size: int = 64
-    """Images in one forward pass. Changes memory and speed, never results."""
-
-    offload_text_encoders: bool = False
-    """Keep them in main memory; they are on the device only while they read prompts that are new."""
-    gather_for_sampling: bool = True
-    """Under ZeRO-3 and FSDP2: hold all weights while painting without gradient, which is fast; false gathers them layer
-    by layer, each time, in less memory."""
-
-    learning_rate: float = 3e-4
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from zero."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 1e-4
-    max_gradient_norm: float = 1.0
-    max_skipped_updates: int = 10
-    """An update whose gradient is not finite is left out; stop after so many in a row."""
-    ema_decay: float = 0.0
-    """Evaluate and export an exponential moving average of the weights; 0 is off."""
-
-    num_steps: int = 40
-    evaluate_every: int = 10
-    """Steps between evaluations, which there always are before and after; 0 has no others."""
-    num_evaluation_images: int = 408
-    evaluation_rewards: str = "oracle,oracle_pass,llava_reward"
-    """Comma-separated rewards. One that is not trained on shows how much of the gain is real; the report draws the
-    gap."""
-    num_evaluation_steps: int | None = None
-    """Denoising steps in evaluation; null is num_denoising_steps."""
-    evaluation_eta: float = 0.0
-    evaluation_seed: int = 1_000_000
-    lora_scale_at_sampling: float = 1.0
-    """Adapters are so much weaker in evaluation and export than in training: below 1 is nearer to the base model."""
-    early_stop_reward: str | None = None
-    """One of evaluation_rewards, best one that is not trained on: export the weights with which it was highest ..."""
-    patience: int = 3
-    """... and stop once so many evaluations in a row were no better."""
-
-    checkpoint_every: int = 10
-    keep_checkpoints: int = 2
-    resume: bool = False
-    """Go on with the newest whole checkpoint of run_folder, or of the newest run under runs/."""
-    run_folder: str | None = None
-    """Null is runs/RECIPE-DATE."""
-    trackers: str = ""
-    """Comma-separated, of wandb and tensorboard."""
-    num_cpu_threads: int = 0
-    """On a CPU; 0 shares all cores among the processes."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work, naming them."""
-        check(self, self.rules())
-
-    def rules(self) -> list[Rule]:
-        """What the values must be; a recipe adds its own."""
-        return [
-            ("num_denoising_steps", self.num_denoising_steps >= 1, "at least 1"),
-            ("guidance_scale", self.guidance_scale >= 1, "at least 1, which is off"),
-            ("microbatch_size", self.microbatch_size >= 1, "at least 1"),
-            ("learning_rate", self.learning_rate > 0, "positive"),
-            ("max_gradient_norm", self.max_gradient_norm > 0, "positive"),
-            ("max_skipped_updates", self.max_skipped_updates >= 1, "at least 1"),
-            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
-            ("num_steps", self.num_steps >= 1, "at least 1"),
-            ("num_evaluation_images", self.num_evaluation_images >= 2, "at least 2"),
-            ("resolution", self.resolution is None or self.resolution >= 1, "at least 1"),
-            ("num_evaluation_steps", self.num_evaluation_steps is None or self.num_evaluation_steps >= 1, "at least 1"),
-            ("evaluation_eta", 0 <= self.evaluation_eta <= 1, "in [0, 1]"),
-            ("evaluation_seed", self.evaluation_seed >= 0, "at least 0"),
-            ("lora_scale_at_sampling", self.lora_scale_at_sampling > 0, "positive"),
-            (
-                "lora_scale_at_sampling",
-                self.lora_scale_at_sampling == 1 or self.lora_rank is not None,
-                "1 where the whole denoiser is trained, which has no adapters to scale (lora_rank)",
-            ),
-            (
-                "early_stop_reward",
-                self.early_stop_reward in (None, *(part.split("=")[0] for part in names(self.evaluation_rewards))),
-                f"one of evaluation_rewards ({self.evaluation_rewards})",
-            ),
-            (
-                "evaluate_every",
-                self.early_stop_reward is None or self.evaluate_every >= 1,
-                "at least 1 for early_stop_reward to be looked at",
-            ),
-            ("patience", self.patience >= 1, "at least 1"),
-            ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
-            ("seed", self.seed >= 0, "at least 0"),
-        ]
-
-    def learning_rate_at(self, step: int) -> float:
-        """Rises over the first warmup_steps, then stays."""
-        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
 
 
 @dataclass
@@ -392,7 +269,7 @@ class Trainer:
         """Within it LoRA adapters have their scale of evaluation and export."""
         from rlhf_t2i.models.lora import lora_scaled  # takes seconds
 
-        weights, scale = self.engine.weights, self.config.lora_scale_at_sampling
+        weights, scale = self.engine.weights, self.config.lora_scale
         with exchanged(weights, lora_scaled(weights, scale) if scale != 1 else {}):
             yield
 

@@ -1,0 +1,34 @@
+"""Options of recipes/best_of_n.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from rlhf_t2i.config import Group, Rule, names
+from rlhf_t2i.settings.ranges import Fraction, PositiveInt
+from rlhf_t2i.settings.search import SearchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SearchConfig):
+    """Best-of-N settings."""
+
+    num_candidates: PositiveInt = 16
+    """Images sampled in one search (N), of which the best is returned."""
+    eta: Annotated[Fraction, Group("sampling")] = 0.0
+    """Noise of each denoising step; 0 is deterministic, 1 is the noise of the forward process."""
+    prune_after: str = ""
+    """Comma-separated numbers of denoising steps after each of which the worse half of the candidates is dropped; empty
+    finishes all. Each is below num_denoising_steps."""
+    baseline: bool = True
+    """With prune_after, also finish all candidates without pruning and report both; doubles the cost."""
+
+    def rules(self) -> list[Rule]:
+        digits = all(part.isdigit() for part in names(self.prune_after))
+        return [*super().rules(), ("prune_after", digits, "whole numbers with commas")]
+
+    @property
+    def pruning_steps(self) -> list[int]:
+        """Numbers of denoising steps after which candidates are dropped."""
+        return sorted({int(part) for part in names(self.prune_after)})

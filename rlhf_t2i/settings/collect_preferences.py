@@ -1,0 +1,69 @@
+"""Options of recipes/collect_preferences.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from rlhf_t2i.config import Group, Rule, Settings, names
+from rlhf_t2i.settings.groups import (
+    DataSettings,
+    EvaluationSamplingSettings,
+    GuidanceSettings,
+    MicrobatchSettings,
+    ModelSettings,
+    ResumeSettings,
+    RewardNames,
+    SeedSettings,
+    ServerSettings,
+)
+from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSourceSettings(Settings, group="data"):
+    """Where the pairs of images come from."""
+
+    runs: str | None = None
+    """Comma-separated folders of runs that trained a diffusion model, or of recipes/evaluate_policy.py: pairs are
+    images before and after training, or of two of the evaluated weights."""
+    pairs: str | None = None
+    """Preference data to ask again: comma-separated files or folders, each PATH or FORMAT:PATH (docs/data.md). A
+    record {"prompt", "tie"} is a pair without a preference. Existing preferences appear on the results page only."""
+    num_pairs: PositiveInt | None = None
+    """Pairs to ask. With --weights they are sampled, and null is 100; otherwise they are drawn at random, and null is
+    all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(
+    SeedSettings,
+    ServerSettings,
+    MicrobatchSettings,
+    ResumeSettings,
+    EvaluationSamplingSettings,
+    DataSettings,
+    PairSourceSettings,
+    GuidanceSettings,
+    ModelSettings,
+):
+    """Settings of an annotation page. Exactly one of runs, pairs and weights says where the images come from."""
+
+    weights: Annotated[str, Group("model and LoRA")] | None = None
+    """Two weights to sample pairs from, comma-separated, as in recipes/evaluate_policy.py: base, and folders of runs,
+    of what they exported, or of checkpoints."""
+    num_evaluation_steps: Annotated[PositiveInt, Group("evaluation")] = 8
+    """Denoising steps for one image with --weights."""
+    rewards: Annotated[RewardNames, Group("reward")] | None = None
+    """Rewards that the results page compares with people's answers, comma-separated NAME or NAME=WEIGHT, summed by
+    weight (docs/rewards.md); null compares with none."""
+    seed: NonNegativeInt = 0
+    """Seed of the order and the sides in which each annotator sees the pairs."""
+
+    def rules(self) -> list[Rule]:
+        sources = [name for name in ("runs", "pairs", "weights") if names(getattr(self, name) or "")]
+        two = self.weights is None or len(names(self.weights)) == 2
+        given = " and ".join(sources) or "none of them"
+        if len(sources) != 1:
+            raise ValueError(f"Images come from exactly one of runs, pairs and weights; given is {given}.")
+        return [*super().rules(), ("weights", two, "two of them, such as base,FOLDER")]

@@ -1,0 +1,70 @@
+"""Options of recipes/diffusion_dpo.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from rlhf_t2i.config import Group, Rule, Settings, whole_numbers
+from rlhf_t2i.settings.groups import DataSettings, GroupedSamplingSettings, TrainerConfig
+from rlhf_t2i.settings.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings(Settings, group="data"):
+    """Preference data to train on."""
+
+    pairs: str = "sampled"
+    """Preference data: comma-separated files or folders, each PATH or FORMAT:PATH (docs/data.md); sampled makes pairs
+    in each step, from images that the reward compares."""
+    pairs_per_step: PositiveInt = 64
+    """Pairs of the preference data in one training step, over all processes. Unused with --pairs sampled."""
+    cache_folder: str | None = None
+    """Folder for a cache of latents and text embeddings of the preference data; null encodes them in every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig):
+    """Diffusion-DPO settings. `microbatch_size` counts images, two for each pair."""
+
+    prompts_per_step: PositiveInt = 32
+    """Distinct prompts in one training step with --pairs sampled, over all processes; a multiple of the number of
+    processes."""
+    images_per_prompt: Annotated[int, Ge(2)] = 8
+    """Images sampled for each prompt in one training step with --pairs sampled, all on one process."""
+    eta: Annotated[Fraction, Group("sampling")] = 1.0
+    """Noise of each denoising step with --pairs sampled; 0 is deterministic, 1 is the noise of the forward process."""
+    guidance_scale: Annotated[float, Ge(1)] = 1.0
+    """Scale of classifier-free guidance in sampling and evaluation; 1 is no guidance and halves their cost. The update
+    uses none."""
+    pair_selection: Literal["best_worst", "all", "random"] = "best_worst"
+    """Pairs among a prompt's images with --pairs sampled: the best against the worst, every two, or one random two."""
+    save_pairs: Annotated[bool, Group("checkpoints and logging")] = True
+    """Write sampled pairs to RUN_FOLDER/pairs, a folder that --pairs reads."""
+
+    loss: Literal["dpo", "sft"] = "dpo"
+    """Training loss: Diffusion-DPO, or supervised fine-tuning on the winners alone as a baseline."""
+    beta: PositiveFloat = 50.0
+    """Strength of the implicit KL penalty towards the reference model; published for SD 1.5: 2000 to 5000. Fewer latent
+    numbers need less."""
+    dpop_weight: NonNegativeFloat = 0.0
+    """Weight of the penalty on a winner's error above the reference's (DPO-Positive, arXiv:2402.13228); 0 is plain
+    DPO."""
+    timesteps: str = "500-999"
+    """Timesteps (noise levels) to train, within the model's 0 to 999: a range such as 0-999, or a list such as
+    249,499,749,999 for a turbo model."""
+    num_inner_epochs: PositiveInt = 4
+    """Optimiser steps on the pairs of each step, each with new noise."""
+    learning_rate: PositiveFloat = 1.5e-4
+    num_steps: PositiveInt = 20
+    microbatch_size: Annotated[int, Ge(2)] = 64
+    """Images in one forward pass of one process, two for each pair; changes memory and speed, never results."""
+
+    def rules(self) -> list[Rule]:
+        timesteps = bool(whole_numbers(self.timesteps))
+        return [
+            *super().rules(),
+            ("timesteps", timesteps, "a range such as 0-999 or a list such as 249,499,749,999"),
+        ]

@@ -1,0 +1,61 @@
+"""Options of recipes/evaluate_reward_model.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from rlhf_t2i.config import Group, Settings
+from rlhf_t2i.settings.groups import (
+    DataSettings,
+    FolderSettings,
+    MicrobatchSettings,
+    PrecisionSettings,
+    SeedSettings,
+    ThreadSettings,
+)
+from rlhf_t2i.settings.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Precision
+from rlhf_t2i.shapes.names import TOY_REWARD_MODEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestDataSettings(Settings, group="data"):
+    """Data to evaluate on."""
+
+    test_data: str | None = None
+    """Comma-separated data files, each PATH or FORMAT:PATH (docs/data.md), or shapes for the pairs of the built-in
+    world; null is shapes if there are no benchmarks, else none."""
+    benchmarks: str = ""
+    """Comma-separated published test sets, each NAME:PATH: tifa160, mj_bench, unsafe_bench, image_reward, hpdv2, hpdv3,
+    pick_a_pic, genai_bench."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(
+    ThreadSettings,
+    PrecisionSettings,
+    MicrobatchSettings,
+    SeedSettings,
+    FolderSettings,
+    DataSettings,
+    TestDataSettings,
+):
+    """Settings of a reward model's evaluation."""
+
+    reward: Annotated[str, Group("reward")] = TOY_REWARD_MODEL
+    """Reward model to evaluate: folder or Hub id of a LLaVA-Reward, shapes for the built-in one, or one of other
+    projects as NAME:PATH (clip, clip_score, pick_score, hps, image_reward, vqa_score)."""
+    tie_threshold: Annotated[NonNegativeFloat, Group("evaluation")] = 0.0
+    """Difference of two scores up to which a benchmark counts them as a tie."""
+    label_threshold: Annotated[float, Group("evaluation")] = 0.0
+    """Score from which a benchmark counts an image as good (safe)."""
+    num_resamples: Annotated[PositiveInt, Group("evaluation")] = 2000
+    """Bootstrap resamples for the 95 % intervals of benchmarks."""
+    num_shown: Annotated[NonNegativeInt, Group("evaluation")] = 24
+    """Pairs on the report page: those with the largest errors."""
+    mixed_precision: Precision | None = None
+    """Precision of a LLaVA-Reward's backbone; null is its precision in training. Scores are always float32."""
+    microbatch_size: PositiveInt = 64
+    """Images (or pairs) in one forward pass."""
+    seed: NonNegativeInt = 0
+    """Seed of the built-in world's pairs and of the bootstrap."""

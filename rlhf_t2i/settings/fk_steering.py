@@ -1,0 +1,48 @@
+"""Options of recipes/fk_steering.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from rlhf_t2i.config import Group, Rule, names
+from rlhf_t2i.settings.ranges import NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt
+from rlhf_t2i.settings.search import SearchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SearchConfig):
+    """FK steering settings."""
+
+    num_particles: PositiveInt = 16
+    """Images (particles) sampled together in one search, of which the best is returned."""
+    eta: Annotated[PositiveFraction, Group("sampling")] = 1.0
+    """Noise of each denoising step; 1 is the noise of the forward process. Not 0: copies of a particle would stay
+    equal."""
+    strength: NonNegativeFloat = 2.0
+    """Strength of steering: the potential's lambda is strength / reward_std; 0 is plain sampling."""
+    reward_std: PositiveFloat | None = None
+    """Standard deviation of the reward among images of one prompt; null measures it on 64 calibration samples. With 1,
+    strength is the paper's lambda."""
+    potential: Literal["difference", "max", "sum"] = "difference"
+    """Potential that log-weights add up: lambda times the reward's change since the last resampling step, its highest
+    value so far, or its sum so far."""
+    resample_after: str = "2,3,4,6"
+    """Comma-separated numbers of denoising steps after which particles are scored and may be resampled; each from 1 to
+    num_denoising_steps - 1."""
+    ess_threshold: PositiveFraction = 1.0
+    """Fraction of num_particles: particles are resampled if their effective sample size is below it; 1 always
+    resamples."""
+    baseline: bool = True
+    """Also run best-of-N with as many images from the same seeds and report both; doubles the cost."""
+
+    def rules(self) -> list[Rule]:
+        after = names(self.resample_after)
+        works = bool(after) and all(part.isdigit() and 1 <= int(part) < self.num_denoising_steps for part in after)
+        rule = f"whole numbers with commas, from 1 to {self.num_denoising_steps - 1}"
+        return [*super().rules(), ("resample_after", works, rule)]
+
+    @property
+    def resampling_steps(self) -> list[int]:
+        """Numbers of denoising steps after which particles are scored."""
+        return sorted(int(part) for part in names(self.resample_after))

@@ -1,0 +1,290 @@
+"""Options that several commands share, a class for each set that occurs together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from rlhf_t2i.config import Names, Rule, Settings
+from rlhf_t2i.rewards.table import REWARDS
+from rlhf_t2i.settings.access import TOKEN_VARIABLE, is_loopback, token
+from rlhf_t2i.settings.ranges import (
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Port,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+)
+from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS
+
+RewardNames = Annotated[str, Names(tuple(entry.name for entry in REWARDS))]
+DifferentiableRewardNames = Annotated[str, Names(tuple(e.name for e in REWARDS if e.differentiable is not False))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings, group="model and LoRA"):
+    """The diffusion model."""
+
+    model: str = TOY_MODEL
+    """Diffusion model: a diffusers pipeline folder, a Hub id, or a built-in model (shapes, shapes-flow)."""
+    resolution: PositiveInt | None = None
+    """Height and width of images in pixels; null is the model's native size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Settings, group="model and LoRA"):
+    """Adapters of the diffusion model."""
+
+    lora_rank: PositiveInt | None = None
+    """Rank of the trained LoRA; null trains all weights of the denoiser."""
+    lora_alpha: PositiveFloat | None = None
+    """LoRA scaling: adapters are multiplied by lora_alpha / lora_rank; null is lora_rank, a factor of 1."""
+    lora_scale: PositiveFloat = 1.0
+    """Scale of the LoRA in evaluation and export, relative to training; below 1 moves towards the base model."""
+
+    def rules(self) -> list[Rule]:
+        works = self.lora_scale == 1 or self.lora_rank is not None
+        return [*super().rules(), ("lora_scale", works, "1 without a LoRA (lora_rank is null)")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceSettings(Settings, group="sampling"):
+    """Classifier-free guidance."""
+
+    guidance_scale: Annotated[float, Ge(1)] = 1.0
+    """Scale of classifier-free guidance wherever the model predicts; 1 is no guidance and halves the cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(GuidanceSettings, group="sampling"):
+    """Sampling, of training or of a search."""
+
+    prompts: str = TOY_PROMPTS
+    """Prompts: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line, or shapes for the
+    prompts of the built-in world."""
+    num_denoising_steps: PositiveInt = 8
+    """Denoising steps for one image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(Settings, group="reward"):
+    """The reward that is optimised."""
+
+    rewards: RewardNames = "llava_reward"
+    """Rewards to optimise, comma-separated NAME or NAME=WEIGHT, summed by weight (docs/rewards.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Settings, group="optimiser"):
+    """AdamW and its learning rate."""
+
+    learning_rate: PositiveFloat = 3e-4
+    """Learning rate of AdamW after the warm-up, constant from then on."""
+    warmup_steps: NonNegativeInt = 0
+    """Training steps over which the learning rate rises linearly from zero."""
+    adam_beta1: Decay = 0.9
+    """AdamW's decay of the mean of gradients."""
+    adam_beta2: Decay = 0.999
+    """AdamW's decay of the mean of squared gradients."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW's addend to the denominator."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """AdamW's decoupled weight decay."""
+    max_gradient_norm: PositiveFloat = 1.0
+    """Norm to which gradients over all trained weights are clipped."""
+    max_skipped_updates: PositiveInt = 10
+    """Consecutive updates that may be skipped for a gradient that is not finite, before the run stops."""
+    ema_decay: Decay = 0.0
+    """Decay per step of an exponential moving average (EMA) of the weights, which is evaluated and exported in their
+    place; 0 keeps no average."""
+    num_steps: PositiveInt = 40
+    """Training steps; the run folder of a finished run is exported."""
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step (from 0): rising over the first warmup_steps, then constant."""
+        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSamplingSettings(Settings, group="evaluation"):
+    """Images to evaluate by: the same prompts and seeds for all weights."""
+
+    evaluation_prompts: str = TOY_PROMPTS
+    """Prompts to evaluate on, in the formats of --prompts; shapes is the held-out prompts of the built-in world."""
+    evaluation_eta: Fraction = 0.0
+    """Noise of each denoising step in evaluation; 0 is deterministic, 1 is the noise of the forward process."""
+    evaluation_seed: NonNegativeInt = 1_000_000
+    """Seed of image 0 in evaluation; image i uses evaluation_seed + i."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(EvaluationSamplingSettings, group="evaluation"):
+    """Evaluation during training."""
+
+    evaluate_every: NonNegativeInt = 10
+    """Training steps between evaluations; 0 evaluates only before the first and after the last step."""
+    num_evaluation_images: Annotated[int, Ge(2)] = 408
+    """Images in one evaluation, over all processes; the prompts are used in turn."""
+    evaluation_rewards: RewardNames = "oracle,oracle_pass,llava_reward"
+    """Rewards to measure in evaluations, comma-separated NAME. One that is not trained on shows reward hacking."""
+    num_evaluation_steps: PositiveInt | None = None
+    """Denoising steps for one image in evaluation; null is num_denoising_steps."""
+    early_stop_reward: str | None = None
+    """Name of one of evaluation_rewards, best one that is not trained on: training stops when it no longer rises, and
+    the weights with its highest value are exported; null trains all num_steps."""
+    patience: PositiveInt = 3
+    """Evaluations in a row without a new highest early_stop_reward before training stops."""
+
+    def rules(self) -> list[Rule]:
+        known = [part.split("=")[0].strip() for part in self.evaluation_rewards.split(",")]
+        return [
+            *super().rules(),
+            (
+                "early_stop_reward",
+                self.early_stop_reward is None or self.early_stop_reward in known,
+                f"one of evaluation_rewards ({self.evaluation_rewards})",
+            ),
+            (
+                "evaluate_every",
+                self.early_stop_reward is None or self.evaluate_every >= 1,
+                "at least 1 with early_stop_reward",
+            ),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderSettings(Settings, group="checkpoints and logging"):
+    """The run folder."""
+
+    run_folder: str | None = None
+    """Folder for everything that the run writes; null makes runs/NAME-DATE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeSettings(FolderSettings, group="checkpoints and logging"):
+    """A run folder that can be resumed."""
+
+    resume: bool = False
+    """Continue the run in run_folder, or without run_folder the newest run of this recipe under runs/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(ResumeSettings, group="checkpoints and logging"):
+    """Checkpoints and trackers of training."""
+
+    checkpoint_every: NonNegativeInt = 10
+    """Training steps between checkpoints; 0 writes one only at the end or when the run is stopped."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep; older ones are deleted."""
+    trackers: str = ""
+    """Experiment trackers to log to, comma-separated: wandb, tensorboard. metrics.jsonl is always written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedSettings(Settings, group="system"):
+    """Randomness."""
+
+    seed: NonNegativeInt = 0
+    """Seed of all randomness; the same seed and options give the same run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicrobatchSettings(Settings, group="system"):
+    """Memory."""
+
+    microbatch_size: PositiveInt = 64
+    """Images in one forward pass of one process; changes memory and speed, never results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionSettings(Settings, group="system"):
+    """Numerical precision."""
+
+    mixed_precision: Precision | None = None
+    """Precision of the networks; null is what `accelerate launch` is told. Log-probabilities, losses and advantages are
+    always float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadSettings(Settings, group="system"):
+    """Threads."""
+
+    num_cpu_threads: NonNegativeInt = 0
+    """Threads of one process on a CPU; 0 divides all cores among the processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSettings(ThreadSettings, PrecisionSettings, MicrobatchSettings, SeedSettings, group="system"):
+    """Precision, memory, randomness and threads of the processes that `accelerate launch` starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemorySettings(Settings, group="system"):
+    """Trades of speed for memory in training."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them: less memory, about a third slower."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders in main memory except while they encode new prompts."""
+    gather_for_sampling: bool = True
+    """Under ZeRO-3 and FSDP2: gather all weights once for sampling, which is fast; false gathers them layer by layer in
+    every forward pass, in less memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings, group="data"):
+    """Reading of preference data."""
+
+    image_root: str | None = None
+    """Folder that relative image paths of data files start from; null is each file's own folder. Images outside of it
+    are refused."""
+    image_prefix: str | None = None
+    """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
+    unpack_folder: str = "runs/images"
+    """Folder for images that are stored inside tables and archives."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """Treatment of a record that cannot be used: stop, or skip it and write it to skipped.jsonl in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(Settings, group="system"):
+    """The address of an HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; any but the loopback addresses needs a token in the environment variable RLHF_T2I_TOKEN."""
+    port: Port = 8000
+    """Port to listen on; 0 is any free port."""
+
+    def rules(self) -> list[Rule]:
+        alone = f"127.0.0.1, ::1 or localhost unless the environment variable {TOKEN_VARIABLE} has a token"
+        return [*super().rules(), ("host", is_loopback(self.host) or token() is not None, alone)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(
+    ProcessSettings,
+    TrainingMemorySettings,
+    CheckpointSettings,
+    EvaluationSettings,
+    OptimizerSettings,
+    RewardSettings,
+    SamplingSettings,
+    LoraSettings,
+    ModelSettings,
+):
+    """Options of every recipe that trains a diffusion model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedSamplingSettings(Settings, group="sampling"):
+    """Several images of each of several prompts, whose rewards are compared."""
+
+    prompts_per_step: PositiveInt = 16
+    """Distinct prompts in one training step, over all processes; a multiple of the number of processes."""
+    images_per_prompt: PositiveInt = 12
+    """Images sampled for each prompt in one training step, all on one process."""

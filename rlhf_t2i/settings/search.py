@@ -1,0 +1,46 @@
+"""Options that the recipes of inference-time search share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from rlhf_t2i.config import Group
+from rlhf_t2i.settings.groups import (
+    ModelSettings,
+    ProcessSettings,
+    ResumeSettings,
+    RewardNames,
+    RewardSettings,
+    SamplingSettings,
+)
+from rlhf_t2i.settings.ranges import PositiveInt
+from rlhf_t2i.shapes.names import TOY_PROMPTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSettings, ModelSettings):
+    """Options of every search."""
+
+    weights: Annotated[str, Group("model and LoRA")] | None = None
+    """Trained weights to sample with: the folder of a run, of its exported lora, unet or transformer, or of a
+    checkpoint; null is the model itself."""
+    prompts: str = TOY_PROMPTS
+    """Prompts: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line (GenEval's format
+    too), or shapes for the held-out prompts of the built-in world."""
+    images_per_prompt: Annotated[PositiveInt, Group("sampling")] = 4
+    """Images to return for each prompt, each from a search of its own."""
+    searches_per_batch: Annotated[PositiveInt, Group("system")] = 8
+    """Searches that run together and are written together; a killed run loses at most these."""
+    microbatch_size: PositiveInt = 64
+    """Images in one forward pass of one process, halved when memory runs out; changes memory and speed, never
+    results."""
+
+    veto: Annotated[RewardNames, Group("reward")] | None = None
+    """Reward that excludes images, one NAME (docs/rewards.md); null excludes none."""
+    veto_below: Annotated[float, Group("reward")] = 0.0
+    """Score of the veto reward below which an image is excluded; it is returned only if all images of its search are
+    excluded."""
+    evaluation_rewards: Annotated[RewardNames, Group("evaluation")] = "oracle,oracle_pass"
+    """Rewards to measure on finished images, comma-separated NAME (docs/rewards.md); they do not influence the search.
+    May be empty."""
