@@ -1,4 +1,4 @@
-"""Tiny random multimodal LLMs in their families' ordinary format, judges on them, and images to show them.
+"""Tiny random multimodal LLMs in the standard formats of their families, reward models on them, and random images.
 
 Everything is built once in a process, without a network, in a folder that goes when the process ends.
 """
@@ -48,10 +48,10 @@ FAMILIES = ("llava", "qwen2_5_vl")
 ALL_FAMILIES = (*FAMILIES, "llava_next", "phi3_v", "qwen3_vl")
 WIDTH = 32
 MAX_TOKENS = 96
-"""How many tokens the language models have positions for."""
+"""Number of positions of the language models."""
 
 WORDS = ("a", "Ġ", "Ġred", "Ġblue", "Ġfox", "Ġcat", "red", "blue", "Ġon", "Ġa", "fox", "Ċ", ":", ".")
-"""What both know besides; `Ġ` stands for a space and `Ċ` for a new line, as in any byte-level vocabulary."""
+"""Words of all vocabularies; `Ġ` is a space and `Ċ` a new line, as in byte-level vocabularies."""
 LLAVA_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "USER", "ASSISTANT", *WORDS)
 QWEN_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -63,7 +63,7 @@ PHI_TOKENS = (
     "_", "1", ">", *WORDS,
 )  # fmt: skip
 
-# The families' own, word for word: llava-hf/llava-1.5-7b-hf and Qwen/Qwen2.5-VL-7B-Instruct. Phi's as
+# The templates of the families, unchanged: llava-hf/llava-1.5-7b-hf and Qwen/Qwen2.5-VL-7B-Instruct. Phi's as
 # microsoft/Phi-3.5-vision-instruct renders a turn.
 PHI_TEMPLATE = (
     "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
@@ -92,7 +92,7 @@ QWEN_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# What Qwen/Qwen3-VL-8B-Instruct makes of a turn of an image and a text: no system turn of its own.
+# The output of Qwen/Qwen3-VL-8B-Instruct for a turn of an image and a text: without a system turn.
 QWEN3_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -103,7 +103,7 @@ QWEN3_TEMPLATE = (
 
 @cache
 def _root() -> Path:
-    root = Path(tempfile.mkdtemp(prefix="judges-"))
+    root = Path(tempfile.mkdtemp(prefix="reward-models-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
 
@@ -112,7 +112,7 @@ def _root() -> Path:
 
 
 def _tokenizer(tokens: tuple[str, ...], *, starts_with: str | None, **special: Any) -> PreTrainedTokenizerFast:
-    """One token a word, split as GPT-2 splits; ids are places in `tokens`."""
+    """Return a tokenizer with one token a word, split as by GPT-2; ids are indices into `tokens`."""
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=special["unk_token"]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if starts_with:
@@ -123,14 +123,14 @@ def _tokenizer(tokens: tuple[str, ...], *, starts_with: str | None, **special: A
 
 
 def _seeded(kind: Any, *given: Any) -> Any:
-    """A module whose start is the same in each process: some vectors are drawn when it is made."""
+    """Return a module whose initial weights are the same in each process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(*given)
 
 
 def _randomise(model: nn.Module, *, seed: int) -> None:
-    """Weights so large that every input matters."""
+    """Set weights large enough for every input to matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -226,11 +226,11 @@ def _save_qwen(folder: Path) -> None:
     model = Qwen2_5_VLForConditionalGeneration(config)
     _randomise(model, seed=2)
     model.save_pretrained(folder)
-    _save_qwen_readers(folder, QWEN_TEMPLATE, patch_size=14)
+    _save_qwen_preprocessors(folder, QWEN_TEMPLATE, patch_size=14)
 
 
 def _save_qwen3(folder: Path) -> None:
-    """Three layers in the tower, of which the first two are also shown to the language model's two."""
+    """Three layers in the tower, of which the first two are DeepStack inputs of the language model's two."""
     config = Qwen3VLConfig(
         vision_config={
             "depth": 3,
@@ -264,10 +264,10 @@ def _save_qwen3(folder: Path) -> None:
     model = Qwen3VLForConditionalGeneration(config)
     _randomise(model, seed=16)
     model.save_pretrained(folder)
-    _save_qwen_readers(folder, QWEN3_TEMPLATE, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    _save_qwen_preprocessors(folder, QWEN3_TEMPLATE, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
-def _save_qwen_readers(folder: Path, template: str, *, patch_size: int, **settings: Any) -> None:
+def _save_qwen_preprocessors(folder: Path, template: str, *, patch_size: int, **settings: Any) -> None:
     """Images become 4 to 16 tokens."""
     tokenizer = _tokenizer(
         QWEN_TOKENS, starts_with=None, eos_token="<|im_end|>", unk_token="unknown", pad_token="<|endoftext|>",
@@ -280,7 +280,7 @@ def _save_qwen_readers(folder: Path, template: str, *, patch_size: int, **settin
 
 
 def phi_config(**changes: Any) -> dict[str, Any]:
-    """A config.json as Phi-3.5-vision's: crops of 56 x 56 are 4 x 4 patches and 2 x 2 tokens, read before layer 3."""
+    """A config.json as Phi-3.5-vision's: crops of 56 x 56 are 4 x 4 patches and 2 x 2 tokens; layer 2 of 3 is used."""
     return {
         "architectures": ["Phi3VForCausalLM"],
         "auto_map": {"AutoConfig": "configuration_phi3_v.Phi3VConfig"},
@@ -326,13 +326,13 @@ def phi_config(**changes: Any) -> dict[str, Any]:
 
 
 def phi_decoder(config: dict[str, Any]) -> Phi3ForCausalLM:
-    """The language model alone, as transformers has it."""
+    """Return the language model alone, of transformers."""
     own = {name: config[name] for name in PHI_DECODER}
     return Phi3ForCausalLM(Phi3Config(**own, rope_scaling={**config["rope_scaling"], "type": "longrope"}))
 
 
 def phi_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their published names, also those that no judge needs."""
+    """Return the tensors of a checkpoint by their published names, including unused ones."""
     vision = _seeded(CLIPVisionModel, CLIPVisionConfig(**config["vision_config"]))
     words = phi_decoder(config)
     layers = [_seeded(nn.Linear, size, WIDTH) for size in (64, WIDTH)]
@@ -357,7 +357,7 @@ PHI_DECODER = (
 
 
 def save_phi(folder: Path, *, num_shards: int = 1, **changes: Any) -> None:
-    """A folder as it is published; in several files, with an index, if there are to be more shards than one."""
+    """Save a folder as published; with an index for more than one shard."""
     folder.mkdir(parents=True, exist_ok=True)
     config = phi_config(**changes)
     tensors = phi_tensors(config)
@@ -385,7 +385,7 @@ def save_phi(folder: Path, *, num_shards: int = 1, **changes: Any) -> None:
 
 @cache
 def backbone_folder(family: str) -> Path:
-    """A whole model as transformers saves one: weights, tokenizer, chat template, image processor."""
+    """Return the folder of a model as saved by transformers: weights, tokenizer, chat template, image processor."""
     folder = _root() / family
     match family:
         case "llava":
@@ -406,27 +406,27 @@ def backbone_folder(family: str) -> Path:
 
 
 def fresh_backbone(family: str, **options: Any) -> Backbone:
-    """A backbone of one's own, to put perspectives on."""
+    """Return a new backbone, which the caller may modify."""
     return load_backbone(str(backbone_folder(family)), **options)
 
 
 @cache
 def backbone_of(family: str, template: str = "family", padding_side: str = "right") -> Backbone:
-    """A backbone that all tests share: only to be read with."""
+    """Return a backbone that all tests share; do not modify it."""
     return fresh_backbone(family, template=template, padding_side=padding_side)
 
 
-# --- judges ---------------------------------------------------------------------------------------
+# --- reward models ------------------------------------------------------------------------------------
 
 
 def config_of(family: str, **changes: Any) -> RewardModelConfig:
-    """Small enough for the tiny models."""
+    """Return a config small enough for the tiny models."""
     options = {"width": WIDTH, "lora_rank": 2, "lora_alpha": 4.0, **changes}
     return RewardModelConfig(backbone=str(backbone_folder(family)), model_type=family, **options)
 
 
 def scatter(model: RewardModel, *, seed: int) -> None:
-    """Move every weight of the perspective in use far from its start, as a long training would."""
+    """Move every weight of the active perspective far from its initial value, as a long training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model, model.active).items():
@@ -434,42 +434,42 @@ def scatter(model: RewardModel, *, seed: int) -> None:
             tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
 
 
-def fresh_model(family: str, *, seed: int = 0, padding_side: str = "right", **facts: Any) -> RewardModel:
-    """A judge in memory with one perspective whose weights are random and matter."""
-    known = config_of(family, **facts)
-    options = {key: getattr(known, key) for key in ("template", "min_pixels", "max_pixels", "num_crops")}
+def fresh_model(family: str, *, seed: int = 0, padding_side: str = "right", **options: Any) -> RewardModel:
+    """Return a reward model in memory with one perspective, of random weights."""
+    config = config_of(family, **options)
+    options = {key: getattr(config, key) for key in ("template", "min_pixels", "max_pixels", "num_crops")}
     model = RewardModel(fresh_backbone(family, padding_side=padding_side, **options))
-    model.add(known)
+    model.add(config)
     scatter(model, seed=seed)
     return model.eval()
 
 
 @cache
-def _saved(family: str, seed: int, facts: str) -> Path:
-    model = fresh_model(family, seed=seed, **json.loads(facts))
+def _saved(family: str, seed: int, options: str) -> Path:
+    model = fresh_model(family, seed=seed, **json.loads(options))
     folder = Path(tempfile.mkdtemp(dir=_root()))
     return save_adapter(model.configs[model.active], adapter_tensors(model, model.active), folder)
 
 
-def reward_model_folder(family: str, *, seed: int = 0, **facts: Any) -> Path:
-    """The bundle of such a judge; only to be read, copy it before you break it."""
-    return _saved(family, seed, json.dumps(facts, sort_keys=True))
+def reward_model_folder(family: str, *, seed: int = 0, **options: Any) -> Path:
+    """Return the adapter checkpoint of such a model; do not modify it, copy it first."""
+    return _saved(family, seed, json.dumps(options, sort_keys=True))
 
 
-def load(family: str, *, seed: int = 0, **facts: Any) -> LlavaReward:
-    """Such a judge as a user has it."""
-    return LlavaReward.from_pretrained(reward_model_folder(family, seed=seed, **facts))
+def load(family: str, *, seed: int = 0, **options: Any) -> LlavaReward:
+    """Load such a model as a user does."""
+    return LlavaReward.from_pretrained(reward_model_folder(family, seed=seed, **options))
 
 
 # --- images -------------------------------------------------------------------------------------
 
 
 def bytes_of(height: int, width: int, *, seed: int = 0) -> Tensor:
-    """An image of noise in 8 bits, (3, height, width)."""
+    """Return an image of noise in 8 bits, (3, height, width)."""
     return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 def random_image(height: int, width: int, *, seed: int = 0, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """An image of noise with values from `low` to `high`."""
+    """Return an image of noise with values from `low` to `high`."""
     noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
     return low + (high - low) * noise

@@ -1,4 +1,4 @@
-"""What a backbone is shown and what it reads: ids, pixels, visual tokens and states, beside stock transformers."""
+"""Backbones compared with stock transformers: token ids, pixels, visual tokens and states."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.reward_models import (
 
 IMAGE = {"llava": 4, "llava_next": 4, "phi3_v": 4, "qwen2_5_vl": 5, "qwen3_vl": 5}
 STOCK = tuple(family for family in ALL_FAMILIES if family != "phi3_v")
-"""The families that transformers has; the other has a slow reference of its own in `test_phi3_v.py`."""
+"""The families of transformers; the other has a slow reference in `test_phi3_v.py`."""
 PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
 
 
@@ -51,7 +51,7 @@ def stock_model(family: str) -> Any:
 
 # --- prompts --------------------------------------------------------------------------------------
 
-# Ids are places in `judges.LLAVA_TOKENS`, `judges.QWEN_TOKENS` and `judges.PHI_TOKENS`.
+# Ids are indices into `reward_models.LLAVA_TOKENS`, `QWEN_TOKENS` and `PHI_TOKENS`.
 SYSTEM = [1, 8, 26, 11, 12, 24, 13, 14, 28, 2, 26]  # <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n
 USER = [1, 9, 26, 3, 5, 5, 5, 5, 4]  # <|im_start|>user\n<|vision_start|><|image_pad|> x 4 <|vision_end|>
 
@@ -64,14 +64,14 @@ USER = [1, 9, 26, 3, 5, 5, 5, 5, 4]  # <|im_start|>user\n<|vision_start|><|image
         ("llava", "published", "a red fox", [1, 5, 19, 8, 4, 4, 4, 4, 18, 7, 9, 11, 2]),
         ("llava", "family", "", [1, 5, 19, 8, 4, 4, 4, 4, 2]),
         ("llava", "published", "", [1, 5, 19, 8, 4, 4, 4, 4, 2]),
-        # a _red _fox <|im_end|>; the published code cut the system turn off
+        # a _red _fox <|im_end|>; the published code removes the system turn
         ("qwen2_5_vl", "family", "a red fox", [*SYSTEM, *USER, 15, 17, 19, 2]),
         ("qwen2_5_vl", "published", "a red fox", [*USER, 15, 17, 19, 2]),
         ("qwen2_5_vl", "family", "", [*SYSTEM, *USER, 2]),
         ("qwen2_5_vl", "published", "", [*USER, 2]),
         ("qwen3_vl", "family", "a red fox", [*USER, 15, 17, 19, 2]),
         ("qwen3_vl", "published", "a red fox", [*USER, 15, 17, 19, 2]),
-        # <s> <|user|> \n <|image|> x 4 <s> \n a _red _fox <|end|> <|endoftext|>: what follows the image begins anew
+        # <s> <|user|> \n <|image|> x 4 <s> \n a _red _fox <|end|> <|endoftext|>, in two parts
         ("phi3_v", "family", "a red fox", [1, 5, 25, 4, 4, 4, 4, 1, 25, 14, 16, 18, 7, 2]),
         ("phi3_v", "published", "a red fox", [1, 5, 25, 4, 4, 4, 4, 1, 25, 14, 16, 18, 2]),
         ("phi3_v", "family", "", [1, 5, 25, 4, 4, 4, 4, 1, 25, 7, 2]),
@@ -85,25 +85,25 @@ def test_the_token_ids_of_a_prompt(family: str, template: str, prompt: str, expe
 @pytest.mark.parametrize("template", ["family", "published"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_one_run_of_image_tokens_and_the_end_token_last(family: str, template: str) -> None:
-    reader = backbone_of(family, template).prompt_tokenizer
+    tokenizer = backbone_of(family, template).prompt_tokenizer
     for prompt in PROMPTS:
         for count in (1, 7, 16):
-            ids = reader.ids(prompt, count)
+            ids = tokenizer.ids(prompt, count)
             at = ids.index(IMAGE[family])
             assert ids[at : at + count] == [IMAGE[family]] * count
             assert ids.count(IMAGE[family]) == count
-            assert ids[-1] == reader.tokenizer.eos_token_id == 2
+            assert ids[-1] == tokenizer.tokenizer.eos_token_id == 2
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_rows_are_padded_on_the_side_asked_for(family: str, side: str) -> None:
-    reader = backbone_of(family, "family", side).prompt_tokenizer
-    words = reader(PROMPTS, [4, 5, 6])
-    lengths = [len(reader.ids(prompt, count)) for prompt, count in zip(PROMPTS, [4, 5, 6], strict=True)]
+def test_rows_are_padded_on_the_given_side(family: str, side: str) -> None:
+    tokenizer = backbone_of(family, "family", side).prompt_tokenizer
+    tokens = tokenizer(PROMPTS, [4, 5, 6])
+    lengths = [len(tokenizer.ids(prompt, count)) for prompt, count in zip(PROMPTS, [4, 5, 6], strict=True)]
     for i, length in enumerate(lengths):
-        row, mask = words["input_ids"][i], words["attention_mask"][i].bool()
-        assert row[mask].tolist() == reader.ids(PROMPTS[i], 4 + i)
+        row, mask = tokens["input_ids"][i], tokens["attention_mask"][i].bool()
+        assert row[mask].tolist() == tokenizer.ids(PROMPTS[i], 4 + i)
         filled = mask[:length] if side == "right" else mask[len(mask) - length :]
         assert filled.all()
         assert mask.sum() == length
@@ -118,8 +118,8 @@ def test_rows_are_padded_on_the_side_asked_for(family: str, side: str) -> None:
         ("phi3_v", "<|image_1|>"), ("phi3_v", "<|image|>"), ("phi3_v", "<|end|>"),
     ],
 )  # fmt: skip
-def test_a_prompt_that_holds_a_special_token_is_refused(family: str, token: str) -> None:
-    """It would end the turn early, or stand for a second image."""
+def test_a_prompt_that_contains_a_special_token_is_refused(family: str, token: str) -> None:
+    """It could end the turn early, or be a second image."""
     with pytest.raises(ValueError, match=r"'a red .*fox' contains '.*', a special token") as caught:
         backbone_of(family).prepare([random_image(56, 56)], [f"a red {token} fox"])
     assert repr(token) in str(caught.value)
@@ -127,23 +127,23 @@ def test_a_prompt_that_holds_a_special_token_is_refused(family: str, token: str)
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_longest_prompt_fits_and_one_word_more_is_refused(family: str) -> None:
-    """Nothing is ever cut off: that would take the end token, or a part of the image."""
-    reader = backbone_of(family).prompt_tokenizer
-    longest = "a" + " red" * (MAX_TOKENS - len(reader.ids("a", 4)))
-    assert len(reader.ids(longest, 4)) == MAX_TOKENS
+    """Nothing is truncated: that would remove the end token, or a part of the image."""
+    tokenizer = backbone_of(family).prompt_tokenizer
+    longest = "a" + " red" * (MAX_TOKENS - len(tokenizer.ids("a", 4)))
+    assert len(tokenizer.ids(longest, 4)) == MAX_TOKENS
     with pytest.raises(ValueError, match=rf"'a red .*\.\.\.' .*{MAX_TOKENS + 1} tokens \(4 of .* {MAX_TOKENS}\."):
-        reader.ids(longest + " red", 4)
+        tokenizer.ids(longest + " red", 4)
     with pytest.raises(ValueError, match=rf"{MAX_TOKENS + 1} tokens \(5 of"):
-        reader.ids(longest, 5)
+        tokenizer.ids(longest, 5)
 
 
-def test_a_template_that_shows_no_image_is_refused() -> None:
-    reader = replace(backbone_of("llava").prompt_tokenizer, chat_template="{{ messages[0]['content'][1]['text'] }}")
+def test_a_template_without_an_image_is_refused() -> None:
+    tokenizer = replace(backbone_of("llava").prompt_tokenizer, chat_template="{{ messages[0]['content'][1]['text'] }}")
     with pytest.raises(ValueError, match="has 0 placeholders for one image; rendered: 'a red fox'"):
-        reader.ids("a red fox", 4)
+        tokenizer.ids("a red fox", 4)
 
 
-def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_named(tmp_path: Path) -> None:
+def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_is_an_error(tmp_path: Path) -> None:
     """Older models keep theirs in `chat_template.json`."""
     folder = tmp_path / "model"
     shutil.copytree(backbone_folder("llava"), folder)
@@ -175,7 +175,7 @@ RESIZED = {
 
 
 def processed(family: str, pixels: Tensor) -> dict[str, Tensor]:
-    """What the family's own processor makes of an image."""
+    """Return the output of the family's own processor."""
     kinds = {"llava": CLIPImageProcessorPil, "llava_next": LlavaNextImageProcessorPil}
     kind = kinds.get(family, Qwen2VLImageProcessorPil)
     found = dict(kind.from_pretrained(backbone_folder(family))(as_pil(pixels), return_tensors="pt"))
@@ -185,8 +185,8 @@ def processed(family: str, pixels: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in STOCK for shape in EXACT[family]])
-def test_pixels_are_exactly_the_processors_where_nothing_is_resized(family: str, shape: tuple[int, int]) -> None:
-    """For Qwen that includes the order of patches and of the numbers within one, for LLaVA-NeXT that of crops."""
+def test_pixels_equal_the_processors_without_a_resize(family: str, shape: tuple[int, int]) -> None:
+    """Including the order of patches and of the values within one (Qwen), and that of crops (LLaVA-NeXT)."""
     pixels = bytes_of(*shape)
     ours, theirs = backbone_of(family).prepare([to_tensor(pixels)], ["a fox"]), processed(family, pixels)
     assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=1e-6)
@@ -195,7 +195,7 @@ def test_pixels_are_exactly_the_processors_where_nothing_is_resized(family: str,
 
 
 @pytest.mark.parametrize(("family", "shape"), [(family, shape) for family in STOCK for shape in RESIZED[family]])
-def test_resized_pixels_are_the_processors_up_to_its_rounding(family: str, shape: tuple[int, int]) -> None:
+def test_resized_pixels_equal_the_processors_up_to_its_rounding(family: str, shape: tuple[int, int]) -> None:
     pixels = (128 + 0.5 * (bytes_of(*shape).float() - 128)).byte()
     ours, theirs = backbone_of(family).prepare([to_tensor(pixels)], ["a fox"]), processed(family, pixels)
     gap = (ours["pixel_values"] - theirs["pixel_values"]).abs()
@@ -208,7 +208,7 @@ def test_resized_pixels_are_the_processors_up_to_its_rounding(family: str, shape
 @pytest.mark.parametrize(
     ("shape", "low", "high"), [((200, 300), 3136, 6272), ((30, 30), 7000, 9408), ((80, 120), 1, 900)]
 )
-def test_bounds_on_pixels_act_as_in_the_processor(shape: tuple[int, int], low: int, high: int) -> None:
+def test_bounds_on_pixels_have_the_effect_of_the_processors(shape: tuple[int, int], low: int, high: int) -> None:
     pixels = bytes_of(*shape)
     ours = fresh_backbone("qwen2_5_vl", min_pixels=low, max_pixels=high).prepare([to_tensor(pixels)], ["a fox"])
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": low, "longest_edge": high})
@@ -217,8 +217,8 @@ def test_bounds_on_pixels_act_as_in_the_processor(shape: tuple[int, int], low: i
     assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=0.03)
 
 
-def test_fewer_crops_leave_llava_next_the_grids_that_have_no_more() -> None:
-    """As a stock model has it whose config lists only these."""
+def test_num_crops_restricts_llava_next_to_grids_with_at_most_as_many() -> None:
+    """As in a stock model whose config lists only these."""
     backbone, stock = fresh_backbone("llava_next", num_crops=2), stock_model("llava_next")
     assert backbone_of("llava_next").num_visual_tokens(60, 57) == 4 + 4 * 5  # 56 x 56, all of it used
     before = stock.config.image_grid_pinpoints
@@ -234,16 +234,16 @@ def test_fewer_crops_leave_llava_next_the_grids_that_have_no_more() -> None:
         stock.config.image_grid_pinpoints = before
 
 
-def test_a_processor_whose_crops_are_not_the_towers_is_refused(tmp_path: Path) -> None:
+def test_a_processor_whose_crops_do_not_fit_the_tower_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(backbone_folder("llava_next"), folder)
     path = folder / "preprocessor_config.json"
     path.write_text(path.read_text().replace('"height": 28', '"height": 56'))
-    with pytest.raises(ValueError, match=r"makes crops of 56 pixels .* the vision tower sees 28"):
+    with pytest.raises(ValueError, match=r"makes crops of 56 pixels .* the vision tower takes 28"):
         load_backbone(str(folder))
 
 
-def test_a_processor_that_squeezes_images_to_one_size_is_followed() -> None:
+def test_a_processor_that_resizes_to_a_fixed_size_is_reproduced() -> None:
     processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False, image_std=[0.5] * 3)
     pixels = bytes_of(60, 45)
     ours = replace(backbone_of("llava"), processor=processor).prepare([to_tensor(pixels)], ["a fox"])
@@ -253,7 +253,7 @@ def test_a_processor_that_squeezes_images_to_one_size_is_followed() -> None:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_the_number_of_visual_tokens_is_told_before_a_image_is_read(family: str) -> None:
+def test_the_number_of_visual_tokens_is_known_from_the_size(family: str) -> None:
     backbone = backbone_of(family)
     for shape in ((28, 28), (60, 60), (57, 90), (131, 61), (200, 300)):
         inputs = backbone.prepare([random_image(*shape)], ["a fox"])
@@ -261,7 +261,7 @@ def test_the_number_of_visual_tokens_is_told_before_a_image_is_read(family: str)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_a_batch_is_prepared_as_its_images_one_by_one(family: str) -> None:
+def test_a_batch_is_prepared_like_its_images_one_by_one(family: str) -> None:
     backbone = backbone_of(family)
     for shapes in ([(60, 60)] * 3, [(60, 60), (90, 57), (112, 112)]):
         images = [random_image(*shape, seed=i) for i, shape in enumerate(shapes)]
@@ -292,7 +292,7 @@ def images_of(family: str) -> list[Tensor]:
 
 
 def stock_inputs(family: str, ids: Tensor, mask: Tensor, pixels: Sequence[Tensor]) -> Inputs:
-    """What a user of transformers would hand over."""
+    """Return the inputs of the stock model."""
     parts = [processed(family, one) for one in pixels]
     inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if "image_grid_thw" in inputs:
@@ -302,7 +302,7 @@ def stock_inputs(family: str, ids: Tensor, mask: Tensor, pixels: Sequence[Tensor
 
 @pytest.mark.parametrize("template", ["family", "published"])
 @pytest.mark.parametrize("family", STOCK)
-def test_states_and_visual_tokens_are_those_of_the_stock_model(family: str, template: str) -> None:
+def test_states_and_visual_tokens_equal_the_stock_models(family: str, template: str) -> None:
     backbone, stock, pixels = backbone_of(family, template), stock_model(family), images_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in pixels], PROMPTS)
     with torch.no_grad():
@@ -311,33 +311,33 @@ def test_states_and_visual_tokens_are_those_of_the_stock_model(family: str, temp
         if family == "llava_next":  # whose view of the whole is always resized, which rounds
             theirs["pixel_values"] = inputs["pixel_values"]
         states = stock.model(**theirs).last_hidden_state
-        shown = {k: theirs[k] for k in ("pixel_values", "image_grid_thw", "image_sizes") if k in theirs}
-        seen = stock.get_image_features(**shown)
+        image_inputs = {k: theirs[k] for k in ("pixel_values", "image_grid_thw", "image_sizes") if k in theirs}
+        features = stock.get_image_features(**image_inputs)
     mask = inputs["attention_mask"].bool()
     assert torch.equal(output.hidden_mask, mask)
     assert_close(output.hidden[mask], states[mask], rtol=0, atol=1e-5)
-    assert output.visual_mask.sum(dim=1).tolist() == [len(row) for row in seen.pooler_output]
-    for i, row in enumerate(seen.pooler_output):
+    assert output.visual_mask.sum(dim=1).tolist() == [len(row) for row in features.pooler_output]
+    for i, row in enumerate(features.pooler_output):
         assert output.visual.shape[2] == row.shape[1] == WIDTH
         assert_close(output.visual[i][output.visual_mask[i]], row, rtol=0, atol=1e-5)
         assert torch.all(output.visual[i][~output.visual_mask[i]] == 0)
 
 
-def test_several_vision_layers_and_the_class_token_are_read_where_a_model_uses_them() -> None:
+def test_several_vision_layers_and_the_class_token_are_used_if_the_config_says_so() -> None:
     backbone, stock = backbone_of("llava_two_layers"), stock_model("llava_two_layers")
     inputs = backbone.prepare([random_image(28, 28)], ["a red fox"])
     assert (inputs["input_ids"] == IMAGE["llava"]).sum() == 5
     with torch.no_grad():
         output, states = backbone.forward(inputs), stock.model(**inputs).last_hidden_state
-        seen = stock.get_image_features(inputs["pixel_values"]).pooler_output
+        features = stock.get_image_features(inputs["pixel_values"]).pooler_output
     assert_close(output.hidden, states, rtol=0, atol=1e-5)
-    assert_close(output.visual[0], seen[0], rtol=0, atol=1e-5)
+    assert_close(output.visual[0], features[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_visual_tokens_stand_at_the_places_of_the_image_and_words_at_all_others(family: str, side: str) -> None:
-    """What the language model gets: the very visual tokens of the output, and the embeddings of the words."""
+def test_visual_tokens_replace_the_images_placeholders_and_nothing_else(family: str, side: str) -> None:
+    """The language model's input: exactly the visual tokens of the output, and embeddings elsewhere."""
     backbone, given = backbone_of(family, "family", side), []
     inputs = backbone.prepare([to_tensor(one) for one in images_of(family)], PROMPTS)
     hook = backbone.language_model.register_forward_pre_hook(
@@ -350,14 +350,14 @@ def test_visual_tokens_stand_at_the_places_of_the_image_and_words_at_all_others(
         hook.remove()
     at_image = inputs["input_ids"] == IMAGE[family]
     assert torch.equal(given[0][at_image], output.visual[output.visual_mask])
-    words = backbone.model.get_input_embeddings().weight[inputs["input_ids"]]
-    assert torch.equal(given[0][~at_image], words[~at_image])
-    # No embedding of a word is taken for a visual token (as padding was in the published code).
+    tokens = backbone.model.get_input_embeddings().weight[inputs["input_ids"]]
+    assert torch.equal(given[0][~at_image], tokens[~at_image])
+    # No text embedding is among the visual tokens (as padding was in the published code).
     assert torch.cdist(output.visual[output.visual_mask], backbone.model.get_input_embeddings().weight).min() > 0.1
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_visual_tokens_do_not_depend_on_the_words_but_states_behind_them_do(family: str) -> None:
+def test_visual_tokens_do_not_depend_on_the_prompt_but_the_last_states_do(family: str) -> None:
     backbone, one = backbone_of(family), random_image(56, 56)
     with torch.no_grad():
         fox, cat = (backbone.forward(backbone.prepare([one], [prompt])) for prompt in ("a red fox", "a blue cat"))
@@ -366,16 +366,16 @@ def test_visual_tokens_do_not_depend_on_the_words_but_states_behind_them_do(fami
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_changing_one_visual_token_by_hand_changes_it_and_the_states_from_there_on(family: str) -> None:
+def test_changing_one_visual_token_changes_it_and_the_states_from_there_on(family: str) -> None:
     backbone = backbone_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in images_of(family)], PROMPTS)
     with torch.no_grad():
-        seen = backbone.encode_image(inputs)
-        assert "pixel_values" not in seen
-        before = backbone.forward(seen)
-        features = seen["features"].clone()
+        encoded = backbone.encode_image(inputs)
+        assert "pixel_values" not in encoded
+        before = backbone.forward(encoded)
+        features = encoded["features"].clone()
         features[(0, 1) if family in ("llava", "llava_next") else 1] += 1.0  # rows of tokens, or groups of all rows
-        after = backbone.forward({**seen, "features": features})
+        after = backbone.forward({**encoded, "features": features})
     changed = (before.visual != after.visual).any(dim=2)
     assert changed.nonzero().tolist() == [[0, 1]]
     start = inputs["input_ids"][0].tolist().index(IMAGE[family]) + 1
@@ -385,24 +385,26 @@ def test_changing_one_visual_token_by_hand_changes_it_and_the_states_from_there_
     assert not moved[1:].any()
 
 
-def test_what_the_middle_of_qwen3s_tower_sees_reaches_the_states_but_not_the_visual_tokens() -> None:
-    """A token of DeepStack is added to one place of one row, from where it goes on to the words behind."""
+def test_deepstack_features_reach_the_states_but_not_the_visual_tokens() -> None:
+    """A DeepStack token is added at one position of one row and changes the states behind it."""
     backbone = backbone_of("qwen3_vl")
     with torch.no_grad():
-        seen = backbone.encode_image(backbone.prepare([to_tensor(one) for one in images_of("qwen3_vl")], PROMPTS))
-        deepstack = seen["deepstack"].clone()
+        encoded = backbone.encode_image(
+            backbone.prepare([to_tensor(one) for one in images_of("qwen3_vl")], PROMPTS)
+        )
+        deepstack = encoded["deepstack"].clone()
         deepstack[1, 0] += 1.0
-        before, after = backbone.forward(seen), backbone.forward({**seen, "deepstack": deepstack})
+        before, after = backbone.forward(encoded), backbone.forward({**encoded, "deepstack": deepstack})
     assert torch.equal(before.visual, after.visual)
-    start = seen["input_ids"][0].tolist().index(IMAGE["qwen3_vl"]) + 1
+    start = encoded["input_ids"][0].tolist().index(IMAGE["qwen3_vl"]) + 1
     moved = (before.hidden != after.hidden).any(dim=2)
     assert not moved[0, :start].any()
-    assert moved[0, start:][seen["attention_mask"][0, start:].bool()].all()
+    assert moved[0, start:][encoded["attention_mask"][0, start:].bool()].all()
     assert not moved[1:].any()
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_reading_what_was_seen_is_reading_the_image(family: str) -> None:
+def test_forward_on_encoded_images_equals_forward_on_pixels(family: str) -> None:
     backbone = backbone_of(family)
     inputs = backbone.prepare([to_tensor(one) for one in images_of(family)], PROMPTS)
     with torch.no_grad():
@@ -412,7 +414,7 @@ def test_reading_what_was_seen_is_reading_the_image(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_the_projector_that_is_set_is_the_one_that_is_used(family: str) -> None:
+def test_a_projector_that_is_set_is_used(family: str) -> None:
     backbone = fresh_backbone(family)
     inputs = backbone.prepare([random_image(56, 56)], ["a fox"])
 
@@ -432,7 +434,7 @@ def test_the_projector_that_is_set_is_the_one_that_is_used(family: str) -> None:
         backbone.projector = Twice(backbone.projector)
         after = backbone.forward(inputs)
     expected = 2 * before.visual
-    if family == "llava_next":  # the ends of lines come in behind the projector
+    if family == "llava_next":  # tokens at the ends of lines are inserted behind the projector
         newline = backbone.model.model.image_newline
         expected = torch.where((before.visual == newline).all(dim=-1, keepdim=True), newline, expected)
     assert torch.equal(after.visual, expected)
@@ -443,7 +445,7 @@ def test_the_projector_that_is_set_is_the_one_that_is_used(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_a_backbone_arrives_frozen_and_silent(family: str) -> None:
+def test_a_loaded_backbone_is_frozen_and_in_evaluation_mode(family: str) -> None:
     backbone = fresh_backbone(family, dtype=torch.bfloat16)
     assert backbone.width == WIDTH
     assert not backbone.model.training
@@ -451,23 +453,23 @@ def test_a_backbone_arrives_frozen_and_silent(family: str) -> None:
     assert not any(p.requires_grad for p in backbone.model.parameters())
 
 
-def test_a_family_without_an_adapter_is_named(tmp_path: Path) -> None:
+def test_an_unsupported_family_is_named(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     with pytest.raises(
         ValueError,
-        match=r"'.*llama' is a model of type 'llama', for which there is no adapter; there are llava .* An adapter is",
+        match=r"'.*llama' is a model of type 'llama', which is not supported; there are llava .* A new family is",
     ):
         load_backbone(str(tmp_path / "llama"))
 
 
-def test_settings_that_a_family_does_not_have_or_that_contradict_each_other_are_refused() -> None:
+def test_settings_that_a_family_lacks_or_that_contradict_each_other_are_refused() -> None:
     for family, options, message in (
-        ("llava", {"min_pixels": 1}, "min_pixels and max_pixels mean nothing to LLaVA"),
-        ("phi3_v", {"max_pixels": 1}, "min_pixels and max_pixels mean nothing to Phi-3.5-vision"),
-        ("qwen2_5_vl", {"num_crops": 4}, "num_crops means nothing to Qwen2.5-VL"),
+        ("llava", {"min_pixels": 1}, "min_pixels and max_pixels do not apply to LLaVA"),
+        ("phi3_v", {"max_pixels": 1}, "min_pixels and max_pixels do not apply to Phi-3.5-vision"),
+        ("qwen2_5_vl", {"num_crops": 4}, "num_crops does not apply to Qwen2.5-VL"),
         ("llava_next", {"num_crops": 1}, "num_crops is 1; this model's grids have 2, 2, 3, 3, 4 crops"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""What the shipped judge is like: a genuine, small LLaVA with a bundle on it, and right about held-out prompts."""
+"""The shipped reward model: an ordinary small LLaVA with an adapter checkpoint, accurate on held-out prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_t2i.shapes.scenes import all_prompts
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs that no judge was trained on or measured with before: of another seed."""
+    """Pairs of another seed, which were never used for training or evaluation."""
     return write_pairs(
         tmp_path_factory.mktemp("pairs") / "pairs",
         num_drawn=1, num_painted=1, num_generated=200, num_validation=2, num_test=400, seed=77,
@@ -27,7 +27,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "bar"), [("test_drawn", 0.95), ("test_painted", 0.85)])
-def test_it_is_right_about_held_out_prompts(pairs: Path, name: str, bar: float) -> None:
+def test_it_is_accurate_on_held_out_prompts(pairs: Path, name: str, bar: float) -> None:
     """The bars are of 1,500 pairs (docs/results.md); 400 may fall short of them by two standard errors."""
     answers = score_records(
         LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER), load_records(pairs / f"{name}.jsonl"), batch_size=64
@@ -36,7 +36,7 @@ def test_it_is_right_about_held_out_prompts(pairs: Path, name: str, bar: float) 
     assert accuracy > bar - 2 * (bar * (1 - bar) / 400) ** 0.5
 
 
-def test_it_is_small_and_a_genuine_llava() -> None:
+def test_it_is_small_and_an_ordinary_llava() -> None:
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
     assert sum(path.stat().st_size for path in TOY_REWARD_MODEL_FOLDER.rglob("*") if path.is_file()) <= 4_000_000
@@ -47,13 +47,13 @@ def test_it_is_small_and_a_genuine_llava() -> None:
     assert lengths == {9}  # each word of the grammar is one token, between a first and a last one
 
 
-def test_its_bundle_lies_beside_its_backbone() -> None:
-    judge = LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)
-    assert Path(judge.config().backbone) == TOY_BACKBONE_FOLDER
-    assert judge.config().score_std is not None
+def test_its_adapter_checkpoint_refers_to_the_backbone_beside_it() -> None:
+    reward_model = LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)
+    assert Path(reward_model.config().backbone) == TOY_BACKBONE_FOLDER
+    assert reward_model.config().score_std is not None
 
 
-def test_building_the_reader_is_deterministic_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_the_backbone_is_deterministic_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"num_eye_updates": 2, "num_updates": 3, "num_drawn": 16, "num_painted": 16, "seed": 0}
     build_backbone.build(tmp_path / "whole", **sizes)
     build_backbone.build(tmp_path / "again", **sizes)

@@ -1,4 +1,4 @@
-"""Published LLaVA-Reward checkpoints at tiny size: scores beside a slow reference of what the published code does."""
+"""Import of published LLaVA-Reward checkpoints at tiny size, compared with a slow reference of the published code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = {"qwen2_5_vl": {"min_pixels": 3136, "max_pixels": 12544}, "phi3_v": {"nu
 
 @pytest.fixture(autouse=True)
 def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published sizes of images have more tokens than the tiny models have places for."""
+    """The published image sizes have more tokens than the tiny models have positions."""
     for family, bounds in SMALL.items():
         for name, value in bounds.items():
             monkeypatch.setitem(VARIANTS[family].bounds, name, value)
@@ -40,7 +40,7 @@ def drawn(*shape: int, seed: int, scale: float = 0.3) -> Tensor:
 
 
 def published(family: str, *, skip_ca: bool = True, general_preference: bool = False) -> dict[str, dict[str, Tensor]]:
-    """A checkpoint's two files of weights, trained so far that each of them matters."""
+    """Return the two weight files of a checkpoint, with weights large enough for each to matter."""
     backbone, variant, lora = fresh_backbone(family), VARIANTS[family], {}
     for i, (name, layer) in enumerate(backbone.language_model.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -48,7 +48,7 @@ def published(family: str, *, skip_ca: bool = True, general_preference: bool = F
                 lora[f"{variant.decoder}{name}.lora_{half}.weight"] = drawn(*shape, seed=2 * i + (half == "B"))
     rest = {"value_head.weight": drawn(1 + general_preference, WIDTH, seed=1000)}
     if skip_ca:
-        # Attention so even that what is added to the keys takes a share of it, and values that tell.
+        # Attention uniform enough for additional keys to take a share of it, and distinct values.
         scales = {"q": 0.1, "k": 0.1, "v": 1.0}
         rest |= {f"W_{w}.weight": drawn(WIDTH, WIDTH, seed=ord(w), scale=scale) for w, scale in scales.items()}
         rest["ca_layernorm.weight"] = 1 + drawn(WIDTH, seed=1004)
@@ -58,7 +58,7 @@ def published(family: str, *, skip_ca: bool = True, general_preference: bool = F
 
 
 def write(folder: Path, files: dict[str, dict[str, Tensor]], **settings: Any) -> Path:
-    """The folder as the published trainer leaves it."""
+    """Write the folder as the published trainer does."""
     (folder / "lora").mkdir(parents=True, exist_ok=True)
     for name, tensors in files.items():
         torch.save(tensors, folder / name)
@@ -69,10 +69,10 @@ def write(folder: Path, files: dict[str, dict[str, Tensor]], **settings: Any) ->
     return folder
 
 
-def slow_verdicts(family: str, files: dict[str, dict[str, Tensor]], images: list[Tensor], *, skip_ca: str) -> Tensor:
-    """What the published code says of a batch that is padded on the left, in float64; `skip_ca` says how it looks."""
-    variant, shown = VARIANTS[family], SMALL.get(family, {})
-    backbone = fresh_backbone(family, template="published", padding_side="left", **shown)
+def slow_outputs(family: str, files: dict[str, dict[str, Tensor]], images: list[Tensor], *, skip_ca: str) -> Tensor:
+    """Return the outputs of the published code for a left-padded batch, in float64, with SkipCA keys `skip_ca`."""
+    variant, bounds = VARIANTS[family], SMALL.get(family, {})
+    backbone = fresh_backbone(family, template="published", padding_side="left", **bounds)
     lora, rest = (
         {k: v.double() for k, v in files[name].items()} for name in ("lora/adapter_model.bin", "pytorch_model.bin")
     )
@@ -87,10 +87,10 @@ def slow_verdicts(family: str, files: dict[str, dict[str, Tensor]], images: list
     output = backbone.forward(inputs)
     states = output.hidden
     if skip_ca != "none":
-        looked_up = torch.stack(
+        attended = torch.stack(
             [attention(rest, states[i], keys_of(skip_ca, backbone, inputs, output, i)) for i in range(len(states))]
         )
-        added = states + looked_up
+        added = states + attended
         scale = added.square().mean(dim=-1, keepdim=True) + variant.skip_ca_eps
         states = rest["ca_layernorm.weight"] * added / scale.sqrt()
     return (states @ rest["value_head.weight"].T)[:, -1]
@@ -106,84 +106,84 @@ def keys_of(skip_ca: str, backbone: Any, inputs: Any, output: Any, row: int) -> 
 
 
 def attention(rest: dict[str, Tensor], states: Tensor, keys: Tensor) -> Tensor:
-    """Of all positions to the keys; nothing where there are none."""
+    """Return attention of all positions to the keys; zeros if there are none."""
     if not len(keys):
         return torch.zeros_like(states)
     query, key, value = (tokens @ rest[f"W_{w}.weight"].T for w, tokens in (("q", states), ("k", keys), ("v", keys)))
     return torch.softmax(query @ key.T / math.sqrt(WIDTH), dim=-1) @ value
 
 
-def shown() -> list[Tensor]:
+def random_images() -> list[Tensor]:
     return [random_image(*size, seed=i) for i, size in enumerate(SIZES)]
 
 
 def imported(folder: Path, family: str, **options: Any) -> tuple[LlavaReward, list[str], list[str]]:
-    output = folder / "bundle"
+    output = folder / "adapter"
     given: dict[str, Any] = {"perspective": "fidelity", "dtype": "float32", **options}
     made = import_published(folder, str(backbone_folder(family)), output, **given)
     return LlavaReward.from_pretrained(output), made.notes, made.parts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_imported_judge_scores_as_the_published_code_does(family: str, tmp_path: Path) -> None:
-    """In one batch, of which each row sees what the published code showed it; and with the image alone."""
-    files, images = published(family), shown()
-    judge, notes, parts = imported(write(tmp_path, files), family)
-    facts = judge.config()
-    assert (facts.perspective, facts.temperature, facts.head) == ("fidelity", TAU, "scalar")
-    assert (facts.lora_rank, facts.lora_alpha, facts.template) == (RANK, ALPHA, "published")
-    how = facts.skip_ca_keys if facts.skip_ca else "none"
+def test_an_imported_model_scores_as_the_published_code_does(family: str, tmp_path: Path) -> None:
+    """In one batch, with the same keys of SkipCA in each row."""
+    files, images = published(family), random_images()
+    reward_model, notes, parts = imported(write(tmp_path, files), family)
+    config = reward_model.config()
+    assert (config.perspective, config.temperature, config.head) == ("fidelity", TAU, "scalar")
+    assert (config.lora_rank, config.lora_alpha, config.template) == (RANK, ALPHA, "published")
+    how = config.skip_ca_keys if config.skip_ca else "none"
     assert how == (VARIANTS[family].skip_ca_keys or "none")
-    expected = slow_verdicts(family, files, images, skip_ca=how)[:, 0]
+    expected = slow_outputs(family, files, images, skip_ca=how)[:, 0]
     assert expected.std() > 0.1
-    assert_close(judge.score(images, PROMPTS).double(), expected, rtol=0, atol=1e-4)
-    ratio = judge.compare(images[:2], images[1:], PROMPTS[:2]).logit()
+    assert_close(reward_model.score(images, PROMPTS).double(), expected, rtol=0, atol=1e-4)
+    ratio = reward_model.compare(images[:2], images[1:], PROMPTS[:2]).logit()
     assert ratio.abs().max() > 0.1
     assert any("the last token" in note for note in notes)
-    assert any("never ran it for this family" in note for note in notes) == (not facts.skip_ca)
+    assert any("never ran it for this family" in note for note in notes) == (not config.skip_ca)
     assert not any("untrained" in part for part in parts)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if VARIANTS[family].skip_ca_keys])
-def test_what_skip_ca_looks_at_can_be_put_right(family: str, tmp_path: Path) -> None:
-    files, images = published(family), shown()
+def test_skip_ca_keys_can_be_set_to_the_papers(family: str, tmp_path: Path) -> None:
+    files, images = published(family), random_images()
     write(tmp_path, files)
-    judge, _, _ = imported(tmp_path, family, skip_ca_keys="visual")
-    assert judge.config().skip_ca_keys == "visual"
-    expected = slow_verdicts(family, files, images, skip_ca="visual")[:, 0]
-    assert_close(judge.score(images, PROMPTS).double(), expected, rtol=0, atol=1e-4)
-    as_published = slow_verdicts(family, files, images, skip_ca=VARIANTS[family].skip_ca_keys or "")[:, 0]
-    assert (expected - as_published).abs().max() > 1e-3  # or both would be the same thing
+    reward_model, _, _ = imported(tmp_path, family, skip_ca_keys="visual")
+    assert reward_model.config().skip_ca_keys == "visual"
+    expected = slow_outputs(family, files, images, skip_ca="visual")[:, 0]
+    assert_close(reward_model.score(images, PROMPTS).double(), expected, rtol=0, atol=1e-4)
+    as_published = slow_outputs(family, files, images, skip_ca=VARIANTS[family].skip_ca_keys or "")[:, 0]
+    assert (expected - as_published).abs().max() > 1e-3  # or the test would not tell them apart
 
 
-def test_alone_a_image_scores_the_same_whether_phis_padding_is_masked_or_not(tmp_path: Path) -> None:
+def test_an_image_alone_in_a_batch_scores_the_same_with_and_without_phis_padding(tmp_path: Path) -> None:
     write(tmp_path / "one", published("phi3_v"))
     write(tmp_path / "two", published("phi3_v"))
     loose, strict = (
         imported(tmp_path / "one", "phi3_v")[0],
         imported(tmp_path / "two", "phi3_v", skip_ca_keys="visual")[0],
     )
-    one = loose.score(shown(), PROMPTS, batch_size=1)
-    assert_close(one, strict.score(shown(), PROMPTS), rtol=0, atol=2e-5)
-    assert (loose.score(shown(), PROMPTS) - one).abs().max() > 1e-3
+    one = loose.score(random_images(), PROMPTS, batch_size=1)
+    assert_close(one, strict.score(random_images(), PROMPTS), rtol=0, atol=2e-5)
+    assert (loose.score(random_images(), PROMPTS) - one).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_skip_ca_and_with_two_outputs_it_compares_as_published(family: str, tmp_path: Path) -> None:
-    files, images = published(family, skip_ca=False, general_preference=True), shown()
+    files, images = published(family, skip_ca=False, general_preference=True), random_images()
     write(tmp_path, files, add_cross_attention=False, is_general_preference=True)
-    judge, _, _ = imported(tmp_path, family)
-    verdicts = slow_verdicts(family, files, images, skip_ca="none")
-    other = verdicts[[1, 2, 0]]
-    expected = (verdicts[:, 0] * other[:, 1] - verdicts[:, 1] * other[:, 0]) / TAU
-    found = judge.logits(
+    reward_model, _, _ = imported(tmp_path, family)
+    outputs = slow_outputs(family, files, images, skip_ca="none")
+    other = outputs[[1, 2, 0]]
+    expected = (outputs[:, 0] * other[:, 1] - outputs[:, 1] * other[:, 0]) / TAU
+    found = reward_model.logits(
         images, [images[i] for i in (1, 2, 0)], PROMPTS, second_prompts=[PROMPTS[i] for i in (1, 2, 0)]
     )
     assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_what_was_never_trained_is_said(tmp_path: Path) -> None:
-    """As by the published trainer, whose optimiser held nothing but the LoRA."""
+def test_untrained_parts_are_reported(tmp_path: Path) -> None:
+    """As with the published trainer, whose optimiser held only the LoRA."""
     files = published("phi3_v")
     start = {f"W_{w}.weight": drawn(WIDTH, WIDTH, seed=i, scale=1 / (WIDTH + 1)) for i, w in enumerate("qkv")}
     start["value_head.weight"] = drawn(1, WIDTH, seed=7, scale=1 / (WIDTH + 1))
@@ -191,24 +191,24 @@ def test_what_was_never_trained_is_said(tmp_path: Path) -> None:
     own = fresh_backbone("phi3_v").projector.state_dict()
     start |= {VARIANTS["phi3_v"].projector + name: tensor for name, tensor in own.items()}
     _, _, parts = imported(write(tmp_path, {**files, "pytorch_model.bin": start}), "phi3_v")
-    verdicts = {part.split()[0]: part.endswith(": looks untrained") for part in parts}
+    outputs = {part.split()[0]: part.endswith(": looks untrained") for part in parts}
     weights = ["head.weight", *(f"skip_ca.{name}.weight" for name in ("query", "key", "value"))]
-    assert verdicts == {**dict.fromkeys([*weights, "skip_ca.norm", "projector"], True), "lora": False}
+    assert outputs == {**dict.fromkeys([*weights, "skip_ca.norm", "projector"], True), "lora": False}
 
 
-def test_weights_in_bfloat16_stay_so_and_names_of_later_versions_are_known(tmp_path: Path) -> None:
+def test_bfloat16_weights_are_kept_and_names_of_later_versions_are_supported(tmp_path: Path) -> None:
     files = {name: {k: v.bfloat16() for k, v in tensors.items()} for name, tensors in published("qwen2_5_vl").items()}
     renamed = {f"base_model.model.{key}": tensor for key, tensor in files["lora/adapter_model.bin"].items()}
     rest = {f"model.{k}" if k.startswith("visual") else k: t for k, t in files["pytorch_model.bin"].items()}
     write(tmp_path / "old", files)
     write(tmp_path / "new", {"lora/adapter_model.bin": renamed, "pytorch_model.bin": rest})
-    old, new = (imported(tmp_path / name, "qwen2_5_vl")[0].score(shown(), PROMPTS) for name in ("old", "new"))
+    old, new = (imported(tmp_path / name, "qwen2_5_vl")[0].score(random_images(), PROMPTS) for name in ("old", "new"))
     assert torch.equal(old, new)
-    sizes = [(tmp_path / name / "bundle" / "llava_reward.safetensors").stat().st_size for name in ("old", "new")]
+    sizes = [(tmp_path / name / "adapter" / "llava_reward.safetensors").stat().st_size for name in ("old", "new")]
     assert sizes[0] == sizes[1] < 2.5 * sum(t.numel() for tensors in files.values() for t in tensors.values()) + 20000
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------
 
 
 class Harmful:
@@ -241,7 +241,7 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
         imported(tmp_path, "phi3_v")
 
 
-def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_the_base_model_are_named(tmp_path: Path) -> None:
     files = published("phi3_v")
     rest = files["pytorch_model.bin"]
     first = "model.layers.0.self_attn.qkv_proj.lora_A.weight"
@@ -260,7 +260,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
             imported(tmp_path, "phi3_v")
 
 
-def test_a_file_of_something_else_than_tensors_is_never_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_in_a_checkpoint_is_never_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, published("phi3_v"))
     torch.save({"value_head.weight": Harmful()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin holds other objects than tensors"):
@@ -284,13 +284,13 @@ def test_a_base_of_another_family_is_refused(tmp_path: Path) -> None:
         imported(tmp_path, "qwen2_5_vl")
 
 
-def test_the_command_imports_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_imports_and_prints_its_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, published("phi3_v"))
     arguments = [str(tmp_path), "--base", str(backbone_folder("phi3_v")), "--output", str(tmp_path / "out")]
     main([*arguments, "--perspective", "safety"])
-    told = capsys.readouterr().out
-    assert "skip_ca_keys is visual_and_padding" in told
-    assert "projector " in told
+    printed = capsys.readouterr().out
+    assert "skip_ca_keys is visual_and_padding" in printed
+    assert "projector " in printed
     assert read_config(tmp_path / "out").perspective == "safety"
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--perspective", "safety"])

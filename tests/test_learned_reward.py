@@ -1,4 +1,4 @@
-"""A trained judge as a reward of a recipe."""
+"""A trained reward model as a reward of the recipes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PROMPTS = ["a red fox", "a blue fox", "a red fox"]
 IMAGES = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_judge_rewards_with_its_own_scores() -> None:
+def test_the_reward_is_the_score() -> None:
     folder = reward_model_folder("llava")
     reward, expected = load_reward(f"llava_reward:{folder}"), LlavaReward.from_pretrained(folder).score(IMAGES, PROMPTS)
     assert torch.equal(reward(IMAGES, PROMPTS), expected)
     assert expected.unique().numel() == 3
 
 
-def test_it_is_weighted_and_named_like_any_other() -> None:
+def test_it_is_weighted_and_named_like_any_other_reward() -> None:
     folder = reward_model_folder("llava")
     total, each = load_rewards(f"llava_reward:{folder}=0.5,jpeg_compressibility")(IMAGES, PROMPTS)
     assert list(each) == [f"llava_reward:{folder}", "jpeg_compressibility"]
@@ -38,17 +38,17 @@ def test_its_gradient_reaches_the_pixels() -> None:
     assert (images.grad.abs().amax((1, 2, 3)) > 0).all()
 
 
-def test_a_judge_without_scores_is_refused_before_anything_is_painted() -> None:
+def test_a_reward_model_without_scores_is_refused() -> None:
     with pytest.raises(ValueError, match="general-preference head"):
         load_reward(f"llava_reward:{reward_model_folder('llava', head='general_preference')}")
 
 
-def test_a_judge_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_reward_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_reward(f"llava_reward:{tmp_path / 'nowhere'}")
 
 
-def test_the_name_judge_is_the_built_in_one() -> None:
+def test_llava_reward_without_a_path_is_the_built_in_one() -> None:
     reward = load_reward("llava_reward").function
     assert isinstance(reward, LlavaRewardFunction)
     own = LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)

@@ -1,4 +1,4 @@
-"""Phi-3.5-vision beside slow references: its images by PIL, its tokens one by one, its decoder by transformers."""
+"""Phi-3.5-vision compared with slow references: images by PIL, tokens one by one, the decoder of transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.reward_models import (
 
 PROMPTS = ["a red fox", "", "a blue cat on a red fox"]
 CROP, SIDE = 56, 2
-"""Of the tiny model: pixels and visual tokens on a side of one crop."""
+"""Pixels and visual tokens along a side of one crop of the tiny model."""
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -51,9 +51,7 @@ CROP, SIDE = 56, 2
         ((768, 1344), 15, 2353),
     ],
 )  # fmt: skip
-def test_the_published_model_sees_as_many_tokens_as_its_processor_makes(
-    size: tuple[int, int], crops: int, tokens: int
-) -> None:
+def test_the_number_of_tokens_equals_the_published_processors(size: tuple[int, int], crops: int, tokens: int) -> None:
     """Sizes are (height, width); the rest of the model is not needed to count."""
     with torch.device("meta"):
         model = Phi3V(Phi3VConfig(num_hidden_layers=1, pad_token_id=0))
@@ -65,7 +63,7 @@ def test_the_published_model_sees_as_many_tokens_as_its_processor_makes(
 
 
 def by_pil(pixels: Tensor, num_crops: int) -> list[np.ndarray]:
-    """The crops of an image in 8 bits, as the published processor cuts them: tall images lie on their side first."""
+    """The crops of an image in 8 bits, as by the published processor: tall images are transposed first."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     tall = image.width < image.height
     if tall:
@@ -88,7 +86,7 @@ def by_pil(pixels: Tensor, num_crops: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("num_crops", [1, 4, 6])
 @pytest.mark.parametrize("shape", [(56, 56), (40, 90), (91, 33), (20, 130), (112, 112)])
-def test_crops_are_those_of_the_published_processor_up_to_its_rounding(shape: tuple[int, int], num_crops: int) -> None:
+def test_crops_equal_the_published_processors_up_to_its_rounding(shape: tuple[int, int], num_crops: int) -> None:
     pixels = bytes_of(*shape)
     backbone = fresh_backbone("phi3_v", num_crops=num_crops)
     found = backbone.prepare([to_tensor(pixels)], ["a fox"])["pixel_values"]
@@ -98,7 +96,7 @@ def test_crops_are_those_of_the_published_processor_up_to_its_rounding(shape: tu
     assert_close(found[1:] * std + mean, torch.stack(crops), rtol=0, atol=1.5 / 255)
 
 
-def test_the_view_of_the_whole_is_the_padded_image_made_smaller_without_antialiasing() -> None:
+def test_the_view_is_the_padded_image_resized_without_antialiasing() -> None:
     """Bicubic, a = -0.75, at four neighbours on each axis: of 2 x 2 crops each second pixel's middle."""
     found = backbone_of("phi3_v").prepare([to_tensor(bytes_of(112, 112))], ["a fox"])["pixel_values"]
     whole = torch.cat([torch.cat([found[1], found[2]], dim=2), torch.cat([found[3], found[4]], dim=2)], dim=1)
@@ -109,7 +107,7 @@ def test_the_view_of_the_whole_is_the_padded_image_made_smaller_without_antialia
         assert_close(found[0][:, y, x], expected, rtol=0, atol=1e-5)
 
 
-def test_a_image_of_which_nothing_would_be_left_is_refused() -> None:
+def test_an_image_whose_short_side_would_be_resized_to_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="1 x 300 pixels is too narrow"):
         backbone_of("phi3_v").prepare([torch.rand(3, 1, 300)], ["a fox"])
     with pytest.raises(ValueError, match="num_crops is 0; it must be at least 1"):
@@ -121,7 +119,7 @@ def test_a_image_of_which_nothing_would_be_left_is_refused() -> None:
 
 @cache
 def reference() -> tuple[dict[str, Tensor], CLIPVisionModel, Any]:
-    """The published tensors, the whole tower and the decoder with its word head, all in float64."""
+    """Return the published tensors, the full tower and the decoder with its head, all in float64."""
     tensors = {name: tensor.double() for name, tensor in phi_tensors(phi_config()).items()}
     tower, decoder = (
         CLIPVisionModel(CLIPVisionConfig(**phi_config()["vision_config"])).double(),
@@ -134,7 +132,7 @@ def reference() -> tuple[dict[str, Tensor], CLIPVisionModel, Any]:
 
 
 def slow_tokens(views: Tensor, rows: int, columns: int, *, order: str) -> Tensor:
-    """One image's visual tokens, each put together by hand."""
+    """Return one image's visual tokens, each computed by hand."""
     tensors, tower, _ = reference()
     with torch.no_grad():
         patches = tower(views.double(), output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -159,17 +157,17 @@ def slow_tokens(views: Tensor, rows: int, columns: int, *, order: str) -> Tensor
 
 
 def slow_states(ids: Tensor, tokens: Tensor) -> Tensor:
-    """The decoder's last states of one unpadded row."""
+    """Return the decoder's last states of one unpadded row."""
     tensors, _, decoder = reference()
-    rows, seen = [], iter(tokens)
+    rows, remaining = [], iter(tokens)
     for i in ids.tolist():
-        rows.append(next(seen) if i == 4 else tensors["model.embed_tokens.weight"][i])
-    assert next(seen, None) is None
+        rows.append(next(remaining) if i == 4 else tensors["model.embed_tokens.weight"][i])
+    assert next(remaining, None) is None
     with torch.no_grad():
         return decoder(inputs_embeds=torch.stack(rows)[None], output_hidden_states=True).hidden_states[-1][0]
 
 
-def assert_read(output: BackboneOutput, inputs: dict[str, Tensor], *, order: str = "sub_glb") -> None:
+def assert_output(output: BackboneOutput, inputs: dict[str, Tensor], *, order: str = "sub_glb") -> None:
     start = 0
     for i, (rows, columns) in enumerate(inputs["crop_grid"].tolist()):
         views = inputs["pixel_values"][start : start + 1 + rows * columns]
@@ -187,43 +185,43 @@ def images() -> Sequence[Tensor]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("template", ["family", "published"])
-def test_tokens_and_states_are_those_of_a_slow_reference(template: str, side: str) -> None:
+def test_tokens_and_states_equal_a_slow_reference(template: str, side: str) -> None:
     """The tower's last but one layer without its class token, 2 x 2 patches a token, a separator after each line."""
     backbone = backbone_of("phi3_v", template, side)
     inputs = backbone.prepare(images(), PROMPTS)
     with torch.no_grad():
-        assert_read(backbone.forward(inputs), inputs)
+        assert_output(backbone.forward(inputs), inputs)
 
 
-def test_the_whole_may_also_come_before_its_crops(tmp_path: Path) -> None:
+def test_the_view_may_also_come_before_the_crops(tmp_path: Path) -> None:
     embedding = {**phi_config()["embd_layer"], "hd_transform_order": "glb_sub"}
     save_phi(tmp_path, embd_layer=embedding)
     backbone = load_backbone(str(tmp_path))
     inputs = backbone.prepare(images(), PROMPTS)
     with torch.no_grad():
-        assert_read(backbone.forward(inputs), inputs, order="glb_sub")
+        assert_output(backbone.forward(inputs), inputs, order="glb_sub")
 
 
-def test_no_row_is_so_long_that_the_positions_of_its_neighbours_would_be_scaled_otherwise() -> None:
+def test_no_row_is_long_enough_to_change_the_position_scaling_of_the_batch() -> None:
     """Under longrope one long row switches a whole batch to the long factors; the config has four times more."""
-    reader = backbone_of("phi3_v").prompt_tokenizer
+    tokenizer = backbone_of("phi3_v").prompt_tokenizer
     assert phi_config()["max_position_embeddings"] == 4 * MAX_TOKENS
-    assert reader.max_length == MAX_TOKENS
+    assert tokenizer.max_length == MAX_TOKENS
     with pytest.raises(ValueError, match=rf"the maximum of this model is {MAX_TOKENS}"):
-        reader.ids("a red fox" * MAX_TOKENS, 4)
+        tokenizer.ids("a red fox" * MAX_TOKENS, 4)
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_in_several_files_is_the_same_model(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
     save_phi(tmp_path, num_shards=3)
     whole, parts = backbone_of("phi3_v").model.state_dict(), load_backbone(str(tmp_path)).model.state_dict()
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_what_a_checkpoint_lacks_or_has_too_much_is_named(tmp_path: Path) -> None:
+def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     save_phi(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for change, message in (
@@ -249,14 +247,14 @@ def test_what_a_checkpoint_lacks_or_has_too_much_is_named(tmp_path: Path) -> Non
         ({"embd_layer": {"hd_transform_order": "both"}}, "hd_transform_order is 'both'; supported: sub_glb or glb_sub"),
     ],
 )
-def test_a_model_that_is_built_otherwise_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_an_unsupported_variant_is_refused(changes: dict[str, Any], message: str) -> None:
     own = {**phi_config(), **changes}
     kept = {name: own[name] for name in ("img_processor", "embd_layer", "vision_config")}
     with pytest.raises(ValueError, match=message):
         _ = Phi3VConfig(**kept).vision
 
 
-def test_a_tokenizer_without_a_place_for_visual_tokens_is_named(tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_placeholder_for_visual_tokens_is_named(tmp_path: Path) -> None:
     save_phi(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text().replace("<|image|>", "<|photo|>")
     (tmp_path / "tokenizer.json").write_text(text)
@@ -266,7 +264,7 @@ def test_a_tokenizer_without_a_place_for_visual_tokens_is_named(tmp_path: Path) 
         load_backbone(str(tmp_path))
 
 
-def test_a_tokenizer_that_says_so_begins_no_text_with_its_start_token(tmp_path: Path) -> None:
+def test_add_bos_token_false_leaves_the_start_token_out(tmp_path: Path) -> None:
     save_phi(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": False}))

@@ -1,4 +1,4 @@
-"""Images of every kind become the same RGB numbers, and processors' arithmetic in torch keeps gradients."""
+"""Conversion of all kinds of images to the same tensor, and differentiable preprocessing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIXELS = bytes_of(5, 7)
 ARRAY = PIXELS.permute(1, 2, 0).numpy()
 
 
-# --- what may be handed over ----------------------------------------------------------------------
+# --- inputs ----------------------------------------------------------------------
 
 
 def test_every_kind_of_image_is_the_same_tensor(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_float_tensor_keeps_its_graph() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_floats_of_another_width_become_float32(dtype: torch.dtype) -> None:
+def test_floats_of_another_precision_become_float32(dtype: torch.dtype) -> None:
     pixels = random_image(4, 4).to(dtype)
     assert torch.equal(to_tensor(pixels), pixels.float())
 
@@ -50,7 +50,7 @@ def test_grey_images_have_three_equal_channels() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_transparent_pixels_are_laid_on_white(suffix: str, tmp_path: Path) -> None:
+def test_transparent_pixels_are_blended_with_white(suffix: str, tmp_path: Path) -> None:
     """alpha * colour + (1 - alpha) * white, to the rounding of 8 bits."""
     rgba = np.zeros((2, 3, 4), dtype=np.uint8)
     rgba[..., 0], rgba[..., 2] = 200, 40
@@ -63,7 +63,7 @@ def test_transparent_pixels_are_laid_on_white(suffix: str, tmp_path: Path) -> No
     assert torch.all(to_tensor(file)[:, 0, 0] == 1)
 
 
-def test_transparency_of_palettes_and_of_one_colour_is_laid_on_white_too(tmp_path: Path) -> None:
+def test_transparency_of_palettes_and_of_one_colour_is_blended_with_white_too(tmp_path: Path) -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putdata([0, 1])
@@ -79,8 +79,8 @@ def test_transparency_of_palettes_and_of_one_colour_is_laid_on_white_too(tmp_pat
 
 
 @pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (6, -1), (3, 2), (8, 1)])
-def test_a_turned_photograph_is_seen_upright(orientation: int, turns: int, tmp_path: Path) -> None:
-    """EXIF: 6 is to be turned a quarter clockwise, 8 a quarter back, 3 by half."""
+def test_exif_orientation_is_applied(orientation: int, turns: int, tmp_path: Path) -> None:
+    """6 is a rotation by 90 degrees clockwise, 8 by 90 degrees back, 3 by 180 degrees."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(ARRAY).save(tmp_path / "turned.png", exif=exif)
@@ -88,7 +88,7 @@ def test_a_turned_photograph_is_seen_upright(orientation: int, turns: int, tmp_p
 
 
 def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
-    """Pillow cuts such an image off at 255, which would make nearly all of it white."""
+    """Pillow clips such an image at 255, which would make nearly all of it white."""
     grey = (np.arange(35).reshape(5, 7) * 1800).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "deep.png")
     expected = torch.from_numpy(grey / 65535).float().expand(3, 5, 7)
@@ -96,12 +96,12 @@ def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_numbers_without_a_white_are_refused(mode: str) -> None:
+def test_modes_without_a_defined_range_are_refused(mode: str) -> None:
     with pytest.raises(ValueError, match=f"mode '{mode}' has no defined range"):
         to_tensor(Image.new(mode, (3, 2)))
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -121,19 +121,19 @@ def test_numbers_without_a_white_are_refused(mode: str) -> None:
         (np.full((4, 4, 3), np.nan), ValueError, "not finite"),
     ],
 )
-def test_what_is_no_image_is_refused_by_name(given: object, error: type[Exception], named: str) -> None:
+def test_an_invalid_image_is_refused_by_name(given: object, error: type[Exception], named: str) -> None:
     with pytest.raises(error, match=named):
         to_tensor(given)
 
 
 @pytest.mark.parametrize(("given", "named"), [(3, "this is a int"), (None, "this is a NoneType")])
 def test_another_type_is_refused_by_name(given: object, named: str) -> None:
-    unchecked = inspect.unwrap(to_tensor)  # without the type checks of the tests, as users have it
+    unchecked = inspect.unwrap(to_tensor)  # without the type checks of the tests, as for users
     with pytest.raises(TypeError, match=named):
         unchecked(given)
 
 
-def test_files_that_are_missing_or_no_images_are_named(tmp_path: Path) -> None:
+def test_missing_files_and_files_that_are_no_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no image '.*absent\.png'"):
         to_tensor(tmp_path / "absent.png")
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
@@ -150,7 +150,7 @@ def test_files_that_are_missing_or_no_images_are_named(tmp_path: Path) -> None:
         to_tensor(tmp_path / "empty.png")
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 30)
     assert to_tensor(tmp_path / "bomb.png").shape == (3, 30, 40)
@@ -172,7 +172,7 @@ def test_pillows_own_limits_raise_our_error(tmp_path: Path, monkeypatch: pytest.
 # --- arithmetic -----------------------------------------------------------------------------------
 
 
-def test_clamping_cuts_values_off_but_no_gradient() -> None:
+def test_clamping_keeps_the_gradient() -> None:
     values = torch.tensor([-1e8, -0.3, 0.0, 0.4, 1.0, 1.7, 1e8], requires_grad=True)
     clamped = clamp_keeping_gradient(values)
     clamped.backward(torch.arange(7.0))
@@ -188,15 +188,15 @@ def test_resizing_to_the_same_size_is_exact() -> None:
 @pytest.mark.parametrize(
     ("height", "width", "contrast"), [(40, 12, 1.0), (60, 50, 1.0), (31, 26, 1.0), (5, 4, 1.0), (13, 31, 0.4)]
 )
-def test_resizing_is_pillows_up_to_its_rounding(height: int, width: int, contrast: float) -> None:
-    """Even for noise from black to white, which overshoots; where Pillow turns its order round, for milder noise."""
+def test_resizing_equals_pillows_up_to_its_rounding(height: int, width: int, contrast: float) -> None:
+    """Even for noise from black to white, which overshoots; for milder noise where Pillow begins with the rows."""
     pixels = (128 + contrast * (bytes_of(30, 25).float() - 128)).byte()
     ours = resize(pixels[None].float() / 255, height, width)[0]
     pillow = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
     assert_close(ours, to_tensor(pillow), rtol=0, atol=1.6 / 255)
 
 
-def test_resizing_sees_images_cut_off_at_black_and_white_and_never_leaves_that_range() -> None:
+def test_resizing_clamps_its_input_and_its_output() -> None:
     wild = random_image(10, 10, low=-0.8, high=1.9)[None]
     for size in ((10, 10), (7, 23), (25, 31)):
         out = resize(wild, *size)
@@ -205,7 +205,7 @@ def test_resizing_sees_images_cut_off_at_black_and_white_and_never_leaves_that_r
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 4), (4, 7), (9, 8)])
-def test_the_middle_is_the_processors_middle(height: int, width: int) -> None:
+def test_the_centre_crop_equals_the_processors(height: int, width: int) -> None:
     from transformers.image_transforms import center_crop
     from transformers.image_utils import ChannelDimension
 

@@ -1,4 +1,4 @@
-"""What the judge minimises, and its verdicts: by hand, in the limits, beside formulas in Python floats."""
+"""Losses and probabilities of the reward model: by hand, in the limits, and against formulas in Python floats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sigmoid(x: float) -> float:
 
 
 def outcomes(logits: Tensor, *, tie_width: float) -> tuple[Tensor, Tensor, Tensor]:
-    """P(first wins), P(tie), P(second wins), as the losses have them."""
+    """Return P(first wins), P(tie), P(second wins) from the losses."""
     no, yes = torch.zeros(len(logits), dtype=torch.bool), torch.ones(len(logits), dtype=torch.bool)
     return (
         torch.exp(-preference_losses(logits, no, tie_width=tie_width)),
@@ -55,7 +55,7 @@ def test_swapping_two_images_only_changes_the_sign(kind: HeadKind, size: int) ->
     assert torch.all(preference_logits(first, first, kind=kind, temperature=0.3) == 0)
 
 
-def test_general_preference_needs_no_ranking() -> None:
+def test_general_preference_may_be_intransitive() -> None:
     """Three vectors a third of a turn apart: each beats the next."""
     angle = torch.tensor([0.0, 1.0, 2.0]) * 2 * math.pi / 3
     vectors = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -83,11 +83,11 @@ def test_a_head_is_one_matrix_in_float32(kind: HeadKind, size: int) -> None:
 @pytest.mark.parametrize(
     ("winner", "loser", "temperature", "margin", "expected"),
     [
-        (0.0, 0.0, 0.1, 0.0, math.log(2)),  # no opinion
+        (0.0, 0.0, 0.1, 0.0, math.log(2)),  # indifferent
         (0.2, 0.1, 0.1, 0.0, math.log1p(math.exp(-1))),
-        (0.2, 0.1, 0.5, 0.0, math.log1p(math.exp(-0.2))),  # a higher temperature makes the same gap less sure
+        (0.2, 0.1, 0.5, 0.0, math.log1p(math.exp(-0.2))),  # a higher temperature makes the same gap less certain
         (0.1, 0.3, 0.1, 0.0, math.log1p(math.exp(2))),
-        (0.4, 0.1, 0.1, 3.0, math.log(2)),  # ahead by just what is asked
+        (0.4, 0.1, 0.1, 3.0, math.log(2)),  # ahead by exactly the margin
         (0.0, 0.0, 0.1, 1.5, math.log1p(math.exp(1.5))),
     ],
 )
@@ -99,18 +99,18 @@ def test_bradley_terry_by_hand(winner: float, loser: float, temperature: float, 
 
 
 @pytest.mark.parametrize("tie_width", [0.01, 0.3, 1.0, 4.0])
-def test_the_three_outcomes_are_rao_and_kuppers_and_sum_to_one(tie_width: float) -> None:
+def test_the_three_outcomes_follow_rao_and_kupper_and_sum_to_one(tie_width: float) -> None:
     logits = torch.tensor(LOGITS, dtype=torch.float64)
     won, tied, lost = outcomes(logits, tie_width=tie_width)
     assert_close(won + tied + lost, torch.ones_like(logits), rtol=0, atol=1e-12)
-    # Their own form, with theta = exp(tie_width) and strengths pi: pi_1 / (pi_1 + theta pi_2) and so on.
+    # In the form of the paper, with theta = exp(tie_width) and strengths pi: pi_1 / (pi_1 + theta pi_2) and so on.
     theta, strength = math.exp(tie_width), logits.exp()
     assert_close(won, strength / (strength + theta))
     assert_close(lost, 1 / (1 + theta * strength))
     assert_close(tied, (theta**2 - 1) * strength / ((strength + theta) * (1 + theta * strength)))
 
 
-def test_a_vanishing_tie_width_is_bradley_and_terry() -> None:
+def test_tie_width_zero_is_bradley_terry() -> None:
     logits = torch.tensor(LOGITS, dtype=torch.float64)
     won, tied, lost = outcomes(logits, tie_width=1e-9)
     assert_close(won, torch.sigmoid(logits), rtol=0, atol=1e-8)
@@ -119,7 +119,7 @@ def test_a_vanishing_tie_width_is_bradley_and_terry() -> None:
     assert torch.all(outcomes(logits, tie_width=0.0)[1] == 0)  # a tie is impossible, its loss infinite
 
 
-def test_a_tie_costs_least_between_equals_and_the_same_both_ways() -> None:
+def test_the_loss_of_a_tie_is_symmetric_and_least_between_equals() -> None:
     logits = torch.arange(-40, 41, dtype=torch.float64) / 10
     losses = preference_losses(logits, torch.ones(81, dtype=torch.bool), tie_width=0.5)
     assert losses.argmin() == 40  # where the logit is 0
@@ -128,7 +128,7 @@ def test_a_tie_costs_least_between_equals_and_the_same_both_ways() -> None:
     assert losses[40].item() == pytest.approx(-math.log(math.tanh(0.25)))
 
 
-def test_a_wider_tie_band_makes_ties_likelier_and_wins_rarer() -> None:
+def test_a_larger_tie_width_makes_ties_likelier_and_wins_rarer() -> None:
     logits = torch.tensor(LOGITS)
     for narrow, wide in pairwise((0.1, 0.5, 2.0)):
         before, after = outcomes(logits, tie_width=narrow), outcomes(logits, tie_width=wide)
@@ -149,7 +149,7 @@ def test_a_tie_has_no_margin_and_every_row_its_own_outcome() -> None:
 
 
 @pytest.mark.parametrize("tie_width", [0.0, 0.4])
-def test_gradients_are_finite_differences(tie_width: float) -> None:
+def test_gradients_equal_finite_differences(tie_width: float) -> None:
     logits = torch.tensor([*LOGITS, *LOGITS], dtype=torch.float64, requires_grad=True)
     tie = torch.arange(10) >= (5 if tie_width else 10)
     margin = torch.linspace(0, 1, 10, dtype=torch.float64)
@@ -166,8 +166,8 @@ def test_gradients_are_finite_differences(tie_width: float) -> None:
 
 @pytest.mark.parametrize("logit", [-1e4, -88.0, 0.0, 88.0, 1e4])
 @pytest.mark.parametrize("tie_width", [0.0, 0.2])
-def test_neither_an_impossible_tie_nor_an_extreme_verdict_spoils_a_gradient(logit: float, tie_width: float) -> None:
-    """The branch that `where` does not take must not leak nan into the one it does."""
+def test_gradients_are_finite_for_impossible_ties_and_extreme_logits(logit: float, tie_width: float) -> None:
+    """The unused branch of `where` must not leak nan into the other."""
     logits = torch.tensor([logit, 0.3], requires_grad=True)
     tie = torch.tensor([tie_width > 0, False])
     losses = preference_losses(logits, tie, tie_width=tie_width)
@@ -179,7 +179,7 @@ def test_neither_an_impossible_tie_nor_an_extreme_verdict_spoils_a_gradient(logi
         assert logits.grad[0].item() == pytest.approx(-sigmoid(-max(min(logit, 700), -700)))
 
 
-# --- verdicts -------------------------------------------------------------------------------------
+# --- probabilities -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tie_width", [0.0, 0.3, 2.0])
@@ -215,7 +215,7 @@ def test_the_gradient_of_a_label_loss_is_the_error_of_the_probability() -> None:
 
 
 @pytest.mark.parametrize("tie_width", [0.0, 0.5, 2.0])
-def test_the_odds_of_a_decided_pair_leave_the_tie_out(tie_width: float) -> None:
+def test_decided_logits_are_the_log_odds_given_no_tie(tie_width: float) -> None:
     logits = torch.tensor(LOGITS, dtype=torch.float64)
     first, _, second = outcomes(logits, tie_width=tie_width)
     assert_close(torch.sigmoid(decided_logits(logits, tie_width=tie_width)), first / (first + second))

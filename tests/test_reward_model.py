@@ -1,4 +1,4 @@
-"""A whole judge: what moves its scores and what must not, what learns, what is stored, what is refused."""
+"""LlavaReward: dependence of its scores, trained parameters, checkpoints, comparisons and errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SIZES = {
 
 
 def images_of(family: str) -> list[Tensor]:
-    """Of three sizes: but for LLaVA also of three numbers of tokens."""
+    """Return images of three sizes; except for LLaVA, with different numbers of tokens."""
     return [random_image(*size, seed=i) for i, size in enumerate(SIZES[family])]
 
 
@@ -69,7 +69,7 @@ def assert_same(one: Tensor, other: Tensor) -> None:
 
 @contextmanager
 def counting(module: torch.nn.Module) -> Iterator[list[int]]:
-    """The number of calls of a module, as the length of a list."""
+    """Count the calls of a module, as the length of a list."""
     calls: list[int] = []
     hook = module.register_forward_hook(lambda *_: calls.append(1))
     try:
@@ -78,32 +78,30 @@ def counting(module: torch.nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def vision_tower(judge: LlavaReward) -> torch.nn.Module:
-    inner: Any = judge.model.backbone.model.model
+def vision_tower(reward_model: LlavaReward) -> torch.nn.Module:
+    inner: Any = reward_model.model.backbone.model.model
     return inner.visual if hasattr(inner, "visual") else inner.vision_tower
 
 
-# --- gradients of pixels --------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(56, 56), (60, 81)])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_the_gradient_of_a_score_reaches_the_pixels_and_is_finite_differences(
-    family: str, size: tuple[int, int]
-) -> None:
+def test_the_pixel_gradient_of_a_score_equals_finite_differences(family: str, size: tuple[int, int]) -> None:
     """Along five directions, through resizing, vision tower, projector, language model, SkipCA and head.
 
     In float32 (both families compute their norms in it), with images that stay clear of black and white.
     """
-    judge, pixels = load(family), random_image(*size, low=0.35, high=0.65).requires_grad_()
-    judge.score([pixels], ["a red fox"]).sum().backward()
+    reward_model, pixels = load(family), random_image(*size, low=0.35, high=0.65).requires_grad_()
+    reward_model.score([pixels], ["a red fox"]).sum().backward()
     generator, step = torch.Generator().manual_seed(0), 5e-4 if family in ("llava_next", "qwen3_vl") else 2e-3
     for _ in range(5):
-        # Smooth directions: white noise would mostly cancel where an image is made smaller.
+        # Smooth directions: white noise would mostly cancel where an image is downsampled.
         coarse = torch.randn(1, 3, 6, 6, generator=generator)
         direction = torch.nn.functional.interpolate(coarse, size, mode="bilinear")[0]
         ahead, behind = (pixels.detach() + sign * step * direction for sign in (1, -1))
-        difference = judge.score([ahead, behind], ["a red fox"] * 2) @ torch.tensor([1.0, -1.0]) / (2 * step)
+        difference = reward_model.score([ahead, behind], ["a red fox"] * 2) @ torch.tensor([1.0, -1.0]) / (2 * step)
         pixel_gradient = (pixels.grad * direction).sum()
         assert_close(difference, pixel_gradient, rtol=0.02, atol=0.02 * pixels.grad.norm().item())
         assert pixel_gradient.abs() > 1e-3
@@ -111,13 +109,13 @@ def test_the_gradient_of_a_score_reaches_the_pixels_and_is_finite_differences(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saturated_pixels_keep_their_gradient(family: str) -> None:
-    """A painter that has reached black or white must be able to come back."""
-    judge = load(family)
+    """A policy that has reached black or white must be able to leave it."""
+    reward_model = load(family)
     saturated = (random_image(56, 56) > 0.5).float()
     gradients = []
     for inset in (0.0, 1e-4):
         pixels = saturated.lerp(torch.tensor(0.5), inset).requires_grad_()
-        judge.score([pixels], ["a red fox"]).sum().backward()
+        reward_model.score([pixels], ["a red fox"]).sum().backward()
         gradients.append(pixels.grad)
     assert_close(*gradients, rtol=0.02, atol=1e-3 * gradients[0].abs().max().item())
     if family == "qwen2_5_vl":  # nothing is resized, so no two pixels' gradients can cancel
@@ -125,94 +123,94 @@ def test_saturated_pixels_keep_their_gradient(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pixels_beyond_black_and_white_score_as_if_cut_off(family: str) -> None:
+def test_pixels_beyond_black_and_white_score_as_if_clamped(family: str) -> None:
     """Also where an image is resized: the processors of both families resize images of 8 bits."""
     wild = [random_image(*size, seed=i, low=-0.7, high=1.8) for i, size in enumerate(SIZES[family])]
-    judge = load(family)
-    assert_same(judge.score(wild, PROMPTS), judge.score([one.clamp(0, 1) for one in wild], PROMPTS))
+    reward_model = load(family)
+    assert_same(reward_model.score(wild, PROMPTS), reward_model.score([one.clamp(0, 1) for one in wild], PROMPTS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_images_gradient_is_its_own(family: str) -> None:
-    judge = load(family)
+    reward_model = load(family)
     together = [one.requires_grad_() for one in images_of(family)]
-    judge.score(together, PROMPTS, batch_size=2).sum().backward()
+    reward_model.score(together, PROMPTS, batch_size=2).sum().backward()
     for one, prompt in zip(together, PROMPTS, strict=True):
         alone = one.detach().clone().requires_grad_()
-        judge.score([alone], [prompt]).sum().backward()
+        reward_model.score([alone], [prompt]).sum().backward()
         assert_close(one.grad, alone.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_graph_is_kept_only_for_a_image_that_asks_and_never_for_weights(family: str) -> None:
-    judge, plain = load(family), random_image(56, 56)
-    assert not judge.score([plain], ["a fox"]).requires_grad
+def test_a_graph_is_kept_only_for_an_image_that_requires_it_and_never_for_weights(family: str) -> None:
+    reward_model, plain = load(family), random_image(56, 56)
+    assert not reward_model.score([plain], ["a fox"]).requires_grad
     asking = plain.clone().requires_grad_()
     with torch.no_grad():
-        assert not judge.score([asking], ["a fox"]).requires_grad
-    assert not judge.score([asking.detach()], ["a fox"]).requires_grad
-    judge.score([plain, asking], ["a fox"] * 2).sum().backward()
+        assert not reward_model.score([asking], ["a fox"]).requires_grad
+    assert not reward_model.score([asking.detach()], ["a fox"]).requires_grad
+    reward_model.score([plain, asking], ["a fox"] * 2).sum().backward()
     assert asking.grad.abs().max() > 0
-    judge.compare([asking], [plain], ["a fox"]).sum().backward()
+    reward_model.compare([asking], [plain], ["a fox"]).sum().backward()
     batch = torch.stack([plain, plain]).requires_grad_()
-    judge.score(batch, ["a fox"] * 2).sum().backward()
+    reward_model.score(batch, ["a fox"] * 2).sum().backward()
     assert batch.grad.abs().amax(dim=(1, 2, 3)).min() > 0
-    assert all(p.grad is None and not p.requires_grad for p in judge.model.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in reward_model.model.parameters())
     in_training = fresh_model(family)
     in_training.set_trainable()
     assert not LlavaReward(in_training).score([plain], ["a fox"]).requires_grad
 
 
-# --- what a score must not depend on --------------------------------------------------------------
+# --- independence of the batch --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_a_score_does_not_depend_on_its_neighbours_their_order_or_the_padding(family: str, side: str) -> None:
-    """Neighbours have other sizes, other numbers of visual tokens, and longer and shorter prompts."""
-    judge = LlavaReward(fresh_model(family, padding_side=side))
-    shown = images_of(family)
-    alone = torch.cat([judge.score([one], [prompt]) for one, prompt in zip(shown, PROMPTS, strict=True)])
+def test_a_score_does_not_depend_on_its_batch_order_or_padding_side(family: str, side: str) -> None:
+    """The batch has other sizes, other numbers of visual tokens, and longer and shorter prompts."""
+    reward_model = LlavaReward(fresh_model(family, padding_side=side))
+    images = images_of(family)
+    alone = torch.cat([reward_model.score([one], [prompt]) for one, prompt in zip(images, PROMPTS, strict=True)])
     assert alone.std() > 0.1
-    assert_same(judge.score(shown, PROMPTS), alone)
-    assert_same(judge.score(shown, PROMPTS, batch_size=2), alone)
+    assert_same(reward_model.score(images, PROMPTS), alone)
+    assert_same(reward_model.score(images, PROMPTS, batch_size=2), alone)
     for order in ([2, 0, 1], [1, 2, 0], [2, 1, 0, 0, 1]):
-        assert_same(judge.score([shown[i] for i in order], [PROMPTS[i] for i in order]), alone[order])
-    assert_same(alone, load(family).score(shown, PROMPTS))  # padded on the right
+        assert_same(reward_model.score([images[i] for i in order], [PROMPTS[i] for i in order]), alone[order])
+    assert_same(alone, load(family).score(images, PROMPTS))  # padded on the right
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_score_depends_on_the_image_and_on_the_prompt(family: str) -> None:
-    """A guard for all tests of sameness here."""
-    judge, shown = load(family), [random_image(56, 56, seed=i) for i in range(4)]
-    of_images, of_prompts = judge.score(shown, ["a red fox"] * 4), judge.score(shown[:1] * 3, PROMPTS)
+    """A guard for all tests of equality here."""
+    reward_model, images = load(family), [random_image(56, 56, seed=i) for i in range(4)]
+    of_images, of_prompts = reward_model.score(images, ["a red fox"] * 4), reward_model.score(images[:1] * 3, PROMPTS)
     assert of_images.std() > 0.1
     assert of_prompts.std() > 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_the_same_image_scores_alike(family: str, tmp_path: Path) -> None:
+def test_all_input_types_of_one_image_have_the_same_score(family: str, tmp_path: Path) -> None:
     pixels = bytes_of(60, 57)
     array = pixels.permute(1, 2, 0).numpy()
     Image.fromarray(array).save(tmp_path / "image.png")
     kinds = [pixels.float() / 255, pixels, array, array / 255.0, Image.fromarray(array), tmp_path / "image.png"]
-    judge = load(family)
-    scores = judge.score([*kinds, str(tmp_path / "image.png")], ["a red fox"] * 7)
+    reward_model = load(family)
+    scores = reward_model.score([*kinds, str(tmp_path / "image.png")], ["a red fox"] * 7)
     assert_same(scores, scores[:1].expand(7))
-    assert_same(judge.score(torch.stack([kinds[0]] * 2), ["a red fox"] * 2), scores[:2])
+    assert_same(reward_model.score(torch.stack([kinds[0]] * 2), ["a red fox"] * 2), scores[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_scores_are_float32_and_the_batch_size_does_not_change_them(family: str, dtype: torch.dtype) -> None:
-    judge = LlavaReward.from_pretrained(reward_model_folder(family), dtype=dtype)
-    shown, prompts = images_of(family) * 2, PROMPTS * 2
-    whole = judge.score(shown, prompts)
+    reward_model = LlavaReward.from_pretrained(reward_model_folder(family), dtype=dtype)
+    images, prompts = images_of(family) * 2, PROMPTS * 2
+    whole = reward_model.score(images, prompts)
     assert whole.dtype == torch.float32
     tolerance = 2e-5 if dtype == torch.float32 else 0.1 * whole.std().item()
     for batch_size in (1, 4, 100):
-        assert_close(judge.score(shown, prompts, batch_size=batch_size), whole, rtol=0, atol=tolerance)
-    exact = load(family).score(shown, prompts)
+        assert_close(reward_model.score(images, prompts, batch_size=batch_size), whole, rtol=0, atol=tolerance)
+    exact = load(family).score(images, prompts)
     assert_close(whole, exact, rtol=0, atol=tolerance if dtype == torch.float32 else 0.5 * exact.std().item())
 
 
@@ -223,10 +221,10 @@ def test_the_last_real_token_is_found_on_either_side() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_score_is_the_head_of_skip_ca_of_the_last_word_and_the_visual_tokens(family: str) -> None:
+def test_a_score_is_the_head_of_skip_ca_of_the_last_token_and_the_visual_tokens(family: str) -> None:
     model = fresh_model(family)
-    shown = images_of(family)
-    inputs, part = model.backbone.prepare(shown, PROMPTS), model.perspectives["alignment"]
+    images = images_of(family)
+    inputs, part = model.backbone.prepare(images, PROMPTS), model.perspectives["alignment"]
     with torch.no_grad():
         output, expected = model.backbone.forward(inputs), []
         for i in range(3):
@@ -236,7 +234,7 @@ def test_a_score_is_the_head_of_skip_ca_of_the_last_word_and_the_visual_tokens(f
         assert_same(model(**inputs), torch.cat(expected))
 
 
-# --- learning -------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def snapshot(model: RewardModel) -> dict[str, Tensor]:
@@ -244,25 +242,25 @@ def snapshot(model: RewardModel) -> dict[str, Tensor]:
 
 
 def one_step(model: RewardModel, family: str) -> None:
-    """AdamW on one pair, as far as a test needs it."""
+    """Take one step of AdamW on one pair."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    verdicts = model(**model.backbone.prepare(images_of(family)[:2], ["a red fox", "a red fox"]))
-    preference_losses((verdicts[:1] - verdicts[1:])[:, 0], torch.tensor([False])).sum().backward()
+    outputs = model(**model.backbone.prepare(images_of(family)[:2], ["a red fox", "a red fox"]))
+    preference_losses((outputs[:1] - outputs[1:])[:, 0], torch.tensor([False])).sum().backward()
     optimizer.step()
 
 
 def names_in(model: RewardModel, group: str) -> set[str]:
-    """The names, within the whole model, of the parameters of a group of the perspective in use."""
+    """Return the names, within the model, of a group's parameters of the active perspective."""
     ids = {id(parameter) for parameter in model.groups(model.active)[group].values()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
 
 
 @pytest.mark.parametrize("groups", [GROUPS, ("lora",), ("projector", "head"), ("skip_ca",)])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_one_step_moves_every_tensor_of_the_groups_that_learn_and_nothing_else(
+def test_one_step_moves_every_tensor_of_the_trained_groups_and_nothing_else(
     family: str, groups: tuple[str, ...]
 ) -> None:
-    """LoRA's B is scattered first: while it is zero, as at the start, A has no gradient (the next test)."""
+    """LoRA's B is randomised first: while it is zero, as initially, A has no gradient (the next test)."""
     model = fresh_model(family)
     model.add(config_of(family, perspective="safety"))  # frozen too
     model.use("alignment")
@@ -276,7 +274,7 @@ def test_one_step_moves_every_tensor_of_the_groups_that_learn_and_nothing_else(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_lora_moves_its_second_half_first_and_all_of_it_in_two_steps(family: str) -> None:
+def test_an_untrained_lora_moves_b_in_the_first_step_and_all_in_two(family: str) -> None:
     model = RewardModel(fresh_backbone(family))
     model.add(config_of(family))
     model.set_trainable()
@@ -290,8 +288,8 @@ def test_a_fresh_lora_moves_its_second_half_first_and_all_of_it_in_two_steps(fam
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_untrained_perspective_reads_as_the_backbone_does(family: str) -> None:
-    """LoRA starts as nothing, the projector as the backbone's own."""
+def test_an_untrained_perspective_does_not_change_the_backbones_output(family: str) -> None:
+    """The LoRA is initially without effect, and the projector is the backbone's own."""
     backbone = fresh_backbone(family)
     inputs = backbone.prepare(images_of(family), PROMPTS)
     with torch.no_grad():
@@ -306,7 +304,7 @@ def test_an_untrained_perspective_reads_as_the_backbone_does(family: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_learns_is_float32_and_the_rest_as_it_was_loaded(dtype: torch.dtype) -> None:
+def test_trained_parameters_are_float32_and_the_rest_is_as_loaded(dtype: torch.dtype) -> None:
     model = RewardModel(fresh_backbone("qwen2_5_vl", dtype=dtype))
     model.add(config_of("qwen2_5_vl"))
     model.set_trainable()
@@ -331,7 +329,7 @@ def test_the_parameter_table_adds_up(family: str, skip_ca: bool) -> None:
     assert f"{100 * trained / total:.1f} % of {total:,} parameters are trained" in parameter_table(model)
 
 
-def test_the_seed_makes_the_start_and_leaves_the_callers_generator_alone() -> None:
+def test_the_seed_determines_initial_weights_and_the_global_generator_is_unchanged() -> None:
     def start(seed: int) -> dict[str, Tensor]:
         model = RewardModel(fresh_backbone("llava"))
         model.add(config_of("llava"), seed=seed)
@@ -346,7 +344,7 @@ def test_the_seed_makes_the_start_and_leaves_the_callers_generator_alone() -> No
     assert not any(torch.equal(one[key], other[key]) for key in one if ".lora_A." in key)
 
 
-# --- bundles --------------------------------------------------------------------------------------
+# --- adapter checkpoints --------------------------------------------------------------------------------------
 
 PERSPECTIVES = {
     "alignment": {"seed": 1},
@@ -357,7 +355,7 @@ PERSPECTIVES = {
 
 @pytest.mark.parametrize("options", [{}, {"skip_ca": False}, {"head": "general_preference", "template": "published"}])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_a_saved_judge_gives_the_same_verdicts_to_the_bit(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_model_gives_identical_scores(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = fresh_model(family, **options)
     save_adapter(model.configs["alignment"], adapter_tensors(model, "alignment"), tmp_path)
     loaded = load_reward_model(tmp_path)
@@ -368,7 +366,7 @@ def test_a_saved_judge_gives_the_same_verdicts_to_the_bit(family: str, options: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_bundle_is_one_safetensors_file_and_one_json_of_just_what_learns(family: str) -> None:
+def test_an_adapter_checkpoint_holds_exactly_the_trained_tensors_and_the_config(family: str) -> None:
     folder, without = reward_model_folder(family), reward_model_folder(family, skip_ca=False)
     for bundle in (folder, without):
         assert {path.name for path in bundle.iterdir()} == {"llava_reward.safetensors", "llava_reward.json"}
@@ -382,7 +380,7 @@ def test_a_bundle_is_one_safetensors_file_and_one_json_of_just_what_learns(famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_skip_ca_a_score_is_the_head_of_the_last_word(family: str) -> None:
+def test_without_skip_ca_a_score_is_the_head_of_the_last_token(family: str) -> None:
     model = fresh_model(family, skip_ca=False)
     inputs = model.backbone.prepare(images_of(family), PROMPTS)
     with torch.no_grad():
@@ -392,72 +390,74 @@ def test_without_skip_ca_a_score_is_the_head_of_the_last_word(family: str) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_perspectives_on_one_backbone_are_their_own_judges_to_the_bit(family: str) -> None:
-    """Also after being swapped back and forth, and all at once, with one look at each image."""
+def test_perspectives_on_one_backbone_score_as_each_alone_to_the_bit(family: str) -> None:
+    """Also after switching back and forth; and all at once, with one run of the vision tower per image."""
     folders = {name: reward_model_folder(family, **options) for name, options in PERSPECTIVES.items()}
-    shown = images_of(family)
-    own = {name: LlavaReward.from_pretrained(folder).score(shown, PROMPTS) for name, folder in folders.items()}
+    images = images_of(family)
+    own = {name: LlavaReward.from_pretrained(folder).score(images, PROMPTS) for name, folder in folders.items()}
     assert min((own[a] - own[b]).abs().max() for a in own for b in own if a < b) > 0.1
-    judge = LlavaReward.from_pretrained(folders["alignment"])
-    assert [judge.add(folders[name]) for name in ("fidelity", "safety")] == ["fidelity", "safety"]
-    assert judge.perspectives == list(PERSPECTIVES)
+    reward_model = LlavaReward.from_pretrained(folders["alignment"])
+    assert [reward_model.add(folders[name]) for name in ("fidelity", "safety")] == ["fidelity", "safety"]
+    assert reward_model.perspectives == list(PERSPECTIVES)
     for name in ("safety", "alignment", "fidelity", "safety", "fidelity", "alignment"):
-        assert torch.equal(judge.score(shown, PROMPTS, perspective=name), own[name])
-    assert torch.equal(judge.score(shown, PROMPTS), own["alignment"])  # the first, unless another is named
-    with counting(vision_tower(judge)) as calls, counting(judge.model.backbone.language_model) as passes:
-        everything = judge.score_all(shown, PROMPTS)
+        assert torch.equal(reward_model.score(images, PROMPTS, perspective=name), own[name])
+    assert torch.equal(reward_model.score(images, PROMPTS), own["alignment"])  # the first is the default
+    with counting(vision_tower(reward_model)) as calls, counting(reward_model.model.backbone.language_model) as passes:
+        everything = reward_model.score_all(images, PROMPTS)
     assert (len(calls), len(passes)) == (1, 3)
     assert {name: scores.tolist() for name, scores in everything.items()} == {
         name: scores.tolist() for name, scores in own.items()
     }
-    with counting(vision_tower(judge)) as calls:
-        for name, scores in judge.score_all(shown, PROMPTS, batch_size=2).items():
+    with counting(vision_tower(reward_model)) as calls:
+        for name, scores in reward_model.score_all(images, PROMPTS, batch_size=2).items():
             assert_same(scores, own[name])
     assert len(calls) == 2
-    some = judge.score_all(shown, PROMPTS, perspectives=["safety", "fidelity"])
+    some = reward_model.score_all(images, PROMPTS, perspectives=["safety", "fidelity"])
     assert list(some) == ["safety", "fidelity"]
     assert torch.equal(some["safety"], own["safety"])
-    assert all(not p.requires_grad for p in judge.model.parameters())
-    assert not any(module.training for module in judge.model.modules())
+    assert all(not p.requires_grad for p in reward_model.model.parameters())
+    assert not any(module.training for module in reward_model.model.modules())
 
 
 def test_the_gradient_through_all_perspectives_is_the_sum_of_theirs() -> None:
-    judge = load("qwen2_5_vl", **PERSPECTIVES["alignment"])
-    judge.add(reward_model_folder("qwen2_5_vl", **PERSPECTIVES["safety"]))
+    reward_model = load("qwen2_5_vl", **PERSPECTIVES["alignment"])
+    reward_model.add(reward_model_folder("qwen2_5_vl", **PERSPECTIVES["safety"]))
     gradients = []
     for names in (["alignment", "safety"], ["alignment"], ["safety"]):
         pixels = random_image(60, 60).requires_grad_()
-        scores = judge.score_all([pixels], ["a fox"]) if len(names) == 2 else None
-        parts = scores.values() if scores else [judge.score([pixels], ["a fox"], perspective=names[0])]
+        scores = reward_model.score_all([pixels], ["a fox"]) if len(names) == 2 else None
+        parts = scores.values() if scores else [reward_model.score([pixels], ["a fox"], perspective=names[0])]
         torch.cat(list(parts)).sum().backward()
         gradients.append(pixels.grad)
     assert_close(gradients[0], gradients[1] + gradients[2], rtol=1e-3, atol=1e-5)
 
 
-def test_one_bundle_may_be_added_twice_under_two_names_but_not_under_one() -> None:
-    judge = load("llava", seed=1)
-    assert judge.add(reward_model_folder("llava", seed=2), name="second") == "second"
+def test_one_checkpoint_may_be_added_under_two_names_but_not_twice_under_one() -> None:
+    reward_model = load("llava", seed=1)
+    assert reward_model.add(reward_model_folder("llava", seed=2), name="second") == "second"
     with pytest.raises(ValueError, match="already is a perspective 'alignment'"):
-        judge.add(reward_model_folder("llava", seed=2))
-    shown = images_of("llava")
-    assert torch.equal(judge.score(shown, PROMPTS, perspective="second"), load("llava", seed=2).score(shown, PROMPTS))
-    assert torch.equal(judge.score(shown, PROMPTS), load("llava", seed=1).score(shown, PROMPTS))
+        reward_model.add(reward_model_folder("llava", seed=2))
+    images = images_of("llava")
+    assert torch.equal(
+        reward_model.score(images, PROMPTS, perspective="second"), load("llava", seed=2).score(images, PROMPTS)
+    )
+    assert torch.equal(reward_model.score(images, PROMPTS), load("llava", seed=1).score(images, PROMPTS))
 
 
 @pytest.mark.parametrize("name", ["mlp", "self_attn", "layers", "q_proj", "lora", "lora_a", "default"])
-def test_a_perspective_may_be_called_like_a_part_of_the_model(name: str) -> None:
-    """Names of bundles' tensors are made by taking the perspective's out."""
+def test_a_perspective_may_have_the_name_of_a_submodule(name: str) -> None:
+    """Names in an adapter checkpoint are those of the model without the perspective's."""
     plain, named = load("llava"), load("llava", perspective=name)
     assert (
         load_file(reward_model_folder("llava", perspective=name) / WEIGHTS_NAME).keys()
         == adapter_tensors(plain.model, "alignment").keys()
     )
-    shown = images_of("llava")
-    assert torch.equal(named.score(shown, PROMPTS), plain.score(shown, PROMPTS))
+    images = images_of("llava")
+    assert torch.equal(named.score(images, PROMPTS), plain.score(images, PROMPTS))
 
 
-def test_a_backbone_inside_the_bundles_folder_travels_with_it(tmp_path: Path) -> None:
-    """The folder can be moved: its facts name the backbone as seen from there."""
+def test_a_checkpoint_with_its_backbone_can_be_moved(tmp_path: Path) -> None:
+    """Its config has the backbone's path relative to its own folder."""
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(backbone_folder("llava"), here / "backbone")
     model = RewardModel(fresh_backbone("llava"))
@@ -469,33 +469,33 @@ def test_a_backbone_inside_the_bundles_folder_travels_with_it(tmp_path: Path) ->
     assert torch.equal(LlavaReward.from_pretrained(there).score(images_of("llava"), PROMPTS), expected)
 
 
-def test_a_bundle_shares_a_backbone_by_where_it_is_not_by_what_it_is_called(tmp_path: Path) -> None:
-    """One bundle has it inside, another names its full path; a third has one of the same name inside."""
+def test_checkpoints_share_a_backbone_by_its_absolute_path(tmp_path: Path) -> None:
+    """One has it inside, another names its full path; a third has another one of the same name inside."""
     inside, outside, other = (tmp_path / name for name in ("inside", "outside", "other"))
     for seed, folder in enumerate((inside, other)):
         shutil.copytree(backbone_folder("llava"), folder / "backbone")
         shutil.copytree(reward_model_folder("llava", seed=seed), folder, dirs_exist_ok=True)
     shutil.copytree(reward_model_folder("llava", seed=2), outside)
     for folder, backbone in ((inside, "backbone"), (outside, str(inside / "backbone")), (other, "backbone")):
-        facts = json.loads((folder / CONFIG_NAME).read_text())
-        (folder / CONFIG_NAME).write_text(json.dumps(facts | {"backbone": backbone}))
-    judge = LlavaReward.from_pretrained(inside)
-    judge.add(outside, name="outside")
+        changes = json.loads((folder / CONFIG_NAME).read_text())
+        (folder / CONFIG_NAME).write_text(json.dumps(changes | {"backbone": backbone}))
+    reward_model = LlavaReward.from_pretrained(inside)
+    reward_model.add(outside, name="outside")
     with pytest.raises(ValueError, match=rf"{other} cannot share .* is '{other}/backbone', not '{inside}/backbone'"):
-        judge.add(other, name="other")
+        reward_model.add(other, name="other")
 
 
-def broken(tmp_path: Path, *, seed: int = 0, **facts: Any) -> Path:
-    """A copy of the LLaVA judge with other facts."""
+def broken(tmp_path: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Return a copy of the LLaVA adapter checkpoint with changes of its config."""
     folder = tmp_path / "broken"
     shutil.copytree(reward_model_folder("llava", seed=seed), folder)
-    known = json.loads((folder / CONFIG_NAME).read_text()) | facts
-    (folder / CONFIG_NAME).write_text(json.dumps({key: value for key, value in known.items() if value != "absent"}))
+    config = json.loads((folder / CONFIG_NAME).read_text()) | changes
+    (folder / CONFIG_NAME).write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
     return folder
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("changes", "message"),
     [
         ({"width": 64}, "width 64; this one has 32"),
         ({"model_type": "qwen2_5_vl"}, "a backbone of type 'qwen2_5_vl'; this one is 'llava'"),
@@ -519,14 +519,14 @@ def broken(tmp_path: Path, *, seed: int = 0, **facts: Any) -> Path:
         ({"skip_ca_heads": 5}, r"skip_ca_heads \(5\) must divide the width"),
     ],
 )
-def test_wrong_facts_are_named_with_their_file(facts: dict[str, Any], message: str, tmp_path: Path) -> None:
-    folder = broken(tmp_path, **facts)
+def test_an_invalid_config_is_named_with_its_file(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = broken(tmp_path, **changes)
     with pytest.raises(ValueError, match=message) as caught:
         LlavaReward.from_pretrained(folder)
     assert str(folder) in str(caught.value)
 
 
-def test_facts_that_are_no_json_or_no_facts_are_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_config_is_named(tmp_path: Path) -> None:
     folder = broken(tmp_path)
     (folder / CONFIG_NAME).write_text("{")
     with pytest.raises(ValueError, match=r"llava_reward\.json is not JSON"):
@@ -537,11 +537,11 @@ def test_facts_that_are_no_json_or_no_facts_are_named(tmp_path: Path) -> None:
     (folder / CONFIG_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{folder} is not a reward model: it has no llava_reward\.json"):
         LlavaReward.from_pretrained(folder)
-    with pytest.raises(FileNotFoundError, match=f"no judge in '{tmp_path}/nowhere'"):
+    with pytest.raises(FileNotFoundError, match=f"no reward model in '{tmp_path}/nowhere'"):
         LlavaReward.from_pretrained(tmp_path / "nowhere")
 
 
-def test_weights_that_are_cut_short_missing_or_other_are_named(tmp_path: Path) -> None:
+def test_truncated_missing_and_unexpected_weights_are_named(tmp_path: Path) -> None:
     folder = broken(tmp_path)
     path, whole = folder / WEIGHTS_NAME, (folder / WEIGHTS_NAME).read_bytes()
     tensors = load_file(
@@ -572,116 +572,116 @@ def test_weights_that_are_cut_short_missing_or_other_are_named(tmp_path: Path) -
         ({"lora_rank": 3}, "does not fit its config"),
     ],
 )
-def test_a_bundle_that_does_not_fit_is_not_added_and_leaves_the_judge_as_it_was(
+def test_a_checkpoint_that_does_not_fit_leaves_the_model_unchanged(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """Not even half: an untrained perspective would answer score_all."""
-    judge, shown = load("llava"), images_of("llava")
-    before, tensors = judge.score(shown, PROMPTS), set(judge.model.state_dict())
+    """No untrained perspective may be left for score_all."""
+    reward_model, images = load("llava"), images_of("llava")
+    before, tensors = reward_model.score(images, PROMPTS), set(reward_model.model.state_dict())
     folder = broken(tmp_path, seed=2, perspective="safety", **changes)
     with pytest.raises(ValueError, match=message) as caught:
-        judge.add(folder)
+        reward_model.add(folder)
     assert str(folder) in str(caught.value)
-    assert judge.perspectives == ["alignment"]
-    assert list(judge.score_all(shown, PROMPTS)) == ["alignment"]
-    assert torch.equal(judge.score(shown, PROMPTS), before)
-    assert set(judge.model.state_dict()) == tensors
-    assert judge.add(reward_model_folder("llava", seed=2, perspective="safety")) == "safety"  # and there still is room
-    own = load("llava", seed=2, perspective="safety").score(shown, PROMPTS)
-    assert torch.equal(judge.score(shown, PROMPTS, perspective="safety"), own)
+    assert reward_model.perspectives == ["alignment"]
+    assert list(reward_model.score_all(images, PROMPTS)) == ["alignment"]
+    assert torch.equal(reward_model.score(images, PROMPTS), before)
+    assert set(reward_model.model.state_dict()) == tensors
+    assert reward_model.add(reward_model_folder("llava", seed=2, perspective="safety")) == "safety"  # the name is free
+    own = load("llava", seed=2, perspective="safety").score(images, PROMPTS)
+    assert torch.equal(reward_model.score(images, PROMPTS, perspective="safety"), own)
 
 
-def test_qwen_bundles_that_bound_images_otherwise_do_not_share_a_backbone() -> None:
-    judge = load("qwen2_5_vl")
+def test_qwen_checkpoints_with_other_pixel_bounds_do_not_share_a_backbone() -> None:
+    reward_model = load("qwen2_5_vl")
     other = reward_model_folder("qwen2_5_vl", perspective="safety", max_pixels=6272)
     with pytest.raises(ValueError, match="its max_pixels is 6272, not None"):
-        judge.add(other)
+        reward_model.add(other)
 
 
-# --- verdicts -------------------------------------------------------------------------------------
+# --- comparisons -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"tie_width": 0.7}, {"head": "general_preference", "tie_width": 0.2}])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_orders_of_a_comparison_sum_to_one(family: str, options: dict[str, Any]) -> None:
-    judge = load(family, temperature=3.0, **options)
+    reward_model = load(family, temperature=3.0, **options)
     first, second = images_of(family), images_of(family)[::-1]
-    there, back = judge.compare(first, second, PROMPTS), judge.compare(second, first, PROMPTS)
+    there, back = reward_model.compare(first, second, PROMPTS), reward_model.compare(second, first, PROMPTS)
     assert_close(there + back, torch.ones(3), rtol=0, atol=1e-5)
-    assert torch.equal(judge.compare(first, first, PROMPTS), torch.full((3,), 0.5))
+    assert torch.equal(reward_model.compare(first, first, PROMPTS), torch.full((3,), 0.5))
     assert (there - 0.5).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_comparison_by_scores_is_their_difference_over_the_temperature(family: str) -> None:
-    judge = load(family, temperature=2.0, tie_width=0.4)
+    reward_model = load(family, temperature=2.0, tie_width=0.4)
     first, second = images_of(family), images_of(family)[::-1]
-    gap = (judge.score(first, PROMPTS) - judge.score(second, PROMPTS)) / 2
-    assert_same(judge.logits(first, second, PROMPTS), gap)
+    gap = (reward_model.score(first, PROMPTS) - reward_model.score(second, PROMPTS)) / 2
+    assert_same(reward_model.logits(first, second, PROMPTS), gap)
     won, lost = torch.sigmoid(gap - 0.4), torch.sigmoid(-gap - 0.4)
-    assert_same(judge.compare(first, second, PROMPTS), won + (1 - won - lost) / 2)
+    assert_same(reward_model.compare(first, second, PROMPTS), won + (1 - won - lost) / 2)
 
 
 def test_one_image_may_be_compared_under_two_prompts() -> None:
-    judge, shown = load("llava", temperature=2.0), images_of("llava")
+    reward_model, images = load("llava", temperature=2.0), images_of("llava")
     other = PROMPTS[::-1]
-    expected = (judge.score(shown, PROMPTS) - judge.score(shown, other)) / 2
-    assert_same(judge.logits(shown, shown, PROMPTS, second_prompts=other), expected)
+    expected = (reward_model.score(images, PROMPTS) - reward_model.score(images, other)) / 2
+    assert_same(reward_model.logits(images, images, PROMPTS, second_prompts=other), expected)
     with pytest.raises(ValueError, match="3 images came with 0 prompts"):
-        judge.logits(shown, shown, PROMPTS, second_prompts=[])
+        reward_model.logits(images, images, PROMPTS, second_prompts=[])
     with pytest.raises(ValueError, match="1 first and 3 second"):
-        judge.compare(shown[:1], shown, PROMPTS[:1], second_prompts=PROMPTS)
+        reward_model.compare(images[:1], images, PROMPTS[:1], second_prompts=PROMPTS)
 
 
-def test_the_unit_of_a_judge_is_the_spread_of_its_scores_on_records(tmp_path: Path) -> None:
+def test_score_statistics_are_mean_and_std_over_all_images(tmp_path: Path) -> None:
     """Both images of each pair with their own prompts, and each labelled image."""
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for i, file in enumerate(files):
         Image.fromarray(bytes_of(28, 28, seed=i).permute(1, 2, 0).numpy()).save(file)
-    judge = load("llava")
+    reward_model = load("llava")
     records = [LabelledImage(files[2], PROMPTS[2], 1), PreferencePair(files[0], files[1], PROMPTS[0], PROMPTS[1])]
-    scores = judge.score(files, PROMPTS)
+    scores = reward_model.score(files, PROMPTS)
     expected = {"score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item()}
-    assert judge.score_statistics(records) == pytest.approx(expected, abs=1e-5)
+    assert reward_model.score_statistics(records) == pytest.approx(expected, abs=1e-5)
     assert load("llava", head="general_preference").score_statistics(records) == {}
 
 
-def test_a_general_preference_judge_compares_but_gives_no_scores() -> None:
-    judge, shown = load("llava", head="general_preference"), images_of("llava")
-    for ask in (judge.score, judge.score_all):
+def test_a_general_preference_head_compares_but_has_no_scores() -> None:
+    reward_model, images = load("llava", head="general_preference"), images_of("llava")
+    for ask in (reward_model.score, reward_model.score_all):
         with pytest.raises(ValueError, match=r"'alignment' has a general-preference head.*Use compare\(first, second"):
-            ask(shown, PROMPTS)
-    judge.add(reward_model_folder("llava", perspective="safety"))
-    assert judge.score(shown, PROMPTS, perspective="safety").shape == (3,)
+            ask(images, PROMPTS)
+    reward_model.add(reward_model_folder("llava", perspective="safety"))
+    assert reward_model.score(images, PROMPTS, perspective="safety").shape == (3,)
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------
 
 
 def test_images_and_prompts_that_do_not_match_are_refused() -> None:
-    judge, one = load("llava"), random_image(28, 28)
+    reward_model, one = load("llava"), random_image(28, 28)
     with pytest.raises(ValueError, match="2 images came with 1 prompts"):
-        judge.score([one, one], ["a fox"])
+        reward_model.score([one, one], ["a fox"])
     with pytest.raises(ValueError, match="1 images came with 3 prompts"):
-        judge.compare([one], [one], PROMPTS)
+        reward_model.compare([one], [one], PROMPTS)
     with pytest.raises(TypeError, match=r"prompts is one text \('a fox'\)"):
-        judge.score([one] * 5, "a fox")
+        reward_model.score([one] * 5, "a fox")
     with pytest.raises(ValueError, match="no image to score"):
-        judge.score([], [])
+        reward_model.score([], [])
     with pytest.raises(ValueError, match="no image to score"):
-        judge.score(torch.zeros(0, 3, 8, 8), [])
+        reward_model.score(torch.zeros(0, 3, 8, 8), [])
     for batch_size in (0, -1):
         with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
-            judge.score([one], ["a fox"], batch_size=batch_size)
+            reward_model.score([one], ["a fox"], batch_size=batch_size)
 
 
 def test_a_single_image_in_place_of_a_list_is_refused() -> None:
-    """A text has a length too, and would be taken for as many images as it has letters."""
-    judge = load("llava")
+    """A string has a length too, and would be taken as that many images."""
+    reward_model = load("llava")
     with pytest.raises(TypeError, match=r"images is one text \('fox\.png'\)"):
-        judge.score("fox.png", ["a fox"])
+        reward_model.score("fox.png", ["a fox"])
     with pytest.raises(ValueError, match=r"shape \(28, 28\) is no image"):
-        inspect.unwrap(LlavaReward.score)(judge, random_image(28, 28), PROMPTS)  # without the tests' type checks
+        inspect.unwrap(LlavaReward.score)(reward_model, random_image(28, 28), PROMPTS)  # without the tests' type checks
 
 
 @pytest.mark.parametrize(
@@ -695,7 +695,7 @@ def test_a_single_image_in_place_of_a_list_is_refused() -> None:
         (Path(__file__), "test_reward_model.py' is no image"),
     ],
 )
-def test_what_is_no_image_is_named(given: Any, message: str) -> None:
+def test_an_invalid_image_is_named(given: Any, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load("llava").score([random_image(28, 28), given], ["a fox"] * 2)
 
@@ -708,7 +708,7 @@ def test_a_decompression_bomb_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transparent_and_turned_files_score_as_what_one_sees(family: str, tmp_path: Path) -> None:
+def test_transparency_and_exif_orientation_are_applied(family: str, tmp_path: Path) -> None:
     array = bytes_of(60, 57).permute(1, 2, 0).numpy()
     rgba = np.dstack([array, np.full((60, 57), 255, dtype=np.uint8)])
     rgba[:20, :, 3] = 0
@@ -724,13 +724,13 @@ def test_transparent_and_turned_files_score_as_what_one_sees(family: str, tmp_pa
     assert (scores[0] - scores[2]).abs() > 0.05
 
 
-def test_perspectives_that_are_not_there_are_refused_by_name() -> None:
-    judge = load("llava")
+def test_unknown_perspectives_are_refused_by_name() -> None:
+    reward_model = load("llava")
     image, prompt = [random_image(28, 28)], ["a fox"]
     for ask in (
-        judge.config,
-        lambda name: judge.score(image, prompt, perspective=name),
-        lambda name: judge.score_all(image, prompt, perspectives=[name]),
+        reward_model.config,
+        lambda name: reward_model.score(image, prompt, perspective=name),
+        lambda name: reward_model.score_all(image, prompt, perspectives=[name]),
     ):
         with pytest.raises(KeyError, match="no perspective 'beauty' here; there are alignment"):
             ask("beauty")

@@ -1,4 +1,4 @@
-"""The reward training: what is minimised, what learns, and that nothing is lost when it is killed."""
+"""Reward training: its objective, its trained parameters, its checkpoints, and the recipe."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(data: Path, folder: Path, *, processes: int = 1, launcher: Path | None = None, **values: Any) -> list[str]:
-    """The recipe on the tiny LLaVA."""
+    """Return the command of the recipe on the tiny LLaVA."""
     settings: dict[str, Any] = {
         "backbone": backbone_folder("llava"), "train_data": data / "pairs.jsonl", "validation_data": data / "pairs.jsonl",
         "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2, "microbatch_size": 4, "accumulation_steps": 1,
@@ -88,49 +88,49 @@ def run(arguments: list[str], *, fails: bool = False) -> str:
     return output
 
 
-def judge_of(folder: Path) -> dict[str, Tensor]:
+def trained_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "reward_model" / WEIGHTS_NAME)
 
 
-# --- what is minimised ----------------------------------------------------------------------------
+# --- the objective ----------------------------------------------------------------------------
 
 
 def test_bradley_terry_over_a_batch_by_hand() -> None:
-    """Two pairs, of which one is judged rightly, and a bad image called good."""
-    verdicts = torch.tensor([[0.3], [0.0], [0.1], [0.2], [2.0]])
-    loss, right = Objective()(verdicts, torch.tensor([False, False]), torch.zeros(2), torch.tensor([0.0]))
+    """Two pairs, one of them ranked correctly, and a bad image that is classified as good."""
+    outputs = torch.tensor([[0.3], [0.0], [0.1], [0.2], [2.0]])
+    loss, correct = Objective()(outputs, torch.tensor([False, False]), torch.zeros(2), torch.tensor([0.0]))
     expected = [math.log1p(math.exp(-2.0)), math.log1p(math.exp(2.0)), math.log1p(math.exp(2.0))]
     assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
-    assert right.tolist() == [1.0, 0.0, 0.0]
+    assert correct.tolist() == [1.0, 0.0, 0.0]
 
 
-def test_cross_entropy_takes_a_pair_for_two_labels() -> None:
-    verdicts = torch.tensor([[1.0], [-0.5]])
-    loss, _ = Objective(loss="cross_entropy", temperature=1.0)(verdicts, torch.tensor([False]), torch.zeros(1), NOTHING)
+def test_cross_entropy_treats_a_pair_as_two_labels() -> None:
+    outputs = torch.tensor([[1.0], [-0.5]])
+    loss, _ = Objective(loss="cross_entropy", temperature=1.0)(outputs, torch.tensor([False]), torch.zeros(1), NOTHING)
     assert loss.item() == pytest.approx((math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.5))) / 2)
 
 
 def test_general_preference_over_a_batch_by_hand() -> None:
-    verdicts = torch.tensor([[1.0, 0.0], [0.0, 0.1]])
-    loss, right = Objective(loss="general_preference")(verdicts, torch.tensor([False]), torch.zeros(1), NOTHING)
+    outputs = torch.tensor([[1.0, 0.0], [0.0, 0.1]])
+    loss, correct = Objective(loss="general_preference")(outputs, torch.tensor([False]), torch.zeros(1), NOTHING)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-1.0)))
-    assert right.tolist() == [1.0]
+    assert correct.tolist() == [1.0]
 
 
-def test_a_rating_gap_asks_for_a_lead() -> None:
-    """With a margin of 0.5 for each unit, a gap of 2 takes 1 off the log-odds."""
-    verdicts = torch.tensor([[0.3], [0.0]])
-    loss, _ = Objective(margin_per_rating=0.5)(verdicts, torch.tensor([False]), torch.tensor([2.0]), NOTHING)
+def test_a_rating_gap_is_a_margin() -> None:
+    """With a margin of 0.5 for each unit, a gap of 2 subtracts 1 from the log-odds."""
+    outputs = torch.tensor([[0.3], [0.0]])
+    loss, _ = Objective(margin_per_rating=0.5)(outputs, torch.tensor([False]), torch.tensor([2.0]), NOTHING)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-2.0)))
 
 
-def test_a_tie_is_neither_right_nor_wrong_and_pulls_scores_together() -> None:
-    verdicts = torch.tensor([[0.3], [0.0]], requires_grad=True)
-    loss, right = Objective(tie_width=0.5)(verdicts, torch.tensor([True]), torch.zeros(1), NOTHING)
+def test_a_tie_has_no_accuracy_and_pulls_scores_together() -> None:
+    outputs = torch.tensor([[0.3], [0.0]], requires_grad=True)
+    loss, correct = Objective(tie_width=0.5)(outputs, torch.tensor([True]), torch.zeros(1), NOTHING)
     loss.backward()
-    assert right.isnan().all()
-    assert verdicts.grad is not None
-    assert verdicts.grad[0] > 0 > verdicts.grad[1]
+    assert correct.isnan().all()
+    assert outputs.grad is not None
+    assert outputs.grad[0] > 0 > outputs.grad[1]
 
 
 PAIR = PreferencePair(Path("a.png"), Path("b.png"), "a fox", "a fox", where="data.jsonl:3")
@@ -146,7 +146,7 @@ LABEL = LabelledImage(Path("a.png"), "a fox", 1, where="data.jsonl:5")
         (Objective(tie_width=0.0), TIE, "tie_width > 0"),
     ],
 )
-def test_what_a_loss_cannot_learn_from_is_refused(objective: Objective, record: Record, words: str) -> None:
+def test_records_that_a_loss_cannot_use_are_refused(objective: Objective, record: Record, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         objective.check([PAIR, record])
 
@@ -166,7 +166,7 @@ def test_rows_are_winners_then_losers_then_labels(data: Path) -> None:
     assert batch["label"].tolist() == [0.0]
 
 
-def test_a_image_that_breaks_later_is_named(data: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_in_training_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     record = LabelledImage(tmp_path / "broken.png", "x", 1, where="data.jsonl:9")
     with pytest.raises(ValueError, match=r"data\.jsonl:9: .*broken\.png"):
@@ -192,7 +192,7 @@ def trainer_of(data: Path, tmp_path: Path, **more: Any) -> RewardModelTrainer:
     )  # fmt: skip
 
 
-def test_each_part_has_its_own_learning_rate(data: Path, tmp_path: Path) -> None:
+def test_each_group_has_its_own_learning_rate(data: Path, tmp_path: Path) -> None:
     trainer = trainer_of(data, tmp_path)
     groups = trainer.create_optimizer().param_groups
     assert {g["name"]: g["lr"] for g in groups} == {"lora": 1e-2, "projector": 2e-3, "skip_ca": 3e-3, "head": 4e-3}
@@ -200,18 +200,18 @@ def test_each_part_has_its_own_learning_rate(data: Path, tmp_path: Path) -> None
     assert optimised == {id(p) for p in trainer.reward_model.parameters() if p.requires_grad}
 
 
-def test_all_parts_move_and_the_backbone_does_not(data: Path, tmp_path: Path) -> None:
+def test_all_groups_move_and_the_backbone_does_not(data: Path, tmp_path: Path) -> None:
     trainer = trainer_of(data, tmp_path)
-    judge = trainer.reward_model
-    trained = {id(p) for named in judge.groups(judge.active).values() for p in named.values()}
-    before = {name: p.detach().clone() for name, p in judge.named_parameters()}
+    reward_model = trainer.reward_model
+    trained = {id(p) for named in reward_model.groups(reward_model.active).values() for p in named.values()}
+    before = {name: p.detach().clone() for name, p in reward_model.named_parameters()}
     trainer.train()
-    for name, parameter in judge.named_parameters():
+    for name, parameter in reward_model.named_parameters():
         assert torch.equal(parameter, before[name]) != (id(parameter) in trained), name
 
 
-def test_lora_only_leaves_the_rest_as_it_began(data: Path, tmp_path: Path) -> None:
-    """The published optimiser."""
+def test_lora_only_trains_only_the_lora(data: Path, tmp_path: Path) -> None:
+    """As the published optimiser."""
     trainer = trainer_of(data, tmp_path, lora_only=True)
     before = {k: v.clone() for k, v in adapter_tensors(trainer.reward_model, trainer.reward_model.active).items()}
     trainer.train()
@@ -222,7 +222,7 @@ def test_lora_only_leaves_the_rest_as_it_began(data: Path, tmp_path: Path) -> No
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_was_not_finished_or_was_damaged_is_passed_over(tmp_path: Path) -> None:
+def test_incomplete_and_damaged_checkpoints_are_skipped(tmp_path: Path) -> None:
     for step in (2, 4, 6, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "weights").write_text(str(step))
@@ -238,8 +238,8 @@ def test_a_checkpoint_that_was_not_finished_or_was_damaged_is_passed_over(tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_as_never_stopped(data: Path, tmp_path: Path) -> None:
-    """kill -9 at any moment, here after the second checkpoint; with dropout, so that its draws must resume too."""
+def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> None:
+    """kill -9, here after the second checkpoint; with dropout, so that the random state must resume too."""
     steps = {"num_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2, "patience": 4}
     run(command(data, tmp_path / "whole", **steps))
     killed = command(data, tmp_path / "killed", **steps)
@@ -255,27 +255,27 @@ def test_killed_and_resumed_is_as_never_stopped(data: Path, tmp_path: Path) -> N
     assert not (tmp_path / "killed" / "reward_model").exists(), "it had finished before it was killed"
     output = run([*killed, "--resume", "true"])
     assert "Resuming from" in output
-    whole, resumed = judge_of(tmp_path / "whole"), judge_of(tmp_path / "killed")
+    whole, resumed = trained_weights(tmp_path / "whole"), trained_weights(tmp_path / "killed")
     assert whole.keys() == resumed.keys()
     for key, tensor in whole.items():
         assert torch.equal(tensor, resumed[key]), key
     shutil.rmtree(
         tmp_path / "whole" / "reward_model"
-    )  # as if killed after the last checkpoint, before the judge was written
+    )  # as if killed after the last checkpoint, before the reward model was written
     output = run([*command(data, tmp_path / "whole", **steps), "--resume", "true"])
-    assert all(torch.equal(tensor, whole[key]) for key, tensor in judge_of(tmp_path / "whole").items())
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in trained_weights(tmp_path / "whole").items())
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_judge_that_one_does(data: Path, tmp_path: Path) -> None:
+def test_two_processes_train_the_same_weights_as_one(data: Path, tmp_path: Path) -> None:
     """Two processes of 4 pairs, or one that accumulates 2 batches of 4: the same up to rounding."""
     same = {"lora_dropout": 0.0, "num_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3}
     run(command(data, tmp_path / "one", accumulation_steps=2, **same))
-    one = judge_of(tmp_path / "one")
+    one = trained_weights(tmp_path / "one")
     for mode in ("ddp", "deepspeed_zero2", "deepspeed_zero3"):
         launcher = ROOT / "accelerate_configs" / f"{mode}.yaml"
         run(command(data, tmp_path / mode, processes=2, launcher=launcher, **same))
-        other = judge_of(tmp_path / mode)
+        other = trained_weights(tmp_path / mode)
         for key, tensor in one.items():
             assert_close(tensor, other[key], rtol=1e-3, atol=1e-5, msg=f"{mode}, {key}")
 
@@ -284,21 +284,21 @@ def test_two_processes_train_the_judge_that_one_does(data: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_it_learns_says_what_it_does_and_keeps_the_best(data: Path, tmp_path: Path) -> None:
+def test_it_learns_reports_and_keeps_the_best_weights(data: Path, tmp_path: Path) -> None:
     output = run(command(data, tmp_path / "run", num_steps=24, test_data=data / "published.json"))
     for word in ("lora", "projector", "skip_ca", "head", "trained", "frozen", "published", "accuracy_ties_wrong"):
         assert word in output
     assert "visual tokens of an image: 512 x 512: 4, 768 x 768: 4, 1024 x 1024: 4" in output
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["published"][0]["value"] == 1.0
-    facts = read_config(tmp_path / "run" / "reward_model")
-    assert facts.score_std is not None
-    assert facts.score_std > 0
+    config = read_config(tmp_path / "run" / "reward_model")
+    assert config.score_std is not None
+    assert config.score_std > 0
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None
     state = json.loads((newest / "trainer_state.json").read_text())
     best = load_file(Path(state["best_model_checkpoint"]) / WEIGHTS_NAME)
-    assert all(torch.equal(tensor, best[key]) for key, tensor in judge_of(tmp_path / "run").items())
+    assert all(torch.equal(tensor, best[key]) for key, tensor in trained_weights(tmp_path / "run").items())
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lora_rank"] == 4
 
 
@@ -316,13 +316,13 @@ def test_every_format_and_loss_trains(data: Path, tmp_path: Path, file: str, los
     if not small.get("validation_data", True):
         small |= {"validation_data": "null", "validation_fraction": 0.3}
     run(command(data, tmp_path / "run", **small))
-    facts = read_config(tmp_path / "run" / "reward_model")
-    assert facts.head == ("general_preference" if loss == "general_preference" else "scalar")
-    assert (facts.tie_width > 0) == (file == "mixed.jsonl")
+    config = read_config(tmp_path / "run" / "reward_model")
+    assert config.head == ("general_preference" if loss == "general_preference" else "scalar")
+    assert (config.tie_width > 0) == (file == "mixed.jsonl")
 
 
 @pytest.mark.slow
-def test_a_bad_record_stops_the_run_or_is_written_down(data: Path, tmp_path: Path) -> None:
+def test_a_bad_record_stops_the_run_or_is_skipped_and_logged(data: Path, tmp_path: Path) -> None:
     lines = (data / "pairs.jsonl").read_text().splitlines()
     lines[3] = lines[3].replace("bright3", "missing")
     for image in data.glob("*.png"):

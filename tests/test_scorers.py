@@ -1,4 +1,4 @@
-"""Well-known judges on tiny random weights: their numbers, their pixels, their gradient, and what they refuse."""
+"""Scorers of other projects with tiny random weights: values, preprocessing, gradients and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "fox", "two", "blue", "
 
 
 def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Weights large enough for every input to matter; norms near 1."""
+    """Return weights large enough for every input to matter; norms near 1."""
     generator = torch.Generator().manual_seed(0)
     drawn = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return {name: t + 1 if "norm" in name.lower() and name.endswith("weight") else t for name, t in drawn.items()}
@@ -122,7 +122,7 @@ def blip_tensors() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """clip/ in transformers' layout, hps/ in open_clip's, image_reward/ as published."""
-    root = tmp_path_factory.mktemp("judges")
+    root = tmp_path_factory.mktemp("scorers")
     make_clip(root / "clip")
     for name, file in (("hps", "HPS_v2.1_compressed.pt"), ("image_reward", "ImageReward.pt")):
         (root / name).mkdir()
@@ -135,8 +135,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(folder: Path) -> Callable[[str], PointwiseScorer]:
-    """A judge by its name, whatever it is made of."""
+def scorer(folder: Path) -> Callable[[str], PointwiseScorer]:
+    """Return a loader of scorers by name."""
 
     def of(name: str) -> PointwiseScorer:
         if name == "vqa_score":
@@ -151,7 +151,7 @@ def pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-# --- their numbers ----------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -167,7 +167,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int, mask: Tenso
 
 
 class Named:
-    """Tensors in float64 under a common start of their names."""
+    """Tensors in float64 under a common prefix of their names."""
 
     def __init__(self, tensors: dict[str, Tensor], start: str = "") -> None:
         self.tensors, self.start = tensors, start
@@ -197,12 +197,12 @@ def slow_blocks(t: Named, x: Tensor, *, heads: int, mask: Tensor | None = None) 
 
 
 def slow_hps(tensors: dict[str, Tensor], pixels: Tensor, ids: Tensor) -> Tensor:
-    """The cosine of a CLIP with open_clip's names, which pools where a text ends."""
-    t, seen = Named(tensors), Named(tensors, "visual.")
-    patches = F.conv2d(pixels.double(), seen("conv1.weight"), stride=8).flatten(2).transpose(1, 2)
-    x = torch.cat([seen("class_embedding").expand(len(pixels), 1, -1), patches], 1) + seen("positional_embedding")
-    x = slow_blocks(seen, seen.norm("ln_pre", x, eps=1e-5), heads=2)
-    images = seen.norm("ln_post", x[:, 0], eps=1e-5) @ seen("proj")
+    """Return the cosine of a CLIP with open_clip's names, which pools the end of the text."""
+    t, vision = Named(tensors), Named(tensors, "visual.")
+    patches = F.conv2d(pixels.double(), vision("conv1.weight"), stride=8).flatten(2).transpose(1, 2)
+    x = torch.cat([vision("class_embedding").expand(len(pixels), 1, -1), patches], 1) + vision("positional_embedding")
+    x = slow_blocks(vision, vision.norm("ln_pre", x, eps=1e-5), heads=2)
+    images = vision.norm("ln_post", x[:, 0], eps=1e-5) @ vision("proj")
     words = t("token_embedding.weight")[ids] + t("positional_embedding")[: ids.shape[1]]
     words = t.norm(
         "ln_final", slow_blocks(t, words, heads=1, mask=torch.ones(2 * ids.shape[1:]).tril().bool()), eps=1e-5
@@ -220,9 +220,9 @@ def clip_pixels(images: Tensor) -> Tensor:
     return (images - torch.tensor(image_reward.MEAN)[:, None, None]) / torch.tensor(image_reward.STD)[:, None, None]
 
 
-def test_hps_is_the_cosine_of_open_clips_network(folder: Path, judge: Callable[[str], PointwiseScorer]) -> None:
+def test_hps_equals_the_cosine_of_open_clips_network(folder: Path, scorer: Callable[[str], PointwiseScorer]) -> None:
     expected = slow_hps(open_clip_tensors(), clip_pixels(IMAGES), ids_of(folder / "hps", 12))
-    scores = judge("hps").score(IMAGES, PROMPTS)
+    scores = scorer("hps").score(IMAGES, PROMPTS)
     assert_close(scores.double(), expected, rtol=0, atol=2e-6)
     assert scores.std() > 0.05
 
@@ -236,23 +236,26 @@ def test_hps_may_be_in_transformers_layout_too(folder: Path) -> None:
 
 
 def slow_image_reward(tensors: dict[str, Tensor], pixels: Tensor, ids: Tensor) -> Tensor:
-    """BLIP's ViT, a BERT whose every layer looks at the image, and five linear layers."""
-    seen, read = Named(tensors, "blip.visual_encoder."), Named(tensors, "blip.text_encoder.")
-    patches = F.conv2d(pixels.double(), seen("patch_embed.proj.weight"), seen("patch_embed.proj.bias"), stride=8)
-    x = torch.cat([seen("cls_token").expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)], 1) + seen(
+    """Return the output of BLIP's ViT, a BERT with cross-attention in every layer, and five linear layers."""
+    vision, text_encoder = Named(tensors, "blip.visual_encoder."), Named(tensors, "blip.text_encoder.")
+    patches = F.conv2d(pixels.double(), vision("patch_embed.proj.weight"), vision("patch_embed.proj.bias"), stride=8)
+    x = torch.cat([vision("cls_token").expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)], 1) + vision(
         "pos_embed"
     )
-    for block in (seen.at(f"blocks.{number}.") for number in range(2)):
+    for block in (vision.at(f"blocks.{number}.") for number in range(2)):
         q, k, v = block.linear("attn.qkv", block.norm("norm1", x, eps=1e-6)).chunk(3, -1)
         x = x + block.linear("attn.proj", attend(q, k, v, heads=1))
         x = x + block.linear("mlp.fc2", F.gelu(block.linear("mlp.fc1", block.norm("norm2", x, eps=1e-6))))
-    x = seen.norm("norm", x, eps=1e-6)
-    h = read("embeddings.word_embeddings.weight")[ids] + read("embeddings.position_embeddings.weight")[: ids.shape[1]]
-    h = read.norm("embeddings.LayerNorm", h, eps=1e-12)
+    x = vision.norm("norm", x, eps=1e-6)
+    h = (
+        text_encoder("embeddings.word_embeddings.weight")[ids]
+        + text_encoder("embeddings.position_embeddings.weight")[: ids.shape[1]]
+    )
+    h = text_encoder.norm("embeddings.LayerNorm", h, eps=1e-12)
     outputs = []
     for row in range(len(ids)):
         real = h[row : row + 1, ids[row] != 0]
-        for layer in (read.at(f"encoder.layer.{number}.") for number in range(2)):
+        for layer in (text_encoder.at(f"encoder.layer.{number}.") for number in range(2)):
             for name, source in (("attention", None), ("crossattention", x[row : row + 1])):
                 part, given = layer.at(f"{name}."), real if source is None else source
                 q, k, v = (part.linear(f"self.{w}", real if w == "query" else given) for w in ("query", "key", "value"))
@@ -267,60 +270,60 @@ def slow_image_reward(tensors: dict[str, Tensor], pixels: Tensor, ids: Tensor) -
     return (answer[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
-def test_image_reward_is_that_of_the_published_network(folder: Path, judge: Callable[[str], PointwiseScorer]) -> None:
+def test_image_reward_equals_the_published_network(folder: Path, scorer: Callable[[str], PointwiseScorer]) -> None:
     expected = slow_image_reward(blip_tensors(), clip_pixels(IMAGES), ids_of(folder / "image_reward", 35))
-    scores = judge("image_reward").score(IMAGES, PROMPTS)
+    scores = scorer("image_reward").score(IMAGES, PROMPTS)
     assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
     assert scores.std() > 0.05
 
 
-def test_clip_score_is_a_cosine_without_its_negative_half(judge: Callable[[str], PointwiseScorer]) -> None:
-    """exp(2.6592) = 14.2849 is the scale that the logits have besides."""
-    cosine = judge("pick_score").score(IMAGES, PROMPTS) / 14.2849
+def test_clip_score_is_the_clamped_cosine(scorer: Callable[[str], PointwiseScorer]) -> None:
+    """exp(2.6592) = 14.2849 is the scale of the logits."""
+    cosine = scorer("pick_score").score(IMAGES, PROMPTS) / 14.2849
     assert (cosine < 0).any() and (cosine > 0).any()  # noqa: PT018
-    assert_close(judge("clip_score").score(IMAGES, PROMPTS), 2.5 * cosine.clamp_min(0), rtol=1e-5, atol=1e-6)
+    assert_close(scorer("clip_score").score(IMAGES, PROMPTS), 2.5 * cosine.clamp_min(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_vqa_score_is_the_chance_of_the_answer_that_transformers_gives(family: str) -> None:
+def test_vqa_score_equals_the_probability_of_the_answer_in_transformers(family: str) -> None:
     """Question and answer through the family's own template, one image at a time, without padding."""
     source = str(backbone_folder(family))
     score = PointwiseScorer(family, load_vqa_score(source, answer="red"))
     model = AutoModelForImageTextToText.from_pretrained(source).eval()
-    reader = score.function.backbone.prompt_tokenizer  # pyright: ignore
+    tokenizer = score.function.backbone.prompt_tokenizer  # pyright: ignore
     pixels = torch.stack([bytes_of(28, 28, seed=seed) for seed in range(2)]).float() / 255
     expected = []
     for image, prompt in zip(pixels, ["a red fox", "cat"], strict=True):
         question = f'Does this figure show "{prompt}"? Please answer yes or no.'
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        text = reader.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         assert text.endswith({"llava": "ASSISTANT:", "qwen2_5_vl": "<|im_start|>assistant\n"}[family])
         inputs = score.function.backbone.prepare([image], [question])  # pyright: ignore
-        ids = reader.tokenizer(text)["input_ids"]
-        at = ids.index(reader.image_token_id)
-        num = int((inputs["input_ids"] == reader.image_token_id).sum())
-        ids = torch.tensor([[*ids[:at], *[reader.image_token_id] * num, *ids[at + 1 :]]])
+        ids = tokenizer.tokenizer(text)["input_ids"]
+        at = ids.index(tokenizer.image_token_id)
+        num = int((inputs["input_ids"] == tokenizer.image_token_id).sum())
+        ids = torch.tensor([[*ids[:at], *[tokenizer.image_token_id] * num, *ids[at + 1 :]]])
         more = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
         if family == "qwen2_5_vl":
-            more["mm_token_type_ids"] = (ids == reader.image_token_id).int()
+            more["mm_token_type_ids"] = (ids == tokenizer.image_token_id).int()
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[0, -1]
-        expected.append(logits.softmax(-1)[reader.tokenizer.convert_tokens_to_ids("red")])
+        expected.append(logits.softmax(-1)[tokenizer.tokenizer.convert_tokens_to_ids("red")])
     assert_close(score.score(pixels, ["a red fox", "cat"]), torch.stack(expected), rtol=1e-4, atol=1e-7)
 
 
-# --- the pixels -------------------------------------------------------------------------------------
+# --- preprocessing -------------------------------------------------------------------------------------
 
 
 def smooth(height: int, width: int) -> Tensor:
-    """An image as smooth as paintings are, in 8 bits."""
+    """Return a smooth image in 8 bits."""
     rough = bytes_of(5, 5).float()[None]
     return F.interpolate(rough, (height, width), mode="bilinear", align_corners=True).round().byte()
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 32), (24, 40), (42, 24)])
-def test_pixels_of_image_reward_are_the_stock_processors(size: tuple[int, int]) -> None:
-    """Where the margin to crop is even, for an odd one is rounded otherwise (see the next test)."""
+def test_pixels_of_image_reward_equal_the_stock_processors(size: tuple[int, int]) -> None:
+    """For an even margin; an odd one is rounded differently (see the next test)."""
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     pixels = smooth(*size)
     expected = processor([pil(pixels[0])], return_tensors="pt").pixel_values
@@ -334,10 +337,10 @@ def test_an_odd_margin_is_cropped_as_torchvision_does() -> None:
 
 
 @pytest.mark.parametrize(("size", "resized", "corner"), [((32, 16), (16, 8), (0, 4)), ((10, 40), (4, 16), (6, 0))])
-def test_pixels_of_hps_are_fitted_on_black(
+def test_pixels_of_hps_are_padded_with_black(
     size: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int]
 ) -> None:
-    """Pillow's resize of the whole image, laid in the middle of a black square."""
+    """Pillow's resize of the image, in the centre of a black square."""
     pixels = smooth(*size)[0]
     small = pil(pixels).resize(resized[::-1], Image.Resampling.BICUBIC)
     square = Image.new("RGB", (16, 16))
@@ -346,13 +349,13 @@ def test_pixels_of_hps_are_fitted_on_black(
     assert_close(fit_into_square(pixels[None].float() / 255, side=16), expected, rtol=0, atol=0.02)
 
 
-# --- what all have in common ------------------------------------------------------------------------
+# --- all scorers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_score_does_not_depend_on_its_neighbours(name: str, judge: Callable[[str], PointwiseScorer]) -> None:
+def test_a_score_does_not_depend_on_its_batch(name: str, scorer: Callable[[str], PointwiseScorer]) -> None:
     """Alone, in batches of three, in another order, as files and beside an image of another size."""
-    one = judge(name)
+    one = scorer(name)
     together = one.score(IMAGES, PROMPTS)
     assert together.dtype == torch.float32
     assert not together.requires_grad
@@ -365,12 +368,12 @@ def test_a_score_does_not_depend_on_its_neighbours(name: str, judge: Callable[[s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_to_the_pixels_equals_finite_differences(
-    name: str, judge: Callable[[str], PointwiseScorer]
+    name: str, scorer: Callable[[str], PointwiseScorer]
 ) -> None:
-    """Through the function that a painter climbs, with a resize, in float64."""
+    """Through the score function with a resize, in float64."""
     generator = torch.Generator().manual_seed(0)
     images = (0.35 + 0.3 * torch.rand(2, 3, 20, 20, generator=generator).double()).requires_grad_()
-    function, prompts = judge(name).function, PROMPTS[:2]
+    function, prompts = scorer(name).function, PROMPTS[:2]
     function.model.double()
     size, close = (1e-3, 1e-2) if name == "vqa_score" else (1e-6, 1e-4)  # the norms of a Llama stay in float32
     try:
@@ -389,34 +392,36 @@ def test_the_gradient_to_the_pixels_equals_finite_differences(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_is_a_reward_by_the_same_name(name: str, folder: Path, judge: Callable[[str], PointwiseScorer]) -> None:
+def test_each_scorer_is_a_reward_of_the_same_name(
+    name: str, folder: Path, scorer: Callable[[str], PointwiseScorer]
+) -> None:
     if name == "vqa_score":  # the tiny tokenizers have no "Yes"
-        with pytest.raises(ValueError, match="'Yes' as .*; it must be one token"):
+        with pytest.raises(ValueError, match=r"'Yes' as .*; it must be one token"):
             load_reward(f"vqa_score:{backbone_folder('llava')}")
         return
     where = folder / {"clip_score": "clip", "pick_score": "clip"}.get(name, name)
     total, _ = load_rewards(f"{name}:{where}=0.5")(IMAGES, PROMPTS)
-    assert_close(total, 0.5 * judge(name).score(IMAGES, PROMPTS))
+    assert_close(total, 0.5 * scorer(name).score(IMAGES, PROMPTS))
 
 
 @pytest.mark.parametrize("name", ["clip_score", "pick_score", "hps", "image_reward"])
-def test_comparisons_are_in_log_odds(name: str, judge: Callable[[str], PointwiseScorer]) -> None:
-    """A CLIP's logits whatever form its score has; ImageReward's head before its answer was divided."""
-    one = judge(name)
+def test_comparisons_are_in_log_odds(name: str, scorer: Callable[[str], PointwiseScorer]) -> None:
+    """CLIP's logits for any form of its score; ImageReward's outputs before scaling."""
+    one = scorer(name)
     scores = one.score(IMAGES, PROMPTS[:1] * 4)
     unit = {"clip_score": 2.5 / 14.2849, "pick_score": 1, "hps": 1 / 20.0855, "image_reward": 1 / 1.0333395}[name]
     expected = (scores[:2] - scores[2:]) / unit
     assert_close(one.logits(IMAGES[:2], IMAGES[2:], PROMPTS[:1] * 2), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_well_known_judge_is_measured_on_pairs_like_any(
-    judge: Callable[[str], PointwiseScorer], tmp_path: Path
+def test_a_scorer_is_evaluated_on_pairs_like_a_reward_model(
+    scorer: Callable[[str], PointwiseScorer], tmp_path: Path
 ) -> None:
     files = []
     for i, pixels in enumerate(PIXELS):
         files.append(tmp_path / f"{i}.png")
         pil(pixels).save(files[-1])
-    one = judge("pick_score")
+    one = scorer("pick_score")
     scores = one.score(IMAGES, PROMPTS[:1] * 4)
     pairs = [PreferencePair(files[i], files[j], PROMPTS[0], PROMPTS[0]) for i, j in ((0, 1), (2, 3), (0, 3))]
     metrics = {metric.name: metric.value for metric in record_metrics(score_records(one, pairs, batch_size=2))}
@@ -424,10 +429,8 @@ def test_a_well_known_judge_is_measured_on_pairs_like_any(
     assert metrics["accuracy_ties_wrong"] == pytest.approx(sum(right) / 3)
 
 
-def test_the_recipe_measures_a_well_known_judge(
-    folder: Path, judge: Callable[[str], PointwiseScorer], tmp_path: Path
-) -> None:
-    """On data of our own and on a benchmark, in one run."""
+def test_the_recipe_evaluates_a_scorer(folder: Path, scorer: Callable[[str], PointwiseScorer], tmp_path: Path) -> None:
+    """On a preference file and on a benchmark, in one run."""
     from recipes.evaluate_reward_model import Config, main
 
     for i, pixels in enumerate(PIXELS[:2]):
@@ -440,19 +443,19 @@ def test_the_recipe_measures_a_well_known_judge(
         num_resamples=5, run_folder=str(tmp_path / "run"), num_cpu_threads=1,
     )  # fmt: skip
     found = main(config)
-    scores = judge("clip_score").score(IMAGES[:2], PROMPTS[:1] * 2)
+    scores = scorer("clip_score").score(IMAGES[:2], PROMPTS[:1] * 2)
     right = float(scores[0] > scores[1])
     for name in ("pairs", "hpdv3"):
         assert {metric.name: metric.value for metric in found[name]}["accuracy_ties_wrong"] == right
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-# --- what cannot be used ----------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def broken(folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a judge, its tensors changed."""
+    """Return a function that copies a scorer and changes its tensors."""
 
     def of(name: str, change: Callable[[dict[str, Tensor]], Any]) -> Path:
         copy = Path(shutil.copytree(folder / name, tmp_path / name))
@@ -480,14 +483,14 @@ def broken(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ("image_reward", "blip.visual_encoder.pos_embed", "so it is no ImageReward"),
     ],
 )
-def test_missing_weights_are_said(name: str, key: str, why: str, broken: Callable[..., Path]) -> None:
+def test_missing_weights_are_named(name: str, key: str, why: str, broken: Callable[..., Path]) -> None:
     where = broken(name, lambda tensors: tensors.pop(key))
     with pytest.raises(ValueError, match=why):
         load_scorer(f"{name}:{where}")
 
 
 @pytest.mark.parametrize("name", ["hps", "image_reward"])
-def test_weights_that_have_no_place_or_another_shape_are_refused(name: str, broken: Callable[..., Path]) -> None:
+def test_unexpected_weights_and_other_shapes_are_refused(name: str, broken: Callable[..., Path]) -> None:
     where = broken(name, lambda tensors: tensors.update({"visual.more": torch.zeros(2)}))
     with pytest.raises(ValueError, match=r"weights.safetensors has the unexpected tensor visual.more"):
         load_scorer(f"{name}:{where}")
@@ -517,13 +520,13 @@ def test_a_folder_without_weights_or_tokenizer_is_refused(name: str, title: str,
         load_scorer(f"{name}:{tmp_path}")
 
 
-def test_an_unknown_judge_is_refused_with_those_there_are() -> None:
+def test_an_unknown_scorer_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=f"no scorer 'pick:x'; write NAME:PATH, .*{', '.join(NAMES)}"):
         load_scorer("pick:x")
 
 
-def test_calls_that_cannot_be_meant_are_refused(judge: Callable[[str], PointwiseScorer]) -> None:
-    one = judge("hps")
+def test_invalid_calls_are_refused(scorer: Callable[[str], PointwiseScorer]) -> None:
+    one = scorer("hps")
     with pytest.raises(TypeError, match="prompts is one text"):
         one.score(IMAGES[:1], "a")  # pyright: ignore
     with pytest.raises(ValueError, match="4 images came with 1 prompts"):

@@ -31,7 +31,7 @@ IMAGES = PIXELS.float() / 255
 
 
 def make_clip(folder: Path) -> Path:
-    """A random CLIP of 16 x 16 pixels in its ordinary format, whose weights are large enough for words to matter."""
+    """Save a random CLIP of 16 x 16 pixels in its standard format, with weights large enough for words to matter."""
     tokenizer = make_tokenizer()
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {
@@ -63,7 +63,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(clip: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """Return a copy that a test may damage."""
     return Path(shutil.copytree(clip, tmp_path / "broken"))
 
 
@@ -72,7 +72,7 @@ def pil(pixels: Tensor) -> Image.Image:
 
 
 def logits(folder: Path, images: list[Image.Image], prompts: list[str]) -> Tensor:
-    """What transformers says, one pair at a time, without padding."""
+    """Return the logits of transformers, one pair at a time, without padding."""
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     found = []
@@ -83,10 +83,10 @@ def logits(folder: Path, images: list[Image.Image], prompts: list[str]) -> Tenso
     return torch.stack(found)
 
 
-# --- the numbers ----------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------
 
 
-def test_it_is_the_logit_that_transformers_gives_each_pair(clip: Path) -> None:
+def test_the_score_equals_the_logit_of_transformers(clip: Path) -> None:
     scores = load_reward(f"clip:{clip}")(IMAGES, PROMPTS)
     assert_close(scores, logits(clip, [pil(pixels) for pixels in PIXELS], PROMPTS), rtol=0, atol=1e-5)
     assert scores.dtype == torch.float32
@@ -94,15 +94,15 @@ def test_it_is_the_logit_that_transformers_gives_each_pair(clip: Path) -> None:
     assert scores.std() > 0.1
 
 
-def test_it_is_the_scaled_cosine(clip: Path) -> None:
-    """exp(2.6592) = 14.28, the scale of a CLIP that was never trained, times the cosine of both embeddings."""
+def test_the_score_is_the_scaled_cosine(clip: Path) -> None:
+    """exp(2.6592) = 14.28, the initial scale of a CLIP, times the cosine of both embeddings."""
     reward = load_clip(clip)
-    seen, read = reward.encode_image(IMAGES).double(), reward.encode_text(PROMPTS).double()
-    cosine = (seen * read).sum(1) / seen.norm(dim=1) / read.norm(dim=1)
+    image_embeddings, text_embeddings = reward.encode_image(IMAGES).double(), reward.encode_text(PROMPTS).double()
+    cosine = (image_embeddings * text_embeddings).sum(1) / image_embeddings.norm(dim=1) / text_embeddings.norm(dim=1)
     assert_close(reward(IMAGES, PROMPTS).double(), 14.2849 * cosine, rtol=1e-5, atol=1e-5)
 
 
-def test_a_resized_image_scores_as_the_processors_does(clip: Path) -> None:
+def test_a_resized_image_scores_like_the_processors(clip: Path) -> None:
     """Drawings of another size and shape; the processor rounds them to 8 bits, which moves a score a little."""
     prompts = ["a red circle on a blue background", "two green squares on a white background"]
     drawn = render([parse_prompt(prompt) for prompt in prompts], rng=np.random.default_rng(0), size=32)[..., 4:28, :]
@@ -126,7 +126,7 @@ def test_a_score_does_not_depend_on_the_other_images_and_prompts(clip: Path) -> 
     assert_close(turned, together, rtol=0, atol=1e-5)
 
 
-def test_a_prompt_is_cut_off_at_the_models_last_position(clip: Path) -> None:
+def test_a_prompt_is_truncated_at_the_models_last_position(clip: Path) -> None:
     """12 positions: the start, ten words, the end."""
     reward = load_clip(clip)
     ten = "a red circle above a green square on a blue"
@@ -135,12 +135,12 @@ def test_a_prompt_is_cut_off_at_the_models_last_position(clip: Path) -> None:
     assert (scores[0] - scores[2]).abs() > 1e-3
 
 
-# --- the pixels -----------------------------------------------------------------------------------
+# --- preprocessing -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 32), (24, 40), (41, 23), (9, 12)])
-def test_pixels_are_the_processors(size: tuple[int, int]) -> None:
-    """Exactly without a resize; else but for its rounding, for images that are smooth as paintings are."""
+def test_pixels_equal_the_processors(size: tuple[int, int]) -> None:
+    """Exactly without a resize; up to its rounding for smooth images."""
     rough = bytes_of(5, 5).float()[None]
     smooth = torch.nn.functional.interpolate(rough, size, mode="bilinear", align_corners=True).round().byte()
     pixels = PIXELS if size == (16, 16) else smooth
@@ -150,18 +150,18 @@ def test_pixels_are_the_processors(size: tuple[int, int]) -> None:
     assert_close(preprocess_as_clip(pixels.float() / 255, processor), expected, rtol=0, atol=exact)
 
 
-def test_a_fixed_size_without_cropping_or_normalising_is_the_processors_too() -> None:
+def test_a_fixed_size_without_cropping_or_normalising_equals_the_processors_too() -> None:
     processor = CLIPImageProcessorPil(size={"height": 20, "width": 12}, do_center_crop=False, do_normalize=False)
     expected = processor([pil(each) for each in PIXELS], return_tensors="pt").pixel_values
     assert_close(preprocess_as_clip(IMAGES, processor), expected, rtol=0, atol=1.6 / 255)
 
 
-# --- the gradient ---------------------------------------------------------------------------------
+# --- gradients ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [16, 24])
 def test_the_gradient_equals_finite_differences(clip: Path, size: int) -> None:
-    """Along random directions, with a resize and without; grey enough that nothing is cut off."""
+    """Along random directions, with a resize and without; grey enough that nothing is clamped."""
     generator = torch.Generator().manual_seed(0)
     images = 0.35 + 0.3 * torch.rand(2, 3, size, size, generator=generator)
     reward, prompts = load_clip(clip), PROMPTS[:2]
@@ -175,16 +175,16 @@ def test_the_gradient_equals_finite_differences(clip: Path, size: int) -> None:
         assert_close((ahead - behind) / 2e-3, expected, rtol=0.01, atol=0.01)
 
 
-def test_it_may_be_climbed_and_its_gradient_is_the_judgements(clip: Path) -> None:
+def test_its_pixel_gradient_is_used_by_score_with_gradient(clip: Path) -> None:
     reward = load_rewards(f"clip:{clip}=0.5")
     require_gradient(reward, prompt=PROMPTS[0])
-    judgement = score_with_gradient(reward, IMAGES, PROMPTS)
-    assert_close(judgement.rewards, 0.5 * load_clip(clip)(IMAGES, PROMPTS))
-    assert (judgement.pixel_gradient.abs().amax((1, 2, 3)) > 0).all()
+    scored = score_with_gradient(reward, IMAGES, PROMPTS)
+    assert_close(scored.rewards, 0.5 * load_clip(clip)(IMAGES, PROMPTS))
+    assert (scored.pixel_gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
 def test_a_saturated_pixel_keeps_its_gradient(clip: Path) -> None:
-    """It is seen as white or black, but can be led back."""
+    """It is clamped to white or black, but its gradient is not."""
     wild = (4 * IMAGES - 1.5).requires_grad_()
     scores = load_clip(clip)(wild, PROMPTS)
     assert_close(scores, load_clip(clip)(wild.detach().clamp(0, 1), PROMPTS))
@@ -192,27 +192,27 @@ def test_a_saturated_pixel_keeps_its_gradient(clip: Path) -> None:
     assert (pixel_gradient[wild > 1].abs() > 0).all()
 
 
-def test_nothing_of_the_model_learns_and_dropout_is_off(clip: Path) -> None:
+def test_the_model_is_frozen_and_in_evaluation_mode(clip: Path) -> None:
     model = load_clip(clip).model
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
     assert not load_clip(clip)(IMAGES, PROMPTS).requires_grad
 
 
-def test_one_model_serves_all_that_ask_for_it(clip: Path) -> None:
+def test_a_model_is_loaded_once(clip: Path) -> None:
     assert load_clip(clip).model is load_clip(str(clip)).model
 
 
-# --- what cannot be used --------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["nowhere", "no/such/folder", "./no/folder", "/no/folder"])
-def test_a_clip_that_is_not_there_is_named(path: str) -> None:
+def test_a_missing_clip_is_named(path: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"no CLIP in '{path}'"):
         load_reward(f"clip:{path}")
 
 
-def test_another_kind_of_model_is_refused_with_its_type_and_what_would_be_right(tmp_path: Path) -> None:
+def test_another_kind_of_model_is_refused_with_its_type_and_examples(tmp_path: Path) -> None:
     config = CLIPTextConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
     )
@@ -221,26 +221,26 @@ def test_another_kind_of_model_is_refused_with_its_type_and_what_would_be_right(
         load_reward(f"clip:{tmp_path}")
 
 
-def test_a_folder_without_a_model_is_refused_and_the_other_judges_are_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused_with_a_hint_at_llava_reward(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no config.json .*llava_reward:PATH"):
         load_reward(f"clip:{tmp_path}")
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "model.safetensors"])
-def test_a_missing_file_is_said(broken: Path, file: str) -> None:
+def test_a_missing_file_is_an_error(broken: Path, file: str) -> None:
     (broken / file).unlink()
     with pytest.raises(ValueError, match="is not complete: "):
         load_reward(f"clip:{broken}")
 
 
-def test_a_missing_tokenizer_is_said_rather_than_reading_nothing(broken: Path) -> None:
+def test_a_missing_tokenizer_is_an_error(broken: Path) -> None:
     for file in broken.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match=r"has 2 tokens and its model \d+; are tokenizer.json"):
         load_reward(f"clip:{broken}")
 
 
-def test_missing_weights_are_said_rather_than_drawn_at_random(broken: Path) -> None:
+def test_missing_weights_are_an_error(broken: Path) -> None:
     weights = load_file(broken / "model.safetensors")
     del weights["text_projection.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})

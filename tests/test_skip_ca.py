@@ -1,4 +1,4 @@
-"""SkipCA beside an attention that is written out in float64, keys and values and all."""
+"""SkipCA compared with cross-attention in float64 with explicit keys and values."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from reward_model.skip_ca import SkipCrossAttention
 WIDTH = 8
 
 
-def looks_once(
+def slow_skip_ca(
     parameters: dict[str, Tensor], hidden: Tensor, visual: Tensor, mask: Tensor, *, num_heads: int
 ) -> Tensor:
-    """The same for one row after the other, one head after the other, in the dtype of the arguments."""
+    """Compute SkipCA row by row and head by head, in the dtype of the arguments."""
     rows, size = [], hidden.shape[1] // num_heads
     for i in range(len(hidden)):
-        seen = visual[i][mask[i]]
+        tokens = visual[i][mask[i]]
         query = parameters["query.weight"] @ hidden[i]
-        keys = torch.stack([parameters["key.weight"] @ token for token in seen])
-        values = torch.stack([parameters["value.weight"] @ token for token in seen])
+        keys = torch.stack([parameters["key.weight"] @ token for token in tokens])
+        values = torch.stack([parameters["value.weight"] @ token for token in tokens])
         heads = []
         for j in range(num_heads):
             part = slice(j * size, (j + 1) * size)
@@ -35,7 +35,7 @@ def looks_once(
 
 
 def wide(num_heads: int = 1) -> SkipCrossAttention:
-    """Weights so large that attention is far from uniform."""
+    """Return a module with weights large enough for attention to be far from uniform."""
     skip_ca, generator = SkipCrossAttention(WIDTH, num_heads=num_heads), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in skip_ca.parameters():
@@ -44,7 +44,7 @@ def wide(num_heads: int = 1) -> SkipCrossAttention:
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Three rows with 5, 1 and 3 visual tokens; what is masked is large, so that it would be noticed."""
+    """Three rows with 5, 1 and 3 visual tokens; masked tokens are large, so that they would have an effect."""
     generator = torch.Generator().manual_seed(4)
     hidden, visual = torch.randn(3, WIDTH, generator=generator), torch.randn(3, 5, WIDTH, generator=generator)
     mask = torch.arange(5) < torch.tensor([[5], [1], [3]])
@@ -52,7 +52,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
-def test_values_and_gradients_are_those_of_attention_written_out_in_float64(num_heads: int) -> None:
+def test_values_and_gradients_equal_explicit_attention_in_float64(num_heads: int) -> None:
     skip_ca, (hidden, visual, mask) = wide(num_heads), inputs()
     hidden.requires_grad_(), visual.requires_grad_()
     exact = {name: p.detach().double().requires_grad_() for name, p in skip_ca.named_parameters()}
@@ -60,7 +60,7 @@ def test_values_and_gradients_are_those_of_attention_written_out_in_float64(num_
     weights = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5))
 
     out = skip_ca(hidden, visual, mask)
-    expected = looks_once(exact, exact_hidden, exact_visual, mask, num_heads=num_heads)
+    expected = slow_skip_ca(exact, exact_hidden, exact_visual, mask, num_heads=num_heads)
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
 
@@ -85,7 +85,7 @@ def test_attention_by_hand() -> None:
 
 
 def test_several_heads_differ_from_one() -> None:
-    """A guard for the tests above: they could not tell the number of heads if attention were uniform."""
+    """A guard for the tests above: with uniform attention they would not depend on the number of heads."""
     one, four = wide(1), wide(4)
     assert (one(*inputs()) - four(*inputs())).abs().max() > 0.1
 
@@ -108,8 +108,8 @@ def test_longer_padding_changes_nothing() -> None:
     assert_close(skip_ca(hidden, longer, longer_mask), skip_ca(hidden, visual, mask), rtol=0, atol=1e-6)
 
 
-def test_a_fresh_one_is_almost_the_norm_of_the_last_word() -> None:
-    """As published: N(0, 1 / (D + 1)^2) weights leave what is looked up a few per cent of the visual tokens."""
+def test_at_initialisation_the_output_is_almost_the_norm_of_the_last_token() -> None:
+    """As published: N(0, 1 / (D + 1)^2) weights scale the attended values to a few per cent of the visual tokens."""
     torch.manual_seed(0)
     width, generator = 256, torch.Generator().manual_seed(1)
     skip_ca = SkipCrossAttention(width)
@@ -121,7 +121,7 @@ def test_a_fresh_one_is_almost_the_norm_of_the_last_word() -> None:
     assert torch.all(skip_ca.norm.weight == 1)
 
 
-def test_coarse_inputs_are_computed_in_float32_even_under_autocast() -> None:
+def test_bfloat16_inputs_are_computed_in_float32_even_under_autocast() -> None:
     """The result is that of the rounded inputs in float32, to the bit."""
     skip_ca, (hidden, visual, mask) = wide(), inputs()
     hidden, visual = hidden.bfloat16(), visual.bfloat16()
