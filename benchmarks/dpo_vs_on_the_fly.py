@@ -29,7 +29,7 @@ from timed_reward import peak_megabytes
 from torch import Tensor
 from trl_environment import run, say
 
-from rlhf_t2i.data.preferences import numbers_of_step
+from rlhf_t2i.data.preferences import pairs_of_step
 from rlhf_t2i.seeds import NOISE, generator_for
 from rlhf_t2i.shapes.pairs import SHARES, drawn_pairs
 
@@ -77,7 +77,7 @@ def on_the_fly(rows: Sequence[dict[str, str]], folder: Path, num_steps: int) -> 
         times = torch.cat([TIMES[torch.randint(len(TIMES), (1,), generator=g)] for g in generators])
         return times, torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
 
-    numbers = [numbers_of_step(len(rows), step, num_pairs=PAIRS_PER_STEP, seed=0) for step in range(num_steps)]
+    numbers = [pairs_of_step(len(rows), step, num_pairs=PAIRS_PER_STEP, seed=0) for step in range(num_steps)]
     pairs, watch = [[rows[n] for n in those] for those in numbers], Watch()
     losses = train_on_the_fly(pairs, folder, draw=draw, before_step=watch, beta=BETA, learning_rate=LEARNING_RATE)
     return {"rows": watch.rows, "losses": losses, "steps": 1}
@@ -104,7 +104,7 @@ def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) ->
         watch, losses = Watch(), list[float]()
         for step in trainer.steps():
             watch()
-            numbers = numbers_of_step(len(files), step, num_pairs=PAIRS_PER_STEP, seed=0)
+            numbers = pairs_of_step(len(files), step, num_pairs=PAIRS_PER_STEP, seed=0)
             load = partial(files.load, numbers)
             metrics = update(trainer, load, count=len(numbers), step=step, times=TIMES, config=config)
             trainer.finish_step(step, images=2 * len(numbers), **metrics)

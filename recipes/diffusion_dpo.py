@@ -35,9 +35,9 @@ from rlhf_t2i.data.preferences import (
     PairBatch,
     choose_pairs,
     implicit_preference,
-    numbers_of_step,
+    pairs_of_step,
     save_pairs,
-    share_of,
+    shard_pairs,
 )  # fmt: skip
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import diffusion_dpo_loss
@@ -52,7 +52,7 @@ from rlhf_t2i.training.trainer import Trainer, make_trainer
 from rlhf_t2i.types import Policy
 
 LoadPairs = Callable[[Sequence[int]], PairBatch]
-"""From the numbers of a step's pairs, as `share_of` deals them out, to what an update needs."""
+"""From the numbers of a step's pairs, as `shard_pairs` deals them out, to what an update needs."""
 METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
 
 
@@ -70,7 +70,7 @@ def main(config: Config) -> Path:
             load, row = sample_pairs(trainer, asked, reward, step=step, config=config)
         else:
             assert files is not None
-            numbers = numbers_of_step(len(files), step, num_pairs=config.pairs_per_step, seed=config.seed)
+            numbers = pairs_of_step(len(files), step, num_pairs=config.pairs_per_step, seed=config.seed)
             load, row = partial(files.load, numbers), {"images": 2 * len(numbers), "pairs": len(numbers)}
         with trainer.timed("update"):
             metrics = update(trainer, load, count=int(row["pairs"]), step=step, times=times, config=config)
@@ -94,7 +94,7 @@ def sample_pairs(
         rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
     scores = trainer.gather(rewards.view(len(mine), copies)).cpu()
     generators = generators_for(config.seed, UPDATE, step, range(len(prompts)))
-    winners, losers = choose_pairs(scores, choice=config.pair_selection, generators=generators)
+    winners, losers = choose_pairs(scores, selection=config.pair_selection, generators=generators)
     if not len(winners):
         trainer.print(
             f"WARNING: in step {step + 1} all images of each prompt earned the same: nothing could be learnt."
@@ -128,7 +128,7 @@ def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     )  # fmt: skip
     trainer.print(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")
     files = ImagePairs(
-        found, policy=trainer.policy, read=to_tensor, batch_size=config.microbatch_size,
+        found, policy=trainer.policy, read=to_tensor, microbatch_size=config.microbatch_size,
         cache_folder=Path(config.cache_folder) if config.cache_folder else None,
     )  # fmt: skip
     files.fill_cache(rank=trainer.rank, num_processes=trainer.num_processes)
@@ -147,7 +147,7 @@ def update(
     if not count:
         return {}
     policy = trainer.policy
-    share = share_of(count, rank=trainer.rank, num_processes=trainer.num_processes)
+    share = shard_pairs(count, rank=trainer.rank, num_processes=trainer.num_processes)
     batch = load(share.rows)
     microbatches = share.microbatches(config.microbatch_size // 2)
     seen, steps = list[Tensor](), list[dict[str, float]]()

@@ -1,4 +1,4 @@
-"""Better than what? Rewards of P prompts with K images each become advantages."""
+"""Advantages from the rewards of P prompts with K images each; torch only."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_FLAT = 1e-6
-"""A spread of rewards below this counts as none."""
+_MIN_STD = 1e-6
+"""Rewards with a standard deviation up to this count as equal."""
 
 
 def group_relative_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
-    """How much better each image is than its K siblings, in standard deviations of its group.
+    """Return each image's distance from the mean of its group, in standard deviations of the group (arXiv:2402.03300).
 
-    A group whose images all earn the same reward teaches nothing and gets exact zeros (arXiv:2402.03300).
+    A group is the K images of one prompt. A group whose images all have the same reward gets exact zeros.
     """
     return _standardise(rewards, rewards.double().mean(dim=1, keepdim=True), _std(rewards, dim=1))
 
 
 def whole_batch_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
-    """How much better each image is than all images of this step, in their standard deviations."""
+    """Return each image's distance from the mean of all images of the step, in their standard deviations."""
     flat = rewards.flatten()[None]
     return _standardise(rewards, flat.double().mean(dim=1), _std(flat, dim=1)[0])
 
 
 def globally_scaled_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
-    """How much better each image is than its K siblings, in standard deviations of all rewards of this step.
+    """Return each image's distance from the mean of its group, in standard deviations of all rewards of the step.
 
     Groups that differ little then count little (Flow-GRPO's `global_std`, arXiv:2505.05470). A group whose images all
-    earn the same reward gets exact zeros.
+    have the same reward gets exact zeros.
     """
     std = _std(rewards.flatten()[None], dim=1)[0]
     scaled = _standardise(rewards, rewards.double().mean(dim=1, keepdim=True), std)
-    return torch.where(_std(rewards, dim=1) > _FLAT, scaled, 0.0)
+    return torch.where(_std(rewards, dim=1) > _MIN_STD, scaled, 0.0)
 
 
 def num_degenerate_groups(rewards: Float[Tensor, "P K"]) -> int:
-    """How many groups teach nothing, because their images all earn the same reward."""
-    return int((_std(rewards, dim=1) <= _FLAT).sum())
+    """Return the number of groups whose images all have the same reward, which contribute no gradient."""
+    return int((_std(rewards, dim=1) <= _MIN_STD).sum())
 
 
 class PerPromptHistory:
-    """DDPO's advantages (arXiv:2305.13301, appendix): better than what this prompt earned of late.
+    """DDPO's advantages (arXiv:2305.13301, appendix): distance from the mean of the prompt's recent rewards.
 
-    Each prompt remembers its last `size` rewards, this step's among them. Until it knows `min_count` of them,
-    it is compared with the whole batch.
+    The last `size` rewards of each prompt are kept, including this step's. A prompt with fewer than `min_count` is
+    compared with the whole batch.
     """
 
     def __init__(self, *, size: int, min_count: int) -> None:
-        """Raises ValueError for a `min_count` that is never reached."""
+        """Raises ValueError for a `min_count` that can never be reached."""
         if not 0 < min_count <= size:
             raise ValueError(
                 f"history_min_count ({min_count}) must be between 1 and history_size ({size}); otherwise a prompt's "
@@ -61,7 +61,7 @@ class PerPromptHistory:
         self.rewards: dict[str, deque[float]] = {}
 
     def __call__(self, prompts: Sequence[str], rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
-        """Remember the rewards, then return the advantages; `prompts` names the P rows."""
+        """Add the rewards to the history and return the advantages; `prompts` are those of the P rows."""
         for prompt, row in zip(prompts, rewards.tolist(), strict=True):
             self.rewards.setdefault(prompt, deque(maxlen=self.size)).extend(row)
         advantages = whole_batch_advantages(rewards)
@@ -83,4 +83,4 @@ def _std(rewards: Float[Tensor, "P K"], *, dim: int) -> Float[Tensor, "P 1"]:
 
 
 def _standardise(rewards: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return torch.where(std > _FLAT, (rewards - mean) / std.clamp_min(_FLAT), 0.0).to(rewards.dtype)
+    return torch.where(std > _MIN_STD, (rewards - mean) / std.clamp_min(_MIN_STD), 0.0).to(rewards.dtype)

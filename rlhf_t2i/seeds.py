@@ -1,6 +1,6 @@
-"""Randomness by address: a generator is a pure function of what it is for, never of what was drawn before.
+"""Random generators by address: a generator is a pure function of what it is for, never of earlier draws.
 
-So nothing has to be stored to resume, and one process draws the very numbers that many would.
+So a run stores no generator state to resume, and the numbers do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import numpy as np
 import torch
 
 SAMPLE, UPDATE, NOISE, RESAMPLE, CALIBRATE, ANNOTATE = range(6)
-"""What a generator is for: the noise of a rollout, the order of an update, the noise put on finished images, which
-particles have children, the images that a reward's spread is measured on, or what an annotator is shown."""
+"""Purpose of a generator: noise of sampling, order of an update, noise added to finished images, resampling of
+particles, calibration samples of a reward, and the order of an annotator's questions."""
 
 
 def seed_for(*address: int) -> int:
-    """The seed that belongs to an address such as (seed, PAINT, step, prompt); numbers >= 0."""
+    """Return the 64-bit seed of an address such as (seed, SAMPLE, step, prompt); numbers must be at least 0."""
     state = np.random.SeedSequence([len(address), *address]).generate_state(2, np.uint32)
     return int(state[0]) << 32 | int(state[1])
 
 
 def generator_for(*address: int) -> torch.Generator:
-    """The CPU generator that belongs to an address."""
+    """Return the CPU generator of an address."""
     return torch.Generator().manual_seed(seed_for(*address))
 
 
 def generators_for(seed: int, purpose: int, step: int, prompts: Sequence[int]) -> list[torch.Generator]:
-    """One generator for each prompt of a step, whichever process paints it."""
+    """Return one generator per prompt of a step, by the prompt's index in the step; the same on every process."""
     return [generator_for(seed, purpose, step, prompt) for prompt in prompts]

@@ -162,7 +162,7 @@ def test_every_step_is_the_one_of_diffusers(
     schedule, steps = levels.schedule(num_steps), torch.arange(num_steps)
     level, next_level = schedule.at(steps), schedule.at(steps + 1)
 
-    transition = ddim(latents, levels.prediction(latents, output, level), level, next_level, eta=eta)
+    transition = ddim(latents, levels.to_prediction(latents, output, level), level, next_level, eta=eta)
     drawn = transition.mean + per_image(transition.std) * noise
 
     scheduler.set_timesteps(num_steps)

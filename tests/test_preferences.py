@@ -23,9 +23,9 @@ from rlhf_t2i.data.preferences import (
     choose_pairs,
     fit,
     implicit_preference,
-    numbers_of_step,
+    pairs_of_step,
     save_pairs,
-    share_of,
+    shard_pairs,
 )
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import load_policy
@@ -41,7 +41,7 @@ SCORES = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0], [0.5, 0.0, 0.5]])
 
 def pairs_of(choice: str, scores: torch.Tensor = SCORES, seed: int = 0) -> list[tuple[int, int]]:
     generators = generators_for(seed, 1, 0, range(len(scores)))
-    winners, losers = choose_pairs(scores, choice=choice, generators=generators)  # type: ignore[arg-type]
+    winners, losers = choose_pairs(scores, selection=choice, generators=generators)  # type: ignore[arg-type]
     return list(zip(winners.tolist(), losers.tolist(), strict=True))
 
 
@@ -73,7 +73,7 @@ def test_a_tie_is_half_an_agreement() -> None:
 @pytest.mark.parametrize("count", [1, 2, 7, 12])
 def test_shares_cover_all_pairs_once_and_weigh_them_equally(count: int, num_processes: int) -> None:
     values = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    shares = [share_of(count, rank=rank, num_processes=num_processes) for rank in range(num_processes)]
+    shares = [shard_pairs(count, rank=rank, num_processes=num_processes) for rank in range(num_processes)]
     working = [row for share in shares if share.weight for row in share.rows]
     assert sorted(working) == list(range(count))
     mean = sum(share.weight * values[list(share.rows)].mean() for share in shares) / num_processes
@@ -81,14 +81,14 @@ def test_shares_cover_all_pairs_once_and_weigh_them_equally(count: int, num_proc
 
 
 def test_an_endless_pass_takes_every_pair_once_in_each_round() -> None:
-    taken = [number for step in range(10) for number in numbers_of_step(15, step, num_pairs=6, seed=3)]
+    taken = [number for step in range(10) for number in pairs_of_step(15, step, num_pairs=6, seed=3)]
     assert [sorted(taken[i : i + 15]) for i in range(0, 60, 15)] == [list(range(15))] * 4
     assert taken[:15] != taken[15:30]
-    assert numbers_of_step(15, 0, num_pairs=6, seed=4) != taken[:6]
+    assert pairs_of_step(15, 0, num_pairs=6, seed=4) != taken[:6]
 
 
 def test_a_step_may_take_more_pairs_than_there_are() -> None:
-    assert sorted(numbers_of_step(2, 1, num_pairs=5, seed=0)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
+    assert sorted(pairs_of_step(2, 1, num_pairs=5, seed=0)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_saved_pairs_are_a_preference_file_like_any_other(tmp_path: Path) -> Non
     """Two processes write their own images, the first the list; the ordinary reader takes all of it."""
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     scores = torch.tensor([[0.25, 1.0, 0.5], [2.0, -1.0, 0.0]])
-    chosen = choose_pairs(scores, choice="best_worst", generators=generators_for(0, 1, 0, range(2)))
+    chosen = choose_pairs(scores, selection="best_worst", generators=generators_for(0, 1, 0, range(2)))
     path = tmp_path / "pairs" / "step_000001.jsonl"
     for first in (3, 0):
         save_pairs(path, images[first : first + 3], ["a fox", "a cat"], scores, chosen, first=first)
@@ -222,7 +222,7 @@ def three_pairs(folder: Path, *, policy: DiffusionPolicy, cache_folder: Path | N
     sizes = [(16, 16), (40, 20), (16, 16), (9, 30)]
     a, b, c, d = (save_image_once(folder / f"{i}.png", i, size) for i, size in enumerate(sizes))
     pairs = [pair_of("a fox", a, b), pair_of("a red cat", c, d), pair_of("a fox", b, c)]
-    return ImagePairs(pairs, policy=policy, read=to_tensor, batch_size=3, cache_folder=cache_folder)
+    return ImagePairs(pairs, policy=policy, read=to_tensor, microbatch_size=3, cache_folder=cache_folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,7 +245,7 @@ def test_a_full_cache_encodes_nothing_again(tiny_sd: Path, tmp_path: Path, monke
     three_pairs(tmp_path, policy=policy, cache_folder=tmp_path / "cache").fill_cache(rank=0, num_processes=1)
     again = ImagePairs(
         [pair_of("a fox", tmp_path / "0.png", tmp_path / "1.png")],
-        policy=policy, read=to_tensor, batch_size=3, cache_folder=tmp_path / "cache",
+        policy=policy, read=to_tensor, microbatch_size=3, cache_folder=tmp_path / "cache",
     )  # fmt: skip
 
     def refuse(*_: object, **__: object) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Preference pairs for Diffusion-DPO, and the cache of their latents and text embeddings."""
+"""Preference pairs for Diffusion-DPO, and the cache of their latents and encoded prompts."""

@@ -1,4 +1,4 @@
-"""Tensors that take long to make and never change, on disk: made once, and refused if another model made them."""
+"""On-disk cache of tensors that a frozen part of one model made."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor
 
 
 class TensorCache:
-    """Tensors by key, in the safetensors files of a folder; each file says which model made it.
+    """Tensors by key in the safetensors files of a folder; the metadata of each file holds the model's fingerprint.
 
-    Files are written whole or not at all, so several processes may add to one folder, and a killed one can go on.
+    Files are written atomically, so several processes may add to one folder, and a run may be killed at any time.
     """
 
     def __init__(self, folder: Path, *, part: str, fingerprint: str) -> None:
-        """Look into a folder, which need not be there; ValueError if its tensors were made by another model.
+        """Open a folder, which need not exist.
 
-        `part` says in messages what makes them, and `fingerprint` which one it is.
+        `part` names the part of the model in messages, `fingerprint` identifies its weights. Raises ValueError if the
+        tensors of the folder are of another model.
         """
         self.folder, self.part, self.fingerprint = folder, part, fingerprint
         self._file_of: dict[str, Any] = {}
@@ -30,16 +31,16 @@ class TensorCache:
         self._open_new()
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """Which of these are not there, each once."""
+        """Return the keys that are not cached, without duplicates."""
         self._open_new()
         return [key for key in dict.fromkeys(keys) if key not in self._file_of]
 
     def get(self, keys: Sequence[str]) -> Tensor:
-        """The tensors of these keys, stacked; KeyError for one that is not there."""
+        """Return the tensors of these keys, stacked; KeyError for a key that is not cached."""
         return torch.stack([self._file_of[key].get_tensor(key) for key in keys])
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write new tensors, in one file."""
+        """Write new tensors to one file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest()[:16]
         path = self.folder / f"{name}.safetensors"

@@ -1,1 +1,4 @@
-"""The maths of one denoising step; knows torch and nothing heavier."""
+"""Maths of one diffusion step: forward process, reverse transitions, Gaussian log-probabilities.
+
+Imports torch and nothing heavier.
+"""

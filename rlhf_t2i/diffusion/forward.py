@@ -1,4 +1,4 @@
-"""The forward process: from a finished image to any level of noise."""
+"""The forward process, from clean latents to any noise level."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from rlhf_t2i.types import Level
 def noise_to(
     clean: Float[Tensor, "B C H W"], level: Level, noise: Float[Tensor, "B C H W"]
 ) -> Float[Tensor, "B C H W"]:
-    """Latents at a level: alpha * clean + sigma * noise (arXiv:2006.11239, Eq. 4), each image at its own."""
+    """Return alpha * clean + sigma * noise (arXiv:2006.11239, Eq. 4), each image at its own level."""
     return per_image(level.alpha) * clean + per_image(level.sigma) * noise
