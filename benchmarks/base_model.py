@@ -36,7 +36,7 @@ def main() -> None:
         asked = load_prompts("shapes", held_out=split == "held-out")
         prompts, seeds = evaluation_set(asked, num_images=NUM_IMAGES, seed=1_000_000)
         sampler = Sampler(base.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
-        seen = evaluate(base, prompts, seeds, rewards, sampler=sampler, batch_size=68)
+        seen = evaluate(base, prompts, seeds, rewards, sampler=sampler, microbatch_size=68)
         row, sharp = seen.summary(), shows_something(seen.images).float().mean()
         scores = [f"{row[name]:.3f} ± {row[f'{name}/standard_error']:.3f}" for name in ("oracle", "oracle_pass")]
         lines.append(

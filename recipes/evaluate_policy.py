@@ -51,7 +51,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)
         evaluation = evaluate(
-            policy, prompts, seeds, rewards, sampler=sampler, batch_size=config.microbatch_size, processes=run
+            policy, prompts, seeds, rewards, sampler=sampler, microbatch_size=config.microbatch_size, processes=run
         )
         table[name] = evaluation.summary()
         run.print(row(name, evaluation))

@@ -1,4 +1,4 @@
-"""Files that are replaced whole, flushed to the disk and identified by their checksum."""
+"""Atomic writes, flushing to disk, and checksums of files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text; whoever reads it, or is killed while writing, finds the old text or the new one, whole."""
+    """Replace a file's text; at every moment, also if the process is killed, the file has the old or the new text."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     flush(part)
@@ -16,13 +16,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
+    """Wait until a file or folder is written to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

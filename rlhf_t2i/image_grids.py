@@ -13,22 +13,23 @@ from PIL import Image
 from torch import Tensor
 
 NUM_COLUMNS = 8
+"""Images in each row of a grid."""
 
 
 def save_image_grid(path: Path, images: Float[Tensor, "B 3 Y X"], *, num_columns: int = NUM_COLUMNS) -> None:
-    """Write images in [0, 1] as one PNG, row by row; the last row is filled with white."""
+    """Write images in [0, 1] as one PNG, row by row; empty cells of the last row are white."""
     count, channels, height, width = images.shape
     num_rows = -(-count // num_columns)
-    sheet = torch.ones(num_rows * num_columns, channels, height, width)
-    sheet[:count] = images.clamp(0, 1).cpu()
-    sheet = sheet.unflatten(0, (num_rows, num_columns)).permute(0, 3, 1, 4, 2)
-    pixels = (sheet.reshape(num_rows * height, num_columns * width, channels) * 255).round()
+    grid = torch.ones(num_rows * num_columns, channels, height, width)
+    grid[:count] = images.clamp(0, 1).cpu()
+    grid = grid.unflatten(0, (num_rows, num_columns)).permute(0, 3, 1, 4, 2)
+    pixels = (grid.reshape(num_rows * height, num_columns * width, channels) * 255).round()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.numpy().astype(np.uint8)).save(path)
 
 
 def save_captions(path: Path, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Say which prompt and seed each cell of the strips beside it has."""
+    """Write the prompt and seed of each cell of the grids beside it, and the number of columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     captions = {"prompts": list(prompts), "seeds": list(seeds), "columns": NUM_COLUMNS}
     path.write_text(json.dumps(captions, indent=1))

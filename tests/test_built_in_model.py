@@ -35,7 +35,7 @@ def painted(base: DiffusionPolicy, *, guidance_scale: float) -> Evaluation:
     prompts, seeds = evaluation_set(load_prompts("shapes", held_out=True), num_images=204, seed=5)
     schedule = base.schedule(8)
     sampler = Sampler(schedule, stochastic(schedule, eta=0.0), guidance_scale)
-    return evaluate(base, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, batch_size=68)
+    return evaluate(base, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, microbatch_size=68)
 
 
 def test_it_is_sharp_but_does_not_listen_well(base: DiffusionPolicy) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_t2i.training import checkpoint_files
-from rlhf_t2i.training.checkpoint_files import begin, checkpoint_name, checkpoint_step, commit, newest_whole
+from rlhf_t2i.training.checkpoint_files import begin, checkpoint_name, checkpoint_step, commit, newest_complete
 
 
 def save(folder: Path, step: int, *, keep: int = 10) -> Path:
@@ -26,7 +26,7 @@ def save(folder: Path, step: int, *, keep: int = 10) -> Path:
 def found(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and what was said of those passed over."""
     said: list[str] = []
-    return newest_whole(folder, report=said.append), said
+    return newest_complete(folder, report=said.append), said
 
 
 def flip_a_byte(path: Path) -> None:
@@ -67,11 +67,11 @@ def test_where_there_is_none_none_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "fault"),
     [
-        (flip_a_byte, "weights.bin is not what was written"),
-        (cut_short, "weights.bin is not what was written"),
+        (flip_a_byte, "weights.bin does not match its checksum"),
+        (cut_short, "weights.bin does not match its checksum"),
         (lambda path: (path / "weights.bin").unlink(), "weights.bin is missing"),
         (lambda path: shutil.rmtree(path / "optimizer"), "optimizer/state.bin is missing"),
-        (lambda path: (path / "manifest.json").unlink(), "it has no manifest, so it was never finished"),
+        (lambda path: (path / "manifest.json").unlink(), "it has no manifest, so it is incomplete"),
     ],
     ids=["flipped byte", "cut short", "missing file", "missing folder", "missing manifest"],
 )

@@ -712,7 +712,7 @@ def test_a_used_folder_is_continued_only_with_resume(tmp_path: Path, monkeypatch
     options: Any = {"pairs": str(source), "run_folder": str(tmp_path / "run"), "port": 0}
     folder = recipe.main(Config(**options))
     (source.parent / "secret_0.png").unlink()  # the saved questions are not made again
-    with pytest.raises(FileExistsError, match="Go on with it by --resume"):
+    with pytest.raises(FileExistsError, match="Continue it with --resume"):
         recipe.main(Config(**options))
     assert recipe.main(Config(**options, resume=True, rewards="jpeg_compressibility")) == folder
     with pytest.raises(ValueError, match="seed was 0 and is now 1"):

@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     path = folder / "checkpoints" / "step_000003" / "weights-00001-of-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
     train(replace(config, resume=True))
-    assert "step_000003: weights-00001-of-00001.safetensors is not what was written" in capsys.readouterr().out
+    assert "step_000003: weights-00001-of-00001.safetensors does not match its checksum" in capsys.readouterr().out
     assert_same(weights(uninterrupted), weights(folder))
 
 

@@ -65,7 +65,7 @@ def seeded(*seeds: int) -> list[torch.Generator]:
 
 def painted(policy: DiffusionPolicy, *, guidance_scale: float = 1.0, eta: float = 0.0) -> Tensor:
     sampler = sampler_of(policy, eta=eta, guidance_scale=guidance_scale)
-    return evaluate(policy, PROMPTS, [7, 8], [], sampler=sampler, batch_size=2).images
+    return evaluate(policy, PROMPTS, [7, 8], [], sampler=sampler, microbatch_size=2).images
 
 
 def painted_by_diffusers(pipeline: Any, *, guidance_scale: float = 1.0, **settings: Any) -> Tensor:

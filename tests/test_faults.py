@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 from recipes import ddpo
 from rlhf_t2i.rewards.builtin import oracle_graded
-from rlhf_t2i.training.checkpoint_files import newest_whole
+from rlhf_t2i.training.checkpoint_files import newest_complete
 from tests.servers import free_port
 from tests.test_ddpo import ROOT, launch, launch_command, rows, state
 from tests.test_parallel import TINY
@@ -94,7 +94,7 @@ def test_a_full_disk_of_one_process_ends_all_with_the_reason(tmp_path: Path, mon
     assert "The checkpoint after step 2 could not be written" in said
     assert os.strerror(errno.EFBIG) in said
     assert f"--resume --run_folder {tmp_path / 'run'}" in said
-    newest = newest_whole(tmp_path / "run" / "checkpoints", report=print)
+    newest = newest_complete(tmp_path / "run" / "checkpoints", report=print)
     assert newest is not None
     assert newest.name == "step_000001"
 

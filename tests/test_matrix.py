@@ -92,7 +92,7 @@ def painted(policy: Any) -> torch.Tensor:
 
     schedule = policy.schedule(4)
     sampler = Sampler(schedule, stochastic(schedule, eta=0.0))
-    return evaluate(policy, ["a red circle"], [3], [], sampler=sampler, batch_size=1).images
+    return evaluate(policy, ["a red circle"], [3], [], sampler=sampler, microbatch_size=1).images
 
 
 @pytest.mark.parametrize("model", MODELS.values())

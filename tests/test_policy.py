@@ -66,7 +66,7 @@ def test_images_are_those_of_the_stock_pipeline(
     policy = load_policy(str(folder), device=CPU)
     evaluation = evaluate(
         policy, PROMPTS, [7, 8], [],
-        sampler=sampler_of(policy, eta=eta, guidance_scale=guidance_scale), batch_size=2,
+        sampler=sampler_of(policy, eta=eta, guidance_scale=guidance_scale), microbatch_size=2,
     )  # fmt: skip
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)

@@ -233,11 +233,11 @@ def damage(run: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ("no run", FileNotFoundError, "is not the folder of a run: it holds no run.json"),
-        ("no weights", FileNotFoundError, "holds no weights.*--resume --run_folder"),
+        ("no run", FileNotFoundError, "is not a run folder: it has no run.json"),
+        ("no weights", FileNotFoundError, "has no weights.*--resume --run_folder"),
         ("truncated weights", ValueError, "pytorch_lora_weights.safetensors are damaged"),
         ("unfinished", FileNotFoundError, "1 of 7 steps.*--resume --run_folder"),
-        ("no images", FileNotFoundError, "holds no images/step_000001.png"),
+        ("no images", FileNotFoundError, "has no images/step_000001.png"),
         ("another version", ValueError, r"was written by rlhf-t2i 0\.9\.3, and this is"),
         ("no versions", ValueError, "run.json lacks versions: another version"),
         ("incomplete config", ValueError, "config.yaml lacks .*num_steps.*: another version"),
@@ -260,7 +260,7 @@ def test_an_unpublishable_run_is_refused_with_its_reason(
 def test_a_reward_model_without_metrics_is_refused(reward_model_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(reward_model_run, tmp_path / "run")
     (run / "metrics.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no metrics.json. Its run is not finished: .*--resume"):
+    with pytest.raises(FileNotFoundError, match=r"has no metrics.json. The run is not finished: .*--resume"):
         recipe.main(recipe.Config(run=str(run)))
 
 

@@ -57,7 +57,7 @@ def _metadata(
         library_name="rlhf-t2i" if is_reward_model else "diffusers",
         pipeline_tag="image-text-to-text" if is_reward_model else "text-to-image",
         base_model=base.hub_id,
-        tags=["rlhf-t2i", run.facts["recipe"], *kind, *(["lora"] if is_lora else [])],
+        tags=["rlhf-t2i", run.info["recipe"], *kind, *(["lora"] if is_lora else [])],
         datasets=list(datasets) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=title,
@@ -98,7 +98,7 @@ def reward_model_results(run: FinishedRun) -> list[EvalResult]:
             metric_value=metric["value"],
             metric_args={key: metric[key] for key in ("low", "high", "count") if metric[key] is not None},
         )
-        for name, metrics in run.measured.items()
+        for name, metrics in run.reward_metrics.items()
         for metric in metrics
         if math.isfinite(metric["value"])
     ]
@@ -186,7 +186,9 @@ def held_out_summary(run: FinishedRun) -> str:
 
 
 def _reward_model_summary(run: FinishedRun) -> str:
-    results = [f"{rows[0]['name']} {rows[0]['value']:.3f} on {name}" for name, rows in run.measured.items() if rows]
+    results = [
+        f"{rows[0]['name']} {rows[0]['value']:.3f} on {name}" for name, rows in run.reward_metrics.items() if rows
+    ]
     return f"A LLaVA-Reward reward model: it scores how well an image fits a prompt. {', '.join(results)}"
 
 

@@ -13,7 +13,18 @@ from pathlib import Path
 from rlhf_t2i.files import sha256_of, write_atomically
 from rlhf_t2i.hub.base import Base
 from rlhf_t2i.report import Chart, charts, draw
-from rlhf_t2i.training.finished_run import WEIGHTS, FinishedRun, check_safetensors
+from rlhf_t2i.training.finished_run import FinishedRun, check_safetensors
+from rlhf_t2i.training.run_folder import (
+    CAPTIONS,
+    CONFIG,
+    IMAGES,
+    LORA_WEIGHTS,
+    METRICS,
+    REPORT,
+    REWARD_HISTORY,
+    REWARD_METRICS,
+    RUN_INFO,
+)
 
 CHECKSUMS = "SHA256SUMS"
 _BACKBONE_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
@@ -33,7 +44,7 @@ def is_full_pipeline(run: FinishedRun, *, merge_lora: bool) -> bool:
     if merge_lora and run.kind != "lora":
         trained = "a reward model" if run.kind == "reward_model" else "all weights of the denoiser"
         raise ValueError(f"merge_lora is True; it needs a run that trained a LoRA, and {run.folder} trained {trained}.")
-    return merge_lora or run.is_whole_denoiser
+    return merge_lora or run.is_full_denoiser
 
 
 def write_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: bool) -> None:
@@ -53,7 +64,7 @@ def write_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: boo
             f"the Hub (--base OWNER/NAME), or publish a full pipeline (--merge_lora)."
         )
     else:
-        _copy(run.weights / WEIGHTS["lora"], folder)
+        _copy(run.weights / LORA_WEIGHTS, folder)
 
 
 def _write_reward_model(run: FinishedRun, base: Base, folder: Path) -> None:
@@ -78,14 +89,14 @@ def _write_reward_model(run: FinishedRun, base: Base, folder: Path) -> None:
 
 def write_training_record(run: FinishedRun, folder: Path) -> list[tuple[str, Chart]]:
     """Write settings, metrics, report, images and curves of a run; returns the file and the chart of each curve."""
-    metrics = ["metrics.json", "history.json"] if run.kind == "reward_model" else ["metrics.jsonl"]
-    for name in ["config.yaml", "run.json", *metrics]:
+    metrics = [REWARD_METRICS, REWARD_HISTORY] if run.kind == "reward_model" else [METRICS]
+    for name in [CONFIG, RUN_INFO, *metrics]:
         _copy(run.folder / name, folder / "training")
     if run.kind != "reward_model":
-        _copy(run.folder / "report.html", folder)
-        _copy(run.folder / "images" / "captions.json", folder / "images")
-        for name, grid in zip(("before.png", "after.png"), run.strips, strict=True):
-            shutil.copyfile(grid, folder / "images" / name)
+        _copy(run.folder / REPORT, folder)
+        _copy(run.folder / IMAGES / CAPTIONS, folder / IMAGES)
+        for name, grid in zip(("before.png", "after.png"), run.grids, strict=True):
+            shutil.copyfile(grid, folder / IMAGES / name)
     curves: list[tuple[str, Chart]] = []
     for chart in _reward_model_charts(run) if run.kind == "reward_model" else charts(run.rows):
         name = f"curves/{re.sub('[^a-z0-9]+', '-', chart.title.lower()).strip('-')}.svg"

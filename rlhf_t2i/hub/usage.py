@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_t2i.hub.base import Base
-from rlhf_t2i.training.finished_run import WEIGHTS, FinishedRun
+from rlhf_t2i.training.finished_run import FinishedRun
+from rlhf_t2i.training.run_folder import LORA_WEIGHTS
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -36,7 +37,7 @@ def diffusers_usage(
         "name": name,
         "revision": revision,
         "full_pipeline": full_pipeline,
-        "weight_name": WEIGHTS["lora"],
+        "weight_name": LORA_WEIGHTS,
         "prompt": json.dumps(run.captions["prompts"][0], ensure_ascii=False),
         "seed": run.captions["seeds"][0],
         "num_steps": run.num_evaluation_steps,

@@ -1,4 +1,4 @@
-"""Which strokes of a rollout go into which optimiser step."""
+"""Split a rollout into minibatches of (image, denoising step) pairs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 def window_of_step(
     step: int, *, within: tuple[int, int], size: int | None, moves_every: int | None, generator: torch.Generator
 ) -> tuple[int, int]:
-    """Which denoising steps a training step paints with noise: the first, and the one after the last.
+    """Return the window (first, end) of denoising steps that are noisy in a training step; `end` is exclusive.
 
-    `size` of those `within` (first, end); None is all of them. The window moves on by one after every `moves_every`
-    training steps, and from the end to the start again; None draws its place.
+    It has `size` of the steps in `within` (first, end); None is all of them. It moves by one denoising step every
+    `moves_every` training steps and wraps around at the end; None draws its position from `generator`.
     """
     first, end = within
     size = size or end - first
-    num_places = end - first - size + 1
+    num_positions = end - first - size + 1
     if moves_every is None:
-        place = int(torch.randint(num_places, (), generator=generator))
+        position = int(torch.randint(num_positions, (), generator=generator))
     else:
-        place = step // moves_every % num_places
-    return first + place, first + place + size
+        position = step // moves_every % num_positions
+    return first + position, first + position + size
 
 
 def minibatches(
@@ -36,19 +36,19 @@ def minibatches(
     num_minibatches: int,
     num_epochs: int,
 ) -> Iterator[tuple[Int[Tensor, " N"], Int[Tensor, " N"]]]:
-    """Shuffle a rollout's images and denoising steps, anew in each epoch, into equal minibatches of (image, step).
+    """Yield shuffled minibatches of (image, denoising step) pairs of a rollout, as two index tensors.
 
-    There is one generator for each prompt. Every prompt gives each minibatch the same number of its images, so that
-    the result does not depend on how prompts are spread over processes. Of the steps in `window` (first, end) each
-    image trains its own random `fraction`.
+    There is one generator per prompt. Every minibatch has the same number of images of each prompt, so that the result
+    does not depend on which process has which prompt. Each image is trained at a random `fraction` of the denoising
+    steps in `window` (first, end). Images and steps are drawn anew in each epoch.
     """
     first, end = window
-    num_kept = max(1, round(fraction * (end - first)))
+    num_trained = max(1, round(fraction * (end - first)))
     for _ in range(num_epochs):
         orders = [torch.randperm(images_per_prompt, generator=g) for g in generators]
-        kept = torch.stack(
+        trained = torch.stack(
             [
-                first + torch.randperm(end - first, generator=generator)[:num_kept]
+                first + torch.randperm(end - first, generator=generator)[:num_trained]
                 for generator in generators
                 for _ in range(images_per_prompt)
             ]
@@ -56,5 +56,5 @@ def minibatches(
         by_minibatch = [order.chunk(num_minibatches) for order in orders]
         for batch in range(num_minibatches):
             images = torch.cat([prompt * images_per_prompt + own[batch] for prompt, own in enumerate(by_minibatch)])
-            # Stroke after stroke is of another image, so that a microbatch mixes images and steps.
-            yield images.repeat(num_kept), kept[images].T.flatten()
+            # Consecutive pairs are of different images, so that a microbatch mixes images and steps.
+            yield images.repeat(num_trained), trained[images].T.flatten()

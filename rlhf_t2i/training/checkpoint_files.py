@@ -1,7 +1,8 @@
-"""Save so that a crash at any moment leaves a whole checkpoint behind, and find it again.
+"""Checkpoint folders that survive a crash at any moment.
 
-A checkpoint is a folder `step_000120`. It is written under another name, every file is flushed to the disk, a manifest
-with checksums comes last, and only then does it get its name. Whatever has the name and fits its manifest is good.
+A checkpoint is a folder `step_000120`. It is written as `step_000120.part`, every file is flushed to disk, a manifest
+with checksums is written last, and only then is the folder renamed. A folder with the final name that matches its
+manifest is complete.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ _MANIFEST = "manifest.json"
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of the checkpoint after `step` steps."""
+    """Return the folder name of the checkpoint after `step` training steps."""
     return f"step_{step:06d}"
 
 
 def checkpoint_step(path: Path) -> int:
-    """How many steps had been done when a checkpoint was written."""
+    """Return the number of training steps finished when a checkpoint was written."""
     return int(path.name.removeprefix("step_"))
 
 
 def begin(folder: Path, step: int) -> Path:
-    """An empty folder to write a checkpoint's files into; nothing counts until `commit`.
+    """Create and return an empty folder for a checkpoint's files, which `commit` makes a checkpoint.
 
-    What earlier attempts left half-written is removed.
+    Incomplete folders of earlier attempts are removed.
     """
     part = folder / f"{checkpoint_name(step)}.part"
     for leftover in folder.glob("step_*.part"):
@@ -39,7 +40,7 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def commit(part: Path, *, keep: int) -> Path:
-    """Make a written folder a checkpoint, and remove all but the `keep` newest."""
+    """Turn a folder into a checkpoint and return its path; remove all but the `keep` newest."""
     files = sorted(path for path in part.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(part)): sha256_of(path) for path in files}
     (part / _MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -55,8 +56,8 @@ def commit(part: Path, *, keep: int) -> Path:
     return target
 
 
-def newest_whole(folder: Path, *, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that fits its manifest; each one passed over is reported with the reason."""
+def newest_complete(folder: Path, *, report: Callable[[str], None]) -> Path | None:
+    """Return the newest complete checkpoint, or None; call `report` with the reason for each one skipped."""
     for path in _checkpoints(folder):
         if fault := _fault(path):
             report(f"Skipped the checkpoint {path}: {fault}.")
@@ -66,17 +67,17 @@ def newest_whole(folder: Path, *, report: Callable[[str], None]) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """All that has a checkpoint's name, newest first."""
+    """Return all folders named like a checkpoint, newest first."""
     found = [p for p in folder.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None."""
     try:
         manifest: dict[str, str] = json.loads((path / _MANIFEST).read_text())
     except FileNotFoundError:
-        return "it has no manifest, so it was never finished"
+        return "it has no manifest, so it is incomplete"
     except (json.JSONDecodeError, UnicodeDecodeError):
         return "its manifest cannot be read"
     if not isinstance(manifest, dict):
@@ -85,5 +86,5 @@ def _fault(path: Path) -> str | None:
         if not (path / name).is_file():
             return f"{name} is missing"
         if sha256_of(path / name) != checksum:
-            return f"{name} is not what was written"
+            return f"{name} does not match its checksum"
     return None

@@ -1,4 +1,4 @@
-"""A run's own folder: made, claimed, described, and found again."""
+"""Claim a run folder: create it or resume in it, and describe the run in it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _PACKAGES = (
 
 
 def claim_folder(config: Mapping[str, Any], *, recipe: str, free_to_change: Set[str]) -> Path:
-    """Make a run's folder its own, for all processes, and write down in it what would be needed to do it again.
+    """Create the run folder or resume in it, write config.yaml and run.json, and return its path. Collective.
 
-    Reads run_folder and resume of `config`; a restarted run goes on with its folder without being asked. Raises
-    ValueError for a folder that holds another config (fields in `free_to_change` may differ), FileExistsError for one
-    that holds a run that was not asked to be resumed, and FileNotFoundError where a process cannot see the folder.
+    Reads run_folder and resume of `config`; a restarted process resumes in any case. Raises ValueError for a folder
+    with another config (settings in `free_to_change` may differ), FileExistsError for one that holds a run if `resume`
+    is false, and FileNotFoundError if a process cannot read the folder.
     """
     state, given = PartialState(), config["run_folder"]
     folder = Path(given) if given else _default_folder(recipe, resume=config["resume"])
@@ -49,12 +49,12 @@ def claim_folder(config: Mapping[str, Any], *, recipe: str, free_to_change: Set[
     for found in gather_object([problem]):
         if found is not None:
             raise found
-    _wait_to_see(folder / CONFIG)
+    _wait_for_file(folder / CONFIG)
     return folder
 
 
-def _wait_to_see(path: Path, *, seconds: float = 60.0) -> None:
-    """A file that the main process wrote; another machine may see it later, or never."""
+def _wait_for_file(path: Path, *, seconds: float = 60.0) -> None:
+    """Wait for a file of the main process, which may take a while to appear on other machines; raise if it does not."""
     deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > deadline:
@@ -66,13 +66,13 @@ def _wait_to_see(path: Path, *, seconds: float = 60.0) -> None:
 
 
 def _default_folder(recipe: str, *, resume: bool) -> Path:
-    """A new folder under runs/, the newest one of this recipe, or the one that this run had before its restart."""
+    """Return a new folder under runs/, the recipe's newest one to resume, or the one from before a restart."""
     if resume:
         earlier = sorted(Path("runs").glob(f"{recipe}-[0-9]*/{CONFIG}"))
         if not earlier:
             raise FileNotFoundError(f"There is no run to resume: runs/{recipe}-* does not exist.")
         return earlier[-1].parent
-    # A launcher that restarts its processes outlives them.
+    # The launcher outlives the processes that it restarts, so its id stays the same.
     owner = os.getppid() if "TORCHELASTIC_RESTART_COUNT" in os.environ else os.getpid()
     if restarted() and (own := sorted(Path("runs").glob(f"{recipe}-[0-9]*-{owner}/{CONFIG}"))):
         return own[-1].parent
@@ -80,14 +80,14 @@ def _default_folder(recipe: str, *, resume: bool) -> Path:
 
 
 def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool, free_to_change: Set[str]) -> Exception | None:
-    """Make the folder this run's own; returns what speaks against it."""
+    """Create the folder and write config.yaml; return the error, if any, so that all processes can raise it."""
     path = folder / CONFIG
     if resume and not path.is_file():
         return FileNotFoundError(f"There is no run to resume in {folder}: it has no {CONFIG}.")
     if path.exists():
         if not resume:
             return FileExistsError(
-                f"{folder} already holds a run. Go on with it by --resume, or name another --run_folder."
+                f"{folder} already holds a run. Continue it with --resume, or choose another --run_folder."
             )
         stored = read_config(folder)
         changed = [
@@ -106,7 +106,7 @@ def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool, free_to_cha
 
 
 def _describe(folder: Path, recipe: str, state: PartialState) -> None:
-    """Write run.json: what would be needed to do it again."""
+    """Write run.json; a resumed run adds a session to it."""
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -116,7 +116,7 @@ def _describe(folder: Path, recipe: str, state: PartialState) -> None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     device = cast(torch.device, state.device)
-    facts = {
+    info = {
         "recipe": recipe,
         "command": f"accelerate launch {shlex.join(sys.argv)}",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -126,11 +126,11 @@ def _describe(folder: Path, recipe: str, state: PartialState) -> None:
         "processes": state.num_processes,
     }
     path = folder / RUN_INFO
-    if path.is_file():  # a resumed run began with the first of its sessions
+    if path.is_file():
         earlier = read_run_info(folder)
         sessions = [
             *earlier.get("sessions", []),
-            {k: facts[k] for k in ("command", "started", "git_commit", "versions")},
+            {k: info[k] for k in ("command", "started", "git_commit", "versions")},
         ]
-        facts = {**earlier, "sessions": sessions}
-    write_atomically(path, json.dumps(facts, indent=1))
+        info = {**earlier, "sessions": sessions}
+    write_atomically(path, json.dumps(info, indent=1))

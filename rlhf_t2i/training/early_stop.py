@@ -1,4 +1,4 @@
-"""Stop when a reward that is not trained on no longer rises, and keep the weights with which it was best."""
+"""Early stopping on a held-out reward, with a copy of the best weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class EarlyStop:
-    """The best evaluation so far, and how many have followed that were no better."""
+    """Best evaluation of a reward so far, its weights, and the number of evaluations since.
+
+    It is due after `patience` evaluations in a row without a new best.
+    """
 
     def __init__(self, reward: str, *, patience: int) -> None:
         self.reward, self.patience = reward, patience
@@ -20,19 +23,19 @@ class EarlyStop:
 
     @property
     def is_due(self) -> bool:
-        """Whether `patience` evaluations in a row were no better than the best."""
+        """True after `patience` evaluations in a row without a new best."""
         return self.num_since >= self.patience
 
     @torch.no_grad()
     def update(self, step: int, value: float, weights: Mapping[str, Tensor]) -> None:
-        """Take note of an evaluation of these weights; they are copied if it is the best."""
+        """Record the mean reward of an evaluation; copy the weights if it is the best so far."""
         self.num_since += 1
         if value > self.best:
             self.best, self.best_step, self.num_since = value, step, 0
             self.weights.update({name: weight.detach().clone() for name, weight in weights.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the weights, which a checkpoint keeps beside the others."""
+        """Return all but the weights, which a checkpoint stores beside the trained ones."""
         return {"best": self.best, "best_step": self.best_step, "num_since": self.num_since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Moving averages of what learns."""
+"""Exponential moving averages (EMA) of the trained weights."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 Decay = Callable[[int], float]
-"""What share of an average stays at its n-th update, n from 1."""
+"""Decay of an average at its n-th update, n from 1: the weight of its old value, in [0, 1]."""
 
 
 def decay_after_a_start(most: float) -> Decay | None:
-    """A decay that is lower while few updates have been seen, min(most, (1 + n) / (10 + n)): the start is forgotten.
+    """Return the decay min(most, (1 + n) / (10 + n)), which forgets the initial weights quickly; None if `most` is 0.
 
-    0 is off. ValueError for a decay outside [0, 1).
+    Raises ValueError if `most` is not in [0, 1).
     """
     if not 0 <= most < 1:
-        raise ValueError(f"The decay of the average is {most}; it must be in [0, 1).")
+        raise ValueError(f"ema_decay is {most}; it must be in [0, 1).")
     return (lambda n: min(most, (1 + n) / (10 + n))) if most else None
 
 
 def rising_decay(*, start: int, rise: float, most: float) -> Decay:
-    """0 up to update `start`, then `rise` more with each, up to `most`."""
+    """Return the decay clamp(rise * (n - start), 0, most), which rises linearly after update `start`."""
     return lambda n: min(max(n - start, 0) * rise, most)
 
 
 class MovingAverage:
-    """average <- decay(n) * average + (1 - decay(n)) * weights, at the n-th `update`.
+    """Moving average of weights by name: average <- decay(n) * average + (1 - decay(n)) * weights at update n.
 
-    Without a decay it is off, and holds nothing: the average is the weights.
+    With `decay=None` it is off: it stores nothing, and the average is the weights themselves.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], *, decay: Decay | None) -> None:
@@ -52,12 +52,12 @@ class MovingAverage:
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within it the weights have their averages; afterwards their own values again, to the bit."""
+        """Context in which the weights are replaced by their average; they are restored exactly on exit."""
         with exchanged(weights, self.average):
             yield
 
     def state_dict(self) -> dict[str, int]:
-        """Without the average, which a checkpoint keeps beside the weights."""
+        """Return the number of updates; a checkpoint stores the average itself beside the weights."""
         return {"num_updates": self.num_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ class MovingAverage:
 
 @contextmanager
 def exchanged(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it the weights that `values` names have those values; afterwards their own again, to the bit."""
+    """Context in which the weights named in `values` have those values; they are restored exactly on exit."""
     own = {name: weights[name].detach().clone() for name in values}
     _copy(values, into=weights)
     try:

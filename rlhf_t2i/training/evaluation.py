@@ -1,4 +1,4 @@
-"""Fixed prompts, fixed seeds, every reward: the same images before and after, so that they can be compared."""
+"""Evaluation of a policy on fixed prompts and seeds, so that images before and after training can be compared."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from rlhf_t2i.training.run_folder import CAPTIONS, EXTREMES, IMAGES, evaluation_
 from rlhf_t2i.types import Policy, ProcessGroup, Sampler
 
 _NUM_SHOWN = 4 * NUM_COLUMNS
-"""Images on the strip of each evaluation."""
+"""Images in the grid of each evaluation."""
 _NUM_EXTREMES = 6
-"""Of the best images, and of the worst, by each reward."""
+"""Number of best images, and of worst images, shown for each reward."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Images of a fixed set, and what each judge says of them."""
+    """Images of an evaluation set, and their scores by each reward."""
 
     prompts: list[str]
     seeds: list[int]
@@ -35,7 +35,7 @@ class Evaluation:
     scores: dict[str, Float[Tensor, " B"]]
 
     def summary(self) -> dict[str, float]:
-        """Mean and standard error of each reward, and the diversity, with its error where it has one."""
+        """Return the mean and standard error of each reward, the diversity, and its standard error if it is defined."""
         row: dict[str, float] = {}
         for name, scores in self.scores.items():
             row[name] = scores.mean().item()
@@ -52,43 +52,42 @@ def evaluate(
     rewards: Sequence[CheckedReward],
     *,
     sampler: Sampler,
-    batch_size: int,
+    microbatch_size: int,
     processes: ProcessGroup | None = None,
 ) -> Evaluation:
-    """Paint `prompts[i]` from a generator seeded with `seeds[i]`, and let every reward judge.
+    """Sample `prompts[i]` with a generator seeded with `seeds[i]`, and score it by every reward.
 
-    One seed is one image: plain diffusers with the same generator paints it too. With several `processes` each
-    paints an equal share (the last images are painted twice where it does not divide) and all get the whole.
+    A plain diffusers pipeline with the same generator gives the same image. With several `processes` each samples an
+    equal share (the last image repeatedly where it does not divide), and all return the complete evaluation.
     """
     rank, num_processes = (processes.rank, processes.num_processes) if processes else (0, 1)
     share = -(-len(prompts) // num_processes)
-    mine = [min(i, len(prompts) - 1) for i in range(rank * share, (rank + 1) * share)]
+    indices = [min(i, len(prompts) - 1) for i in range(rank * share, (rank + 1) * share)]
     images: list[Tensor] = []
     scores: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
-    for start in range(0, share, batch_size):
-        rows = mine[start : start + batch_size]
-        painted, _ = generate(
+    for start in range(0, share, microbatch_size):
+        rows = indices[start : start + microbatch_size]
+        sampled, _ = generate(
             policy,
             [prompts[i] for i in rows],
             sampler=sampler,
             generators=[torch.Generator().manual_seed(seeds[i]) for i in rows],
-            microbatch_size=batch_size,
+            microbatch_size=microbatch_size,
         )
-        images.append(painted)
+        images.append(sampled)
         for reward in rewards:
-            scores[reward.name].append(reward(painted, [prompts[i] for i in rows]))
-    own = torch.cat(images)
+            scores[reward.name].append(reward(sampled, [prompts[i] for i in rows]))
 
-    def whole(tensor: Tensor) -> Tensor:
-        everything = processes.gather(tensor) if processes else tensor
-        return everything[: len(prompts)].cpu()
+    def gathered(parts: Sequence[Tensor]) -> Tensor:
+        own = torch.cat(list(parts))
+        return (processes.gather(own) if processes else own)[: len(prompts)].cpu()
 
-    verdicts = {name: whole(torch.cat(parts)) for name, parts in scores.items()}
-    return Evaluation(list(prompts), list(seeds), whole(own), verdicts)
+    all_scores = {name: gathered(parts) for name, parts in scores.items()}
+    return Evaluation(list(prompts), list(seeds), gathered(images), all_scores)
 
 
 def evaluation_set(prompts: Sequence[str], *, num_images: int, seed: int) -> tuple[list[str], list[int]]:
-    """Which prompt and which seed each of `num_images` images has: the prompts in turn, each image its own seed."""
+    """Return the prompt and seed of each of `num_images` images: the prompts in turn, and seeds from `seed` on."""
     return (
         [prompts[i % len(prompts)] for i in range(num_images)],
         [seed + i for i in range(num_images)],
@@ -96,10 +95,10 @@ def evaluation_set(prompts: Sequence[str], *, num_images: int, seed: int) -> tup
 
 
 def diversity(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> tuple[float, float | None]:
-    """How unlike one another the images of one prompt are, and the standard error of that over prompts.
+    """Return how different the images of one prompt are, and the standard error of that over prompts.
 
-    The root mean square distance of two images' pixels at 32 x 32, averaged over pairs and then over prompts. It is 0
-    if each prompt has but one image; the error is None unless two prompts have more.
+    This is the root mean square distance between the pixels of two images, at 32 x 32, averaged over pairs and then
+    over prompts. It is 0 if each prompt has one image; the error is None unless at least two prompts have more.
     """
     small = F.interpolate(images, (32, 32), mode="bilinear", antialias=True, align_corners=False)
     distances: list[Tensor] = []
@@ -114,9 +113,9 @@ def diversity(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> tuple
 
 
 def extremes(scores: Float[Tensor, " B"], *, count: int) -> tuple[list[int], list[int]]:
-    """Which images scored best, and which worst, the utmost first; of equal ones the earliest.
+    """Return the indices of the `count` best and of the `count` worst images, the most extreme first.
 
-    No image is both: of few images there are fewer than `count` on each side.
+    Ties are broken by index. No image is in both lists, so with few images each list is shorter.
     """
     count = min(count, len(scores) // 2)
     best = scores.sort(descending=True, stable=True).indices[:count].tolist()
@@ -125,35 +124,36 @@ def extremes(scores: Float[Tensor, " B"], *, count: int) -> tuple[list[int], lis
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path, *, step: int) -> None:
-    """Write what an evaluation saw, for people and for the report, into the images of a run folder.
+    """Write an evaluation into the `images` folder of a run folder.
 
-    step_000010.png         a strip of the first images; captions.json says what they are
-    step_000010.json        {"prompts", "seeds", "scores": {reward: [of every image]}}
-    extremes_000010.png     the best and the worst images by each reward; only of the last evaluation
-    extremes.json           {"step", "columns", "cells", "best": {reward: [image]}, "worst": {reward: [image]}};
-                            an image is its place in step_000010.json, and `cells` names that of each cell
+    captions.json           {"prompts", "seeds", "columns"} of the image grids
+    step_000010.png         grid of the first images
+    step_000010.json        {"prompts", "seeds", "scores": {reward: [score of each image]}}
+    extremes_000010.png     grid of the best and worst images by each reward, of the last evaluation only
+    extremes.json           {"step", "columns", "cells", "best": {reward: [index]}, "worst": {reward: [index]}};
+                            an index counts the images of step_000010.json, and `cells` has that of each cell
     """
     shown = slice(0, _NUM_SHOWN)
     save_image_grid(image_grid(folder, step), evaluation.images[shown])
     save_captions(folder / IMAGES / CAPTIONS, evaluation.prompts[shown], evaluation.seeds[shown])
     scores = {name: values.tolist() for name, values in evaluation.scores.items()}
-    spoken = {"prompts": evaluation.prompts, "seeds": evaluation.seeds, "scores": scores}
-    write_atomically(evaluation_scores(folder, step), json.dumps(spoken))
+    record = {"prompts": evaluation.prompts, "seeds": evaluation.seeds, "scores": scores}
+    write_atomically(evaluation_scores(folder, step), json.dumps(record))
     _save_extremes(evaluation, folder, step=step)
 
 
 def _save_extremes(evaluation: Evaluation, folder: Path, *, step: int) -> None:
     found = {name: extremes(values, count=_NUM_EXTREMES) for name, values in evaluation.scores.items()}
     cells = sorted({i for sides in found.values() for side in sides for i in side})
-    strip = extremes_grid(folder, step)
-    save_image_grid(strip, evaluation.images[cells])
-    facts = {
+    grid = extremes_grid(folder, step)
+    save_image_grid(grid, evaluation.images[cells])
+    record = {
         "step": step,
         "columns": NUM_COLUMNS,
         "cells": cells,
         "best": {name: best for name, (best, _) in found.items()},
         "worst": {name: worst for name, (_, worst) in found.items()},
     }
-    write_atomically(folder / IMAGES / EXTREMES, json.dumps(facts))
-    for earlier in set(strip.parent.glob("extremes_*")) - {strip}:
+    write_atomically(folder / IMAGES / EXTREMES, json.dumps(record))
+    for earlier in set(grid.parent.glob("extremes_*")) - {grid}:
         earlier.unlink()

@@ -1,4 +1,4 @@
-"""A run folder, read for those who publish or compare it: whole and of this version, or an error says what is not."""
+"""Read the folder of a finished run, for publication and comparison; raise an error where it is incomplete."""
 
 from __future__ import annotations
 
@@ -7,132 +7,135 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
-from rlhf_t2i.shapes.names import TOY_RESOLUTION as PIXELS
-from rlhf_t2i.training.metrics import Row, by_step, read_metrics
-
-Kind = Literal["lora", "unet", "transformer", "reward_model"]
-WEIGHTS: dict[Kind, str] = {
-    "lora": "pytorch_lora_weights.safetensors",
-    "unet": "diffusion_pytorch_model.safetensors",
-    "transformer": "diffusion_pytorch_model.safetensors",
-    "reward_model": "llava_reward.safetensors",
-}
-"""What each kind of run leaves, in a folder that is called like the kind; large ones lie in parts, with an index."""
+from rlhf_t2i.shapes.names import default_resolution
+from rlhf_t2i.training.metrics import Row, by_step, read_metrics, trained_rewards
+from rlhf_t2i.training.run_folder import (
+    CAPTIONS,
+    CONFIG,
+    IMAGES,
+    REPORT,
+    REWARD_HISTORY,
+    REWARD_METRICS,
+    REWARD_MODEL_CONFIG,
+    RUN_INFO,
+    WEIGHT_FILES,
+    WeightKind,
+    image_grid,
+    read_captions,
+    read_config,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """What a run folder says of itself."""
+    """Contents of the folder of a finished run, of a policy or of a reward model."""
 
     folder: Path
-    kind: Kind
-    facts: dict[str, Any]
+    kind: WeightKind
+    info: dict[str, Any]
     """run.json: recipe, command, commit, versions."""
     config: dict[str, Any]
     rows: list[Row]
-    """metrics.jsonl; none for a judge."""
-    measured: dict[str, list[Row]]
-    """metrics.json of a judge, by the name of each data set; none for a painter."""
+    """metrics.jsonl of a policy; empty for a reward model."""
+    reward_metrics: dict[str, list[Row]]
+    """metrics.json of a reward model, by data set; empty for a policy."""
     history: list[Row]
-    """history.json of a judge: what was logged at which step; none for a painter."""
+    """history.json of a reward model, its training log; empty for a policy."""
 
     @property
     def weights(self) -> Path:
-        """The folder of what was learnt."""
+        """Folder of the exported weights."""
         return self.folder / self.kind
 
     @property
-    def is_whole_denoiser(self) -> bool:
-        """Whether all of the painter's network was trained, and not only adapters."""
+    def is_full_denoiser(self) -> bool:
+        """True if the exported weights are the full denoiser, not LoRA adapters or a reward model."""
         return self.kind in ("unet", "transformer")
 
     @property
     def num_evaluation_steps(self) -> int:
-        """Denoising steps of the images that were looked at. Older runs have no setting of their own for it."""
+        """Denoising steps of evaluation images; older runs have no setting for it."""
         return self.config.get("num_evaluation_steps") or self.config["num_denoising_steps"]
 
     @property
     def resolution(self) -> int | None:
-        """Height and width of its images, if not what the model was made for; older runs have no such setting."""
+        """Height and width of images in pixels; None is the model's default. Older runs have no setting for it."""
         chosen = self.config.get("resolution")
-        return PIXELS if chosen is None and self.config.get("model") == "shapes-flow" else chosen
+        return default_resolution(self.config["model"]) if chosen is None else chosen
 
     @property
     def evaluations(self) -> list[Row]:
-        """The first is of before training, the last of the weights that are exported."""
+        """Rows of the evaluations: the first is before training, the last of the exported weights."""
         return by_step(self.rows, "evaluation")
 
     @property
     def trained_on(self) -> list[str]:
-        """The rewards that the painter learnt from, as training rows name them."""
-        keys = [key for row in by_step(self.rows, "train") for key in row if key.startswith("rewards/")]
-        return [key.removeprefix("rewards/") for key in dict.fromkeys(keys)]
+        """Names of the rewards trained on."""
+        return trained_rewards(self.rows)
 
     @property
-    def strips(self) -> list[Path]:
-        """The images of the first and of the last evaluation."""
-        steps = [self.evaluations[i]["step"] for i in (0, -1)]
-        return [self.folder / "images" / f"step_{step:06d}.png" for step in steps]
+    def grids(self) -> list[Path]:
+        """Image grids of the first and of the last evaluation."""
+        return [image_grid(self.folder, self.evaluations[i]["step"]) for i in (0, -1)]
 
     @property
     def captions(self) -> dict[str, Any]:
-        """Prompts and seeds of the images on each strip."""
-        return json.loads((self.folder / "images" / "captions.json").read_text(encoding="utf-8"))
+        """Prompts and seeds of the images in each grid."""
+        return read_captions(self.folder)
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Read a finished run of a painter or a judge.
+    """Read the folder of a finished run.
 
-    Raises FileNotFoundError, naming what is missing, for another folder or a run that is not finished, and ValueError
-    for one that another version wrote or whose files are damaged.
+    Raises FileNotFoundError, naming what is missing, for a folder that is not a run or not a finished one, and
+    ValueError for one written by another version or with damaged files.
     """
-    for name in ("run.json", "config.yaml"):
+    for name in (RUN_INFO, CONFIG):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not the folder of a run: it holds no {name}.")
-    facts, config = _json(folder / "run.json"), yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    _check_version(folder, facts)
-    unfinished = f"Its run is not finished: go on with it by --resume --run_folder {folder}"
-    kind = next((kind for kind in get_args(Kind) if _weights(folder, kind)), None)
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}.")
+    info, config = _json(folder / RUN_INFO), read_config(folder)
+    _check_version(folder, info)
+    unfinished = f"The run is not finished: continue it with --resume --run_folder {folder}"
+    kind = next((kind for kind in get_args(WeightKind) if _weight_files(folder, kind)), None)
     if kind is None:
         raise FileNotFoundError(
-            f"{folder} holds no weights of the kinds that can be published: {', '.join(get_args(Kind))}. {unfinished}, "
-            f"or name the folder of a run that trains."
+            f"{folder} has no weights of the kinds that can be published: {', '.join(get_args(WeightKind))}. "
+            f"{unfinished}, or name the folder of a training run."
         )
-    for path in _weights(folder, kind):
+    for path in _weight_files(folder, kind):
         check_safetensors(path)
     _check_config(folder, config, kind)
     if kind == "reward_model":
-        _check_files(folder, ["reward_model/llava_reward.json", "metrics.json", "history.json"], unfinished)
-        measured, history = _json(folder / "metrics.json"), _json(folder / "history.json")
-        return FinishedRun(folder, kind, facts, config, [], measured, history)
-    run = FinishedRun(folder, kind, facts, config, read_metrics(folder), {}, [])
+        _check_files(folder, [REWARD_MODEL_CONFIG, REWARD_METRICS, REWARD_HISTORY], unfinished)
+        metrics, history = _json(folder / REWARD_METRICS), _json(folder / REWARD_HISTORY)
+        return FinishedRun(folder, kind, info, config, [], metrics, history)
+    run = FinishedRun(folder, kind, info, config, read_metrics(folder), {}, [])
     done = max((row["step"] for row in by_step(run.rows, "train")), default=0)
     if len(run.evaluations) < 2 or (done < config["num_steps"] and config["early_stop_reward"] is None):
         raise FileNotFoundError(
-            f"{folder} tells of {done} of {config['num_steps']} steps and of {len(run.evaluations)} evaluations, which "
-            f"must be two at least: its weights are not what was evaluated last. {unfinished}"
+            f"{folder} has {done} of {config['num_steps']} steps and {len(run.evaluations)} evaluations, of which it "
+            f"needs at least 2: its weights are not those evaluated last. {unfinished}"
         )
-    files = [str(path.relative_to(folder)) for path in run.strips]
-    _check_files(folder, [*files, "images/captions.json", "report.html"], unfinished)
+    files = [str(path.relative_to(folder)) for path in run.grids]
+    _check_files(folder, [*files, f"{IMAGES}/{CAPTIONS}", REPORT], unfinished)
     return run
 
 
-def _weights(folder: Path, kind: Kind) -> list[Path]:
-    """The one file of what was learnt, or the parts that its index names; none if the run left nothing of the kind."""
-    whole = folder / kind / WEIGHTS[kind]
-    index = whole.with_name(f"{whole.name}.index.json")
+def _weight_files(folder: Path, kind: WeightKind) -> list[Path]:
+    """Return the weight file of a kind, or the shards that its index names; empty if the run has none."""
+    path = folder / kind / WEIGHT_FILES[kind]
+    index = path.with_name(f"{path.name}.index.json")
     if index.is_file():
-        return sorted({whole.with_name(part) for part in _json(index)["weight_map"].values()})
-    return [whole] if whole.is_file() else []
+        return sorted({path.with_name(shard) for shard in _json(index)["weight_map"].values()})
+    return [path] if path.is_file() else []
 
 
 def check_safetensors(path: Path) -> None:
-    """ValueError unless all of a file of weights is there."""
+    """Raise ValueError unless a safetensors file is complete."""
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -140,13 +143,13 @@ def check_safetensors(path: Path) -> None:
         raise ValueError(f"The weights {path} are damaged: {error}.") from error
 
 
-def _check_version(folder: Path, facts: Any) -> None:
-    """Patches may differ; what else a version changes, this one cannot know."""
-    if missing := {"recipe", "command", "started", "versions"} - (facts.keys() if isinstance(facts, dict) else set()):
+def _check_version(folder: Path, info: Any) -> None:
+    """Raise ValueError unless the run was written by this version; patch releases may differ."""
+    if missing := {"recipe", "command", "started", "versions"} - (info.keys() if isinstance(info, dict) else set()):
         raise ValueError(
-            f"{folder / 'run.json'} lacks {', '.join(sorted(missing))}: another version of rlhf-t2i wrote it."
+            f"{folder / RUN_INFO} lacks {', '.join(sorted(missing))}: another version of rlhf-t2i wrote it."
         )
-    written = facts["versions"].get("rlhf-t2i")
+    written = info["versions"].get("rlhf-t2i")
     try:
         own = version("rlhf-t2i")
     except PackageNotFoundError:
@@ -154,25 +157,23 @@ def _check_version(folder: Path, facts: Any) -> None:
     if written is not None and written.split(".")[:2] != own.split(".")[:2]:
         raise ValueError(
             f"{folder} was written by rlhf-t2i {written}, and this is {own}. Publish it with the version that wrote it"
-            f"{', of commit ' + facts['git_commit'] if facts.get('git_commit') else ''}."
+            f"{', of commit ' + info['git_commit'] if info.get('git_commit') else ''}."
         )
 
 
-def _check_config(folder: Path, config: Any, kind: Kind) -> None:
+def _check_config(folder: Path, config: Any, kind: WeightKind) -> None:
     needed = {"backbone", "training"} if kind == "reward_model" else {
         "model", "num_steps", "evaluation_prompts", "early_stop_reward", "num_denoising_steps", "guidance_scale",
         "evaluation_eta",
     }  # fmt: skip
     if missing := needed - (config.keys() if isinstance(config, dict) else set()):
-        raise ValueError(
-            f"{folder / 'config.yaml'} lacks {', '.join(sorted(missing))}: another version of rlhf-t2i wrote it."
-        )
+        raise ValueError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: another version of rlhf-t2i wrote it.")
 
 
 def _check_files(folder: Path, files: Sequence[str], hint: str) -> None:
     for name in files:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}. {hint}")
+            raise FileNotFoundError(f"{folder} has no {name}. {hint}")
 
 
 def _json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Rows of a run's metrics.jsonl: written, read, ordered and summed."""
+"""Write and read metrics.jsonl, one row for each training step and evaluation; thresholds for its warnings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Points = list[tuple[float, float, float]]
 """(step, value, standard error or 0), from left to right."""
 
 ERROR = "/standard_error"
-"""What follows the name of a reward in the key of its standard error."""
+"""Suffix of the key of a reward's standard error."""
 
 REPLAY_NOISE = 0.1
 """Largest harmless replay_error, in units of clip_range: a tenth does not decide which ratios are clipped."""
@@ -31,9 +31,9 @@ MOSTLY_CLIPPED = 0.8
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The rows of a run so far, without a last line that a killed process left half-written.
+    """Return the rows of a run; an incomplete last line, left by a killed process, is dropped.
 
-    Raises ValueError for a broken line anywhere else.
+    Raises ValueError for an invalid line anywhere else.
     """
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -48,35 +48,35 @@ def read_metrics(folder: Path) -> list[Row]:
 
 
 def by_step(rows: Sequence[Row], kind: str) -> list[Row]:
-    """Rows of one kind in order; where a resumed run has repeated a step, the repetition counts."""
+    """Return the rows of a kind ("train" or "evaluation") by step; of a step repeated after a resume, the last row."""
     of_step = {row["step"]: row for row in rows if row["kind"] == kind}
     return [of_step[step] for step in sorted(of_step)]
 
 
 def reward_names(evaluations: Sequence[Row]) -> list[str]:
-    """The rewards that these evaluations asked, in their order."""
+    """Return the names of the evaluated rewards, in order."""
     return list(dict.fromkeys(key.removesuffix(ERROR) for row in evaluations for key in row if key.endswith(ERROR)))
 
 
 def trained_rewards(rows: Sequence[Row]) -> list[str]:
-    """The rewards that the run learns from; none for one that learns from people's preferences."""
+    """Return the names of the rewards trained on; empty if training uses human preferences."""
     keys = [key for row in by_step(rows, "train") for key in row if key.startswith("rewards/")]
     return [key.removeprefix("rewards/") for key in dict.fromkeys(keys)]
 
 
 def number(row: Row, key: str) -> float:
-    """What a row says under a key; NaN if nothing, or no number."""
+    """Return the number under a key; NaN if there is none."""
     return float(value) if isinstance(value := row.get(key), int | float) else math.nan
 
 
 def points(rows: Sequence[Row], key: str, *, error: str | None = None) -> Points:
-    """What can be drawn of a key; its errors are under `error`, or where those of rewards are."""
+    """Return a key's values as points; `error` is the key of their standard errors, by default KEY/standard_error."""
     found = ((float(row["step"]), number(row, key), number(row, error or key + ERROR)) for row in rows)
     return [(x, y, e if math.isfinite(e) else 0.0) for x, y, e in found if math.isfinite(y)]
 
 
 def time_split(rows: Sequence[Row]) -> dict[str, float]:
-    """Seconds of each activity; what no training row claims is evaluation, start-up and logging."""
+    """Return the seconds of each part of the run; time outside of training steps is "evaluation and the rest"."""
     names = dict.fromkeys(key for row in rows for key in row if key.startswith("seconds/"))
     split = {key.removeprefix("seconds/"): math.fsum(row.get(key, 0.0) for row in rows) for key in names}
     elapsed = max((float(row["elapsed"]) for row in rows), default=0.0)
@@ -84,23 +84,23 @@ def time_split(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def total(rows: Sequence[Row], key: str) -> int:
-    """The sum over all rows that know `key`."""
+    """Return the sum of a key over all rows that have it."""
     return sum(row.get(key, 0) for row in rows)
 
 
 class MetricsFile:
-    """`metrics.jsonl` of a run folder: rows of kind "train" and "evaluation", each with its step."""
+    """Append rows to the metrics.jsonl of a run folder, each with its kind ("train" or "evaluation") and step."""
 
     def __init__(self, folder: Path, *, resumed_step: int) -> None:
-        """Go on with a file, without the rows of steps that a resumed run does again."""
+        """Open the file of a run that resumes after `resumed_step` steps; later rows are removed."""
         self.path = folder / METRICS
         rows = read_metrics(folder) if resumed_step else []
-        kept = [row for row in rows if row["step"] <= resumed_step]
-        self.elapsed = max((row["elapsed"] for row in kept), default=0.0)
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        earlier = [row for row in rows if row["step"] <= resumed_step]
+        self.elapsed = max((row["elapsed"] for row in earlier), default=0.0)
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in earlier))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row; it is on the disk before this returns."""
+        """Append one row and flush it to disk."""
         with self.path.open("a") as file:
             file.write(json.dumps(dict(row)) + "\n")
             file.flush()
@@ -108,7 +108,7 @@ class MetricsFile:
 
 
 def mean_update_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What several `descend` said, as one: the mean norm, and how many were left out."""
+    """Combine the metrics of several optimiser steps: mean gradient norm, total number of skipped updates."""
     return {
         "gradient_norm": sum(step["gradient_norm"] for step in steps) / len(steps),
         "skipped_updates": sum(step["skipped_updates"] for step in steps),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rlhf_t2i.config import names
 from rlhf_t2i.distributed.processes import DTYPES, Mode, end_processes, start_processes
-from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_whole
+from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete
 from rlhf_t2i.training.claim import claim_folder
 from rlhf_t2i.training.environment import check_trackers, restarted, set_num_threads, stop_with_launcher
 from rlhf_t2i.training.metrics import MetricsFile
@@ -130,7 +130,7 @@ def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = Tru
     folder = claim_folder(config, recipe=recipe, free_to_change=free)
     resumed_from = None
     if resume and checkpoints:
-        resumed_from = newest_whole(folder / CHECKPOINTS, report=accelerator.print)
+        resumed_from = newest_complete(folder / CHECKPOINTS, report=accelerator.print)
         [resumed_from] = broadcast_object_list([resumed_from])
         if resumed_from is None:
             accelerator.print(f"There is no complete checkpoint in {folder}; starting from the beginning.")

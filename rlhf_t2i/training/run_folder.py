@@ -34,6 +34,7 @@ CAPTIONS = "captions.json"
 EXTREMES = "extremes.json"
 CHECKPOINTS = "checkpoints"
 REWARD_MODEL = "reward_model"
+REWARD_MODEL_CONFIG = f"{REWARD_MODEL}/llava_reward.json"
 REWARD_METRICS = "metrics.json"
 REWARD_HISTORY = "history.json"
 EVALUATION_TABLE = "table.json"
@@ -54,7 +55,7 @@ WEIGHT_FILES: dict[WeightKind, str] = {
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the settings of a run."""
-    return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
+    return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
 
 
 def read_run_info(folder: Path) -> dict[str, Any]:

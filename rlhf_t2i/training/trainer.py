@@ -248,7 +248,7 @@ class Trainer:
             return evaluate(
                 self.policy, prompts, seeds, self.evaluation_rewards.rewards,
                 sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
-                batch_size=self.config.microbatch_size, processes=self,
+                microbatch_size=self.config.microbatch_size, processes=self,
             )  # fmt: skip
 
     def record(self, evaluation: Evaluation) -> None:
