@@ -111,7 +111,7 @@ def trl_curve(folder: Path, base: float) -> list[tuple[float, float]]:
         prompts, seeds = evaluation_set(all_prompts("held-out"), num_images=408, seed=1_000_000)
         seen = evaluate(
             policy, prompts, seeds, [load_reward("oracle_pass")],
-            sampler=Sampler(policy.schedule(8), partial(ddim, eta=0.0), GUIDANCE), batch_size=64,
+            sampler=Sampler(policy.schedule(8), partial(ddim, eta=0.0), GUIDANCE), microbatch_size=64,
         )  # fmt: skip
         curve.append((sum(seconds[: int(snapshot.name[5:])]), seen.scores["oracle_pass"].mean().item()))
     return curve

@@ -134,7 +134,9 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
         policy = load_policy(config.model, device=device, weights=weights, resolution=config.resolution)
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)
-        images.append(evaluate(policy, prompts, seeds, [], sampler=sampler, microbatch_size=config.microbatch_size).images)
+        images.append(
+            evaluate(policy, prompts, seeds, [], sampler=sampler, microbatch_size=config.microbatch_size).images
+        )
     return from_images(prompts, images[0], images[1], sources=(first, second))
 
 
