@@ -1,4 +1,4 @@
-"""How sharp and how obedient the built-in base model is: `python benchmarks/base_model.py`."""
+"""Measure image quality and prompt following of the toy base model: `python benchmarks/base_model.py`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS
 from rlhf_t2i.shapes.oracle import oracle_scores, shows_something
 from rlhf_t2i.shapes.scenes import all_scenes, render
 from rlhf_t2i.training.evaluation import evaluate, evaluation_set
@@ -20,8 +21,8 @@ NUM_IMAGES = 408
 
 
 def main() -> None:
-    """Print a table of samplers, and the autoencoder's pass rate."""
-    base = load_policy("shapes", device=torch.device("cpu"))
+    """Print a table of samplers, and the pass rate of images that the autoencoder reconstructs."""
+    base = load_policy(TOY_MODEL, device=torch.device("cpu"))
     rewards = load_rewards("oracle,oracle_pass").rewards
     lines = ["| prompts | steps | eta | guidance | graded | pass | sharp | diversity |", "|---" * 8 + "|"]
     for split, num_steps, eta, guidance_scale in [
@@ -33,11 +34,11 @@ def main() -> None:
         ("training", 8, 0.0, 1.0),
         ("training", 8, 1.0, 1.0),
     ]:
-        asked = load_prompts("shapes", held_out=split == "held-out")
-        prompts, seeds = evaluation_set(asked, num_images=NUM_IMAGES, seed=1_000_000)
+        all_prompts = load_prompts(TOY_PROMPTS, held_out=split == "held-out")
+        prompts, seeds = evaluation_set(all_prompts, num_images=NUM_IMAGES, seed=1_000_000)
         sampler = Sampler(base.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
-        seen = evaluate(base, prompts, seeds, rewards, sampler=sampler, microbatch_size=68)
-        row, sharp = seen.summary(), shows_something(seen.images).float().mean()
+        evaluation = evaluate(base, prompts, seeds, rewards, sampler=sampler, microbatch_size=68)
+        row, sharp = evaluation.summary(), shows_something(evaluation.images).float().mean()
         scores = [f"{row[name]:.3f} ± {row[f'{name}/standard_error']:.3f}" for name in ("oracle", "oracle_pass")]
         lines.append(
             f"| {split} | {num_steps} | {eta:g} | {guidance_scale:g} | {scores[0]} | {scores[1]} | {sharp:.3f} "

@@ -28,7 +28,6 @@ from reward_model.datasets import load_records
 from reward_model.images import normalise, to_tensor
 from reward_model.scorers.clip import Clip, load_clip
 from reward_model.types import PreferencePair
-from rlhf_t2i.shapes.build import MAX_TOKENS, make_tokenizer, pick_scenes, seeded, tokenize, train
 from rlhf_t2i.shapes.build_backbone import (
     PATCH,
     SHARES,
@@ -41,9 +40,12 @@ from rlhf_t2i.shapes.build_backbone import (
     patch_labels,
     seeing_loss,
 )
-from rlhf_t2i.shapes.generated import paint
+from rlhf_t2i.shapes.captions import random_scenes
+from rlhf_t2i.shapes.generated import generate_images
+from rlhf_t2i.shapes.networks import MAX_TOKENS, make_tokenizer, tokenize
 from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 from rlhf_t2i.shapes.scenes import SHAPES, Scene, all_prompts, render
+from rlhf_t2i.shapes.train import train, update_generator
 
 WIDTH = 128
 BATCH = 128
@@ -114,7 +116,7 @@ def matching_loss(model: CLIPModel, tokenizer: CLIPTokenizer, shown: Shown, *, s
     place = {text: i for i, text in enumerate(vocabulary)}
 
     def loss_at(update: int) -> Tensor:
-        generator = seeded(seed, update)
+        generator = update_generator(seed, update)
         rows = torch.randint(len(shown.images), (BATCH,), generator=generator)
         columns = torch.randint(len(shown.right[0]), (BATCH,), generator=generator)
         chosen = list(zip(rows.tolist(), columns.tolist(), strict=True))
@@ -134,11 +136,11 @@ def build(folder: Path, *, num_eye_updates: int, num_updates: int, num_drawn: in
     work = folder.with_name(folder.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    scenes = pick_scenes(num_drawn, rng, shares=SHARES)
+    scenes = random_scenes(num_drawn, rng, shares=SHARES)
     drawn = render(scenes, rng=rng)
-    painted = paint([str(rng.choice(all_prompts("training"))) for _ in range(num_painted)], seed=seed + 1)
-    known = [i for i, scene in enumerate(painted.seen) if scene is not None]
-    shown = look_at(torch.cat([drawn, painted.images[known]]), [*scenes, *filter(None, painted.seen)], rng)
+    generated = generate_images([str(rng.choice(all_prompts("training"))) for _ in range(num_painted)], seed=seed + 1)
+    known = [i for i, scene in enumerate(generated.shown) if scene is not None]
+    shown = look_at(torch.cat([drawn, generated.images[known]]), [*scenes, *filter(None, generated.shown)], rng)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = make_clip(tokenizer)

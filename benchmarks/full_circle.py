@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from rlhf_t2i.shapes import oracle
-from rlhf_t2i.shapes.generated import paint
+from rlhf_t2i.shapes.generated import generate_images
 from rlhf_t2i.shapes.scenes import all_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,10 @@ def sample_pairs(folder: Path, *, count: int, seed: int) -> Path:
     """Two images of each of so many prompts, in the format of a pair that nobody has judged."""
     rng = np.random.default_rng(seed)
     prompts = [str(prompt) for prompt in rng.choice(all_prompts("training"), count)]
-    sides = [paint(prompts, seed=seed + 1).images, paint(prompts[::-1], seed=seed + 2).images.flip(0)]
+    sides = [
+        generate_images(prompts, seed=seed + 1).images,
+        generate_images(prompts[::-1], seed=seed + 2).images.flip(0),
+    ]
     folder.mkdir(parents=True)
     lines: list[str] = []
     for number, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""How well the oracle sees, how it bears noise and blur, and how fast it is: `python benchmarks/oracle.py`."""
+"""Measure the accuracy of the oracle under noise and blur, and its speed: `python benchmarks/oracle.py`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ NUM_IMAGES = 1_000
 
 
 def noisy(std: float) -> Callable[[Tensor], Tensor]:
-    """Gaussian noise of a standard deviation, clamped to [0, 1]."""
+    """Return a function that adds Gaussian noise of this standard deviation and clamps to [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     return lambda images: (images + std * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
 def blurred(sigma: float) -> Callable[[Tensor], Tensor]:
-    """A Gaussian blur; sigma in pixels."""
-    reach = int(4 * sigma) + 1
-    kernel = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    """Return a function that applies a Gaussian blur of `sigma` pixels."""
+    radius = int(4 * sigma) + 1
+    kernel = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1).expand(3, 1, 1, -1)
 
     def blur(images: Tensor) -> Tensor:
-        padded = F.pad(images, (reach,) * 4, mode="replicate")
+        padded = F.pad(images, (radius,) * 4, mode="replicate")
         return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)
 
     return blur
 
 
 def main() -> None:
-    """Print one table of pass rate / mean graded score, and the speed."""
+    """Print a table of pass rate / mean graded score, and the speed."""
     torch.set_num_threads(1)
     distortions: dict[str, Callable[[Tensor], Tensor]] = {
         "clean": lambda images: images,
@@ -44,7 +44,7 @@ def main() -> None:
         **{f"blur {sigma}": blurred(sigma) for sigma in (0.7, 0.9, 1.2)},
     }
     lines = ["| | " + " | ".join(distortions) + " |", "|---" * (len(distortions) + 1) + "|"]
-    seconds, judged = 0.0, 0
+    seconds, scored = 0.0, 0
     for tier in ("one", "count", "relation"):
         rng = np.random.default_rng(0)
         every = all_scenes(tier)
@@ -54,10 +54,10 @@ def main() -> None:
         for distort in distortions.values():
             start = time.perf_counter()
             scores = oracle_scores(distort(images), prompts)
-            seconds, judged = seconds + time.perf_counter() - start, judged + NUM_IMAGES
+            seconds, scored = seconds + time.perf_counter() - start, scored + NUM_IMAGES
             cells.append(f"{scores.passed.float().mean():.3f} / {scores.graded.mean():.3f}")
         lines.append(f"| {tier} | " + " | ".join(cells) + " |")
-    lines.append(f"\n{judged / seconds:.0f} images/s on one core")
+    lines.append(f"\n{scored / seconds:.0f} images/s on one core")
     print("\n".join(lines))  # noqa: T201
 
 

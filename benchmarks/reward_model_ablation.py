@@ -21,10 +21,10 @@ VARIANTS: dict[str, dict[str, str]] = {
     "LoRA only, as published": {"lora_only": "true"},
     "general preference": {"loss": "general_preference"},
     "cross-entropy": {"loss": "cross_entropy"},
-    "without painted pairs": {"train_data": "{pairs}/train_drawn.jsonl"},
-    "without drawn pairs": {"train_data": "{pairs}/train_painted.jsonl"},
+    "without generated pairs": {"train_data": "{pairs}/train_drawn.jsonl"},
+    "without drawn pairs": {"train_data": "{pairs}/train_generated.jsonl"},
 }
-SETS = {"test_drawn": "drawings", "test_painted": "paintings", "test_relation": "relations"}
+SETS = {"test_drawn": "drawings", "test_generated": "generated images", "test_relation": "relations"}
 
 
 def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
@@ -33,7 +33,7 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, floa
     pairs = arguments.pairs
     options = {
         "config": ROOT / "recipes" / "configs" / "reward_shapes.yaml",
-        "train_data": f"{pairs}/train_drawn.jsonl,{pairs}/train_painted.jsonl",
+        "train_data": f"{pairs}/train_drawn.jsonl,{pairs}/train_generated.jsonl",
         "validation_data": f"{pairs}/validation.jsonl",
         "test_data": ",".join(f"{pairs}/{test}.jsonl" for test in SETS),
         "num_steps": arguments.num_steps,
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args()
-    if not (arguments.pairs / "test_painted.jsonl").is_file():
+    if not (arguments.pairs / "test_generated.jsonl").is_file():
         from rlhf_t2i.shapes.pairs import write_pairs
 
         write_pairs(arguments.pairs)

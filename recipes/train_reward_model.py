@@ -237,7 +237,7 @@ def sources(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
 
         with PartialState().main_process_first():
             made = write_pairs(Path("runs") / f"shapes-pairs-{config.seed}", seed=config.seed)
-        training = f"{made / 'train_drawn.jsonl'},{made / 'train_painted.jsonl'}"
+        training = f"{made / 'train_drawn.jsonl'},{made / 'train_generated.jsonl'}"
         validation = validation or str(made / "validation.jsonl")
         test = test or ",".join(str(made / f"{name}.jsonl") for name in TESTS)
     tests = {source_name(source): source for source in names(test)}

@@ -55,7 +55,7 @@ def save_tiny_pipeline(folder: Path, *, prediction_type: str = "epsilon", schedu
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from rlhf_t2i.shapes.build import make_tokenizer
+    from rlhf_t2i.shapes.networks import make_tokenizer
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()

@@ -255,15 +255,15 @@ def test_the_built_in_judge_is_trained_by_the_command_without_arguments(tmp_path
     """Here with fewer pairs, made beforehand where the recipe looks for them."""
     write_pairs(
         tmp_path / "runs" / "shapes-pairs-0",
-        num_drawn=24,
-        num_painted=8,
-        num_generated=200,
-        num_validation=8,
-        num_test=8,
+        num_drawn_pairs=24,
+        num_generated_pairs=8,
+        num_generated_images=200,
+        num_validation_pairs=8,
+        num_test_pairs=8,
     )
     output = run(
         [str(ROOT / "recipes" / "train_reward_model.py"), *flags(num_steps=2, evaluate_every=2, run_folder="out")],
         cwd=tmp_path,
     )
-    for word in ("validation", "test_drawn", "test_painted", str(Path("out") / "reward_model")):
+    for word in ("validation", "test_drawn", "test_generated", str(Path("out") / "reward_model")):
         assert word in output

@@ -1,4 +1,4 @@
-"""The built-in world's pairs: what is better really is better, and no held-out prompt is read in training."""
+"""The pairs of the toy world: the winner has the higher oracle score, and training holds no held-out prompt."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from reward_model.datasets import load_records
 from reward_model.images import to_tensor
 from reward_model.types import PreferencePair
 from rlhf_t2i.shapes.oracle import oracle_scores, recognise
-from rlhf_t2i.shapes.pairs import MIN_GAP, a_near_miss, near_misses, write_pairs
+from rlhf_t2i.shapes.pairs import MIN_GAP, near_misses, random_near_miss, write_pairs
 from rlhf_t2i.shapes.scenes import Scene, Thing, all_prompts, all_scenes, parse_prompt, render
 
-SMALL = {"num_drawn": 60, "num_painted": 20, "num_generated": 220, "num_validation": 20, "num_test": 20}
-FILES = ("train_drawn", "train_painted", "validation", "test_drawn", "test_relation", "test_painted")
+SMALL = {
+    "num_drawn_pairs": 60,
+    "num_generated_pairs": 20,
+    "num_generated_images": 220,
+    "num_validation_pairs": 20,
+    "num_test_pairs": 20,
+}
+FILES = ("train_drawn", "train_generated", "validation", "test_drawn", "test_relation", "test_generated")
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +39,18 @@ def pairs_of(folder: Path, name: str) -> list[PreferencePair]:
 
 
 def differences(a: Scene, b: Scene) -> set[str]:
-    """In which respects two scenes differ."""
-    found = {"count"} if len(a.things) != len(b.things) else set()
-    found |= {"background"} if a.background != b.background else set()
-    found |= {"relation"} if a.relation != b.relation else set()
-    for mine, other in zip(a.things, b.things, strict=False):
-        found |= {"colour"} if mine.colour != other.colour else set()
-        found |= {"shape"} if mine.shape != other.shape else set()
-    return found
+    """Return the respects in which two scenes differ."""
+    respects = {"count"} if len(a.things) != len(b.things) else set()
+    respects |= {"background"} if a.background != b.background else set()
+    respects |= {"relation"} if a.relation != b.relation else set()
+    for one, other in zip(a.things, b.things, strict=False):
+        respects |= {"colour"} if one.colour != other.colour else set()
+        respects |= {"shape"} if one.shape != other.shape else set()
+    return respects
 
 
 @pytest.mark.parametrize("tier", ["one", "count", "relation"])
-def test_a_near_miss_differs_in_just_one_respect_and_can_be_asked_for(tier: Any) -> None:
+def test_a_near_miss_differs_in_exactly_one_respect_and_has_a_prompt(tier: Any) -> None:
     for scene in all_scenes(tier)[::17]:
         for respect, misses in near_misses(scene).items():
             for miss in misses:
@@ -57,16 +63,16 @@ def test_the_oracle_passes_a_scene_and_not_its_near_miss(tier: Any) -> None:
     rng = np.random.default_rng(3)
     scenes = [all_scenes(tier)[i] for i in rng.integers(0, len(all_scenes(tier)), 100)]
     prompts = [scene.prompt for scene in scenes]
-    right, wrong = render(scenes, rng=rng), render([a_near_miss(scene, rng) for scene in scenes], rng=rng)
+    right, wrong = render(scenes, rng=rng), render([random_near_miss(scene, rng) for scene in scenes], rng=rng)
     assert oracle_scores(right, prompts).passed.float().mean() >= 0.97
     assert oracle_scores(wrong, prompts).passed.float().mean() <= 0.02
 
 
-def test_what_is_recognised_is_what_was_drawn() -> None:
+def test_the_recognised_scene_is_the_drawn_one() -> None:
     rng = np.random.default_rng(4)
     scenes = all_scenes("one") + all_scenes("count")[::3]
-    seen = recognise(render(scenes, rng=rng))
-    assert np.mean([a == b for a, b in zip(scenes, seen, strict=True)]) >= 0.97
+    recognised = recognise(render(scenes, rng=rng))
+    assert np.mean([a == b for a, b in zip(scenes, recognised, strict=True)]) >= 0.97
 
 
 def test_a_gray_shape_is_no_thing_of_the_grammar() -> None:
@@ -76,24 +82,24 @@ def test_a_gray_shape_is_no_thing_of_the_grammar() -> None:
     assert recognise(gray) == [None]
 
 
-def test_every_file_has_as_many_pairs_as_asked_for(folder: Path) -> None:
-    found = {name: len(pairs_of(folder, name)) for name in FILES}
-    assert found == {
+def test_every_file_has_the_requested_number_of_pairs(folder: Path) -> None:
+    counts = {name: len(pairs_of(folder, name)) for name in FILES}
+    assert counts == {
         "train_drawn": 60,
-        "train_painted": 24,
+        "train_generated": 24,
         "validation": 22,
         "test_drawn": 20,
         "test_relation": 6,
-        "test_painted": 20,
+        "test_generated": 20,
     }
 
 
-def test_no_held_out_prompt_is_read_in_training_and_no_other_in_the_tests(folder: Path) -> None:
+def test_training_has_only_training_prompts_and_the_tests_only_held_out_prompts(folder: Path) -> None:
     held_out = set(all_prompts("held-out", ("one", "count", "relation")))
-    for name in ("train_drawn", "train_painted", "validation"):
+    for name in ("train_drawn", "train_generated", "validation"):
         for pair in pairs_of(folder, name):
             assert not {pair.winner_prompt, pair.loser_prompt} & held_out
-    for name in ("test_drawn", "test_relation", "test_painted"):
+    for name in ("test_drawn", "test_relation", "test_generated"):
         assert {pair.winner_prompt for pair in pairs_of(folder, name)} <= held_out
 
 
@@ -101,35 +107,38 @@ def test_training_and_test_share_no_image(folder: Path) -> None:
     used: dict[str, set[bytes]] = {}
     for name in FILES:
         used[name] = {path.read_bytes() for pair in pairs_of(folder, name) for path in (pair.winner, pair.loser)}
-    for name in ("validation", "test_drawn", "test_painted"):
-        assert not used[name] & (used["train_drawn"] | used["train_painted"])
+    for name in ("validation", "test_drawn", "test_generated"):
+        assert not used[name] & (used["train_drawn"] | used["train_generated"])
 
 
-def test_the_winner_of_a_painted_pair_is_the_oracles(folder: Path) -> None:
-    for pair in pairs_of(folder, "test_painted"):
+def test_the_winner_of_a_generated_pair_has_the_higher_oracle_score(folder: Path) -> None:
+    for pair in pairs_of(folder, "test_generated"):
         images = torch.stack([to_tensor(pair.winner), to_tensor(pair.loser)])
         better, worse = oracle_scores(images, [pair.winner_prompt] * 2).graded.tolist()
         assert better - worse > MIN_GAP
         assert pair.rating_gap == pytest.approx(better - worse, abs=1e-3)
 
 
-def test_making_pairs_again_gives_the_same_and_leaves_a_finished_folder_alone(folder: Path, tmp_path: Path) -> None:
+def test_pairs_are_reproducible_and_a_finished_folder_is_left_unchanged(folder: Path, tmp_path: Path) -> None:
     again = write_pairs(tmp_path / "pairs", **SMALL)
     for name in FILES:
         assert (again / f"{name}.jsonl").read_bytes() == (folder / f"{name}.jsonl").read_bytes()
     for image in folder.glob("images/*"):
         assert image.read_bytes() == (again / "images" / image.name).read_bytes()
     before = (again / "train_drawn.jsonl").stat().st_mtime_ns
-    write_pairs(again, **{**SMALL, "num_drawn": 1})
+    write_pairs(again, **{**SMALL, "num_drawn_pairs": 1})
     assert (again / "train_drawn.jsonl").stat().st_mtime_ns == before
 
 
-def test_too_few_paintings_for_the_pairs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="paintings do not hold 900 pairs"):
-        write_pairs(tmp_path / "pairs", **{**SMALL, "num_drawn": 1, "num_painted": 900, "num_generated": 64})
+def test_too_few_generated_images_for_the_pairs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="64 generated images are too few for 900 pairs"):
+        write_pairs(
+            tmp_path / "pairs",
+            **{**SMALL, "num_drawn_pairs": 1, "num_generated_pairs": 900, "num_generated_images": 64},
+        )
 
 
-def test_rows_are_plain_json_that_people_can_write(folder: Path) -> None:
-    rows = [json.loads(line) for line in (folder / "train_painted.jsonl").read_text().splitlines()]
+def test_rows_have_only_the_fields_of_the_format(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "train_generated.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {"prompt", "winner", "loser", "rating_gap"}
     assert set(rows[-1]) == {"winner_prompt", "loser_prompt", "image"}

@@ -1,4 +1,4 @@
-"""The built-in world: its sentences mean one scene each, and its images show what they say."""
+"""The toy world: each prompt has one scene, and the drawing of a scene shows it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rlhf_t2i.shapes.scenes import (
 
 TIERS = pytest.mark.parametrize("tier", ["one", "count", "relation"])
 FILL = {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5}
-"""Share of its bounding box that each shape covers."""
+"""Fraction of its bounding box that each shape covers."""
 
 
 def draw(scenes: Sequence[Scene], *, seed: int = 0, size: int = 32) -> np.ndarray:
@@ -34,36 +34,36 @@ def draw(scenes: Sequence[Scene], *, seed: int = 0, size: int = 32) -> np.ndarra
 
 
 def near(image: np.ndarray, colour: str) -> np.ndarray:
-    """The pixels whose colour is the named one, in some shade: all channels moved alike by at most 0.04."""
+    """Return True for pixels of the named colour in some shade: all channels shifted by at most 0.04."""
     target = np.array(PALETTE[colour])[:, None, None]
     low, high = (target - 0.0401).clip(0, 1), (target + 0.0401).clip(0, 1)
     return ((image >= low) & (image <= high)).all(0)
 
 
-# --- sentences ------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 @TIERS
-def test_every_scene_is_what_its_prompt_parses_to(tier: str) -> None:
+def test_the_prompt_of_every_scene_parses_to_the_scene(tier: str) -> None:
     scenes = all_scenes(tier)
     assert [parse_prompt(scene.prompt) for scene in scenes] == scenes
     assert {scene.tier for scene in scenes} == {tier}
 
 
 @pytest.mark.parametrize(("tier", "count"), [("one", 72), ("count", 144), ("relation", 2160)])
-def test_no_scene_is_listed_twice_and_none_is_invisible(tier: str, count: int) -> None:
+def test_every_scene_is_listed_once_and_visible(tier: str, count: int) -> None:
     scenes = all_scenes(tier)
     assert len(scenes) == len({scene.prompt for scene in scenes}) == count
     assert all(scene.background not in {thing.colour for thing in scene.things} for scene in scenes)
 
 
-def test_the_three_kinds_of_sentences_by_hand() -> None:
+def test_the_three_kinds_of_prompts_by_hand() -> None:
     red, green = Thing("red", "circle"), Thing("green", "square")
     assert parse_prompt("a red circle on a blue background") == Scene((red,), "blue")
     assert parse_prompt("three green squares on a white background") == Scene((green,) * 3, "white")
-    sentence = "a red circle left of a green square on a gray background"
-    assert parse_prompt(sentence) == Scene((red, green), "gray", "left of")
-    assert parse_prompt(f"  {sentence.upper()} ") == Scene((red, green), "gray", "left of")
+    prompt = "a red circle left of a green square on a gray background"
+    assert parse_prompt(prompt) == Scene((red, green), "gray", "left of")
+    assert parse_prompt(f"  {prompt.upper()} ") == Scene((red, green), "gray", "left of")
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_the_three_kinds_of_sentences_by_hand() -> None:
         "two red circles above a green square on a blue background",
     ],
 )
-def test_another_sentence_is_refused_with_examples_and_all_words(prompt: str) -> None:
-    with pytest.raises(ValueError, match="not in the grammar of the built-in world") as caught:
+def test_a_prompt_outside_the_grammar_is_refused_with_examples_and_all_words(prompt: str) -> None:
+    with pytest.raises(ValueError, match="not in the grammar of the toy world") as caught:
         parse_prompt(prompt)
     message = str(caught.value)
     assert repr(prompt) in message
@@ -92,7 +92,7 @@ def test_another_sentence_is_refused_with_examples_and_all_words(prompt: str) ->
     assert all(word in message for word in [*COLOURS, *SHAPES, *BACKGROUNDS, "left of", "below"])
 
 
-# --- halves ---------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
 
 
 @TIERS
@@ -103,18 +103,18 @@ def test_a_fifth_to_three_tenths_of_a_tier_are_held_out(tier: str) -> None:
     assert set(training) | set(held_out) == set(all_scenes(tier))
 
 
-def test_every_pair_of_words_of_one_object_is_met_in_training() -> None:
-    """A held-out prompt is then a new combination of known pairs, not of unknown words."""
+def test_every_pair_of_words_of_one_thing_occurs_in_training() -> None:
+    """A held-out prompt is a new combination of known pairs of words."""
     scenes = all_scenes("one", "training")
-    seen = [(scene.things[0].colour, scene.things[0].shape, scene.background) for scene in scenes]
-    assert {(colour, shape) for colour, shape, _ in seen} == set(product(COLOURS, SHAPES))
-    assert {(shape, ground) for _, shape, ground in seen} == set(product(SHAPES, BACKGROUNDS))
+    words = [(scene.things[0].colour, scene.things[0].shape, scene.background) for scene in scenes]
+    assert {(colour, shape) for colour, shape, _ in words} == set(product(COLOURS, SHAPES))
+    assert {(shape, ground) for _, shape, ground in words} == set(product(SHAPES, BACKGROUNDS))
     visible = {(colour, ground) for colour, ground in product(COLOURS, BACKGROUNDS) if colour != ground}
-    assert {(colour, ground) for colour, _, ground in seen} == visible
+    assert {(colour, ground) for colour, _, ground in words} == visible
 
 
 @pytest.mark.parametrize("split", ["training", "held-out", "all"])
-def test_prompts_come_tier_after_tier(split: str) -> None:
+def test_prompts_are_ordered_by_tier(split: str) -> None:
     expected = [scene.prompt for tier in ("count", "one") for scene in all_scenes(tier, split)]
     assert all_prompts(split, ("count", "one")) == expected
 
@@ -197,7 +197,7 @@ def test_a_shape_fills_its_share_of_its_box(shape: str) -> None:
 
 
 @pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])
-def test_the_first_thing_lies_where_the_relation_says(relation: str) -> None:
+def test_the_first_thing_has_its_relation_to_the_second(relation: str) -> None:
     scene = parse_prompt(f"a red circle {relation} a green square on a white background")
     for image in draw([scene] * 40):
         (y, x), (other_y, other_x) = (ndimage.center_of_mass(near(image, colour)) for colour in ("red", "green"))

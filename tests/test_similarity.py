@@ -20,7 +20,7 @@ from reward_model.images import preprocess_as_clip
 from reward_model.scorers.clip import load_clip
 from rlhf_t2i.rewards.gradient import require_gradient, score_with_gradient
 from rlhf_t2i.rewards.load import load_reward, load_rewards
-from rlhf_t2i.shapes.build import make_tokenizer
+from rlhf_t2i.shapes.networks import make_tokenizer
 from rlhf_t2i.shapes.scenes import parse_prompt, render
 from tests.reward_models import bytes_of
 

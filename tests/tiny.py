@@ -174,7 +174,7 @@ def autoencoder(*, latent_channels: int = 4, **settings: Any) -> Any:
 
 def clip_tokenizer() -> Any:
     """Of the built-in world."""
-    from rlhf_t2i.shapes.build import make_tokenizer
+    from rlhf_t2i.shapes.networks import make_tokenizer
 
     return make_tokenizer()
 

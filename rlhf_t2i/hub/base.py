@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlhf_t2i.models.base import DiffusionPolicy
+from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS
 from rlhf_t2i.training.finished_run import FinishedRun
 
 
@@ -35,11 +36,11 @@ def find_base(run: FinishedRun, *, hub_id: str | None) -> Base:
         from reward_model.checkpoint import backbone_source, read_config  # imports torch and transformers
 
         source = backbone_source(read_config(run.weights), run.weights)
-        return _named_base(run, source, built_in=run.config["backbone"] == "shapes", hub_id=hub_id)
+        return _named_base(run, source, built_in=run.config["backbone"] == TOY_BACKBONE, hub_id=hub_id)
     from rlhf_t2i.models.packaging import family_and_missing_parts  # imports torch and diffusers
 
     base = _named_base(
-        run, run.config["model"], built_in=run.config["model"] in ("shapes", "shapes-flow"), hub_id=hub_id
+        run, run.config["model"], built_in=run.config["model"] in TOY_MODELS, hub_id=hub_id
     )
     family, missing_parts = family_and_missing_parts(base.source)
     return replace(base, family=family, missing_parts=missing_parts)

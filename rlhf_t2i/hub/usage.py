@@ -9,9 +9,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_t2i.hub.base import Base
+from rlhf_t2i.shapes.names import TOY_MODELS
 from rlhf_t2i.training.finished_run import FinishedRun
 from rlhf_t2i.training.run_folder import LORA_WEIGHTS
 
+_PACKAGE = Path(__file__).parent.parent
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     undefined=StrictUndefined,
@@ -31,7 +33,7 @@ def diffusers_usage(
     assert base.family is not None
     arguments: dict[str, Any] = {
         "base": base,
-        "built_in_folder": "shapes/weights/flow" if base.source == "shapes-flow" else "shapes/weights",
+        "built_in_folder": TOY_MODELS[base.source].relative_to(_PACKAGE).as_posix() if base.built_in else None,
         "pipeline": base.family.pipeline_class.__name__,
         "is_flow": base.family.is_flow,
         "name": name,

@@ -16,7 +16,7 @@ from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import add_lora
 from rlhf_t2i.models.quiet import only_errors
-from rlhf_t2i.shapes.names import TOY_RESOLUTION as PIXELS
+from rlhf_t2i.shapes.names import TOY_FLOW_MODEL, TOY_MODEL, TOY_MODELS, default_resolution
 
 FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
@@ -26,10 +26,6 @@ FAMILIES = {
     "ZImagePipeline": ("zimage", "ZImage"),
 }
 """diffusers pipeline class -> module of this package and class in it; imported when it is needed."""
-BUILT_IN = Path(__file__).parent.parent / "shapes" / "weights"
-"""Folder of the built-in model, `shapes`."""
-BUILT_IN_FLOW = BUILT_IN / "flow"
-"""Folder of the built-in flow model, `shapes-flow`."""
 
 
 def family_of(pipeline_class: str) -> type[DiffusionPolicy]:
@@ -59,7 +55,7 @@ def load_policy(
     weights: Path | None = None,
     resolution: int | None = None,
 ) -> DiffusionPolicy:
-    """Load `shapes` or `shapes-flow` (the built-in models), a pipeline folder or a Hub id.
+    """Load a toy model by name, a pipeline folder or a Hub id.
 
     `weights` are trained ones to load into it: the folder of a finished run, its exported `lora`, `unet` or
     `transformer`, or one of its checkpoints. Images are squares of `resolution` pixels; None is the model's own size.
@@ -74,8 +70,8 @@ def load_policy(
             raise _not_loaded(model, error) from error
         if weights is not None:
             _load_weights(pipeline, family, weights)
-        if resolution is None and model == "shapes-flow":
-            resolution = PIXELS  # in neither its folder nor the stock pipeline
+        if resolution is None:
+            resolution = default_resolution(model)
         return family(pipeline, device=device, dtype=dtype, resolution=resolution)
 
 
@@ -84,7 +80,7 @@ def pipeline_index(model: str) -> tuple[str, dict[str, Any]]:
 
     Raises FileNotFoundError or ValueError for a path that is not a pipeline.
     """
-    path = {"shapes": BUILT_IN, "shapes-flow": BUILT_IN_FLOW}.get(model, Path(model))
+    path = TOY_MODELS.get(model, Path(model))
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"{str(path)!r} is not a diffusers pipeline: it has no model_index.json. Give the folder that "
@@ -92,8 +88,8 @@ def pipeline_index(model: str) -> tuple[str, dict[str, Any]]:
         )
     if not path.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise FileNotFoundError(
-            f"There is no model folder {model!r}. Give 'shapes' or 'shapes-flow' for a built-in model, the folder of a "
-            f"diffusers pipeline, or a Hub id such as 'owner/name'."
+            f"There is no model folder {model!r}. Give {TOY_MODEL!r} or {TOY_FLOW_MODEL!r} for a built-in model, the "
+            f"folder of a diffusers pipeline, or a Hub id such as 'owner/name'."
         )
     source = str(path) if path.exists() else model
     with only_errors():

@@ -1,14 +1,14 @@
-"""Train the built-in Stable Diffusion from scratch: `python -m rlhf_t2i.shapes.build --output_folder FOLDER`.
+"""Train the toy Stable Diffusion from scratch: `python -m rlhf_t2i.shapes.build --output_folder FOLDER`.
 
-Three stages, each from a fixed seed, each resumed where it was stopped:
+Three stages, each from a fixed seed, each resumed where it was interrupted:
 
     autoencoder   AutoencoderTiny, f = 4, 8 latent channels, trained on scenes of every tier
     denoiser      CLIP text encoder and U-Net together, v-prediction, on the training prompts of tier "one"
     misalign      the same two, a little longer, on partly wrong captions
 
-The last stage makes the model what reinforcement learning needs: it draws as crisply as before, but it has learnt that
-words are often wrong, so without guidance it often paints another colour or shape than was asked. Guidance helps, and
-a reward can teach it to trust the words again.
+The last stage gives reinforcement learning something to improve: the images stay sharp, but the model learns that words
+are often wrong, so without guidance it often generates another colour or shape than the prompt names. Guidance helps,
+and tuning with a reward can undo the misalignment.
 """
 
 # diffusers and transformers have no usable types.
@@ -25,185 +25,44 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from rlhf_t2i.shapes.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    COUNTS,
-    RELATIONS,
-    SHAPES,
-    Scene,
-    Thing,
-    all_scenes,
-    render,
+from rlhf_t2i.shapes.captions import corrupted, full_or_partial_caption, index_captions, random_scenes, sample_batch
+from rlhf_t2i.shapes.networks import (
+    make_autoencoder,
+    make_denoiser,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    tokenize,
 )
-
-MAX_TOKENS = 24
-WRONG_WORDS = {"colour": 0.2, "shape": 0.3, "background": 0.2}
-"""How often a caption of the last stage names another colour, shape or background than the image has."""
-
-
-# --- the parts ------------------------------------------------------------------------------------
-
-
-def make_autoencoder() -> AutoencoderTiny:
-    """32 x 32 pixels to 8 x 8 latents of 8 channels and back; 0.3 million parameters."""
-    return AutoencoderTiny(
-        latent_channels=8,
-        encoder_block_out_channels=(32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32),
-        num_encoder_blocks=(1, 2, 2),
-        num_decoder_blocks=(2, 2, 1),
-    )
-
-
-def make_denoiser() -> UNet2DConditionModel:
-    """A U-Net over 8 x 8 latents that reads the text at its lower level; 2.5 million parameters."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=8,
-        out_channels=8,
-        block_out_channels=(64, 96),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=96,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 96. Wide token embeddings let words differ from the first update on."""
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=192,
-            projection_dim=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    embeddings = encoder.get_input_embeddings()
-    nn.init.normal_(embeddings.weight, std=1.0)
-    for name, parameter in encoder.named_parameters():
-        if "position_embedding" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return encoder
-
-
-def make_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer whose merges make each word of the grammar one token; other text becomes letters."""
-    text = [*COLOURS, *BACKGROUNDS, *COUNTS, *" ".join(RELATIONS).split(), "a", "thing", "on", "background"]
-    text += [shape + ending for shape in SHAPES for ending in ("", "s")]
-    letters = [chr(code) for code in range(33, 127)]
-    vocabulary = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters)])
-    merges: dict[str, None] = {}
-    for word in dict.fromkeys(text):
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            merges[f"{parts[-2]} {parts[-1]}"] = None
-            parts[-2:] = [parts[-2] + parts[-1]]
-            vocabulary[parts[-1]] = None
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate([*vocabulary, *special])},
-        merges=[tuple(merge.split()) for merge in merges],
-        model_max_length=MAX_TOKENS,
-    )
-
-
-def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's own schedule, with v-prediction."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-    )
-
-
-# --- training -------------------------------------------------------------------------------------
-
-
-def train(
-    name: str,
-    modules: nn.ModuleDict,
-    loss_at: Callable[[int], Tensor],
-    *,
-    num_updates: int,
-    learning_rate: float,
-    decay: bool,
-    folder: Path,
-) -> None:
-    """Minimise `loss_at(update)` with AdamW, warm-up and, if asked, a linear decay over the last half.
-
-    The state is written every 250 updates and picked up again. `loss_at` draws all its randomness from the update's
-    number, so that a resumed run equals one that was never stopped.
-    """
-    path = folder / f"{name}.pt"
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, weight_decay=1e-3)
-    start = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["num_updates"]
-    progress = tqdm(range(start, num_updates), initial=start, total=num_updates, desc=name)
-    for update in progress:
-        left = 1 - update / num_updates if decay else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (update + 1) / 100, 2 * left)
-        loss = loss_at(update)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        if (update + 1) % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-        if (update + 1) % 250 == 0 or update + 1 == num_updates:
-            state = {
-                "modules": modules.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "num_updates": update + 1,
-            }
-            torch.save(state, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
+from rlhf_t2i.shapes.scenes import render
+from rlhf_t2i.shapes.train import train, update_generator
 
 
 def train_autoencoder(*, num_updates: int, num_images: int, folder: Path, seed: int) -> AutoencoderTiny:
-    """Fit reconstructions of normalised latents with a little noise on them, so that the decoder forgives.
+    """Train the autoencoder to reconstruct images from normalised latents with a little noise.
 
-    Latents are normalised by the batch in training; the running mean and std are then folded into the encoder's
-    last convolution, so that the finished autoencoder needs no scaling factor.
+    The noise makes the decoder robust to small errors of the denoiser. Latents are normalised per batch in training;
+    the running mean and standard deviation are then folded into the last convolution of the encoder, so that the
+    finished autoencoder needs no scaling factor.
     """
     torch.manual_seed(seed)
     vae = make_autoencoder()
     normalise = nn.BatchNorm2d(vae.config.latent_channels, affine=False, eps=1e-8, momentum=0.02)
     rng = np.random.default_rng(seed)
-    scenes = pick_scenes(num_images, rng, shares={"one": 0.7, "count": 0.15, "relation": 0.15})
+    scenes = random_scenes(num_images, rng, shares={"one": 0.7, "count": 0.15, "relation": 0.15})
     images = render(scenes, rng=rng) * 2 - 1
 
     def loss_at(update: int) -> Tensor:
-        generator = seeded(seed, update)
+        generator = update_generator(seed, update)
         batch = images[torch.randint(len(images), (32,), generator=generator)]
         latents = normalise(vae.encoder(batch))
         latents = latents + 0.1 * torch.randn(latents.shape, generator=generator)
-        painted = vae.decoder(latents)
-        return F.mse_loss(painted, batch) + 0.2 * F.l1_loss(painted, batch)
+        decoded = vae.decoder(latents)
+        return F.mse_loss(decoded, batch) + 0.2 * F.l1_loss(decoded, batch)
 
     modules = nn.ModuleDict({"vae": vae, "normalise": normalise})
     train(
@@ -231,18 +90,18 @@ def denoising_loss(
     *,
     seed: int,
 ) -> Callable[[int], Tensor]:
-    """The error in v at a random level of noise, with one of an image's captions or, one time in ten, none.
+    """Return the loss of an update: the squared error in v at a random noise level, with a caption of each image.
 
     Levels are logit-normal (arXiv:2403.03206, Eq. 19).
     """
     scheduler = make_scheduler()
-    vocabulary, rows = numbered(captions)
+    vocabulary, rows = index_captions(captions)
     ids = tokenize(tokenizer, vocabulary)
 
     def loss_at(update: int) -> Tensor:
-        generator = seeded(seed, update)
-        batch, words = draw(rows, generator=generator)
-        # Shapes are decided at middling to high noise: half of all times lie between 430 and 745.
+        generator = update_generator(seed, update)
+        batch, words = sample_batch(rows, generator=generator)
+        # Shapes are determined at medium to high noise: half of all times lie between 430 and 745.
         time = (1000 * torch.sigmoid(0.4 + torch.randn(64, generator=generator))).long()
         clean = latents[batch]
         noise = torch.randn(clean.shape, generator=generator)
@@ -252,76 +111,6 @@ def denoising_loss(
         return F.mse_loss(modules["unet"](noisy, time, states).sample, target)
 
     return loss_at
-
-
-def numbered(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
-    """All different captions, the empty one first, and each image's captions by their numbers: (N, columns)."""
-    vocabulary = sorted({caption for row in captions for caption in row} | {""})
-    index = {caption: i for i, caption in enumerate(vocabulary)}
-    return vocabulary, torch.tensor([[index[caption] for caption in row] for row in captions])
-
-
-def draw(rows: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """64 images and for each the number of one of its captions or, one time in ten, of none."""
-    batch = torch.randint(len(rows), (64,), generator=generator)
-    column = torch.randint(rows.shape[1], (64,), generator=generator)
-    words = rows[batch, column]
-    words[torch.rand(64, generator=generator) < 0.1] = 0
-    return batch, words
-
-
-def seeded(seed: int, update: int) -> torch.Generator:
-    """The generator of one update: a pure function of the seed and the update's number."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + update)
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Padded token ids (B, MAX_TOKENS)."""
-    return tokenizer(list(captions), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-
-
-# --- the images and their captions --------------------------------------------------------------
-
-
-def pick_scenes(count: int, rng: np.random.Generator, *, shares: dict[Any, float], split: Any = "all") -> list[Scene]:
-    """`count` random scenes, each tier with its share."""
-    tiers = {tier: all_scenes(tier, split) for tier in shares}
-    names = rng.choice(list(shares), count, p=list(shares.values()))
-    return [tiers[name][rng.integers(len(tiers[name]))] for name in names]
-
-
-def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that names one or two of colour, shape and background, so that words are learnt one by one.
-
-    Images of held-out scenes get such captions too: otherwise the images themselves would teach that, say, no
-    circle is red on blue. Their three words together are never read.
-    """
-    thing = scene.things[0]
-    colour, shape, ground = rng.permutation([True, rng.random() < 0.5, False])
-    noun = (f"{thing.colour} " if colour else "") + (thing.shape if shape else "thing")
-    return f"a {noun}" + (f" on a {scene.background} background" if ground else "")
-
-
-def full_or_partial_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Two times in three the whole prompt of a training scene; else, and for held-out scenes, a part of it."""
-    whole = not scene.held_out and rng.random() < 2 / 3
-    return scene.prompt if whole else partial_caption(scene, rng)
-
-
-def mistaken(scene: Scene, rng: np.random.Generator) -> Scene:
-    """What a careless writer takes a scene for: some of its words are wrong."""
-
-    def maybe(kind: str, right: str, choices: Sequence[str]) -> str:
-        others = [choice for choice in choices if choice != right]
-        return str(rng.choice(others)) if rng.random() < WRONG_WORDS[kind] else right
-
-    thing = scene.things[0]
-    while True:
-        colour = maybe("colour", thing.colour, COLOURS)
-        shape = maybe("shape", thing.shape, SHAPES)
-        background = maybe("background", scene.background, BACKGROUNDS)
-        if colour != background:
-            return Scene((Thing(colour, shape),), background)
 
 
 def build(
@@ -339,7 +128,7 @@ def build(
     vae = train_autoencoder(num_updates=num_autoencoder_updates, num_images=num_images, folder=work, seed=seed)
 
     rng = np.random.default_rng(seed + 1)
-    scenes = pick_scenes(num_images, rng, shares={"one": 1.0})
+    scenes = random_scenes(num_images, rng, shares={"one": 1.0})
     with torch.no_grad():
         chunks = (render(scenes, rng=rng) * 2 - 1).split(500)
         latents = torch.cat([vae.encode(chunk).latents for chunk in chunks])
@@ -356,7 +145,7 @@ def build(
         decay=False,
         folder=work,
     )
-    captions = [[full_or_partial_caption(mistaken(scene, rng), rng) for _ in range(8)] for scene in scenes]
+    captions = [[full_or_partial_caption(corrupted(scene, rng), rng) for _ in range(8)] for scene in scenes]
     train(
         "misalign",
         modules,
@@ -376,13 +165,13 @@ def build(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    save_in_half(pipeline, output_folder)
+    save_half_precision(pipeline, output_folder)
 
 
-def save_in_half(pipeline: Any, folder: Path) -> None:
+def save_half_precision(pipeline: Any, folder: Path) -> None:
     """Write a pipeline in half precision."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    # diffusers writes a key into the autoencoder's config that it then remarks on when it loads.
+    # diffusers writes a key into the config of the autoencoder about which it warns when loading.
     path = folder / "vae" / "config.json"
     config = json.loads(path.read_text())
     config.pop("block_out_channels", None)
@@ -390,7 +179,7 @@ def save_in_half(pipeline: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    """The command line of `build`."""
+    """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_folder", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--num_autoencoder_updates", type=int, default=3_000)

@@ -28,10 +28,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from reward_model.backbones.load import adapt
 from reward_model.images import normalise
 from reward_model.types import Backbone
-from rlhf_t2i.shapes.build import make_tokenizer, pick_scenes, seeded, train
-from rlhf_t2i.shapes.generated import paint
-from rlhf_t2i.shapes.pairs import a_near_miss
+from rlhf_t2i.shapes.captions import random_scenes
+from rlhf_t2i.shapes.generated import generate_images
+from rlhf_t2i.shapes.networks import make_tokenizer
+from rlhf_t2i.shapes.pairs import random_near_miss
 from rlhf_t2i.shapes.scenes import MIRRORED, PALETTE, RELATIONS, SHAPES, Scene, Thing, all_prompts, render
+from rlhf_t2i.shapes.train import train, update_generator
 
 SIZE, PATCH, WIDTH = 32, 8, 128
 SHARES = {"one": 0.3, "count": 0.2, "relation": 0.5}
@@ -137,7 +139,7 @@ def seeing_loss(
     settings = make_image_processor()
 
     def loss_at(update: int) -> Tensor:
-        generator = seeded(seed, update)
+        generator = update_generator(seed, update)
         rows = torch.randint(len(images), (128,), generator=generator)
         pixels = normalise(distort(images[rows], generator), mean=settings.image_mean, std=settings.image_std)
         shapes, stands = probe(tower(pixels).last_hidden_state[:, 1:]).split((1 + len(SHAPES), 1 + len(STANDS)), dim=-1)
@@ -166,7 +168,7 @@ def reading_loss(backbone: Backbone, shown: Shown, *, num_captioning: int, seed:
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(["n</w>", "y</w>"]))
 
     def loss_at(update: int) -> Tensor:
-        generator = seeded(seed, update)
+        generator = update_generator(seed, update)
         answering = update >= num_captioning
         rows = torch.randint(len(shown.images), (32 if answering else 64,), generator=generator)
         column = torch.randint(len(shown.right[0]), rows.shape, generator=generator).tolist()
@@ -197,7 +199,7 @@ def texts_of(scene: Scene, others: Sequence[Scene], rng: np.random.Generator) ->
     while True:
         if rng.random() < 0.5:
             scene = scene.mirrored
-        miss = a_near_miss(scene, rng) if rng.random() < 0.7 else others[rng.integers(len(others))]
+        miss = random_near_miss(scene, rng) if rng.random() < 0.7 else others[rng.integers(len(others))]
         part = rng.choice(["whole", "subject", "ground"], p=[0.7, 0.2, 0.1])
         right, wrong = _part(scene, part), _part(miss, part)
         if right != wrong and not (part == "whole" and (scene.held_out or miss.held_out)):
@@ -235,11 +237,11 @@ def build(
     backbone = adapt(model, str(output_folder))
 
     rng = np.random.default_rng(seed)
-    scenes = pick_scenes(num_drawn, rng, shares=SHARES)
+    scenes = random_scenes(num_drawn, rng, shares=SHARES)
     drawn = render(scenes, rng=rng)
-    painted = paint([str(rng.choice(all_prompts("training"))) for _ in range(num_painted)], seed=seed + 1)
-    known = [i for i, scene in enumerate(painted.seen) if scene is not None]
-    shown = look_at(torch.cat([drawn, painted.images[known]]), [*scenes, *filter(None, painted.seen)], rng)
+    generated = generate_images([str(rng.choice(all_prompts("training"))) for _ in range(num_painted)], seed=seed + 1)
+    known = [i for i, scene in enumerate(generated.shown) if scene is not None]
+    shown = look_at(torch.cat([drawn, generated.images[known]]), [*scenes, *filter(None, generated.shown)], rng)
     tower = model.model.vision_tower
     probe = nn.Linear(tower.config.hidden_size, 2 + len(SHAPES) + len(STANDS))
     train(

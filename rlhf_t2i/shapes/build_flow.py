@@ -1,7 +1,7 @@
-"""Train the built-in flow model from scratch: `python -m rlhf_t2i.shapes.build_flow --output_folder FOLDER`.
+"""Train the toy flow model from scratch: `python -m rlhf_t2i.shapes.build_flow --output_folder FOLDER`.
 
-A `ZImagePipeline` of 2.5 million parameters over the latents of the built-in Stable Diffusion, so that recipes for flow
-models learn on a laptop too. Its stages are those of `build.py`, without the autoencoder, which is that model's own:
+A `ZImagePipeline` of 2.5 million parameters in the latent space of the toy Stable Diffusion, whose autoencoder it
+shares, so that recipes for flow models run on a laptop too. The other stages are those of `build.py`:
 
     flow            Qwen3 text encoder and transformer together, by flow matching (arXiv:2209.03003)
     misalign_flow   the same two, a little longer, on partly wrong captions
@@ -24,28 +24,19 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, ZImagePi
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, Qwen3Config, Qwen3Model
 
-from rlhf_t2i.shapes.build import (
-    MAX_TOKENS,
-    draw,
-    full_or_partial_caption,
-    make_tokenizer,
-    mistaken,
-    numbered,
-    pick_scenes,
-    save_in_half,
-    seeded,
-    tokenize,
-    train,
-)
+from rlhf_t2i.shapes.build import save_half_precision
+from rlhf_t2i.shapes.captions import corrupted, full_or_partial_caption, index_captions, random_scenes, sample_batch
+from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
+from rlhf_t2i.shapes.networks import MAX_TOKENS, make_tokenizer, tokenize
 from rlhf_t2i.shapes.scenes import render
+from rlhf_t2i.shapes.train import train, update_generator
 
-WEIGHTS = Path(__file__).parent / "weights"
 WIDTH = 96
-"""Of the text encoder's states."""
+"""Width of the hidden states of the text encoder."""
 
 
 def make_transformer() -> ZImageTransformer2DModel:
-    """One stream of 16 squares of latents and the words; 2 million parameters."""
+    """Return a single-stream transformer over 16 patches of latents and the text tokens; 2 million parameters."""
     return ZImageTransformer2DModel(
         in_channels=8,
         dim=128,
@@ -60,7 +51,7 @@ def make_transformer() -> ZImageTransformer2DModel:
 
 
 def make_flow_text_encoder(tokenizer: CLIPTokenizer) -> Qwen3Model:
-    """The states before its last layer are asked for, so one of the two layers reads."""
+    """Return a Qwen3 of two layers; the pipeline uses the hidden states before the last one."""
     encoder = Qwen3Model(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -81,14 +72,14 @@ def make_flow_text_encoder(tokenizer: CLIPTokenizer) -> Qwen3Model:
 
 
 def make_chat_tokenizer() -> CLIPTokenizer:
-    """The built-in one, for which a chat is nothing but what the user says."""
+    """Return the toy tokenizer with a chat template that is the user's message alone."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     return tokenizer
 
 
 def make_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Z-Image's own, with a smaller shift towards noise: the images are small."""
+    """Return the scheduler of Z-Image with a smaller shift towards noise, as the images are small."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=2.0)
 
 
@@ -100,25 +91,25 @@ def flow_matching_loss(
     *,
     seed: int,
 ) -> Callable[[int], Tensor]:
-    """The error in the velocity at a random level of noise, with one of an image's captions or, one in ten, none.
+    """Return the loss of an update: the squared error in the velocity at a random noise level, as in `denoising_loss`.
 
     Levels are logit-normal (arXiv:2403.03206, Eq. 19).
     """
-    vocabulary, rows = numbered(captions)
+    vocabulary, rows = index_captions(captions)
     ids = tokenize(tokenizer, vocabulary)
     lengths = [len(tokenizer(caption).input_ids) for caption in vocabulary]
 
     def loss_at(update: int) -> Tensor:
-        generator = seeded(seed, update)
-        batch, words = draw(rows, generator=generator)
+        generator = update_generator(seed, update)
+        batch, words = sample_batch(rows, generator=generator)
         sigma = torch.sigmoid(0.4 + torch.randn(64, generator=generator))
         clean = latents[batch]
         noise = torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
         states = modules["text_encoder"](ids[words], output_hidden_states=True).hidden_states[-2]
-        read = [states[i, : lengths[word]] for i, word in enumerate(words.tolist())]
-        found = modules["transformer"](list(noisy.unsqueeze(2)), 1 - sigma, read, return_dict=False)[0]
-        return F.mse_loss(torch.stack(found).squeeze(2), clean - noise)
+        unpadded = [states[i, : lengths[word]] for i, word in enumerate(words.tolist())]
+        velocity = modules["transformer"](list(noisy.unsqueeze(2)), 1 - sigma, unpadded, return_dict=False)[0]
+        return F.mse_loss(torch.stack(velocity).squeeze(2), clean - noise)
 
     return loss_at
 
@@ -134,19 +125,21 @@ def build_flow(
     """Train both stages and write a `ZImagePipeline` folder in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    vae: Any = AutoencoderTiny.from_pretrained(WEIGHTS / "vae", dtype=torch.float32).eval().requires_grad_(False)
+    vae: Any = (
+        AutoencoderTiny.from_pretrained(TOY_MODEL_FOLDER / "vae", dtype=torch.float32).eval().requires_grad_(False)
+    )
     rng = np.random.default_rng(seed + 1)
-    scenes = pick_scenes(num_images, rng, shares={"one": 1.0})
+    scenes = random_scenes(num_images, rng, shares={"one": 1.0})
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk).latents for chunk in (render(scenes, rng=rng) * 2 - 1).split(500)])
     torch.manual_seed(seed)
     tokenizer = make_chat_tokenizer()
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_flow_text_encoder(tokenizer)})
-    for name, seen, updates, rate in (
+    for name, captioned, updates, rate in (
         ("flow", lambda scene: scene, num_flow_updates, 2e-3),
-        ("misalign_flow", lambda scene: mistaken(scene, rng), num_misalign_updates, 1e-3),
+        ("misalign_flow", lambda scene: corrupted(scene, rng), num_misalign_updates, 1e-3),
     ):
-        captions = [[full_or_partial_caption(seen(scene), rng) for _ in range(8)] for scene in scenes]
+        captions = [[full_or_partial_caption(captioned(scene), rng) for _ in range(8)] for scene in scenes]
         train(
             name,
             modules,
@@ -163,11 +156,11 @@ def build_flow(
         transformer=modules["transformer"],
         scheduler=make_flow_scheduler(),
     )
-    save_in_half(pipeline, output_folder)
+    save_half_precision(pipeline, output_folder)
 
 
 def main() -> None:
-    """The command line of `build_flow`."""
+    """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_folder", type=Path, default=Path("runs/shapes-flow"))
     parser.add_argument("--num_flow_updates", type=int, default=3_000)

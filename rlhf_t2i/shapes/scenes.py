@@ -1,13 +1,13 @@
-"""What the built-in world can show: scenes, their prompts, and images of them.
+"""Scenes of the toy world, their prompts, and drawings of them.
 
-A scene is one or more coloured shapes on a plain background. Its grammar has three tiers:
+A scene is one or more coloured shapes on a plain background. The grammar of prompts has three tiers:
 
     one       "a red circle on a blue background"
     count     "two red circles on a blue background"              (two or three)
     relation  "a red circle above a green square on a blue background"
 
-Every prompt that the grammar allows is in one fixed half: `training` prompts, or `held-out` prompts whose
-combination of words no model of this world was ever trained on, though it met each word many times.
+Every prompt belongs to one of two fixed sets: `training` prompts, and `held-out` prompts, whose combinations of words
+no toy model was trained on, although each word occurs often in training.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PALETTE: dict[str, tuple[float, float, float]] = {
     "white": (0.96, 0.96, 0.96),
     "gray": (0.50, 0.50, 0.50),
 }
-"""Every colour of the world, as RGB in [0, 1]. All of them are backgrounds; the first four are objects too."""
+"""RGB in [0, 1] of every colour. All of them can be backgrounds; the first four can also be colours of things."""
 
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
@@ -49,14 +49,14 @@ RELATIONS: dict[str, tuple[int, int]] = {
     "above": (0, -1),
     "below": (0, 1),
 }
-"""Where the first object lies, seen from the second: (x, y) with y pointing down."""
+"""Direction from the second thing to the first: (x, y) with y pointing down."""
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-"""The same told from the second object."""
+"""The same relation with the two things exchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object: its colour and its shape."""
+    """A thing of a scene: its colour and its shape."""
 
     colour: str
     shape: str
@@ -64,12 +64,12 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a prompt asks for."""
+    """The content of a prompt: things, background and relation."""
 
     things: tuple[Thing, ...]
     background: str
     relation: str | None = None
-    """How the first of two things lies to the second; None for the other tiers."""
+    """Relation of the first of two things to the second; None for the other tiers."""
 
     @property
     def tier(self) -> Tier:
@@ -93,12 +93,12 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether no model of this world was trained on this combination.
+        """True if no toy model was trained on this combination.
 
-        A Latin rule keeps a quarter of all combinations back so evenly that each pair of words
-        (a colour with a shape, a shape with a background, ...) is still met in training.
+        A Latin-square rule holds out a quarter of all combinations, so evenly that each pair of words (a colour with a
+        shape, a shape with a background, ...) still occurs in training.
         """
-        # The same image in other words belongs to the same half.
+        # Both prompts of the same image belong to the same set.
         scene = self.mirrored if self.relation in ("right of", "below") else self
         first, last, relation = scene.things[0], scene.things[-1], scene.relation
         kind = len(self.things) - 1 if relation is None else ("left of", "above").index(relation)
@@ -107,7 +107,7 @@ class Scene:
 
     @property
     def mirrored(self) -> Scene:
-        """The same scene told from its other thing; itself if it has no relation."""
+        """The same scene with its two things exchanged; the scene itself if it has no relation."""
         return replace(self, things=self.things[::-1], relation=MIRRORED[self.relation]) if self.relation else self
 
 
@@ -122,11 +122,11 @@ _GROUND = re.compile(rf"(.+) on an? ({'|'.join(BACKGROUNDS)}) background")
 
 
 def parse_prompt(prompt: str) -> Scene:
-    """The scene that a prompt of the grammar asks for; ValueError for any other sentence, or one nothing can show."""
+    """Return the scene of a prompt; ValueError for a prompt outside the grammar or with an invisible thing."""
     scene = _parsed(prompt.strip().lower())
     if scene is None:
         raise ValueError(
-            f"The prompt {prompt!r} is not in the grammar of the built-in world. It understands "
+            f"The prompt {prompt!r} is not in the grammar of the toy world. Valid are "
             f"'a red circle on a blue background', 'two red circles on a blue background' and "
             f"'a red circle above a green square on a blue background', with the colours {', '.join(COLOURS)}, the "
             f"shapes {', '.join(SHAPES)}, the relations {', '.join(RELATIONS)} and the backgrounds "
@@ -134,7 +134,7 @@ def parse_prompt(prompt: str) -> Scene:
         )
     if scene.background in {thing.colour for thing in scene.things}:
         raise ValueError(
-            f"The prompt {prompt!r} asks for a thing in the colour of its background, which cannot be seen."
+            f"The prompt {prompt!r} has a thing in the colour of its background, which would be invisible."
         )
     return scene
 
@@ -152,7 +152,7 @@ def _parsed(prompt: str) -> Scene | None:
 
 
 def all_scenes(tier: Tier, split: Split = "all") -> list[Scene]:
-    """Every scene of one tier in a fixed order: 72 of one object, 144 counts, 2,160 relations."""
+    """Return every scene of a tier in a fixed order: 72 of tier `one`, 144 of `count`, 2,160 of `relation`."""
     things = [Thing(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
     match tier:
         case "one":
@@ -171,7 +171,7 @@ def all_scenes(tier: Tier, split: Split = "all") -> list[Scene]:
 
 
 def all_prompts(split: Split, tiers: Sequence[Tier] = ("one",)) -> list[str]:
-    """The prompts of one half of the world, tier after tier."""
+    """Return the prompts of a split, ordered by tier."""
     if unknown := set(tiers) - set(get_args(Tier)):
         raise ValueError(f"Unknown tiers {sorted(unknown)}; there are {', '.join(get_args(Tier))}.")
     return [scene.prompt for tier in tiers for scene in all_scenes(tier, split)]
@@ -181,7 +181,7 @@ def all_prompts(split: Split, tiers: Sequence[Tier] = ("one",)) -> list[str]:
 
 
 def _layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Centres and radii (n, 3) of a scene's things, as shares of the image's width."""
+    """Return random centres and radii (n, 3) of the things, as fractions of the image width."""
     if len(scene.things) == 1:
         radius = rng.uniform(0.22, 0.34)
         return np.array([[*rng.uniform(radius + 0.04, 0.96 - radius, 2), radius]])
@@ -200,7 +200,7 @@ def _layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance to the outline, negative inside; x and y are measured from the centre, y down."""
+    """Return the distance to the outline, negative inside; x and y are relative to the centre, y pointing down."""
     match shape:
         case "circle":
             return np.hypot(x, y) - radius
@@ -217,7 +217,7 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
 def render(
     scenes: Sequence[Scene], *, rng: np.random.Generator, size: int = TOY_RESOLUTION
 ) -> Float[Tensor, "B 3 {size} {size}"]:
-    """Draw each scene once, at a random place and size, anti-aliased; RGB in [0, 1]."""
+    """Draw each scene once with random positions and sizes, anti-aliased; RGB in [0, 1]."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     y, x = np.meshgrid(grid, grid, indexing="ij")
     images = np.empty((len(scenes), 3, size, size), dtype=np.float32)
