@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from rlhf_t2i.models.load import BUILT_IN
+from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
 
 
 def train_on_the_fly(
@@ -33,7 +33,7 @@ def train_on_the_fly(
     `pairs` are those of each step, and `draw` makes for a step the times of its pairs and noise of a shape. Returns
     the loss of each step.
     """
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(BUILT_IN, dtype=torch.float32)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(TOY_MODEL_FOLDER, dtype=torch.float32)
     vae, text_encoder, tokenizer = pipeline.vae.eval(), pipeline.text_encoder.eval(), pipeline.tokenizer
     unet, scheduler = pipeline.unet, pipeline.scheduler
     for frozen in (vae, text_encoder, reference := copy.deepcopy(unet)):

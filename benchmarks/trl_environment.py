@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_t2i.models.load import BUILT_IN
+from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl==0.23.1", "diffusers==0.35.2", "transformers==4.57.1", "peft<0.18", "accelerate<1.12")
@@ -42,7 +42,7 @@ def environment_for_trl(folder: Path) -> Path:
 def model_for_trl(folder: Path) -> Path:
     """The built-in model as older transformers read it: a fast tokenizer, and `text_model.` before all weights."""
     if not folder.is_dir():
-        shutil.copytree(BUILT_IN, folder, ignore=shutil.ignore_patterns("llava_reward"))
+        shutil.copytree(TOY_MODEL_FOLDER, folder, ignore=shutil.ignore_patterns("llava_reward"))
         index = json.loads((folder / "model_index.json").read_text())
         index["tokenizer"] = ["transformers", "CLIPTokenizerFast"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=1))
