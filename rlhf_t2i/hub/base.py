@@ -39,9 +39,7 @@ def find_base(run: FinishedRun, *, hub_id: str | None) -> Base:
         return _named_base(run, source, built_in=run.config["backbone"] == TOY_BACKBONE, hub_id=hub_id)
     from rlhf_t2i.models.packaging import family_and_missing_parts  # imports torch and diffusers
 
-    base = _named_base(
-        run, run.config["model"], built_in=run.config["model"] in TOY_MODELS, hub_id=hub_id
-    )
+    base = _named_base(run, run.config["model"], built_in=run.config["model"] in TOY_MODELS, hub_id=hub_id)
     family, missing_parts = family_and_missing_parts(base.source)
     return replace(base, family=family, missing_parts=missing_parts)
 
