@@ -72,7 +72,7 @@ def measure_data(judge: LlavaReward | PointwiseScorer, config: Config, folder: P
     """Our own metrics of each data file, as CSV and on a page with the worst mistakes."""
     from reward_model.benchmarks.evaluation import record_metrics, score_records, worst_mistakes  # these take seconds
     from reward_model.benchmarks.metrics import to_csv, to_table
-    from reward_model.benchmarks.report import page
+    from reward_model.benchmarks.report import render_report
 
     found: dict[str, list[Metric]] = {}
     wrong: dict[str, list[Mistake]] = {}
@@ -82,7 +82,7 @@ def measure_data(judge: LlavaReward | PointwiseScorer, config: Config, folder: P
         (folder / f"{name}.csv").write_text(to_csv(found[name]))
         tqdm.write(f"{name}\n{to_table(found[name])}\n")
     report = folder / "report.html"
-    report.write_text(page(config.reward, found, wrong), encoding="utf-8")
+    report.write_text(render_report(config.reward, found, wrong), encoding="utf-8")
     tqdm.write(f"tables    {folder}/*.csv\nreport    {report}")
     return found
 

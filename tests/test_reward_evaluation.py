@@ -1,4 +1,4 @@
-"""Every metric of a judge against a slow loop, by hand and in its limits; what is undefined says so."""
+"""Every metric of a reward model: by hand, against a slow loop, in its limits, and where it is undefined."""
 
 from __future__ import annotations
 
@@ -14,26 +14,21 @@ import pytest
 import torch
 from scipy import stats
 
-from reward_model.benchmarks.metrics import (
-    Metric,
-    gap_metrics,
-    label_metrics,
-    pair_metrics,
-    rating_metrics,
-    to_csv,
-    to_table,
-)
-from reward_model.benchmarks.statistics import (
+from reward_model.benchmarks.bootstrap import bootstrap_interval
+from reward_model.benchmarks.classification import (
     Confusion,
-    UndefinedMetricError,
     auroc,
-    bootstrap_interval,
     calibration_error,
     confusion,
+    pair_calibration_error,
+)
+from reward_model.benchmarks.columns import UndefinedMetricError
+from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics, to_csv, to_table
+from reward_model.benchmarks.rules import rating_metrics
+from reward_model.benchmarks.statistics import (
     item_pairs,
     kendall,
     order_consistency,
-    pair_calibration_error,
     pairwise_accuracy,
     pearson,
     spearman,
@@ -48,7 +43,7 @@ def sign(number: float) -> int:
 
 
 def coarse(rng: np.random.Generator, num: int, *, step: float = 0.25) -> list[float]:
-    """Random numbers with many ties, exact in binary."""
+    """Return random numbers with many ties, exact in binary."""
     return (np.round(rng.normal(size=num) / step) * step).tolist()
 
 
@@ -89,13 +84,13 @@ def slow_calibration_error(probabilities: list[float], labels: list[int], num_bi
 
 
 def slow_tie_optimised(differences: list[float], outcomes: list[int]) -> tuple[float, float]:
-    """Bands of every |difference|, and between and beyond them."""
+    """Try the thresholds at every |difference|, between them and beyond."""
     widths = sorted({0.0, *map(abs, differences)})
     widths += [(a + b) / 2 for a, b in pairwise(widths)] + [widths[-1] + 1]
     best = (-1.0, 0.0)
-    for epsilon in sorted(widths):
-        verdicts = [0 if abs(d) <= epsilon else sign(d) for d in differences]
-        best = max(best, (mean([v == o for v, o in zip(verdicts, outcomes, strict=True)]), -epsilon))
+    for threshold in sorted(widths):
+        predictions = [0 if abs(d) <= threshold else sign(d) for d in differences]
+        best = max(best, (mean([p == o for p, o in zip(predictions, outcomes, strict=True)]), -threshold))
     return best[0], -best[1]
 
 
@@ -134,25 +129,25 @@ def test_pairwise_accuracy_agrees_with_the_slow_loop(threshold: float) -> None:
 
 
 def test_pairwise_accuracy_in_the_limits() -> None:
-    """A perfect judge, the reverse of it, and a coin."""
+    """Perfect scores, their reverse, and random scores."""
     rng = np.random.default_rng(0)
-    low, coin = rng.uniform(size=(2, 4000))
+    low, random = rng.uniform(size=(2, 4000))
     assert pairwise_accuracy(low + 1, low).ties_wrong == 1
     assert pairwise_accuracy(low, low + 1).ties_dropped == 0
-    assert pairwise_accuracy(coin, low).ties_wrong == pytest.approx(0.5, abs=0.03)
+    assert pairwise_accuracy(random, low).ties_wrong == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_judge_that_ties_everything_is_never_right_and_has_no_accuracy_without_ties() -> None:
+def test_scores_that_tie_all_pairs_are_never_right_and_have_no_accuracy_without_ties() -> None:
     accuracy = pairwise_accuracy([1.0, 2.0], [1.0, 2.0])
     assert accuracy.ties_wrong == 0
-    with pytest.raises(UndefinedMetricError, match="ties all 2 pairs"):
+    with pytest.raises(UndefinedMetricError, match="tie all 2 pairs"):
         _ = accuracy.ties_dropped
 
 
 def test_tie_optimised_accuracy_by_hand() -> None:
-    """Without a band 2 of 4; 0.2 ties the first two rightly; 0.5 would tie a third one wrongly."""
+    """2 of 4 are right without a threshold; 0.2 ties the first two rightly; 0.5 would tie a third one wrongly."""
     best = tie_optimised_accuracy([0.1, -0.2, 0.5, 1.0], [0, 0, 1, 1])
-    assert (best.accuracy, best.epsilon) == (1.0, 0.2)
+    assert (best.accuracy, best.threshold) == (1.0, 0.2)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -161,45 +156,45 @@ def test_tie_optimised_accuracy_agrees_with_brute_force(seed: int) -> None:
     differences = coarse(rng, 60)
     outcomes = [sign(d + e) if abs(d) > 0.3 else 0 for d, e in zip(differences, coarse(rng, 60), strict=True)]
     best = tie_optimised_accuracy(differences, outcomes)
-    assert (best.accuracy, best.epsilon) == slow_tie_optimised(differences, outcomes)
+    assert (best.accuracy, best.threshold) == slow_tie_optimised(differences, outcomes)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_without_ties_of_people_no_band_helps(seed: int) -> None:
+def test_without_tied_outcomes_no_threshold_helps(seed: int) -> None:
     rng = np.random.default_rng(seed)
     differences, outcomes = coarse(rng, 40), rng.choice([-1, 1], size=40)
     best = tie_optimised_accuracy(differences, outcomes)
-    assert best.epsilon == 0
+    assert best.threshold == 0
     assert best.accuracy == pairwise_accuracy(differences * outcomes, np.zeros(40)).ties_wrong
 
 
-def test_a_judge_without_opinion_gets_the_share_of_ties() -> None:
+def test_equal_scores_reach_the_fraction_of_ties() -> None:
     best = tie_optimised_accuracy([0.0] * 5, [0, 0, 0, 1, -1])
-    assert (best.accuracy, best.epsilon) == (3 / 5, 0.0)
+    assert (best.accuracy, best.threshold) == (3 / 5, 0.0)
 
 
-def test_a_band_over_everything_is_chosen_if_people_always_tie() -> None:
+def test_the_threshold_covers_all_pairs_if_all_outcomes_are_ties() -> None:
     best = tie_optimised_accuracy([0.3, -2.0, 1.0], [0, 0, 0])
-    assert (best.accuracy, best.epsilon) == (1.0, 2.0)
+    assert (best.accuracy, best.threshold) == (1.0, 2.0)
 
 
-def test_of_equally_good_bands_the_narrowest_is_returned() -> None:
-    """0.1 gains a pair; 0.2 and 0.3 lose and gain one again."""
+def test_the_lowest_of_equally_good_thresholds_is_returned() -> None:
+    """0.1 gains a pair; 0.2 loses one and 0.3 gains one."""
     best = tie_optimised_accuracy([0.1, 0.2, 0.3], [0, 1, 0])
-    assert (best.accuracy, best.epsilon) == (2 / 3, 0.1)
+    assert (best.accuracy, best.threshold) == (2 / 3, 0.1)
 
 
-def test_a_band_that_is_no_better_than_none_is_not_chosen() -> None:
+def test_a_threshold_that_is_no_better_than_none_is_not_chosen() -> None:
     """0.1 would gain one pair and lose another."""
     best = tie_optimised_accuracy([0.1, 0.1], [0, 1])
-    assert (best.accuracy, best.epsilon) == (1 / 2, 0.0)
+    assert (best.accuracy, best.threshold) == (1 / 2, 0.0)
 
 
-def test_the_scale_of_a_judge_scales_its_band_only() -> None:
+def test_the_scale_of_the_scores_scales_the_threshold_only() -> None:
     rng = np.random.default_rng(3)
     differences, outcomes = np.array(coarse(rng, 80)), rng.choice([-1, 0, 0, 1], size=80)
     one, four = tie_optimised_accuracy(differences, outcomes), tie_optimised_accuracy(4 * differences, outcomes)
-    assert (four.accuracy, four.epsilon) == (one.accuracy, 4 * one.epsilon)
+    assert (four.accuracy, four.threshold) == (one.accuracy, 4 * one.threshold)
 
 
 def test_item_pairs_by_hand() -> None:
@@ -209,7 +204,7 @@ def test_item_pairs_by_hand() -> None:
     assert pairs.outcomes.tolist() == [0, 1, 1]
 
 
-def test_groups_pair_only_their_own_items() -> None:
+def test_groups_restrict_pairs_to_their_items() -> None:
     rng = np.random.default_rng(0)
     scores, ratings = coarse(rng, 30), coarse(rng, 30, step=1.0)
     groups = rng.choice(["a red fox", "two cups", "a tree", "alone"], size=30, p=[0.4, 0.3, 0.25, 0.05])
@@ -260,13 +255,13 @@ def test_correlations_in_the_limits(correlation: Callable[..., float], num: int)
 
 
 @pytest.mark.parametrize("correlation", [pearson, spearman, kendall])
-def test_a_coin_is_uncorrelated(correlation: Callable[..., float]) -> None:
+def test_random_scores_are_uncorrelated(correlation: Callable[..., float]) -> None:
     scores, ratings = np.random.default_rng(0).normal(size=(2, 4000))
     assert correlation(scores, ratings) == pytest.approx(0, abs=0.05)
 
 
 @pytest.mark.parametrize("transform", [np.exp, np.arctan, lambda x: x**3 - 5])
-def test_only_the_order_of_scores_matters_to_rank_metrics(transform: Callable[..., Any]) -> None:
+def test_rank_metrics_depend_on_the_order_of_scores_only(transform: Callable[..., Any]) -> None:
     rng = np.random.default_rng(0)
     scores, ratings = np.array(coarse(rng, 100)), np.array(coarse(rng, 100, step=1.0))
     labels = (ratings > 0).astype(int)
@@ -279,8 +274,8 @@ def test_only_the_order_of_scores_matters_to_rank_metrics(transform: Callable[..
 # Labels
 
 
-def test_both_classes_by_hand() -> None:
-    """Good: 3 of 4 found. Bad: 1 of 2 found. 0.5 itself is called good."""
+def test_both_positive_classes_by_hand() -> None:
+    """Good: 3 of 4 found. Bad: 1 of 2 found. A probability of 0.5 is predicted good."""
     counts = confusion([0.9, 0.5, 0.8, 0.1, 0.7, 0.2], [1, 1, 1, 1, 0, 0])
     assert counts == Confusion(good_called_good=3, good_called_bad=1, bad_called_good=1, bad_called_bad=1)
     assert counts.accuracy == 4 / 6
@@ -295,10 +290,10 @@ def test_classification_agrees_with_the_slow_loop(threshold: float, positive: An
     scores, labels = coarse(rng, 300), rng.integers(2, size=300).tolist()
     hits = false_alarms = misses = 0
     for score, label in zip(scores, labels, strict=True):
-        called = int(score >= threshold)
-        hits += called == positive == label
-        false_alarms += called == positive != label
-        misses += called != positive == label
+        predicted = int(score >= threshold)
+        hits += predicted == positive == label
+        false_alarms += predicted == positive != label
+        misses += predicted != positive == label
     counts = confusion(scores, labels, threshold=threshold)
     precision, recall = hits / (hits + false_alarms), hits / (hits + misses)
     assert counts.precision(positive) == precision
@@ -307,7 +302,7 @@ def test_classification_agrees_with_the_slow_loop(threshold: float, positive: An
     assert counts.accuracy == 1 - (false_alarms + misses) / 300
 
 
-def test_the_classes_change_places_with_their_names() -> None:
+def test_negated_scores_and_labels_swap_the_classes() -> None:
     rng = np.random.default_rng(0)
     scores, labels = rng.normal(size=50), rng.integers(2, size=50)
     one, other = confusion(scores, labels, threshold=0.1), confusion(-scores, 1 - labels, threshold=-0.1)
@@ -315,15 +310,15 @@ def test_the_classes_change_places_with_their_names() -> None:
     assert one.accuracy == other.accuracy
 
 
-def test_a_missed_class_has_f1_zero_and_an_absent_one_none() -> None:
+def test_f1_of_a_missed_class_is_0_and_of_an_absent_class_undefined() -> None:
     missed = confusion([0.9, 0.8], [1, 0])
     assert (missed.f1(0), missed.recall(0)) == (0, 0)
-    with pytest.raises(UndefinedMetricError, match="No image is called 0"):
+    with pytest.raises(UndefinedMetricError, match="No image is predicted 0"):
         missed.precision(0)
     absent = confusion([0.9, 0.8], [1, 1])
     with pytest.raises(UndefinedMetricError, match="No image is labelled 0"):
         absent.recall(0)
-    with pytest.raises(UndefinedMetricError, match="No image is labelled or called 0"):
+    with pytest.raises(UndefinedMetricError, match="No image is labelled or predicted 0"):
         absent.f1(0)
 
 
@@ -357,7 +352,7 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error([0.05, 0.15, 0.95], [0, 1, 1]) == pytest.approx(0.95 / 3)
 
 
-def test_an_edge_belongs_to_the_bin_below() -> None:
+def test_an_edge_belongs_to_the_lower_bin() -> None:
     """0.5 shares the lower half with 0.4, where +0.5 and -0.4 almost cancel."""
     assert calibration_error([0.5, 0.4], [1, 0], num_bins=2) == pytest.approx(0.05)
 
@@ -374,17 +369,17 @@ def test_calibration_error_agrees_with_the_slow_loop(num_bins: int, seed: int) -
 
 
 def test_calibration_error_in_the_limits() -> None:
-    """Perfect, reversed, and labels that come true as often as promised."""
+    """Perfect, reversed, and labels drawn with the stated probabilities."""
     rng = np.random.default_rng(0)
     labels = rng.integers(2, size=1000)
     assert calibration_error(labels, labels) == 0
     assert calibration_error(1 - labels, labels) == 1
-    promised = rng.uniform(size=100_000)
-    assert calibration_error(promised, rng.uniform(size=100_000) < promised) < 0.01
+    stated = rng.uniform(size=100_000)
+    assert calibration_error(stated, rng.uniform(size=100_000) < stated) < 0.01
 
 
 def test_pair_calibration_error_by_hand() -> None:
-    """Log-odds of log 3: 0.75 for what came true, 0.25 for what did not."""
+    """Log-odds of log 3: probability 0.75 of the winner, 0.25 of the loser."""
     assert pair_calibration_error([math.log(3)]) == pytest.approx(0.25)
     assert pair_calibration_error([0.0]) == 0
     assert pair_calibration_error([700.0, -700.0]) == pytest.approx(0.5)
@@ -392,8 +387,8 @@ def test_pair_calibration_error_by_hand() -> None:
 
 def test_pair_calibration_error_agrees_with_the_slow_loop() -> None:
     margins = np.random.default_rng(0).normal(size=200).tolist()
-    forth, back = [1 / (1 + math.exp(-m)) for m in margins], [1 / (1 + math.exp(m)) for m in margins]
-    expected = slow_calibration_error(forth + back, [1] * 200 + [0] * 200, 10)
+    winner, loser = [1 / (1 + math.exp(-m)) for m in margins], [1 / (1 + math.exp(m)) for m in margins]
+    expected = slow_calibration_error(winner + loser, [1] * 200 + [0] * 200, 10)
     assert pair_calibration_error(margins) == pytest.approx(expected, abs=1e-12)
 
 
@@ -401,12 +396,12 @@ def test_pair_calibration_error_agrees_with_the_slow_loop() -> None:
 
 
 def test_order_consistency_by_hand() -> None:
-    """Gaps 0, 0.25, 0 and 0.5; the second judges whatever comes first better, the third has no opinion."""
+    """Gaps 0, 0.25, 0 and 0.5; the second prefers the first image in both orders, the third gives 0.5 in both."""
     order = order_consistency([0.75, 0.625, 0.5, 0.25], [0.25, 0.625, 0.5, 0.25])
     assert (order.largest_gap, order.mean_gap, order.same_choice) == (0.5, 0.25 * 0.75, 0.5)
 
 
-def test_an_antisymmetric_judge_is_consistent() -> None:
+def test_antisymmetric_preferences_are_consistent() -> None:
     probability = np.random.default_rng(0).uniform(size=100)
     order = order_consistency(probability, 1 - probability)
     assert order.largest_gap == pytest.approx(0, abs=1e-15)
@@ -416,8 +411,8 @@ def test_an_antisymmetric_judge_is_consistent() -> None:
 # Bootstrap
 
 
-def test_the_interval_is_that_of_the_slow_loop() -> None:
-    """Rows stay together, and the ends are quantiles of the resamples."""
+def test_the_interval_agrees_with_the_slow_loop() -> None:
+    """The same rows are drawn from both columns, and the ends are quantiles of the resamples."""
     rng = np.random.default_rng(7)
     x, y = rng.normal(size=(2, 30))
     draws = np.random.default_rng(5)
@@ -439,7 +434,7 @@ def test_the_interval_is_deterministic_in_its_seed() -> None:
 
 
 def test_the_interval_covers_the_truth_about_95_times_in_100() -> None:
-    """A judge that is right 70 % of the time, measured on 100 pairs, 400 times over."""
+    """400 samples of 100 pairs, of which 70 % are right in expectation."""
     rng = np.random.default_rng(0)
     covered = 0
     for seed in range(400):
@@ -449,12 +444,12 @@ def test_the_interval_covers_the_truth_about_95_times_in_100() -> None:
     assert 0.92 <= covered / 400 <= 0.98
 
 
-def test_a_judge_without_mistakes_gets_an_interval_without_width() -> None:
+def test_the_interval_has_no_width_if_there_is_no_error() -> None:
     assert bootstrap_interval(auroc, [3, 2, 1, 0], [1, 1, 0, 0], num_resamples=50) == (1, 1)
 
 
 def test_undefined_resamples_are_drawn_again() -> None:
-    """A third of the resamples lack the only bad image; the others say what they say."""
+    """A third of the resamples lack the only bad image."""
     draws, values = np.random.default_rng(0), []
     scores, labels = np.array([0.1, 0.5, 0.3, 0.9]), np.array([1, 1, 0, 1])
     while len(values) < 100:
@@ -485,17 +480,17 @@ def test_a_statistic_that_returns_nan_is_refused() -> None:
         bootstrap_interval(lambda _: math.nan, [1.0, 2.0], num_resamples=3)
 
 
-# What recipes report
+# Groups of metrics
 
 
 def test_pair_metrics_by_hand() -> None:
-    """Strict pairs: right, right, tied by the judge, wrong. Two ties of people, of which a band of 0.5 finds one."""
+    """Strict pairs: right, right, tied scores, wrong. A threshold of 0.5 finds one of two tied outcomes."""
     logits, outcomes = [2.0, -1.0, 0.0, -3.0, 0.5, 4.0], [1, -1, 1, 1, 0, 0]
     metrics = by_name(pair_metrics(logits, outcomes, num_resamples=50))
     wrong, dropped, best = (metrics[f"accuracy_{name}"] for name in ("ties_wrong", "ties_dropped", "tie_optimised"))
-    assert (wrong.value, wrong.count, wrong.note) == (2 / 4, 4, "1 ties of the judge")
-    assert (dropped.value, dropped.count, dropped.note) == (2 / 3, 3, "1 ties of the judge")
-    assert (best.value, best.count, best.note) == (3 / 6, 6, "2 ties of people, epsilon 0.5")
+    assert (wrong.value, wrong.count, wrong.note) == (2 / 4, 4, "1 tied by the model")
+    assert (dropped.value, dropped.count, dropped.note) == (2 / 3, 3, "1 tied by the model")
+    assert (best.value, best.count, best.note) == (3 / 6, 6, "2 tied by annotators, tie threshold 0.5")
     expected = slow_calibration_error(
         [1 / (1 + math.exp(-m)) for m in (2, 1, 0, -3, -2, -1, 0, 3)], [1] * 4 + [0] * 4, 10
     )
@@ -510,29 +505,29 @@ def test_pair_metrics_do_not_depend_on_which_image_comes_first() -> None:
     )
 
 
-def test_tie_optimised_accuracy_is_reported_where_people_tie() -> None:
+def test_tie_optimised_accuracy_is_reported_if_there_are_tied_outcomes() -> None:
     strict, tied = (pair_metrics([1.0, 2.0, -1.0], [1, 1, last], num_resamples=5) for last in (-1, 0))
     assert "accuracy_tie_optimised" not in by_name(strict)
     assert "accuracy_tie_optimised" in by_name(tied)
 
 
-def test_the_threshold_makes_ties_of_the_judge() -> None:
+def test_scores_within_the_threshold_are_ties() -> None:
     metrics = by_name(pair_metrics([1.0, 0.2, -0.2], [1, 1, 1], threshold=0.5, num_resamples=5))
     assert metrics["accuracy_ties_wrong"].value == 1 / 3
     assert metrics["accuracy_ties_dropped"].value == 1
 
 
-def test_what_is_undefined_is_noted_and_the_rest_reported() -> None:
+def test_an_undefined_metric_has_a_note_and_the_others_are_reported() -> None:
     metrics = by_name(pair_metrics([0.0, 0.0], [1, -1], num_resamples=5))
     assert metrics["accuracy_ties_wrong"].value == 0
     dropped = metrics["accuracy_ties_dropped"]
     assert math.isnan(dropped.value)
     assert (dropped.low, dropped.high, dropped.count) == (None, None, 0)
-    assert dropped.note == "undefined: The judge ties all 2 pairs, so that none is left."
+    assert dropped.note == "undefined: The scores tie all 2 pairs; none is left."
 
-    everyone_ties = by_name(pair_metrics([0.5, 0.1], [0, 0], num_resamples=5))
-    assert math.isnan(everyone_ties["calibration_error"].value)
-    assert everyone_ties["accuracy_tie_optimised"].value == 1
+    all_tied = by_name(pair_metrics([0.5, 0.1], [0, 0], num_resamples=5))
+    assert math.isnan(all_tied["calibration_error"].value)
+    assert all_tied["accuracy_tie_optimised"].value == 1
 
     one_class = by_name(label_metrics([0.5, 1.0], [1, 1], [0.6, 0.7], num_resamples=5))
     assert {name for name, metric in one_class.items() if math.isnan(metric.value)} == {
@@ -540,17 +535,18 @@ def test_what_is_undefined_is_noted_and_the_rest_reported() -> None:
     }  # fmt: skip
     assert one_class["accuracy"].value == 1
 
-    ratings = rating_metrics([1.0, 2.0], [3.0, 3.0], groups=["a", "b"], num_resamples=5)
-    assert all(math.isnan(metric.value) and metric.note.startswith("undefined: ") for metric in ratings)
+    ratings = by_name(rating_metrics([1.0, 2.0], [3.0, 3.0], ["a", "b"], num_resamples=5))
+    assert ratings.pop("pairwise_accuracy_tie_optimised").value == 1
+    assert all(math.isnan(metric.value) and metric.note.startswith("undefined: ") for metric in ratings.values())
 
 
 def test_a_single_row_has_a_value_but_no_interval() -> None:
     (wrong, *_) = pair_metrics([1.0], [1])
     assert (wrong.value, wrong.low, wrong.high) == (1, None, None)
-    assert wrong.note == "0 ties of the judge; no interval: An interval needs at least 2 rows; there is 1."
+    assert wrong.note == "0 tied by the model; no interval: An interval needs at least 2 rows; there is 1."
 
 
-def test_label_metrics_bundle_the_single_ones() -> None:
+def test_label_metrics_are_the_single_metrics() -> None:
     rng = np.random.default_rng(0)
     scores, labels = rng.normal(size=60), rng.integers(2, size=60)
     probabilities = 1 / (1 + np.exp(-scores))
@@ -571,24 +567,32 @@ def test_label_metrics_bundle_the_single_ones() -> None:
     assert (by_name(metrics)["auroc"].low, by_name(metrics)["auroc"].high) == expected
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_rating_intervals_resample_images_and_never_pair_one_with_itself(grouped: bool) -> None:
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_rating_intervals_resample_prompts_and_never_pair_an_image_with_itself(group_size: int) -> None:
     rng = np.random.default_rng(1)
     scores, ratings = coarse(rng, 12), coarse(rng, 12, step=1.0)
-    groups = np.arange(12) % 2 if grouped else np.zeros(12)
-    draws, values = np.random.default_rng(0), []
-    for _ in range(40):
-        rows = draws.integers(12, size=12).tolist()
-        pairs = [(i, j) for i, j in combinations(rows, 2) if i != j and groups[i] == groups[j]]
+    groups, num_groups = [f"{i // group_size:02}" for i in range(12)], 12 // group_size
+
+    def slow(pairs: list[tuple[int, int]]) -> float:
         differences = [scores[i] - scores[j] for i, j in pairs]
-        values.append(slow_tie_optimised(differences, [sign(ratings[i] - ratings[j]) for i, j in pairs])[0])
+        return slow_tie_optimised(differences, [sign(ratings[i] - ratings[j]) for i, j in pairs])[0]
 
-    metrics = by_name(rating_metrics(scores, ratings, groups=groups, num_resamples=40))
+    draws, values = np.random.default_rng(0), {"tie_optimised": [], "within_prompts": []}
+    for _ in range(40):
+        rows = [
+            group_size * group + i for group in draws.integers(num_groups, size=num_groups) for i in range(group_size)
+        ]
+        pairs = [(i, j) for i, j in combinations(rows, 2) if i != j]
+        values["tie_optimised"].append(slow(pairs))
+        if group_size > 1:
+            values["within_prompts"].append(slow([(i, j) for i, j in pairs if groups[i] == groups[j]]))
 
-    metric = metrics["pairwise_accuracy_tie_optimised"]
-    pairs = item_pairs(scores, ratings, groups=groups)
-    assert metric.value == tie_optimised_accuracy(pairs.differences, pairs.outcomes).accuracy
-    assert (metric.low, metric.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+    metrics = by_name(rating_metrics(scores, ratings, groups, num_resamples=40))
+
+    for name, within in (("tie_optimised", None), ("within_prompts", groups))[: 1 if group_size == 1 else 2]:
+        metric, pairs = metrics[f"pairwise_accuracy_{name}"], item_pairs(scores, ratings, groups=within)
+        assert metric.value == tie_optimised_accuracy(pairs.differences, pairs.outcomes).accuracy
+        assert (metric.low, metric.high) == pytest.approx(tuple(np.quantile(values[name], [0.025, 0.975])))
     assert (metrics["pearson"].value, metrics["spearman"].value, metrics["kendall_tau_b"].value) == (
         pearson(scores, ratings), spearman(scores, ratings), kendall(scores, ratings),
     )  # fmt: skip
@@ -658,15 +662,16 @@ def test_lists_arrays_and_tensors_are_the_same() -> None:
         (lambda: pair_metrics([], []), "no logits and no outcomes"),
         (lambda: pair_metrics([1.0, 2.0], [0, 0], threshold=-1.0), "threshold is -1.0"),
         (lambda: label_metrics([1.0], [1], [2.0]), r"probabilities\[0\] is 2.0"),
-        (lambda: rating_metrics([1.0, math.nan], [1.0, 2.0]), r"scores\[1\] is nan"),
+        (lambda: rating_metrics([1.0, math.nan], [1.0, 2.0], ["a", "b"]), r"scores\[1\] is nan"),
+        (lambda: rating_metrics([1.0, 2.0], [1.0, 2.0], ["a"]), "groups has 1 names"),
     ],
 )
-def test_a_mistake_is_refused_by_name_and_value(call: Callable[[], Any], message: str) -> None:
+def test_an_invalid_argument_is_refused_with_its_name_and_value(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_gap_metrics_correlate_certainty_with_how_far_ratings_lie_apart() -> None:
+def test_gap_metrics_are_correlations_of_log_odds_with_rating_gaps() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=60)
     gaps = logits + rng.normal(size=60)

@@ -1,4 +1,4 @@
-"""Ask a judge about records that people have answered, and measure how far it agrees."""
+"""Evaluation of a reward model on preference records: scores, metrics, and the pairs with the largest errors."""
 
 from __future__ import annotations
 
@@ -18,81 +18,87 @@ from reward_model.scoring import LlavaReward
 from reward_model.types import LabelledImage, PreferencePair, Record
 
 NUM_SWAPPED = 256
+"""Number of pairs that are also scored in the other order."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordScores:
-    """What a judge says of each pair and of each labelled image."""
+    """The outputs of a reward model for the pairs and the labelled images of a data set."""
 
     pairs: list[PreferencePair]
     logits: Float[Tensor, " P"]
-    """Log-odds that the winner is preferred, if it is no tie: negative where the judge is wrong."""
+    """Log-odds that the winner is preferred, given that there is no tie; negative where the model is wrong."""
     swapped: Float[Tensor, " S"]
-    """Of the first `NUM_SWAPPED` pairs, asked the other way round: log-odds that the loser is preferred."""
+    """Log-odds that the loser is preferred, for the first `NUM_SWAPPED` pairs in the other order."""
     labelled: list[LabelledImage]
     scores: Float[Tensor, " N"]
+    """Scores of the labelled images."""
 
 
-def score_records(judge: LlavaReward | PointwiseScorer, records: Sequence[Record], *, batch_size: int) -> RecordScores:
-    """The judge's answer to every record, by its first perspective if it has several."""
+def score_records(
+    reward_model: LlavaReward | PointwiseScorer, records: Sequence[Record], *, batch_size: int
+) -> RecordScores:
+    """Score every record, with the first perspective of a reward model that has several."""
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     labelled = [record for record in records if isinstance(record, LabelledImage)]
     logits, swapped, scores = torch.zeros(0), torch.zeros(0), torch.zeros(0)
     if pairs:
-        logits = _logits(judge, pairs, "winner", "loser", batch_size)
-        swapped = _logits(judge, pairs[:NUM_SWAPPED], "loser", "winner", batch_size)
+        logits = _logits(reward_model, pairs, swap=False, batch_size=batch_size)
+        swapped = _logits(reward_model, pairs[:NUM_SWAPPED], swap=True, batch_size=batch_size)
     if labelled:
-        scores = judge.score([one.image for one in labelled], [one.prompt for one in labelled], batch_size=batch_size)
+        images, prompts = [one.image for one in labelled], [one.prompt for one in labelled]
+        scores = reward_model.score(images, prompts, batch_size=batch_size)
     return RecordScores(pairs, logits.cpu(), swapped.cpu(), labelled, scores.cpu())
 
 
 def _logits(
-    judge: LlavaReward | PointwiseScorer, pairs: Sequence[PreferencePair], first: str, second: str, batch_size: int
+    reward_model: LlavaReward | PointwiseScorer, pairs: Sequence[PreferencePair], *, swap: bool, batch_size: int
 ) -> Float[Tensor, " P"]:
-    """Log-odds of one side of each pair, `winner` or `loser`, against the other."""
-    images, prompts = (
-        [[getattr(pair, side + kind) for pair in pairs] for side in (first, second)] for kind in ("", "_prompt")
-    )
-    logits = judge.logits(images[0], images[1], prompts[0], second_prompts=prompts[1], batch_size=batch_size)
-    return decided_logits(logits, tie_width=judge.config().tie_width if isinstance(judge, LlavaReward) else 0.0)
+    """Return the log-odds of the winner of each pair, or of the loser with `swap`, which is then the first image."""
+    winners = [pair.winner for pair in pairs], [pair.winner_prompt for pair in pairs]
+    losers = [pair.loser for pair in pairs], [pair.loser_prompt for pair in pairs]
+    first, second = (losers, winners) if swap else (winners, losers)
+    logits = reward_model.logits(first[0], second[0], first[1], second_prompts=second[1], batch_size=batch_size)
+    tie_width = reward_model.config().tie_width if isinstance(reward_model, LlavaReward) else 0.0
+    return decided_logits(logits, tie_width=tie_width)
 
 
-def record_metrics(answers: RecordScores) -> list[Metric]:
-    """Everything that can be measured of these answers, with 95 % intervals."""
+def record_metrics(scores: RecordScores) -> list[Metric]:
+    """Return all metrics that are defined for these records, with 95 % intervals."""
     found: list[Metric] = []
-    if answers.pairs:
-        found += pair_metrics(answers.logits.numpy(), [0 if pair.tie else 1 for pair in answers.pairs])
-        rated = [i for i, pair in enumerate(answers.pairs) if pair.rating_gap > 0]
+    if scores.pairs:
+        found += pair_metrics(scores.logits.numpy(), [0 if pair.tie else 1 for pair in scores.pairs])
+        rated = [i for i, pair in enumerate(scores.pairs) if pair.rating_gap > 0]
         if rated:
-            found += gap_metrics(answers.logits[rated].numpy(), [answers.pairs[i].rating_gap for i in rated])
-        asked = len(answers.swapped)
-        both = order_consistency(torch.sigmoid(answers.logits[:asked]), torch.sigmoid(answers.swapped))
-        note = "largest |p(a beats b) + p(b beats a) - 1|, asked in both orders"
-        found.append(Metric("order_gap", both.largest_gap, None, None, asked, note))
-    if answers.labelled:
-        labels = [one.label for one in answers.labelled]
-        found += label_metrics(answers.scores.numpy(), labels, torch.sigmoid(answers.scores).numpy())
+            found += gap_metrics(scores.logits[rated].numpy(), [scores.pairs[i].rating_gap for i in rated])
+        num_swapped = len(scores.swapped)
+        order = order_consistency(torch.sigmoid(scores.logits[:num_swapped]), torch.sigmoid(scores.swapped))
+        note = "largest |p(a beats b) + p(b beats a) - 1|, each pair in both orders"
+        found.append(Metric("order_gap", order.largest_gap, None, None, num_swapped, note))
+    if scores.labelled:
+        labels = [one.label for one in scores.labelled]
+        found += label_metrics(scores.scores.numpy(), labels, torch.sigmoid(scores.scores).numpy())
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """A pair in which the judge preferred the loser."""
+    """A pair whose loser the reward model prefers."""
 
     winner: Path
     loser: Path
     winner_prompt: str
     loser_prompt: str
     log_odds: float
-    """How sure it was of the loser, > 0."""
+    """Log-odds of the loser, > 0."""
     where: str
 
 
-def worst_mistakes(answers: RecordScores, *, count: int) -> list[Mistake]:
-    """The strict pairs that the judge got most wrong, the worst first."""
-    strict = [i for i, pair in enumerate(answers.pairs) if not pair.tie and answers.logits[i] < 0]
-    worst = sorted(strict, key=lambda i: answers.logits[i].item())[:count]
+def worst_mistakes(scores: RecordScores, *, count: int) -> list[Mistake]:
+    """Return at most `count` pairs without a tie whose loser is preferred, that with the largest log-odds first."""
+    wrong = [i for i, pair in enumerate(scores.pairs) if not pair.tie and scores.logits[i] < 0]
+    worst = sorted(wrong, key=lambda i: scores.logits[i].item())[:count]
     return [
-        Mistake(p.winner, p.loser, p.winner_prompt, p.loser_prompt, -answers.logits[i].item(), p.where)
-        for i, p in ((i, answers.pairs[i]) for i in worst)
+        Mistake(p.winner, p.loser, p.winner_prompt, p.loser_prompt, -scores.logits[i].item(), p.where)
+        for i, p in ((i, scores.pairs[i]) for i in worst)
     ]

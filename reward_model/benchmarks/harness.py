@@ -1,4 +1,4 @@
-"""Ask a judge about a benchmark and measure it under every rule."""
+"""Evaluation of a scorer on a benchmark under every rule in use."""
 
 from __future__ import annotations
 
@@ -10,46 +10,35 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
-from reward_model.benchmarks.domains import Domain, domains_of
+from reward_model.benchmarks.columns import Floats
+from reward_model.benchmarks.domains import Domain, accuracy_by_domain
 from reward_model.benchmarks.metrics import Metric, label_metrics
-from reward_model.benchmarks.rules import Compared, best_band, compared, comparison_metrics, rated_metrics
-from reward_model.benchmarks.statistics import Floats
+from reward_model.benchmarks.rules import (
+    ScoredPairs,
+    best_tie_threshold,
+    comparison_metrics,
+    rating_metrics,
+    scored_pairs,
+)
 from reward_model.benchmarks.types import Benchmark, Image, PairwiseScorer, Scorer
 from reward_model.images import ImageInput
 
-_DECODED = 256
-"""Images that were bytes and are decoded at once."""
+_NUM_DECODED = 256
+"""Number of images in memory at once that a data set contains as bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a judge is worth on one benchmark."""
+    """The metrics of a scorer on one benchmark."""
 
     benchmark: Benchmark
     metrics: Sequence[Metric]
     domains: Sequence[Domain]
-
-
-@torch.no_grad()
-def score_items(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
-    """The judge's score of each item in float64; an image that occurs twice under one prompt is shown once."""
-    place: dict[tuple[Image, str], int] = {}
-    rows = [place.setdefault((item.image, item.prompt), len(place)) for item in benchmark.items]
-    shown = list(place)
-    parts: list[torch.Tensor] = []
-    for start in range(0, len(shown), _DECODED):
-        some = shown[start : start + _DECODED]
-        images = [_decoded(image) for image, _ in some]
-        parts.append(judge.score(images, [prompt for _, prompt in some], batch_size=batch_size).cpu())
-    scores = torch.cat(parts).double().numpy()
-    if not np.isfinite(scores).all():
-        prompt = shown[int(np.argmin(np.isfinite(scores)))][1]
-        raise ValueError(f"The judge's score of an image of {benchmark.name} is not finite; its prompt is {prompt!r}.")
-    return scores[rows]
+    """Accuracy by domain, the lowest first."""
 
 
 def evaluate(
-    judge: Scorer,
+    scorer: Scorer,
     benchmark: Benchmark,
     *,
     threshold: float = 0.0,
@@ -58,51 +47,81 @@ def evaluate(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Result:
-    """Everything that the rules say of a judge on a benchmark.
+    """Evaluate a scorer on a benchmark under every rule in use.
 
-    Scores that differ by `threshold` or less are a tie of the judge; an image is called good (safe) if its score is
-    `label_threshold` or more, which for a LLaVA-Reward judge is a probability of one half at 0.
+    threshold: scores of two images that differ by at most this much, >= 0, are a tie.
+    label_threshold: images with at least this score are predicted good (safe). 0, the default, is a probability of one
+        half for LLaVA-Reward.
+    batch_size: images in one call of the model.
+    num_resamples: bootstrap resamples of each interval, which are drawn with `seed`.
+
+    A scorer that only compares (general-preference head) can be evaluated on benchmarks of pairs; for others, its
+    `score` raises ValueError. A score that is not finite raises ValueError.
     """
     options = {"num_resamples": num_resamples, "seed": seed}
     if benchmark.comparisons:
-        answers = score_differences(judge, benchmark, batch_size=batch_size)
-        band = None
+        values = score_differences(scorer, benchmark, batch_size=batch_size)
+        tuned_threshold = None
         if benchmark.validation is not None:
-            known = _pairs(benchmark.validation, score_differences(judge, benchmark.validation, batch_size=batch_size))
-            band = best_band(known.differences, known.outcomes)
-        metrics = comparison_metrics(_pairs(benchmark, answers, threshold=threshold), band=band, **options)
+            differences = score_differences(scorer, benchmark.validation, batch_size=batch_size)
+            validation = _scored_pairs(benchmark.validation, differences)
+            tuned_threshold = best_tie_threshold(validation.differences, validation.outcomes)
+        pairs = _scored_pairs(benchmark, values, threshold=threshold)
+        metrics = comparison_metrics(pairs, tuned_threshold=tuned_threshold, **options)
     else:
-        answers = score_items(judge, benchmark, batch_size=batch_size)
+        values = score_items(scorer, benchmark, batch_size=batch_size)
         if benchmark.labels:
-            probability = torch.from_numpy(answers - label_threshold).sigmoid().numpy()
-            metrics = label_metrics(answers, benchmark.labels, probability, **options)
+            probability = torch.from_numpy(values - label_threshold).sigmoid().numpy()
+            metrics = label_metrics(values, benchmark.labels, probability, **options)
         else:
-            metrics = rated_metrics(answers, benchmark.ratings, [item.group for item in benchmark.items], **options)
-    domains = domains_of(benchmark, answers, threshold=threshold, label_threshold=label_threshold, **options)
+            metrics = rating_metrics(values, benchmark.ratings, [item.group for item in benchmark.items], **options)
+    domains = accuracy_by_domain(benchmark, values, threshold=threshold, label_threshold=label_threshold, **options)
     return Result(benchmark, metrics, domains)
 
 
 @torch.no_grad()
-def score_differences(judge: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
-    """How much better the first image of each comparison is: of scores, or in log-odds if the judge only compares."""
+def score_items(scorer: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
+    """Return the score of each item in float64, (N,). An image that occurs twice with one prompt is scored once.
+
+    Raises ValueError if a score is not finite.
+    """
+    index: dict[tuple[Image, str], int] = {}
+    rows = [index.setdefault((item.image, item.prompt), len(index)) for item in benchmark.items]
+    distinct = list(index)
+    parts: list[torch.Tensor] = []
+    for start in range(0, len(distinct), _NUM_DECODED):
+        chunk = distinct[start : start + _NUM_DECODED]
+        images = [_decoded(image) for image, _ in chunk]
+        parts.append(scorer.score(images, [prompt for _, prompt in chunk], batch_size=batch_size).cpu())
+    scores = torch.cat(parts).double().numpy()
+    if not np.isfinite(scores).all():
+        prompt = distinct[int(np.argmin(np.isfinite(scores)))][1]
+        raise ValueError(f"The score of an image of {benchmark.name} is not finite; its prompt is {prompt!r}.")
+    return scores[rows]
+
+
+@torch.no_grad()
+def score_differences(scorer: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -> Floats:
+    """Return score(first) - score(second) for each comparison, (P,); log-odds if the scorer only compares."""
     pairs = benchmark.comparisons
-    if not isinstance(judge, PairwiseScorer) or judge.gives_scores:
-        scores = score_items(judge, benchmark, batch_size=batch_size)
+    if not isinstance(scorer, PairwiseScorer) or scorer.gives_scores:
+        scores = score_items(scorer, benchmark, batch_size=batch_size)
         return np.array([scores[pair.first] - scores[pair.second] for pair in pairs])
     parts: list[torch.Tensor] = []
-    for start in range(0, len(pairs), _DECODED):
-        some = pairs[start : start + _DECODED]
-        first = [benchmark.items[pair.first] for pair in some]
-        second = [benchmark.items[pair.second] for pair in some]
-        one, two = ([_decoded(item.image) for item in side] for side in (first, second))
-        parts.append(judge.logits(one, two, [item.prompt for item in first], batch_size=batch_size).cpu())
+    for start in range(0, len(pairs), _NUM_DECODED):
+        chunk = pairs[start : start + _NUM_DECODED]
+        first = [benchmark.items[pair.first] for pair in chunk]
+        second = [benchmark.items[pair.second] for pair in chunk]
+        first_images, second_images = ([_decoded(item.image) for item in side] for side in (first, second))
+        prompts = [item.prompt for item in first]
+        parts.append(scorer.logits(first_images, second_images, prompts, batch_size=batch_size).cpu())
     return torch.cat(parts).double().numpy()
 
 
-def _pairs(benchmark: Benchmark, differences: Floats, *, threshold: float = 0.0) -> Compared:
+def _scored_pairs(benchmark: Benchmark, differences: Floats, *, threshold: float = 0.0) -> ScoredPairs:
     pairs = benchmark.comparisons
     groups = [benchmark.items[pair.first].group for pair in pairs]
-    return compared(differences, [pair.outcome for pair in pairs], groups, threshold=threshold)
+    return scored_pairs(differences, [pair.outcome for pair in pairs], groups, threshold=threshold)
 
 
 def _decoded(image: Image) -> ImageInput:

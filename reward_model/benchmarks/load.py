@@ -1,4 +1,4 @@
-"""From what a user writes (`mj_bench:data/MJ-Bench`) to test sets; the one place that knows which there are."""
+"""The table of benchmarks, and the loading of NAME:PATH, such as mj_bench:data/MJ-Bench."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ BENCHMARK_NAMES: tuple[str, ...] = get_args(BenchmarkName)
 
 
 def load_benchmarks(specification: str, *, image_root: Path | None = None) -> list[Benchmark]:
-    """The test sets of one NAME:PATH, each image opened once.
+    """Load the test sets of NAME:PATH and check each of their images.
 
-    PATH is a folder in the layout that the benchmark is published in, or its annotation file. Relative image paths
-    start at `image_root`, by default where the annotations are. A bad record raises BadRecordError.
+    PATH is a folder in the published layout of the benchmark, or its annotation file. Relative image paths start from
+    `image_root`, by default the folder of the annotations.
+
+    Raises ValueError for an unknown name, FileNotFoundError if the annotations are missing, and BadRecordError, with
+    the file and record, for an invalid record.
     """
     name, colon, path = specification.partition(":")
     if not colon or not path or name not in BENCHMARK_NAMES:
         raise ValueError(
-            f"There is no benchmark {specification!r}; write NAME:PATH, NAME being one of {', '.join(BENCHMARK_NAMES)}."
+            f"There is no benchmark {specification!r}; write NAME:PATH, with NAME one of {', '.join(BENCHMARK_NAMES)}."
         )
     return _load(name, Path(path), image_root)
 

@@ -1,6 +1,6 @@
-"""The metrics of a judge, bundled for a recipe: each with its interval, its count and its rule.
+"""The metrics of a reward model with their confidence intervals, as a table and as CSV.
 
-Where a metric is undefined the others go on: its value is nan, and its note says why.
+A metric that is undefined for the data has the value nan and a note that says why; the others are still reported.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 from numpy.typing import ArrayLike
 
-from reward_model.benchmarks.statistics import (
+from reward_model.benchmarks.bootstrap import bootstrap_interval
+from reward_model.benchmarks.classification import (
     Confusion,
-    Floats,
-    PairwiseAccuracy,
-    TieSearch,
-    UndefinedMetricError,
     auroc,
-    bootstrap_interval,
     calibration_error,
-    columns_of,
     confusion,
-    item_pairs,
-    kendall,
-    labelled_columns,
     pair_calibration_error,
-    pairwise_accuracy,
-    pearson,
+)
+from reward_model.benchmarks.columns import (
+    Floats,
+    UndefinedMetricError,
+    columns_of,
+    labelled_columns,
     require_probabilities,
     require_values,
+)
+from reward_model.benchmarks.statistics import (
+    PairwiseAccuracy,
+    kendall,
+    pairwise_accuracy,
+    pearson,
     spearman,
     tie_optimised_accuracy,
 )
@@ -42,39 +44,39 @@ from reward_model.benchmarks.statistics import (
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number about a judge, how sure it is, and what it was computed from."""
+    """One metric of a reward model, with its confidence interval."""
 
     name: str
     value: float
     """nan where the metric is undefined; the note then says why."""
     low: float | None
     high: float | None
-    """Ends of the bootstrap interval of 95 %; None where there is none, and the note says why."""
+    """Ends of the 95 % bootstrap interval; None where there is none, and the note says why."""
     count: int
-    """Pairs, images or items that it was computed from."""
+    """Number of pairs, images or prompts that the value is computed from."""
     note: str
 
 
 def pair_metrics(
     logits: ArrayLike, outcomes: ArrayLike, *, threshold: float = 0.0, num_resamples: int = 2000, seed: int = 0
 ) -> list[Metric]:
-    """How well a judge's comparisons agree with people's.
+    """Return the agreement of a reward model's comparisons with preferences.
 
-    `logits`: the judge's log-odds that the first image wins; |logit| <= threshold is a tie of the judge. `outcomes`:
-    +1 the first won, 0 tie, -1 the second won. Pairs that people tie count in the tie-optimised accuracy only, which
-    is left out if there are none.
+    `logits` (N,) are log-odds that the first image is preferred; |logit| <= threshold is a tie of the model.
+    `outcomes` (N,): +1 the first was preferred, 0 tie, -1 the second. Pairs that annotators tie count in the
+    tie-optimised accuracy only, which is left out if there are none.
     """
     logit, outcome = columns_of(logits=logits, outcomes=outcomes)
     require_values(outcome, (-1, 0, 1), name="outcomes")
     strict = outcome != 0
     margins = (logit * outcome)[strict]
     num_tied = int((np.abs(margins) <= threshold).sum())
-    measure = partial(bootstrapped, num_resamples=num_resamples, seed=seed)
+    measure = partial(with_interval, num_resamples=num_resamples, seed=seed)
 
     def accuracy(margins: Floats) -> PairwiseAccuracy:
         return pairwise_accuracy(margins, np.zeros_like(margins), threshold=threshold)
 
-    note, num_decided = f"{num_tied} ties of the judge", len(margins) - num_tied
+    note, num_decided = f"{num_tied} tied by the model", len(margins) - num_tied
     metrics = [
         measure("accuracy_ties_wrong", lambda m: accuracy(m).ties_wrong, margins, note=note),
         measure("accuracy_ties_dropped", lambda m: accuracy(m).ties_dropped, margins, note=note, count=num_decided),
@@ -82,8 +84,8 @@ def pair_metrics(
     ]
     if strict.all():
         return metrics
-    epsilon = tie_optimised_accuracy(logit, outcome).epsilon
-    note = f"{int((~strict).sum())} ties of people, epsilon {epsilon:.4g}"
+    best_threshold = tie_optimised_accuracy(logit, outcome).threshold
+    note = f"{int((~strict).sum())} tied by annotators, tie threshold {best_threshold:.4g}"
     best = measure(
         "accuracy_tie_optimised", lambda d, o: tie_optimised_accuracy(d, o).accuracy, logit, outcome, note=note
     )
@@ -99,17 +101,17 @@ def label_metrics(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> list[Metric]:
-    """How well a judge tells good images (label 1) from bad ones (0), both taken as the positive class in turn.
+    """Return the accuracy of a reward model on images labelled good (1) and bad (0), with each as the positive class.
 
-    An image is called good if its probability is >= threshold; `scores` are for the AUROC.
+    An image is predicted good if its probability is >= threshold; `scores` are used for the AUROC. All are (N,).
     """
     score, label = labelled_columns(scores=scores, labels=labels)
     probability, _ = labelled_columns(probabilities=probabilities, labels=labels)
     require_probabilities(probability, name="probabilities")
-    measure = partial(bootstrapped, num_resamples=num_resamples, seed=seed)
+    measure = partial(with_interval, num_resamples=num_resamples, seed=seed)
 
-    def counted(name: str, read: Callable[[Confusion], float], note: str) -> Metric:
-        return measure(name, lambda p, y: read(confusion(p, y, threshold=threshold)), probability, label, note=note)
+    def counted(name: str, ratio: Callable[[Confusion], float], note: str) -> Metric:
+        return measure(name, lambda p, y: ratio(confusion(p, y, threshold=threshold)), probability, label, note=note)
 
     rule = f"good if probability >= {threshold:g}"
     good, bad = (f"positive is {positive}: {int((label == positive).sum())} images" for positive in (1, 0))
@@ -126,47 +128,10 @@ def label_metrics(
     ]
 
 
-def rating_metrics(
-    scores: ArrayLike,
-    ratings: ArrayLike,
-    *,
-    groups: ArrayLike | None = None,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> list[Metric]:
-    """How well scores follow ratings of single images, correlations over all and comparisons of pairs.
-
-    Pairs are made as in `item_pairs`. Intervals resample images, not pairs, which share images; an image drawn
-    twice is not compared with itself, or it would agree with people for free.
-    """
-    score, rating = columns_of(scores=scores, ratings=ratings)
-    measure = partial(bootstrapped, num_resamples=num_resamples, seed=seed)
-    metrics = [
-        measure("pearson", pearson, score, rating),
-        measure("spearman", spearman, score, rating),
-        measure("kendall_tau_b", kendall, score, rating),
-    ]
-    name = "pairwise_accuracy_tie_optimised"
-    try:
-        pairs = item_pairs(score, rating, groups=groups)
-    except UndefinedMetricError as error:
-        return [*metrics, Metric(name, math.nan, None, None, len(score), f"undefined: {error}")]
-    search = TieSearch(pairs.differences, pairs.outcomes)
-    first, second = pairs.first[search.order], pairs.second[search.order]
-
-    def accuracy(items: Int[np.ndarray, " N"]) -> float:
-        copies = np.bincount(items, minlength=len(score))
-        return search.best(copies[first] * copies[second]).accuracy
-
-    epsilon = tie_optimised_accuracy(pairs.differences, pairs.outcomes).epsilon
-    note = f"{len(first)} pairs, {int((pairs.outcomes == 0).sum())} ties of people, epsilon {epsilon:.4g}"
-    return [*metrics, measure(name, accuracy, np.arange(len(score)), note=note)]
-
-
 def gap_metrics(logits: ArrayLike, gaps: ArrayLike, *, num_resamples: int = 2000, seed: int = 0) -> list[Metric]:
-    """Whether a judge is surer of pairs whose ratings lie further apart: correlations of its log-odds with the gaps."""
+    """Return the correlations of log-odds (N,) with the rating gaps (N,) of the pairs."""
     logit, gap = columns_of(logits=logits, gaps=gaps)
-    measure = partial(bootstrapped, num_resamples=num_resamples, seed=seed, note="of log-odds with rating gaps")
+    measure = partial(with_interval, num_resamples=num_resamples, seed=seed, note="of log-odds with rating gaps")
     return [
         measure("pearson", pearson, logit, gap),
         measure("spearman", spearman, logit, gap),
@@ -174,7 +139,7 @@ def gap_metrics(logits: ArrayLike, gaps: ArrayLike, *, num_resamples: int = 2000
     ]
 
 
-def bootstrapped(
+def with_interval(
     name: str,
     statistic: Callable[..., float],
     *columns: Shaped[np.ndarray, " N"],
@@ -183,7 +148,7 @@ def bootstrapped(
     count: int | None = None,
     note: str = "",
 ) -> Metric:
-    """A statistic with its interval; what is undefined is not left out but noted."""
+    """Return the metric of a statistic with its bootstrap interval; its note says why either is undefined."""
     count = len(columns[0]) if count is None else count
     try:
         value = statistic(*columns)
@@ -197,7 +162,7 @@ def bootstrapped(
 
 
 def to_table(metrics: Sequence[Metric]) -> str:
-    """The metrics for a terminal, in aligned columns."""
+    """Return the metrics as a table with aligned columns, for a terminal."""
     rows = [("metric", "value", "95 % interval", "count", "note")]
     for metric in metrics:
         value = "-" if math.isnan(metric.value) else f"{metric.value:.4f}"
@@ -209,7 +174,7 @@ def to_table(metrics: Sequence[Metric]) -> str:
 
 
 def to_csv(metrics: Sequence[Metric]) -> str:
-    """The metrics for a program, a line each under a header; an interval that is missing is empty."""
+    """Return the metrics as CSV with a header; the ends of a missing interval are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Metric)], lineterminator="\n")
     writer.writeheader()

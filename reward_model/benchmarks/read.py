@@ -1,39 +1,47 @@
-"""From the files of a published test set to its records, and from what a record calls an image to one that opens."""
+"""Reading of the files of published test sets, with the file and record in every error, and checks of their images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from reward_model.benchmarks.types import Image
 from reward_model.datasets.fields import BadRecordError, shortened
-from reward_model.datasets.images import MAX_PIXELS, FindImage, flaw_of_content, image_finder
+from reward_model.datasets.images import MAX_PIXELS, flaw_of_content, image_finder
 from reward_model.datasets.parquet import read_parquet
 from reward_model.datasets.raw_records import parse_object, read_json_lines, read_json_list
 
 Fields = Mapping[str, Any]
+TakeImage = Callable[[object, str], Image]
+"""Returns the image of a field's value; the field's name is for the message of BadRecordError."""
 
 
-def file_of(path: Path, *names: str, benchmark: str) -> Path:
-    """The annotation file that a user means: the path itself, or the first of `names` in that folder."""
-    return files_of(path, *names, benchmark=benchmark)[0]
+def find_file(path: Path, *names: str, benchmark: str) -> Path:
+    """Return the annotation file: the path itself, or the first of `names` that is in this folder."""
+    return find_files(path, *names, benchmark=benchmark)[0]
 
 
-def files_of(path: Path, *names: str, benchmark: str) -> list[Path]:
-    """The same for names that may stand for several parts of one table ("data/test-*.parquet"), in their order."""
+def find_files(path: Path, *names: str, benchmark: str) -> list[Path]:
+    """Return the path itself, or the files of the first pattern in `names` ("data/test-*.parquet") with any, sorted.
+
+    Raises FileNotFoundError if there is none.
+    """
     if path.is_file():
         return [path]
     for name in names if path.is_dir() else ():
         if found := sorted(path.glob(name)):
             return found
-    kind = "folder that holds none of" if path.is_dir() else "path that does not exist; it may be a file or hold"
-    raise FileNotFoundError(f"{benchmark}: {path} is a {kind} {', '.join(names)}.")
+    problem = "is a folder without any of" if path.is_dir() else "does not exist; it must be a file, or a folder with"
+    raise FileNotFoundError(f"{benchmark}: {path} {problem} {', '.join(names)}.")
 
 
-def records_of(*paths: Path) -> Iterator[tuple[str, Fields]]:
-    """Each record of .json lists, .jsonl or .parquet files, after where it stands; ValueError if one holds none."""
+def read_records(*paths: Path) -> Iterator[tuple[str, Fields]]:
+    """Yield (where, fields) of each record of .json lists, .jsonl and .parquet files.
+
+    Raises ValueError if a file has no record or another suffix.
+    """
     for path in paths:
         number = 0
         for number, record in enumerate(_records(path), start=1):  # noqa: B007
@@ -51,82 +59,79 @@ def _records(path: Path) -> Iterator[tuple[str, Fields]]:
         case ".parquet":
             found = read_parquet(path, skip_columns=())
         case other:
-            raise ValueError(f"{path} ends in {other!r}; possible are .json (a list), .jsonl and .parquet.")
+            raise ValueError(f"{path} has the suffix {other!r}; it must be .json (a list), .jsonl or .parquet.")
     for raw in found:
-        with complaints_at(raw.where):
+        with located_errors(raw.where):
             fields = raw.fields()
         yield raw.where, fields
 
 
-def object_of(path: Path) -> dict[str, Any]:
-    """The one JSON object that a file is."""
-    with complaints_at(str(path)):
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file."""
+    with located_errors(str(path)):
         return parse_object(path.read_bytes())
 
 
 @contextmanager
-def complaints_at(where: str) -> Iterator[None]:
-    """Put a place before what is wrong there: `with complaints_at("test.json:RECORD 3"): ...`."""
+def located_errors(where: str) -> Iterator[None]:
+    """Put the location before the message of a BadRecordError: `with located_errors("test.json:RECORD 3"): ...`."""
     try:
         yield
     except BadRecordError as error:
         raise BadRecordError(f"{where}: {error}") from error
 
 
-def require(fields: Fields, *keys: str) -> None:
-    """BadRecordError unless all keys are there. Others may be too: published files carry more than is used here."""
+def require_keys(fields: Fields, *keys: str) -> None:
+    """Raise BadRecordError unless all keys exist. Other keys are accepted: published files have more than is used."""
     if missing := [key for key in keys if key not in fields]:
         raise BadRecordError(
             f"{', '.join(missing)} missing; the record has {shortened(sorted(fields))}. Is this the right benchmark?"
         )
 
 
-def take_list(fields: Fields, key: str, *, length: int | None = None) -> Sequence[Any]:
-    """The list under a key, as long as it must be."""
+def take_values(fields: Fields, key: str, *, length: int | None = None) -> Sequence[Any]:
+    """Return the non-empty list under a key, which must have the given length."""
     value = fields[key]
     if not isinstance(value, list) or not value or (length is not None and len(value) != length):
-        wanted = "a list that is not empty" if length is None else f"a list of {length}"
-        raise BadRecordError(f"{key!r} is {shortened(value)}; it must be {wanted}.")
+        expected = "a list that is not empty" if length is None else f"a list of {length}"
+        raise BadRecordError(f"{key!r} is {shortened(value)}; it must be {expected}.")
     return value
 
 
-def take_ranks(fields: Fields, key: str, *, length: int) -> list[float]:
-    """Whole or broken numbers, the lowest of which is best."""
-    ranks = take_list(fields, key, length=length)
-    if not all(type(rank) in (int, float) for rank in ranks):
-        raise BadRecordError(f"{key!r} is {shortened(ranks)}; it must be a list of numbers.")
-    return [float(rank) for rank in ranks]
+def take_numbers(fields: Fields, key: str, *, length: int) -> list[float]:
+    """Return the list of numbers under a key, such as ranks or ratings."""
+    numbers = take_values(fields, key, length=length)
+    if not all(type(number) in (int, float) for number in numbers):
+        raise BadRecordError(f"{key!r} is {shortened(numbers)}; it must be a list of numbers.")
+    return [float(number) for number in numbers]
 
 
-class Images:
-    """Images as the files have them: a path, the bytes themselves, or both as `datasets` stores them."""
+def image_taker(root: Path) -> TakeImage:
+    """Return a function that checks images, given as a path from `root`, bytes, or both as `datasets` stores them.
 
-    def __init__(self, find: FindImage) -> None:
-        self.find = find
+    Raises FileNotFoundError if the folder does not exist.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {root} for the images.")
+    find = image_finder(root, unpack_to=root)  # bytes are kept in memory, so nothing is unpacked
 
-    def __call__(self, value: object, key: str) -> Image:
-        """An image that was opened once; BadRecordError if it is none."""
+    def take_image(value: object, key: str) -> Image:
         match value:
             case str():
-                return self.find(value)
+                return find(value)
             case bytes():
                 return _checked(value, key)
-            case {"bytes": bytes() as inside}:
-                return _checked(inside, key)
+            case {"bytes": bytes() as content}:
+                return _checked(content, key)
             case {"path": str() as name}:
-                return self.find(name)
+                return find(name)
             case _:
                 raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a path or the bytes of an image.")
 
-
-def image_reader(root: Path) -> Images:
-    """A reader of images whose relative paths start at `root`."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {root}, where the images should be.")
-    return Images(image_finder(root, unpack_to=root))  # bytes are kept as they are, so nothing is unpacked
+    return take_image
 
 
-def _checked(data: bytes, key: str) -> bytes:
-    if flaw := flaw_of_content(data, max_pixels=MAX_PIXELS):
+def _checked(content: bytes, key: str) -> bytes:
+    if flaw := flaw_of_content(content, max_pixels=MAX_PIXELS):
         raise BadRecordError(f"the image under {key!r} {flaw}")
-    return data
+    return content

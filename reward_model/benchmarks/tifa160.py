@@ -1,13 +1,13 @@
-"""TIFA160: 160 prompts painted by five models and rated from 1 to 5, twice.
+"""TIFA160: images of 160 prompts by five models, with two independent sets of ratings from 1 to 5.
 
-By TIFA's authors (arXiv:2303.11897), two raters an image: `human_annotations.json` or
-`human_annotations_with_scores.json`, which also holds the scores of other judges.
+TIFA's ratings (arXiv:2303.11897), two an image: `human_annotations.json`, or `human_annotations_with_scores.json`,
+which also has the scores of other models.
 
     {"coco_1_mini_dalle": {"text_id": "coco_1", "image_path": "coco_1_mini_dalle.jpg", "text": "a red fox",
                            "human_scores": [5, 4], "human_avg": 4.5}}
 
-Again for DSG (arXiv:2310.18235), mostly five raters: `dsg_tifa160_anns.csv`, one row a rating, with `tifa160.json`,
-which has the same keys as above without the ratings. The CSV calls the models by other names.
+DSG's ratings (arXiv:2310.18235), mostly five an image: `dsg_tifa160_anns.csv`, one row a rating, with `tifa160.json`,
+which has the keys above without the ratings. The CSV has other names for the models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from reward_model.benchmarks.read import Fields, complaints_at, image_reader, object_of, require, take_ranks
+from reward_model.benchmarks.read import Fields, image_taker, located_errors, read_object, require_keys, take_numbers
 from reward_model.benchmarks.types import Benchmark, Item
 from reward_model.datasets.fields import BadRecordError, shortened, take_text
 
@@ -39,18 +39,20 @@ RULE = (
 
 
 def load_tifa160(path: Path, *, image_root: Path | None) -> list[Benchmark]:
-    """One benchmark for each of the two sets of ratings that a folder holds; FileNotFoundError if it holds none."""
+    """Load one benchmark for each set of ratings in a folder. Raises FileNotFoundError if there is none."""
     found: list[Benchmark] = []
     for name in ORIGINAL:
         if (path / name).is_file() and not found:
-            known = object_of(path / name)
+            records = read_object(path / name)
             found.append(
-                _benchmark("tifa160-original", path / name, known, _own_ratings(path / name, known), image_root)
+                _benchmark(
+                    "tifa160-original", path / name, records, _original_ratings(path / name, records), image_root
+                )
             )
     if (path / DSG_RATINGS).is_file() and (path / DSG_ITEMS).is_file():
-        known = object_of(path / DSG_ITEMS)
-        ratings = _dsg_ratings(path / DSG_RATINGS, known)
-        found.append(_benchmark("tifa160-dsg", path / DSG_ITEMS, known, ratings, image_root))
+        records = read_object(path / DSG_ITEMS)
+        ratings = _dsg_ratings(path / DSG_RATINGS, records)
+        found.append(_benchmark("tifa160-dsg", path / DSG_ITEMS, records, ratings, image_root))
     if not found:
         raise FileNotFoundError(
             f"tifa160: {path} must be a folder with {' or '.join(ORIGINAL)}, or with {DSG_ITEMS} and {DSG_RATINGS}, or "
@@ -59,36 +61,36 @@ def load_tifa160(path: Path, *, image_root: Path | None) -> list[Benchmark]:
     return found
 
 
-def _own_ratings(file: Path, known: dict[str, Any]) -> dict[str, list[float]]:
+def _original_ratings(file: Path, records: dict[str, Any]) -> dict[str, list[float]]:
     ratings: dict[str, list[float]] = {}
-    for key, fields in known.items():
-        with complaints_at(f"{file}:{key}"):
-            require(fields, "human_scores")
+    for key, fields in records.items():
+        with located_errors(f"{file}:{key}"):
+            require_keys(fields, "human_scores")
             ratings[key] = _rating_list(fields)
     return ratings
 
 
 def _rating_list(fields: Fields) -> list[float]:
     scores = fields["human_scores"]
-    return take_ranks(fields, "human_scores", length=len(scores) if isinstance(scores, list) else 1)
+    return take_numbers(fields, "human_scores", length=len(scores) if isinstance(scores, list) else 1)
 
 
-def _dsg_ratings(file: Path, known: dict[str, Any]) -> dict[str, list[float]]:
+def _dsg_ratings(file: Path, records: dict[str, Any]) -> dict[str, list[float]]:
     ratings: dict[str, list[float]] = defaultdict(list)
     with file.open(newline="", encoding="utf-8") as lines:
         for number, row in enumerate(csv.DictReader(lines), start=2):
-            with complaints_at(f"{file}:{number}"):
-                require(row, "model_type", "source_id", "answer")
+            with located_errors(f"{file}:{number}"):
+                require_keys(row, "model_type", "source_id", "answer")
                 if row["model_type"] not in MODELS:
                     raise BadRecordError(f"'model_type' is {row['model_type']!r}; known are {', '.join(MODELS)}.")
                 key = f"{row['source_id']}_{MODELS[row['model_type']]}"
-                if key not in known:
-                    raise BadRecordError(f"rates {key!r}, of which {DSG_ITEMS} knows nothing.")
-                ratings[key].append(_likert(row["answer"]))
+                if key not in records:
+                    raise BadRecordError(f"the image {key!r} is not in {DSG_ITEMS}.")
+                ratings[key].append(_parse_rating(row["answer"]))
     return ratings
 
 
-def _likert(text: str) -> float:
+def _parse_rating(text: str) -> float:
     try:
         rating = float(text)
     except (TypeError, ValueError):
@@ -99,20 +101,20 @@ def _likert(text: str) -> float:
 
 
 def _benchmark(
-    name: str, file: Path, known: dict[str, Any], ratings: dict[str, list[float]], image_root: Path | None
+    name: str, file: Path, records: dict[str, Any], ratings: dict[str, list[float]], image_root: Path | None
 ) -> Benchmark:
-    read = image_reader(image_root or file.parent)
+    take_image = image_taker(image_root or file.parent)
     items: list[Item] = []
-    for key, fields in known.items():
-        with complaints_at(f"{file}:{key}"):
-            require(fields, "text_id", "image_path", "text")
+    for key, fields in records.items():
+        with located_errors(f"{file}:{key}"):
+            require_keys(fields, "text_id", "image_path", "text")
             text_id = take_text(fields, "text_id")
             if key not in ratings:
-                raise BadRecordError("nobody rated it.")
+                raise BadRecordError("there is no rating.")
             model = key.removeprefix(f"{text_id}_")
             tags = {"source": [text_id.partition("_")[0]], "model": [model]}
-            items.append(Item(read(fields["image_path"], "image_path"), take_text(fields, "text"), text_id, tags))
-    means = [fmean(ratings[key]) for key in known]
-    raters = sorted({len(ratings[key]) for key in known})
+            items.append(Item(take_image(fields["image_path"], "image_path"), take_text(fields, "text"), text_id, tags))
+    means = [fmean(ratings[key]) for key in records]
+    raters = sorted({len(ratings[key]) for key in records})
     note = f"{' to '.join(map(str, dict.fromkeys((raters[0], raters[-1]))))} ratings an image."
     return Benchmark(name=name, rule=RULE, items=items, ratings=means, notes=[note])

@@ -1,4 +1,4 @@
-"""The vocabulary of a benchmark: images that a judge is shown, and what people said of them."""
+"""Types of benchmarks: the scorers that are evaluated, and images with the preferences, ratings or labels of people."""
 
 from __future__ import annotations
 
@@ -13,75 +13,84 @@ from torch import Tensor
 from reward_model.images import ImageInput
 
 Image = Path | bytes
-"""A file, or the bytes of one where a data set holds its images itself."""
+"""A file, or the content of a file where a data set contains its images."""
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What a benchmark asks of a judge: higher is better."""
+    """A model that scores images: `LlavaReward`, a `PointwiseScorer`, or any object with this method."""
 
     def score(
         self, images: Sequence[ImageInput], prompts: Sequence[str], *, batch_size: int = 32
-    ) -> Float[Tensor, " B"]: ...
+    ) -> Float[Tensor, " B"]:
+        """Return a score for each image and its prompt; higher is better."""
+        ...
 
 
 @runtime_checkable
 class PairwiseScorer(Protocol):
-    """A judge that may know of two images which is better without a score for either."""
+    """A model that compares two images, and may not be able to score one alone."""
 
     @property
-    def gives_scores(self) -> bool: ...
+    def gives_scores(self) -> bool:
+        """True if `score` can be called; else only `logits` can."""
+        ...
 
     def logits(
         self, first: Sequence[ImageInput], second: Sequence[ImageInput], prompts: Sequence[str], *, batch_size: int = 32
-    ) -> Float[Tensor, " B"]: ...
+    ) -> Float[Tensor, " B"]:
+        """Return the log-odds that each first image is preferred to the second."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image under its prompt, which a judge sees once."""
+    """An image and its prompt."""
 
     image: Image
     prompt: str
     group: str
-    """Whose images belong together, mostly the prompt's: intervals draw whole groups."""
+    """Name of the items that belong together, mostly those of one prompt; the bootstrap resamples whole groups."""
     tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """By what the report on domains sorts it: {"source": ["coco"], "skill": ["counting", "scene"]}."""
+    """Domains for the accuracy by domain: {"source": ["coco"], "skill": ["counting", "scene"]}."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Which of two items people preferred."""
+    """The preference of people between two items."""
 
     first: int
-    """Places among the benchmark's items; both have the same prompt. The order is that of the data set."""
+    """Index of an item of the benchmark; both items have the same prompt, in the order of the data set."""
     second: int
     outcome: Literal[1, 0, -1]
-    """+1 the first won, 0 tie, -1 the second won."""
+    """+1 the first was preferred, 0 tie, -1 the second was preferred."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """One test set: exactly one of `comparisons`, `ratings` and `labels` is given."""
+    """A test set with exactly one of `comparisons`, `ratings` and `labels`.
+
+    Raises ValueError if none is given.
+    """
 
     name: str
     rule: str
-    """Which of the reported numbers is the published one, and how it was computed."""
+    """Which of the reported metrics is the published one, and how it is computed."""
     items: Sequence[Item]
     comparisons: Sequence[Comparison] = ()
     ratings: Sequence[float] = ()
-    """What people thought of each item, higher is better."""
+    """One rating an item; higher is better."""
     labels: Sequence[int] = ()
-    """Of each item: 1 good or safe, 0 bad or unsafe."""
+    """One label an item: 1 good or safe, 0 bad or unsafe."""
     validation: Benchmark | None = None
-    """On which the width of a judge's tie band is chosen, where the published rule does so."""
+    """Set on which the tie threshold is chosen, where the published rule does so."""
     notes: Sequence[str] = ()
-    """What a reader must know of this copy of the data: records without a label, labels that are all alike."""
+    """Remarks about this copy of the data, such as the number of records without a label."""
 
     def __post_init__(self) -> None:
-        """ValueError if people said nothing; the rest would be a loader's mistake."""
+        """Raise ValueError without any comparison, rating or label; other errors would be a loader's mistake."""
         if not (self.comparisons or self.ratings or self.labels):
-            raise ValueError(f"{self.name} holds no two images of one prompt, and so nothing to compare.")
+            raise ValueError(f"{self.name} contains no two images of one prompt, and so nothing to compare.")
         assert sum(map(bool, (self.comparisons, self.ratings, self.labels))) == 1, self.name
-        for said in (self.ratings, self.labels):
-            assert len(said) in (0, len(self.items)), self.name
+        for values in (self.ratings, self.labels):
+            assert len(values) in (0, len(self.items)), self.name
