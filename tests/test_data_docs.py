@@ -116,7 +116,7 @@ def test_a_command_reads_what_it_names(world: Path, command: list[str]) -> None:
         case other:
             assert other == "recipes/evaluate_reward_model.py"
             config = config_of(evaluate_reward_model, command[3:])
-            (found,) = evaluate_reward_model.load(config, world).values()
+            (found,) = evaluate_reward_model.load_data(config, world).values()
             assert as_rows(found) == [("green", "red", FOX, False, 1.0), ("green", "blue", FOX, False, 1.0)]
             return
     expected = EXPECTED[source.partition(":")[0]]

@@ -11,6 +11,8 @@ lora/, unet/, transformer/, reward_model/
 metrics.json, history.json
                     measurements and training log of a reward model
 table.json          results of recipes/evaluate_policy.py
+NAME.csv, benchmarks.md, benchmarks.json
+                    results of recipes/evaluate_reward_model.py
 pairs/              preference pairs that recipes/diffusion_dpo.py sampled
 """
 
@@ -38,6 +40,8 @@ REWARD_MODEL_CONFIG = f"{REWARD_MODEL}/llava_reward.json"
 REWARD_METRICS = "metrics.json"
 REWARD_HISTORY = "history.json"
 EVALUATION_TABLE = "table.json"
+BENCHMARK_TABLES = "benchmarks.md"
+BENCHMARK_RESULTS = "benchmarks.json"
 PAIRS = "pairs"
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
