@@ -23,11 +23,11 @@ from rlhf_t2i.report.comparison import side_by_side, write_comparison
 
 
 def main(config: Config) -> Path:
-    """Read, lay side by side, write."""
-    entries = side_by_side([Path(name) for name in names(config.runs)])
+    """Write the page and return its path."""
+    columns = side_by_side([Path(name) for name in names(config.runs)])
     output = Path(config.output)
-    write_comparison(entries, output)
-    tqdm.write(f"compared  {', '.join(entry.name for entry in entries)}\npage      {output}")
+    write_comparison(columns, output)
+    tqdm.write(f"compared  {', '.join(column.name for column in columns)}\npage      {output}")
     return output
 
 

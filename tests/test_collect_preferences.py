@@ -58,8 +58,8 @@ from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
 from rlhf_t2i.seeds import generator_for
 from rlhf_t2i.settings.access import TOKEN_VARIABLE
 from tests import browser
+from tests.report_files import CELLS, run_with_images
 from tests.servers import free_port, running
-from tests.test_compare import CELLS, tuned
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "open-sesame-0123456789"
@@ -556,7 +556,7 @@ def test_num_pairs_draws_a_reproducible_subset(tmp_path: Path) -> None:
 
 
 def test_a_run_gives_its_images_before_and_after_training(tmp_path: Path) -> None:
-    run = tuned(tmp_path / "ddpo", after=0.8)
+    run = run_with_images(tmp_path / "ddpo", after=0.8)
     after = run / "images" / "step_000002.png"
     with Image.open(after) as strip:
         last = Image.fromarray(255 - np.asarray(strip))
@@ -569,7 +569,7 @@ def test_a_run_gives_its_images_before_and_after_training(tmp_path: Path) -> Non
         drawn = torch.tensor((40 * i, 255 - 40 * i, 7 * i)) / 255
         torch.testing.assert_close(one.images[0], drawn[:, None, None].expand(3, 8, 8))
         torch.testing.assert_close(one.images[1], 1 - one.images[0])
-    with pytest.raises(FileNotFoundError, match="shows no images"):
+    with pytest.raises(FileNotFoundError, match="contains no images of an evaluation"):
         list(from_runs([tmp_path], num_pairs=None, generator=GENERATOR))
 
 

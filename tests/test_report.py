@@ -1,4 +1,4 @@
-"""The page must say what the numbers say, no more; and it must stand alone."""
+"""The report says what the metrics say, and no more; and the page stands alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,110 +17,27 @@ from PIL import Image
 from rlhf_t2i.report import Chart, charts, draw, write_report
 from rlhf_t2i.training.changes import compare, hacking, headline
 from rlhf_t2i.training.metrics import read_metrics, time_split
-
-Row = dict[str, Any]
-
-RUN: Row = {
-    "recipe": "ddpo",
-    "command": "accelerate launch recipes/ddpo.py --seed 1",
-    "started": "2026-11-23T06:30:00+00:00",
-    "git_commit": None,
-    "versions": {"torch": "2.13.0"},
-    "device": "cpu",
-    "processes": 1,
-    "trainable_parameters": 2520360,
-}
-COLOURS = [(40 * i, 255 - 40 * i, 7 * i) for i in range(6)]
-NEVER_CLOSED = {"meta", "link", "img", "br", "input"}
-
-
-def train(step: int, *, elapsed: float, reward: float = 0.5, **more: float) -> Row:
-    counts = {"images": 192, "denoiser_calls": 1920}
-    seconds = {"seconds/rollout": 10.0, "seconds/reward": 1.0, "seconds/update": 20.0, "elapsed": elapsed}
-    health = {"ratio_std": 1e-4, "clip_fraction": 0.1}
-    rewards = {"reward": reward, "rewards/oracle": reward}
-    return {"kind": "train", "step": step, **rewards, **health, **counts, **seconds, **more}
-
-
-def evaluation(step: int, mean: float, error: float, *, elapsed: float, name: str = "oracle") -> Row:
-    scores = {name: mean, f"{name}/standard_error": error, "diversity": 0.31}
-    return {"kind": "evaluation", "step": step, "num_images": 408, **scores, "elapsed": elapsed}
-
-
-def two_updates(*, before: float, after: float) -> list[Row]:
-    """Errors of 0.03 and 0.04: the difference has one of 0.05."""
-    return [
-        evaluation(0, before, 0.03, elapsed=12),
-        train(1, elapsed=43.0),
-        train(2, elapsed=74.0),
-        evaluation(2, after, 0.04, elapsed=90.0),
-    ]
-
-
-def run_folder(path: Path, rows: list[Row], *, run: Row = RUN, config: str = "seed: 1\n") -> Path:
-    (path / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    (path / "config.yaml").write_text(config, encoding="utf-8")
-    if rows:
-        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def add_images(folder: Path, prompts: list[str], *, steps: tuple[int, ...]) -> list[Path]:
-    """Strips of 3 columns whose cells have 8 x 8 pixels in a colour of their own."""
-    images = folder / "images"
-    images.mkdir()
-    captions = {"prompts": prompts, "columns": 3, "seeds": [100 + i for i in range(len(prompts))]}
-    (images / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
-    paths = [images / f"step_{step:06}.png" for step in steps]
-    for step, path in zip(steps, paths, strict=True):
-        strip = Image.new("RGB", (24, 16), (step, step, step))
-        for i, colour in enumerate(COLOURS[: len(prompts)]):
-            strip.paste(colour, (8 * (i % 3), 8 * (i // 3), 8 * (i % 3) + 7, 8 * (i // 3) + 8))
-        strip.save(path)
-    return paths
+from tests.report_files import (
+    COLOURS,
+    HACKED,
+    RUN_INFO,
+    Page,
+    Row,
+    add_images,
+    evaluation,
+    plain,
+    run_folder,
+    train,
+    two_updates,
+)
 
 
 def page_of(folder: Path) -> str:
     return write_report(folder).read_text(encoding="utf-8")
 
 
-def plain(text: str) -> str:
-    """As it was before it was typeset."""
-    return text.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and text, and checks that what is opened is closed, in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in NEVER_CLOSED:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_headline_has_the_numbers_computed_by_hand() -> None:
-    """0.6 - 0.4 = 0.2; sqrt(0.03^2 + 0.04^2) = 0.05; 0.2 / 0.05 = 4; what comes later is not counted."""
+    """0.6 - 0.4 = 0.2; sqrt(0.03^2 + 0.04^2) = 0.05; 0.2 / 0.05 = 4. The update after the evaluation is not counted."""
     rows = [*two_updates(before=0.4, after=0.6), train(3, elapsed=121.0)]
     assert headline(rows) == (
         "oracle on the evaluation prompts rose from 0.400 ± 0.030 to 0.600 ± 0.040 "
@@ -130,7 +45,7 @@ def test_headline_has_the_numbers_computed_by_hand() -> None:
     )
 
 
-def test_the_page_carries_the_headline(tmp_path: Path) -> None:
+def test_the_page_contains_the_headline(tmp_path: Path) -> None:
     rows = two_updates(before=0.4, after=0.6)
     assert f"{headline(rows)}." in plain(Page(page_of(run_folder(tmp_path, rows))).text)
 
@@ -154,26 +69,26 @@ def test_under_three_standard_errors_is_within_noise(after: float, expected: str
 
 
 @pytest.mark.parametrize("error", [0.0, math.nan])
-def test_without_a_standard_error_nothing_is_claimed(error: float) -> None:
-    """One image has no spread, and images that all score the same have none either."""
+def test_without_a_standard_error_no_direction_is_claimed(error: float) -> None:
+    """As with a single image, or images with equal scores."""
     before, after = evaluation(0, 0.0, error, elapsed=1.0), evaluation(5, 1.0, error, elapsed=2.0)
     change = compare("oracle", before, after)
     assert (change.verb, change.certainty) == ("went", "error unknown")
 
 
-def test_numbers_follow_the_scale_of_their_error() -> None:
+def test_numbers_are_rounded_to_the_second_digit_of_their_error() -> None:
     before, after = evaluation(0, -12.3456, 3.0, elapsed=1.0), evaluation(5, -1.2345, 4.0, elapsed=2.0)
     change = compare("oracle", before, after)
     assert (change.before, change.after, change.difference) == ("-12.3 ± 3.0", "-1.2 ± 4.0", "+11.1")
 
 
-def test_a_half_written_last_line_is_ignored(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     rows = two_updates(before=0.4, after=0.6)
-    whole = page_of(run_folder(tmp_path, rows))
+    complete = page_of(run_folder(tmp_path, rows))
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(train(3, elapsed=121.0))[:-9])
     assert read_metrics(tmp_path) == rows
-    assert page_of(tmp_path) == whole
+    assert page_of(tmp_path) == complete
 
 
 @pytest.mark.parametrize(
@@ -187,15 +102,15 @@ def test_a_half_written_last_line_is_ignored(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_young_run_has_a_valid_page(tmp_path: Path, rows: list[Row], sentence: str) -> None:
-    run = {name: value for name, value in RUN.items() if name != "trainable_parameters"}
+def test_a_run_that_has_just_started_has_a_valid_page(tmp_path: Path, rows: list[Row], sentence: str) -> None:
+    run = {name: value for name, value in RUN_INFO.items() if name != "trainable_parameters"}
     page = Page(page_of(run_folder(tmp_path, rows, run=run)))
     assert sentence in plain(page.text)
     assert "No images yet" in page.text
     assert ("svg" in page.tags) == bool(rows)
 
 
-def test_before_alone_shows_no_after(tmp_path: Path) -> None:
+def test_a_single_evaluation_shows_one_image_per_prompt(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, [evaluation(0, 0.4, 0.03, elapsed=12.0)])
     add_images(folder, ["a red square"] * 4, steps=(0,))
     page = page_of(folder)
@@ -204,10 +119,10 @@ def test_before_alone_shows_no_after(tmp_path: Path) -> None:
     assert "<script" not in page
 
 
-def test_whatever_a_user_writes_is_escaped(tmp_path: Path) -> None:
+def test_user_text_is_escaped(tmp_path: Path) -> None:
     evil = "</style></pre><script>alert('&')</script>"
     run = {
-        **RUN,
+        **RUN_INFO,
         "recipe": evil,
         "command": evil,
         "git_commit": evil,
@@ -222,7 +137,7 @@ def test_whatever_a_user_writes_is_escaped(tmp_path: Path) -> None:
     assert f"prompt: {evil}" in Page(page).text
 
 
-def test_the_page_refers_to_nothing_but_itself(tmp_path: Path) -> None:
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
     add_images(folder, ["a red square"] * 6, steps=(0, 2))
     page = page_of(folder)
@@ -233,7 +148,7 @@ def test_the_page_refers_to_nothing_but_itself(tmp_path: Path) -> None:
     assert "@import" not in page
 
 
-def test_the_one_script_that_may_run_is_the_one_on_the_page(tmp_path: Path) -> None:
+def test_the_security_policy_allows_the_slider_script_only(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
     add_images(folder, ["a red square"] * 6, steps=(0, 2))
     page = page_of(folder)
@@ -244,7 +159,7 @@ def test_the_one_script_that_may_run_is_the_one_on_the_page(tmp_path: Path) -> N
 
 
 def test_the_images_of_every_evaluation_are_embedded(tmp_path: Path) -> None:
-    """Not those of step 1: a run that went on from an earlier checkpoint has forgotten that evaluation."""
+    """Except step 1: after a resume from an earlier checkpoint its evaluation is not in the metrics any more."""
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
     first, _, last = add_images(folder, ["a red square"] * 6, steps=(0, 1, 2))
     embedded = re.findall(r"base64,([^)]*)\)", page_of(folder))
@@ -252,29 +167,29 @@ def test_the_images_of_every_evaluation_are_embedded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_cells", [4, 6])
-def test_each_caption_sits_under_its_own_cell(tmp_path: Path, num_cells: int) -> None:
-    """CSS puts the x% of a strip on the x% of its box, so a cell begins at x% of (strip - cell)."""
+def test_each_caption_is_below_its_own_image(tmp_path: Path, num_cells: int) -> None:
+    """CSS puts x% of the grid at x% of the box, so a cell begins at x% of (grid - cell)."""
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
-    (strip,) = add_images(folder, [f"image {i}" for i in range(num_cells)], steps=(0,))
+    (path,) = add_images(folder, [f"image {i}" for i in range(num_cells)], steps=(0,))
     page = page_of(folder)
     assert re.search(r"background-size:\s*300% 200%", page)
     shown = re.findall(r"background-position: (\S+)% (\S+)%.*?<figcaption>image (\d) \(seed&nbsp;(\d+)\)", page, re.S)
-    with Image.open(strip) as image:
+    with Image.open(path) as grid:
         for i, (x, y, number, seed) in enumerate(shown):
             corner = round(float(x) / 100 * (24 - 8)), round(float(y) / 100 * (16 - 8))
             assert (int(number), int(seed)) == (i, 100 + i)
-            assert image.getpixel(corner) == COLOURS[i]
+            assert grid.getpixel(corner) == COLOURS[i]
     assert len(shown) == num_cells
 
 
 def test_the_time_split_sums_to_the_elapsed_time() -> None:
-    """2 updates of 10 + 1 + 20 seconds in a run of 90: 28 seconds are left for evaluations."""
+    """2 updates of 10 + 1 + 20 seconds in 90 seconds: 28 seconds remain for evaluations."""
     split = time_split(two_updates(before=0.4, after=0.6))
     assert split == {"rollout": 20.0, "reward": 2.0, "update": 40.0, "evaluation and the rest": 28.0}
 
 
-def test_curves_are_where_the_numbers_are() -> None:
-    """The plot spans x from 50 to 350 and y from 166 (the lowest) up to 16 (the highest whisker)."""
+def test_curves_are_at_the_positions_of_their_numbers() -> None:
+    """The plot spans x from 50 to 350, and y from 166 (lowest value) up to 16 (highest error bar)."""
     line, dot = [(0.0, 0.0, 0.0), (5.0, 0.5, 0.0), (10.0, 1.0, 0.0)], (10.0, 0.75, 0.25)
     svg = draw(Chart("oracle", "", training=line, evaluation=[dot]))
     assert 'class="training" d="M50.0 166.0L200.0 91.0L350.0 16.0h0"' in svg
@@ -282,22 +197,22 @@ def test_curves_are_where_the_numbers_are() -> None:
     assert 'class="evaluation dot" d="M350.0 53.5h0"' in svg
 
 
-def test_each_reward_has_its_training_and_its_evaluation_curve() -> None:
+def test_each_reward_has_a_training_and_an_evaluation_curve() -> None:
     rows = [evaluation(0, 0.4, 0.03, elapsed=12.0), train(1, elapsed=43.0, reward=0.7)]
     oracle = charts(rows)[0]
     assert (oracle.title, oracle.training, oracle.evaluation) == ("oracle", [(1, 0.7, 0)], [(0, 0.4, 0.03)])
 
 
 @pytest.mark.parametrize("kl", [None, 1e-5])
-def test_kl_is_drawn_where_it_is_measured(kl: float | None) -> None:
+def test_kl_is_drawn_if_it_was_logged(kl: float | None) -> None:
     rows = [train(1, elapsed=31.0) if kl is None else train(1, elapsed=31.0, kl=kl)]
     titles = [chart.title for chart in charts(rows)]
     assert ("KL divergence" in titles) == (kl is not None)
     assert "diversity" not in titles
 
 
-def test_a_repeated_step_is_drawn_once_and_paid_twice() -> None:
-    """A resumed run repeats what came after its last checkpoint."""
+def test_a_repeated_step_is_drawn_once_but_its_images_count_twice() -> None:
+    """A resumed run repeats the steps after its last checkpoint."""
     rows = two_updates(before=0.4, after=0.6)
     again = [*rows[:3], train(2, elapsed=80.0, reward=0.9), rows[3]]
     assert charts(again)[0].training == [(1, 0.5, 0), (2, 0.9, 0)]
@@ -309,10 +224,11 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_the_command_line_writes_the_page_without_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", [[], ["--runs"]])
+def test_the_command_line_writes_the_page_without_torch(option: list[str], tmp_path: Path) -> None:
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
     run = "import runpy, sys; runpy.run_module('rlhf_t2i.report', run_name='__main__')"
-    command = [sys.executable, "-c", f"{run}; assert 'torch' not in sys.modules", str(folder)]
+    command = [sys.executable, "-c", f"{run}; assert 'torch' not in sys.modules", *option, str(folder)]
     output = subprocess.check_output(command, cwd=Path(__file__).parents[1], text=True)
     assert output.strip() == str(folder / "report.html")
 
@@ -320,39 +236,21 @@ def test_the_command_line_writes_the_page_without_torch(tmp_path: Path) -> None:
 # --- reward hacking -------------------------------------------------------------------------------
 
 
-def judged(step: int, *, judge: float, oracle: float) -> Row:
-    """400 images whose standard deviations are 2 (judge) and 0.5 (oracle)."""
-    errors = {"reward_model/standard_error": 0.1, "oracle/standard_error": 0.025}
-    means = {"oracle": oracle, "llava_reward": judge, "diversity": 0.3}
-    return {"kind": "evaluation", "step": step, "num_images": 400, **means, **errors, "elapsed": float(step)}
-
-
-HACKED = [
-    judged(0, judge=1.0, oracle=0.4),
-    {**train(1, elapsed=1.0), "rewards/judge": 1.0},
-    judged(10, judge=3.0, oracle=0.65),
-    judged(20, judge=5.0, oracle=0.5),
-]
-for _row in HACKED:
-    _row.pop("rewards/oracle", None)
-
-
-def test_gains_are_counted_in_standard_deviations_of_the_first_images() -> None:
+def test_gains_are_in_standard_deviations_of_the_first_images() -> None:
     gap = hacking(HACKED)
     assert gap is not None
     assert (gap.trained, gap.held_out) == ("llava_reward", "oracle")
-    error = 2**0.5 * 0.05  # of the mean of 400 images, in their standard deviations, against another such mean
+    error = 2**0.5 * 0.05  # of the difference of two means of 400 images, in standard deviations
     assert gap.trained_gains == [(0, 0, 0), pytest.approx((10, 1.0, error)), pytest.approx((20, 2.0, error))]
     assert gap.held_out_gains == [(0, 0, 0), pytest.approx((10, 0.5, error)), pytest.approx((20, 0.2, error))]
     assert "gap of +1.80" in gap.sentence
 
 
-def test_the_gap_is_drawn_and_said(tmp_path: Path) -> None:
+def test_the_gap_is_drawn_and_stated(tmp_path: Path) -> None:
     drawn = charts(HACKED)
-    assert [chart.title for chart in drawn[:2]] == ["gain of judge and oracle", "gap"]
+    assert [chart.title for chart in drawn[:2]] == ["gain of llava_reward and oracle", "gap"]
     assert [round(y, 6) for _, y, _ in drawn[1].evaluation] == [0.0, 0.5, 1.8]
-    page = write_report(run_folder(tmp_path, HACKED)).read_text()
-    assert "a gap of +1.80" in page
+    assert "a gap of +1.80" in page_of(run_folder(tmp_path, HACKED))
 
 
 @pytest.mark.parametrize("missing", ["llava_reward", "oracle"])

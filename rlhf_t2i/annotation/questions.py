@@ -111,10 +111,10 @@ def from_runs(folders: Sequence[Path], *, num_pairs: int | None, generator: torc
     there are no such images.
     """
     entries = side_by_side(folders)
-    sheets = {one.strip: read_image(one.strip) for one in entries}
+    sheets = {one.grid: read_image(one.grid) for one in entries}
     pairs = [(*two, cell) for two in combinations(entries, 2) for cell in shared_cells(entries)]
     for one, other, cell in subsample(pairs, num_pairs, generator=generator):
-        first, second = (_cut_out(sheets[entry.strip], entry.captions, cell) for entry in (one, other))
+        first, second = (_cut_out(sheets[entry.grid], entry.captions, cell) for entry in (one, other))
         yield Candidate(cell[0], (first, second), (one.name, other.name))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlhf_t2i.annotation.agreement import Choices, between_annotators, pairwise_win_rates, with_reward
 from rlhf_t2i.annotation.answers import Answers, Key, StaleError, annotator_name
 from rlhf_t2i.annotation.questions import image_path
-from rlhf_t2i.report import HEAD, STYLES
+from rlhf_t2i.report.templating import STYLES, load_template
 
 try:
     from fastapi import FastAPI, Request, Response
@@ -187,4 +187,4 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
 
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined)
 _PAGE = _ENVIRONMENT.from_string((_HERE / "page.html").read_text(encoding="utf-8"))
-_RESULTS = _ENVIRONMENT.from_string(HEAD + (_HERE / "results.html").read_text(encoding="utf-8"))
+_RESULTS = load_template(_HERE / "results.html")

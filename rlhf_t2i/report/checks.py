@@ -1,7 +1,7 @@
-"""What may have gone wrong in a run: each check says what it saw, what that usually means, and what to do about it.
+"""Checks for common problems of a run: each states the numbers, their usual meaning, and options that may help.
 
-Nothing is called a warning that chance alone may have done: means are compared by their standard errors, and whatever
-fluctuates from step to step by the spread of its last steps.
+Random fluctuations are not warnings: means are compared by their standard errors, and quantities that vary from step
+to step by the standard error of their recent mean.
 """
 
 from __future__ import annotations
@@ -10,138 +10,151 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean
 
-from rlhf_t2i.report.finding import NUM_ERRORS, Config, Finding, advice, change, recent, setting, surely_above, text
-from rlhf_t2i.report.update_checks import clipping_is_stuck, gradients_break, ratios_are_off
+from rlhf_t2i.report.finding import (
+    Z_THRESHOLD,
+    Config,
+    Finding,
+    mean_exceeds,
+    mean_text,
+    option,
+    recent,
+    suggest,
+    z_score,
+)
+from rlhf_t2i.report.update_checks import check_clipping, check_gradients, check_ratios
 from rlhf_t2i.training.changes import diversity_of, with_error
 from rlhf_t2i.training.metrics import Row, by_step, number, reward_names, trained_rewards
 
 COLLAPSE = 1 / 3
-"""Of the first diversity. Half is lost where all is well: much of it was images of something else than asked."""
+"""Fraction of the first diversity below which it has collapsed. Half is often lost because wrong images disappear."""
 MOSTLY_FLAT = 0.5
-"""Share of groups: then half of the images are painted and judged for nothing."""
+"""Fraction of groups without variance above which most images of a step are wasted."""
 _FLAT_REWARD = 1e-6
-"""A spread of rewards below this counts as none, as in the advantages."""
+"""Standard deviation of rewards that counts as 0, as in `rlhf_t2i.advantages`."""
 
 
 def findings(rows: Sequence[Row], config: Config) -> list[Finding]:
-    """All checks, in the order in which they are worth reading."""
-    checks = (held_out_falls, diversity_collapses, ratios_are_off, groups_are_flat, clipping_is_stuck, gradients_break)
+    """Return the results of all checks, the most important first."""
+    checks = (
+        check_held_out_rewards, check_diversity, check_ratios, check_group_variance, check_clipping, check_gradients,
+    )  # fmt: skip
     return [check(rows, config) for check in checks]
 
 
-def held_out_falls(rows: Sequence[Row], config: Config) -> Finding:
-    """Whether a reward that is not trained on has fallen since it was best, and one that is has not.
+def check_held_out_rewards(rows: Sequence[Row], config: Config) -> Finding:
+    """Warn if a held-out reward has fallen since its best evaluation.
 
-    The best of k earlier evaluations is partly luck: the bound is as rarely passed by chance as NUM_ERRORS by one.
+    The best of k evaluations is biased upwards. The threshold grows with k such that noise exceeds it as rarely as
+    3 standard errors in a single comparison (Bonferroni): Phi(-threshold) = Phi(-3) / k.
     """
-    check = "Trained and held-out rewards go together"
+    title = "Held-out rewards do not fall"
     evaluations, trained_on = by_step(rows, "evaluation"), trained_rewards(rows)
     evaluated = reward_names(evaluations[:1])
     trained, held_out = ([n for n in evaluated if (n in trained_on) == side] for side in (True, False))
     if not trained_on:
-        return Finding(check, "unknown", "No reward is trained on so far.")
+        return Finding(title, "unknown", "No reward is trained on so far.")
     if not trained or not held_out:
-        lacking = "that is trained on" if not trained else "that is not trained on"
-        hint = advice(config, ("evaluation_rewards", "one of each kind in --evaluation_rewards"))
-        return Finding(check, "unknown", f"No reward {lacking} is evaluated. {hint}".strip())
+        kind = "that is trained on" if not trained else "that is held out"
+        hint = suggest(config, ("evaluation_rewards", "one of each kind in --evaluation_rewards"))
+        return Finding(title, "unknown", f"No reward {kind} is evaluated. {hint}".strip())
     if len(evaluations) < 2:
-        return Finding(check, "unknown", "There is one evaluation, with nothing to compare it to.")
-    last, chance = evaluations[-1], 1 - NormalDist().cdf(NUM_ERRORS)
-    bound = -NormalDist().inv_cdf(chance / (len(evaluations) - 1))
-    if all(math.isnan(change(evaluations[0], last, name)) for name in held_out):
-        return Finding(check, "unknown", "The standard errors of the held-out rewards are not known.")
+        return Finding(title, "unknown", "There is only one evaluation.")
+    last, tail = evaluations[-1], 1 - NormalDist().cdf(Z_THRESHOLD)
+    threshold = -NormalDist().inv_cdf(tail / (len(evaluations) - 1))
+    if all(math.isnan(z_score(evaluations[0], last, name)) for name in held_out):
+        return Finding(title, "unknown", "The standard errors of the held-out rewards are unknown.")
     for name in held_out:
         best = max(evaluations[:-1], key=lambda row: number(row, name))
-        if not change(best, last, name) < -bound:
+        if not z_score(best, last, name) < -threshold:
             continue
-        kept = next((one for one in trained if change(best, last, one) > -bound), None)
-        both = ", ".join(
-            f"{one} went from {text(best, one)} to {text(last, one)}" for one in (name, kept or trained[0])
+        steady = next((one for one in trained if z_score(best, last, one) > -threshold), None)
+        changes = ", ".join(
+            f"{one} went from {mean_text(best, one)} to {mean_text(last, one)}" for one in (name, steady or trained[0])
         )
-        seen = f"From update {best['step']} to {last['step']} {both}."
-        return Finding(f"{name}, which is not trained on, falls", "warning", seen, *_about_a_fall(kept, name, config))
-    gaps = ", ".join(f"{n} {text(evaluations[0], n)} to {text(last, n)}" for n in (*trained, *held_out))
-    return Finding(check, "fine", f"No held-out reward has fallen by more than {bound:.1f} standard errors: {gaps}.")
+        observed = f"From update {best['step']} to {last['step']} {changes}."
+        return Finding(f"The held-out reward {name} falls", "warning", observed, *_explain_fall(steady, name, config))
+    changes = ", ".join(f"{n} {mean_text(evaluations[0], n)} to {mean_text(last, n)}" for n in (*trained, *held_out))
+    return Finding(title, "passed", f"None has fallen by more than {threshold:.1f} standard errors: {changes}.")
 
 
-def _about_a_fall(kept: str | None, held_out: str, config: Config) -> tuple[str, str]:
-    """What it means, and what to do."""
+def _explain_fall(steady: str | None, held_out: str, config: Config) -> tuple[str, str]:
+    """Return meaning and advice; `steady` is a reward that is trained on and has not fallen."""
     stop = ("early_stop_reward", f"--early_stop_reward {held_out}, which exports the weights from before the fall")
-    nearer = advice(
+    advice = suggest(
         config,
         *([stop] if config.get("early_stop_reward") is None else []),
-        setting(config, "a higher", "kl_weight"),
-        setting(config, "a higher", "beta"),
-        setting(config, "a lower", "learning_rate"),
-        ("rewards", "a second reward in --rewards, as two are harder to fool than one"),
+        option(config, "a higher", "kl_weight"),
+        option(config, "a higher", "beta"),
+        option(config, "a lower", "learning_rate"),
+        ("rewards", "a second reward in --rewards, because several are harder to exploit than one"),
     )
-    if kept is None:
-        return "Both have become worse: the updates do damage, most often because they are too large.", nearer
+    if steady is None:
+        return "Both rewards have fallen: the updates damage the model, most often because they are too large.", advice
     return (
-        f"The model no longer gets better but learns what {kept} mistakes for better: reward hacking, or a fit to the "
-        f"training prompts. Look at its best images below.",
-        nearer,
+        f"The model exploits errors of {steady} (reward hacking) or overfits to the training prompts. Check the images "
+        f"with its highest scores below.",
+        advice,
     )
 
 
-def diversity_collapses(rows: Sequence[Row], config: Config) -> Finding:
-    """Whether the images of one prompt have become much more alike than they were."""
-    check = "Images of one prompt still differ"
+def check_diversity(rows: Sequence[Row], config: Config) -> Finding:
+    """Warn if diversity is below a third of that of the first evaluation, beyond its standard errors."""
+    title = "Images of the same prompt still differ"
     evaluations = by_step(rows, "evaluation")
     if len(evaluations) < 2 or not number(evaluations[0], "diversity") > 0:
-        hint = "two images of a prompt are needed: --num_evaluation_images above the number of evaluation prompts"
-        why = hint if evaluations and number(evaluations[0], "diversity") == 0 else "two evaluations are needed"
-        return Finding(check, "unknown", f"Not known: {why}.")
+        one_image = bool(evaluations) and number(evaluations[0], "diversity") == 0
+        needed = "two images of the same prompt (--num_evaluation_images above the number of evaluation prompts)"
+        return Finding(title, "unknown", f"This needs {needed if one_image else 'two evaluations'}.")
     first, last = (diversity_of(evaluations[i]) for i in (0, -1))
-    share = last[0] / first[0]
-    seen = f"Diversity went from {with_error(*first)} to {with_error(*last)}, {share:.0%} of what it was."
-    if not COLLAPSE * first[0] - last[0] > NUM_ERRORS * math.hypot(COLLAPSE * first[1], last[1]):
-        return Finding(check, "fine", f"{seen} Under {COLLAPSE:.0%} would be called a collapse.")
+    fraction = last[0] / first[0]
+    observed = f"Diversity went from {with_error(*first)} to {with_error(*last)}, {fraction:.0%} of the first value."
+    if not COLLAPSE * first[0] - last[0] > Z_THRESHOLD * math.hypot(COLLAPSE * first[1], last[1]):
+        return Finding(title, "passed", f"{observed} Under {COLLAPSE:.0%} counts as collapsed.")
     return Finding(
-        "Diversity has collapsed", "warning", seen,
-        "The model paints much the same image of a prompt whatever the seed: a collapse. Some loss is usual, as "
-        "wrong images disappear; this is more.",
-        advice(
+        "Diversity has collapsed", "warning", observed,
+        "Mode collapse: the images of a prompt are nearly the same for all seeds. Some loss is usual, because wrong "
+        "images disappear; this is more.",
+        suggest(
             config,
-            setting(config, "a higher", "kl_weight"),
-            setting(config, "a higher", "beta"),
-            setting(config, "a lower", "learning_rate"),
-            setting(config, "fewer", "num_steps"),
+            option(config, "a higher", "kl_weight"),
+            option(config, "a higher", "beta"),
+            option(config, "a lower", "learning_rate"),
+            option(config, "fewer", "num_steps"),
         ),
     )  # fmt: skip
 
 
-def groups_are_flat(rows: Sequence[Row], config: Config) -> Finding:
-    """Whether too many prompts have images that all earn the same, or all images do."""
-    check = "Rewards differ within a group"
+def check_group_variance(rows: Sequence[Row], config: Config) -> Finding:
+    """Warn if the images of most prompts have equal rewards, or if all images have."""
+    title = "Rewards differ within a group"
     train = by_step(rows, "train")
-    flat = _flat_shares(train, config)
-    spreads = recent([number(row, "reward_std") for row in train if "reward_std" in row])
-    if not flat and not spreads:
-        return Finding(check, "unknown", "This recipe compares no images of one prompt, or there are too few steps.")
+    flat = _flat_fractions(train, config)
+    stds = recent([number(row, "reward_std") for row in train if "reward_std" in row])
+    if not flat and not stds:
+        return Finding(title, "unknown", "The recipe does not compare images of a prompt, or there are too few steps.")
     if flat:
-        seen = f"Lately {fmean(flat):.0%} of the groups had images that all earned the same."
-        bad = surely_above(flat, MOSTLY_FLAT)
+        observed = f"In the last {len(flat)} steps {fmean(flat):.0%} of the groups had images with equal rewards."
+        is_bad = mean_exceeds(flat, MOSTLY_FLAT)
     else:
-        seen = f"Lately the rewards of a step spread by {fmean(spreads):.3g}."
-        bad = max(spreads) <= _FLAT_REWARD
-    if not bad:
-        return Finding(check, "fine", seen)
+        observed = f"In the last {len(stds)} steps the standard deviation of the rewards was {fmean(stds):.3g}."
+        is_bad = max(stds) <= _FLAT_REWARD
+    if not is_bad:
+        return Finding(title, "passed", observed)
     return Finding(
-        "Most groups have no variance", "warning", seen,
-        "Without a difference there is no better and worse: such images cost as much as others and teach nothing.",
-        advice(
+        "Most groups have no variance", "warning", observed,
+        "The advantages of a group with equal rewards are 0: its images cost as much as others and have no gradient.",
+        suggest(
             config,
-            setting(config, "more", "images_per_prompt"),
-            ("rewards", "a graded reward instead of one that only passes or fails, in --rewards"),
-            ("prompts", "--prompts that are neither always nor never painted right"),
-            setting(config, "a higher", "noise_scale"),
+            option(config, "more", "images_per_prompt"),
+            ("rewards", "a graded reward instead of pass or fail in --rewards"),
+            ("prompts", "--prompts that the model gets right sometimes, but not always"),
+            option(config, "a higher", "noise_scale"),
         ),
     )  # fmt: skip
 
 
-def _flat_shares(train: Sequence[Row], config: Config) -> list[float]:
-    """Of each recent step the share of its groups that taught nothing; none where that is not known."""
+def _flat_fractions(train: Sequence[Row], config: Config) -> list[float]:
+    """Return the fraction of groups with equal rewards in each recent step; empty if it is unknown."""
     groups = config.get("prompts_per_step")
     if groups and config.get("pairs") == "sampled" and config.get("pair_selection") == "best_worst":
         return recent([1 - row["pairs"] / groups for row in train if "pairs" in row])

@@ -1,4 +1,4 @@
-"""What a check says, and the arithmetic that keeps it from calling chance a warning."""
+"""The result of a check, and statistics that keep random fluctuations from becoming warnings."""
 
 from __future__ import annotations
 
@@ -13,65 +13,70 @@ from rlhf_t2i.training.metrics import ERROR, Row, by_step, number, reward_names
 
 Config = Mapping[str, Any]
 
-NUM_ERRORS = 3.0
-"""Standard errors beyond which a difference is no noise: chance alone gets there once in 740 times, on one side."""
+Z_THRESHOLD = 3.0
+"""Standard errors above which a change counts as real: noise exceeds it, on one side, once in 740 times."""
 _RECENT = 0.25
-"""Part of a run that says how it goes now ..."""
+"""Fraction of the training steps that describes the present state of a run."""
 _MIN_RECENT = 4
-"""... and the fewest steps that can say so."""
+"""Smallest number of training steps that describes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check saw."""
+    """The result of one check."""
 
     title: str
-    """What is so where it is fine, or what is wrong where it is a warning."""
-    state: Literal["warning", "fine", "unknown"]
-    seen: str
+    """What holds if the check passes; the problem if it is a warning."""
+    state: Literal["warning", "passed", "unknown"]
+    observed: str
+    """The numbers behind the result."""
     meaning: str = ""
-    remedy: str = ""
+    advice: str = ""
 
 
-def advice(config: Config, *options: tuple[str, str]) -> str:
-    """A sentence of what the recipe of this config has settings for."""
-    own = [text for setting, text in options if setting in config]
-    return f"Try {'; or '.join(own)}." if own else ""
+def suggest(config: Config, *options: tuple[str, str]) -> str:
+    """Return a sentence with those suggestions, (option, text) each, whose option the recipe has."""
+    texts = [text for option, text in options if option in config]
+    return f"Try {'; or '.join(texts)}." if texts else ""
 
 
-def setting(config: Config, word: str, name: str) -> tuple[str, str]:
-    """An option for `advice`: to turn a setting up or down, with what it was."""
-    return name, f"{word} --{name} (it was {config.get(name)})"
+def option(config: Config, direction: str, name: str) -> tuple[str, str]:
+    """Return a suggestion to change an option, such as ("kl_weight", "a higher --kl_weight (it was 0.1)")."""
+    return name, f"{direction} --{name} (it was {config.get(name)})"
 
 
-def change(before: Row, after: Row, name: str) -> float:
-    """In standard errors, taken as independent; NaN where they are not known."""
+def z_score(before: Row, after: Row, name: str) -> float:
+    """Return the change of a reward in standard errors of the change, NaN if those are unknown.
+
+    z = (after - before) / sqrt(before_error^2 + after_error^2)
+    """
     error = math.hypot(number(before, name + ERROR), number(after, name + ERROR))
     return (number(after, name) - number(before, name)) / error if error > 0 else math.nan
 
 
-def has_learnt(rows: Sequence[Row]) -> bool:
-    """Whether any evaluated reward rose beyond noise."""
-    ends = by_step(rows, "evaluation")
-    return any(change(ends[0], ends[-1], name) > NUM_ERRORS for name in reward_names(ends[:1]))
+def any_reward_rose(rows: Sequence[Row]) -> bool:
+    """Return True if an evaluated reward rose beyond noise between the first and the last evaluation."""
+    evaluations = by_step(rows, "evaluation")
+    names = reward_names(evaluations[:1])
+    return any(z_score(evaluations[0], evaluations[-1], name) > Z_THRESHOLD for name in names)
 
 
-def text(row: Row, name: str) -> str:
-    """The mean of a reward with its error."""
+def mean_text(row: Row, name: str) -> str:
+    """Return the mean of a reward with its standard error."""
     return with_error(number(row, name), number(row, name + ERROR))
 
 
 def recent(values: Sequence[float]) -> list[float]:
-    """The last part of a run; nothing if the run is too short to have one."""
+    """Return the last quarter of a series, but at least 4 values; empty if there are fewer."""
     count = max(_MIN_RECENT, round(_RECENT * len(values)))
     return list(values[-count:]) if len(values) >= _MIN_RECENT else []
 
 
-def surely_above(values: Sequence[float], bound: float) -> bool:
-    """Whether their mean lies above a bound by more than NUM_ERRORS of its standard errors."""
-    return fmean(values) - NUM_ERRORS * stdev(values) / len(values) ** 0.5 > bound
+def mean_exceeds(values: Sequence[float], bound: float) -> bool:
+    """Return True if the mean of `values` is above `bound` by more than 3 of its standard errors."""
+    return fmean(values) - Z_THRESHOLD * stdev(values) / len(values) ** 0.5 > bound
 
 
-def no_nan(value: float) -> float:
-    """NaN is worse than any number."""
+def nan_as_inf(value: float) -> float:
+    """Return infinity for NaN, so that NaN compares as the largest error."""
     return math.inf if math.isnan(value) else value

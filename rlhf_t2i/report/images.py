@@ -1,7 +1,6 @@
-"""The images of a run folder as a page can hold them: strips through training, and the best and the worst.
+"""The images of a run folder, embedded in a page: image grids through training, and best and worst images.
 
-Small images are embedded as they are, large ones as thumbnails, and of many evaluations a part, evenly spread, so
-that a page stays light enough to send.
+To keep a page small, large images become thumbnails, and of many evaluations an evenly spaced selection is embedded.
 """
 
 from __future__ import annotations
@@ -17,18 +16,26 @@ from PIL import Image
 
 from rlhf_t2i.training.changes import with_error
 from rlhf_t2i.training.metrics import ERROR, Row, by_step, number, reward_names, trained_rewards
+from rlhf_t2i.training.run_folder import (
+    EXTREMES,
+    IMAGES,
+    evaluation_scores,
+    extremes_grid,
+    image_grid,
+    read_captions,
+)
 
-MAX_STRIPS = 24
-"""Evaluations whose images a page holds: with thumbnails about 6 MB."""
-_LOSSLESS_SIDE = 64
-"""Images up to this width are embedded pixel for pixel."""
+MAX_GRIDS = 24
+"""Largest number of evaluations whose images a page embeds; about 6 MB of thumbnails."""
+LOSSLESS_SIDE = 64
+"""Largest width in pixels of images that are embedded unchanged and shown with sharp pixels."""
 _THUMBNAIL_SIDE = 192
-"""Twice the width at which the page shows an image, for screens of high density."""
+"""Width of thumbnails in pixels: twice that on the page, for screens of high density."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
-    """Images of one size in rows, as data that a style can refer to."""
+class EmbeddedGrid:
+    """A grid of images of equal size as a data URL for CSS."""
 
     url: str
     columns: int
@@ -36,21 +43,25 @@ class Sheet:
     side: int
     """Width of one image in pixels, as embedded."""
 
-    def place(self, cell: int) -> tuple[float, float]:
-        """Where an image lies, in percent of what the sheet is larger than it."""
+    @property
+    def is_pixelated(self) -> bool:
+        """True if the images are so small that the page should show sharp pixels."""
+        return self.side <= LOSSLESS_SIDE
+
+    def position(self, cell: int) -> tuple[float, float]:
+        """Return the `background-position` of a cell, in percent of (grid size - cell size)."""
         column, row = cell % self.columns, cell // self.columns
         return 100 * column / max(1, self.columns - 1), 100 * row / max(1, self.rows - 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Strip:
-    """The images of one evaluation, and what was said of all that it saw."""
+class EvaluationImages:
+    """The image grid of one evaluation."""
 
     step: int
-    sheet: Sheet
-
-    verdict: str
-    """The mean of each reward with its error."""
+    grid: EmbeddedGrid
+    rewards: str
+    """Mean and standard error of each reward over all images of the evaluation, as text."""
 
     @property
     def when(self) -> str:
@@ -58,138 +69,135 @@ class Strip:
 
 
 @dataclass(frozen=True, slots=True)
-class Through:
-    """The same prompts and seeds at every evaluation, from first to last."""
+class ImageHistory:
+    """Images of the same prompts and seeds from all evaluations, in order."""
 
-    strips: list[Strip]
+    evaluations: list[EvaluationImages]
     cells: list[tuple[str, int]]
-    """Prompt and seed of each image."""
+    """Prompt and seed of each cell."""
     num_evaluations: int
-    """Of which `strips` may be a part."""
+    """Number of evaluations in the run folder; `evaluations` may be a selection of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ScoredImage:
     """One image of the last evaluation."""
 
-    place: tuple[float, float]
+    position: tuple[float, float]
     prompt: str
     seed: int
     index: int
-    """Its place among the evaluation images, from 0."""
+    """Index among the evaluation images, from 0."""
     scores: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Extremes:
-    """The best and the worst images by one reward, the utmost first."""
+    """The images with the highest and the lowest scores of one reward."""
 
     reward: str
-    trained: bool
-    best: list[Judged]
-    worst: list[Judged]
+    is_trained_on: bool
+    best: list[ScoredImage]
+    """From the highest score down."""
+    worst: list[ScoredImage]
+    """From the lowest score up."""
     num_equal: tuple[int, int]
-    """How many images score as the very best does, and as the very worst: of these the earliest are shown."""
+    """Number of images that share the highest score, and the lowest; the first of them are shown."""
 
 
-def read_sheet(path: Path, *, columns: int, num_cells: int) -> Sheet:
-    """Embed a strip of `num_cells` images: as it is, or large ones as thumbnails."""
+def embed_grid(path: Path, *, columns: int, num_cells: int) -> EmbeddedGrid:
+    """Embed the image grid in a PNG: unchanged, or as thumbnails if its images are wider than 64 pixels."""
     rows = -(-num_cells // columns)
-    with Image.open(path) as strip:
-        side = strip.width // columns
-    if side <= _LOSSLESS_SIDE:
-        return Sheet(_url("png", path.read_bytes()), columns, rows, side)
+    with Image.open(path) as grid:
+        side = grid.width // columns
+    if side <= LOSSLESS_SIDE:
+        return EmbeddedGrid(_data_url("png", path.read_bytes()), columns, rows, side)
     data = _thumbnails(path, columns=columns, rows=rows)
-    return Sheet(_url("webp", data), columns, rows, min(side, _THUMBNAIL_SIDE))
+    return EmbeddedGrid(_data_url("webp", data), columns, rows, min(side, _THUMBNAIL_SIDE))
 
 
 def _thumbnails(path: Path, *, columns: int, rows: int) -> bytes:
-    """A strip whose images have shrunk, each for itself, as WebP.
+    """Return the grid as WebP with each image resized on its own, so that neighbours do not mix.
 
-    It is kept beside the strip, because a run of large images would spend seconds on it at every evaluation.
+    The file is cached beside the grid: otherwise each report of a run with large images would take seconds.
     """
-    kept = path.with_suffix(".webp")
-    if kept.is_file() and kept.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-        return kept.read_bytes()
+    cached = path.with_suffix(".webp")
+    if cached.is_file() and cached.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+        return cached.read_bytes()
     with Image.open(path) as opened:
-        strip = opened.convert("RGB")
-    width, height = strip.width // columns, strip.height // rows
-    shown = min(width, _THUMBNAIL_SIDE)
-    size = shown, round(height * shown / width)
+        grid = opened.convert("RGB")
+    width, height = grid.width // columns, grid.height // rows
+    small_width = min(width, _THUMBNAIL_SIDE)
+    size = small_width, round(height * small_width / width)
     small = Image.new("RGB", (columns * size[0], rows * size[1]))
     for x in range(columns):
         for y in range(rows):
-            cell = strip.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
+            cell = grid.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
             small.paste(cell.resize(size), (x * size[0], y * size[1]))
     data = io.BytesIO()
     small.save(data, "WEBP", quality=82)
-    part = kept.with_suffix(".part")  # whoever is killed now leaves no half of it
+    part = cached.with_suffix(".part")  # a killed process leaves no truncated cache
     part.write_bytes(data.getvalue())
-    part.replace(kept)
+    part.replace(cached)
     return data.getvalue()
 
 
-def through_training(folder: Path, rows: Sequence[Row]) -> Through | None:
-    """The strips of the evaluations that the rows tell of; None where there is none yet."""
-    evaluations = [row for row in by_step(rows, "evaluation") if _strip(folder, row["step"]).is_file()]
+def image_history(folder: Path, rows: Sequence[Row]) -> ImageHistory | None:
+    """Return the image grids of the evaluations in `rows` from a run folder; None if there are none."""
+    evaluations = [row for row in by_step(rows, "evaluation") if image_grid(folder, row["step"]).is_file()]
     if not evaluations:
         return None
-    captions: Row = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    captions = read_captions(folder)
     cells = list(zip(captions["prompts"], captions["seeds"], strict=True))
-    strips = [
-        Strip(
+    embedded = [
+        EvaluationImages(
             row["step"],
-            read_sheet(_strip(folder, row["step"]), columns=captions["columns"], num_cells=len(cells)),
+            embed_grid(image_grid(folder, row["step"]), columns=captions["columns"], num_cells=len(cells)),
             ", ".join(f"{n} {with_error(number(row, n), number(row, n + ERROR))}" for n in reward_names([row])),
         )
-        for row in spread(evaluations, most=MAX_STRIPS)
+        for row in evenly_spaced(evaluations, limit=MAX_GRIDS)
     ]
-    return Through(strips, cells, len(evaluations))
+    return ImageHistory(embedded, cells, len(evaluations))
 
 
-def spread(things: Sequence[Row], *, most: int) -> list[Row]:
-    """At most so many of them, evenly spread, the first and the last always among them."""
-    if len(things) <= most:
-        return list(things)
-    return [things[round(i * (len(things) - 1) / (most - 1))] for i in range(most)]
+def evenly_spaced(rows: Sequence[Row], *, limit: int) -> list[Row]:
+    """Return at most `limit` rows, evenly spaced, with the first and the last."""
+    if len(rows) <= limit:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def best_and_worst(folder: Path, rows: Sequence[Row]) -> tuple[Sheet, list[Extremes]] | None:
-    """The utmost images of the last evaluation by each reward, those first that are trained on.
+def best_and_worst(folder: Path, rows: Sequence[Row]) -> tuple[EmbeddedGrid, list[Extremes]] | None:
+    """Return the extreme images of the last evaluation, rewards that are trained on first.
 
-    None where nothing was evaluated yet, or by a version that did not keep them.
+    None if there is no evaluation, or if the run folder has no extremes of the last one.
     """
-    evaluations, path = by_step(rows, "evaluation"), folder / "extremes.json"
-    facts: Row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"step": None}
-    if not evaluations or facts["step"] != evaluations[-1]["step"]:
+    evaluations, path = by_step(rows, "evaluation"), folder / IMAGES / EXTREMES
+    layout: Row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"step": None}
+    if not evaluations or layout["step"] != evaluations[-1]["step"]:
         return None
-    spoken: Row = json.loads((folder / f"step_{facts['step']:06d}.json").read_text(encoding="utf-8"))
-    strip = folder / f"extremes_{facts['step']:06d}.png"
-    sheet = read_sheet(strip, columns=facts["columns"], num_cells=len(facts["cells"]))
+    record: Row = json.loads(evaluation_scores(folder, layout["step"]).read_text(encoding="utf-8"))
+    grid = embed_grid(extremes_grid(folder, layout["step"]), columns=layout["columns"], num_cells=len(layout["cells"]))
 
-    def judged(images: Sequence[int]) -> list[Judged]:
+    def scored(images: Sequence[int]) -> list[ScoredImage]:
         return [
-            Judged(
-                sheet.place(facts["cells"].index(i)), spoken["prompts"][i], spoken["seeds"][i], i,
-                {name: values[i] for name, values in spoken["scores"].items()},
+            ScoredImage(
+                grid.position(layout["cells"].index(i)), record["prompts"][i], record["seeds"][i], i,
+                {name: values[i] for name, values in record["scores"].items()},
             )
             for i in images
         ]  # fmt: skip
 
     trained = trained_rewards(rows)
-    found = [
+    extremes = [
         Extremes(
-            name, name in trained, judged(facts["best"][name]), judged(facts["worst"][name]),
+            name, name in trained, scored(layout["best"][name]), scored(layout["worst"][name]),
             (values.count(max(values)), values.count(min(values))),
         )
-        for name, values in spoken["scores"].items()
+        for name, values in record["scores"].items()
     ]  # fmt: skip
-    return sheet, sorted(found, key=lambda one: not one.trained)
+    return grid, sorted(extremes, key=lambda extreme: not extreme.is_trained_on)
 
 
-def _strip(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:06d}.png"
-
-
-def _url(kind: str, data: bytes) -> str:
+def _data_url(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, StrictUndefined
 
-from rlhf_t2i.report import HEAD, Chart, draw
+from rlhf_t2i.report.charts import Chart
+from rlhf_t2i.report.svg import draw
+from rlhf_t2i.report.templating import TEMPLATES, load_template
 from rlhf_t2i.search.candidates import expected_best
 from rlhf_t2i.training.metrics import Points
 
@@ -209,10 +210,7 @@ def _embedded(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-_PAGE = Environment(autoescape=True, undefined=StrictUndefined).from_string(
-    HEAD + Path(__file__).with_suffix(".html").read_text(encoding="utf-8"),
-    {f.__name__: f for f in (headline, table, reward_names, charts, draw, shown)},
-)
+_PAGE = load_template(TEMPLATES / "search.html", (headline, table, reward_names, charts, draw, shown))
 
 if __name__ == "__main__":
     for folder in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in the run folder, and how the page shows it: through training, the best and the worst."""
+"""Images and scores that an evaluation writes into the run folder, and how the report shows them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf_t2i.report.charts import Chart, draw, ticks
-from rlhf_t2i.report.images import MAX_STRIPS, best_and_worst, read_sheet, spread, through_training
+from rlhf_t2i.report.charts import Chart
+from rlhf_t2i.report.images import MAX_GRIDS, best_and_worst, embed_grid, evenly_spaced, image_history
 from rlhf_t2i.report.page import flags, typeset, write_report
+from rlhf_t2i.report.svg import draw, ticks
 from rlhf_t2i.training.evaluation import Evaluation, diversity, extremes, save_evaluation
 from tests import browser
-from tests.test_report import Page, Row, add_images, evaluation, plain, run_folder, train, two_updates
+from tests.report_files import Page, Row, add_images, evaluation, plain, run_folder, train, two_updates
 
 SIDE = 8
 TRAINED = train(1, elapsed=30.0)
 
 
-def seen(num: int, *, shade: float = 0.0) -> Evaluation:
-    """Image i has i / 255 in red, the shade in green; the oracle likes late ones, pass is 1 for the last three."""
+def scored_images(num: int, *, shade: float = 0.0) -> Evaluation:
+    """Image i has red i / 255 and green `shade`; its oracle score is i / 10, and pass is 1 for the last three."""
     images = torch.zeros(num, 3, SIDE, SIDE)
     images[:, 0] = torch.arange(num)[:, None, None] / 255
     images[:, 1] = shade
@@ -35,50 +36,50 @@ def seen(num: int, *, shade: float = 0.0) -> Evaluation:
     return Evaluation([f"image {i}" for i in range(num)], [100 + i for i in range(num)], images, scores)
 
 
-def looked_at(folder: Path, *, num: int = 40, steps: tuple[int, ...] = (0, 10, 20)) -> list[Row]:
-    """A run folder with the images of its evaluations, as a run leaves them; returns its rows."""
+def evaluated_run(folder: Path, *, num: int = 40, steps: tuple[int, ...] = (0, 10, 20)) -> list[Row]:
+    """Write a run folder with the images of its evaluations; returns its rows."""
     (folder / "images").mkdir()
     for step in steps:
-        save_evaluation(seen(num, shade=step / 100), folder, step=step)
+        save_evaluation(scored_images(num, shade=step / 100), folder, step=step)
     means = [{**evaluation(step, step / 10, 0.01, elapsed=1.0 + step), "num_images": num} for step in steps]
     rows = [means[0], TRAINED, *means[1:]]
     run_folder(folder, rows)
     return rows
 
 
-# --- what an evaluation leaves --------------------------------------------------------------------
+# --- files of an evaluation -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("scores", "count", "best", "worst"),
     [
         ([0.1, 0.9, 0.5, 0.7], 2, [1, 3], [0, 2]),
-        ([0.1, 0.9, 0.5, 0.7, 0.6], 6, [1, 3], [0, 2]),  # none is on both sides
-        ([1.0, 1.0, 1.0, 1.0], 2, [0, 1], [2, 3]),  # of equal ones the earliest
+        ([0.1, 0.9, 0.5, 0.7, 0.6], 6, [1, 3], [0, 2]),  # no image is in both
+        ([1.0, 1.0, 1.0, 1.0], 2, [0, 1], [2, 3]),  # equal scores: the first images
         ([0.3, 0.4], 6, [1], [0]),
     ],
 )
-def test_the_utmost_images_come_in_order(scores: list[float], count: int, best: list[int], worst: list[int]) -> None:
+def test_extremes_are_sorted_by_score(scores: list[float], count: int, best: list[int], worst: list[int]) -> None:
     assert extremes(torch.tensor(scores), count=count) == (best, worst)
 
 
-def test_every_score_of_an_evaluation_is_written_down(tmp_path: Path) -> None:
-    save_evaluation(seen(40), tmp_path, step=10)
-    told = json.loads((tmp_path / "images" / "step_000010.json").read_text())
-    assert told["scores"]["pass"] == [0.0] * 37 + [1.0] * 3
-    assert told["scores"]["oracle"] == pytest.approx([i / 10 for i in range(40)])
-    assert (told["prompts"][39], told["seeds"][39]) == ("image 39", 139)
+def test_all_scores_of_an_evaluation_are_saved(tmp_path: Path) -> None:
+    save_evaluation(scored_images(40), tmp_path, step=10)
+    record = json.loads((tmp_path / "images" / "step_000010.json").read_text())
+    assert record["scores"]["pass"] == [0.0] * 37 + [1.0] * 3
+    assert record["scores"]["oracle"] == pytest.approx([i / 10 for i in range(40)])
+    assert (record["prompts"][39], record["seeds"][39]) == ("image 39", 139)
 
 
-def test_only_the_last_evaluation_keeps_its_utmost_images(tmp_path: Path) -> None:
+def test_extremes_are_kept_of_the_last_evaluation_only(tmp_path: Path) -> None:
     for step in (0, 10):
-        save_evaluation(seen(40), tmp_path, step=step)
+        save_evaluation(scored_images(40), tmp_path, step=step)
     assert {path.name for path in (tmp_path / "images").glob("extremes*")} == {"extremes_000010.png", "extremes.json"}
     assert len(list((tmp_path / "images").glob("step_*.png"))) == 2
 
 
 def test_diversity_and_its_error_by_hand() -> None:
-    """Two prompts, whose images lie 0.2 and 0.6 apart at every pixel: 0.4 ± 0.283 / sqrt(2) = 0.2."""
+    """Images of two prompts differ by 0.2 and 0.6 at every pixel: 0.4 ± 0.283 / sqrt(2) = 0.2."""
     values = torch.tensor([0.1, 0.3, 0.2, 0.8])
     images = values[:, None, None, None].expand(4, 3, 32, 32)
     assert diversity(images, ["a", "a", "b", "b"]) == pytest.approx((0.4, 0.2), abs=1e-6)
@@ -86,40 +87,40 @@ def test_diversity_and_its_error_by_hand() -> None:
     assert diversity(images, ["a", "b", "c", "d"]) == (0.0, None)
 
 
-# --- what the page makes of it --------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
-def test_of_many_evaluations_a_part_is_shown_evenly_spread() -> None:
+def test_of_many_evaluations_an_evenly_spaced_selection_is_shown() -> None:
     rows: list[Row] = [{"step": step} for step in range(100)]
-    shown = [row["step"] for row in spread(rows, most=MAX_STRIPS)]
-    assert (len(shown), shown[0], shown[-1]) == (MAX_STRIPS, 0, 99)
+    shown = [row["step"] for row in evenly_spaced(rows, limit=MAX_GRIDS)]
+    assert (len(shown), shown[0], shown[-1]) == (MAX_GRIDS, 0, 99)
     assert {b - a for a, b in pairwise(shown)} == {4, 5}
-    assert spread(rows[:MAX_STRIPS], most=MAX_STRIPS) == rows[:MAX_STRIPS]
+    assert evenly_spaced(rows[:MAX_GRIDS], limit=MAX_GRIDS) == rows[:MAX_GRIDS]
 
 
-def test_each_strip_has_the_step_and_the_means_of_its_evaluation(tmp_path: Path) -> None:
-    through = through_training(tmp_path / "images", looked_at(tmp_path))
-    assert through is not None
-    assert [strip.when for strip in through.strips] == ["before training", "after update 10", "after update 20"]
-    assert [strip.verdict for strip in through.strips] == [f"oracle {n} ± 0.010" for n in ("0.000", "1.000", "2.000")]
-    assert through.cells[:2] == [("image 0", 100), ("image 1", 101)]
-    assert len(through.cells) == 32
+def test_each_image_grid_has_the_step_and_the_means_of_its_evaluation(tmp_path: Path) -> None:
+    history = image_history(tmp_path, evaluated_run(tmp_path))
+    assert history is not None
+    assert [one.when for one in history.evaluations] == ["before training", "after update 10", "after update 20"]
+    assert [one.rewards for one in history.evaluations] == [f"oracle {n} ± 0.010" for n in ("0.000", "1.000", "2.000")]
+    assert history.cells[:2] == [("image 0", 100), ("image 1", 101)]
+    assert len(history.cells) == 32
 
 
-def strip_of_large_images(path: Path, *, step: int) -> None:
-    """Four of 400 pixels in rows of three; the red of an image is `step` times its number."""
-    strip = Image.new("RGB", (3 * 400, 2 * 400), "white")
+def grid_of_large_images(path: Path, *, step: int) -> None:
+    """Write a grid of 3 columns with 4 images of 400 pixels; image i has red i * `step`."""
+    grid = Image.new("RGB", (3 * 400, 2 * 400), "white")
     for cell in range(4):
         left, top = cell % 3 * 400, cell // 3 * 400
-        strip.paste((step * cell, 0, 0), (left, top, left + 400, top + 400))
-    strip.save(path)
+        grid.paste((step * cell, 0, 0), (left, top, left + 400, top + 400))
+    grid.save(path)
 
 
-def test_large_images_become_thumbnails_that_do_not_run_into_one_another(tmp_path: Path) -> None:
-    strip_of_large_images(tmp_path / "strip.png", step=50)
-    sheet = read_sheet(tmp_path / "strip.png", columns=3, num_cells=4)
-    assert (sheet.columns, sheet.rows, sheet.side, sheet.place(3)) == (3, 2, 192, (0.0, 100.0))
-    data = sheet.url.removeprefix("data:image/webp;base64,")
+def test_thumbnails_do_not_mix_neighbouring_images(tmp_path: Path) -> None:
+    grid_of_large_images(tmp_path / "grid.png", step=50)
+    grid = embed_grid(tmp_path / "grid.png", columns=3, num_cells=4)
+    assert (grid.columns, grid.rows, grid.side, grid.position(3)) == (3, 2, 192, (0.0, 100.0))
+    data = grid.url.removeprefix("data:image/webp;base64,")
     with Image.open(io.BytesIO(base64.b64decode(data))) as small:
         assert small.size == (3 * 192, 2 * 192)
         for cell in range(4):
@@ -128,76 +129,76 @@ def test_large_images_become_thumbnails_that_do_not_run_into_one_another(tmp_pat
                 assert pixel == pytest.approx((50 * cell, 0, 0), abs=10)
 
 
-def test_thumbnails_are_made_once_for_each_strip(tmp_path: Path) -> None:
-    """A resumed run writes a strip anew, and its images may be others."""
-    path, kept = tmp_path / "strip.png", tmp_path / "strip.webp"
-    strip_of_large_images(path, step=50)
-    first = read_sheet(path, columns=3, num_cells=4)
-    made = kept.stat().st_mtime_ns
-    assert read_sheet(path, columns=3, num_cells=4) == first
-    assert kept.stat().st_mtime_ns == made
-    strip_of_large_images(path, step=20)
+def test_thumbnails_are_cached_until_the_image_grid_changes(tmp_path: Path) -> None:
+    """A resumed run writes the grids of repeated evaluations again."""
+    path, cached = tmp_path / "grid.png", tmp_path / "grid.webp"
+    grid_of_large_images(path, step=50)
+    first = embed_grid(path, columns=3, num_cells=4)
+    made = cached.stat().st_mtime_ns
+    assert embed_grid(path, columns=3, num_cells=4) == first
+    assert cached.stat().st_mtime_ns == made
+    grid_of_large_images(path, step=20)
     os.utime(path, ns=(made + 1, made + 1))
-    os.utime(kept, ns=(made, made))
-    assert read_sheet(path, columns=3, num_cells=4) != first
-    assert {one.name for one in tmp_path.iterdir()} == {"strip.png", "strip.webp"}
+    os.utime(cached, ns=(made, made))
+    assert embed_grid(path, columns=3, num_cells=4) != first
+    assert {file.name for file in tmp_path.iterdir()} == {"grid.png", "grid.webp"}
 
 
-def test_the_best_and_the_worst_are_those_images_with_their_scores(tmp_path: Path) -> None:
-    rows = looked_at(tmp_path)
-    utmost = best_and_worst(tmp_path / "images", rows)
-    assert utmost is not None
-    sheet, (oracle, passed) = utmost
-    assert (oracle.reward, oracle.trained, passed.trained) == ("oracle", True, False)
+def test_the_best_and_worst_images_have_their_own_scores(tmp_path: Path) -> None:
+    rows = evaluated_run(tmp_path)
+    found = best_and_worst(tmp_path, rows)
+    assert found is not None
+    grid, (oracle, passed) = found
+    assert (oracle.reward, oracle.is_trained_on, passed.is_trained_on) == ("oracle", True, False)
     assert [one.index for one in oracle.best] == [39, 38, 37, 36, 35, 34]
     assert [one.index for one in oracle.worst] == [0, 1, 2, 3, 4, 5]
     assert oracle.best[0].scores == {"oracle": pytest.approx(3.9), "pass": 1.0}
     assert (oracle.best[0].prompt, oracle.best[0].seed) == ("image 39", 139)
     assert (oracle.num_equal, passed.num_equal) == ((1, 1), (3, 37))
-    data = base64.b64decode(sheet.url.removeprefix("data:image/png;base64,"))
-    with Image.open(io.BytesIO(data)) as strip:
+    data = base64.b64decode(grid.url.removeprefix("data:image/png;base64,"))
+    with Image.open(io.BytesIO(data)) as image:
         for one in (*oracle.best, *oracle.worst, *passed.best):
-            corner = [round(place / 100 * (side - SIDE)) for place, side in zip(one.place, strip.size, strict=True)]
-            assert strip.getpixel((corner[0], corner[1])) == (one.index, 51, 0)
+            corner = [round(x / 100 * (side - SIDE)) for x, side in zip(one.position, image.size, strict=True)]
+            assert image.getpixel((corner[0], corner[1])) == (one.index, 51, 0)
 
 
-def test_utmost_images_of_an_evaluation_that_is_forgotten_are_not_shown(tmp_path: Path) -> None:
-    """A run that goes on from step 10 has no evaluation of step 20 any more."""
-    rows = looked_at(tmp_path)
-    assert best_and_worst(tmp_path / "images", rows[:-1]) is None
+def test_extremes_of_an_evaluation_that_is_not_in_the_metrics_are_not_shown(tmp_path: Path) -> None:
+    """As after a resume from step 10, if step 20 had been evaluated."""
+    rows = evaluated_run(tmp_path)
+    assert best_and_worst(tmp_path, rows[:-1]) is None
 
 
-def test_a_folder_of_an_earlier_version_has_a_page_without_them(tmp_path: Path) -> None:
+def test_a_run_folder_without_extremes_has_a_page_without_them(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
     add_images(folder, ["a red square"] * 6, steps=(0, 2))
     page = write_report(folder).read_text(encoding="utf-8")
-    assert "The best and the worst" not in page
+    assert 'class="extreme-image"' not in page
 
 
-def test_warnings_come_first_and_what_is_fine_is_said(tmp_path: Path) -> None:
+def test_warnings_come_first_then_passed_checks(tmp_path: Path) -> None:
     rows = two_updates(before=0.4, after=0.6)
     text = Page(write_report(run_folder(tmp_path, rows)).read_text(encoding="utf-8")).text
-    assert "Nothing to warn of" in text
-    assert "Images of one prompt still differ" in text
+    assert "No warnings" in text
+    assert "Images of the same prompt still differ" in text
     collapsed = [*rows[:-1], {**rows[-1], "diversity": 0.01}]
     text = Page(write_report(run_folder(tmp_path, collapsed)).read_text(encoding="utf-8")).text
     assert "1 warning\n" in text
-    assert "Diversity went from 0.310 to 0.010, 3% of what it was" in plain(text)
+    assert "Diversity went from 0.310 to 0.010, 3% of the first value" in plain(text)
     assert text.index("Diversity has collapsed") < text.index("Also checked") < text.index("Before and after")
 
 
-def test_settings_are_set_apart_and_all_else_is_escaped() -> None:
+def test_options_become_code_and_text_is_escaped() -> None:
     assert flags("a lower --kl_weight <b>") == "a lower <code>--kl_weight</code> &lt;b&gt;"
 
 
 @pytest.mark.parametrize(("value", "middle"), [(0.4, "91.0"), (-2.0, "91.0"), (0.0, "166.0")])
-def test_a_flat_line_lies_on_an_axis_with_zero(value: float, middle: str) -> None:
-    """The plot spans y from 166 up to 16: [0, 0.8], [-4, 0], and [0, 1] for zero itself."""
-    drawn = draw(Chart("flat", "", training=[(0.0, value, 0.0), (1.0, value, 0.0)], evaluation=[]))
-    assert f'd="M50.0 {middle}L350.0 {middle}h0"' in drawn
+def test_the_axis_of_a_flat_line_includes_zero(value: float, middle: str) -> None:
+    """The plot spans y from 166 up to 16: [0, 0.8], [-4, 0], and [0, 1] for a line at 0."""
+    svg = draw(Chart("flat", "", training=[(0.0, value, 0.0), (1.0, value, 0.0)], evaluation=[]))
+    assert f'd="M50.0 {middle}L350.0 {middle}h0"' in svg
 
 
-def test_numbers_are_typeset_and_words_are_not() -> None:
+def test_only_numbers_are_typeset() -> None:
     assert typeset("held-out a-1: -0.5 ± 0.1, 1e-05") == "held-out a-1: \N{MINUS SIGN}0.5\xa0±\xa00.1, 1e-05"
 
 
@@ -218,12 +219,12 @@ def test_axes_have_round_numbers(low: float, high: float, texts: list[str]) -> N
     assert all(low - 1e-9 <= value <= high + 1e-9 for value, _ in ticks(low, high))
 
 
-def test_a_curve_can_be_heard() -> None:
+def test_a_curve_has_a_description_for_screen_readers() -> None:
     chart = Chart("oracle", "", training=[(1.0, 0.25, 0.0), (9.0, 0.5, 0.0)], evaluation=[(10.0, 0.75, 0.1)])
-    heard = (
+    description = (
         "oracle: training images from 0.25 at update 1 to 0.5 at 9; evaluations from 0.75 at update 10 to 0.75 at 10"
     )
-    assert f'aria-label="{heard}"' in draw(chart)
+    assert f'aria-label="{description}"' in draw(chart)
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -237,22 +238,25 @@ def page() -> Iterator[browser.Browser]:
         yield page
 
 
-def test_the_slider_goes_through_training_on_any_screen(tmp_path: Path, page: browser.Browser) -> None:
-    wide = {"clip:someone/a-judge-of-a-long-name": 0.5, "clip:someone/a-judge-of-a-long-name/standard_error": 0.01}
-    run_folder(tmp_path, [row | wide if row["kind"] == "evaluation" else row for row in looked_at(tmp_path)])
+def test_the_slider_shows_all_evaluations_on_any_screen(tmp_path: Path, page: browser.Browser) -> None:
+    wide = {
+        "clip:someone/a-reward-with-a-long-name": 0.5,
+        "clip:someone/a-reward-with-a-long-name/standard_error": 0.01,
+    }
+    run_folder(tmp_path, [row | wide if row["kind"] == "evaluation" else row for row in evaluated_run(tmp_path)])
     address = write_report(tmp_path).as_uri()
     shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     shown = "return getComputedStyle(document.querySelector('.now')).backgroundImage"
     background = "return getComputedStyle(document.body).backgroundColor"
-    said = "return document.getElementById('said').textContent"
+    caption = "return document.getElementById('caption').textContent"
     page.emulate(width=1200, height=800)
     page.open(address)
     last, light = page.run(shown), page.run(background)
-    assert page.run(said).startswith("after update 20, oracle 2.000")
+    assert page.run(caption).startswith("after update 20, oracle 2.000")
     page.run("document.getElementById('step').focus()")
     page.press("left")
-    assert page.run(said).startswith("after update 10, oracle 1.000")
-    assert page.run("return document.getElementById('step').getAttribute('aria-valuetext')") == page.run(said)
+    assert page.run(caption).startswith("after update 10, oracle 1.000")
+    assert page.run("return document.getElementById('step').getAttribute('aria-valuetext')") == page.run(caption)
     assert page.run("return document.querySelector('.now').ariaLabel") == "after update 10: image 0"
     middle = page.run(shown)
     page.press("left")
@@ -265,17 +269,17 @@ def test_the_slider_goes_through_training_on_any_screen(tmp_path: Path, page: br
     page.emulate(width=360, height=740, dark=True)
     page.open(address)
     page.run("for (const one of document.querySelectorAll('details')) one.open = true")
-    # A phone zooms out to fit what is too wide, so that innerWidth alone would hide it.
+    # A phone zooms out to fit a page that is too wide, so innerWidth alone would not reveal it.
     assert page.run("return [document.documentElement.scrollWidth, innerWidth]") == [360, 360]
     assert page.run(background) != light
     page.screenshot(shots / "report_dark_phone.png")
     assert page.console() == []
     page.run("const s = document.createElement('script'); s.textContent = 'x = 1'; document.body.append(s)")
-    assert page.run("return typeof x") == "undefined", "no other script may run"
+    assert page.run("return typeof x") == "undefined", "the security policy must block other scripts"
 
 
 def test_without_its_script_the_page_shows_before_and_after(tmp_path: Path, page: browser.Browser) -> None:
-    looked_at(tmp_path)
+    evaluated_run(tmp_path)
     report = write_report(tmp_path)
     bare = re.sub(r"<script>.*?</script>", "", report.read_text(encoding="utf-8"), flags=re.S)
     report.write_text(bare, encoding="utf-8")
@@ -283,4 +287,6 @@ def test_without_its_script_the_page_shows_before_and_after(tmp_path: Path, page
     assert page.run("return getComputedStyle(document.getElementById('slider')).display") == "none"
     labels = page.run("return [...document.querySelectorAll('.cells > span')].slice(0, 2).map(one => one.ariaLabel)")
     assert labels == ["before training: image 0", "after update 20: image 0"]
-    assert page.run("return document.querySelectorAll('.one').length") == 4 * 6, "best and worst, by two rewards"
+    assert page.run("return document.querySelectorAll('.extreme-image').length") == 4 * 6, (
+        "best and worst by two rewards"
+    )

@@ -1,14 +1,14 @@
 "use strict";
-const slider = document.getElementById("step"), said = document.getElementById("said");
+const slider = document.getElementById("step"), caption = document.getElementById("caption");
 const evaluations = JSON.parse(slider.dataset.evaluations);
 const cells = document.querySelectorAll(".now");
 
 function show() {
-  const {when, verdict} = evaluations[slider.value];
-  said.textContent = `${when}, ${verdict}`;
-  slider.setAttribute("aria-valuetext", said.textContent);
+  const {when, rewards} = evaluations[slider.value];
+  caption.textContent = `${when}, ${rewards}`;
+  slider.setAttribute("aria-valuetext", caption.textContent);
   for (const cell of cells) {
-    cell.className = `now strip${Number(slider.value) + 1}`;
+    cell.className = `now grid${Number(slider.value) + 1}`;
     cell.setAttribute("aria-label", `${when}: ${cell.dataset.prompt}`);
   }
 }

@@ -1,0 +1,36 @@
+"""Jinja2 templates of pages that stand alone: images are embedded, and the browser may not load anything.
+
+A template extends `base.html`, which has the styles of all pages and the blocks `styles` and `body`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+TEMPLATES = Path(__file__).parent / "templates"
+STYLES = (TEMPLATES / "styles.css").read_text(encoding="utf-8")
+"""Colours and shapes of all pages, light and dark."""
+
+
+def load_template(path: Path, functions: Sequence[Callable[..., Any]] = (), **filters: Callable[..., Any]) -> Template:
+    """Load a template that may call `functions` by their names."""
+    environment = Environment(
+        loader=FileSystemLoader([path.parent, TEMPLATES]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(path.name, globals={f.__name__: f for f in functions})
+
+
+def script_digest(script: str) -> str:
+    """Return the SHA-256 of a script as in `script-src`: with it, the browser runs this script and no other."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
