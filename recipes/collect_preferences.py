@@ -28,6 +28,7 @@ from socket import socket
 import torch
 import uvicorn
 
+from rlhf_t2i.access import TOKEN_VARIABLE, listen, token
 from rlhf_t2i.annotation.answers import Answers
 from rlhf_t2i.annotation.questions import (
     Candidate,
@@ -40,14 +41,12 @@ from rlhf_t2i.annotation.questions import (
 )
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import names
-from rlhf_t2i.reward_server.server import listen
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.seeds import ANNOTATE, generator_for
-from rlhf_t2i.settings.access import TOKEN_VARIABLE, token
 from rlhf_t2i.training.claim import claim_folder
 
 _FREE_TO_CHANGE = {"run_folder", "resume", "rewards", "microbatch_size", "host", "port"}
-say = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once
+log = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once
 _NUM_SAMPLED = 100
 """Default number of pairs to sample."""
 _DECIDED = ("preferred in the file", "not preferred in the file")
@@ -61,14 +60,14 @@ def main(config: Config) -> Path:
     with listen(config.host, config.port) as listener:
         folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE)
         questions = read_questions(folder) or write_questions(folder, candidates(config, folder, device))
-        judge = None
+        compared = None
         if reward and config.rewards:
             scores = score_questions(reward, folder, questions, device=device, batch_size=config.microbatch_size)
-            judge = config.rewards, scores
+            compared = config.rewards, scores
         with closing(Answers(folder, questions, seed=config.seed)) as answers:
             if answers.truncated_line:
-                say(f"Removed the incomplete last line of {answers.path}, left by a crash: {answers.truncated_line!r}")
-            serve(Service(answers, secret=token(), reward=judge), listener)
+                log(f"Removed the incomplete last line of {answers.path}, left by a crash: {answers.truncated_line!r}")
+            serve(Service(answers, secret=token(), reward=compared), listener)
     return folder
 
 
@@ -77,7 +76,7 @@ def serve(service: Service, listener: socket) -> None:
     folder, (host, port) = service.answers.folder, listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     needs = f" (it requires the token in {TOKEN_VARIABLE})" if service.secret else ""
-    say(
+    log(
         f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {folder / 'pairs.jsonl'}\n"
         f"page      {address}{needs}\nresults   {address}/results"
     )
@@ -108,7 +107,7 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
         image_prefix=config.image_prefix,
         unpack_to=config.unpack_folder,
         skipped=folder / "skipped.jsonl" if config.on_bad_record == "skip" else None,
-        log=say,
+        log=log,
         keep_ties=True,
     )
     for pair in subsample(found, config.num_pairs, generator=generator):
@@ -124,12 +123,12 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
     from rlhf_t2i.training.evaluation import evaluate, evaluation_set
     from rlhf_t2i.types import Sampler
 
-    asked, count = load_prompts(config.evaluation_prompts, held_out=True), config.num_pairs or _NUM_SAMPLED
-    prompts, seeds = evaluation_set(asked, num_images=count, seed=config.evaluation_seed)
+    available, count = load_prompts(config.evaluation_prompts, held_out=True), config.num_pairs or _NUM_SAMPLED
+    prompts, seeds = evaluation_set(available, num_images=count, seed=config.evaluation_seed)
     images: list[torch.Tensor] = []
     first, second = names(config.weights or "")
     for name in (first, second):
-        say(f"sampling  {len(prompts)} images with {name}")
+        log(f"sampling  {len(prompts)} images with {name}")
         weights = None if name == "base" else Path(name)
         policy = load_policy(config.model, device=device, weights=weights, resolution=config.resolution)
         schedule = policy.schedule(config.num_evaluation_steps)

@@ -32,7 +32,7 @@ def running(app: Any, *, port: int = 0) -> Iterator[str]:
     """Serve an ASGI application with uvicorn in a thread; yields its address."""
     import uvicorn
 
-    from rlhf_t2i.reward_server.server import listen
+    from rlhf_t2i.access import listen
 
     listener = listen("127.0.0.1", port)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="auto"))

@@ -36,14 +36,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from recipes import ddpo
+from rlhf_t2i.access import TOKEN_VARIABLE, listen
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.reward_server.batcher import Batcher
-from rlhf_t2i.reward_server.server import Config, Service, create_app, listen
+from rlhf_t2i.reward_server.server import Config, Service, create_app
 from rlhf_t2i.rewards.gradient import require_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
 from rlhf_t2i.rewards.remote import RemoteReward
 from rlhf_t2i.rewards.wire_format import JSON, SAFETENSORS, pack
-from rlhf_t2i.settings.access import TOKEN_VARIABLE
 from tests.runs import redness, rows
 from tests.servers import free_port, running, scores_response, scripted, until
 from tests.test_ddpo import state
@@ -541,7 +541,7 @@ def test_a_loopback_address_needs_no_token(host: str, monkeypatch: pytest.Monkey
     assert Config(host=host).host == host
 
 
-@pytest.mark.parametrize("name", ["max_body_mb", "max_images", "max_requests", "batch_size"])
+@pytest.mark.parametrize("name", ["max_body_mb", "max_images", "max_requests", "microbatch_size"])
 def test_a_limit_of_zero_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
         Config(**{name: 0})

@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from reward_model import scorers
+from rlhf_t2i.config import parse_config
 from rlhf_t2i.rewards.builtin import jpeg_compressibility, jpeg_incompressibility, oracle_graded, oracle_pass
 from rlhf_t2i.rewards.gradient import require_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
-from rlhf_t2i.rewards.table import REWARDS, find_reward, markdown_table, rewards_help
+from rlhf_t2i.rewards.table import REWARDS, find_reward, markdown_table
+from rlhf_t2i.settings import ddpo, draft
 from rlhf_t2i.shapes.scenes import parse_prompt, render
 
 ROOT = Path(__file__).parent.parent
@@ -57,10 +59,15 @@ def test_the_table_is_imported_without_torch() -> None:
     subprocess.run([sys.executable, "-c", command], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_option_help_lists_every_name_and_that_of_a_gradient_recipe_only_what_may_have_one() -> None:
-    assert all(entry.name in rewards_help() for entry in REWARDS)
-    listed = rewards_help(differentiable=True).split(": ")[1].rstrip(".").split(", ")
-    assert listed == [entry.name for entry in REWARDS if entry.differentiable is not False]
+@pytest.mark.parametrize("recipe", [ddpo, draft])
+def test_option_help_lists_the_names_and_that_of_draft_only_what_may_have_a_gradient(
+    recipe: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(recipe.Config, arguments=["--help"])
+    (section,) = re.findall(r"--rewards TEXT.*?\(NAME: (.*?);", capsys.readouterr().out, flags=re.DOTALL)
+    expected = [entry.name for entry in REWARDS if recipe is ddpo or entry.differentiable is not False]
+    assert "".join(section.split()) == ",".join(expected)
 
 
 def test_the_table_has_every_scorer_of_other_projects() -> None:

@@ -1,12 +1,4 @@
-"""Serve rewards over HTTP to trainers on other machines: images in, scores out.
-
-    RLHF_T2I_TOKEN=... python -m rlhf_t2i.reward_server --rewards llava_reward --port 8000
-
-A trainer then takes `--rewards http://HOST:8000`. `POST /score` is described in rlhf_t2i/rewards/wire_format.py,
-`GET /health` responds once the rewards are loaded, `GET /metrics` is in the format of Prometheus. If RLHF_T2I_TOKEN is
-set, all requests but /health need that token; otherwise only this machine can be served. SIGTERM or Ctrl-C finishes the
-requests that were accepted.
-"""
+"""The HTTP server of rewards; `python -m rlhf_t2i.reward_server` starts it."""
 
 from __future__ import annotations
 
@@ -14,7 +6,6 @@ import asyncio
 import hmac
 import logging
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -22,11 +13,11 @@ from contextlib import asynccontextmanager
 
 import torch
 
+from rlhf_t2i.access import TOKEN_VARIABLE, listen, token
 from rlhf_t2i.reward_server.batcher import Batcher, ScoreResponse
 from rlhf_t2i.reward_server.metrics import CONTENT_TYPE
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.wire_format import TooLargeError, unpack
-from rlhf_t2i.settings.access import TOKEN_VARIABLE, token
 from rlhf_t2i.settings.reward_server import Config
 
 try:
@@ -149,24 +140,6 @@ def _error_response(error: Exception) -> JSONResponse:
             status, message = 500, str(error)
             _LOG.error("A request failed.", exc_info=error)
     return JSONResponse({"error": message}, status, headers=headers)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address; raises SystemExit with the reason if that is impossible.
-
-    Binding before rewards are loaded reports a port in use at once.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise SystemExit(
-            f"error: cannot listen on {host}, port {port}: {error.strerror}. Stop the program that uses the port, or "
-            f"choose another --port (0 is any free port) or --host."
-        ) from error
-    return listener
 
 
 def main(config: Config) -> None:

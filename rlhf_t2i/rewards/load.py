@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.config import names
-from rlhf_t2i.rewards.table import choices, find_reward
+from rlhf_t2i.rewards.table import find_reward, reward_names
 from rlhf_t2i.types import Reward
 
 
@@ -92,13 +91,13 @@ def load_rewards(specification: str, *, finite: bool = True) -> WeightedSum:
     false, scores that are not finite are no error. Raises ValueError for an unknown or repeated name and for a weight
     that is not a finite number.
     """
-    specifications = names(specification)
-    if not specifications:
-        raise ValueError(f"No reward was given; choose from {choices()}.")
+    parts = [part.strip() for part in specification.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"No reward was given; choose from {', '.join(reward_names())}.")
     terms: list[tuple[CheckedReward, float]] = []
-    for term in specifications:
-        name, separator, number = term.partition("=")
-        weight = _weight(number, term) if separator else 1.0
+    for part in parts:
+        name, separator, number = part.partition("=")
+        weight = _weight(number, part) if separator else 1.0
         if name in {reward.name for reward, _ in terms}:
             raise ValueError(f"The reward {name!r} was given twice.")
         terms.append((load_reward(name, finite=finite), weight))

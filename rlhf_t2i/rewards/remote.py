@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.access import TOKEN_VARIABLE, token
 from rlhf_t2i.rewards.wire_format import PIXELS, SAFETENSORS, pack, totals
-from rlhf_t2i.settings.access import TOKEN_VARIABLE, token
 
 _LOG = logging.getLogger(__name__)
 _JITTER = random.Random()  # apart from the global generator, whose numbers must not change

@@ -134,21 +134,12 @@ def find_reward(name: str) -> tuple[RewardEntry, str]:
             return entry, path
     if colon:
         return IMPORTED, name
-    raise ValueError(f"There is no reward {name!r}; choose from {choices()}.")
+    raise ValueError(f"There is no reward {name!r}; choose from {', '.join(reward_names())}.")
 
 
-def choices(*, differentiable: bool = False) -> str:
-    """Return the names as a comma-separated list; with `differentiable`, without those that have no gradient."""
-    return ", ".join(entry.name for entry in REWARDS if not differentiable or entry.differentiable is not False)
-
-
-def rewards_help(*, differentiable: bool = False) -> str:
-    """Return the help of an option that takes rewards."""
-    demand = " All must be differentiable." if differentiable else ""
-    return (
-        f"Comma-separated rewards, each NAME or NAME=WEIGHT with a weight of 1 by default; their weighted sum is used."
-        f"{demand} NAME is one of: {choices(differentiable=differentiable)}."
-    )
+def reward_names(*, differentiable: bool = False) -> tuple[str, ...]:
+    """Return the names of the table; with `differentiable`, without rewards that have no gradient."""
+    return tuple(entry.name for entry in REWARDS if not differentiable or entry.differentiable is not False)
 
 
 def markdown_table() -> str:

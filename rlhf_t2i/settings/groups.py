@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from rlhf_t2i.access import TOKEN_VARIABLE, is_loopback, token
 from rlhf_t2i.config import Names, Rule, Settings
-from rlhf_t2i.rewards.table import REWARDS
-from rlhf_t2i.settings.access import TOKEN_VARIABLE, is_loopback, token
+from rlhf_t2i.rewards.table import reward_names
 from rlhf_t2i.settings.ranges import (
     Decay,
     Fraction,
@@ -22,8 +22,8 @@ from rlhf_t2i.settings.ranges import (
 )
 from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS
 
-RewardNames = Annotated[str, Names(tuple(entry.name for entry in REWARDS))]
-DifferentiableRewardNames = Annotated[str, Names(tuple(e.name for e in REWARDS if e.differentiable is not False))]
+RewardNames = Annotated[str, Names(reward_names())]
+DifferentiableRewardNames = Annotated[str, Names(reward_names(differentiable=True))]
 
 
 @dataclass(frozen=True, kw_only=True)
