@@ -37,6 +37,19 @@ from reward_model.losses import Objective
 from reward_model.model import GROUPS, RewardModel
 from reward_model.types import Inputs, LabelledImage, PreferencePair, Record
 
+REQUIRED_ARGUMENTS: dict[str, Any] = {
+    "disable_dropout": False,
+    "max_length": None,
+    "remove_unused_columns": False,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "load_best_model_at_end": True,
+    "restore_callback_states_from_checkpoint": True,
+    "ddp_find_unused_parameters": False,
+    "metric_for_best_model": "accuracy",
+    "greater_is_better": True,
+}
+"""Arguments of trl's RewardConfig that `RewardModelTrainer` relies on."""
 _SEAL = "complete.json"
 
 # --- batches --------------------------------------------------------------------------------------
@@ -224,7 +237,7 @@ class RewardModelTrainer(RewardTrainer):
         if not self.is_sharded:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def finished(self) -> RewardModel:
+    def best_model(self) -> RewardModel:
         """Return the model with the best weights; under ZeRO-3 it is loaded from its checkpoint."""
         if not self.is_sharded:
             return self.reward_model
