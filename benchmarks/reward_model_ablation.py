@@ -1,7 +1,7 @@
-"""What makes the built-in judge good? `python benchmarks/reward_model_ablation.py` trains every variant with every seed.
+"""Ablation of the built-in reward model, with several seeds: `python benchmarks/reward_model_ablation.py`.
 
-Each row of the table changes one thing of recipes/configs/reward_shapes.yaml; all rows take as many steps. Prints
-Markdown: the accuracy on held-out pairs, the mean of the seeds and the lowest and highest of them.
+Each row of the table changes one option of recipes/configs/reward_shapes.yaml; all rows have as many steps. Prints
+Markdown: the accuracy on held-out pairs, as the mean over the seeds and their range.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from rlhf_t2i.shapes.names import toy_pairs_folder
 
 ROOT = Path(__file__).parent.parent
 VARIANTS: dict[str, dict[str, str]] = {
@@ -28,7 +30,7 @@ SETS = {"test_drawn": "drawings", "test_generated": "generated images", "test_re
 
 
 def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Accuracy on each test set, by the recipe in a process of its own; a finished run is not repeated."""
+    """Train with the recipe in a process of its own, unless that is done; return the accuracy in % on each test set."""
     folder = arguments.output_folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
     pairs = arguments.pairs
     options = {
@@ -58,15 +60,17 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, floa
 
 
 def main() -> None:
-    """Train all, two at a time or as many as `--jobs` says, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=Path, default=Path("runs/shapes-pairs-0"))
-    parser.add_argument("--backbone", default="", help="another backbone than the built-in one")
-    parser.add_argument("--output_folder", type=Path, default=Path("runs/judge-ablation"))
-    parser.add_argument("--num_steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    """Train all variants, `--jobs` at a time, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--pairs", type=Path, default=toy_pairs_folder(0), help="toy pairs, made if they are not there")
+    parser.add_argument("--backbone", default="", help="folder or Hub id of another backbone")
+    parser.add_argument("--output_folder", type=Path, default=Path("runs/reward_model_ablation"), help="folder of runs")
+    parser.add_argument("--num_steps", type=int, default=300, help="optimiser steps of each run")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="rows")
     arguments = parser.parse_args()
     if not (arguments.pairs / "test_generated.jsonl").is_file():
         from rlhf_t2i.shapes.pairs import write_pairs

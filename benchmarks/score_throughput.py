@@ -1,12 +1,12 @@
-"""How fast does a judge score, and where does that come from? `python benchmarks/score_throughput.py`, CPU, one thread.
+"""Throughput of scoring with LLaVA-Reward on one CPU thread: `python benchmarks/score_throughput.py`.
 
-Beside it the straightforward way, as the published code takes it: one image a call, eager attention, one pass of the
-whole backbone for each perspective, and SkipCA at every position with its keys and values formed. Both ways score the
-same images by the same weights in one run, in turns; their scores must agree within 1e-4. Times are of the processor,
-not of the clock, so that a busy machine changes little.
+The baseline scores as the published code does: one image a call, eager attention, one run of the whole backbone for
+each perspective, and SkipCA at every position with explicit keys and values. Both score the same images with the same
+weights, in turns in one process; their scores must agree within 1e-4. Times are processor times, which depend little
+on the load of the machine.
 
-Two judges: the built-in one (16 visual tokens), and a random LLaVA of some 30 million parameters (LoRA of rank 16) that
-stands for one whose arithmetic costs more than its Python. Prints Markdown.
+Two models: the built-in one (16 visual tokens), and a random LLaVA of some 30 million parameters (LoRA of rank 16), in
+which arithmetic takes more of the time than Python. Prints Markdown.
 """
 
 # transformers has no usable types.
@@ -46,9 +46,9 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Images to score, and by what."""
+    """Images and prompts to score, with a model and some of its perspectives."""
 
-    judge: LlavaReward
+    reward_model: LlavaReward
     images: Float[Tensor, "B 3 Y X"]
     prompts: Sequence[str]
     names: Sequence[str]
@@ -56,32 +56,36 @@ class Work:
 
 
 def main() -> None:
-    """Compare both ways, then show what each setting does to ours."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--num_images", type=int, default=8, help="for the random LLaVA; the built-in judge takes 64")
-    parser.add_argument("--image_size", type=int, default=224, help="256 visual tokens")
-    parser.add_argument("--num_rounds", type=int, default=1, help="of each comparison; the fastest counts")
+    """Compare both implementations, then measure the effect of single settings."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--num_images", type=int, default=8, help="images for the random LLaVA; the built-in model scores 64"
+    )
+    parser.add_argument("--image_size", type=int, default=224, help="pixels per side; 224 is 256 visual tokens")
+    parser.add_argument("--num_rounds", type=int, default=1, help="repetitions; the fastest counts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    scores_of(work(built_in(), 4, 32))  # what is built at the first call is nobody's
+    scores_of(work(built_in(), 4, 32))  # warm-up
     print_comparison(arguments.num_images, arguments.image_size, rounds=arguments.num_rounds)
     print_settings(arguments.num_images)
 
 
 def print_comparison(num_images: int, image_size: int, *, rounds: int) -> None:
-    """Both ways side by side."""
+    """Print the throughput of both implementations."""
     small = built_in()
     works = {"built-in, one perspective": work(small, 64, 32, names=NAMES[:1])}
-    judge = random_llava(image_size)
-    works["random LLaVA, one perspective"] = work(judge, num_images, image_size, names=NAMES[:1])
-    works["random LLaVA, four perspectives"] = work(judge, num_images, image_size)
-    write("| judge | images | straightforward, images/s | this project, images/s | ratio | largest difference |")
+    reward_model = random_llava(image_size)
+    works["random LLaVA, one perspective"] = work(reward_model, num_images, image_size, names=NAMES[:1])
+    works["random LLaVA, four perspectives"] = work(reward_model, num_images, image_size)
+    write("| model | images | baseline, images/s | this project, images/s | ratio | largest difference |")
     write("|---|---|---|---|---|---|")
     for words, wanted in works.items():
-        slow, fast = interleaved([lambda w=wanted: straightforward(w), lambda w=wanted: scores_of(w)], rounds=rounds)
+        slow, fast = interleaved([lambda w=wanted: baseline(w), lambda w=wanted: scores_of(w)], rounds=rounds)
         difference = max((slow[1][name] - fast[1][name]).abs().max().item() for name in wanted.names)
         if difference > TOLERANCE:
-            raise AssertionError(f"{words}: the scores of both ways differ by {difference:.2g}.")
+            raise AssertionError(f"{words}: the scores of both implementations differ by {difference:.2g}.")
         count = len(wanted.images)
         write(
             f"| {words} | {count} | {count / slow[0]:.2f} | {count / fast[0]:.2f} | {slow[0] / fast[0]:.2f} "
@@ -90,18 +94,18 @@ def print_comparison(num_images: int, image_size: int, *, rounds: int) -> None:
 
 
 def print_settings(num_images: int) -> None:
-    """One setting changed at a time."""
+    """Print throughput and memory with one setting changed at a time."""
     write("\n| random LLaVA, 256 visual tokens, batches of 2, float32 | images/s | peak, MB more |")
     write("|---|---|---|")
-    judge = random_llava(224)
-    one = work(judge, num_images, 224, names=NAMES[:1])
+    reward_model = random_llava(224)
+    one = work(reward_model, num_images, 224, names=NAMES[:1])
     rows: list[tuple[str, Work, dict[str, Any]]] = [
         *((f"batch size {size}", one, {"batch_size": size}) for size in (1, 2, 4, 8)),
         *(
             (f"{(size // PATCH) ** 2} visual tokens", work(random_llava(size), num_images, size, names=NAMES[:1]), {})
             for size in (112, 168)
         ),
-        *((f"{num} perspectives", work(judge, num_images, 224, names=NAMES[:num]), {}) for num in (2, 4)),
+        *((f"{num} perspectives", work(reward_model, num_images, 224, names=NAMES[:num]), {}) for num in (2, 4)),
         ("bfloat16", work(random_llava(224, dtype=torch.bfloat16), num_images, 224, names=NAMES[:1]), {}),
         ("with the gradient to the pixels", one, {"gradient": True}),
     ]
@@ -111,23 +115,23 @@ def print_settings(num_images: int) -> None:
         write(f"| {words} | {len(wanted.images) / seconds:.2f} | {more[0]:.0f} |")
 
 
-# --- both ways --------------------------------------------------------------------------------------
+# --- implementations --------------------------------------------------------------------------------------
 
 
 def scores_of(wanted: Work, *, batch_size: int | None = None, gradient: bool = False) -> dict[str, Tensor]:
-    """This project's way."""
+    """Score as this project does."""
     batch_size = batch_size or wanted.batch_size
     images = wanted.images.clone().requires_grad_(gradient)
-    scores = wanted.judge.score_all(images, wanted.prompts, perspectives=wanted.names, batch_size=batch_size)
+    scores = wanted.reward_model.score_all(images, wanted.prompts, perspectives=wanted.names, batch_size=batch_size)
     if gradient:
         torch.stack(list(scores.values())).sum().backward()
     return {name: score.detach() for name, score in scores.items()}
 
 
 @torch.no_grad()
-def straightforward(wanted: Work) -> dict[str, Tensor]:
-    """The published code's way, on the same weights."""
-    model = wanted.judge.model
+def baseline(wanted: Work) -> dict[str, Tensor]:
+    """Score as the published code does, with the same weights."""
+    model = wanted.reward_model.model
     model.backbone.model.set_attn_implementation("eager")
     found: dict[str, list[Tensor]] = {name: [] for name in wanted.names}
     for name in wanted.names:
@@ -146,7 +150,7 @@ def straightforward(wanted: Work) -> dict[str, Tensor]:
 def skip_ca_everywhere(
     part: Perspective, hidden: Float[Tensor, "1 L D"], visual: Float[Tensor, "1 V D"]
 ) -> Float[Tensor, "1 L D"]:
-    """SkipCA of one head with a query at every position, in its textbook form."""
+    """Return SkipCA of one head with a query at every position and explicit keys and values."""
     layer = part.skip_ca
     if layer is None:
         return hidden
@@ -160,7 +164,7 @@ def skip_ca_everywhere(
 def interleaved(
     ways: Sequence[Callable[[], dict[str, Tensor]]], *, rounds: int
 ) -> list[tuple[float, dict[str, Tensor]]]:
-    """Least processor seconds and the answer of each way, all taking turns."""
+    """Run all functions in turns; return the least processor seconds and the last result of each."""
     seconds = [math.inf] * len(ways)
     answers: list[dict[str, Tensor]] = [{} for _ in ways]
     for _ in range(rounds):
@@ -173,9 +177,9 @@ def interleaved(
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """How many megabytes the process held at most beyond those it held before (Linux)."""
+    """Measure the peak memory of the process minus its memory before, in MB (Linux)."""
     more = [math.nan]
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that it counts again
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, so that it counts again
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _megabytes("VmRSS")
     yield more
@@ -187,22 +191,22 @@ def _megabytes(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-# --- judges -----------------------------------------------------------------------------------------
+# --- models --------------------------------------------------------------------------------------
 
 
-def work(judge: LlavaReward, num_images: int, size: int, *, names: Sequence[str] | None = None) -> Work:
-    """Random images under prompts of different lengths.
+def work(reward_model: LlavaReward, num_images: int, size: int, *, names: Sequence[str] | None = None) -> Work:
+    """Return random images with prompts of different lengths.
 
-    Small images go in one batch; of larger ones a core's cache holds the states of two.
+    Small images are scored in one batch; of larger ones a core's cache holds the states of two.
     """
     images = torch.rand(num_images, 3, size, size, generator=torch.Generator().manual_seed(0))
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(num_images)]
-    known = judge.perspectives
-    return Work(judge, images, prompts, known if names is None else known[: len(names)], 64 if size < 100 else 2)
+    known = reward_model.perspectives
+    return Work(reward_model, images, prompts, known if names is None else known[: len(names)], 64 if size < 100 else 2)
 
 
 def built_in() -> LlavaReward:
-    """A judge of its own, to put perspectives on."""
+    """Load the built-in model."""
     return LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)
 
 
@@ -251,7 +255,7 @@ def scatter(model: RewardModel, name: str, groups: Sequence[str], *, seed: int) 
 
 
 def write(line: str) -> None:
-    """At once, also through a pipe."""
+    """Print a line and flush it."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

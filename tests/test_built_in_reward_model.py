@@ -55,7 +55,7 @@ def test_its_adapter_checkpoint_refers_to_the_backbone_beside_it() -> None:
 
 
 def test_building_the_backbone_is_deterministic_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"num_eye_updates": 2, "num_updates": 3, "num_drawn": 16, "num_painted": 16, "seed": 0}
+    sizes = {"num_vision_updates": 2, "num_updates": 3, "num_drawings": 16, "num_generated": 16, "seed": 0}
     build_backbone.build(tmp_path / "whole", **sizes)
     build_backbone.build(tmp_path / "again", **sizes)
 
@@ -63,7 +63,7 @@ def test_building_the_backbone_is_deterministic_and_resumes(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_backbone, "reading_loss", interrupted)
+        patch.setattr(build_backbone, "language_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_backbone.build(tmp_path / "stopped", **sizes)
     build_backbone.build(tmp_path / "stopped", **sizes)
