@@ -29,3 +29,15 @@ def lora_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def state(folder: Path, step: int = 3) -> tuple[dict[str, Tensor], Any]:
+    """The content of a checkpoint: the tensors of the sharded files, and the rest."""
+    import torch
+    from safetensors.torch import load_file
+
+    checkpoint = folder / "checkpoints" / f"step_{step:06d}"
+    tensors: dict[str, Tensor] = {}
+    for path in checkpoint.glob("weights-*"):
+        tensors |= load_file(path)
+    return tensors, torch.load(checkpoint / "extra.pt", weights_only=True)

@@ -23,6 +23,7 @@ from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer, TrainerConfig
+from tests.runs import state
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,15 +68,6 @@ def train(config: ddpo.Config) -> Path:
 
 def weights(folder: Path, step: int = 3) -> dict[str, torch.Tensor]:
     return stored_weights(folder / "checkpoints" / f"step_{step:06d}")
-
-
-def state(folder: Path, step: int = 3) -> tuple[dict[str, torch.Tensor], Any]:
-    """Everything in a checkpoint: weights, what the optimiser remembers, averages; and the rest."""
-    checkpoint = folder / "checkpoints" / f"step_{step:06d}"
-    tensors: dict[str, torch.Tensor] = {}
-    for path in checkpoint.glob("weights-*"):
-        tensors |= load_file(path)
-    return tensors, torch.load(checkpoint / "extra.pt", weights_only=True)
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:

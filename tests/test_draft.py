@@ -25,7 +25,8 @@ from rlhf_t2i.seeds import generator_for
 from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
-from tests.test_ddpo import ROOT, SAMPLE, assert_same, command_line, rows, state, weights
+from tests.runs import state
+from tests.test_ddpo import ROOT, SAMPLE, assert_same, command_line, rows, weights
 
 REDNESS = "tests.test_draft:redness"
 DARKNESS = "tests.test_draft:darkness"

@@ -23,8 +23,9 @@ from torch.testing import assert_close
 from recipes import ddpo
 from rlhf_t2i.rewards.builtin import oracle_graded
 from rlhf_t2i.training.checkpoint_files import newest_complete
+from tests.runs import state
 from tests.servers import free_port
-from tests.test_ddpo import ROOT, launch, launch_command, rows, state
+from tests.test_ddpo import ROOT, launch, launch_command, rows
 from tests.test_parallel import TINY
 
 CALLS = count(1)

@@ -25,8 +25,9 @@ from rlhf_t2i.distributed.replicated import Replicated
 from rlhf_t2i.distributed.state import read_state, write_state
 from rlhf_t2i.distributed.zero import reconciled
 from rlhf_t2i.rewards.builtin import oracle_graded
+from tests.runs import state
 from tests.servers import free_port
-from tests.test_ddpo import ROOT, launch, launch_command, rows, state
+from tests.test_ddpo import ROOT, launch, launch_command, rows
 
 MODES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
 TINY = ddpo.Config(

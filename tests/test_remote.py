@@ -44,9 +44,8 @@ from rlhf_t2i.rewards.gradient import require_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
 from rlhf_t2i.rewards.remote import RemoteReward
 from rlhf_t2i.rewards.wire_format import JSON, SAFETENSORS, pack
-from tests.runs import redness, rows
+from tests.runs import redness, rows, state
 from tests.servers import free_port, running, scores_response, scripted, until
-from tests.test_ddpo import state
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a fox number {i}" for i in range(7)]
