@@ -87,7 +87,7 @@ def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) ->
     """The `main` of recipes/diffusion_dpo.py, with a watch. What it cost to fill the cache is part of it."""
     from recipes.diffusion_dpo import Config, load_pairs, update
     from rlhf_t2i.report import write_report
-    from rlhf_t2i.training.trainer import make_trainer
+    from rlhf_t2i.training.setup import make_trainer
 
     with TemporaryDirectory() as run_folder:
         config = Config(
@@ -106,7 +106,7 @@ def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) ->
             watch()
             numbers = pairs_of_step(len(files), step, num_pairs=PAIRS_PER_STEP, seed=0)
             load = partial(files.load, numbers)
-            metrics = update(trainer, load, count=len(numbers), step=step, times=TIMES, config=config)
+            metrics = update(trainer, load, count=len(numbers), step=step, timesteps=TIMES, config=config)
             trainer.finish_step(step, images=2 * len(numbers), **metrics)
             losses.append(metrics["loss"])
     return {"rows": watch.rows, "losses": losses, "steps": num_inner_epochs, "filled": filled}

@@ -114,7 +114,7 @@ def measure_memory(output: Path) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from rlhf_t2i.distributed.memory import memory_of, peak_bytes
-    from rlhf_t2i.distributed.placement import learning_of
+    from rlhf_t2i.distributed.placement import layout_of
     from rlhf_t2i.distributed.processes import end_processes, make_engine, start_processes
 
     torch.set_num_threads(1)
@@ -127,13 +127,13 @@ def measure_memory(output: Path) -> None:
     warm(torch.zeros(2, 2)).sum().backward()
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     baseline = resident("VmRSS") - weights
-    learning = learning_of(network, mode, processes=accelerator.num_processes)
+    layout = layout_of(network, mode, processes=accelerator.num_processes)
     # The operating system counts a buffer only where it was written to, and DeepSpeed's bucket is larger than all.
-    learning = replace(learning, bucket=min(learning.bucket, learning.trainable))
-    expected = memory_of(learning, activations=activations)
+    layout = replace(layout, bucket=min(layout.bucket, layout.trainable))
+    expected = memory_of(layout, activations=activations)
     engine = make_engine(
         accelerator, mode, network, torch.optim.AdamW(network.parameters(), foreach=True),  # as on a GPU
-        max_gradient_norm=1.0, microbatch_size=BATCH, say=lambda text: None,
+        max_gradient_norm=1.0, microbatch_size=BATCH, log=lambda text: None,
     )  # fmt: skip
 
     def update() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlhf_t2i.distributed.memory import Learning, Memory, gathered_by_fsdp, memory_of, peak_bytes
+from rlhf_t2i.distributed.memory import Layout, Memory, gathered_by_fsdp, memory_of, peak_bytes
 from rlhf_t2i.models.lora import add_lora
 
 GPUS = {"1 x 24 GB": (1, 24), "1 x 80 GB": (1, 80), "8 x 80 GB": (8, 80)}
@@ -203,9 +203,9 @@ def decoding(model: Model) -> int:
         return peak_bytes(autoencoder, lambda: autoencoder.decode(latents, return_dict=False)[0].sum().backward())
 
 
-def ways(learning: Learning, num_gpus: int) -> dict[str, Learning]:
+def ways(layout: Layout, num_gpus: int) -> dict[str, Layout]:
     """From the simplest to the most sparing."""
-    one = replace(learning, processes=num_gpus)
+    one = replace(layout, processes=num_gpus)
     offload = {"ZeRO-3 offload": replace(one, mode="zero3", offload=True, gather_for_sampling=False)}
     if num_gpus == 1:
         return {"as it is": replace(one, mode="single"), **offload}
@@ -216,7 +216,7 @@ def ways(learning: Learning, num_gpus: int) -> dict[str, Learning]:
     }  # fmt: skip
 
 
-def cell(learning: Learning, *, activations: float, others: float, num_gpus: int, size: float) -> str:
+def cell(layout: Layout, *, activations: float, others: float, num_gpus: int, size: float) -> str:
     """The first way that fits."""
 
     def gigabytes(memory: Memory) -> float:
@@ -224,7 +224,7 @@ def cell(learning: Learning, *, activations: float, others: float, num_gpus: int
 
     needed = {
         name: gigabytes(memory_of(way, activations=activations, others=others))
-        for name, way in ways(learning, num_gpus).items()
+        for name, way in ways(layout, num_gpus).items()
     }
     fitting = next((name for name, peak in needed.items() if peak <= SPARE * size), None)
     return f"{fitting}, {needed[fitting]:.0f}" if fitting else f"no ({min(needed.values()):.0f})"
@@ -254,7 +254,7 @@ def main() -> None:
             _, pair = followed(model, adapters=adapters, batch=2)
             trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
             total = sum(p.numel() for p in network.parameters())
-            learning = Learning(
+            layout = Layout(
                 mode="single", processes=1, trainable=trainable, frozen=total - trainable, frozen_width=2,
                 block=gathered_by_fsdp(network),
             )  # fmt: skip
@@ -263,7 +263,7 @@ def main() -> None:
             ):  # fmt: skip
                 cells = [
                     cell(
-                        replace(learning, reference=reference),
+                        replace(layout, reference=reference),
                         activations=activations,
                         others=others,
                         num_gpus=count,

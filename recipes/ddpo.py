@@ -38,7 +38,8 @@ from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
-from rlhf_t2i.training.trainer import Trainer, make_trainer
+from rlhf_t2i.training.setup import make_trainer
+from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Sampler, Trajectory
 
 
@@ -76,15 +77,7 @@ def main(config: Config) -> Path:
         if step == 0:
             for warning in first_update_warnings(metrics):
                 trainer.print(warning)
-        trainer.finish_step(
-            step,
-            reward=groups.mean().item(),
-            reward_std=groups.std(correction=0).item(),
-            images=groups.numel(),
-            denoiser_calls=groups.numel() * config.num_denoising_steps * policy.num_calls(config.guidance_scale),
-            **trainer.mean({f"rewards/{name}": values.mean().item() for name, values in scores.items()}),
-            **metrics,
-        )
+        trainer.finish_step(step, **trainer.rollout_metrics(groups, scores), **metrics)
     return trainer.finish()
 
 

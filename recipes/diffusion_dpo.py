@@ -48,32 +48,34 @@ from rlhf_t2i.sampling.denoising_errors import denoising_errors
 from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.trainer import Trainer, make_trainer
+from rlhf_t2i.training.run_folder import PAIRS
+from rlhf_t2i.training.setup import make_trainer
+from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy
 
 LoadPairs = Callable[[Sequence[int]], PairBatch]
-"""From the numbers of a step's pairs, as `shard_pairs` deals them out, to what an update needs."""
+"""Returns pairs of a step by their rows, as in `PairShard.rows`."""
 METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
 
 
 def main(config: Config) -> Path:
     """Load or sample preference pairs, noise them, update the policy; return the run folder."""
-    judged = config.pairs == "sampled"
-    reward, prompts = (load_rewards(config.rewards), load_prompts(config.prompts)) if judged else (None, [])
+    is_sampled = config.pairs == "sampled"
+    reward, prompts = (load_rewards(config.rewards), load_prompts(config.prompts)) if is_sampled else (None, [])
     trainer = make_trainer(config, recipe="diffusion_dpo", report=write_report, keep_reference=config.loss == "dpo")
-    times = torch.tensor(whole_numbers(config.timesteps))
-    trainer.policy.levels_at(times)  # refuses those that the model does not know
-    files = None if judged else load_pairs(trainer, config)
+    timesteps = torch.tensor(whole_numbers(config.timesteps))
+    trainer.policy.levels_at(timesteps)  # raises for timesteps that the model does not have
+    pairs = None if is_sampled else load_pairs(trainer, config)
     for step in trainer.steps():
         if reward is not None:
-            asked = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
-            load, row = sample_pairs(trainer, asked, reward, step=step, config=config)
+            all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+            load, row = sample_pairs(trainer, all_prompts, reward, step=step, config=config)
         else:
-            assert files is not None
-            numbers = pairs_of_step(len(files), step, num_pairs=config.pairs_per_step, seed=config.seed)
-            load, row = partial(files.load, numbers), {"images": 2 * len(numbers), "pairs": len(numbers)}
+            assert pairs is not None
+            indices = pairs_of_step(len(pairs), step, num_pairs=config.pairs_per_step, seed=config.seed)
+            load, row = partial(pairs.load, indices), {"images": 2 * len(indices), "pairs": len(indices)}
         with trainer.timed("update"):
-            metrics = update(trainer, load, count=int(row["pairs"]), step=step, times=times, config=config)
+            metrics = update(trainer, load, count=int(row["pairs"]), step=step, timesteps=timesteps, config=config)
         trainer.finish_step(step, **row, **metrics)
     return trainer.finish()
 
@@ -81,85 +83,82 @@ def main(config: Config) -> Path:
 def sample_pairs(
     trainer: Trainer, prompts: Sequence[str], reward: WeightedSum, *, step: int, config: Config
 ) -> tuple[LoadPairs, dict[str, float]]:
-    """Paint each prompt and let the reward choose: pairs by number, and metrics of all processes."""
+    """Sample images, select pairs by their rewards; return the pairs and metrics over all processes."""
     copies = config.images_per_prompt
-    mine = trainer.shard(len(prompts), name="prompts_per_step")
-    own = [prompts[i] for i in mine for _ in range(copies)]
+    shard = trainer.shard(len(prompts), name="prompts_per_step")
+    own_prompts = [prompts[i] for i in shard for _ in range(copies)]
     with trainer.timed("rollout"), trainer.sampling():
-        images, painted = generate(
-            trainer.policy, own, sampler=trainer.sampler(eta=config.eta), microbatch_size=config.microbatch_size,
-            generators=generators_for(config.seed, SAMPLE, step, mine),
+        images, own_latents = generate(
+            trainer.policy, own_prompts, sampler=trainer.sampler(eta=config.eta),
+            microbatch_size=config.microbatch_size, generators=generators_for(config.seed, SAMPLE, step, shard),
         )  # fmt: skip
     with trainer.timed("reward"), torch.no_grad():
-        rewards, verdicts = reward(images, own, batch_size=config.microbatch_size)
-    scores = trainer.gather(rewards.view(len(mine), copies)).cpu()
+        rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+    groups = trainer.gather(rewards.view(len(shard), copies)).cpu()
     generators = generators_for(config.seed, UPDATE, step, range(len(prompts)))
-    winners, losers = choose_pairs(scores, selection=config.pair_selection, generators=generators)
+    winners, losers = choose_pairs(groups, selection=config.pair_selection, generators=generators)
     if not len(winners):
         trainer.print(
-            f"WARNING: in step {step + 1} all images of each prompt earned the same: nothing could be learnt."
+            f"WARNING: in step {step + 1} all images of each prompt have the same reward; the update was skipped."
         )
     if config.save_pairs:
-        path = trainer.folder / "pairs" / f"step_{step + 1:06d}.jsonl"
-        save_pairs(path, images, prompts, scores, (winners, losers), first=mine.start * copies)
-    latents, conditioning = trainer.gather(painted), trainer.policy.encode(prompts)
+        path = trainer.folder / PAIRS / f"step_{step + 1:06d}.jsonl"
+        save_pairs(path, images, prompts, groups, (winners, losers), first=shard.start * copies)
+    latents, conditioning = trainer.gather(own_latents), trainer.policy.encode(prompts)
 
     def load(rows: Sequence[int]) -> PairBatch:
         winner, loser = winners[rows], losers[rows]
         return PairBatch(latents[winner], latents[loser], conditioning[winner // copies])
 
-    return load, {
-        "reward": scores.mean().item(), "reward_std": scores.std(correction=0).item(),
-        **trainer.mean({f"rewards/{name}": seen.mean().item() for name, seen in verdicts.items()}),
-        "images": scores.numel(), "pairs": len(winners),
-        "denoiser_calls": scores.numel() * config.num_denoising_steps * trainer.policy.num_calls(config.guidance_scale),
-    }  # fmt: skip
+    return load, {**trainer.rollout_metrics(groups, scores), "pairs": len(winners)}
 
 
 def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
-    """The pairs of all files, without ties; other records are refused, or written down as skipped."""
+    """Load the pairs of all files, without ties; other records raise ValueError or are logged as skipped."""
     from reward_model.datasets import load_same_prompt_pairs
     from reward_model.images import to_tensor
 
     log = trainer.folder / (f"skipped_{trainer.rank}.jsonl" if trainer.rank else "skipped.jsonl")
-    found = load_same_prompt_pairs(
+    records = load_same_prompt_pairs(
         names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, log=trainer.print,
         image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
     )  # fmt: skip
-    trainer.print(f"{len(found):,} pairs of {len({pair.winner_prompt for pair in found}):,} prompts")
-    files = ImagePairs(
-        found, policy=trainer.policy, read=to_tensor, microbatch_size=config.microbatch_size,
+    trainer.print(f"{len(records):,} pairs of {len({pair.winner_prompt for pair in records}):,} prompts")
+    pairs = ImagePairs(
+        records, policy=trainer.policy, read=to_tensor, microbatch_size=config.microbatch_size,
         cache_folder=Path(config.cache_folder) if config.cache_folder else None,
     )  # fmt: skip
-    files.fill_cache(rank=trainer.rank, num_processes=trainer.num_processes)
+    pairs.fill_cache(rank=trainer.rank, num_processes=trainer.num_processes)
     trainer.wait_for_everyone()
-    return files
+    return pairs
 
 
 def update(
-    trainer: Trainer, load: LoadPairs, *, count: int, step: int, times: Tensor, config: Config
+    trainer: Trainer, load: LoadPairs, *, count: int, step: int, timesteps: Tensor, config: Config
 ) -> dict[str, float]:
-    """Learn from `count` pairs, once in each inner epoch. Returns metrics of all processes.
+    """Take num_inner_epochs optimiser steps on `count` pairs; return metrics over all processes.
 
-    `winner_error` and `loser_error` are how far the errors moved from the reference's: both above 0 is DPO's known
-    failing, for which there is dpop_weight.
+    `winner_error` and `loser_error` are relative to the reference. Both above 0 is a known failure of DPO, which
+    dpop_weight counteracts.
     """
     if not count:
         return {}
     policy = trainer.policy
-    share = shard_pairs(count, rank=trainer.rank, num_processes=trainer.num_processes)
-    batch = load(share.rows)
-    microbatches = share.microbatches(config.microbatch_size // 2)
-    seen, steps = list[Tensor](), list[dict[str, float]]()
+    shard = shard_pairs(count, rank=trainer.rank, num_processes=trainer.num_processes)
+    batch = load(shard.rows)
+    microbatches = shard.microbatches(config.microbatch_size // 2)
+    samples, steps = list[Tensor](), list[dict[str, float]]()
     for epoch in range(config.num_inner_epochs):
         for own, weight in trainer.accumulate(microbatches):
-            draws = [generator_for(config.seed, NOISE, step, epoch, share.rows[int(i)]) for i in own]
-            loss, facts = loss_of_pairs(policy, batch.at(own), times=times, generators=draws, config=config)
+            loss, sample = loss_of_pairs(
+                policy, batch.at(own), timesteps=timesteps, config=config,
+                generators=[generator_for(config.seed, NOISE, step, epoch, shard.rows[int(i)]) for i in own],
+            )  # fmt: skip
             trainer.backward(loss * weight)
-            seen.append(facts * weight / len(own))
+            samples.append(sample * weight / len(own))
         steps.append(trainer.optimizer_step())
-    totals = torch.cat(seen).sum(0).tolist()
-    sums = dict(zip(METRICS, totals, strict=False))  # sft has but the first
+    totals = torch.cat(samples).sum(0).tolist()
+    sums = dict(zip(METRICS, totals, strict=False))  # sft has only the loss
     return {
         **{name: total / len(steps) for name, total in trainer.mean(sums).items()},
         **mean_update_metrics(steps),
@@ -167,28 +166,28 @@ def update(
 
 
 def loss_of_pairs(
-    policy: Policy, pairs: PairBatch, *, times: Tensor, generators: Sequence[torch.Generator], config: Config
+    policy: Policy, pairs: PairBatch, *, timesteps: Tensor, generators: Sequence[torch.Generator], config: Config
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B metrics"]]:
-    """The mean loss of some pairs, and of each pair what METRICS names.
+    """Return the mean loss of some pairs, and the METRICS of each pair.
 
-    Winner and loser are disturbed by the same noise to the same level, drawn by the pair's own generator.
+    Winner and loser get the same noise at the same timestep, drawn by the pair's own generator.
     """
-    drawn = torch.cat([times[torch.randint(len(times), (1,), generator=generator)] for generator in generators])
+    drawn = torch.cat([timesteps[torch.randint(len(timesteps), (1,), generator=g)] for g in generators])
     noise = randn(pairs.winner.shape, generators=generators, device=pairs.winner.device)
     if config.loss == "sft":
         loss = denoising_errors(policy, pairs.winner, noise, policy.levels_at(drawn), pairs.conditioning).mean()
         return loss, loss.detach().expand(len(noise), 1)
-    both = torch.cat([pairs.winner, pairs.loser]), noise.repeat(2, 1, 1, 1)
-    asked = *both, policy.levels_at(drawn.repeat(2)), pairs.conditioning.repeat(2)
+    clean, noise = torch.cat([pairs.winner, pairs.loser]), noise.repeat(2, 1, 1, 1)
+    inputs = clean, noise, policy.levels_at(drawn.repeat(2)), pairs.conditioning.repeat(2)
     with torch.no_grad(), policy.as_reference():
-        reference_winner, reference_loser = denoising_errors(policy, *asked).chunk(2)
-    winner, loser = denoising_errors(policy, *asked).chunk(2)
+        reference_winner, reference_loser = denoising_errors(policy, *inputs).chunk(2)
+    winner, loser = denoising_errors(policy, *inputs).chunk(2)
     loss = diffusion_dpo_loss(
         winner, loser, reference_winner, reference_loser, beta=config.beta, dpop_weight=config.dpop_weight
     )
-    moved = torch.stack([winner - reference_winner, loser - reference_loser], dim=1).detach()
-    agrees = implicit_preference(moved[:, 1:] - moved[:, :1])
-    return loss, torch.cat([loss.detach().expand(len(moved), 1), moved, agrees], dim=1)
+    changes = torch.stack([winner - reference_winner, loser - reference_loser], dim=1).detach()
+    accuracy = implicit_preference(changes[:, 1:] - changes[:, :1])
+    return loss, torch.cat([loss.detach().expand(len(changes), 1), changes, accuracy], dim=1)
 
 
 if __name__ == "__main__":

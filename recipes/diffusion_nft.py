@@ -42,7 +42,8 @@ from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.ema import rising_decay
 from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.trainer import Trainer, make_trainer
+from rlhf_t2i.training.setup import make_trainer
+from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Conditioning, Level, Policy, Prediction
 
 METRICS: Sequence[str] = ("loss", "moved", "reference_gap")
@@ -78,12 +79,8 @@ def main(config: Config) -> Path:
             metrics = update(trainer, clean, own_prompts, optimality, shard=shard, step=step, config=config)
         trainer.finish_step(
             step,
-            reward=groups.mean().item(),
-            reward_std=groups.std(correction=0).item(),
+            **trainer.rollout_metrics(groups, scores),
             degenerate_groups=num_degenerate_groups(groups),
-            images=groups.numel(),
-            denoiser_calls=groups.numel() * config.num_denoising_steps * policy.num_calls(config.guidance_scale),
-            **trainer.mean({f"rewards/{name}": values.mean().item() for name, values in scores.items()}),
             **metrics,
         )
     return trainer.finish()

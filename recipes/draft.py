@@ -40,7 +40,8 @@ from rlhf_t2i.rewards.gradient import ScoredImages, require_gradient, score_with
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.backprop import DifferentiableSamples, GradientWindow, sample_with_gradient
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
-from rlhf_t2i.training.trainer import Trainer, make_trainer
+from rlhf_t2i.training.setup import make_trainer
+from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Sampler
 
 
@@ -67,20 +68,20 @@ def main(config: Config) -> Path:
 
 
 def gradient_window(config: Config, generators: Sequence[torch.Generator]) -> GradientWindow:
-    """Which denoising steps remember, for one image of each generator: where the methods part."""
-    total, count = config.num_denoising_steps, len(generators)
-    depth = config.backprop_steps or total
+    """Return the denoising steps that the gradient passes, for one image of each generator."""
+    num_steps, count = config.num_denoising_steps, len(generators)
+    depth = config.backprop_steps or num_steps
 
     def drawn(first: int, end: int) -> Tensor:
         return torch.cat([torch.randint(first, end, (1,), generator=generator) for generator in generators])
 
     match config.method:
         case "draft":
-            return GradientWindow(torch.full((count,), total - depth))
+            return GradientWindow(torch.full((count,), num_steps - depth))
         case "draft_lv":
-            return GradientWindow(torch.full((count,), total - 1), num_renoisings=config.num_renoisings)
+            return GradientWindow(torch.full((count,), num_steps - 1), num_renoisings=config.num_renoisings)
         case "alignprop":
-            return GradientWindow(total - drawn(1, depth + 1))
+            return GradientWindow(num_steps - drawn(1, depth + 1))
         case "refl":
             return GradientWindow(drawn(*config.trained_window), jumps=True)
 
@@ -97,8 +98,8 @@ def update(
 ) -> dict[str, float]:
     """Sample and score this process's prompts in microbatches, and take one optimiser step.
 
-    Returns metrics over all processes. `saturated_share` is the fraction of the squared pixel gradient that lies on
-    pixels outside [0, 1]: the policy learns from it only because images are not clamped.
+    Returns metrics over all processes. `saturated_share` is the fraction of the squared pixel gradient at pixels
+    outside [0, 1]; it reaches the weights because the images are not clamped.
     """
     policy = trainer.policy
     variants = 1 + config.num_renoisings if config.method == "draft_lv" else 1

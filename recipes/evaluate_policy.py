@@ -22,14 +22,14 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.image_grids import save_captions, save_image_grid
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set
+from rlhf_t2i.training.evaluation import evaluate, evaluation_set
 from rlhf_t2i.training.run import start_run
 from rlhf_t2i.training.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES
 from rlhf_t2i.types import Sampler
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
-    """Paint the same images with each of the weights, judge them, print and write the table."""
+    """Sample and score the same images with each of the weights; print, write and return a table of mean rewards."""
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
     rewards = load_rewards(config.evaluation_rewards).rewards
@@ -54,7 +54,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             policy, prompts, seeds, rewards, sampler=sampler, microbatch_size=config.microbatch_size, processes=run
         )
         table[name] = evaluation.summary()
-        run.print(row(name, evaluation))
+        run.print(f"{name}: {evaluation.text()}, diversity {table[name]['diversity']:.3f}")
         if run.is_main:
             save_image_grid(run.folder / IMAGES / f"{index}.png", evaluation.images)
             save_captions(run.folder / IMAGES / CAPTIONS, prompts, seeds)
@@ -62,13 +62,6 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     run.print(f"table     {run.folder / EVALUATION_TABLE}\nimages    {run.folder / IMAGES}")
     run.close()
     return table
-
-
-def row(name: str, evaluation: Evaluation) -> str:
-    """One line of the table."""
-    summary = evaluation.summary()
-    means = [f"{r} {summary[r]:.3f} ± {summary[f'{r}/standard_error']:.3f}" for r in evaluation.scores]
-    return f"{name}: {', '.join(means)}, diversity {summary['diversity']:.3f}"
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.batching import minibatches, window_of_step
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
-from rlhf_t2i.training.trainer import Trainer, make_trainer
+from rlhf_t2i.training.setup import make_trainer
+from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
 
 
@@ -82,13 +83,9 @@ def main(config: Config) -> Path:
                 trainer.print(warning)
         trainer.finish_step(
             step,
-            reward=groups.mean().item(),
-            reward_std=groups.std(correction=0).item(),
+            **trainer.rollout_metrics(groups, scores),
             degenerate_groups=num_degenerate_groups(groups),
             window_first=window[0],
-            images=groups.numel(),
-            denoiser_calls=groups.numel() * config.num_denoising_steps * policy.num_calls(config.guidance_scale),
-            **trainer.mean({f"rewards/{name}": values.mean().item() for name, values in scores.items()}),
             **metrics,
         )
     return trainer.finish()

@@ -159,7 +159,7 @@ def test_winner_and_loser_are_disturbed_alike_and_each_pair_by_its_own_generator
     monkeypatch.setattr(policy, "predict", remember)
     times = torch.arange(100, 1000)
     generators = [generator_for(0, 2, 0, 0, row) for row in range(3)]
-    diffusion_dpo.loss_of_pairs(policy, pairs, times=times, generators=generators, config=config)
+    diffusion_dpo.loss_of_pairs(policy, pairs, timesteps=times, generators=generators, config=config)
 
     (noise, time), (reference_noise, reference_time) = asked
     assert torch.equal(time[:3], time[3:])
@@ -304,7 +304,7 @@ def test_a_judge_without_an_opinion_teaches_nothing_and_is_reported(
     config: diffusion_dpo.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = train(replace(config, rewards="tests.test_diffusion_dpo:constant", num_steps=2))
-    assert "in step 2 all images of each prompt earned the same" in capsys.readouterr().out
+    assert "in step 2 all images of each prompt have the same reward" in capsys.readouterr().out
     assert [row["pairs"] for row in rows(folder, "train")] == [0, 0]
     before = load_file(Path(config.model) / "unet" / "diffusion_pytorch_model.safetensors")
     assert_same(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), before)

@@ -10,12 +10,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_t2i.distributed.memory import BUCKET, Learning, gathered_by_fsdp, memory_of, peak_bytes, saved_bytes
-from rlhf_t2i.distributed.placement import learning_of, placement_config, placement_table
+from rlhf_t2i.distributed.memory import BUCKET, Layout, gathered_by_fsdp, memory_of, peak_bytes, saved_bytes
+from rlhf_t2i.distributed.placement import layout_of, placement_config, placement_table
 from rlhf_t2i.distributed.processes import Mode
 
 MODES: tuple[Mode, ...] = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-TEN = Learning(mode="single", processes=2, trainable=10, frozen=4, frozen_width=2, bucket=6, block=3)
+TEN = Layout(mode="single", processes=2, trainable=10, frozen=4, frozen_width=2, bucket=6, block=3)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ TEN = Learning(mode="single", processes=2, trainable=10, frozen=4, frozen_width=
 )
 def test_bytes_by_hand(mode: Mode, standing: float, updating: float, stepping: float) -> None:
     memory = memory_of(replace(TEN, mode=mode))
-    assert memory.standing == pytest.approx(standing)
-    assert memory.updating == pytest.approx(updating)
-    assert memory.stepping == pytest.approx(stepping)
+    assert memory.persistent == pytest.approx(standing)
+    assert memory.backward == pytest.approx(updating)
+    assert memory.optimizer_step == pytest.approx(stepping)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -43,7 +43,7 @@ def test_one_process_holds_what_a_single_one_does(mode: Mode) -> None:
     own, single = memory_of(replace(TEN, mode=mode, processes=1)), memory_of(replace(TEN, processes=1))
     for name in ("weights", "gradients", "moments"):
         assert getattr(own, name) == getattr(single, name)
-    assert own.standing - own.master - own.persistent_buffers == single.standing
+    assert own.persistent - own.master - own.persistent_buffers == single.persistent
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_of_many_processes_only_what_each_needs_whole_remains(mode: Mode, left: 
 def test_fsdp_without_accumulation_shares_gradients_too() -> None:
     whole = memory_of(replace(TEN, mode="fsdp2", processes=10**9, block=0))
     parts = memory_of(replace(TEN, mode="fsdp2", processes=10**9, block=0, accumulates=False))
-    assert whole.updating == pytest.approx(40, abs=1e-3)
-    assert parts.updating == pytest.approx(0, abs=1e-3)
+    assert whole.backward == pytest.approx(40, abs=1e-3)
+    assert parts.backward == pytest.approx(0, abs=1e-3)
 
 
 def test_copies_and_activations_are_added() -> None:
@@ -70,12 +70,12 @@ def test_copies_and_activations_are_added() -> None:
 
 def test_offloading_leaves_the_weights() -> None:
     memory = memory_of(replace(TEN, mode="zero3", offload=True))
-    assert (memory.standing, memory.host) == (24 + 24, 80)
+    assert (memory.persistent, memory.host) == (24 + 24, 80)
 
 
 def test_deepspeed_allocates_its_bucket_for_however_little_learns() -> None:
-    memory = memory_of(Learning(mode="zero2", processes=8, trainable=1))
-    assert memory.updating > 4 * BUCKET
+    memory = memory_of(Layout(mode="zero2", processes=8, trainable=1))
+    assert memory.backward > 4 * BUCKET
 
 
 class Chain(nn.Module):
@@ -152,11 +152,11 @@ def test_fsdp_gathers_what_is_outside_and_two_blocks() -> None:
 def test_a_run_says_who_holds_what() -> None:
     network = Chain()
     network.first.requires_grad_(False)
-    learning = learning_of(network, "zero2", processes=2)
-    text = placement_table(learning, precision="bf16", microbatch_size=8)
+    layout = layout_of(network, "zero2", processes=2)
+    text = placement_table(layout, precision="bf16", microbatch_size=8)
     assert "DeepSpeed ZeRO-2 over 2 processes" in text
     assert "8 x 2 = 16 images" in text
     assert "24 of the denoiser's 59 parameters" in text
-    facts = placement_config(learning, precision="bf16", microbatch_size=8)
+    facts = placement_config(layout, precision="bf16", microbatch_size=8)
     assert facts["trainable_parameters"] == 24
     assert facts["bytes_per_process"]["gradients"] == 48

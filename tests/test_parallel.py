@@ -23,7 +23,7 @@ from recipes import ddpo, diffusion_dpo, diffusion_nft, draft
 from rlhf_t2i.distributed.processes import _check_deepspeed, _wants_fsdp, start_processes
 from rlhf_t2i.distributed.replicated import Replicated
 from rlhf_t2i.distributed.state import read_state, write_state
-from rlhf_t2i.distributed.zero import reconciled
+from rlhf_t2i.distributed.zero import fill_config
 from rlhf_t2i.rewards.builtin import oracle_graded
 from tests.runs import state
 from tests.servers import free_port
@@ -162,7 +162,7 @@ RECIPE = {"max_gradient_norm": 0.5, "mixed_precision": "no", "microbatch_size": 
 
 
 def test_deepspeed_clips_as_the_recipe_does_and_not_as_its_auto_would() -> None:
-    config, filled = reconciled({"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}, **RECIPE)
+    config, filled = fill_config({"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}, **RECIPE)
     assert config["gradient_clipping"] == 0.5
     assert filled == {
         "gradient_clipping": 0.5, "gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 8,
@@ -181,12 +181,12 @@ def test_deepspeed_clips_as_the_recipe_does_and_not_as_its_auto_would() -> None:
 )
 def test_settings_that_disagree_are_refused_with_both_values(given: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        reconciled({"zero_optimization": {"stage": 2}, **given}, **RECIPE)
+        fill_config({"zero_optimization": {"stage": 2}, **given}, **RECIPE)
 
 
 def test_what_no_mode_supports_is_refused_with_what_to_take() -> None:
     with pytest.raises(ValueError, match="fp16 is not supported with DeepSpeed; use bf16 or no"):
-        reconciled({"zero_optimization": {"stage": 2}}, **{**RECIPE, "mixed_precision": "fp16"})
+        fill_config({"zero_optimization": {"stage": 2}}, **{**RECIPE, "mixed_precision": "fp16"})
     with pytest.raises(ValueError, match="zero3_init_flag is true"):
         _check_deepspeed({"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"})
     with pytest.raises(ValueError, match="fsdp_version is 1"):
@@ -210,7 +210,7 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
     write_state(engine(nn.Linear(2, 3)), {}, tmp_path, rank=0, num_processes=1)
     read_state(engine(nn.Linear(2, 3)), {}, tmp_path)
-    with pytest.raises(ValueError, match="is of another model: other weights are trained"):
+    with pytest.raises(ValueError, match="is of another model: its trained weights have other names"):
         read_state(engine(nn.Linear(2, 3, bias=False)), {}, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""FSDP2, torch's own `fully_shard`: weights, gradients and optimiser state in parts, gathered block by block."""
+"""FSDP2 (torch's `fully_shard`): weights, gradients and optimiser state are sharded, and gathered block by block."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlhf_t2i.distributed.types import MOMENTS
 
 
 def fully_sharded(network: nn.Module) -> Any:
-    """Shard every block that diffusers names as not to be split, then the rest; returns the same network.
+    """Shard each block in diffusers' `_no_split_modules`, then the rest; return the same network.
 
-    Every process must call it, and then each forward pass as often as the others.
+    Collective, and so is each forward pass of the network afterwards.
     """
     mesh = _mesh(network)
     blocks = set(getattr(network, "_no_split_modules", None) or ())
-    for module in reversed(list(network.modules())):  # those inside before those around them
+    for module in reversed(list(network.modules())):  # inner modules before outer ones
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
     return fully_shard(network, mesh=mesh)
@@ -35,12 +35,12 @@ def _mesh(network: nn.Module) -> DeviceMesh:
 
 
 class FullySharded:
-    """A `Learner` under FSDP2. accelerate's own FSDP refuses the CPU, so torch is asked directly."""
+    """`Engine` for FSDP2. It calls torch directly because accelerate's FSDP does not support the CPU."""
 
     is_sharded = True
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_gradient_norm: float) -> None:
-        """`optimizer` must not have taken a step; it is given the sharded weights."""
+        """Shard the network; `optimizer` must not have taken a step, and gets the sharded weights."""
         self._max_norm = max_gradient_norm
         self._mesh = _mesh(network)
         self.network: Any = fully_sharded(network)

@@ -1,4 +1,4 @@
-"""How many bytes each process needs for what learns: on paper, from numbers alone."""
+"""Memory of each process for a trained network, computed from its size and the distribution strategy."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from rlhf_t2i.distributed.processes import Mode
 
 FLOAT32 = 4
 BUCKET = 500_000_000
-"""Elements of DeepSpeed's `reduce_bucket_size`, which it allocates whole, however few parameters learn."""
+"""Elements of DeepSpeed's default `reduce_bucket_size`, which it allocates however few parameters are trained."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 may keep gathered (`stage3_max_live_parameters`, `stage3_max_reuse_distance`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learning:
-    """A network that learns, and how it is spread. Counts are elements of the whole network."""
+class Layout:
+    """Size of a trained network and how it is distributed. Counts are elements of the full network."""
 
     mode: Mode
     processes: int
     trainable: int
-    """Parameters that learn. They, their gradients and what AdamW remembers are float32."""
+    """Trained parameters. They, their gradients and AdamW's state are float32."""
     frozen: int = 0
-    """The other parameters of the same network, such as those under adapters."""
+    """Other parameters of the same network, such as those under LoRA adapters."""
     frozen_width: int = FLOAT32
-    """Bytes of each of these."""
+    """Bytes of each frozen parameter."""
     block: int = 0
-    """Elements that FSDP2 holds gathered at once: `gathered_by_fsdp`."""
+    """Elements that FSDP2 has gathered at once: `gathered_by_fsdp`."""
     offload: bool = False
     """ZeRO-3 with float32 weights, gradients and moments in main memory (deepspeed_zero3_offload.yaml)."""
     num_averages: int = 0
-    """Moving averages of what learns."""
+    """Moving averages of the trained weights."""
     reference: bool = False
-    """A frozen copy of the whole network in float32."""
+    """A frozen copy of the full network in float32."""
     accumulates: bool = True
-    """Several microbatches make one optimiser step."""
+    """True if an optimiser step has several microbatches."""
     gather_for_sampling: bool = True
     bucket: int = BUCKET
     """DeepSpeed's reduce_bucket_size, in elements."""
@@ -54,118 +54,120 @@ class Memory:
 
     weights: float
     master: float
-    """DeepSpeed's own float32 copy of this process's part: also of weights that are float32."""
+    """DeepSpeed's own float32 copy of this process's shard, also of weights that are float32."""
     gradients: float
     moments: float
     averages: float
-    set_aside: float
-    """The trained weights, while an average paints in their place."""
+    replaced: float
+    """Copy of the trained weights while an average is evaluated in their place."""
     reference: float
     buffers: float
-    """To exchange gradients: DDP's second copy of them, DeepSpeed's bucket and its flat copy, FSDP2's blocks."""
+    """Buffers for gradient exchange: DDP's second copy, DeepSpeed's bucket and its flat copy, FSDP2's blocks."""
     gathered: float
-    """Weights of other processes, in a forward or backward pass."""
+    """Weights of other processes in a forward or backward pass."""
     gathered_for_sampling: float
     step: float
-    """Beside gradients, in the optimiser's step: the square root of the second moment, and ZeRO's flat gradients."""
+    """Temporary memory of the optimiser step: the square root of the second moment, and ZeRO's flat gradients."""
     persistent_buffers: float
-    """What of gradients and buffers is never given back (DDP, ZeRO-3)."""
+    """Part of gradients and buffers that is never freed (DDP, ZeRO-3)."""
     others: float = 0.0
-    """Judges, text encoders and the autoencoder."""
+    """Reward models, text encoders and the autoencoder."""
     activations: float = 0.0
     sampling_activations: float = 0.0
     host: float = 0.0
-    """In main memory, offloaded."""
+    """Offloaded to main memory."""
 
     @property
-    def standing(self) -> float:
-        """What is there at all times, from the first optimiser step on."""
+    def persistent(self) -> float:
+        """Bytes in use at all times after the first optimiser step."""
         state = self.weights + self.master + self.moments + self.averages + self.reference
         return state + self.persistent_buffers + self.others
 
     @property
-    def painting(self) -> float:
-        """While painting."""
-        return self.standing + self.gathered_for_sampling + self.sampling_activations + self.set_aside
+    def sampling(self) -> float:
+        """Bytes in use during sampling."""
+        return self.persistent + self.gathered_for_sampling + self.sampling_activations + self.replaced
 
     @property
-    def updating(self) -> float:
-        """In the backward pass of the second microbatch, when gradients are there already."""
+    def backward(self) -> float:
+        """Bytes in use in the backward pass of the second microbatch, which adds to existing gradients."""
         exchanged = self.gradients + self.buffers - self.persistent_buffers
-        return self.standing + exchanged + self.gathered + self.activations
+        return self.persistent + exchanged + self.gathered + self.activations
 
     @property
-    def stepping(self) -> float:
-        """In the optimiser's step."""
-        return self.standing + self.step
+    def optimizer_step(self) -> float:
+        """Bytes in use in the optimiser step."""
+        return self.persistent + self.step
 
     @property
     def peak(self) -> float:
-        """The most of all phases."""
-        return max(self.painting, self.updating, self.stepping)
+        """Maximum over all phases, in bytes."""
+        return max(self.sampling, self.backward, self.optimizer_step)
 
 
 def memory_of(
-    learning: Learning, *, activations: float = 0.0, sampling_activations: float = 0.0, others: float = 0.0
+    layout: Layout, *, activations: float = 0.0, sampling_activations: float = 0.0, others: float = 0.0
 ) -> Memory:
-    """Memory of one of N processes, with t = 4 bytes x trainable and f = width x frozen (arXiv:1910.02054, Table 1).
+    """Return the memory of one of N processes (arXiv:1910.02054, Table 1).
+
+    With t = 4 bytes x trainable and f = frozen_width x frozen:
 
         mode     weights    master  gradients         moments  buffers
         single   t + f      0       t                 2t       0
         ddp      t + f      0       t                 2t       t
         zero1    t + f      t/N     t                 2t/N     bucket
-        zero2    t + f      t/N     t/N               2t/N     bucket + what is in it once more
-        zero3    (t + f)/N  t/N     t/N               2t/N     bucket + what is in it once more
-        fsdp2    (t + f)/N  0       t (t/N without    2t/N     twice what is gathered
+        zero2    t + f      t/N     t/N               2t/N     bucket + a flat copy of its contents
+        zero3    (t + f)/N  t/N     t/N               2t/N     bucket + a flat copy of its contents
+        fsdp2    (t + f)/N  0       t (t/N without    2t/N     twice the gathered weights
                                     accumulation)
 
-    The paper counts weights, gradients and moments; the rest is how DeepSpeed 0.19 and torch 2.13 go about it: ZeRO
-    copies its part even where weights are float32 already (stage_1_and_2.py, stage3.py: `_create_fp32_partitions`),
-    and allocates its bucket whole; DDP without gradient_as_bucket_view keeps each gradient twice; FSDP2 keeps whole
-    gradients until the last microbatch is exchanged.
+    The paper counts weights, gradients and moments; the rest follows DeepSpeed 0.19 and torch 2.13. ZeRO copies its
+    shard even if weights are float32 already (stage_1_and_2.py, stage3.py: `_create_fp32_partitions`) and allocates the
+    full bucket; DDP without gradient_as_bucket_view keeps each gradient twice; FSDP2 keeps unsharded gradients until
+    the last microbatch is exchanged.
     """
-    n, mode = learning.processes, learning.mode
+    n, mode = layout.processes, layout.mode
     zero, is_sharded = mode in ("zero1", "zero2", "zero3"), mode in ("zero3", "fsdp2")
-    t, f = float(FLOAT32 * learning.trainable), float(learning.frozen_width * learning.frozen)
+    t, f = float(FLOAT32 * layout.trainable), float(layout.frozen_width * layout.frozen)
     share = t / n if mode not in ("single", "ddp") else t
-    device = 0.0 if learning.offload else 1.0
-    width = (t + f) / max(learning.trainable + learning.frozen, 1)
-    bucket = float(FLOAT32 * learning.bucket)
-    flat_copy = FLOAT32 * min(learning.trainable, learning.bucket)
+    device = 0.0 if layout.offload else 1.0
+    width = (t + f) / max(layout.trainable + layout.frozen, 1)
+    bucket = float(FLOAT32 * layout.bucket)
+    flat_copy = FLOAT32 * min(layout.trainable, layout.bucket)
     gradients = {
-        "zero2": share, "zero3": share * device, "fsdp2": t if learning.accumulates else share,
+        "zero2": share, "zero3": share * device, "fsdp2": t if layout.accumulates else share,
     }.get(mode, t)  # fmt: skip
     buffers = {
         "ddp": t, "zero1": bucket, "zero2": bucket + flat_copy, "zero3": bucket + flat_copy,
-        "fsdp2": 2 * width * learning.block,
+        "fsdp2": 2 * width * layout.block,
     }.get(mode, 0.0)  # fmt: skip
     gathered = {
-        "zero3": width * min(learning.trainable + learning.frozen, LIVE), "fsdp2": width * learning.block,
+        "zero3": width * min(layout.trainable + layout.frozen, LIVE), "fsdp2": width * layout.block,
     }.get(mode, 0.0)  # fmt: skip
-    whole = t + f if learning.gather_for_sampling else gathered
+    all_weights = t + f if layout.gather_for_sampling else gathered
     own = t / n if is_sharded else t
     return Memory(
         weights=(t + f) / n if is_sharded else t + f,
         master=share * device if zero else 0.0,
         gradients=gradients,
         moments=2 * share * device,
-        averages=own * learning.num_averages,
-        set_aside=own * min(learning.num_averages, 1),
-        reference=FLOAT32 * (learning.trainable + learning.frozen) / (n if is_sharded else 1) * learning.reference,
+        averages=own * layout.num_averages,
+        replaced=own * min(layout.num_averages, 1),
+        reference=FLOAT32 * (layout.trainable + layout.frozen) / (n if is_sharded else 1) * layout.reference,
         buffers=buffers,
         gathered=gathered,
-        gathered_for_sampling=whole if is_sharded else 0.0,
+        gathered_for_sampling=all_weights if is_sharded else 0.0,
         step=device * (3 if mode in ("zero1", "zero2") else 1 if mode == "zero3" else 2) * share,
         persistent_buffers={"ddp": t, "zero3": bucket + share * device}.get(mode, 0.0),
         others=others,
         activations=activations,
         sampling_activations=sampling_activations,
-        host=4 * share if learning.offload else 0.0,
+        host=4 * share if layout.offload else 0.0,
     )
 
 
 def gathered_by_fsdp(network: nn.Module) -> int:
-    """Elements that FSDP2 has gathered at once: those outside all blocks, a block in use, and the next one."""
+    """Return the number of elements gathered at once: those outside all blocks, a block in use, and the next block."""
     names = set(getattr(network, "_no_split_modules", None) or ())
     sizes = dict.fromkeys((m for m in network.modules() if type(m).__name__ in names), 0)
     outside = 0
@@ -181,31 +183,31 @@ def gathered_by_fsdp(network: nn.Module) -> int:
 
 
 def saved_bytes(network: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps of a forward pass until the backward pass, beside weights and buffers.
+    """Return the bytes that autograd saves in a forward pass, without weights and buffers.
 
-    Each storage counts once. Under FakeTensorMode, where the network was built too, nothing is computed. Of what is
-    checkpointed, only the inputs count.
+    Each storage counts once; of checkpointed modules only the inputs count. If the network was built under
+    FakeTensorMode and this runs under it, nothing is computed.
     """
     own = {tensor.untyped_storage()._cdata for tensor in _state(network)}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
-    def look(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage
+            saved[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
     del result
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def peak_bytes(network: nn.Module, step: Callable[[], Any]) -> int:
-    """The most bytes of tensors that are alive at once in `step`, beside weights, their gradients and buffers.
+    """Return the peak bytes of tensors alive at once in `step`, without weights, their gradients and buffers.
 
-    Gradients are made first, as in the second microbatch. Under FakeTensorMode, where the network was built too,
-    nothing is computed: temporary tensors count as an eager run makes them, not what a kernel uses inside.
+    Gradients are allocated first, as in a second microbatch. Temporary tensors of an eager run count, not memory inside
+    of kernels. If the network was built under FakeTensorMode and this runs under it, nothing is computed.
     """
     for parameter in network.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -221,7 +223,7 @@ def _state(network: nn.Module) -> list[Tensor]:
 
 
 class _Alive(TorchDispatchMode):
-    """Within it, each new storage counts until it is let go of."""
+    """Context in which each new storage counts until it is freed."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()

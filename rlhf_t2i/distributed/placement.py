@@ -1,4 +1,4 @@
-"""What a run says at its start: who holds what, and how much memory that takes."""
+"""Summary of what each process holds and of its memory, printed and recorded when a run starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from rlhf_t2i.distributed.memory import Learning, Memory, gathered_by_fsdp, memory_of
+from rlhf_t2i.distributed.memory import Layout, Memory, gathered_by_fsdp, memory_of
 from rlhf_t2i.distributed.processes import Mode
 
 _NAMES = {
@@ -15,13 +15,13 @@ _NAMES = {
 }  # fmt: skip
 
 
-def learning_of(
+def layout_of(
     network: nn.Module, mode: Mode, *, processes: int, num_averages: int = 0, reference: bool = False
-) -> Learning:
-    """How a network, before it is spread, will be held."""
+) -> Layout:
+    """Return how a network that is not yet distributed will be held."""
     frozen = [p for p in network.parameters() if not p.requires_grad]
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    return Learning(
+    return Layout(
         mode=mode,
         processes=processes,
         trainable=trainable,
@@ -33,32 +33,32 @@ def learning_of(
     )
 
 
-def placement_config(learning: Learning, *, precision: str, microbatch_size: int) -> dict[str, Any]:
-    """For run.json; bytes are of one process, computed."""
-    memory = memory_of(learning)
+def placement_config(layout: Layout, *, precision: str, microbatch_size: int) -> dict[str, Any]:
+    """Return the summary for run.json; bytes are computed, for one process."""
+    memory = memory_of(layout)
     return {
-        "mode": learning.mode,
-        "processes": learning.processes,
+        "mode": layout.mode,
+        "processes": layout.processes,
         "mixed_precision": precision,
         "microbatch_size": microbatch_size,
-        "trainable_parameters": learning.trainable,
-        "frozen_parameters": learning.frozen,
+        "trainable_parameters": layout.trainable,
+        "frozen_parameters": layout.frozen,
         "bytes_per_process": {name: round(value) for name, value in _parts(memory).items()},
     }
 
 
-def placement_table(learning: Learning, *, precision: str, microbatch_size: int) -> str:
-    """A few lines for people. Activations, judges, text encoder and autoencoder come on top."""
-    n, parts = learning.processes, _parts(memory_of(learning))
+def placement_table(layout: Layout, *, precision: str, microbatch_size: int) -> str:
+    """Return the summary as text. Activations, reward models, text encoders and autoencoder are not included."""
+    n, parts = layout.processes, _parts(memory_of(layout))
     listed = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
-    total = learning.trainable + learning.frozen
+    total = layout.trainable + layout.frozen
     return "\n".join(
         [
-            f"spread      {_NAMES[learning.mode]}" + (f" over {n} processes" if n > 1 else ""),
-            f"precision   {precision if precision != 'no' else 'float32'}; what learns is float32",
-            f"microbatch  {microbatch_size} x {n} = {microbatch_size * n} images in one pass",
-            f"learns      {learning.trainable:,} of the denoiser's {total:,} parameters",
-            f"memory      {_size(sum(parts.values()))} on each process, before activations and judges",
+            f"strategy    {_NAMES[layout.mode]}" + (f" over {n} processes" if n > 1 else ""),
+            f"precision   {precision if precision != 'no' else 'float32'}; trained weights are float32",
+            f"microbatch  {microbatch_size} x {n} = {microbatch_size * n} images in one forward pass",
+            f"trained     {layout.trainable:,} of the denoiser's {total:,} parameters",
+            f"memory      {_size(sum(parts.values()))} on each process, without activations and reward models",
             f"            {listed}",
         ]
     )
@@ -77,7 +77,7 @@ def _parts(memory: Memory) -> dict[str, float]:
 
 
 def _size(number: float) -> str:
-    """12.3 GB, in powers of ten."""
+    """Format bytes as in "12.3 GB", in powers of ten."""
     for unit in ("B", "kB", "MB"):
         if number < 1000:
             return f"{number:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Set up the processes as `accelerate launch` was told to, and spread a network over them."""
+"""Start the processes that `accelerate launch` configured, and distribute a network over them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
-    """The processes, and how they will share what learns: read from the environment that the launcher made.
+    """Return accelerate's processes and the distribution strategy, from the launcher's environment variables.
 
-    Raises ValueError for a way that is not supported, naming it.
+    Raises ValueError for a strategy or precision that is not supported.
     """
     sharded = _wants_fsdp(os.environ)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -35,12 +35,12 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
         _check_deepspeed(os.environ)
         if on_cpu:
-            _compile_nothing()
+            _skip_compilation()
     if several and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        _meet_again(os.environ, on_cpu=on_cpu)
-    # Without a GPU, gloo: DeepSpeed would compile a library of its own.
+        _reconnect(os.environ, on_cpu=on_cpu)
+    # Without a GPU use gloo: DeepSpeed would compile a library of its own.
     gloo: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and (several or deepspeed) else []
-    # accelerate forgets DeepSpeed where it is told to use the CPU; without a GPU it does that anyway.
+    # With cpu=True accelerate ignores DeepSpeed, which uses the CPU anyway if there is no GPU.
     use_cpu = on_cpu and several and not deepspeed
     accelerator = Accelerator(cpu=use_cpu, mixed_precision=mixed_precision, kwargs_handlers=gloo)
     if accelerator.mixed_precision not in DTYPES:
@@ -48,13 +48,13 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # Of DeepSpeed's own calls, in every process, and for nobody here to change.
+        # DeepSpeed's own calls cause these warnings, in every process.
         warnings.filterwarnings(
             "ignore", message=r".*is deprecated", category=FutureWarning, module="torch.distributed"
         )
         return accelerator, _zero_mode(accelerator)
     if deepspeed:
-        raise RuntimeError(f"DeepSpeed was asked for, and accelerate made the processes {kind.value} instead.")
+        raise RuntimeError(f"DeepSpeed was configured, but accelerate started {kind.value} processes.")
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"{kind.value} is not supported; launch with one of accelerate_configs/.")
     if sharded and accelerator.mixed_precision == "fp16":
@@ -67,8 +67,8 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
 def end_processes(accelerator: Accelerator) -> None:
     """Close trackers and the connections between processes.
 
-    A thread of gloo may still be dropping the tensors of the last exchange, for which it needs the GIL; whoever takes
-    gloo apart meanwhile, holding the GIL, waits for that thread forever. So it is given time.
+    Waits half a second first: a gloo thread may still be freeing the tensors of the last exchange, for which it needs
+    the GIL, and destroying the process group while holding the GIL would wait for that thread forever.
     """
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         time.sleep(0.5)
@@ -83,9 +83,9 @@ def make_engine(
     *,
     max_gradient_norm: float,
     microbatch_size: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Engine:
-    """Spread a network over the processes; `optimizer` is AdamW and has not taken a step.
+    """Distribute a network over the processes; `optimizer` is an AdamW that has not taken a step.
 
     Raises ValueError if DeepSpeed's config and the recipe disagree.
     """
@@ -95,23 +95,23 @@ def make_engine(
         from rlhf_t2i.distributed.fsdp import FullySharded
 
         return FullySharded(network, optimizer, max_gradient_norm=max_gradient_norm)
-    from rlhf_t2i.distributed.zero import Zero, reconciled
+    from rlhf_t2i.distributed.zero import Zero, fill_config
 
     plugin: Any = accelerator.state.deepspeed_plugin
-    config, filled = reconciled(
+    config, filled = fill_config(
         plugin.deepspeed_config, max_gradient_norm=max_gradient_norm,
         mixed_precision=accelerator.mixed_precision, microbatch_size=microbatch_size,
     )  # fmt: skip
-    plugin.deepspeed_config.clear()  # accelerate has the same dictionary elsewhere too
+    plugin.deepspeed_config.clear()  # in place, because accelerate refers to the same dictionary elsewhere
     plugin.deepspeed_config.update(config)
-    say("Filled into DeepSpeed's config: " + ", ".join(f"{name} {value}" for name, value in filled.items()))
+    log("Filled into DeepSpeed's config: " + ", ".join(f"{name} {value}" for name, value in filled.items()))
     return Zero(accelerator, network, optimizer)
 
 
-def _meet_again(environment: Mapping[str, str], *, on_cpu: bool) -> None:
-    """Connect processes that the launcher has restarted.
+def _reconnect(environment: Mapping[str, str], *, on_cpu: bool) -> None:
+    """Connect processes that the launcher restarted.
 
-    Its store still says where those before them could be reached, so they look for one another under other names.
+    Its store still has the addresses of the processes before the restart, so the new ones use another prefix.
     """
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
@@ -127,7 +127,7 @@ def _meet_again(environment: Mapping[str, str], *, on_cpu: bool) -> None:
 
 
 def _wants_fsdp(environment: Any) -> bool:
-    """Whether FSDP was asked for; accelerate, which refuses it on a CPU, is not told of it."""
+    """True if FSDP is configured; the setting is removed, because accelerate does not support it on a CPU."""
     if environment.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     if (version := environment.get("FSDP_VERSION", "1")) != "2":
@@ -137,8 +137,8 @@ def _wants_fsdp(environment: Any) -> bool:
     return True
 
 
-def _compile_nothing() -> None:
-    """DeepSpeed on a CPU begins by compiling a library for exchanges in inference, which takes a minute of a core."""
+def _skip_compilation() -> None:
+    """Keep DeepSpeed on a CPU from compiling a communication library for inference, which takes a minute."""
     import deepspeed  # takes seconds
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -147,7 +147,7 @@ def _compile_nothing() -> None:
 def _check_deepspeed(environment: Mapping[str, str]) -> None:
     if environment.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true":
         raise ValueError(
-            "zero3_init_flag is true, which would also cut the judge into parts while it is loaded; set it to false."
+            "zero3_init_flag is true, which would also shard the reward model while it is loaded; set it to false."
         )
 
 
@@ -157,5 +157,5 @@ def _zero_mode(accelerator: Accelerator) -> Mode:
     modes: dict[int, Mode] = {1: "zero1", 2: "zero2", 3: "zero3"}
     if stage not in modes:
         raise ValueError(f"zero_stage is {stage}; use 1, 2 or 3, or DDP (accelerate_configs/ddp.yaml).")
-    plugin.dschf = None  # or transformers, which looks there, would load text encoder and judge in parts too
+    plugin.dschf = None  # or transformers would also load text encoders and reward models sharded
     return modes[stage]

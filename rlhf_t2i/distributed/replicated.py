@@ -1,4 +1,4 @@
-"""One process, or DDP: each process holds the whole network, and gradients are averaged."""
+"""One process, or DDP: each process holds the full network, and gradients are averaged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_t2i.distributed.types import MOMENTS
 
 
 class Replicated:
-    """A `Learner` that every process has a copy of."""
+    """`Engine` for one process or DDP."""
 
     is_sharded = False
 
@@ -43,14 +43,14 @@ class Replicated:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        # A checkpointed step calls the network once more, which must not begin another exchange.
+        # Gradient checkpointing calls the network again, which must not start another exchange of gradients.
         with self._accelerator.no_sync(self.network):
             self._accelerator.backward(loss)
 
     def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
         _set_learning_rate(self._optimizer, learning_rate)
         norm = float(self._accelerator.clip_grad_norm_(self._parameters.values(), self._max_norm) or 0)
-        # With fp16 the scaler leaves the step out, and has to be told of it to lower its scale.
+        # With fp16 the scaler skips the step itself, and lowers its scale only if it is called.
         if math.isfinite(norm) or self._accelerator.scaler is not None:
             self._optimizer.step()
         skipped = not math.isfinite(norm) or self._accelerator.optimizer_step_was_skipped
@@ -82,7 +82,7 @@ class Replicated:
 
     @property
     def _adam(self) -> torch.optim.Optimizer:
-        """The optimiser itself, without what accelerate wraps it in."""
+        """The optimiser without accelerate's wrapper."""
         return getattr(self._optimizer, "optimizer", self._optimizer)
 
 

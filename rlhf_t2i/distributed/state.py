@@ -1,4 +1,4 @@
-"""What a learner knows, on disk: whole tensors by name, so that any number of processes in any mode can take it up."""
+"""Weights and optimiser state on disk: full tensors by name, which any strategy and number of processes can load."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 from rlhf_t2i.distributed.types import Engine
 
 Copies = Mapping[str, MutableMapping[str, Tensor]]
-"""Further values of the trained weights, such as their average: of each this process's parts, by name."""
+"""Further values of the trained weights, such as averages: this process's shards, by name of the copy and weight."""
 WEIGHT = "weight"
 
 
 def write_state(engine: Engine, copies: Copies, folder: Path, *, rank: int, num_processes: int) -> None:
-    """Write this process's share of the weights, of AdamW's memory and of the copies. Collective.
+    """Write this process's share of the weights, of AdamW's state and of the copies. Collective.
 
-    Each weight is made whole in turn and kept by one process, so that none holds more than its share. Keys are
-    `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` and `COPY/NAME`. Raises OSError and SafetensorError.
+    Weights are gathered one at a time and each is written by one process, so that none holds more than its share. Keys
+    are `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` and `COPY/NAME`. Raises OSError and
+    SafetensorError.
     """
     share: dict[str, Tensor] = {}
     for index, (name, shard) in enumerate(engine.weights.items()):
@@ -33,24 +34,24 @@ def write_state(engine: Engine, copies: Copies, folder: Path, *, rank: int, num_
 
 
 def read_state(engine: Engine, copies: Copies, folder: Path) -> None:
-    """Take up what `write_state` wrote, on however many processes. Collective.
+    """Load what `write_state` wrote, on any number of processes. Collective.
 
-    Raises ValueError if other weights were trained.
+    Raises ValueError if the trained weights have other names.
     """
     with ExitStack() as stack:
         files = [
             stack.enter_context(safe_open(path, framework="pt"))
             for path in sorted(folder.glob("weights-*.safetensors"))
         ]
-        where = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # not a dict
+        file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # not a dict
         stored: dict[str, list[str]] = {}
-        for key in where:
+        for key in file_of:
             kind, _, name = key.partition("/")
             stored.setdefault(name, []).append(kind)
         if stored.keys() != engine.weights.keys():
-            raise ValueError(f"The checkpoint {folder} is of another model: other weights are trained.")
+            raise ValueError(f"The checkpoint {folder} is of another model: its trained weights have other names.")
         for name in engine.weights:
-            found = {kind: where[f"{kind}/{name}"].get_tensor(f"{kind}/{name}") for kind in stored[name]}
+            found = {kind: file_of[f"{kind}/{name}"].get_tensor(f"{kind}/{name}") for kind in stored[name]}
             engine.load(name, found.pop(WEIGHT), {k: v for k, v in found.items() if k not in copies})
             for copy, shards in copies.items():
                 if copy in found:
@@ -58,7 +59,7 @@ def read_state(engine: Engine, copies: Copies, folder: Path) -> None:
 
 
 def gather_weights(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
-    """The trained weights, whole, in main memory; nothing where they are not to be kept. Collective."""
+    """Return the full trained weights in main memory, or nothing on processes that do not `keep` them. Collective."""
     weights: dict[str, Tensor] = {}
     for name, shard in engine.weights.items():
         weight = engine.gather_weight(name, shard)
@@ -68,7 +69,7 @@ def gather_weights(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
 
 
 def stored_weights(folder: Path) -> dict[str, Tensor]:
-    """The trained weights in a checkpoint, whole."""
+    """Return the full trained weights of a checkpoint; empty if the folder is not a checkpoint."""
     weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("weights-*.safetensors")):
         with safe_open(path, framework="pt") as file:

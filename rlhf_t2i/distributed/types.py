@@ -1,4 +1,4 @@
-"""What all ways to spread a network over processes have in common."""
+"""Interface of all distribution strategies."""
 
 from __future__ import annotations
 
@@ -9,55 +9,56 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What Adam remembers of each weight, beside how many steps it has taken."""
+"""Adam's moments of each weight; its state also has the number of steps."""
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A network that learns and its AdamW, spread over the processes.
+    """A trained network and its AdamW on the processes.
 
-    All methods but `gathered_network`'s body are collective: each process calls them, equally often.
+    All methods are collective: every process must call them, equally often.
     """
 
     network: nn.Module
-    """What to call. Where it is in parts (`is_sharded`), each process must call it equally often."""
+    """The network to call. If `is_sharded`, every process must call it equally often."""
     weights: Mapping[str, Tensor]
-    """This process's part of each trained weight, by name. Live: what is written into it is what the network uses."""
+    """This process's shard of each trained weight, by name. Writing to it changes the network."""
     is_sharded: bool
-    """Whether a process holds only a part of the weights."""
+    """True if each process holds only a shard of each weight."""
 
     def shard_frozen(self, module: nn.Module) -> nn.Module:
-        """Another network, which does not learn, held as this one is: whole, or in parts."""
+        """Return a frozen network held in the same way as the trained one: complete, or sharded."""
         ...
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward passes: only after the last one before `descend` are gradients exchanged."""
+        """Context of a forward and backward pass; only the `last` one of an optimiser step exchanges gradients."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...
 
     def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
-        """One step of AdamW along the gradients averaged over processes: their norm before clipping, and whether it was
-        left out, on all processes, because the norm is not finite."""
+        """Take one step of AdamW with the gradients averaged over processes, clipped to the maximum norm.
+
+        Returns their norm before clipping, and True if all processes skipped the step because it is not finite.
+        """
         ...
 
     def gathered_network(self) -> AbstractContextManager[nn.Module]:
-        """Within it, this process has all weights in the network that it yields, and may call it as often as it likes,
-        without gradient."""
+        """Context with a network that has all weights on this process, to call any number of times without gradient."""
         ...
 
     def gather_weight(self, name: str, shard: Tensor) -> Tensor:
-        """The weight (or what is shaped like it) of which each process gives its part."""
+        """Return the full weight, or another tensor of its shape, from the shards of all processes."""
         ...
 
     def shard_of(self, name: str, weight: Tensor) -> Tensor:
-        """This process's part of a whole."""
+        """Return this process's shard of a full weight."""
         ...
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        """What AdamW remembers of a weight, whole: MOMENTS and `step`; empty before the first step."""
+        """Return AdamW's full state of a weight: MOMENTS and `step`; empty before the first step."""
         ...
 
     def load(self, name: str, weight: Tensor, optimizer_state: Mapping[str, Tensor]) -> None:
-        """Take up a whole weight and what `optimizer_state` said of it."""
+        """Load a full weight and its `optimizer_state`."""
         ...

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO (Rajbhandari et al., arXiv:1910.02054): optimiser state, gradients and weights in parts."""
+"""DeepSpeed ZeRO (Rajbhandari et al., arXiv:1910.02054): sharded optimiser state, gradients and weights."""
 
 # DeepSpeed has no usable types.
 # pyright: reportAttributeAccessIssue=false
@@ -20,36 +20,36 @@ from rlhf_t2i.distributed.types import MOMENTS
 _AUTO = (None, "auto")
 
 
-def reconciled(
+def fill_config(
     config: Mapping[str, Any], *, max_gradient_norm: float, mixed_precision: str, microbatch_size: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """DeepSpeed's config with a recipe's settings in it, and those of them that it had left open or `auto`.
+    """Return DeepSpeed's config with the recipe's settings in it, and those that were missing or `auto`.
 
-    What DeepSpeed fills in for `auto` is not what a recipe means: gradients would be clipped to 1.0. Raises ValueError,
-    naming both values, where the two disagree.
+    DeepSpeed's own values for `auto` differ from the recipe's: it would clip gradients to 1.0. Raises ValueError, with
+    both values, where the two disagree.
     """
     config = {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
     zero = config.setdefault("zero_optimization", {})
-    asked = {
+    required = {
         "gradient_clipping": (config, max_gradient_norm, "the recipe's max_gradient_norm"),
         "gradient_accumulation_steps": (config, 1, "1, because a recipe splits its batches by microbatch_size"),
         "train_micro_batch_size_per_gpu": (config, microbatch_size, "the recipe's microbatch_size"),
     }
     if zero.get("stage") == 3:
-        asked["stage3_param_persistence_threshold"] = (zero, 0, "0, so that every weight is in parts")
+        required["stage3_param_persistence_threshold"] = (zero, 0, "0, so that every weight is sharded")
     filled: dict[str, Any] = {}
-    for name, (section, value, meaning) in asked.items():
+    for name, (section, value, meaning) in required.items():
         if section.get(name) in _AUTO:
             section[name] = filled[name] = value
         if float(section[name]) != float(value):
             raise ValueError(
-                f"DeepSpeed's config has {name}: {section[name]}, and it must be {meaning}: {value}. Change one of the "
-                f"two, or leave {name} out of DeepSpeed's config."
+                f"DeepSpeed's config has {name}: {section[name]}; it must be {meaning}: {value}. Change one of them, "
+                f"or remove {name} from DeepSpeed's config."
             )
     for name in ("optimizer", "scheduler"):
         if name in config:
             raise ValueError(
-                f"DeepSpeed's config has a section {name!r}; the recipe's own settings decide that. Remove it."
+                f"DeepSpeed's config has a section {name!r}, which the recipe's settings replace. Remove it."
             )
     if mixed_precision == "fp16":
         raise ValueError("mixed_precision fp16 is not supported with DeepSpeed; use bf16 or no.")
@@ -65,7 +65,7 @@ def reconciled(
 
 
 class Zero:
-    """A `Learner` under ZeRO-1 (optimiser state in parts), ZeRO-2 (gradients too) or ZeRO-3 (weights too)."""
+    """`Engine` for ZeRO-1 (sharded optimiser state), ZeRO-2 (gradients too) and ZeRO-3 (weights too)."""
 
     def __init__(self, accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._module = network
@@ -78,7 +78,7 @@ class Zero:
         }
 
     def shard_frozen(self, module: nn.Module) -> nn.Module:
-        # DeepSpeed has one optimiser for one network; torch cuts a frozen one as well.
+        # DeepSpeed shards only the network of its optimiser, so torch shards the frozen one.
         return fully_sharded(module) if self.is_sharded else module
 
     @contextmanager
@@ -153,18 +153,18 @@ class Zero:
 
     @property
     def _zero(self) -> Any:
-        """DeepSpeed's optimiser, which wraps the AdamW."""
+        """DeepSpeed's optimiser, which wraps AdamW."""
         return self._engine.optimizer
 
     @property
     def _flat(self) -> list[Tensor]:
-        """The flat tensors that AdamW sees: this process's part of all trained weights."""
+        """The flat tensors that AdamW updates: this process's shard of all trained weights."""
         return (
             self._zero.fp32_partitioned_groups_flat if self.is_sharded else self._zero.single_partition_of_fp32_groups
         )
 
     def _begin_optimizer_state(self, step: Tensor) -> None:
-        """Give AdamW the memory that it makes itself only in its first step."""
+        """Create AdamW's state, which it creates itself only in its first step."""
         for flat in self._flat:
             if not self._zero.optimizer.state.get(flat):
                 moments = {key: torch.zeros_like(flat) for key in MOMENTS}

@@ -42,8 +42,8 @@ def restarted() -> bool:
 class StopRequests:
     """Count of SIGTERM and Ctrl-C: the first asks to stop after the current step, the second stops at once."""
 
-    def __init__(self, *, on_first: Callable[[], None]) -> None:
-        self.count, self.on_first = 0, on_first
+    def __init__(self, *, print: Callable[[str], None]) -> None:
+        self.count, self.print = 0, print
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -59,7 +59,7 @@ class StopRequests:
         self.count += 1
         if self.count > 1:
             raise KeyboardInterrupt
-        self.on_first()
+        self.print("Stopping after this step; a checkpoint will be written. Press Ctrl-C again to stop at once.")
 
 
 def check_trackers(trackers: Sequence[str]) -> None:

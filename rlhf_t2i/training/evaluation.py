@@ -43,6 +43,11 @@ class Evaluation:
         mean, error = diversity(self.images, self.prompts)
         return {**row, "diversity": mean, **({"diversity_error": error} if error is not None else {})}
 
+    def text(self) -> str:
+        """Return each reward's mean ± standard error, on one line."""
+        row = self.summary()
+        return ", ".join(f"{name} {row[name]:.3f} ± {row[f'{name}/standard_error']:.3f}" for name in self.scores)
+
 
 @torch.no_grad()
 def evaluate(

@@ -5,32 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.distributed.placement import learning_of, placement_config, placement_table
-from rlhf_t2i.distributed.processes import make_engine
 from rlhf_t2i.distributed.state import gather_weights
 from rlhf_t2i.distributed.types import Engine
-from rlhf_t2i.prompts import load_prompts
-from rlhf_t2i.rewards.load import WeightedSum, load_rewards
+from rlhf_t2i.rewards.load import WeightedSum
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
 from rlhf_t2i.training.checkpoint import Checkpoints
 from rlhf_t2i.training.early_stop import EarlyStop
-from rlhf_t2i.training.ema import Decay, MovingAverage, decay_after_a_start, exchanged
+from rlhf_t2i.training.ema import MovingAverage, exchanged
 from rlhf_t2i.training.environment import StopRequests
-from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set, save_evaluation
+from rlhf_t2i.training.evaluation import Evaluation, evaluate, save_evaluation
 from rlhf_t2i.training.metrics import read_metrics
-from rlhf_t2i.training.run import Run, start_run
-from rlhf_t2i.training.run_folder import CONFIG, IMAGES, update_run_info
+from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.run_folder import CONFIG, IMAGES
 from rlhf_t2i.types import Policy, Sampler
 
 Batch = TypeVar("Batch")
@@ -62,18 +60,12 @@ class Trainer:
     step: int
     """Training steps finished."""
     _seconds: dict[str, float] = field(default_factory=dict)
-    _num_skipped: int = 0
-    """Updates skipped in a row."""
-    _is_stopping: bool = False
-    """True once all processes agreed to stop after this step."""
+    _num_skipped: int = 0  # in a row
+    _is_stopping: bool = False  # agreed among all processes
 
     def __post_init__(self) -> None:
-        """Prepare for signals."""
-        self._stop_requests = StopRequests(
-            on_first=lambda: self.print(
-                "Stopping after this step; a checkpoint will be written. Press Ctrl-C again to stop at once."
-            )
-        )
+        """Count signals in the loop."""
+        self._stop_requests = StopRequests(print=self.print)
 
     # --- processes ---
 
@@ -142,7 +134,7 @@ class Trainer:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the seconds within it to `seconds/PART` of this step's metrics."""
+        """Context whose seconds are added to `seconds/PART` in this step's metrics."""
         start = time.monotonic()
         try:
             yield
@@ -157,8 +149,7 @@ class Trainer:
         for average in self.averages.values():
             average.update(self.engine.weights)
         self.step = step + 1
-        requests = torch.tensor([self._stop_requests.count], device=self.device)
-        self._is_stopping = bool(self.gather(requests).any())
+        self._is_stopping = bool(self.gather(torch.tensor([self._stop_requests.count], device=self.device)).any())
         seconds = {f"seconds/{part}": round(value, 3) for part, value in self._seconds.items()}
         self._seconds.clear()
         self.run.log({"kind": "train", "step": self.step, **metrics, **seconds})
@@ -170,6 +161,17 @@ class Trainer:
             self.evaluate()
         if is_last or self.stopped_early or self._is_due(self.config.checkpoint_every) or self._is_stopping:
             self.checkpoints.save(self.step)
+
+    def rollout_metrics(self, rewards: Float[Tensor, "P K"], scores: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return metrics of a rollout: `rewards` of all processes, unweighted `scores` of this one. Collective."""
+        num_images, guidance_scale = rewards.numel(), self.config.guidance_scale
+        return {
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "images": num_images,
+            "denoiser_calls": num_images * self.config.num_denoising_steps * self.policy.num_calls(guidance_scale),
+            **self.mean({f"rewards/{name}": values.mean().item() for name, values in scores.items()}),
+        }
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -188,10 +190,10 @@ class Trainer:
 
     @contextmanager
     def sampling(self, *, average: str | None = None) -> Iterator[None]:
-        """Within it this process may run any number of forward passes without gradient, whatever the others do.
+        """Context for forward passes without gradient, as many as this process needs.
 
-        `average` names the moving average of the weights to sample with, instead of the trained ones. Entering and
-        leaving are collective. Without gather_for_sampling, every process must still run as many forward passes.
+        `average` names a moving average to sample with instead of the trained weights. Entering and leaving are
+        collective. If gather_for_sampling is false, every process must run the same number of forward passes.
         """
         with ExitStack() as stack:
             if average is not None:
@@ -243,35 +245,29 @@ class Trainer:
                 self.early_stop.update(self.step, value, self.engine.weights)
 
     def _evaluate(self) -> Evaluation:
-        prompts, seeds = self.evaluation_set
         with self._lora_scaled(), self.sampling():
             return evaluate(
-                self.policy, prompts, seeds, self.evaluation_rewards.rewards,
+                self.policy, *self.evaluation_set, self.evaluation_rewards.rewards,
                 sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
                 microbatch_size=self.config.microbatch_size, processes=self,
             )  # fmt: skip
 
     def record(self, evaluation: Evaluation) -> None:
         """Log an evaluation, write its images and scores, and bring the report up to date."""
-        summary = evaluation.summary()
         self._seconds.clear()
-        self.run.log({"kind": "evaluation", "step": self.step, "num_images": len(evaluation.images), **summary})
+        row = {"kind": "evaluation", "step": self.step, "num_images": len(evaluation.images), **evaluation.summary()}
+        self.run.log(row)
         if self.run.is_main:
             save_evaluation(evaluation, self.folder, step=self.step)
             self.report(self.folder)
-            rewards = ", ".join(
-                f"{name} {summary[name]:.3f} ± {summary[f'{name}/standard_error']:.3f}" for name in evaluation.scores
-            )
-            self.print(f"after {self.step} steps, {len(evaluation.images)} held-out images: {rewards}")
+            self.print(f"after {self.step} steps, {len(evaluation.images)} held-out images: {evaluation.text()}")
 
-    @contextmanager
-    def _lora_scaled(self) -> Iterator[None]:
-        """Within it LoRA adapters have their scale of evaluation and export."""
+    def _lora_scaled(self) -> AbstractContextManager[None]:
+        """Context in which LoRA adapters have their scale of evaluation and export."""
         from rlhf_t2i.models.lora import lora_scaled  # takes seconds
 
         weights, scale = self.engine.weights, self.config.lora_scale
-        with exchanged(weights, lora_scaled(weights, scale) if scale != 1 else {}):
-            yield
+        return exchanged(weights, lora_scaled(weights, scale) if scale != 1 else {})
 
     def finish(self) -> Path:
         """Export the weights and write the last report, or say how to resume; return the run folder. Collective.
@@ -302,81 +298,3 @@ class Trainer:
             )
         self.run.close()
         return self.folder
-
-
-def make_trainer(
-    config: TrainerConfig,
-    *,
-    recipe: str,
-    report: Callable[[Path], Path],
-    keep_reference: bool = False,
-    keep_initial_weights: bool = False,
-    sampling_ema: Decay | None = None,
-    extra: Sequence[Any] = (),
-) -> Trainer:
-    """Load the policy, shard it as `accelerate launch` says, and resume the run if asked to. Collective.
-
-    `keep_reference` keeps what `policy.as_reference` needs; `sampling_ema` adds the average "sampling". Checkpoints
-    also hold the state_dict of each of `extra`. Raises what `load_rewards`, `load_prompts`, `start_run` and
-    `load_policy` do.
-    """
-    from rlhf_t2i.models.load import load_policy  # takes seconds
-
-    rewards = load_rewards(config.evaluation_rewards)
-    held_out = load_prompts(config.evaluation_prompts, held_out=True)
-    evaluation = evaluation_set(held_out, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
-    run = start_run(asdict(config), recipe=recipe)
-    policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
-    policy.set_trainable(
-        config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed
-    )
-    if config.offload_text_encoders:
-        policy.offload_text_encoders()
-    if config.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
-    num_averages = (config.ema_decay > 0) + (sampling_ema is not None)
-    engine = _engine(policy, run, config, num_averages=num_averages)
-    averages = {"ema": MovingAverage(engine.weights, decay=decay_after_a_start(config.ema_decay))}
-    if sampling_ema is not None:
-        averages["sampling"] = MovingAverage(engine.weights, decay=sampling_ema)
-    initial = {name: weight.detach().clone() for name, weight in engine.weights.items() if keep_initial_weights}
-    early_stop = EarlyStop(config.early_stop_reward, patience=config.patience) if config.early_stop_reward else None
-    checkpoints = Checkpoints(
-        run, engine, keep=config.keep_checkpoints,
-        copies={n: a.average for n, a in averages.items()} | ({"best": early_stop.weights} if early_stop else {}),
-        extra=[*averages.values(), *extra, *([early_stop] if early_stop else [])],
-    )  # fmt: skip
-    step = checkpoints.restore()
-    return Trainer(
-        config, run, policy, engine, averages, initial, checkpoints, rewards, evaluation, early_stop, report, step
-    )
-
-
-def _engine(policy: Policy, run: Run, config: TrainerConfig, *, num_averages: int) -> Engine:
-    """Hand the policy's network and an AdamW to the processes, after printing how much memory each will need.
-
-    Raises ValueError if DeepSpeed's config and the recipe disagree.
-    """
-    optimizer = torch.optim.AdamW(
-        policy.trainable.values(),
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    learning = learning_of(
-        policy.denoiser, run.mode, processes=run.num_processes, num_averages=num_averages,
-        reference=policy.reference is not None,
-    )  # fmt: skip
-    precision, microbatch_size = run.accelerator.mixed_precision, config.microbatch_size
-    run.print(placement_table(learning, precision=precision, microbatch_size=microbatch_size))
-    if run.is_main:
-        placement = placement_config(learning, precision=precision, microbatch_size=microbatch_size)
-        update_run_info(run.folder, {"trainable_parameters": learning.trainable, "placement": placement})
-    engine = make_engine(
-        run.accelerator, run.mode, policy.denoiser, optimizer,
-        max_gradient_norm=config.max_gradient_norm, microbatch_size=microbatch_size, say=run.print,
-    )  # fmt: skip
-    policy.denoiser = engine.network
-    if policy.reference is not None:
-        policy.reference = engine.shard_frozen(policy.reference)
-    return engine

@@ -1,0 +1,103 @@
+"""Load a policy and set up its trainer on the processes of `accelerate launch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_t2i.distributed.placement import layout_of, placement_config, placement_table
+from rlhf_t2i.distributed.processes import make_engine
+from rlhf_t2i.distributed.types import Engine
+from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.settings.groups import TrainerConfig
+from rlhf_t2i.training.checkpoint import Checkpoints
+from rlhf_t2i.training.early_stop import EarlyStop
+from rlhf_t2i.training.ema import Decay, MovingAverage, decay_after_a_start
+from rlhf_t2i.training.evaluation import evaluation_set
+from rlhf_t2i.training.run import Run, start_run
+from rlhf_t2i.training.run_folder import update_run_info
+from rlhf_t2i.training.trainer import Trainer
+from rlhf_t2i.types import Policy
+
+
+def make_trainer(
+    config: TrainerConfig,
+    *,
+    recipe: str,
+    report: Callable[[Path], Path],
+    keep_reference: bool = False,
+    keep_initial_weights: bool = False,
+    sampling_ema: Decay | None = None,
+    extra: Sequence[Any] = (),
+) -> Trainer:
+    """Load the policy, shard it as `accelerate launch` says, and resume the run if asked to. Collective.
+
+    `keep_reference` keeps what `policy.as_reference` needs; `sampling_ema` adds the average "sampling". Checkpoints
+    also hold the state_dict of each of `extra`. Raises what `load_rewards`, `load_prompts`, `start_run` and
+    `load_policy` do.
+    """
+    from rlhf_t2i.models.load import load_policy  # takes seconds
+
+    rewards = load_rewards(config.evaluation_rewards)
+    held_out = load_prompts(config.evaluation_prompts, held_out=True)
+    evaluation = evaluation_set(held_out, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
+    run = start_run(asdict(config), recipe=recipe)
+    policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
+    policy.set_trainable(
+        config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed
+    )
+    if config.offload_text_encoders:
+        policy.offload_text_encoders()
+    if config.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    num_averages = (config.ema_decay > 0) + (sampling_ema is not None)
+    engine = _engine(policy, run, config, num_averages=num_averages)
+    averages = {"ema": MovingAverage(engine.weights, decay=decay_after_a_start(config.ema_decay))}
+    if sampling_ema is not None:
+        averages["sampling"] = MovingAverage(engine.weights, decay=sampling_ema)
+    initial = {name: weight.detach().clone() for name, weight in engine.weights.items() if keep_initial_weights}
+    early_stop = EarlyStop(config.early_stop_reward, patience=config.patience) if config.early_stop_reward else None
+    checkpoints = Checkpoints(
+        run, engine, keep=config.keep_checkpoints,
+        copies={n: a.average for n, a in averages.items()} | ({"best": early_stop.weights} if early_stop else {}),
+        extra=[*averages.values(), *extra, *([early_stop] if early_stop else [])],
+    )  # fmt: skip
+    step = checkpoints.restore()
+    return Trainer(
+        config, run, policy, engine, averages, initial, checkpoints, rewards, evaluation, early_stop, report, step
+    )
+
+
+def _engine(policy: Policy, run: Run, config: TrainerConfig, *, num_averages: int) -> Engine:
+    """Hand the policy's network and an AdamW to the processes, after printing how much memory each will need.
+
+    Raises ValueError if DeepSpeed's config and the recipe disagree.
+    """
+    optimizer = torch.optim.AdamW(
+        policy.trainable.values(),
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    layout = layout_of(
+        policy.denoiser, run.mode, processes=run.num_processes, num_averages=num_averages,
+        reference=policy.reference is not None,
+    )  # fmt: skip
+    precision, microbatch_size = run.accelerator.mixed_precision, config.microbatch_size
+    run.print(placement_table(layout, precision=precision, microbatch_size=microbatch_size))
+    if run.is_main:
+        placement = placement_config(layout, precision=precision, microbatch_size=microbatch_size)
+        update_run_info(run.folder, {"trainable_parameters": layout.trainable, "placement": placement})
+    engine = make_engine(
+        run.accelerator, run.mode, policy.denoiser, optimizer,
+        max_gradient_norm=config.max_gradient_norm, microbatch_size=microbatch_size, log=run.print,
+    )  # fmt: skip
+    policy.denoiser = engine.network
+    if policy.reference is not None:
+        policy.reference = engine.shard_frozen(policy.reference)
+    return engine
