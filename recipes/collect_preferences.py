@@ -44,6 +44,7 @@ from rlhf_t2i.config import names
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.seeds import ANNOTATE, generator_for
 from rlhf_t2i.training.claim import claim_folder
+from rlhf_t2i.training.run_folder import COLLECTED_PAIRS
 
 _FREE_TO_CHANGE = {"run_folder", "resume", "rewards", "microbatch_size", "host", "port"}
 log = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once
@@ -77,7 +78,7 @@ def serve(service: Service, listener: socket) -> None:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     needs = f" (it requires the token in {TOKEN_VARIABLE})" if service.secret else ""
     log(
-        f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {folder / 'pairs.jsonl'}\n"
+        f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {folder / COLLECTED_PAIRS}\n"
         f"page      {address}{needs}\nresults   {address}/results"
     )
     settings = uvicorn.Config(create_app(service), access_log=False, ws="none", log_level="warning")

@@ -21,9 +21,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from rlhf_t2i.annotation.questions import IMAGES, Question
+from rlhf_t2i.annotation.questions import Question
 from rlhf_t2i.files import flush, write_atomically
 from rlhf_t2i.seeds import ANNOTATE, seed_for
+from rlhf_t2i.training.run_folder import ANSWERS, COLLECTED_PAIRS, IMAGES
 
 Key = Literal["left", "right", "tie", "bad", "undo"]
 """An annotator's key press; `bad` means that both images are bad."""
@@ -84,7 +85,7 @@ class Answers:
         self._accepted: dict[str, Key] = {}
         self._orders: dict[str, tuple[list[int], list[bool]]] = {}
         self._lock = threading.RLock()
-        self.path = folder / "answers.jsonl"
+        self.path = folder / ANSWERS
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,7 +219,7 @@ class Answers:
 
     def _write_pairs(self) -> None:
         text = "".join(line for lines in self._lines.values() for line in lines)
-        write_atomically(self.folder / "pairs.jsonl", text)
+        write_atomically(self.folder / COLLECTED_PAIRS, text)
 
 
 def preference_record(question: Question, answer: Answer, *, annotator: str) -> dict[str, object] | None:

@@ -25,8 +25,8 @@ from rlhf_t2i.image_grids import save_image_grid
 from rlhf_t2i.report.comparison import shared_cells, side_by_side
 from rlhf_t2i.rewards.load import WeightedSum
 from rlhf_t2i.training.metrics import Row
+from rlhf_t2i.training.run_folder import IMAGES, QUESTIONS
 
-IMAGES = "images"
 ItemT = TypeVar("ItemT")
 
 
@@ -65,13 +65,13 @@ def write_questions(folder: Path, candidates: Iterable[Candidate]) -> list[Quest
     if not questions:
         raise ValueError(f"There are no questions: {num_same} pairs were found, each of two identical images.")
     lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions]
-    write_atomically(folder / "questions.jsonl", "".join(lines))
+    write_atomically(folder / QUESTIONS, "".join(lines))
     return questions
 
 
 def read_questions(folder: Path) -> list[Question] | None:
     """Return the questions in a folder, None if it has none yet; raises ValueError for an invalid line."""
-    path = folder / "questions.jsonl"
+    path = folder / QUESTIONS
     if not path.is_file():
         return None
     questions: list[Question] = []

@@ -14,6 +14,8 @@ table.json          results of recipes/evaluate_policy.py
 NAME.csv, benchmarks.md, benchmarks.json
                     results of recipes/evaluate_reward_model.py
 pairs/              preference pairs that recipes/diffusion_dpo.py sampled
+questions.jsonl, answers.jsonl, pairs.jsonl
+                    questions, answers and preferences of recipes/collect_preferences.py, with their images in images/
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ EVALUATION_TABLE = "table.json"
 BENCHMARK_TABLES = "benchmarks.md"
 BENCHMARK_RESULTS = "benchmarks.json"
 PAIRS = "pairs"
+QUESTIONS = "questions.jsonl"
+ANSWERS = "answers.jsonl"
+COLLECTED_PAIRS = "pairs.jsonl"
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 DENOISER_WEIGHTS = "diffusion_pytorch_model.safetensors"
