@@ -42,7 +42,7 @@ def environment_for_trl(folder: Path) -> Path:
 def model_for_trl(folder: Path) -> Path:
     """The built-in model as older transformers read it: a fast tokenizer, and `text_model.` before all weights."""
     if not folder.is_dir():
-        shutil.copytree(TOY_MODEL_FOLDER, folder, ignore=shutil.ignore_patterns("llava_reward"))
+        shutil.copytree(TOY_MODEL_FOLDER, folder, ignore=shutil.ignore_patterns("reward_model"))
         index = json.loads((folder / "model_index.json").read_text())
         index["tokenizer"] = ["transformers", "CLIPTokenizerFast"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=1))
