@@ -128,12 +128,12 @@ def run(
 
 
 def _can_fork(arguments: Sequence[Any]) -> bool:
-    """True for `python [-u] SCRIPT.py ...` and `python [-u] -m MODULE ...`."""
+    """True for `python [-u] SCRIPT.py ...`, `python [-u] -m MODULE ...` and `python -c CODE`."""
     rest = [str(argument) for argument in arguments]
     if not rest or rest[0] != sys.executable:
         return False
     rest = [argument for argument in rest[1:3] if argument != "-u"]
-    return bool(rest) and (rest[0] == "-m" or rest[0].endswith(".py"))
+    return bool(rest) and (rest[0] in ("-m", "-c") or rest[0].endswith(".py"))
 
 
 def _output(given: int | IO[Any] | None, default: int, *, text: bool) -> tuple[IO[Any] | None, int]:
@@ -205,12 +205,8 @@ def serve(address: str, owner: int) -> None:
 
 def _preload() -> None:
     """Import the libraries and the project; nothing is computed, so that no thread exists when the server forks."""
-    import accelerate.commands.launch
-    import deepspeed
     import diffusers
-    import torch.distributed.run
     import transformers
-    import trl.trainer.reward_trainer
 
     for name in (
         "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
@@ -262,6 +258,7 @@ def _watch(connection: socket.socket) -> NoReturn:
 
 def _become(request: dict[str, Any], out: int, err: int) -> NoReturn:
     """Turn this fork into the requested process and run its script to the end."""
+    from accelerate.commands import launch
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     if request["new_session"]:
@@ -278,17 +275,18 @@ def _become(request: dict[str, Any], out: int, err: int) -> NoReturn:
     subprocess.Popen = subprocess_handler.Popen = start  # type: ignore[assignment, misc]
     arguments = [argument for argument in request["arguments"] if argument != "-u"]
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    is_module = arguments[0] == "-m"
-    sys.path[:] = [os.getcwd() if is_module else str(Path(arguments[0]).parent), *path, *_BASE_PATH]
+    is_script = arguments[0] not in ("-m", "-c")
+    sys.path[:] = [str(Path(arguments[0]).parent) if is_script else os.getcwd(), *path, *_BASE_PATH]
+    sys.argv = arguments if is_script else arguments[1:]
     try:
-        if is_module:
-            sys.argv = arguments[1:]
+        if arguments[:2] == ["-m", "accelerate.commands.launch"]:
+            launch.main()  # as a module it would be executed a second time
+        elif arguments[0] == "-m":
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
-            sys.argv = arguments
             runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit:
-        raise
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Every command and config that the README and recipes/configs show runs, at tiny size."""
+"""Every command and config that README.md, docs/ and recipes/configs show runs, at tiny size."""
 
 from __future__ import annotations
 
@@ -15,15 +15,10 @@ from PIL import Image
 from reward_model.datasets import load_records
 from rlhf_t2i.shapes.pairs import write_pairs
 from rlhf_t2i.shapes.scenes import all_scenes
+from tests import processes
+from tests.pages import ROOT, blocks, command_of, commands
 from tests.reward_models import backbone_folder
-from tests.test_matrix import table
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)\n```$", README, flags=re.DOTALL | re.MULTILINE)
-COMMANDS = [text for language, text in BLOCKS if language == ""]
-SNIPPET, STEER_SNIPPET, JUDGE_SNIPPET = [text for language, text in BLOCKS if language == "python"]
-(RECORDS,) = [text for language, text in BLOCKS if language == "json"]
 TINY = {
     "num_steps": 1, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 4,
     "num_evaluation_images": 4, "microbatch_size": 8,
@@ -33,20 +28,21 @@ TINY_QWEN = {
     "lora_rank": 2, "num_steps": 1, "evaluate_every": 1, "min_pixels": 784,
     "max_pixels": 3136, "mixed_precision": "no", "num_workers": 0, "microbatch_size": 2,
 }  # fmt: skip
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 def run(arguments: list[str], *, cwd: Path = ROOT) -> str:
-    """A recipe by `accelerate launch` without any `accelerate config`; what it printed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "home")}
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    """Run a recipe of this project by `accelerate launch`, without any `accelerate config`; return what it printed."""
+    arguments = [str(ROOT / part) if part.startswith("recipes/") else part for part in arguments]
+    result = processes.run([*LAUNCH, *arguments], cwd=cwd, env={"HF_HOME": str(cwd / "home")})
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
-def shown(command: str) -> list[str]:
-    """A command of the README, without `accelerate launch`."""
-    return command.replace("\\\n", " ").removeprefix("accelerate launch ").split()
+def run_python(*arguments: str) -> str:
+    result = processes.run([sys.executable, *arguments])
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def flags(**values: object) -> list[str]:
@@ -54,52 +50,51 @@ def flags(**values: object) -> list[str]:
 
 
 def test_the_readme_and_ci_give_the_same_commands() -> None:
-    assert "pip install -e . -c constraints.txt && accelerate launch recipes/ddpo.py" in COMMANDS
-    assert "pip install -e '.[dev]' -c constraints.txt && pytest" in COMMANDS
+    shown = [command for block in blocks("README.md") for command in block.splitlines()]
+    assert "pip install -e . -c constraints.txt && accelerate launch recipes/ddpo.py" in shown
+    assert "pip install -e '.[dev]' -c constraints.txt && pytest -m \"not slow\"" in shown
     ci = (ROOT / ".ci" / "run").read_text()
     assert "-e '.[dev]' -c constraints.txt" in ci
-    assert "\npytest\n" in ci
+    assert '\npytest -m "not slow"\n' in ci
+    assert "\npytest -m slow\n" in ci
 
 
-def test_the_table_of_models_and_recipes_is_what_is_tested() -> None:
-    assert table() in README
-
-
-@pytest.mark.slow
-def test_the_first_command_ends_with_the_table_and_the_places(tmp_path: Path) -> None:
-    """And the README's own snippet then paints with what it left, in plain diffusers."""
+def test_the_first_command_leaves_weights_that_plain_diffusers_samples_from(tmp_path: Path) -> None:
+    """By a shell's `accelerate launch`, without the test server; then the README's snippet with its weights."""
     folder = tmp_path / "run"
-    output = run(["recipes/ddpo.py", *flags(**TINY, run_folder=folder)])
-    for word in ("before", "after", "oracle_pass", "diversity", str(folder / "report.html"), str(folder / "unet")):
-        assert word in output
-    snippet = SNIPPET.replace("runs/ddpo-DATE", str(folder)) + f"\nimage.save({str(tmp_path / 'out.png')!r})"
-    subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, capture_output=True)
-    with Image.open(tmp_path / "out.png") as painted:
-        assert painted.size == (32, 32)
+    command = [*LAUNCH, "recipes/ddpo.py", *flags(**TINY, run_folder=folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    rows = [line.split()[0] for line in output.splitlines() if "±" in line and not line.startswith("after")]
+    assert rows == ["oracle", "oracle_pass", "llava_reward"]
+    assert (folder / "report.html").is_file()
+    *_, snippet = blocks("README.md", "python")
+    snippet = snippet.replace("runs/ddpo-DATE", str(folder)) + f"\nimage.save({str(tmp_path / 'out.png')!r})"
+    run_python("-c", snippet)
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (32, 32)
 
 
-@pytest.mark.slow
-def test_the_command_for_a_users_own_things_runs(tiny_sd: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/first_real_run.md"])
+def test_a_users_own_model_prompts_and_reward_run_as_shown(page: str, tiny_sd: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     (tmp_path / "held_out.txt").write_text("a fox\n")
-    (tmp_path / "my_rewards.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
-    (command,) = [text for text in COMMANDS if "my_rewards" in text]
-    command = command.replace("\\\n", " ").replace(" recipes/", f" {ROOT}/recipes/")
-    arguments = command.replace("path/or/hub-id", str(tiny_sd)).split()[2:]
-    output = run([*arguments, *flags(**TINY, run_folder="out")], cwd=tmp_path)
-    assert "my_rewards:brightness" in output
+    (tmp_path / "my_rewards.py").write_text(next(b for b in blocks(page, "python") if "def brightness" in b))
+    command = next(c for b in blocks(page) for c in commands(b) if "--model" in c)
+    arguments = [part.replace("path/or/hub-id", str(tiny_sd)) for part in command[2:]]
+    run([*arguments, *flags(**TINY, run_folder="out")], cwd=tmp_path)
+    scores = json.loads((tmp_path / "out" / "images" / "step_000001.json").read_text())["scores"]
+    assert "my_rewards:brightness" in scores
     assert (tmp_path / "out" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.slow
-def test_the_published_settings_for_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
+def test_the_published_settings_for_ddpo_on_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
     small = {**TINY, "num_denoising_steps": 5, "model": tiny_sd, "run_folder": tmp_path / "run"}
-    output = run(["recipes/ddpo.py", "--config", "recipes/configs/ddpo_sd15.yaml", *flags(**small)])
+    output = run(["recipes/ddpo.py", "--config", str(ROOT / "recipes/configs/ddpo_sd15.yaml"), *flags(**small)])
     assert "jpeg_compressibility" in output
 
 
-@pytest.mark.slow
-def test_the_settings_for_preferences_on_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
+def test_the_published_settings_for_preferences_on_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
     for name, colour in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (24, 24), colour).save(tmp_path / f"{name}.png")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a fox", "winner": "a.png", "loser": "b.png"}\n')
@@ -107,163 +102,121 @@ def test_the_settings_for_preferences_on_sd15_run(tiny_sd: Path, tmp_path: Path)
         "num_steps": 1, "num_denoising_steps": 4, "num_evaluation_images": 2, "pairs_per_step": 1, "microbatch_size": 2,
         "pairs": tmp_path / "pairs.jsonl", "model": tiny_sd, "run_folder": tmp_path / "run",
     }  # fmt: skip
-    output = run(["recipes/diffusion_dpo.py", "--config", "recipes/configs/diffusion_dpo_sd15.yaml", *flags(**small)])
-    assert "report.html" in output
+    config = str(ROOT / "recipes/configs/diffusion_dpo_sd15.yaml")
+    run(["recipes/diffusion_dpo.py", "--config", config, *flags(**small)])
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
-@pytest.mark.slow
-def test_weights_are_compared_on_the_same_images(tmp_path: Path) -> None:
-    small = {**TINY, "learning_rate": 1e-3}
-    run(["recipes/ddpo.py", *flags(**small, run_folder=tmp_path / "run")])
-    compared = ",".join(["base", str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints" / "step_000001")])
-    output = run(
-        [
-            "recipes/evaluate_policy.py",
-            *flags(
-                weights=compared, num_evaluation_images=8, num_evaluation_steps=4, run_folder=tmp_path / "evaluation"
-            ),
-        ]
-    )
+def test_weights_are_compared_on_the_same_images_and_a_run_is_published_as_shown(tmp_path: Path) -> None:
+    """All but the upload, for which tests/test_upload.py has a Hub."""
+    first, second, evaluation = (tmp_path / name for name in ("ddpo", "draft", "evaluation"))
+    run(["recipes/ddpo.py", *flags(**TINY, learning_rate=1e-3, run_folder=first)])
+    compared = f"base,{first},{first / 'checkpoints' / 'step_000001'}"
+    small = {"num_evaluation_images": 8, "num_evaluation_steps": 4, "run_folder": evaluation}
+    output = run(["recipes/evaluate_policy.py", *flags(weights=compared, **small)])
     lines = [line for line in output.splitlines() if "oracle_pass" in line]
     assert len(lines) == 3
     base, exported, checkpoint = (line.partition(": ")[2] for line in lines)
     assert exported == checkpoint != base
-    assert len(list((tmp_path / "evaluation" / "images").glob("*.png"))) == 3
+    assert len(list((evaluation / "images").glob("*.png"))) == 3
 
-
-@pytest.mark.slow
-def test_a_run_is_published_and_compared_as_the_readme_says(tmp_path: Path) -> None:
-    """All but the upload, for which tests/test_publish.py has a Hub."""
-    run(["recipes/ddpo.py", *flags(**TINY, run_folder=tmp_path / "ddpo")])
-    run(["recipes/ddpo.py", *flags(**TINY, run_folder=tmp_path / "draft", seed=1)])
-    (block,) = [text for text in COMMANDS if "recipes/publish.py" in text]
-    dry, _, side_by_side = (line.partition("#")[0].strip() for line in block.splitlines())
-    for command in (dry, f"{side_by_side} --output {tmp_path / 'comparison.html'}"):
-        command = command.replace("runs/ddpo-DATE", str(tmp_path / "ddpo")).replace(
-            "runs/draft-DATE", str(tmp_path / "draft")
-        )
-        subprocess.run(
-            [sys.executable, *command.split()[1:]], cwd=ROOT, check=True, capture_output=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-    card = (tmp_path / "ddpo" / "publication" / "README.md").read_text()
+    run(["recipes/ddpo.py", *flags(**TINY, seed=1, run_folder=second)])
+    dry_run, _, compare = commands(next(b for b in blocks("docs/publishing.md") if "recipes/publish.py" in b))
+    for command in (dry_run, [*compare, "--output", str(tmp_path / "comparison.html")]):
+        paths = [part.replace("runs/ddpo-DATE", str(first)).replace("runs/draft-DATE", str(second)) for part in command]
+        run_python(*paths[1:])
+    card = (first / "publication" / "README.md").read_text()
     assert "StableDiffusionPipeline.from_pretrained" in card
     assert (tmp_path / "comparison.html").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["draft", "diffusion_dpo", "diffusion_nft", "flow_grpo", "best_of_n", "fk_steering"])
-def test_the_other_recipes_run_as_the_readme_says(name: str, tmp_path: Path) -> None:
-    """On the built-in world without settings, but for their number."""
-    (line,) = [line for text in COMMANDS for line in text.splitlines() if f"recipes/{name}.py" in line]
+def test_each_other_recipe_runs_without_settings(name: str, tmp_path: Path) -> None:
+    """On the built-in world; only the amount of work is given."""
     searching = name in ("best_of_n", "fk_steering")
     small = {"prompts": tmp_path / "prompts.txt", "images_per_prompt": 1} if searching else {
         "num_steps": 1, "num_evaluation_images": 4,
         **({"prompts_per_step": 4} if name == "draft" else {"prompts_per_step": 2, "images_per_prompt": 2}),
     }  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a red circle on a blue background\n")
-    output = run([*shown(line.partition("#")[0]), *flags(**small, run_folder=tmp_path / "run")])
-    assert "report.html" in output
+    command = command_of("docs/search.md", f"recipes/{name}.py") if searching else [f"recipes/{name}.py"]
+    run([*command, *flags(**small, run_folder=tmp_path / "run")])
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_the_readme_searches_with_a_plain_pipeline(tmp_path: Path) -> None:
-    snippet = STEER_SNIPPET.replace("circle.png", str(tmp_path / "circle.png"))
-    subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, check=True, capture_output=True)
+def test_the_search_in_three_lines_runs(tmp_path: Path) -> None:
+    (snippet,) = blocks("docs/search.md", "python")
+    run_python("-c", snippet.replace("circle.png", str(tmp_path / "circle.png")))
     with Image.open(tmp_path / "circle.png") as image:
         assert image.size == (32, 32)
 
 
-def test_the_readme_scores_a_image_in_three_lines() -> None:
-    result = subprocess.run([sys.executable, "-c", JUDGE_SNIPPET], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert re.match(r"tensor\(\[-?\d+\.\d+\]\)", result.stdout)
+def test_the_score_in_three_lines_is_a_number() -> None:
+    (snippet,) = blocks("docs/reward_model.md", "python")
+    assert re.match(r"tensor\(\[-?\d+\.\d+\]\)", run_python("-c", snippet))
 
 
-def test_every_line_that_the_readme_shows_is_read(tmp_path: Path) -> None:
+def test_every_record_that_the_page_shows_is_read(tmp_path: Path) -> None:
+    (text,) = blocks("docs/reward_model.md", "json")
     for name in ("a", "b"):
         Image.new("RGB", (28, 28), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
-    (tmp_path / "pairs.jsonl").write_text(RECORDS)
+    (tmp_path / "pairs.jsonl").write_text(text)
     records = load_records(tmp_path / "pairs.jsonl")
-    assert len(records) == len(RECORDS.splitlines()) == 6
+    assert len(records) == len(text.splitlines()) == 6
     assert records[1].rating_gap == 2.0
     assert records[2].tie
     assert records[5].label == 1
 
 
-@pytest.mark.slow
-def test_a_judge_is_trained_measured_and_used_as_the_readme_says(tmp_path: Path) -> None:
-    """With the published settings for Qwen2.5-VL, on a tiny one."""
-    train, measure, use = next(text for text in COMMANDS if "runs/my-reward" in text).replace("\\\n", " ").split("\n")
-    prompts = [scene.prompt for scene in all_scenes("one", "training")[:8]]
+def preference_rows(folder: Path, prompts: list[str]) -> list[dict[str, str]]:
+    """Pairs of a white image, which is preferred, and a black one."""
     rows = []
     for i, prompt in enumerate(prompts):
         for name, colour in (("good", "white"), ("bad", "black")):
-            Image.new("RGB", (56, 56), colour).save(tmp_path / f"{name}{i}.png")
-        rows.append(json.dumps({"prompt": prompt, "winner": f"good{i}.png", "loser": f"bad{i}.png"}))
-    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
-    (tmp_path / "test.jsonl").write_text("\n".join(rows[:4]))
+            Image.new("RGB", (56, 56), colour).save(folder / f"{name}{i}.png")
+        rows.append({"prompt": prompt, "winner": f"good{i}.png", "loser": f"bad{i}.png"})
+    return rows
+
+
+def test_a_reward_model_is_trained_evaluated_and_used_as_shown(tmp_path: Path) -> None:
+    """With the published settings for Qwen2.5-VL, on a tiny one."""
+    rows = preference_rows(tmp_path, [scene.prompt for scene in all_scenes("one", "training")[:8]])
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows[:4])))
     tiny = flags(backbone=backbone_folder("qwen2_5_vl"), **TINY_QWEN, validation_fraction=0.3)
-    commands = {"recipes/": f"{ROOT}/recipes/"}
-
-    def arguments(command: str) -> list[str]:
-        for old, new in commands.items():
-            command = command.replace(old, new)
-        return shown(command)
-
-    output = run([*arguments(train), *tiny], cwd=tmp_path)
-    assert "accuracy_ties_wrong" in output
-    output = run(arguments(measure), cwd=tmp_path)
-    assert "accuracy_ties_wrong" in output
+    block = next(text for text in blocks("README.md") if "train_reward_model.py" in text)
+    train, use = (command[2:] for command in commands(block))
+    assert train == command_of("docs/reward_model.md", "recipes/train_reward_model.py")
+    run([*train, *tiny], cwd=tmp_path)
+    evaluate = commands(next(b for b in blocks("docs/reward_model.md") if "--test_data test.jsonl" in b))[1][2:]
+    assert "accuracy_ties_wrong" in run(evaluate, cwd=tmp_path)
     (page,) = tmp_path.glob("runs/reward_model_evaluation-*/report.html")
     assert "test" in page.read_text()
-    output = run([*arguments(use), *flags(**TINY, run_folder="out")], cwd=tmp_path)
+    output = run([*use, *flags(**TINY, run_folder="out")], cwd=tmp_path)
     assert "llava_reward:runs/my-reward/reward_model" in output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("perspective", ["fidelity", "safety", "ranking"])
 def test_the_settings_for_every_perspective_train(perspective: str, tmp_path: Path) -> None:
     """On a tiny Qwen2.5-VL; alignment is trained above."""
-    rows: list[dict[str, object]] = []
-    for i in range(4):
-        for name, colour in (("good", "white"), ("bad", "black")):
-            Image.new("RGB", (56, 56), colour).save(tmp_path / f"{name}{i}.png")
-        rows.append({"prompt": f"a fox {i}", "winner": f"good{i}.png", "loser": f"bad{i}.png"})
+    rows: list[dict[str, object]] = list(preference_rows(tmp_path, [f"a fox {i}" for i in range(4)]))
     if perspective == "safety":
-        rows = [
-            {"prompt": "", "image": f"{name}{i}.png", "label": int(name == "good")}
-            for i in range(4)
-            for name in ("good", "bad")
-        ]
+        names = [f"{name}{i}.png" for i in range(4) for name in ("good", "bad")]
+        rows = [{"prompt": "", "image": name, "label": int(name.startswith("good"))} for name in names]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = ROOT / "recipes" / "configs" / f"reward_qwen2_5_vl_{perspective}.yaml"
     data = {"train_data": tmp_path / "data.jsonl", "validation_data": tmp_path / "data.jsonl"}
-    run(
-        [
-            "recipes/train_reward_model.py",
-            "--config",
-            str(config),
-            *flags(**data, **TINY_QWEN, backbone=backbone_folder("qwen2_5_vl"), run_folder=tmp_path / "run"),
-        ]
-    )
-    facts = json.loads((tmp_path / "run" / "reward_model" / "llava_reward.json").read_text())
-    assert facts["perspective"] == perspective
+    small = flags(**data, **TINY_QWEN, backbone=backbone_folder("qwen2_5_vl"), run_folder=tmp_path / "run")
+    config = str(ROOT / "recipes" / "configs" / f"reward_qwen2_5_vl_{perspective}.yaml")
+    run(["recipes/train_reward_model.py", "--config", config, *small])
+    config_file = tmp_path / "run" / "reward_model" / "llava_reward.json"
+    assert json.loads(config_file.read_text())["perspective"] == perspective
 
 
-@pytest.mark.slow
-def test_the_built_in_judge_is_trained_by_the_command_without_arguments(tmp_path: Path) -> None:
-    """Here with fewer pairs, made beforehand where the recipe looks for them."""
-    write_pairs(
-        tmp_path / "runs" / "shapes-pairs-0",
-        num_drawn_pairs=24,
-        num_generated_pairs=8,
-        num_generated_images=200,
-        num_validation_pairs=8,
-        num_test_pairs=8,
-    )
-    output = run(
-        [str(ROOT / "recipes" / "train_reward_model.py"), *flags(num_steps=2, evaluate_every=2, run_folder="out")],
-        cwd=tmp_path,
-    )
-    for word in ("validation", "test_drawn", "test_generated", str(Path("out") / "reward_model")):
-        assert word in output
+def test_the_built_in_reward_model_is_trained_by_the_command_without_arguments(tmp_path: Path) -> None:
+    """With fewer pairs than the recipe generates, written where it looks for them."""
+    folder = tmp_path / "runs" / "shapes-pairs-0"
+    write_pairs(folder, num_drawn=24, num_painted=8, num_generated=200, num_validation=8, num_test=8)
+    run(["recipes/train_reward_model.py", *flags(num_steps=2, evaluate_every=2, run_folder="out")], cwd=tmp_path)
+    measured = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {"validation", "test_drawn"} <= measured.keys()
+    assert (tmp_path / "out" / "reward_model" / "llava_reward.safetensors").is_file()

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from recipes import best_of_n, ddpo, diffusion_dpo, diffusion_nft, draft, fk_steering, flow_grpo
 from tests.runs import REDNESS, rows
 
+ROOT = Path(__file__).parent.parent
 MODELS = {
     "Stable Diffusion 1.x, 2.x": "tiny_sd",
     "Stable Diffusion XL": "tiny_sdxl",
@@ -109,6 +110,10 @@ def test_a_image_is_searched(recipe: str, model: str, request: pytest.FixtureReq
     scores = found.row["searched"]["scores"]["reward"]
     assert len(scores) == 2
     assert scores[found.row["searched"]["selected"]] == max(scores)
+
+
+def test_the_readme_shows_what_is_tested_here() -> None:
+    assert table() in (ROOT / "README.md").read_text()
 
 
 def table() -> str:
