@@ -467,8 +467,8 @@ def test_an_unsupported_family_is_named(tmp_path: Path) -> None:
 
 def test_settings_that_a_family_lacks_or_that_contradict_each_other_are_refused() -> None:
     for family, options, message in (
-        ("llava", {"min_pixels": 1}, "min_pixels and max_pixels do not apply to LLaVA"),
-        ("phi3_v", {"max_pixels": 1}, "min_pixels and max_pixels do not apply to Phi-3.5-vision"),
+        ("llava", {"min_pixels": 1}, "min_pixels does not apply to LLaVA-1.5, only to Qwen2.5-VL and Qwen3-VL"),
+        ("phi3_v", {"max_pixels": 1}, "max_pixels does not apply to Phi-3.5-vision"),
         ("qwen2_5_vl", {"num_crops": 4}, "num_crops does not apply to Qwen2.5-VL"),
         ("llava_next", {"num_crops": 1}, "num_crops is 1; this model's grids have 2, 2, 3, 3, 4 crops"),
     ):

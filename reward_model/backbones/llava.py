@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from reward_model.backbones.outputs import clip_features, run_language_model
 from reward_model.backbones.prompts import PromptTokenizer
+from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
 from reward_model.images import preprocess_as_clip
 from reward_model.types import BackboneOutput, Inputs
 
+TITLE = "LLaVA-1.5"
+OPTIONS: tuple[str, ...] = ()
 PUBLISHED_TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -76,3 +79,11 @@ class Llava:
         features = inputs["features"].to(self.projector.linear_1.weight.dtype)
         positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         return run_language_model(self.model, inputs, list(self.projector(features)), position_ids=positions)
+
+
+def adapt(model: Any, source: str, settings: BackboneSettings) -> Llava:
+    """Return the backbone of a loaded model."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil.from_pretrained(source)
+    return Llava(model, prompt_tokenizer(model, source, settings, published=PUBLISHED_TEMPLATE), processor)

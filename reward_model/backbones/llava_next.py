@@ -12,10 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from reward_model.backbones.llava import PUBLISHED_TEMPLATE
 from reward_model.backbones.outputs import clip_features, run_language_model
 from reward_model.backbones.prompts import PromptTokenizer
+from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
 from reward_model.images import normalise, pad_to, resize, split_into_squares
 from reward_model.types import BackboneOutput, Inputs
+
+TITLE = "LLaVA-NeXT"
+OPTIONS = ("num_crops",)
 
 
 @dataclass(slots=True)
@@ -131,3 +136,12 @@ def bound_crops(model: Any, processor: Any, num_crops: int | None) -> None:
     config.image_grid_pinpoints = [
         grid for grid, count in zip(config.image_grid_pinpoints, counts, strict=True) if count <= num_crops
     ]
+
+
+def adapt(model: Any, source: str, settings: BackboneSettings) -> LlavaNext:
+    """Return the backbone of a loaded model."""
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    processor = LlavaNextImageProcessorPil.from_pretrained(source)
+    bound_crops(model, processor, settings.num_crops)
+    return LlavaNext(model, prompt_tokenizer(model, source, settings, published=PUBLISHED_TEMPLATE), processor)

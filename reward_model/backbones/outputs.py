@@ -18,15 +18,18 @@ def run_language_model(
     inputs: Inputs,
     visual: Sequence[Float[Tensor, "_ D"]],
     *,
+    as_tensor: bool = False,
     deepstack: Sequence[Sequence[Float[Tensor, "_ D"]]] | None = None,
     **more: Tensor,
 ) -> BackboneOutput:
     """Insert each row's visual tokens into its sequence and run the language model up to its last norm.
 
+    With `as_tensor` the model gets them as one tensor, for a family whose images all have the same number of tokens.
     `deepstack` holds, for some of the first layers, tokens that are added to the states of the visual tokens behind it.
     """
     dtype = model.get_input_embeddings().weight.dtype
-    features: Any = BaseModelOutputWithPooling(pooler_output=[tokens.to(dtype) for tokens in visual])  # pyright: ignore
+    tokens: Any = [row.to(dtype) for row in visual]
+    features: Any = BaseModelOutputWithPooling(pooler_output=torch.stack(tokens) if as_tensor else tokens)
     if deepstack is not None:
         features.deepstack_features = deepstack
     mask = inputs["attention_mask"]

@@ -23,9 +23,12 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from reward_model.backbones.outputs import pad
 from reward_model.backbones.prompts import PromptTokenizer
+from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
 from reward_model.images import normalise, pad_to, resize, split_into_squares
 from reward_model.types import BackboneOutput, Inputs
 
+TITLE = "Phi-3.5-vision"
+OPTIONS = ("num_crops",)
 IMAGE_TEXT = "<|image_1|>"
 IMAGE_TOKEN = "<|image|>"
 """Placeholder of a visual token in a row of ids, where the published processor has -1."""
@@ -197,3 +200,12 @@ def load_tokenizer(source: str) -> Any:
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         raise ValueError(f"The tokenizer of {source!r} has no token {IMAGE_TOKEN!r}, which Phi-3.5-vision's has.")
     return tokenizer
+
+
+def adapt(model: Any, source: str, settings: BackboneSettings) -> Phi3Vision:
+    """Return the backbone of a loaded model."""
+    tokenizer = prompt_tokenizer(
+        model, source, settings, published=PUBLISHED_TEMPLATE, tokenizer=load_tokenizer(source),
+        image_token=IMAGE_TOKEN, image_text=IMAGE_TEXT,
+    )  # fmt: skip
+    return Phi3Vision(model, tokenizer, **image_settings(source, settings.num_crops))

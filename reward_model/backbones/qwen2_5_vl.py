@@ -13,10 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reward_model.backbones.outputs import run_language_model
-from reward_model.backbones.patches import PatchPreprocessor
+from reward_model.backbones.patches import PatchPreprocessor, load_patch_preprocessor
 from reward_model.backbones.prompts import PromptTokenizer
+from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
 from reward_model.types import BackboneOutput, Inputs
 
+TITLE = "Qwen2.5-VL"
+OPTIONS = ("min_pixels", "max_pixels")
 PUBLISHED_TEMPLATE = (
     "{% for message in messages %}<|im_start|>user\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
@@ -85,3 +88,9 @@ class Qwen25VL:
 
     def _counts(self, grids: Int[Tensor, "B 3"]) -> list[int]:
         return (grids.prod(dim=1) // self.model.model.visual.spatial_merge_unit).tolist()
+
+
+def adapt(model: Any, source: str, settings: BackboneSettings) -> Qwen25VL:
+    """Return the backbone of a loaded model."""
+    preprocessor = load_patch_preprocessor(source, settings.min_pixels, settings.max_pixels)
+    return Qwen25VL(model, prompt_tokenizer(model, source, settings, published=PUBLISHED_TEMPLATE), preprocessor)

@@ -14,9 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_model.backbones.outputs import run_language_model
-from reward_model.backbones.patches import PatchPreprocessor
+from reward_model.backbones.patches import PatchPreprocessor, load_patch_preprocessor
 from reward_model.backbones.prompts import PromptTokenizer
+from reward_model.backbones.qwen2_5_vl import PUBLISHED_TEMPLATE
+from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
 from reward_model.types import BackboneOutput, Inputs
+
+TITLE = "Qwen3-VL"
+OPTIONS = ("min_pixels", "max_pixels")
 
 
 @dataclass(slots=True)
@@ -85,3 +90,9 @@ def without_merger(tower: Any) -> Iterator[None]:
         yield
     finally:
         tower.merger = merger
+
+
+def adapt(model: Any, source: str, settings: BackboneSettings) -> Qwen3VL:
+    """Return the backbone of a loaded model."""
+    preprocessor = load_patch_preprocessor(source, settings.min_pixels, settings.max_pixels)
+    return Qwen3VL(model, prompt_tokenizer(model, source, settings, published=PUBLISHED_TEMPLATE), preprocessor)

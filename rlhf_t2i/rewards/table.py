@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 Loader = Callable[[str, bool], Any]
@@ -36,41 +37,21 @@ class RewardEntry:
 # --- loaders --------------------------------------------------------------------------------------
 
 
+def function(module: str, name: str) -> Loader:
+    """Return the loader of a function of this project; its module is imported when the reward is loaded."""
+    return lambda _, __: getattr(import_module(module), name)
+
+
 def _built_in_llava_reward(_: str, __: bool) -> Any:
-    from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
     from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
 
-    return LlavaRewardFunction(TOY_REWARD_MODEL_FOLDER)
+    return _llava_reward(str(TOY_REWARD_MODEL_FOLDER), True)
 
 
 def _llava_reward(path: str, _: bool) -> Any:
     from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
 
     return LlavaRewardFunction(path)
-
-
-def _oracle(_: str, __: bool) -> Any:
-    from rlhf_t2i.rewards.builtin import oracle_graded
-
-    return oracle_graded
-
-
-def _oracle_pass(_: str, __: bool) -> Any:
-    from rlhf_t2i.rewards.builtin import oracle_pass
-
-    return oracle_pass
-
-
-def _jpeg_compressibility(_: str, __: bool) -> Any:
-    from rlhf_t2i.rewards.builtin import jpeg_compressibility
-
-    return jpeg_compressibility
-
-
-def _jpeg_incompressibility(_: str, __: bool) -> Any:
-    from rlhf_t2i.rewards.builtin import jpeg_incompressibility
-
-    return jpeg_incompressibility
 
 
 def _scorer(name: str) -> Loader:
@@ -99,15 +80,33 @@ def _remote(addresses: str, finite: bool) -> Any:
 IMPORTED = RewardEntry("module:function", _imported, None, "a Python callable of your own: (images, prompts) -> scores")
 REMOTE = RewardEntry("http://HOST:PORT", _remote, False, "a reward that `python -m rlhf_t2i.reward_server` serves")
 
+_BUILTIN = "rlhf_t2i.rewards.builtin"
 REWARDS = (
     RewardEntry(
         "llava_reward", _built_in_llava_reward, True, "the built-in LLaVA-Reward, for prompts of the toy world"
     ),
     RewardEntry("llava_reward:PATH", _llava_reward, True, "a LLaVA-Reward of your own, a folder or Hub id"),
-    RewardEntry("oracle", _oracle, False, "true reward of the toy world, graded, in [0, 1]"),
-    RewardEntry("oracle_pass", _oracle_pass, False, "1 if an image meets every condition of its toy prompt, else 0"),
-    RewardEntry("jpeg_compressibility", _jpeg_compressibility, False, "minus the size as JPEG of quality 95, in kB"),
-    RewardEntry("jpeg_incompressibility", _jpeg_incompressibility, False, "the size as JPEG of quality 95, in kB"),
+    RewardEntry(
+        "oracle", function(_BUILTIN, "oracle_graded"), False, "true reward of the toy world, graded, in [0, 1]"
+    ),
+    RewardEntry(
+        "oracle_pass",
+        function(_BUILTIN, "oracle_pass"),
+        False,
+        "1 if an image meets every condition of its toy prompt, else 0",
+    ),
+    RewardEntry(
+        "jpeg_compressibility",
+        function(_BUILTIN, "jpeg_compressibility"),
+        False,
+        "minus the size as JPEG of quality 95, in kB",
+    ),
+    RewardEntry(
+        "jpeg_incompressibility",
+        function(_BUILTIN, "jpeg_incompressibility"),
+        False,
+        "the size as JPEG of quality 95, in kB",
+    ),
     RewardEntry("clip:PATH", _scorer("clip"), True, "image-text logit of a CLIP, exp(logit_scale) * cosine"),
     RewardEntry("clip_score:PATH", _scorer("clip_score"), True, "CLIPScore of a CLIP, 2.5 * max(cosine, 0)"),
     RewardEntry("pick_score:PATH", _scorer("pick_score"), True, "PickScore v1, the logit of its CLIP"),

@@ -26,6 +26,7 @@ from transformers import CLIPTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConf
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from reward_model.backbones.load import adapt
+from reward_model.backbones.settings import BackboneSettings
 from reward_model.images import normalise
 from reward_model.types import Backbone
 from rlhf_t2i.shapes.captions import random_scenes
@@ -261,7 +262,7 @@ def build(
     output_folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output_folder)
     make_image_processor().save_pretrained(output_folder)
-    backbone = adapt(model, str(output_folder))
+    backbone = adapt(model, str(output_folder), BackboneSettings())
 
     data = make_training_images(num_drawings, num_generated, np.random.default_rng(seed), seed=seed)
     train_vision_tower(model.model.vision_tower, data, num_updates=num_vision_updates, folder=work, seed=seed)
