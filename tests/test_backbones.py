@@ -389,9 +389,7 @@ def test_deepstack_features_reach_the_states_but_not_the_visual_tokens() -> None
     """A DeepStack token is added at one position of one row and changes the states behind it."""
     backbone = backbone_of("qwen3_vl")
     with torch.no_grad():
-        encoded = backbone.encode_image(
-            backbone.prepare([to_tensor(one) for one in images_of("qwen3_vl")], PROMPTS)
-        )
+        encoded = backbone.encode_image(backbone.prepare([to_tensor(one) for one in images_of("qwen3_vl")], PROMPTS))
         deepstack = encoded["deepstack"].clone()
         deepstack[1, 0] += 1.0
         before, after = backbone.forward(encoded), backbone.forward({**encoded, "deepstack": deepstack})

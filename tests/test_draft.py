@@ -402,7 +402,10 @@ def test_the_flags_that_the_config_gives_for_the_other_methods_are_read(name: st
     [
         ({"backprop_steps": 5}, r"backprop_steps is 5; it must be at most num_denoising_steps \(4\)"),
         ({"backprop_steps": 0}, "backprop_steps is 0; it must be at least 1 or null"),
-        ({"method": "refl", "backprop_steps": 2}, "backprop_steps is 2; it must be null or 1, because refl differentiates"),
+        (
+            {"method": "refl", "backprop_steps": 2},
+            "backprop_steps is 2; it must be null or 1, because refl differentiates",
+        ),
         ({"method": "draft_lv", "backprop_steps": 3}, "because draft_lv differentiates one step"),
         ({"num_renoisings": 0}, "num_renoisings is 0; it must be at least 1"),
         (

@@ -60,7 +60,10 @@ def config(name: str, tiny_sd: Path, tmp_path: Path, **changes: Any) -> Any:
         "run_folder": str(tmp_path / "run"),
         "num_cpu_threads": 1,
     }
-    own = {"best_of_n": {"num_candidates": 4, "prune_after": "1"}, "fk_steering": {"num_particles": 4, "resample_after": "1,2"}}
+    own = {
+        "best_of_n": {"num_candidates": 4, "prune_after": "1"},
+        "fk_steering": {"num_particles": 4, "resample_after": "1,2"},
+    }
     return RECIPES[name].Config(**{**shared, **own[name], **changes})
 
 
