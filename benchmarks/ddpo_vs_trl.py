@@ -26,6 +26,7 @@ from rlhf_t2i.losses import clipped_surrogate_loss
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.rewards.load import load_reward
 from rlhf_t2i.sampling.rollout import rollout, transition_at
+from rlhf_t2i.shapes.names import TOY_MODEL
 from rlhf_t2i.shapes.scenes import all_prompts
 from rlhf_t2i.training.evaluation import evaluate, evaluation_set
 from rlhf_t2i.types import Sampler
@@ -36,7 +37,7 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 def agreement(python: Path, model: Path, folder: Path) -> None:
     """One trajectory of eight images, replayed by both: the largest difference of densities and of gradients."""
     folder.mkdir(parents=True, exist_ok=True)
-    policy = load_policy("shapes", device=torch.device("cpu"))
+    policy = load_policy(TOY_MODEL, device=torch.device("cpu"))
     policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler = Sampler(policy.schedule(8), partial(ddim, eta=1.0), GUIDANCE)
     prompts = all_prompts("training")[:8]
@@ -107,7 +108,7 @@ def trl_curve(folder: Path, base: float) -> list[tuple[float, float]]:
     seconds = json.loads((folder / "seconds.json").read_text())
     curve = [(0.0, base)]
     for snapshot in sorted(folder.glob("step_*")):
-        policy = load_policy("shapes", device=torch.device("cpu"), weights=snapshot)
+        policy = load_policy(TOY_MODEL, device=torch.device("cpu"), weights=snapshot)
         prompts, seeds = evaluation_set(all_prompts("held-out"), num_images=408, seed=1_000_000)
         seen = evaluate(
             policy, prompts, seeds, [load_reward("oracle_pass")],

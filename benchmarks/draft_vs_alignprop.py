@@ -28,6 +28,7 @@ from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.rewards.gradient import score_with_gradient
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.backprop import GradientWindow, sample_with_gradient
+from rlhf_t2i.shapes.names import TOY_MODEL
 from rlhf_t2i.shapes.scenes import all_prompts
 from rlhf_t2i.types import Sampler
 
@@ -56,7 +57,7 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
     At pixels beyond [0, 1] the gradient would differ: trl clamps them, and it with them. These images have none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    policy = load_policy("shapes", device=torch.device("cpu"))
+    policy = load_policy(TOY_MODEL, device=torch.device("cpu"))
     policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler, prompts = Sampler(policy.schedule(8), partial(ddim, eta=0.0), GUIDANCE), all_prompts("training")[:8]
     judges = load_rewards("timed_reward:reward")

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_t2i.shapes.names import TOY_FLOW_MODEL, TOY_MODEL
+
 ROOT = Path(__file__).parent.parent
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "DDPO": ("ddpo", {}),
@@ -33,16 +35,16 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "AlignProp": ("draft", {"method": "alignprop"}),
     "Diffusion-DPO, judged pairs": ("diffusion_dpo", {}),
     "SFT on winners": ("diffusion_dpo", {"loss": "sft", "timesteps": "0-999", "learning_rate": "5e-5"}),
-    "DiffusionNFT": ("diffusion_nft", {"model": "shapes"}),
+    "DiffusionNFT": ("diffusion_nft", {"model": TOY_MODEL}),
 }
 """Each recipe's own defaults but for what is named. SFT has settings of its own: with those of DPO it collapses."""
 FLOW_METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "Flow-GRPO": ("flow_grpo", {}),
     "Flow-GRPO, CPS": ("flow_grpo", {"dynamics": "cps", "noise_scale": "0.8"}),
     "DiffusionNFT": ("diffusion_nft", {}),
-    "DDPO": ("ddpo", {"model": "shapes-flow"}),
-    "Diffusion-DPO, judged pairs": ("diffusion_dpo", {"model": "shapes-flow"}),
-    "ReFL, from a quarter on": ("draft", {"model": "shapes-flow"}),
+    "DDPO": ("ddpo", {"model": TOY_FLOW_MODEL}),
+    "Diffusion-DPO, judged pairs": ("diffusion_dpo", {"model": TOY_FLOW_MODEL}),
+    "ReFL, from a quarter on": ("draft", {"model": TOY_FLOW_MODEL}),
 }
 """Of the built-in flow model."""
 LOOKS = 3
@@ -51,7 +53,7 @@ LOOKS = 3
 
 def methods_of(model: str) -> dict[str, tuple[str, dict[str, str]]]:
     """The recipes and options for a built-in model."""
-    return FLOW_METHODS if model == "shapes-flow" else METHODS
+    return FLOW_METHODS if model == TOY_FLOW_MODEL else METHODS
 
 
 def train(name: str, seed: int, arguments: argparse.Namespace) -> Path:
@@ -224,7 +226,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--searches", type=int, default=4, help="of best-of-N, for each held-out prompt")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
-    parser.add_argument("--model", choices=["shapes", "shapes-flow"], default="shapes")
+    parser.add_argument("--model", choices=[TOY_MODEL, TOY_FLOW_MODEL], default=TOY_MODEL)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *FLOW_METHODS], help="all of the model if not given")
     arguments = parser.parse_args()
     arguments.methods = arguments.methods or list(methods_of(arguments.model))

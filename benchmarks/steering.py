@@ -27,6 +27,7 @@ from rlhf_t2i.search.particles import PotentialName
 from rlhf_t2i.search.steering import fk_steering, measure_reward_std
 from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for
 from rlhf_t2i.shapes import oracle
+from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS
 from rlhf_t2i.types import DiffusionModel, Sampler
 
 NUM_STEPS = 8
@@ -182,8 +183,8 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=["methods", "guidance"], choices=["methods", "guidance"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model = load_policy("shapes", device=torch.device("cpu"))
-    prompts = load_prompts("shapes", held_out=True)[: arguments.prompts] * arguments.images_per_prompt
+    model = load_policy(TOY_MODEL, device=torch.device("cpu"))
+    prompts = load_prompts(TOY_PROMPTS, held_out=True)[: arguments.prompts] * arguments.images_per_prompt
     seeds = range(arguments.seeds)
     if "methods" in arguments.tables:
         judge = load_rewards(arguments.judge, finite=False)

@@ -20,8 +20,9 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
     config = parse_config(Config, __doc__)
 
 
-from rlhf_t2i.report.search import SearchRecord
+from rlhf_t2i.report.search import write_report
 from rlhf_t2i.search.candidates import best_of_n, check_pruning, halving, pruned_best_of_n
+from rlhf_t2i.search.records import SearchRecord
 from rlhf_t2i.search.run import finite_or_none, start_search
 
 
@@ -52,7 +53,7 @@ def main(config: Config) -> list[SearchRecord]:
         search.write_results(
             tasks, pruned.candidates, baseline=baseline, seeds=survivor_seeds, early_rewards=early_rewards
         )
-    return search.close()
+    return search.close(report=write_report)
 
 
 if __name__ == "__main__":

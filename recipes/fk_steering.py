@@ -26,8 +26,9 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
     config = parse_config(Config, __doc__)
 
 
-from rlhf_t2i.report.search import SearchRecord
+from rlhf_t2i.report.search import write_report
 from rlhf_t2i.search.candidates import best_of_n
+from rlhf_t2i.search.records import SearchRecord
 from rlhf_t2i.search.run import start_search
 from rlhf_t2i.search.steering import check_steering, fk_steering
 
@@ -56,7 +57,7 @@ def main(config: Config) -> list[SearchRecord]:
             tasks, steered.candidates, baseline=baseline, seeds=seeds, effective_sample_size=sample_sizes,
             weights=steered.log_weights.softmax(dim=1).tolist(),
         )  # fmt: skip
-    return search.close()
+    return search.close(report=write_report)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 from recipes import best_of_n, fk_steering
-from rlhf_t2i.report.search import curve, headline, point, read_records, reward_names, scores_of, write_report
-from rlhf_t2i.search.run import SearchConfig
+from rlhf_t2i.report.search import headline, write_report
+from rlhf_t2i.search.records import curve, point, read_records, reward_names, scores_of
+from rlhf_t2i.settings.search import SearchConfig
 from tests.geneval_files import LINES, write_prompts
 from tests.reward_models import reward_model_folder
 from tests.runs import REDNESS, redness
@@ -89,7 +90,7 @@ def images(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_records_and_images_agree_and_the_report_shows_them(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     RECIPES[name].main(config(name, tiny_sd, tmp_path))
-    found = read_records(tmp_path / "run" / "images")
+    found = read_records(tmp_path / "run")
     assert [(one.folder.name, one.search) for one in found] == [(f, s) for f in ("00000", "00001") for s in range(3)]
     assert [one.prompt for one in found] == ["a fox"] * 3 + ["a cat"] * 3
     for one in found:
@@ -109,7 +110,7 @@ def test_records_and_images_agree_and_the_report_shows_them(name: str, tiny_sd: 
 def test_the_curve_and_the_point_of_a_report(tiny_sd: Path, tmp_path: Path) -> None:
     """At n = 4 the curve is the mean of the highest rewards; pruning is a point with fewer denoiser calls."""
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path))
-    found = read_records(tmp_path / "run" / "images")
+    found = read_records(tmp_path / "run")
     calls, mean, _ = curve(found, "reward", "denoiser_calls")[-1]
     assert calls == 4 * 4
     assert mean == pytest.approx(sum(max(scores_of(one.baseline, "reward")) for one in found) / 6, abs=1e-6)
@@ -124,7 +125,7 @@ def test_the_curve_and_the_point_of_a_report(tiny_sd: Path, tmp_path: Path) -> N
 
 def test_without_pruning_images_are_generated_once(tiny_sd: Path, tmp_path: Path) -> None:
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path, prune_after=""))
-    found = read_records(tmp_path / "run" / "images")
+    found = read_records(tmp_path / "run")
     assert all(one.row["baseline"] is None for one in found)
     assert found[0].row["searched"]["cost"]["denoiser_calls"] == 16
     assert "this search" not in (tmp_path / "run" / "report.html").read_text()
@@ -134,7 +135,7 @@ def test_without_pruning_images_are_generated_once(tiny_sd: Path, tmp_path: Path
 def test_without_a_baseline_the_report_shows_no_plain_samples(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """Particles and survivors are not samples of the model itself."""
     RECIPES[name].main(config(name, tiny_sd, tmp_path, baseline=False))
-    found = read_records(tmp_path / "run" / "images")
+    found = read_records(tmp_path / "run")
     calls = {"best_of_n": 4 * 1 + 2 * 3, "fk_steering": 4 * 4}
     assert found[0].row["searched"]["cost"]["denoiser_calls"] == calls[name]
     assert curve(found, "reward", "seconds") == []
@@ -209,7 +210,7 @@ def test_the_default_settings_improve_the_built_in_model(arguments: list[str], t
     few = ["--images_per_prompt", "1", "--run_folder", str(tmp_path / "run"), "--num_cpu_threads", "1"]
     output = launch([*arguments, *few])
     assert "best of 16" in output
-    found = read_records(tmp_path / "run" / "images")
+    found = read_records(tmp_path / "run")
     assert point(found, "oracle_pass", "seconds")[1] > curve(found, "oracle_pass", "seconds")[0][1] + 0.2
 
 
@@ -221,7 +222,7 @@ def test_the_published_settings_for_sd15_run(tiny_sd: Path, tmp_path: Path) -> N
     }  # fmt: skip
     flags = [part for key, value in small.items() for part in (f"--{key}", str(value))]
     launch(["recipes/fk_steering.py", "--config", "recipes/configs/fk_sd15.yaml", *flags])
-    (one,) = read_records(tmp_path / "run" / "images")
+    (one,) = read_records(tmp_path / "run")
     assert one.row["searched"]["cost"]["denoiser_calls"] == 800
     assert one.row["searched"]["cost"]["reward_calls"] == 20
 

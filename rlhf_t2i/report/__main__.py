@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 from rlhf_t2i.config import names, parse_config
-from rlhf_t2i.report.page import write_report
+from rlhf_t2i.report import page, search
 from rlhf_t2i.settings.report import Config
+from rlhf_t2i.training.run_folder import is_search
 
 if __name__ == "__main__":
     folders = sys.argv[1:]
     if not folders or any(argument.startswith("-") for argument in folders):
         folders = names(parse_config(Config, __doc__).runs)
-    for folder in folders:
-        print(write_report(Path(folder)))  # noqa: T201
+    for folder in map(Path, folders):
+        print(search.write_report(folder) if is_search(folder) else page.write_report(folder))  # noqa: T201

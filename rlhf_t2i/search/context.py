@@ -238,7 +238,7 @@ class SearchContext:
                 self.microbatch_size = len(rows) // 2
                 warnings.warn(
                     f"Out of memory with {len(rows)} images in one batch; continuing with {self.microbatch_size}, "
-                    f"which changes no result. Set microbatch_size to {self.microbatch_size} to avoid the failed attempt.",
+                    f"which changes no result. Set microbatch_size to {self.microbatch_size} to avoid this warning.",
                     stacklevel=3,
                 )
         return results

@@ -19,6 +19,7 @@ from typing import Any
 
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.training.run_folder import PROMPT_METADATA, SEARCH_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ def metadata_of(source: str, prompts: list[str]) -> list[dict[str, Any]]:
 
 def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Make the folder of a prompt, with its metadata and an empty folder for its images."""
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "metadata.jsonl", json.dumps(dict(metadata)))
+    (folder / SEARCH_SAMPLES).mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / PROMPT_METADATA, json.dumps(dict(metadata)))
 
 
 def _prompt(row: Any, where: str) -> GenevalPrompt:

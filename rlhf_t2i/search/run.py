@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,24 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.image_grids import save_image_grid
 from rlhf_t2i.prompts import load_prompts
-from rlhf_t2i.report.search import SearchRecord, read_records, summary, write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_reward, load_rewards
 from rlhf_t2i.search.context import Candidates, Cost, SearchContext, Veto
 from rlhf_t2i.search.geneval import metadata_of, write_metadata
+from rlhf_t2i.search.records import SearchRecord, read_records, summary
 from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PROMPTS, measure_reward_std
 from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for, seed_for
 from rlhf_t2i.settings.search import SearchConfig
 from rlhf_t2i.training.run import Run, start_run
+from rlhf_t2i.training.run_folder import (
+    IMAGES,
+    PROMPT_METADATA,
+    REWARD_STD,
+    SEARCH_BASELINE,
+    SEARCH_SAMPLES,
+    prompt_folder,
+    search_image,
+    search_record,
+)
 from rlhf_t2i.types import Sampler
 
 
@@ -59,11 +69,6 @@ class SearchRun:
     metadata: list[dict[str, Any]]
     """For each prompt, the content of its metadata.jsonl."""
 
-    @property
-    def images(self) -> Path:
-        """The folder of the images, with one folder per prompt in the layout of GenEval's scorer."""
-        return self.run.folder / "images"
-
     def batches(self) -> Iterator[list[Task]]:
         """Yield the unfinished tasks of this process in batches of `searches_per_batch`.
 
@@ -74,9 +79,9 @@ class SearchRun:
             for prompt, text in enumerate(self.prompts)
             for search in range(self.config.images_per_prompt)
         ]
-        todo = [task for task in tasks if not self._record_path(task).is_file()]
+        todo = [task for task in tasks if not self._record(task).is_file()]
         for index, metadata in enumerate(self.metadata):
-            path = self._folder(index) / "metadata.jsonl"
+            path = self._folder(index) / PROMPT_METADATA
             if path.is_file() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != metadata:
                 raise ValueError(
                     f"Prompt {index} of {self.config.prompts} is now {metadata}, but the images in {path.parent} "
@@ -111,7 +116,7 @@ class SearchRun:
 
         It is measured once in a run, on calibration samples of the first prompts, and read again by resumed runs.
         """
-        path = self.run.folder / "reward_std.json"
+        path = self.run.folder / REWARD_STD
         if self.run.is_main and not path.is_file():
             prompts = self.prompts[:NUM_CALIBRATION_PROMPTS]
             num_images = len(prompts) * NUM_CALIBRATION_IMAGES
@@ -152,10 +157,12 @@ class SearchRun:
         is_baseline, evaluation = baseline is candidates, self.evaluate(candidates, tasks)
         baseline_evaluation = self.evaluate(baseline, tasks) if baseline and not is_baseline else evaluation
         for i, task in enumerate(tasks):
-            folder, name = self._folder(task.prompt), f"{task.search:04d}.png"
+            folder = self._folder(task.prompt)
             if baseline:
-                save_image_grid(folder / "baseline" / name, baseline.images[i, :1], num_columns=1)
-            save_image_grid(folder / "samples" / name, candidates.best[i : i + 1], num_columns=1)
+                image = search_image(folder, SEARCH_BASELINE, task.search)
+                save_image_grid(image, baseline.images[i, :1], num_columns=1)
+            image = search_image(folder, SEARCH_SAMPLES, task.search)
+            save_image_grid(image, candidates.best[i : i + 1], num_columns=1)
             record = {
                 "prompt": task.text,
                 "seeds": list(seeds[i]),
@@ -166,24 +173,24 @@ class SearchRun:
                 ),
                 **{key: values[i] for key, values in extra.items()},
             }
-            write_atomically(self._record_path(task), json.dumps(record, allow_nan=False))
+            write_atomically(self._record(task), json.dumps(record, allow_nan=False))
 
-    def close(self) -> list[SearchRecord]:
-        """Wait for all processes, write the report, print a table; return all records, those before a resume too."""
+    def close(self, *, report: Callable[[Path], Path]) -> list[SearchRecord]:
+        """Wait for all processes, write the report of the folder, print a table; return all records of the folder."""
         self.run.accelerator.wait_for_everyone()
-        records = read_records(self.images)
+        records = read_records(self.run.folder)
         if self.run.is_main:
-            report = write_report(self.run.folder)
+            path = report(self.run.folder)
             self.run.print(summary(records))
-            self.run.print(f"report    {report}\nimages    {self.images}")
+            self.run.print(f"report    {path}\nimages    {self.run.folder / IMAGES}")
         self.run.close()
         return records
 
     def _folder(self, prompt: int) -> Path:
-        return self.images / f"{prompt:05d}"
+        return prompt_folder(self.run.folder, prompt)
 
-    def _record_path(self, task: Task) -> Path:
-        return self._folder(task.prompt) / f"search_{task.search:04d}.json"
+    def _record(self, task: Task) -> Path:
+        return search_record(self._folder(task.prompt), task.search)
 
 
 def start_search(config: SearchConfig, *, recipe: str, eta: float) -> SearchRun:

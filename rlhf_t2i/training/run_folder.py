@@ -16,6 +16,11 @@ NAME.csv, benchmarks.md, benchmarks.json
 pairs/              preference pairs that recipes/diffusion_dpo.py sampled
 questions.jsonl, answers.jsonl, pairs.jsonl
                     questions, answers and preferences of recipes/collect_preferences.py, with their images in images/
+
+A search has one folder per prompt instead of image grids, in the layout of GenEval's scorer:
+
+images/00000/       metadata.jsonl, samples/0000.png, baseline/0000.png and search_0000.json, one of each per search
+reward_std.json     standard deviation of the reward that recipes/fk_steering.py measured
 """
 
 from __future__ import annotations
@@ -48,6 +53,10 @@ PAIRS = "pairs"
 QUESTIONS = "questions.jsonl"
 ANSWERS = "answers.jsonl"
 COLLECTED_PAIRS = "pairs.jsonl"
+REWARD_STD = "reward_std.json"
+PROMPT_METADATA = "metadata.jsonl"
+SEARCH_SAMPLES = "samples"
+SEARCH_BASELINE = "baseline"
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 DENOISER_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -95,3 +104,28 @@ def evaluation_scores(folder: Path, step: int) -> Path:
 def extremes_grid(folder: Path, step: int) -> Path:
     """Path of the grid of best and worst images of the evaluation after `step` training steps."""
     return folder / IMAGES / f"extremes_{step:06d}.png"
+
+
+def prompt_folder(folder: Path, prompt: int) -> Path:
+    """Path of the images and records of one prompt of a search."""
+    return folder / IMAGES / f"{prompt:05d}"
+
+
+def search_image(prompt_folder: Path, kind: str, search: int) -> Path:
+    """Path of an image of a search, `kind` being SEARCH_SAMPLES or SEARCH_BASELINE."""
+    return prompt_folder / kind / f"{search:04d}.png"
+
+
+def search_record(prompt_folder: Path, search: int) -> Path:
+    """Path of the record of a search, which is written last."""
+    return prompt_folder / f"search_{search:04d}.json"
+
+
+def search_records(folder: Path) -> list[Path]:
+    """Paths of the records of all finished searches of a run, ordered by prompt and search."""
+    return sorted((folder / IMAGES).glob("*/search_*.json"))
+
+
+def is_search(folder: Path) -> bool:
+    """True for a run that searches for images instead of training a model."""
+    return any((folder / IMAGES).glob(f"*/{PROMPT_METADATA}"))
