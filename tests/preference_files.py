@@ -1,4 +1,4 @@
-"""Tiny data sets in each published schema, with images that are told apart by their colour."""
+"""Tiny data sets in each published format, with images that differ in their colour."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ COLOURS = ("red", "green", "blue", "white")
 
 
 def encoded_image(colour: str, kind: str = "JPEG") -> bytes:
-    """An image of one colour as the bytes of a file."""
+    """Return the bytes of an image file of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), colour).save(buffer, kind, quality=95)
     return buffer.getvalue()
 
 
 def write_images(folder: Path) -> None:
-    """red.jpg to white.jpg."""
+    """Write red.jpg, green.jpg, blue.jpg and white.jpg."""
     for colour in COLOURS:
         (folder / f"{colour}.jpg").write_bytes(encoded_image(colour))
 
 
 def write_all_images(folder: Path) -> None:
-    """The images where the rows below look for them."""
+    """Write the images at the paths of the rows below."""
     for name in ("", "images", "train", "images/train/train_1"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         write_images(folder / name)
 
 
 def colour_of(path: Path) -> str:
-    """Which of COLOURS an image has."""
+    """Return the colour of an image, one of COLOURS."""
     with Image.open(path) as image:
         colour = image.convert("RGB").resize((1, 1)).getpixel((0, 0))
     assert isinstance(colour, tuple)
@@ -52,7 +52,7 @@ def colour_of(path: Path) -> str:
 
 
 def as_rows(records: Sequence[Record]) -> list[tuple[Any, ...]]:
-    """Records as (winner, loser, prompt, tie, gap), or (image, prompt, label), with colours for images."""
+    """Return records as (winner, loser, prompt, tie, gap) or (image, prompt, label), with colours for images."""
     rows: list[tuple[Any, ...]] = []
     for record in records:
         if isinstance(record, LabelledImage):
@@ -66,7 +66,7 @@ def as_rows(records: Sequence[Record]) -> list[tuple[Any, ...]]:
 
 
 def image_reward_rows(key: str = "image_path") -> list[dict[str, Any]]:
-    """Of a fox three images, of cats two that only fidelity tells apart."""
+    """Return rows of three images of a fox, and of two of cats that differ in fidelity only."""
     prompts = {"000904-0035": (FOX, 3), "001324-0093": (CAT, 2)}
     table = [  # prompt, image, rank, overall, alignment, fidelity
         ("000904-0035", "red", 1, 7, 7, 4),
@@ -86,7 +86,7 @@ def image_reward_rows(key: str = "image_path") -> list[dict[str, Any]]:
 
 
 def pick_a_pic_rows() -> list[dict[str, Any]]:
-    """First wins, second wins, tie, no label, no difference."""
+    """Return rows in which the first wins, the second wins, a tie, one without a label, one of equal images."""
     labels = [(1.0, 0.0, True, True), (0.0, 1.0, True, True), (0.5, 0.5, True, True), (0.5, 0.5, False, True)]
     labels.append((0.5, 0.5, True, False))
     return [
@@ -102,7 +102,7 @@ def pick_a_pic_rows() -> list[dict[str, Any]]:
 
 
 def write_pick_a_pic(path: Path, rows: Sequence[Mapping[str, Any]] | None = None) -> Path:
-    """Times in nanoseconds, as published."""
+    """Write a table with times in nanoseconds, as published."""
     table = pa.Table.from_pylist([dict(row) for row in rows or pick_a_pic_rows()])
     column = table.schema.get_field_index("created_at")
     pq.write_table(table.set_column(column, "created_at", table["created_at"].cast(pa.timestamp("ns"))), path)
@@ -160,11 +160,11 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
     return path
 
 
-# --- TFRecord, written by the rules of protobuf ------------------------------------------------------
+# --- TFRecord -----------------------------------------------------------------------------------------
 
 
 def varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first."""
+    """Encode an integer with seven bits a byte, the lowest first."""
     return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
 
 

@@ -132,8 +132,8 @@ def test_an_invalid_image_invalidates_only_its_prompt(folder: Path, change: dict
     message = error_of(f"image_reward_db/fidelity:{path}")
     assert message.startswith(f"{path}:RECORD 1 to RECORD 3: ")
     assert clue in message
-    kept = load_records(f"image_reward_db/fidelity:{path}", on_bad_record="skip", skipped=folder / "skipped.jsonl")
-    assert as_rows(kept) == BY_PERSPECTIVE["fidelity"][3:]
+    remaining = load_records(f"image_reward_db/fidelity:{path}", on_bad_record="skip", skipped=folder / "skipped.jsonl")
+    assert as_rows(remaining) == BY_PERSPECTIVE["fidelity"][3:]
     (line,) = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert clue in line["reason"]
 

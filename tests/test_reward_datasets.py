@@ -385,7 +385,7 @@ def test_image_paths_are_relative_to_the_data_file_or_to_image_root(folder: Path
 
 @pytest.mark.parametrize("name", ["../a.png", "x/../../a.png", "{folder}/a.png", "link.png", "linked/a.png"])
 def test_paths_outside_of_the_image_root_are_refused(folder: Path, name: str) -> None:
-    """By `..`, as an absolute path, and through a link to a file or a folder."""
+    """The path may leave it by `..`, as an absolute path, or through a link to a file or a folder."""
     root = folder / "more"
     (root / "link.png").symlink_to(folder / "a.png")
     (root / "linked").symlink_to(folder)
@@ -433,8 +433,8 @@ def write_broken_image(folder: Path, kind: str) -> str:
         case "missing":
             pass
         case suffix:
-            Image.effect_noise((64, 64), 50).save(folder / f"whole.{suffix}")
-            content = (folder / f"whole.{suffix}").read_bytes()
+            Image.effect_noise((64, 64), 50).save(folder / f"complete.{suffix}")
+            content = (folder / f"complete.{suffix}").read_bytes()
             (folder / "x.png").write_bytes(content[: len(content) // 2])
     return "x.png"
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import math
+import re
 from collections.abc import Callable
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from reward_model.benchmarks.bootstrap import bootstrap_interval
@@ -23,7 +27,9 @@ from reward_model.benchmarks.classification import (
     pair_calibration_error,
 )
 from reward_model.benchmarks.columns import UndefinedMetricError
+from reward_model.benchmarks.evaluation import RecordScores, worst_mistakes
 from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics, to_csv, to_table
+from reward_model.benchmarks.report import render_report
 from reward_model.benchmarks.rules import rating_metrics
 from reward_model.benchmarks.statistics import (
     item_pairs,
@@ -34,6 +40,7 @@ from reward_model.benchmarks.statistics import (
     spearman,
     tie_optimised_accuracy,
 )
+from reward_model.types import PreferencePair
 
 SEEDS = range(20)
 
@@ -230,7 +237,7 @@ def test_correlations_by_hand() -> None:
 
 
 def test_kendall_counts_ties_as_tau_b() -> None:
-    """Of three pairs two are right and one is tied by the ratings: 2 / sqrt(3 * 2)."""
+    """Two of three pairs are concordant and one is tied by the ratings: 2 / sqrt(3 * 2)."""
     assert kendall([1, 2, 3], [1, 2, 2]) == pytest.approx(2 / math.sqrt(6))
 
 
@@ -596,6 +603,50 @@ def test_rating_intervals_resample_prompts_and_never_pair_an_image_with_itself(g
     assert (metrics["pearson"].value, metrics["spearman"].value, metrics["kendall_tau_b"].value) == (
         pearson(scores, ratings), spearman(scores, ratings), kendall(scores, ratings),
     )  # fmt: skip
+
+
+# Records
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> RecordScores:
+    """Four pairs of a dark winner and a light loser, of which one is right, two are wrong, and one is a tie."""
+    for name, colour in (("dark", "black"), ("light", "white")):
+        Image.new("RGB", (400, 300), colour).save(tmp_path / f"{name}.png")
+    winner, loser = tmp_path / "dark.png", tmp_path / "light.png"
+    pairs = [
+        PreferencePair(winner, loser, prompt, prompt, tie=prompt == "a tie", where=f"pairs.jsonl:{line}")
+        for line, prompt in enumerate(["right", "a <b>small</b> error", "a large error", "a tie"], start=1)
+    ]
+    return RecordScores(pairs, torch.tensor([1.0, -0.5, -2.0, -3.0]), torch.zeros(4), [], torch.zeros(0))
+
+
+def test_mistakes_are_wrong_pairs_with_the_largest_log_odds_first(scored: RecordScores) -> None:
+    mistakes = worst_mistakes(scored, count=5)
+    assert [(mistake.where, mistake.log_odds) for mistake in mistakes] == [
+        ("pairs.jsonl:3", 2.0),
+        ("pairs.jsonl:2", 0.5),
+    ]
+    assert worst_mistakes(scored, count=1) == mistakes[:1]
+
+
+def test_the_report_shows_metrics_and_mistakes_and_loads_nothing(scored: RecordScores) -> None:
+    mistakes = worst_mistakes(scored, count=5)
+    page = render_report("my-reward", {"pairs": METRICS, "none": METRICS[2:]}, {"pairs": mistakes, "none": []})
+    assert re.findall(r"<td>(accuracy|auroc)</td><td>([^<]*)</td>\s*<td>([^<]*)</td>", page) == [
+        ("accuracy", "0.7500", "0.5000 to 1.0000"), ("auroc", "nan", "-"), ("auroc", "nan", "-"),
+    ]  # fmt: skip
+    assert re.findall(r"log-odds ([\d.]+) of the loser; (\S+)</p>", page) == [
+        ("2.00", "pairs.jsonl:3"), ("0.50", "pairs.jsonl:2"),
+    ]  # fmt: skip
+    assert "a &lt;b&gt;small&lt;/b&gt; error" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    images = [Image.open(io.BytesIO(base64.b64decode(source))) for source in sources]
+    assert [(image.size, image.convert("RGB").getpixel((0, 0))) for image in images] == [
+        ((320, 240), (0, 0, 0)), ((320, 240), (255, 255, 255)),
+    ] * 2  # fmt: skip
 
 
 METRICS = [

@@ -1,6 +1,6 @@
 """The metrics of a reward model with their confidence intervals, as a table and as CSV.
 
-A metric that is undefined for the data has the value nan and a note that says why; the others are still reported.
+A metric that is undefined for the data has the value nan and a note with the reason; the others are still reported.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Metric:
 
     name: str
     value: float
-    """nan where the metric is undefined; the note then says why."""
+    """nan where the metric is undefined; the note states the reason."""
     low: float | None
     high: float | None
-    """Ends of the 95 % bootstrap interval; None where there is none, and the note says why."""
+    """Ends of the 95 % bootstrap interval; None where there is none, and the note states the reason."""
     count: int
     """Number of pairs, images or prompts that the value is computed from."""
     note: str
@@ -148,7 +148,7 @@ def with_interval(
     count: int | None = None,
     note: str = "",
 ) -> Metric:
-    """Return the metric of a statistic with its bootstrap interval; its note says why either is undefined."""
+    """Return the metric of a statistic with its bootstrap interval; its note states why either is undefined."""
     count = len(columns[0]) if count is None else count
     try:
         value = statistic(*columns)

@@ -113,7 +113,7 @@ def image_taker(root: Path) -> TakeImage:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root} for the images.")
-    find = image_finder(root, unpack_to=root)  # bytes are kept in memory, so nothing is unpacked
+    find = image_finder(root, unpack_to=root)  # bytes stay in memory, so nothing is unpacked
 
     def take_image(value: object, key: str) -> Image:
         match value:

@@ -24,13 +24,13 @@ MAX_RESAMPLED_PAIRS = 1_000_000
 """With more pairs, accuracy over all pairs of a benchmark's images has no interval, which would take hours."""
 
 GroupCounts = Int[np.ndarray, " G"]
-"""How often each group is drawn in a resample; all ones for the data themselves."""
+"""Number of times that each group is drawn in a resample; all ones for the data themselves."""
 Statistic = Callable[[GroupCounts], float]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredPairs:
-    """Score differences and preferences of pairs; the sign of both says which image is better."""
+    """Score differences and preferences of pairs; both are positive where the first image is better."""
 
     differences: Floats
     """Score of the first minus score of the second."""

@@ -66,7 +66,7 @@ class TieOptimisedAccuracy:
 
     accuracy: float
     threshold: float
-    """In the units of the differences; 0 if no other threshold is better."""
+    """Tie threshold in the units of the differences; 0 if no other is better."""
 
 
 def tie_optimised_accuracy(differences: ArrayLike, outcomes: ArrayLike) -> TieOptimisedAccuracy:

@@ -50,7 +50,7 @@ class Item:
     image: Image
     prompt: str
     group: str
-    """Name of the items that belong together, mostly those of one prompt; the bootstrap resamples whole groups."""
+    """Name of the items that belong together, mostly those of one prompt; the bootstrap resamples groups."""
     tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Domains for the accuracy by domain: {"source": ["coco"], "skill": ["counting", "scene"]}."""
 
@@ -75,7 +75,7 @@ class Benchmark:
 
     name: str
     rule: str
-    """Which of the reported metrics is the published one, and how it is computed."""
+    """Published rule: the metric that corresponds to it, and how it is computed."""
     items: Sequence[Item]
     comparisons: Sequence[Comparison] = ()
     ratings: Sequence[float] = ()

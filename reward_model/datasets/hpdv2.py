@@ -27,20 +27,20 @@ from reward_model.types import PreferencePair, Record
 def hpdv2_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
     """Convert an element of train.json to its pair, or an element of test.json to all pairs of its images."""
     key = "file_path" if "file_path" in fields else "image_path"
-    answer = "rank" if "rank" in fields else "human_preference"
-    check_keys(fields, needed={"prompt", key, answer}, ignored={"raw_annotations", "user_hash"})
+    annotation = "rank" if "rank" in fields else "human_preference"
+    check_keys(fields, needed={"prompt", key, annotation}, ignored={"raw_annotations", "user_hash"})
     prompt = take_text(fields, "prompt")
     images = [as_image(value, key) for value in take_list(fields, key)]
-    numbers = [as_number(value, answer) for value in take_list(fields, answer)]
+    numbers = [as_number(value, annotation) for value in take_list(fields, annotation)]
     if len(images) != len(numbers):
         raise BadRecordError(
-            f"{key!r} has {len(images)} elements and {answer!r} has {len(numbers)}; they must be as many."
+            f"{key!r} has {len(images)} elements and {annotation!r} has {len(numbers)}; they must be as many."
         )
-    if answer == "rank":
+    if annotation == "rank":
         ranks = [-number for number in numbers]
         return pairs_from_ratings(images, ranks, prompt, find_image=find_image, where=where)
     if numbers not in ([1, 0], [0, 1]):
-        raise BadRecordError(f"'human_preference' is {shortened(fields[answer])}; it must be [1, 0] or [0, 1].")
+        raise BadRecordError(f"'human_preference' is {shortened(fields[annotation])}; it must be [1, 0] or [0, 1].")
     first, second = (find_image(image) for image in images)
     winner, loser = (first, second) if numbers == [1, 0] else (second, first)
     return [PreferencePair(winner, loser, prompt, prompt, where=where)]

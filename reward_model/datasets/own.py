@@ -7,7 +7,7 @@
     {"winner_prompt": "a red fox", "loser_prompt": "a blue fox", "winner": "a.png", "loser": "b.png"}
     {"prompt": "a red fox", "image": "a.png", "label": 1}
 
-The fourth says which prompt matches one image better; the fourth and the fifth are what LLaVA-Reward's paper calls
+In the fourth, the image matches the first prompt better; the fourth and the fifth are what LLaVA-Reward's paper calls
 hard negatives. Every form may have an "id" (string or number) and a "comment" (string), which are not used.
 """
 

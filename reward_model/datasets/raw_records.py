@@ -1,6 +1,6 @@
 """Splitting of JSON and JSONL files into raw records before they are parsed, so that one broken record spoils no other.
 
-Python's json module reads a file as a whole and accepts duplicate keys and NaN; both are refused here, by record.
+Python's json module parses all of a file or nothing, and accepts duplicate keys and NaN, which are refused here.
 """
 
 from __future__ import annotations
