@@ -162,17 +162,17 @@ def skip_ca_everywhere(
 
 
 def interleaved(
-    ways: Sequence[Callable[[], dict[str, Tensor]]], *, rounds: int
+    functions: Sequence[Callable[[], dict[str, Tensor]]], *, rounds: int
 ) -> list[tuple[float, dict[str, Tensor]]]:
     """Run all functions in turns; return the least processor seconds and the last result of each."""
-    seconds = [math.inf] * len(ways)
-    answers: list[dict[str, Tensor]] = [{} for _ in ways]
+    seconds = [math.inf] * len(functions)
+    results: list[dict[str, Tensor]] = [{} for _ in functions]
     for _ in range(rounds):
-        for i, way in enumerate(ways):
+        for i, function in enumerate(functions):
             start = time.process_time()
-            answers[i] = way()
+            results[i] = function()
             seconds[i] = min(seconds[i], time.process_time() - start)
-    return list(zip(seconds, answers, strict=True))
+    return list(zip(seconds, results, strict=True))
 
 
 @contextmanager

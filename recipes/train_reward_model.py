@@ -37,7 +37,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback
-from trl import RewardConfig
+from trl.trainer.reward_config import RewardConfig
 
 from reward_model.backbones.load import load_backbone
 from reward_model.benchmarks.evaluation import record_metrics, score_records

@@ -1,4 +1,4 @@
-"""The config of a perspective: everything that its weights do not say, stored as JSON beside them."""
+"""The config of a perspective: everything about it besides its weights, stored as JSON beside them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ VARIANTS = {
     ),
     "llava_next": Variant("language_model.model.", "multi_modal_projector.", None),
 }
-"""By `model_type` of the base model."""
+"""Variants by `model_type` of the base model."""
 
 _FIXED_NAMES = {
     "value_head.weight": "head.weight",
