@@ -86,8 +86,8 @@ def reward_model_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(json.dumps({"prompt": f"a fox {i}", "winner": f"good{i}.png", "loser": f"bad{i}.png"}))
     (data / "pairs.jsonl").write_text("\n".join(rows))
     config = train_reward_model.Config(
-        backbone=str(backbone), train_data=str(data / "pairs.jsonl"), validation_data=str(data / "pairs.jsonl"), lora_rank=2,
-        num_steps=2, evaluate_every=1, microbatch_size=2, num_cpu_threads=1, learning_rate=1e-2,
+        backbone=str(backbone), train_data=str(data / "pairs.jsonl"), validation_data=str(data / "pairs.jsonl"),
+        lora_rank=2, num_steps=2, evaluate_every=1, microbatch_size=2, num_cpu_threads=1, learning_rate=1e-2,
         run_folder=str(data / "run"),
     )  # fmt: skip
     train_reward_model.main(config)

@@ -23,8 +23,8 @@ def test_columns_are_the_start_and_the_end_of_runs(tmp_path: Path) -> None:
     assert [one.name for one in columns] == ["before a", "a", "b"]
     before, a, b = columns
     assert cell_text(before, before, "oracle") == ("0.500 ± 0.030", "")
-    assert cell_text(a, before, "oracle") == ("0.800 ± 0.040", "+0.300, 6.0 standard errors")
-    assert cell_text(b, before, "oracle") == ("0.500 ± 0.040", "+0.000, 0.0 standard errors: within noise")
+    assert cell_text(a, before, "oracle") == ("0.800 ± 0.040", "+0.300, z = 6.0")
+    assert cell_text(b, before, "oracle") == ("0.500 ± 0.040", "+0.000, z = 0.0 (within noise)")
     assert cell_text(a, before, "llava_reward") == ("not measured", "")
     assert (a.trained_on, before.trained_on) == (frozenset({"oracle"}), frozenset())
     assert a.metadata["updates"] == "2"

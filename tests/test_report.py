@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from rlhf_t2i.report import Chart, charts, draw, write_report
-from rlhf_t2i.training.changes import compare, hacking, headline
+from rlhf_t2i.training.changes import compare, headline, reward_hacking_gap
 from rlhf_t2i.training.metrics import read_metrics, time_split
 from tests.report_files import (
     COLOURS,
@@ -73,7 +73,7 @@ def test_without_a_standard_error_no_direction_is_claimed(error: float) -> None:
     """As with a single image, or images with equal scores."""
     before, after = evaluation(0, 0.0, error, elapsed=1.0), evaluation(5, 1.0, error, elapsed=2.0)
     change = compare("oracle", before, after)
-    assert (change.verb, change.certainty) == ("went", "error unknown")
+    assert (change.verb, change.z_text) == ("went", "unknown")
 
 
 def test_numbers_are_rounded_to_the_second_digit_of_their_error() -> None:
@@ -94,8 +94,8 @@ def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([], "Nothing has been evaluated yet"),
-        ([train(1, elapsed=31.0)], "Nothing has been evaluated yet"),
+        ([], "No evaluation has finished yet"),
+        ([train(1, elapsed=31.0)], "No evaluation has finished yet"),
         (
             [evaluation(0, 0.4, 0.03, elapsed=12.0)],
             "oracle on the evaluation prompts is 0.400 ± 0.030 at update 0",
@@ -237,7 +237,7 @@ def test_the_command_line_writes_the_page_without_torch(option: list[str], tmp_p
 
 
 def test_gains_are_in_standard_deviations_of_the_first_images() -> None:
-    gap = hacking(HACKED)
+    gap = reward_hacking_gap(HACKED)
     assert gap is not None
     assert (gap.trained, gap.held_out) == ("llava_reward", "oracle")
     error = 2**0.5 * 0.05  # of the difference of two means of 400 images, in standard deviations
@@ -256,5 +256,5 @@ def test_the_gap_is_drawn_and_stated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["llava_reward", "oracle"])
 def test_without_both_kinds_of_reward_there_is_no_gap(missing: str) -> None:
     rows = [{key: value for key, value in row.items() if not key.startswith(missing)} for row in HACKED]
-    assert hacking(rows) is None
+    assert reward_hacking_gap(rows) is None
     assert all(chart.title != "gap" for chart in charts(rows))

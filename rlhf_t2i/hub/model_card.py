@@ -15,7 +15,7 @@ from rlhf_t2i.hub.licence import Licence
 from rlhf_t2i.hub.usage import TEMPLATES, diffusers_usage, reward_model_usage
 from rlhf_t2i.report import Chart
 from rlhf_t2i.shapes.names import TOY_PROMPTS
-from rlhf_t2i.training.changes import hacking, headline, reward_changes
+from rlhf_t2i.training.changes import headline, reward_changes, reward_hacking_gap
 from rlhf_t2i.training.finished_run import FinishedRun
 from rlhf_t2i.training.metrics import Row
 
@@ -167,7 +167,7 @@ def reward_rows(run: FinishedRun) -> list[Row]:
 
 def held_out_summary(run: FinishedRun) -> str:
     """Return sentences that compare the gain of a reward that was trained on with that of a held-out reward."""
-    gap = hacking(run.rows)
+    gap = reward_hacking_gap(run.rows)
     if gap is None:
         return (
             "No held-out reward was evaluated, so it is unknown how much of the gain is real: training on a learned "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlhf_t2i.training.changes import Gap, hacking
+from rlhf_t2i.training.changes import Gap, reward_hacking_gap
 from rlhf_t2i.training.metrics import Points, Row, by_step, points, reward_names, trained_rewards
 
 _IMAGES, _UPDATE = "Images", "Update"
@@ -112,7 +112,7 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     trained = trained_rewards(rows)
     weighted_sum = ["reward"] if len(trained) > 1 else []
     names = dict.fromkeys(weighted_sum + trained + reward_names(evaluations))
-    gap = hacking(rows)
+    gap = reward_hacking_gap(rows)
     found = _gap_charts(gap) if gap else []
     for name in names:
         training = points(train, f"rewards/{name}") or points(train, name)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean
 
 from rlhf_t2i.report.finding import (
-    Z_THRESHOLD,
     Config,
     Finding,
     mean_exceeds,
@@ -22,7 +21,7 @@ from rlhf_t2i.report.finding import (
     z_score,
 )
 from rlhf_t2i.report.update_checks import check_clipping, check_gradients, check_ratios
-from rlhf_t2i.training.changes import diversity_of, with_error
+from rlhf_t2i.training.changes import Z_THRESHOLD, diversity_of, with_error
 from rlhf_t2i.training.metrics import Row, by_step, number, reward_names, trained_rewards
 
 COLLAPSE = 1 / 3

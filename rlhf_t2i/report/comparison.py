@@ -145,7 +145,7 @@ def cell_text(column: Column, first: Column, name: str) -> tuple[str, str]:
         return "not measured", ""
     change = compare(name, first.evaluation if name in first.rewards else column.evaluation, column.evaluation)
     differs = column is not first and name in first.rewards
-    return change.after, f"{change.difference}, {change.certainty}" if differs else ""
+    return change.after, f"{change.difference}, z = {change.z_text}" if differs else ""
 
 
 def curves(runs: Sequence[Column], name: str) -> dict[str, Points]:

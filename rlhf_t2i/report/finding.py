@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from rlhf_t2i.training.changes import with_error
+from rlhf_t2i.training.changes import Z_THRESHOLD, with_error
 from rlhf_t2i.training.metrics import ERROR, Row, by_step, number, reward_names
 
 Config = Mapping[str, Any]
 
-Z_THRESHOLD = 3.0
-"""Standard errors above which a change counts as real: noise exceeds it, on one side, once in 740 times."""
 _RECENT = 0.25
 """Fraction of the training steps that describes the present state of a run."""
 _MIN_RECENT = 4
