@@ -162,7 +162,7 @@ def _check_version(folder: Path, info: Any) -> None:
 
 
 def _check_config(folder: Path, config: Any, kind: WeightKind) -> None:
-    needed = {"backbone", "training"} if kind == "reward_model" else {
+    needed = {"backbone", "train_data"} if kind == "reward_model" else {
         "model", "num_steps", "evaluation_prompts", "early_stop_reward", "num_denoising_steps", "guidance_scale",
         "evaluation_eta",
     }  # fmt: skip
