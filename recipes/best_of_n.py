@@ -1,14 +1,17 @@
-"""Best-of-N: paint several images of each prompt and keep the one the judge likes best.
+"""Best-of-N: sample N images of each prompt and return the one with the highest reward.
 
-    accelerate launch recipes/best_of_n.py                            the built-in world, a minute on a laptop
-    accelerate launch recipes/best_of_n.py --prune_after 2,4          give the worse half up after 2 and after 4 steps
+    accelerate launch recipes/best_of_n.py
+    accelerate launch recipes/best_of_n.py --prune_after 2,4
 
-No weight is changed. The report draws what every n up to N is worth, all from this one run. With pruning, each image
-is judged while it is still noise, by the clean image that the model sees in it, and only promising ones are finished;
-the same seeds are then also painted to the end, to see what that saved and what it lost (`--compare false` does not).
+The first command searches with the built-in model on a CPU in a minute. The weights of the model stay as they are. The
+report shows the expected reward of every n up to N, estimated from the same N images.
 
-Finished images are on the disk at once; after any stop `--resume` goes on with the others. `images/` has the layout
-that GenEval's scorer reads.
+With --prune_after (successive halving) the predicted clean image of every candidate is scored after so many denoising
+steps, and only the better half continues. The same seeds are also sampled to the end, so that the report compares cost
+and reward of both; --baseline false leaves that out.
+
+Finished images are written at once, and --resume continues an interrupted search. `images/` has the layout that
+GenEval's evaluation reads.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""Ask people: a page that shows two images of a prompt, and keeps who preferred which.
+"""Collect human preferences: a web page that shows two images of a prompt and stores which is preferred.
 
-    python recipes/collect_preferences.py --runs runs/ddpo-DATE            before and after, as its evaluations painted
-    python recipes/collect_preferences.py --pairs runs/diffusion_dpo-DATE/pairs     what a judge chose, asked anew
-    python recipes/collect_preferences.py --weights base,runs/ddpo-DATE --evaluation_prompts mine.txt    painted on the spot
+    python recipes/collect_preferences.py --runs runs/ddpo-DATE
+    python recipes/collect_preferences.py --pairs runs/diffusion_dpo-DATE/pairs
+    python recipes/collect_preferences.py --weights base,runs/ddpo-DATE --evaluation_prompts prompts.txt
 
-Open the address that it prints; http://ADDRESS/results shows who agrees. Every answer is on the disk before the next
-pair appears, and RUN_FOLDER/pairs.jsonl always holds what stands, for `train_reward_model.py --train_data` and
-`diffusion_dpo.py --pairs`. After a stop the same command with --resume and --run_folder goes on.
+The images come from the evaluations of finished runs (--runs: before and after training), from preference data
+(--pairs), or are sampled from two sets of weights (--weights). Open the printed address in a browser; its page /results
+shows the agreement between annotators, and with a reward (--rewards).
+
+Every answer is written before the next pair appears. RUN_FOLDER/pairs.jsonl holds the current preferences, in the
+format of `train_reward_model.py --train_data` and `diffusion_dpo.py --pairs`. The same command with --resume and
+--run_folder continues after a stop.
 """
 
 from __future__ import annotations
@@ -40,9 +44,9 @@ from rlhf_t2i.annotation.questions import (
     write_questions,
 )
 from rlhf_t2i.annotation.serve import Service, create_app
-from rlhf_t2i.config import names
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.seeds import ANNOTATE, generator_for
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.claim import claim_folder
 from rlhf_t2i.training.run_folder import COLLECTED_PAIRS
 

@@ -1,9 +1,9 @@
-"""Runs, or weights, side by side: a table, curves, and the same prompts and seeds, on one page that stands alone.
+"""Compare runs, or evaluated weights, on one HTML page: a table, curves, and images of the same prompts and seeds.
 
     python recipes/compare.py --runs runs/ddpo-DATE,runs/draft-DATE
-    python recipes/compare.py --runs runs/evaluation-DATE         the weights that evaluate_policy.py looked at
+    python recipes/compare.py --runs runs/evaluation-DATE
 
-Only the run folders are read: nothing is painted. All must have painted the same prompts from the same seeds.
+Reads the run folders only and samples nothing. All runs must have been evaluated on the same prompts and seeds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rlhf_t2i.config import names
 from rlhf_t2i.report.comparison import side_by_side, write_comparison
+from rlhf_t2i.settings.lists import names
 
 
 def main(config: Config) -> Path:

@@ -1,15 +1,18 @@
-"""DDPO: teach a diffusion model by rewarding its images (Black et al., arXiv:2305.13301).
+"""DDPO: policy-gradient training of a diffusion model (Black et al., arXiv:2305.13301).
 
-    accelerate launch recipes/ddpo.py                                          the built-in world, minutes on a laptop
-    accelerate launch recipes/ddpo.py --config recipes/configs/ddpo_sd15.yaml  Stable Diffusion 1.5, as published
+    accelerate launch recipes/ddpo.py
+    accelerate launch recipes/ddpo.py --config recipes/configs/ddpo_sd15.yaml
 
-Painting is a chain of Gaussian steps, so each image's chance is known exactly, and can be raised if the image
-earned more than others of its prompt. One step of training:
+The first command trains the built-in model on a CPU within minutes, the second Stable Diffusion 1.5 as published.
 
-    paint      images_per_prompt images of each of prompts_per_step prompts, every stroke remembered
-    judge      any reward: images and prompts in, numbers out
-    compare    advantage = (reward - what this prompt earned of late) / its spread
-    move       raise ratio * advantage, ratio = new / old density of a stroke, clipped to 1 +- clip_range
+Denoising is a Markov decision process: each step samples the next latent from a Gaussian, so that its log-probability
+is known exactly. One training step:
+
+    sample      images_per_prompt images of each of prompts_per_step prompts, with all latents and log-probabilities
+    reward      score the images: any function of images and prompts
+    advantage   (reward - mean) / std of the recent rewards of the same prompt
+    update      maximise min(ratio * advantage, clip(ratio, 1 - c, 1 + c) * advantage), averaged over (image, step)
+                pairs, where ratio = new / old probability of a denoising step and c = clip_range
 """
 
 from __future__ import annotations

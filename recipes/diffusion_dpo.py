@@ -1,16 +1,19 @@
-"""Diffusion-DPO: teach a diffusion model by pairs of images (Wallace et al., arXiv:2311.12908).
+"""Diffusion-DPO: direct preference optimisation of a diffusion model (Wallace et al., arXiv:2311.12908).
 
-    accelerate launch recipes/diffusion_dpo.py                      the built-in world, minutes on a laptop
-    accelerate launch recipes/diffusion_dpo.py --pairs pairs.jsonl \\
-        --config recipes/configs/diffusion_dpo_sd15.yaml            what people preferred; SD 1.5, as published
+    accelerate launch recipes/diffusion_dpo.py
+    accelerate launch recipes/diffusion_dpo.py --config recipes/configs/diffusion_dpo_sd15.yaml --pairs pairs.jsonl
 
-A denoiser that likes an image removes noise from it with a small error. So the errors of a preferred image are
-lowered against those of the other one, both measured from the model before training. One step of training:
+The first command trains the built-in model on a CPU within minutes, on pairs that it samples and a reward compares;
+the second trains Stable Diffusion 1.5 on human preferences, as published.
 
-    pairs      the next of a file; or paint images_per_prompt images of each prompt and let a reward choose two
-    disturb    the same noise, at the same level, on both images of a pair
-    compare    moved = error of the noise found by the model - that of the reference, of winner and of loser
-    move       raise log sigmoid(beta / 2 * (moved_loser - moved_winner))
+The denoising error of an image stands for its log-probability, and the model before training is the reference. One
+training step:
+
+    pairs       the next winners and losers of the data; or sample images_per_prompt images of each prompt and let the
+                reward select pairs
+    noise       the same noise at the same timestep for both images of a pair
+    update      maximise log sigmoid(beta / 2 * (d_loser - d_winner)), where d = denoising error of the model - that of
+                the reference
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.config import names, whole_numbers
 from rlhf_t2i.data.preferences import (
     ImagePairs,
     PairBatch,
@@ -47,6 +49,7 @@ from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.denoising_errors import denoising_errors
 from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
+from rlhf_t2i.settings.lists import names, whole_numbers
 from rlhf_t2i.training.metrics import mean_update_metrics
 from rlhf_t2i.training.run_folder import PAIRS
 from rlhf_t2i.training.setup import make_trainer

@@ -1,16 +1,19 @@
-"""DiffusionNFT: learn from good and bad images on the way to noise (Zheng et al., arXiv:2509.16117).
+"""DiffusionNFT: negative-aware fine-tuning in the forward process (Zheng et al., arXiv:2509.16117).
 
-    accelerate launch recipes/diffusion_nft.py                                                        a laptop
-    accelerate launch recipes/diffusion_nft.py --config recipes/configs/diffusion_nft_sd35m.yaml      SD 3.5 medium
+    accelerate launch recipes/diffusion_nft.py
+    accelerate launch recipes/diffusion_nft.py --config recipes/configs/diffusion_nft_sd35m.yaml
 
-Nothing of how an image was painted is needed but the image: no density, no noisy steps, any sampler and any model.
-One step of training:
+The first command trains the built-in flow model on a CPU, the second Stable Diffusion 3.5 medium.
 
-    paint      images_per_prompt images of each of prompts_per_step prompts, by weights that follow those that learn
-    judge      any reward: images and prompts in, numbers out
-    compare    goodness = 1/2 + advantage / (2 * max_advantage), of what earned more or less than others of its prompt
-    disturb    noise on each image, at some of the sampler's levels
-    move       towards good images, and as far away from bad ones, seen from the weights that painted
+The update needs the sampled images only: no log-probabilities and no stochastic steps, so that any sampler and any
+model will do. One training step:
+
+    sample      images_per_prompt images of each of prompts_per_step prompts, from an EMA of the trained weights
+    reward      score the images: any function of images and prompts
+    advantage   (reward - mean of the prompt's images) / std
+    update      add noise to the images at some of the sampler's levels; move the implicit positive policy towards each
+                image with weight r and the implicit negative policy with weight 1 - r, where
+                r = 1/2 + advantage / (2 * max_advantage) is the image's optimality probability
 """
 
 from __future__ import annotations

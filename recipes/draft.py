@@ -1,21 +1,23 @@
-"""DRaFT and its kin: teach a diffusion model by the gradient of a reward (Clark et al., arXiv:2309.17400).
+"""DRaFT, DRaFT-LV, AlignProp and ReFL: backpropagate a differentiable reward through sampling (arXiv:2309.17400).
 
-    accelerate launch recipes/draft.py                                           the built-in world, minutes on a laptop
-    accelerate launch recipes/draft.py --config recipes/configs/draft_sd15.yaml  Stable Diffusion 1.5
+    accelerate launch recipes/draft.py
+    accelerate launch recipes/draft.py --config recipes/configs/draft_sd15.yaml
 
-Where a reward is differentiable, every pixel can be asked which way is better, and the answer led back through the
-decoder and the denoising steps into the weights. One step of training:
+The first command trains the built-in model on a CPU within minutes, the second Stable Diffusion 1.5.
 
-    paint      prompts_per_step images of as many prompts; some denoising steps remember how they came about
-    judge      any differentiable reward: its value, and its gradient with respect to the pixels
-    move       one optimiser step up that gradient
+One training step:
 
-The methods differ only in the steps that remember:
+    sample      one image of each of prompts_per_step prompts, keeping the graph of some denoising steps
+    reward      a differentiable reward, and its gradient with respect to the pixels
+    update      backpropagate that gradient through the decoder and the kept steps; one optimiser step
 
-    draft      the last backprop_steps (DRaFT-K; all of them: DRaFT)
-    draft_lv   the last one, walked once more from num_renoisings noisy copies of each image, for less variance
-    alignprop  the last K, with K drawn for each image from 1 to backprop_steps (arXiv:2310.03739)
-    refl       a random one from window_start on, from which the image is guessed at once (ReFL, arXiv:2304.05977)
+The methods differ in the steps whose graph is kept:
+
+    draft       the last backprop_steps (DRaFT-K; all of them: DRaFT)
+    draft_lv    the last one, repeated from num_renoisings renoised copies of each image to reduce variance
+    alignprop   the last K, with K drawn uniformly from 1 to backprop_steps for each image (arXiv:2310.03739)
+    refl        one random step between window_start and window_end, whose predicted clean image is scored
+                (ReFL, arXiv:2304.05977)
 """
 
 from __future__ import annotations

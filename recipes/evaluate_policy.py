@@ -1,8 +1,9 @@
-"""How good are these weights? Any checkpoint x prompts x rewards, on the same prompts and seeds.
+"""Evaluate weights of a diffusion model: the same prompts and seeds for all of them, scored by any rewards.
 
     accelerate launch recipes/evaluate_policy.py --weights base,runs/ddpo-DATE
 
-Prints a table (mean, standard error, diversity), and writes it with one strip of images for each of the weights.
+Prints a table (mean and standard error of each reward, diversity) and writes it to table.json in the run folder, with
+a grid of images for each of the weights.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rlhf_t2i.config import names
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.image_grids import save_captions, save_image_grid
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.evaluation import evaluate, evaluation_set
 from rlhf_t2i.training.run import start_run
 from rlhf_t2i.training.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES

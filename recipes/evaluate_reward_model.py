@@ -1,12 +1,13 @@
-"""Evaluate a reward model on preference data and on published test sets.
+"""Evaluate a reward model: its scores against human preferences and labels.
 
-    accelerate launch recipes/evaluate_reward_model.py --reward runs/my-reward/reward_model --test_data pairs.jsonl
-    accelerate launch recipes/evaluate_reward_model.py --reward hps:models/HPSv2 --benchmarks hpdv2:data/HPDv2
+    accelerate launch recipes/evaluate_reward_model.py --reward PATH --test_data pairs.jsonl
+    accelerate launch recipes/evaluate_reward_model.py --reward PATH --benchmarks hpdv2:data/HPDv2
 
-On preference data (`docs/data.md`), prints a table (accuracy with and without ties, calibration error, F1 of both
-classes, AUROC, each with a 95 % interval), and writes it as CSV, and report.html with the pairs of the largest errors.
-On published test sets (`docs/benchmarks.md`), writes the accuracy under every rule in use to benchmarks.md and
-benchmarks.json.
+PATH is the folder that recipes/train_reward_model.py wrote, such as runs/reward_model-DATE/reward_model.
+
+Prints a table for each data file (accuracy under three rules for ties, calibration, F1 of both classes, AUROC, each
+with a 95 % interval) and writes it as CSV, with a page of the pairs with the largest errors. Published benchmarks
+(docs/benchmarks.md) are evaluated under every rule that papers use, and written as Markdown and JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from reward_model.datasets.formats import source_name
 from reward_model.scorers import PointwiseScorer, is_known, load_scorer
 from reward_model.scoring import LlavaReward
 from reward_model.types import Record
-from rlhf_t2i.config import names
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_PAIRS, TOY_REWARD_MODEL, TOY_REWARD_MODEL_FOLDER, toy_pairs_folder
 from rlhf_t2i.training.run import Run, start_run
 from rlhf_t2i.training.run_folder import BENCHMARK_RESULTS, BENCHMARK_TABLES, REPORT

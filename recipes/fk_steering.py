@@ -1,20 +1,23 @@
-"""FK steering: images that promise well multiply while they are painted (Singhal et al., arXiv:2501.06848).
+"""FK steering: resample particles by their reward while they are sampled (Singhal et al., arXiv:2501.06848).
 
-    accelerate launch recipes/fk_steering.py          the built-in world, two minutes on a laptop
-    accelerate launch recipes/fk_steering.py --config recipes/configs/fk_sd15.yaml --rewards llava_reward:PATH --prompts FILE
+    accelerate launch recipes/fk_steering.py
+    accelerate launch recipes/fk_steering.py --config recipes/configs/fk_sd15.yaml --rewards llava_reward:PATH
 
-No weight is changed. Each prompt has a crowd of particles. After some of the denoising steps
+The first command searches with the built-in model on a CPU in two minutes, the second with Stable Diffusion 1.5. The
+weights of the model stay as they are.
 
-    look       the clean image that the model sees in each particle is judged
-    weigh      log-weight += lambda * (reward - last reward)        or with the highest, or the sum, of rewards so far
-    resample   heavy particles take the places of light ones, then each goes on with noise of its own
+Each search samples num_particles images together. After each denoising step of resample_after:
 
-so that the images follow p(image) * exp(lambda * reward), lambda = strength / the reward's own spread. The best one
-is kept. Plain best-of-N of as many images from the same seeds is painted beside it, which costs as many denoiser
-calls (`--compare false` does not).
+    score       the predicted clean image of each particle
+    weight      log_weight += lambda * (reward - last reward), or the highest reward or the sum of rewards so far
+    resample    particles in proportion to their weights; each continues with its own noise
 
-Finished images are on the disk at once; after any stop `--resume` goes on with the others. `images/` has the layout
-that GenEval's scorer reads.
+Images then follow p(image) * exp(lambda * reward), where lambda = strength / reward_std. The best one is returned.
+Best-of-N with as many images from the same seeds, which needs as many denoiser calls, is run beside it for the report;
+--baseline false leaves that out.
+
+Finished images are written at once, and --resume continues an interrupted search. `images/` has the layout that
+GenEval's evaluation reads.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
-"""Flow-GRPO: teach a flow model by comparing images of one prompt (Liu et al., arXiv:2505.05470).
+"""Flow-GRPO: group-relative policy optimisation of a flow model (Liu et al., arXiv:2505.05470).
 
-    accelerate launch recipes/flow_grpo.py                                                            a laptop
-    accelerate launch recipes/flow_grpo.py --config recipes/configs/flow_grpo_sd35m_pickscore.yaml    SD 3.5 medium
+    accelerate launch recipes/flow_grpo.py
+    accelerate launch recipes/flow_grpo.py --config recipes/configs/flow_grpo_sd35m_pickscore.yaml
 
-A flow paints without chance; some of its steps are made noisy so that every stroke has a density, which can be raised
-if the image earned more than others of its prompt. One step of training:
+The first command trains the built-in flow model on a CPU, the second Stable Diffusion 3.5 medium.
 
-    paint      images_per_prompt images of each of prompts_per_step prompts; only the steps of a window are noisy
-    judge      any reward: images and prompts in, numbers out
-    compare    advantage = (reward - mean of its group) / spread
-    move       raise ratio * advantage, ratio = new / old density of a noisy stroke, clipped to 1 +- clip_range
+A flow model samples deterministically. Some of its steps, those of a window, are replaced by steps of an SDE with the
+same marginals, whose log-probability is known. One training step:
 
-All images of a step share its window, or those of a prompt would differ by it. Few denoising steps are enough to tell
-good from bad; evaluation takes more. Without guidance a step costs half, and the model learns to do without.
+    sample      images_per_prompt images (a group) of each of prompts_per_step prompts, with noise within the window
+    reward      score the images: any function of images and prompts
+    advantage   (reward - mean of the group) / std
+    update      maximise min(ratio * advantage, clip(ratio, 1 - c, 1 + c) * advantage), averaged over (image, step)
+                pairs of the window, where ratio = new / old probability of a denoising step and c = clip_range
+
+All images of a training step share one window, so that images of a group differ by their noise only. Fewer denoising
+steps than in evaluation are enough to rank images. Training without guidance halves the cost of a step.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""Publish what a run has learnt: a folder, or a Hub repository, that strangers can use.
+"""Publish a finished run: a folder, or a Hub repository, with weights, a model card and its training record.
 
-    python recipes/publish.py --run runs/ddpo-DATE                                   only a folder, to look at
-    python recipes/publish.py --run runs/ddpo-DATE --repo OWNER/NAME --private       the same, and its upload
+    python recipes/publish.py --run runs/ddpo-DATE
+    python recipes/publish.py --run runs/ddpo-DATE --repo OWNER/NAME --private
 
-A LoRA, a tuned denoiser in its pipeline, or a judge, as safetensors; with a model card that says how to load it, what
-it is worth and how it was made, images before and after, curves, and checksums. The upload is one commit. Its token
-is HF_TOKEN's or that of `hf auth login`.
+The first command writes the folder, the second also uploads it, in one commit, with the token in HF_TOKEN or of
+`hf auth login`.
+
+The weights are a LoRA, a tuned denoiser within its pipeline, or a reward model, as safetensors. The model card has the
+code that loads them, the evaluations, the settings of the training, images before and after it, and curves; checksums
+cover all files.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rlhf_t2i.config import names
 from rlhf_t2i.hub.base import find_base
 from rlhf_t2i.hub.publication import (
     is_full_pipeline,
@@ -30,6 +32,7 @@ from rlhf_t2i.hub.publication import (
     write_training_record,
     write_weights,
 )
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.finished_run import read_run
 
 

@@ -1,16 +1,18 @@
-"""Train a reward model for images: LLaVA-Reward (arXiv:2507.21391).
+"""Train LLaVA-Reward, a reward model on a multimodal LLM (arXiv:2507.21391).
 
-    accelerate launch recipes/train_reward_model.py                          the built-in world, minutes on a laptop
-    accelerate launch recipes/train_reward_model.py --train_data pairs.jsonl \\
-        --config recipes/configs/reward_qwen2_5_vl_alignment.yaml            Qwen2.5-VL, with the paper's settings
+    accelerate launch recipes/train_reward_model.py
+    accelerate launch recipes/train_reward_model.py --config recipes/configs/reward_qwen2_5_vl_alignment.yaml \\
+        --train_data pairs.jsonl
 
-A frozen multimodal LLM takes an image and a prompt. Its last token attends to the image once more (SkipCA), and a
-linear head maps the result to a score. LoRA, projector, SkipCA and head are trained on human preferences:
+The first command trains the built-in reward model on a CPU within minutes, with recipes/configs/reward_shapes.yaml; the
+second trains Qwen2.5-VL with the paper's settings.
+
+A frozen multimodal LLM encodes an image and its prompt. The hidden state of the last token attends to the visual tokens
+once more (SkipCA), and a linear head maps the result to a score. LoRA, projector, SkipCA and head are trained:
 
     logit = (score(winner) - score(loser)) / temperature,   loss = -log sigmoid(logit)        (Bradley-Terry)
 
-The weights with the highest validation accuracy are saved and evaluated. Without --config or --backbone,
-recipes/configs/reward_shapes.yaml is used.
+The weights with the highest validation accuracy are saved and evaluated.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ from reward_model.model import RewardModel, parameter_table, visual_token_table
 from reward_model.scoring import LlavaReward
 from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer, newest_checkpoint
 from reward_model.types import Record
-from rlhf_t2i.config import names
 from rlhf_t2i.distributed.processes import end_processes
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_BACKBONE_FOLDER, TOY_PAIRS, toy_pairs_folder
 from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 from rlhf_t2i.training.claim import claim_folder

@@ -14,7 +14,10 @@ import pytest
 import yaml
 from annotated_types import Ge, Gt, Le
 
-from rlhf_t2i.config import GROUPS, Group, Rule, Settings, help_of, names, options_of, parse_config, require
+from rlhf_t2i.config import parse_config, require
+from rlhf_t2i.settings.base import Group, Rule, Settings, options_of
+from rlhf_t2i.settings.help import GROUPS, help_of
+from rlhf_t2i.settings.lists import names
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))

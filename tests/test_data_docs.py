@@ -28,7 +28,8 @@ from reward_model.datasets import load_records, load_same_prompt_pairs
 from reward_model.datasets.containers import SUFFIXES
 from reward_model.datasets.formats import FORMATS, parse_source
 from reward_model.types import Record
-from rlhf_t2i.config import names, parse_config
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.lists import names
 from tests.preference_files import (
     CAT,
     FOX,

@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
 from reward_model.images import to_tensor
 from reward_model.types import PreferencePair
-from rlhf_t2i.config import whole_numbers
 from rlhf_t2i.data.latent_cache import TensorCache
 from rlhf_t2i.data.preferences import (
     ImagePairs,
@@ -30,6 +29,7 @@ from rlhf_t2i.data.preferences import (
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generators_for
+from rlhf_t2i.settings.lists import whole_numbers
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf_t2i.config import names
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.image_grids import save_image_grid
@@ -29,6 +28,7 @@ from rlhf_t2i.search.geneval import metadata_of, write_metadata
 from rlhf_t2i.search.records import SearchRecord, read_records, summary
 from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PROMPTS, measure_reward_std
 from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for, seed_for
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.search import SearchConfig
 from rlhf_t2i.training.run import Run, start_run
 from rlhf_t2i.training.run_folder import (

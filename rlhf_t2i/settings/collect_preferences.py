@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from rlhf_t2i.config import Group, Rule, Settings, names
+from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.groups import (
     DataSettings,
     EvaluationSamplingSettings,
@@ -17,6 +17,7 @@ from rlhf_t2i.settings.groups import (
     SeedSettings,
     ServerSettings,
 )
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from rlhf_t2i.config import Group, Rule, Settings, names
+from rlhf_t2i.settings.base import Group, Rule, Settings
+from rlhf_t2i.settings.lists import names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from rlhf_t2i.config import Group, Rule
+from rlhf_t2i.settings.base import Group, Rule
 from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt
 

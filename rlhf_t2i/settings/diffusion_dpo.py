@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from rlhf_t2i.config import Group, Rule, Settings, whole_numbers
+from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.groups import DataSettings, GroupedSamplingSettings, TrainerConfig
+from rlhf_t2i.settings.lists import whole_numbers
 from rlhf_t2i.settings.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from rlhf_t2i.config import Group, Rule
+from rlhf_t2i.settings.base import Group, Rule
 from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import (
     Decay,

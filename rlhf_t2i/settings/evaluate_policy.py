@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from rlhf_t2i.config import Group, Rule, names
+from rlhf_t2i.settings.base import Group, Rule
 from rlhf_t2i.settings.groups import (
     EvaluationSamplingSettings,
     FolderSettings,
@@ -16,6 +16,7 @@ from rlhf_t2i.settings.groups import (
     RewardNames,
     ThreadSettings,
 )
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import PositiveInt
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from rlhf_t2i.config import Group, Rule, names
+from rlhf_t2i.settings.base import Group, Rule
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt
 from rlhf_t2i.settings.search import SearchConfig
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from rlhf_t2i.config import Rule
+from rlhf_t2i.settings.base import Rule
 from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf_t2i.shapes.names import TOY_FLOW_MODEL

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from rlhf_t2i.access import TOKEN_VARIABLE, is_loopback, token
-from rlhf_t2i.config import Names, Rule, Settings
 from rlhf_t2i.rewards.table import reward_names
+from rlhf_t2i.settings.base import Names, Rule, Settings
 from rlhf_t2i.settings.ranges import (
     Decay,
     Fraction,

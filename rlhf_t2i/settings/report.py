@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_t2i.config import Rule, Settings, names
+from rlhf_t2i.settings.base import Rule, Settings
+from rlhf_t2i.settings.lists import names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from rlhf_t2i.config import Group
+from rlhf_t2i.settings.base import Group
 from rlhf_t2i.settings.groups import (
     ModelSettings,
     ProcessSettings,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from rlhf_t2i.config import Group, Rule, Settings
+from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.groups import DataSettings, ResumeSettings, ThreadSettings
 from rlhf_t2i.settings.ranges import (
     Decay,

@@ -15,8 +15,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf_t2i.config import names
 from rlhf_t2i.distributed.processes import DTYPES, Mode, end_processes, start_processes
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete
 from rlhf_t2i.training.claim import claim_folder
 from rlhf_t2i.training.environment import check_trackers, restarted, set_num_threads, stop_with_launcher

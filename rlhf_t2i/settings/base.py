@@ -1,0 +1,160 @@
+"""The base class of all options: types and ranges beside the fields, rules between them, and their description.
+
+A field's type holds its range, as in `Annotated[int, Ge(1)]`, and the string below the field is its help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+Rule = tuple[str, bool, str]
+"""A field, True if its value can work, and what the value must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """In the type of a field (`Annotated[bool, Group("reward")]`): its group in `--help`, other than its class's."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """In the type of a text (`Annotated[str, Names(("oracle", "clip:PATH"))]`): what it may name, for its help."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base class of all options; a subclass names the group of its fields by `class X(Settings, group="reward")`.
+
+    Creating one raises ValueError, "NAME is VALUE; it must be RULE.", for a value outside the type and range of its
+    field, or one that `rules` refuses.
+    """
+
+    group: ClassVar[str] = "algorithm"
+
+    def __init_subclass__(cls, *, group: str = "algorithm") -> None:
+        cls.group = group
+
+    def __post_init__(self) -> None:
+        for option in options_of(type(self)):
+            object.__setattr__(self, option.name, option.validated(getattr(self, option.name)))
+        for name, works, rule in self.rules():
+            if not works:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
+
+    def rules(self) -> list[Rule]:
+        """Return the rules that relate fields with one another; a subclass adds its own to those of `super()`."""
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A field of settings, as the command line offers it."""
+
+    name: str
+    type: Any
+    """The type of a value, with its range, without None."""
+    optional: bool
+    """True if the value may be None, written null."""
+    default: Any
+    """`dataclasses.MISSING` if the option is required."""
+    group: str
+
+    def validated(self, value: Any) -> Any:
+        """Return a Python value or a text in the field's type; ValueError for any other type, or outside the range."""
+        if self.optional and (value is None or str(value).lower() in ("null", "none")):
+            return None
+        try:
+            return _adapter(self.type).validate_python(value)
+        except ValidationError as error:
+            in_type = error.errors()[0]["type"].startswith(("greater_than", "less_than"))
+            rules = [self.range] if in_type else [self.kind, self.range]
+            rule = ", ".join(filter(None, rules)) + (" or null" if self.optional else "")
+            raise ValueError(f"{self.name} is {value}; it must be {rule}.") from error
+
+    @property
+    def base(self) -> Any:
+        """The type without its range."""
+        return get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
+
+    @property
+    def kind(self) -> str:
+        """The type in words."""
+        if get_origin(self.base) is Literal:
+            return f"one of {', '.join(get_args(self.base))}"
+        return {int: "a whole number", float: "a number", bool: "true or false"}.get(self.base, "text")
+
+    @property
+    def range(self) -> str:
+        """The range in words, empty if there is none."""
+        low = high = None
+        for limit in get_args(self.type)[1:]:
+            match limit:
+                case Ge(ge=value):
+                    low = value, "["
+                case Gt(gt=value):
+                    low = value, "("
+                case Le(le=value):
+                    high = value, "]"
+                case Lt(lt=value):
+                    high = value, ")"
+                case _:
+                    pass
+        if low and high:
+            return f"in {low[1]}{low[0]}, {high[0]}{high[1]}"
+        if low:
+            return "positive" if low == (0, "(") else f"{'at least' if low[1] == '[' else 'above'} {low[0]}"
+        return f"{'at most' if high[1] == ']' else 'below'} {high[0]}" if high else ""
+
+    @property
+    def metavar(self) -> str:
+        """The value's place in `--help`."""
+        if get_origin(self.base) is Literal:
+            return f"{{{','.join(get_args(self.base))}}}"
+        return {int: "INT", float: "FLOAT", bool: "true|false"}.get(self.base, "TEXT")
+
+
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
+
+
+@functools.cache
+def options_of(config_class: type) -> tuple[Option, ...]:
+    """Return the options of a settings class, in the order of its fields."""
+    hints = get_type_hints(config_class, include_extras=True)
+    return tuple(
+        Option(
+            name=field.name,
+            type=_without_none(hints[field.name]),
+            optional=NoneType in get_args(hints[field.name]),
+            default=field.default,
+            group=_group_of(field.name, config_class),
+        )
+        for field in dataclasses.fields(config_class)
+    )
+
+
+def _without_none(hint: Any) -> Any:
+    """The one type of `X | None`, or the type itself."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(hint) else hint
+
+
+def _group_of(name: str, config_class: type) -> str:
+    """The group that the class which first declares a field gives it."""
+    first = next(base for base in reversed(config_class.__mro__) if name in inspect.get_annotations(base))
+    kind = _without_none(get_type_hints(first, include_extras=True)[name])
+    groups = [part.name for part in get_args(kind) if isinstance(part, Group)]
+    return groups[0] if groups else getattr(first, "group", Settings.group)
