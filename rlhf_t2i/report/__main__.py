@@ -6,7 +6,6 @@
 from pathlib import Path
 
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.report import page, search
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.report import Config
 from rlhf_t2i.training.run_folder import is_search
@@ -14,4 +13,8 @@ from rlhf_t2i.training.run_folder import is_search
 if __name__ == "__main__":
     config = parse_config(Config, __doc__)
     for folder in map(Path, names(config.runs)):
-        print(search.write_report(folder) if is_search(folder) else page.write_report(folder))  # noqa: T201
+        if is_search(folder):
+            from rlhf_t2i.report.search import write_report  # imports torch, which the report of a run does not need
+        else:
+            from rlhf_t2i.report.page import write_report
+        print(write_report(folder))  # noqa: T201
