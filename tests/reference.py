@@ -1,4 +1,4 @@
-"""Every formula once more, as slow loops over Python floats: nothing here may be clever."""
+"""Slow references of the formulas: loops over Python floats, with nothing shared with the tested code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ddim(
     *,
     eta: float,
 ) -> tuple[np.ndarray, list[float]]:
-    """Mean and std of a DDIM step (arXiv:2010.02502, Eq. 12 and 16), image by image and number by number."""
+    """Return mean and std of a DDIM step (arXiv:2010.02502, Eq. 12 and 16)."""
     mean, stds = np.zeros(clean.shape, dtype=np.float64), []
     for b in range(len(clean)):
         variance = (next_sigma[b] ** 2 / sigma[b] ** 2) * (1 - alpha[b] ** 2 / next_alpha[b] ** 2)
@@ -34,7 +34,7 @@ def ddim(
 
 
 def mean_log_prob(x: np.ndarray, mean: np.ndarray, std: Sequence[float]) -> list[float]:
-    """The average over numbers of log N(x; mean, std^2); 0 without noise."""
+    """Return log N(x; mean, std^2), averaged over dimensions; 0 without noise."""
     result = []
     for b in range(len(x)):
         if std[b] == 0:
@@ -51,7 +51,7 @@ def mean_log_prob(x: np.ndarray, mean: np.ndarray, std: Sequence[float]) -> list
 
 
 def mean_kl(mean: np.ndarray, other_mean: np.ndarray, std: Sequence[float]) -> list[float]:
-    """The average over numbers of KL(N(mean, std^2) || N(other_mean, std^2)); 0 without noise."""
+    """Return KL(N(mean, std^2) || N(other_mean, std^2)), averaged over dimensions; 0 without noise."""
     result = []
     for b in range(len(mean)):
         if std[b] == 0:
@@ -68,7 +68,7 @@ def mean_kl(mean: np.ndarray, other_mean: np.ndarray, std: Sequence[float]) -> l
 def clipped_surrogate(
     log_prob: Sequence[float], old_log_prob: Sequence[float], advantage: Sequence[float], *, clip_range: float
 ) -> float:
-    """PPO's loss (arXiv:1707.06347, Eq. 7)."""
+    """Return PPO's clipped surrogate loss (arXiv:1707.06347, Eq. 7)."""
     total = 0.0
     for new, old, a in zip(log_prob, old_log_prob, advantage, strict=True):
         ratio = math.exp(new - old)
@@ -78,19 +78,19 @@ def clipped_surrogate(
 
 
 def standardised(values: Sequence[float], among: Sequence[float]) -> list[float]:
-    """How many standard deviations each value lies above the mean of `among`; 0 if those are all the same."""
+    """Return each value's distance from the mean of `among` in standard deviations; 0 if those are all equal."""
     mean = math.fsum(among) / len(among)
     std = math.sqrt(math.fsum((value - mean) ** 2 for value in among) / len(among))
     return [0.0 if std < 1e-6 else (value - mean) / std for value in values]
 
 
 def group_relative(rewards: Rows) -> list[list[float]]:
-    """Each row compared with itself."""
+    """Standardise each row by itself."""
     return [standardised(row, row) for row in rewards]
 
 
 def whole_batch(rewards: Rows) -> list[list[float]]:
-    """Each row compared with all rows."""
+    """Standardise each row by all rows."""
     everything = [value for row in rewards for value in row]
     return [standardised(row, everything) for row in rewards]
 
@@ -98,27 +98,27 @@ def whole_batch(rewards: Rows) -> list[list[float]]:
 def per_prompt_history(
     steps: Sequence[tuple[Sequence[str], Rows]], *, size: int, min_count: int
 ) -> list[list[list[float]]]:
-    """DDPO's advantages of each step, told from the first step on: nothing is remembered between two of them."""
+    """Return DDPO's advantages of each step, each computed from all steps so far without stored state."""
     result = []
     for now, (prompts, rewards) in enumerate(steps):
         advantages = whole_batch(rewards)
         for index, prompt in enumerate(prompts):
-            seen = [
+            past = [
                 value
-                for asked, given in steps[: now + 1]
-                for other, row in zip(asked, given, strict=True)
+                for step_prompts, step_rewards in steps[: now + 1]
+                for other, row in zip(step_prompts, step_rewards, strict=True)
                 if other == prompt
                 for value in row
             ]
-            kept = seen[-size:]
-            if len(kept) >= min_count:
-                advantages[index] = standardised(rewards[index], kept)
+            recent = past[-size:]
+            if len(recent) >= min_count:
+                advantages[index] = standardised(rewards[index], recent)
         result.append(advantages)
     return result
 
 
 def log_potentials(rewards: Sequence[float], *, potential: str, strength: float) -> list[float]:
-    """Those of one path, whose last reward is that of the finished image (arXiv:2501.06848)."""
+    """Return the log-potentials of a particle (arXiv:2501.06848); its last reward is that of the finished image."""
     result = []
     for t in range(len(rewards) - 1):
         if potential == "difference":
@@ -132,13 +132,13 @@ def log_potentials(rewards: Sequence[float], *, potential: str, strength: float)
 
 
 def effective_sample_size(log_weights: Sequence[float]) -> float:
-    """1 / sum of squared normalised weights."""
+    """Return 1 / sum of squared normalised weights."""
     weights = [math.exp(value - max(log_weights)) for value in log_weights]
     return sum(weights) ** 2 / sum(weight**2 for weight in weights)
 
 
 def systematic_resample(log_weights: Sequence[float], offset: float) -> list[int]:
-    """Walk along the particles and put a child at every offset + k of K times the running weight."""
+    """Return the parent of each of K children: the particle at which the running weight passes (k + offset) / K."""
     weights = [math.exp(value - max(log_weights)) for value in log_weights]
     parents, particle, upto = [], 0, weights[0]
     for k in range(len(weights)):
@@ -150,13 +150,13 @@ def systematic_resample(log_weights: Sequence[float], offset: float) -> list[int
 
 
 def expected_best(scores: Sequence[float], values: Sequence[float], n: int) -> float:
-    """The mean, over all sets of n images, of the value of the one with the highest score."""
+    """Return the mean, over all sets of n images, of the value of the image with the highest score."""
     sets = list(itertools.combinations(range(len(scores)), n))
     return sum(values[max(chosen, key=lambda i: scores[i])] for chosen in sets) / len(sets)
 
 
 def mean_squared_error(predicted: np.ndarray, target: np.ndarray) -> list[float]:
-    """The average over numbers of the squared difference, image by image."""
+    """Return the squared difference of each image, averaged over dimensions."""
     result = []
     for p, q in zip(predicted, target, strict=True):
         squares = [(float(a) - float(b)) ** 2 for a, b in zip(p.ravel(), q.ravel(), strict=True)]
@@ -173,7 +173,7 @@ def diffusion_dpo(
     beta: float,
     dpop_weight: float = 0.0,
 ) -> float:
-    """Diffusion-DPO's loss (arXiv:2311.12908, Eq. 14, with the authors' half), and DPO-Positive's penalty."""
+    """Return the Diffusion-DPO loss (arXiv:2311.12908, Eq. 14, with the factor 1/2), plus DPO-Positive's penalty."""
     total = 0.0
     for w, l, rw, rl in zip(winner, loser, reference_winner, reference_loser, strict=True):  # noqa: E741
         penalty = dpop_weight * max(0.0, w - rw)
@@ -192,12 +192,12 @@ def ancestral(
     *,
     eta: float,
 ) -> tuple[np.ndarray, list[float]]:
-    """Mean and std of a step with eta times the noise of q(x' | x, clean), from that posterior's own variance."""
+    """Return mean and std of a step with eta times the noise of q(x' | x, clean), from that posterior's variance."""
     mean, stds = np.zeros(clean.shape, dtype=np.float64), []
     for b in range(len(clean)):
         step_alpha = alpha[b] / next_alpha[b]
         added = sigma[b] ** 2 - step_alpha**2 * next_sigma[b] ** 2
-        # Precision of x' is that of its own level and that of x, which is step_alpha x' + noise.
+        # The precision of x' adds that of its level and that of x = step_alpha x' + noise.
         variance = 1 / (1 / next_sigma[b] ** 2 + step_alpha**2 / added) if next_sigma[b] else 0.0
         std = eta * math.sqrt(variance)
         direction = math.sqrt(max(next_sigma[b] ** 2 - std**2, 0.0))
@@ -216,7 +216,7 @@ def flow_sde(
     noise_scale: float,
     sigma_cap: float,
 ) -> tuple[np.ndarray, list[float]]:
-    """Mean and std of Flow-GRPO's step as its authors' code has it: std_t a number, dt negative."""
+    """Return mean and std of Flow-GRPO's step as in the authors' code, with a negative dt."""
     mean, stds = np.zeros(x.shape, dtype=np.float64), []
     for b in range(len(x)):
         dt = next_sigma[b] - sigma[b]
@@ -238,7 +238,7 @@ def cps(
     *,
     noise_scale: float,
 ) -> tuple[np.ndarray, list[float]]:
-    """Mean and std of a coefficients-preserving step, from latents and velocity."""
+    """Return mean and std of a coefficients-preserving step, from latents and velocity."""
     mean, stds = np.zeros(x.shape, dtype=np.float64), []
     for b in range(len(x)):
         std = next_sigma[b] * math.sin(noise_scale * math.pi / 2)
@@ -251,7 +251,7 @@ def cps(
 
 
 def globally_scaled(rewards: Rows) -> list[list[float]]:
-    """Distance from the mean of a row, in standard deviations of everything; a row of equals gets zeros."""
+    """Return the distance from the mean of a row, in standard deviations of all values; a row of equals gets zeros."""
     everything = [r for row in rewards for r in row]
     middle = sum(everything) / len(everything)
     std = math.sqrt(sum((r - middle) ** 2 for r in everything) / len(everything))
@@ -259,13 +259,13 @@ def globally_scaled(rewards: Rows) -> list[list[float]]:
 
 
 def negative_aware(
-    found: np.ndarray, old: np.ndarray, clean: np.ndarray, optimality: Sequence[float], *, beta: float
+    new: np.ndarray, old: np.ndarray, clean: np.ndarray, optimality: Sequence[float], *, beta: float
 ) -> float:
-    """DiffusionNFT (arXiv:2509.16117, Eq. 5), each error divided by its mean absolute value."""
+    """Return the DiffusionNFT loss (arXiv:2509.16117, Eq. 5), each error divided by its mean absolute value."""
     total = 0.0
-    for f, o, c, good in zip(found, old, clean, optimality, strict=True):
-        for guess, weight in ((beta * f + (1 - beta) * o, good), ((1 + beta) * o - beta * f, 1 - good)):
-            off = [float(a) - float(b) for a, b in zip(guess.ravel(), c.ravel(), strict=True)]
-            squared, absolute = (sum(g(d) for d in off) / len(off) for g in (lambda d: d * d, abs))
+    for n, o, c, r in zip(new, old, clean, optimality, strict=True):
+        for guess, weight in ((beta * n + (1 - beta) * o, r), ((1 + beta) * o - beta * n, 1 - r)):
+            errors = [float(a) - float(b) for a, b in zip(guess.ravel(), c.ravel(), strict=True)]
+            squared, absolute = (sum(g(e) for e in errors) / len(errors) for g in (lambda e: e * e, abs))
             total += weight * squared / max(absolute, 1e-5) / beta
-    return total / len(found)
+    return total / len(new)

@@ -1,4 +1,4 @@
-"""One denoising step: against the slow reference, against diffusers, and against what a Gaussian must do."""
+"""The DDIM step: against the slow reference, diffusers and the marginals of a Gaussian."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import pytest
-import reference
 import torch
 from torch import Tensor
 from torch.testing import assert_close
@@ -16,25 +14,22 @@ from torch.testing import assert_close
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, per_image, randn, sample
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.types import Level, Prediction, Schedule, Transition
+from tests import reference
+from tests.toys import CPU, seeded
 
-CPU = torch.device("cpu")
 SHAPE = (4, 2, 3, 3)
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def level_of(*sigmas: float) -> Level:
-    """Levels that keep the variance, alpha^2 + sigma^2 = 1, one for each image."""
+    """Return levels with alpha^2 + sigma^2 = 1, one per image."""
     sigma = torch.tensor(sigmas)
     return Level((1 - sigma**2).sqrt(), sigma, torch.zeros(len(sigmas)))
 
 
 def mixed_step() -> tuple[Tensor, Prediction, Level, Level]:
-    """A batch whose images are at different levels: near noise, in the middle, near the end, and at the last step."""
+    """Return a batch whose images are at different levels: near noise, in between, near the end, at the last step."""
     level, next_level = level_of(0.999, 0.8, 0.3, 0.1), level_of(0.95, 0.5, 0.1, 0.0)
-    clean, noise = torch.randn(2, *SHAPE, generator=seeded(0))
+    clean, noise = torch.randn(2, *SHAPE, generator=seeded(0)[0])
     latents = per_image(level.alpha) * clean + per_image(level.sigma) * noise
     return latents, Prediction(clean, noise), level, next_level
 
@@ -47,7 +42,7 @@ def constant_like(latents: Tensor, clean: float, noise: float) -> Prediction:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_agrees_with_the_slow_reference_image_by_image(eta: float) -> None:
+def test_ddim_equals_the_slow_reference(eta: float) -> None:
     latents, prediction, level, next_level = mixed_step()
     transition = ddim(latents, prediction, level, next_level, eta=eta)
     mean, std = reference.ddim(
@@ -73,16 +68,15 @@ def test_ddim_by_hand() -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_a_step_adds_as_much_noise_as_it_takes(eta: float) -> None:
-    """Whatever eta is, what remains of the old noise and the new noise make up the next level."""
+def test_the_remaining_and_the_new_noise_add_up_to_the_next_level(eta: float) -> None:
     latents, _, level, next_level = mixed_step()
     transition = ddim(latents, constant_like(latents, 0.0, 1.0), level, next_level, eta=eta)
-    old = transition.mean[:, 0, 0, 0]
-    assert_close(old**2 + transition.std**2, next_level.sigma**2, rtol=1e-5, atol=1e-7)
+    remaining = transition.mean[:, 0, 0, 0]
+    assert_close(remaining**2 + transition.std**2, next_level.sigma**2, rtol=1e-5, atol=1e-7)
 
 
 def test_eta_one_is_the_posterior_of_the_forward_process() -> None:
-    """q(x' | x, clean) by Bayes' rule: a precision-weighted mean of alpha' clean and of x taken back one step."""
+    """q(x' | x, clean) by Bayes' rule: a precision-weighted mean of alpha' clean and of x scaled back one step."""
     latents, prediction, level, next_level = mixed_step()
     transition = ddim(latents, prediction, level, next_level, eta=1.0)
     for b in range(3):
@@ -98,18 +92,18 @@ def test_eta_one_is_the_posterior_of_the_forward_process() -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_last_step_shows_the_clean_image(eta: float) -> None:
+def test_the_last_step_returns_the_clean_latents(eta: float) -> None:
     latents, prediction, level, next_level = mixed_step()
     transition = ddim(latents, prediction, level, next_level, eta=eta)
     assert_close(transition.mean[3], prediction.clean[3], rtol=0, atol=1e-6)
     assert transition.std[3].item() == 0
 
 
-def test_the_density_of_a_deterministic_step_is_zero_and_has_no_nan_gradient() -> None:
+def test_the_log_probability_of_a_deterministic_step_is_zero_with_a_finite_gradient() -> None:
     latents, prediction, level, next_level = mixed_step()
     clean, noise = prediction.clean.requires_grad_(), prediction.noise.requires_grad_()
     transition = ddim(latents, Prediction(clean, noise), level, next_level, eta=1.0)
-    log_prob = mean_log_prob(transition, sample(transition, generators=[seeded(1)]))
+    log_prob = mean_log_prob(transition, sample(transition, generators=seeded(1)))
     kl = mean_kl(transition, Transition(transition.mean.detach() + 1, transition.std))
     (log_prob.sum() + kl.sum()).backward()
     assert log_prob[3].item() == 0
@@ -121,8 +115,8 @@ def test_the_density_of_a_deterministic_step_is_zero_and_has_no_nan_gradient() -
         assert (gradient[:3] != 0).all()
 
 
-def test_a_step_that_stays_at_its_level_changes_nothing() -> None:
-    """Schedules with set_alpha_to_one=False and no offset end so: no noise may be divided by."""
+def test_a_step_to_the_same_level_changes_nothing() -> None:
+    """Schedules with set_alpha_to_one=False and no offset end with such a step; it must not divide by zero."""
     latents, prediction, level, _ = mixed_step()
     transition = ddim(latents, prediction, level, level, eta=1.0)
     assert (transition.std == 0).all()
@@ -138,16 +132,16 @@ def test_a_step_that_stays_at_its_level_changes_nothing() -> None:
     ("spacing", "offset", "set_alpha_to_one"),
     [("leading", 1, False), ("leading", 0, True), ("leading", 0, False), ("trailing", 0, False), ("trailing", 0, True)],
 )
-def test_every_step_is_the_one_of_diffusers(
+def test_every_step_equals_that_of_diffusers(
     eta: float, prediction_type: str, spacing: str, offset: int, set_alpha_to_one: bool
 ) -> None:
-    """From the first to the last step, each image of one batch at its own."""
+    """One batch holds all steps from the first to the last, one per image."""
     from diffusers import DDIMScheduler
 
     from rlhf_t2i.models.levels import DiffusionLevels
 
     num_steps = 5
-    latents, output, noise = torch.randn(3, num_steps, 4, 8, 8, generator=seeded(0))
+    latents, output, noise = torch.randn(3, num_steps, 4, 8, 8, generator=seeded(0)[0])
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -178,9 +172,9 @@ def test_every_step_is_the_one_of_diffusers(
         assert transition.std[-1] > 0
 
 
-def test_a_schedule_that_ends_clean_ends_with_a_density_of_zero() -> None:
+def test_a_schedule_that_ends_at_sigma_zero_ends_with_a_deterministic_step() -> None:
     schedule = Schedule(torch.tensor([0.1, 0.8, 1.0]), torch.tensor([0.99**0.5, 0.6, 0.0]), torch.tensor([9.0, 4, 0]))
-    latents = torch.randn(2, 1, 2, 2, generator=seeded(0))
+    latents = torch.randn(2, 1, 2, 2, generator=seeded(0)[0])
     clean = torch.zeros_like(latents, requires_grad=True)
     steps = torch.tensor([0, 1])
     prediction = Prediction(clean, torch.ones_like(latents))
@@ -198,16 +192,16 @@ def test_a_schedule_that_ends_clean_ends_with_a_density_of_zero() -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_the_exact_predictor_keeps_every_marginal_of_a_gaussian(eta: float) -> None:
-    """Data N(0.5, 0.7^2) at level (alpha, sigma) is N(0.5 alpha, 0.49 alpha^2 + sigma^2), with and without noise.
+    """Data N(0.5, 0.7^2) at level (alpha, sigma) is N(0.5 alpha, 0.49 alpha^2 + sigma^2) for any eta.
 
-    Of 16,384 numbers the mean is known to 0.8 % of a standard deviation and the std to 0.6 %: four of these are
-    allowed, and a hundredth for steps that are not infinitely small.
+    The standard error over 16,384 numbers is 0.8 % of a standard deviation for the mean and 0.6 % for the std: four
+    of these are allowed, plus 1 % for steps of finite size.
     """
     mean, std, num_steps, count = 0.5, 0.7, 400, 16_384
     sigma = torch.linspace(0.9999, 0.02, num_steps + 1)
     alpha = (1 - sigma**2).sqrt()
     schedule = Schedule(alpha, sigma, torch.zeros(num_steps + 1))
-    generator, step = seeded(0), partial(ddim, eta=eta)
+    [generator], step = seeded(0), partial(ddim, eta=eta)
     latents = alpha[0] * mean + (alpha[0] ** 2 * std**2 + sigma[0] ** 2).sqrt() * randn(
         (1, 1, 1, count), generators=[generator], device=CPU
     )
@@ -226,9 +220,9 @@ def test_the_exact_predictor_keeps_every_marginal_of_a_gaussian(eta: float) -> N
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_known_image_keeps_its_marginals_in_steps_of_any_size(eta: float) -> None:
-    """If clean is known, three steps are as good as a thousand: x stays alpha * clean + sigma * noise."""
+    """With the exact predictor of one image, x stays alpha * clean + sigma * noise."""
     levels, count = [level_of(s) for s in (0.9999, 0.9, 0.4, 0.05)], 16_384
-    generator, clean = seeded(1), torch.full((1, 1, 1, count), 0.8)
+    [generator], clean = seeded(1), torch.full((1, 1, 1, count), 0.8)
     latents = per_image(levels[0].alpha) * clean + per_image(levels[0].sigma) * randn(
         clean.shape, generators=[generator], device=CPU
     )
@@ -238,117 +232,3 @@ def test_a_known_image_keeps_its_marginals_in_steps_of_any_size(eta: float) -> N
         noise = (latents - per_image(next_level.alpha) * clean) / per_image(next_level.sigma)
         assert abs(noise.mean().item()) < 0.032
         assert noise.std().item() == pytest.approx(1, rel=0.023)
-
-
-# --- densities ------------------------------------------------------------------------------------
-
-
-def test_log_density_agrees_with_the_slow_reference() -> None:
-    x, mean = torch.randn(2, *SHAPE, generator=seeded(0))
-    std = torch.tensor([0.5, 1.0, 2.0, 0.0])
-    expected = reference.mean_log_prob(x.numpy(), mean.numpy(), std.tolist())
-    assert_close(mean_log_prob(Transition(mean, std), x), torch.tensor(expected), rtol=1e-5, atol=1e-6)
-
-
-def test_log_density_by_hand() -> None:
-    """At the mean of N(m, 0.5^2) the density is 2 / sqrt(2 pi); one std away it is less by 1/2."""
-    mean, std = torch.full((2, 1, 2, 2), 3.0), torch.tensor([0.5, 0.5])
-    x = mean + torch.tensor([0.0, 0.5])[:, None, None, None]
-    top = math.log(2 / math.sqrt(2 * math.pi))
-    assert_close(mean_log_prob(Transition(mean, std), x), torch.tensor([top, top - 0.5]))
-
-
-def test_log_density_is_an_average_not_a_sum() -> None:
-    """Twice as many numbers alike: the same. DDPO's clip range of 1e-4 depends on it."""
-    x, mean, std = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.tensor([0.7])
-    small = mean_log_prob(Transition(mean, std), x)
-    large = mean_log_prob(Transition(mean.repeat(1, 4, 5, 5), std), x.repeat(1, 4, 5, 5))
-    assert_close(large, small)
-
-
-def test_the_gradient_of_a_density_pulls_the_mean_to_what_was_drawn() -> None:
-    """d/dmean = (x - mean) / (n std^2); what was drawn is data."""
-    mean, x = (torch.randn(SHAPE, generator=seeded(s)).requires_grad_() for s in (0, 1))
-    std = torch.tensor([0.5, 1.0, 2.0, 3.0])
-    mean_log_prob(Transition(mean, std), x).sum().backward()
-    assert_close(mean.grad, ((x - mean) / (18 * per_image(std) ** 2)).detach())
-    assert x.grad is None
-
-
-def test_the_average_density_of_samples_is_minus_the_entropy() -> None:
-    """-log(std) - log(2 pi e) / 2, within four standard errors of 1 / sqrt(2 n)."""
-    transition = Transition(torch.randn(2, 4, 64, 64, generator=seeded(0)), torch.tensor([0.1, 3.0]))
-    drawn = sample(transition, generators=[seeded(1)])
-    entropy = transition.std.log() + 0.5 * math.log(2 * math.pi * math.e)
-    assert_close(mean_log_prob(transition, drawn), -entropy, rtol=0, atol=4 / math.sqrt(2 * 4 * 64 * 64))
-
-
-def test_densities_are_taken_in_float32_whatever_the_mean_is_in() -> None:
-    mean = torch.randn(SHAPE, generator=seeded(0)).bfloat16()
-    x, std = torch.randn(SHAPE, generator=seeded(1)), torch.full((4,), 0.02)
-    log_prob = mean_log_prob(Transition(mean, std), x)
-    assert log_prob.dtype == torch.float32
-    assert_close(log_prob, mean_log_prob(Transition(mean.float(), std), x), rtol=0, atol=0)
-
-
-def test_kl_agrees_with_the_slow_reference() -> None:
-    mean, other = torch.randn(2, *SHAPE, generator=seeded(0))
-    std = torch.tensor([0.5, 1.0, 2.0, 0.0])
-    expected = reference.mean_kl(mean.numpy(), other.numpy(), std.tolist())
-    kl = mean_kl(Transition(mean, std), Transition(other, std))
-    assert_close(kl, torch.tensor(expected), rtol=1e-5, atol=1e-6)
-
-
-def test_kl_is_the_expected_gap_of_log_densities() -> None:
-    """E[log p(x) - log q(x)] over x from p, within five standard errors of |gap| / (std sqrt(n))."""
-    p = Transition(torch.zeros(1, 4, 128, 128), torch.tensor([0.5]))
-    q = Transition(torch.full((1, 4, 128, 128), 0.2), torch.tensor([0.5]))
-    x = sample(p, generators=[seeded(0)])
-    gap = mean_log_prob(p, x) - mean_log_prob(q, x)
-    assert_close(mean_kl(p, q), torch.tensor([0.08]))
-    assert_close(gap, mean_kl(p, q), rtol=0, atol=5 * 0.4 / math.sqrt(4 * 128 * 128))
-
-
-def test_a_policy_equal_to_its_reference_has_no_kl() -> None:
-    transition = Transition(torch.randn(SHAPE, generator=seeded(0)), torch.tensor([0.5, 1.0, 2.0, 0.0]))
-    assert mean_kl(transition, transition).tolist() == [0, 0, 0, 0]
-
-
-# --- draws ----------------------------------------------------------------------------------------
-
-
-def test_each_image_is_drawn_with_its_own_std() -> None:
-    mean, std = torch.randn(3, 4, 64, 64, generator=seeded(0)), torch.tensor([0.0, 0.1, 2.0])
-    error = (sample(Transition(mean, std), generators=[seeded(1)]) - mean).flatten(1)
-    assert_close(error.std(1), std, rtol=0.03, atol=0)
-    assert_close(error.mean(1) / std.clamp_min(0.1), torch.zeros(3), rtol=0, atol=0.04)
-    assert (error[0] == 0).all()
-
-
-def test_numbers_do_not_depend_on_how_many_processes_draw_them() -> None:
-    whole = randn((6, 4, 2, 2), generators=[seeded(s) for s in range(3)], device=CPU)
-    parts = [randn((2, 4, 2, 2), generators=[seeded(s)], device=CPU) for s in range(3)]
-    assert torch.equal(whole, torch.cat(parts))
-    assert len(whole.unique()) == whole.numel()
-
-
-def test_samples_do_not_depend_on_how_many_processes_draw_them() -> None:
-    transition = Transition(torch.randn(SHAPE, generator=seeded(0)), torch.tensor([0.5, 1.0, 2.0, 0.0]))
-    whole = sample(transition, generators=[seeded(1), seeded(2)])
-    halves = [
-        sample(Transition(transition.mean[rows], transition.std[rows]), generators=[seeded(seed)])
-        for rows, seed in ((slice(0, 2), 1), (slice(2, 4), 2))
-    ]
-    assert torch.equal(whole, torch.cat(halves))
-
-
-def test_an_uneven_split_of_images_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match="3 generators cannot share 4 images"):
-        randn(SHAPE, generators=[seeded(s) for s in range(3)], device=CPU)
-
-
-def test_drawing_leaves_the_global_generators_alone() -> None:
-    before, state = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    sample(Transition(torch.zeros(SHAPE), torch.ones(4)), generators=[seeded(0)])
-    assert torch.equal(torch.get_rng_state(), before)
-    assert np.random.get_state()[1].tolist() == state

@@ -1,4 +1,4 @@
-"""Steps of a flow, x = (1 - sigma) clean + sigma noise: against slow references, diffusers, and closed forms."""
+"""Flow transitions, x = (1 - sigma) clean + sigma noise: against slow references, diffusers and closed forms."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def of_velocity(latents: Tensor, velocity: Tensor, level: Level) -> Prediction:
 
 
 @pytest.fixture
-def strokes() -> tuple[Tensor, Tensor, Prediction, Level, Level]:
-    """Latents, a velocity, what it means, and levels, the first of them pure noise and the last one clean."""
+def flow_steps() -> tuple[Tensor, Tensor, Prediction, Level, Level]:
+    """Latents, velocity, prediction, level and next level of four steps, from pure noise to clean."""
     latents, velocity = torch.randn(2, 4, 2, 3, 3, generator=seeded(0))
     level, after = flow_level(*SIGMAS), flow_level(*NEXT_SIGMAS)
     return latents, velocity, of_velocity(latents, velocity, level), level, after
 
 
-# --- against slow references ------------------------------------------------------------------------
+# --- against slow references --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["flow_sde", "cps", "ancestral"])
-def test_steps_and_log_densities_agree_with_independent_float64_loops(
-    kind: str, strokes: tuple[Tensor, Tensor, Prediction, Level, Level]
+def test_steps_and_log_probabilities_equal_independent_float64_loops(
+    kind: str, flow_steps: tuple[Tensor, Tensor, Prediction, Level, Level]
 ) -> None:
-    latents, velocity, prediction, level, after = strokes
+    latents, velocity, prediction, level, after = flow_steps
     exact = latents.double().numpy(), velocity.double().numpy(), SIGMAS, NEXT_SIGMAS
     dynamics: Dynamics
     match kind:
@@ -71,7 +71,7 @@ def test_steps_and_log_densities_agree_with_independent_float64_loops(
     assert_close(mean_log_prob(transition, drawn).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_of_flow_sde_by_hand() -> None:
+def test_flow_sde_by_hand() -> None:
     """sigma 0.5 to 0.4, scale 1: g = 1, std = sqrt(0.1); x = 1 and v = 2: drift = 2 + (1 + 0.5 * 2) = 4."""
     level, after = flow_level(0.5), flow_level(0.4)
     latents, velocity = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 2.0)
@@ -80,18 +80,18 @@ def test_a_step_of_flow_sde_by_hand() -> None:
     assert step.std.item() == pytest.approx(math.sqrt(0.1))
 
 
-def test_the_ancestral_step_is_ddims_where_the_variance_is_kept() -> None:
+def test_the_ancestral_step_is_ddim_if_the_variance_is_preserved() -> None:
     sigma = torch.tensor([0.99, 0.8, 0.3])
     level = Level((1 - sigma**2).sqrt(), sigma, sigma)
-    less = sigma - torch.tensor([0.1, 0.5, 0.3])
-    after = Level((1 - less**2).sqrt(), less, less)
+    next_sigma = sigma - torch.tensor([0.1, 0.5, 0.3])
+    after = Level((1 - next_sigma**2).sqrt(), next_sigma, next_sigma)
     latents, clean, noise = torch.randn(3, 3, 1, 2, 2, generator=seeded(0))
     one, other = (step(latents, Prediction(clean, noise), level, after, eta=0.7) for step in (ancestral, ddim))
     assert_close(one.mean, other.mean, rtol=1e-5, atol=1e-5)
     assert_close(one.std, other.std, rtol=1e-5, atol=1e-6)
 
 
-# --- against diffusers ------------------------------------------------------------------------------
+# --- against diffusers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["flow_sde", "cps", "ancestral"])
@@ -105,12 +105,12 @@ def test_without_noise_every_step_is_the_euler_step_of_diffusers(kind: str) -> N
     schedule, steps = levels.schedule(6), torch.arange(6)
     level, after = schedule.at(steps), schedule.at(steps + 1)
     latents, velocity = torch.randn(2, 6, 2, 3, 3, generator=seeded(0))
-    none: dict[str, Dynamics] = {
+    without_noise: dict[str, Dynamics] = {
         "flow_sde": partial(flow_sde, noise_scale=0.0, sigma_cap=float(schedule.sigma[1])),
         "cps": partial(cps, noise_scale=0.0),
         "ancestral": partial(ancestral, eta=0.0),
     }
-    found = none[kind](latents, levels.to_prediction(latents, velocity, level), level, after)
+    found = without_noise[kind](latents, levels.to_prediction(latents, velocity, level), level, after)
     scheduler.set_timesteps(6)
     expected = [scheduler.step(velocity[[i]], t, latents[[i]])[0] for i, t in enumerate(scheduler.timesteps)]
     assert_close(level.model_time, scheduler.timesteps)
@@ -118,8 +118,8 @@ def test_without_noise_every_step_is_the_euler_step_of_diffusers(kind: str) -> N
     assert found.std.eq(0).all()
 
 
-def test_trained_levels_and_their_target_are_those_of_diffusers() -> None:
-    """scale_noise, at every level of the model's own schedule."""
+def test_training_levels_and_targets_equal_those_of_diffusers() -> None:
+    """`scale_noise`, at every level of the model's own schedule."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from rlhf_t2i.diffusion.forward import noise_to
@@ -143,9 +143,9 @@ def test_trained_levels_and_their_target_are_those_of_diffusers() -> None:
 
 
 def variance_after(dynamics: Dynamics, schedule: Schedule, *, std: float) -> list[float]:
-    """The variance of latents at each level, if clean ~ Normal(0, std^2) and the model knows it exactly.
+    """Return the variance of latents at each level, for clean ~ Normal(0, std^2) and the exact predictor.
 
-    Each step is linear in x, so that it can be followed without drawing anything.
+    Every step is linear in x, so zeros has to be drawn.
     """
     found = [(schedule.alpha[0] ** 2 * std**2 + schedule.sigma[0] ** 2).item()]
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -165,10 +165,10 @@ def even_flow(num_steps: int, *, start: float = 1.0) -> Schedule:
 
 @pytest.mark.parametrize("std", [0.3, 1.5])
 @pytest.mark.parametrize("kind", ["ode", "flow_sde", "ancestral"])
-def test_the_marginals_of_the_sde_are_those_of_the_ode(kind: str, std: float) -> None:
-    """At every level alpha^2 std^2 + sigma^2; the error falls with the length of the steps.
+def test_the_marginals_of_the_sde_equal_those_of_the_ode(kind: str, std: float) -> None:
+    """The variance is alpha^2 std^2 + sigma^2 at every level, with an error that falls with the step size.
 
-    From sigma = 0.98 on: at 1 the SDE is singular, and the cap that keeps it finite leaves the first step inexact.
+    The schedule starts at sigma = 0.98: at 1 the SDE is singular, and the cap makes the first step inexact.
     """
     errors: list[float] = []
     for num_steps in (200, 2000):
@@ -185,17 +185,17 @@ def test_the_marginals_of_the_sde_are_those_of_the_ode(kind: str, std: float) ->
     assert errors[1] < 0.25 * errors[0]
 
 
-def test_ancestral_noise_is_that_of_the_sde_in_small_steps() -> None:
+def test_ancestral_noise_approaches_that_of_the_sde_for_small_steps() -> None:
     level, after = flow_level(0.6), flow_level(0.599)
-    nothing = torch.zeros(1, 1, 1, 1)
-    one = ancestral(nothing, Prediction(nothing, nothing), level, after, eta=0.5)
-    other = flow_sde(nothing, Prediction(nothing, nothing), level, after, noise_scale=0.5 * math.sqrt(2), sigma_cap=CAP)
+    zeros = torch.zeros(1, 1, 1, 1)
+    one = ancestral(zeros, Prediction(zeros, zeros), level, after, eta=0.5)
+    other = flow_sde(zeros, Prediction(zeros, zeros), level, after, noise_scale=0.5 * math.sqrt(2), sigma_cap=CAP)
     assert one.std.item() == pytest.approx(other.std.item(), rel=0.01)
 
 
 @pytest.mark.parametrize("step", [partial(ancestral, eta=1.0), partial(cps, noise_scale=0.8)])
 def test_a_known_image_keeps_its_marginals_in_steps_of_any_size(step: Dynamics) -> None:
-    """If clean is known, the noise of latents stays what the schedule says: alpha' clean + sigma' noise."""
+    """With the exact predictor of one image, x stays alpha' clean + sigma' noise."""
     clean = torch.zeros(1, 1, 1, 1)
     for sigma, next_sigma in pairwise((1.0, 0.9, 0.3, 0.0)):
         level, after = flow_level(sigma), flow_level(next_sigma)
@@ -203,7 +203,7 @@ def test_a_known_image_keeps_its_marginals_in_steps_of_any_size(step: Dynamics) 
         assert found.mean.item() ** 2 + found.std.item() ** 2 == pytest.approx(next_sigma**2, abs=1e-6)
 
 
-def test_the_last_step_shows_the_clean_image_except_with_the_sde() -> None:
+def test_the_last_step_returns_the_clean_latents_except_for_the_sde() -> None:
     level, after = flow_level(0.2), flow_level(0.0)
     latents = torch.ones(1, 1, 1, 1)
     prediction = of_velocity(latents, latents, level)
@@ -214,12 +214,14 @@ def test_the_last_step_shows_the_clean_image_except_with_the_sde() -> None:
     assert flow_sde(latents, prediction, level, after, noise_scale=0.7, sigma_cap=CAP).std.item() > 0.1
 
 
-# --- which step -------------------------------------------------------------------------------------
+# --- choice of the step -------------------------------------------------------------------------------
 
 
-def test_noise_is_only_drawn_within_the_window(strokes: tuple[Tensor, Tensor, Prediction, Level, Level]) -> None:
-    """From sigma = 0.9 down to, but without, 0.2: the second and third step."""
-    latents, _, prediction, level, after = strokes
+def test_steps_are_stochastic_within_the_window_only(
+    flow_steps: tuple[Tensor, Tensor, Prediction, Level, Level],
+) -> None:
+    """The window 0.2 < sigma <= 0.9 holds the second and third step."""
+    latents, _, prediction, level, after = flow_steps
     noisy = partial(flow_sde, noise_scale=0.7, sigma_cap=CAP)
     found = windowed(latents, prediction, level, after, dynamics=noisy, first=0.9, end=0.2)
     inside, outside = noisy(latents, prediction, level, after), ddim(latents, prediction, level, after, eta=0.0)
@@ -228,7 +230,7 @@ def test_noise_is_only_drawn_within_the_window(strokes: tuple[Tensor, Tensor, Pr
     assert found.std.gt(0).tolist() == [False, True, True, False]
 
 
-def test_the_kind_of_a_schedule_chooses_its_stochastic_step() -> None:
+def test_the_stochastic_step_depends_on_the_kind_of_schedule() -> None:
     flow, sigma = even_flow(4), torch.linspace(0.9, 0.1, 4)
     diffusion = Schedule((1 - sigma**2).sqrt(), sigma, sigma)
     for schedule, step in ((flow, ancestral), (diffusion, ddim)):

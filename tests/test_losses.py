@@ -1,15 +1,15 @@
-"""The surrogate is pessimistic, and only the new density learns from it."""
+"""Losses by hand, against slow references, and their gradients."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-import reference
 import torch
 from torch.testing import assert_close
 
 from rlhf_t2i.losses import clipped_surrogate_loss, denoising_mse, diffusion_dpo_loss, negative_aware_loss
+from tests import reference
 
 
 @pytest.mark.parametrize(
@@ -17,10 +17,10 @@ from rlhf_t2i.losses import clipped_surrogate_loss, denoising_mse, diffusion_dpo
     [
         (0.0, 2.0, -2.0),  # on policy: minus the advantage
         (0.5, 1.0, -1.2),  # good image, already more likely: capped at 1 + c
-        (-0.5, 1.0, -math.exp(-0.5)),  # good image, less likely: all that was lost
+        (-0.5, 1.0, -math.exp(-0.5)),  # good image, less likely: the full penalty
         (-0.5, -1.0, 0.8),  # bad image, already less likely: capped at 1 - c
         (0.5, -1.0, math.exp(0.5)),  # bad image, more likely: the full penalty
-        (0.5, 0.0, 0.0),  # neither good nor bad
+        (0.5, 0.0, 0.0),  # average image
     ],
 )
 def test_clipped_surrogate_by_hand(log_ratio: float, advantage: float, expected: float) -> None:
@@ -31,7 +31,7 @@ def test_clipped_surrogate_by_hand(log_ratio: float, advantage: float, expected:
 
 
 @pytest.mark.parametrize("clip_range", [1e-4, 0.2])
-def test_clipped_surrogate_agrees_with_the_slow_reference(clip_range: float) -> None:
+def test_clipped_surrogate_equals_the_slow_reference(clip_range: float) -> None:
     generator = torch.Generator().manual_seed(0)
     old, advantage = torch.randn(2, 64, generator=generator)
     new = old + clip_range * 2 * torch.randn(64, generator=generator)
@@ -48,8 +48,8 @@ def test_on_policy_gradient_is_reinforce() -> None:
     assert_close(log_prob.grad, -advantage / 3)
 
 
-def test_beyond_the_clip_range_only_a_mistake_has_a_gradient() -> None:
-    """Good and likelier, bad and unlikelier: enough. Good and unlikelier, bad and likelier: still to be mended."""
+def test_beyond_the_clip_range_only_a_change_in_the_wrong_direction_has_a_gradient() -> None:
+    """Good and more likely, or bad and less likely: clipped. The other two cases keep their gradient."""
     log_prob = torch.tensor([0.5, -0.5, -0.5, 0.5], requires_grad=True)
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
     clipped_surrogate_loss(log_prob, torch.zeros(4), advantage, clip_range=0.2).backward()
@@ -62,18 +62,18 @@ def test_a_wide_clip_range_leaves_the_importance_weighted_mean() -> None:
     assert_close(loss, -(log_prob.exp() * advantage).mean())
 
 
-def test_a_batch_is_the_mean_of_its_images() -> None:
+def test_the_loss_of_a_batch_is_the_mean_over_its_images() -> None:
     generator = torch.Generator().manual_seed(1)
     new, old, advantage = torch.randn(3, 8, generator=generator)
-    whole = clipped_surrogate_loss(new, old, advantage, clip_range=0.1)
+    batch = clipped_surrogate_loss(new, old, advantage, clip_range=0.1)
     parts = [
         clipped_surrogate_loss(new[i : i + 1], old[i : i + 1], advantage[i : i + 1], clip_range=0.1) for i in range(8)
     ]
-    assert_close(whole, torch.stack(parts).mean())
+    assert_close(batch, torch.stack(parts).mean())
 
 
-def test_gradients_reach_only_the_new_density() -> None:
-    """A judge whose parameters learn must not be trained by the painter's loss."""
+def test_only_the_new_log_probability_gets_a_gradient() -> None:
+    """A reward model with trainable parameters must not be trained by the policy's loss."""
     log_prob, old_log_prob, advantage = (torch.ones(4, requires_grad=True) for _ in range(3))
     clipped_surrogate_loss(log_prob, old_log_prob, advantage, clip_range=0.2).backward()
     assert log_prob.grad is not None
@@ -85,7 +85,7 @@ def test_gradients_reach_only_the_new_density() -> None:
 
 
 @pytest.mark.parametrize(("beta", "dpop_weight"), [(0.5, 0.0), (50.0, 0.0), (2000.0, 0.0), (50.0, 2.5)])
-def test_diffusion_dpo_agrees_with_the_slow_reference(beta: float, dpop_weight: float) -> None:
+def test_diffusion_dpo_equals_the_slow_reference(beta: float, dpop_weight: float) -> None:
     errors = (1 + 0.1 / beta**0.5 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))).double()
 
     loss = diffusion_dpo_loss(*errors, beta=beta, dpop_weight=dpop_weight)
@@ -96,14 +96,14 @@ def test_diffusion_dpo_agrees_with_the_slow_reference(beta: float, dpop_weight: 
 
 @pytest.mark.parametrize("dpop_weight", [0.0, 50.0])
 def test_diffusion_dpo_starts_at_log_two(dpop_weight: float) -> None:
-    """A policy equal to its reference has no opinion yet, whatever the pair."""
+    """A policy equal to its reference has no preference, whatever the pair."""
     winner, loser = torch.tensor([0.3, 1.0]), torch.tensor([0.1, 1.5])
     loss = diffusion_dpo_loss(winner, loser, winner, loser, beta=5000.0, dpop_weight=dpop_weight)
     assert loss.item() == torch.tensor(2.0).log().item()
 
 
-def test_diffusion_dpo_at_the_reference_moves_each_error_by_a_quarter_of_beta() -> None:
-    """d loss / d winner_error = beta / 2 * sigmoid(0) / B: down with the winner's error, up with the loser's."""
+def test_the_gradient_of_diffusion_dpo_at_the_reference_is_a_quarter_of_beta() -> None:
+    """d loss / d winner_error = beta / 2 * sigmoid(0) / B, and the negative of it for the loser's error."""
     winner, loser, *reference_errors = (torch.ones(4, requires_grad=True) for _ in range(4))
     diffusion_dpo_loss(winner, loser, *reference_errors, beta=8.0).backward()
     assert_close(winner.grad, torch.full((4,), 8.0 / 2 / 2 / 4))
@@ -111,32 +111,32 @@ def test_diffusion_dpo_at_the_reference_moves_each_error_by_a_quarter_of_beta() 
     assert [errors.grad for errors in reference_errors] == [None, None]
 
 
-def test_the_logarithm_comes_before_the_mean() -> None:
-    """One pair far on the right side does not pay for one far on the wrong side."""
+def test_the_logarithm_is_taken_before_the_mean() -> None:
+    """A pair far on the right side does not compensate for one far on the wrong side."""
     moved = torch.tensor([-1.0, 1.0])
     loss = diffusion_dpo_loss(moved, torch.zeros(2), torch.zeros(2), torch.zeros(2), beta=20.0)
     assert loss.item() == pytest.approx((math.log1p(math.exp(-10)) + math.log1p(math.exp(10))) / 2)
 
 
-def test_the_dpop_weight_turns_the_gradient_where_both_errors_rise() -> None:
-    """Plain DPO is content if the loser's error rises more; guarded, the winner's rise costs more than that earns."""
+def test_the_dpop_penalty_raises_the_loss_if_both_errors_rise() -> None:
+    """The plain loss is below log 2 if the loser's error rises more; with the penalty it is above."""
     winner, loser = torch.tensor([0.1], requires_grad=True), torch.tensor([0.3])
     zero = torch.zeros(1)
     plain = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0)
-    guarded = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, dpop_weight=5.0)
-    assert plain.item() < math.log(2) < guarded.item()
-    (pixel_gradient,) = torch.autograd.grad(plain, winner)
-    (guarded_slope,) = torch.autograd.grad(guarded, winner)
-    assert guarded_slope.item() > 6 * pixel_gradient.item()
+    penalised = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, dpop_weight=5.0)
+    assert plain.item() < math.log(2) < penalised.item()
+    (slope,) = torch.autograd.grad(plain, winner)
+    (penalised_slope,) = torch.autograd.grad(penalised, winner)
+    assert penalised_slope.item() > 6 * slope.item()
 
 
-def test_the_dpop_weight_does_nothing_where_the_winner_gained() -> None:
+def test_the_dpop_penalty_is_zero_if_the_winners_error_fell() -> None:
     winner, loser, zero = torch.tensor([-0.1, 0.0]), torch.tensor([0.3, 0.2]), torch.zeros(2)
     plain = diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0)
     assert diffusion_dpo_loss(winner, loser, zero, zero, beta=10.0, dpop_weight=5.0).item() == plain.item()
 
 
-def test_a_margin_of_any_size_has_a_finite_loss() -> None:
+def test_the_gradient_of_a_huge_margin_is_finite() -> None:
     far, zero = torch.tensor([1e4], requires_grad=True), torch.zeros(1)
     diffusion_dpo_loss(far, zero, zero, zero, beta=5000.0).backward()
     assert far.grad is not None
@@ -153,22 +153,22 @@ def test_denoising_mse_is_a_mean_in_float32() -> None:
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
-def test_the_negative_aware_loss_agrees_with_the_slow_reference(beta: float) -> None:
-    found, old, clean = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+def test_the_negative_aware_loss_equals_the_slow_reference(beta: float) -> None:
+    new, old, clean = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     optimality = torch.tensor([0.0, 0.3, 0.8, 1.0])
     expected = reference.negative_aware(
-        *(latents.double().numpy() for latents in (found, old, clean)), optimality.tolist(), beta=beta
+        *(latents.double().numpy() for latents in (new, old, clean)), optimality.tolist(), beta=beta
     )
-    loss = negative_aware_loss(found, old, clean, optimality, beta=beta)
+    loss = negative_aware_loss(new, old, clean, optimality, beta=beta)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
-def test_where_the_model_painted_the_negative_aware_gradient_is_the_advantage(beta: float) -> None:
-    """There the errors of positive and negative are one: what is left is (2 goodness - 1) times its gradient."""
+def test_on_policy_the_negative_aware_gradient_is_weighted_by_the_advantage(beta: float) -> None:
+    """With new = old the errors of positive and negative are equal: the gradient is 2 r - 1 times that of the error."""
     old, clean = torch.randn(2, 3, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-    found, optimality = old.clone().requires_grad_(), torch.tensor([0.1, 0.5, 0.9])
-    negative_aware_loss(found, old, clean, optimality, beta=beta).backward()
+    new, optimality = old.clone().requires_grad_(), torch.tensor([0.1, 0.5, 0.9])
+    negative_aware_loss(new, old, clean, optimality, beta=beta).backward()
     scale = 2 / 18 / (old - clean).abs().mean(dim=(1, 2, 3)) / 3
     expected = ((2 * optimality - 1) * scale)[:, None, None, None] * (old - clean)
-    assert_close(found.grad, expected, rtol=1e-4, atol=1e-6)
+    assert_close(new.grad, expected, rtol=1e-4, atol=1e-6)

@@ -1,51 +1,86 @@
-"""Stable Diffusion as a policy: its densities, its images, what of it learns, what leaves it."""
+"""Every model family as a policy: its images are those of plain diffusers, before training and after."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
-from rlhf_t2i.diffusion.transitions import ddim
-from rlhf_t2i.models.base import DiffusionPolicy
-from rlhf_t2i.models.load import load_policy
-from rlhf_t2i.sampling.rollout import rollout, transition_at
-from rlhf_t2i.training.evaluation import evaluate
-from rlhf_t2i.types import Sampler
-
-CPU = torch.device("cpu")
-PROMPTS = ["a red circle on a blue background", "a blue square on a red background"]
-
-
-def sampler_of(policy: DiffusionPolicy, *, eta: float, guidance_scale: float = 1.0, num_steps: int = 5) -> Sampler:
-    return Sampler(policy.schedule(num_steps), partial(ddim, eta=eta), guidance_scale)
-
-
-def seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+from rlhf_t2i.models.load import as_policy
+from rlhf_t2i.sampling.rollout import generate, rollout, transition_at
+from tests.policies import (
+    DIFFUSION,
+    GUIDED,
+    MODELS,
+    PROMPTS,
+    images_of,
+    perturb,
+    pipeline_of,
+    policy_of,
+    sampler_of,
+    stock_images,
+)
+from tests.toys import seeded
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+# --- sampling -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "guidance_scale"), GUIDED, indirect=["model"])
+def test_images_equal_those_of_the_stock_pipeline(model: Path, guidance_scale: float) -> None:
+    images = stock_images(pipeline_of(model), guidance_scale=guidance_scale)
+    assert images.std() > 0.01
+    assert_close(images_of(policy_of(model), guidance_scale=guidance_scale), images, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("model", DIFFUSION, indirect=True)
+def test_images_of_stochastic_ddim_equal_those_of_the_stock_pipeline(
+    model: Path, guidance_scale: float, eta: float
+) -> None:
+    images = stock_images(pipeline_of(model), guidance_scale=guidance_scale, eta=eta)
+    assert_close(images_of(policy_of(model), guidance_scale=guidance_scale, eta=eta), images, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_images_of_another_size_equal_those_of_the_stock_pipeline(model: Path) -> None:
+    policy = policy_of(model, resolution=8)
+    assert policy.image_size == (8, 8)
+    assert_close(images_of(policy), stock_images(pipeline_of(model), height=8, width=8), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_a_loaded_pipeline_gives_the_same_images(model: Path) -> None:
+    pipeline = pipeline_of(model)
+    policy = as_policy(pipeline, resolution=16)
+    assert policy.network is getattr(pipeline, policy.component)
+    assert_close(images_of(policy), images_of(policy_of(model)), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch: just slower
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lora_rank", [None, 2])
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd_v"])
+@pytest.mark.parametrize(("model", "guidance_scale"), GUIDED, indirect=["model"])
 def test_replaying_a_fresh_rollout_gives_ratio_one(
-    model: str, lora_rank: int | None, dtype: torch.dtype, guidance_scale: float, request: pytest.FixtureRequest
+    model: Path, lora_rank: int | None, dtype: torch.dtype, guidance_scale: float
 ) -> None:
-    """An unchanged policy assigns its own strokes the very density it recorded, even where a batch mixes steps."""
-    policy = load_policy(str(request.getfixturevalue(model)), device=CPU, dtype=dtype)
+    """An unchanged policy reproduces the log-probabilities it recorded, even where a batch mixes denoising steps."""
+    policy = policy_of(model, dtype)
     policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
     sampler = sampler_of(policy, eta=1.0, guidance_scale=guidance_scale)
     _, trajectory = rollout(policy, PROMPTS * 2, sampler=sampler, generators=seeded(1, 2), microbatch_size=4)
-
-    image, step = (grid.flatten() for grid in torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij"))
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    image, step = (grid.flatten() for grid in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     for rows in order.split(4):
         i, t = image[rows], step[rows]
         transition = transition_at(policy, trajectory.latents[i, t], t, trajectory.conditioning[i], sampler=sampler)
@@ -53,122 +88,113 @@ def test_replaying_a_fresh_rollout_gives_ratio_one(
         assert_close(replayed, trajectory.log_probs[i, t], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd_v"])
-def test_images_are_those_of_the_stock_pipeline(
-    model: str, guidance_scale: float, eta: float, request: pytest.FixtureRequest
-) -> None:
-    """One seed is one image, here and in plain diffusers, step noise included."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    folder = request.getfixturevalue(model)
-    policy = load_policy(str(folder), device=CPU)
-    evaluation = evaluate(
-        policy, PROMPTS, [7, 8], [],
-        sampler=sampler_of(policy, eta=eta, guidance_scale=guidance_scale), microbatch_size=2,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        PROMPTS, num_inference_steps=5, eta=eta, guidance_scale=guidance_scale, generator=seeded(7, 8), output_type="pt"
-    ).images
-    assert_close(evaluation.images, images, rtol=0, atol=2e-5)
-
-
-def test_images_do_not_depend_on_their_neighbours_or_on_the_batch_size(tiny_sd: Path) -> None:
-    policy = load_policy(str(tiny_sd), device=CPU)
-    look = partial(evaluate, policy, rewards=[], sampler=sampler_of(policy, eta=1.0))
-    together = look(PROMPTS * 2, [1, 2, 3, 4], batch_size=4).images
-    assert_close(look(PROMPTS * 2, [1, 2, 3, 4], batch_size=1).images, together, rtol=0, atol=1e-5)
-    assert_close(look(PROMPTS[1:], [4], batch_size=1).images[0], together[3], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("lora_rank", [None, 2])
-def test_the_reference_is_the_model_before_training(tiny_sd: Path, lora_rank: int | None) -> None:
-    policy = load_policy(str(tiny_sd), device=CPU)
+def test_images_do_not_depend_on_their_batch_or_on_the_microbatch_size(tiny_sd: Path) -> None:
+    policy = policy_of(tiny_sd)
     sampler = sampler_of(policy, eta=1.0)
-    noise = policy.initial_noise(seeded(0), copies=2)
-    asked = noise, torch.tensor([0, 3]), policy.encode(PROMPTS)
+
+    def images(prompts: list[str], *seeds: int, microbatch_size: int) -> torch.Tensor:
+        generators = seeded(*seeds)
+        return generate(policy, prompts, sampler=sampler, generators=generators, microbatch_size=microbatch_size)[0]
+
+    together = images(PROMPTS * 2, 1, 2, 3, 4, microbatch_size=4)
+    assert_close(images(PROMPTS * 2, 1, 2, 3, 4, microbatch_size=1), together, rtol=0, atol=1e-5)
+    assert_close(images(PROMPTS[1:], 4, microbatch_size=1)[0], together[3], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_denoiser_calls_are_counted_twice_with_classifier_free_guidance_only(model: Path) -> None:
+    policy, rows = policy_of(model), list[int]()
+    policy.network.register_forward_pre_hook(
+        lambda _, inputs, named: rows.append(len(named.get("hidden_states", inputs[0] if inputs else None))),
+        with_kwargs=True,
+    )
+    latents, steps = policy.initial_noise(seeded(0), copies=2), torch.tensor([0, 1])
+    for guidance_scale in (1.0,) if "schnell" in str(model) else (1.0, 4.0):
+        rows.clear()
+        sampler = sampler_of(policy, guidance_scale=guidance_scale)
+        with torch.no_grad():
+            transition_at(policy, latents, steps, policy.encode(PROMPTS), sampler=sampler)
+        assert sum(rows) == 2 * policy.num_calls(guidance_scale)
+
+
+# --- latents and prompts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_decoding_and_encoding_images_equal_those_of_diffusers(model: Path) -> None:
+    policy = policy_of(model)
+    latents = policy.initial_noise(seeded(1), copies=2)
+    vae = pipeline_of(model).vae
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
     with torch.no_grad():
-        before = transition_at(policy, *asked, sampler=sampler).mean
+        images = vae.decode(latents / scale + shift).sample / 2 + 0.5
+        mean = (vae.encode(2 * images - 1).latent_dist.mean - shift) * scale
+        assert_close(policy.decode(latents), images, rtol=0, atol=1e-5)
+    assert policy.image_size == images.shape[-2:]
+    assert_close(policy.encode_images(images), mean, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_each_distinct_prompt_is_encoded_once(model: Path) -> None:
+    policy = policy_of(model)
+    counts = [0 for _ in policy.text_encoders]
+
+    def counted(index: int) -> Any:
+        def count(*_: object) -> None:
+            counts[index] += 1
+
+        return count
+
+    for index, encoder in enumerate(policy.text_encoders):
+        encoder.model.register_forward_pre_hook(counted(index))
+    first = policy.encode([*PROMPTS, PROMPTS[0]])
+    assert counts == [2] * len(counts)
+    assert_close(policy.encode(PROMPTS[1:]).parts, first[1:2].parts, rtol=0, atol=0)
+    assert_close(first[2:].parts, first[:1].parts, rtol=0, atol=0)
+    assert counts == [2] * len(counts)
+
+
+# --- training and export ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_the_reference_is_the_model_before_training(model: Path) -> None:
+    for lora_rank in (None, 2):
+        policy = policy_of(model)
+        before = images_of(policy)
         policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=True, seed=0)
-        for weight in policy.trainable.values():
-            weight.add_(0.05)
-        moved = transition_at(policy, *asked, sampler=sampler).mean
+        perturb(policy)
+        after = images_of(policy)
         with policy.as_reference():
-            reference = transition_at(policy, *asked, sampler=sampler).mean
-        again = transition_at(policy, *asked, sampler=sampler).mean
-    assert_close(reference, before, rtol=0, atol=0)
-    assert (moved - before).abs().max() > 1e-3
-    assert_close(again, moved, rtol=0, atol=0)
+            assert_close(images_of(policy), before, rtol=0, atol=0)
+        assert (after - before).abs().max() > 1e-3
+        assert_close(images_of(policy), after, rtol=0, atol=0)
 
 
-def test_a_long_prompt_is_reported_once_and_not_silently_cut(tiny_sd: Path) -> None:
-    policy = load_policy(str(tiny_sd), device=CPU)
-    long = "a red circle " * 20
-    with pytest.warns(UserWarning, match="takes 24 tokens and this prompt has 62") as caught:
-        _ = policy.encode([long, PROMPTS[0]]), policy.encode([long])
-    assert len(caught) == 1
-    assert long in str(caught[0].message)
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_an_exported_lora_gives_the_same_images_in_diffusers_and_when_loaded(model: Path, tmp_path: Path) -> None:
+    policy = policy_of(model)
+    policy.set_trainable(2, lora_alpha=6.0, keep_reference=False, seed=0)
+    assert all(
+        any(name.endswith(f"{target}.lora_A.default.weight") for name in policy.trainable)
+        for target in policy.lora_targets
+    )
+    perturb(policy)
+    policy.export(tmp_path, policy.trainable)
+    pipeline = pipeline_of(model)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    assert_close(stock_images(pipeline), images_of(policy), rtol=0, atol=2e-5)
+    assert_close(images_of(policy_of(model, weights=tmp_path)), images_of(policy), rtol=0, atol=2e-5)
 
 
-# --- models that cannot be trained ------------------------------------------------------------------
-
-
-def test_a_missing_model_folder_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no model folder './nowhere'"):
-        load_policy("./nowhere", device=CPU)
-
-
-def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"not a diffusers pipeline: it has no model_index\.json"):
-        load_policy(str(tmp_path), device=CPU)
-
-
-def test_a_pipeline_of_another_family_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
-    with pytest.raises(ValueError, match="is a KandinskyPipeline"):
-        load_policy(str(tmp_path), device=CPU)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prediction_type": "sample"}, "predicts 'sample'"),
-        ({"thresholding": True}, "sets thresholding"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-    ],
-)
-def test_schedulers_without_an_exact_density_are_refused(
-    tiny_sd_v: Path, tmp_path: Path, change: dict[str, object], message: str
-) -> None:
-    folder = shutil.copytree(tiny_sd_v, tmp_path / "model")
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=message):
-        load_policy(str(folder), device=CPU)
-
-
-def test_a_scheduler_without_betas_is_refused(tiny_sd_v: Path, tmp_path: Path) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    folder = shutil.copytree(tiny_sd_v, tmp_path / "model")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler, has no beta schedule"):
-        load_policy(str(folder), device=CPU)
-
-
-def test_a_number_of_steps_that_the_schedule_cannot_be_cut_into_is_refused(tiny_sd: Path) -> None:
-    policy = load_policy(str(tiny_sd), device=CPU)
-    with pytest.raises(ValueError, match="num_denoising_steps is 1001; it must be between 1 and 1000"):
-        policy.schedule(1001)
-
-
-def test_weights_that_are_none_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no trained weights"):
-        load_policy(str(tiny_sd), device=CPU, weights=tmp_path)
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_an_exported_denoiser_gives_the_same_images_in_diffusers_and_when_loaded(model: Path, tmp_path: Path) -> None:
+    policy = policy_of(model)
+    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
+    perturb(policy)
+    component = policy.export(tmp_path, policy.trainable).name
+    pipeline = pipeline_of(model)
+    trained = type(policy.network).from_pretrained(tmp_path / component)
+    pipeline.register_modules(**{component: trained})
+    assert_close(stock_images(pipeline), images_of(policy), rtol=0, atol=2e-5)
+    assert_close(images_of(policy_of(model, weights=tmp_path)), images_of(policy), rtol=0, atol=0)

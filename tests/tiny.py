@@ -1,4 +1,4 @@
-"""Tiny random pipelines of every family, in the ordinary format of the model they stand for."""
+"""Tiny random pipelines of every family, in the on-disk format of the real models."""
 
 from __future__ import annotations
 
@@ -8,8 +8,45 @@ from typing import Any
 import torch
 
 
+def save_sd(folder: Path, *, prediction_type: str = "epsilon", scheduler: str = "PNDMScheduler") -> Path:
+    """Save a pipeline like SD 1.5 or 2.1: one CLIP, noise or v prediction."""
+    import diffusers
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    diffusers.StableDiffusionPipeline(
+        unet=unet,
+        vae=autoencoder(),
+        text_encoder=clip(CLIPTextModel, hidden_size=16, num_layers=1),
+        tokenizer=clip_tokenizer(),
+        scheduler=getattr(diffusers, scheduler)(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            set_alpha_to_one=False,
+            prediction_type=prediction_type,
+            **({"clip_sample": False} if scheduler == "DDIMScheduler" else {"skip_prk_steps": True}),
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 def save_sdxl(folder: Path, *, prediction_type: str = "epsilon") -> Path:
-    """Like SDXL: two CLIPs, size conditioning, noise prediction, saved with an Euler scheduler."""
+    """Save a pipeline like SDXL: two CLIPs, size conditioning, an Euler scheduler."""
     import diffusers
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -49,7 +86,7 @@ def save_sdxl(folder: Path, *, prediction_type: str = "epsilon") -> Path:
 
 
 def save_sd3(folder: Path, *, with_t5: bool = True, dynamic_shift: bool = False) -> Path:
-    """Like SD 3.5: two CLIPs, a T5, dual attention in some blocks, normalised queries and keys; a flow with a shift."""
+    """Save a pipeline like SD 3.5: two CLIPs, a T5, dual attention in one block, normalised queries and keys."""
     import diffusers
     from transformers import CLIPTextModelWithProjection
 
@@ -85,7 +122,7 @@ def save_sd3(folder: Path, *, with_t5: bool = True, dynamic_shift: bool = False)
 
 
 def save_flux(folder: Path, *, is_distilled: bool = True) -> Path:
-    """Like FLUX.1 dev, which is told of its guidance and whose schedule depends on the image's size; or schnell."""
+    """Save a pipeline like FLUX.1 dev, with guidance as an input and a size-dependent shift, or schnell."""
     import diffusers
     from transformers import CLIPTextModel
 
@@ -116,7 +153,7 @@ def save_flux(folder: Path, *, is_distilled: bool = True) -> Path:
 
 
 def save_zimage(folder: Path) -> Path:
-    """Like Z-Image: a Qwen3 that reads a chat, one stream of image and words; a flow with a shift."""
+    """Save a pipeline like Z-Image: a Qwen3 with a chat template, one stream of image and text tokens."""
     import diffusers
     from transformers import Qwen3Config, Qwen3Model
 
@@ -142,7 +179,7 @@ def save_zimage(folder: Path) -> Path:
 
 
 def t5(*, width: int) -> Any:
-    """An encoder of two layers."""
+    """Return a T5 encoder with two layers."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
@@ -151,7 +188,7 @@ def t5(*, width: int) -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """Letter by letter."""
+    """Return a tokenizer with one token per letter."""
     from transformers import T5Tokenizer
 
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
@@ -159,7 +196,7 @@ def t5_tokenizer() -> Any:
 
 
 def autoencoder(*, latent_channels: int = 4, **settings: Any) -> Any:
-    """Two pixels a latent."""
+    """Return an AutoencoderKL with 2 x 2 pixels per latent."""
     import diffusers
 
     return diffusers.AutoencoderKL(
@@ -173,14 +210,14 @@ def autoencoder(*, latent_channels: int = 4, **settings: Any) -> Any:
 
 
 def clip_tokenizer() -> Any:
-    """Of the built-in world."""
+    """Return the tokenizer of the toy world."""
     from rlhf_t2i.shapes.networks import make_tokenizer
 
     return make_tokenizer()
 
 
-def clip(kind: Any, *, hidden_size: int, projection_dim: int = 16) -> Any:
-    """A text encoder with two layers, so that the last but one has states of its own."""
+def clip(kind: Any, *, hidden_size: int, projection_dim: int = 16, num_layers: int = 2) -> Any:
+    """Return a CLIP text encoder; with two layers the hidden states before the last layer are not the inputs."""
     from transformers import CLIPTextConfig
 
     tokenizer = clip_tokenizer()
@@ -189,7 +226,7 @@ def clip(kind: Any, *, hidden_size: int, projection_dim: int = 16) -> Any:
             vocab_size=len(tokenizer),
             hidden_size=hidden_size,
             intermediate_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=num_layers,
             num_attention_heads=2,
             projection_dim=projection_dim,
             max_position_embeddings=tokenizer.model_max_length,

@@ -1,4 +1,4 @@
-"""A painter whose every distribution is known in closed form: an image is one number, drawn from a normal one."""
+"""A diffusion model whose distributions are known in closed form: an image is one number with a normal distribution."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from torch import Tensor
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.types import Conditioning, Level, Prediction, Sampler, Schedule
 
+CPU = torch.device("cpu")
 SCALE = 1000.0
-"""Latents of up to a few hundred are images in [0, 1]."""
+"""Latents of up to a few hundred become images in [0, 1]."""
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 class GaussianModel:
-    """Knows exactly what it sees: clean ~ Normal(mean, std^2), so E[clean | x] is linear in x."""
+    """The exact predictor for clean ~ Normal(mean, std^2), for which E[clean | x] is linear in x."""
 
     def __init__(self, *, mean: float = 0.5, std: float = 0.8) -> None:
         self.mean, self.std = mean, std
         self.rows: list[int] = []
-        """How many images each forward pass had."""
+        """Number of images of each forward pass."""
 
     def schedule(self, num_steps: int) -> Schedule:
         sigma = torch.linspace(0.995, 0.0, num_steps + 1, dtype=torch.float64)
         return Schedule((1 - sigma**2).sqrt().float(), sigma.float(), torch.arange(num_steps + 1).float())
 
     def initial_noise(self, generators: Sequence[torch.Generator], *, copies: int) -> Tensor:
-        return randn((len(generators) * copies, 1, 1, 1), generators=generators, device=torch.device("cpu"))
+        return randn((len(generators) * copies, 1, 1, 1), generators=generators, device=CPU)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1))
@@ -48,24 +53,20 @@ class GaussianModel:
         return (latents / SCALE + 0.5).expand(-1, 3, 1, 1)
 
     def distribution(self, sampler: Sampler) -> tuple[float, float]:
-        """Mean and variance of what this sampler paints: every step is linear, so both can be followed exactly."""
+        """Return mean and variance of a sampler's images: every step is linear, so both can be propagated exactly."""
         mean, variance = 0.0, 1.0
         for step in range(sampler.schedule.num_steps):
             at = torch.tensor([step, step])
-            level, after = sampler.schedule.at(at), sampler.schedule.at(at + 1)
+            level, next_level = sampler.schedule.at(at), sampler.schedule.at(at + 1)
             x = torch.tensor([0.0, 1.0])[:, None, None, None]
-            transition = sampler.dynamics(
-                x, self.predict(x, level, self.encode(["", ""]), guidance_scale=1), level, after
-            )
+            prediction = self.predict(x, level, self.encode(["", ""]), guidance_scale=1)
+            transition = sampler.dynamics(x, prediction, level, next_level)
             intercept, at_one = transition.mean.flatten().double().tolist()
-            pixel_gradient = at_one - intercept
-            mean, variance = (
-                pixel_gradient * mean + intercept,
-                pixel_gradient**2 * variance + float(transition.std[0]) ** 2,
-            )
+            slope = at_one - intercept
+            mean, variance = slope * mean + intercept, slope**2 * variance + float(transition.std[0]) ** 2
         return mean, variance
 
 
 def number(images: Tensor) -> Tensor:
-    """The number that an image stands for."""
+    """Return the number that each image stands for."""
     return (images.mean(dim=(1, 2, 3)) - 0.5) * SCALE

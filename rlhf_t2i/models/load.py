@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 
 from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import add_lora
 from rlhf_t2i.models.quiet import only_errors
-from rlhf_t2i.shapes.names import TOY_FLOW_MODEL, TOY_MODEL, TOY_MODELS, default_resolution
+from rlhf_t2i.shapes.names import TOY_MODELS, default_resolution
+from rlhf_t2i.training.run_folder import read_config
 
 FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
@@ -55,7 +55,7 @@ def load_policy(
     weights: Path | None = None,
     resolution: int | None = None,
 ) -> DiffusionPolicy:
-    """Load a toy model by name, a pipeline folder or a Hub id.
+    """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder or a Hub id.
 
     `weights` are trained ones to load into it: the folder of a finished run, its exported `lora`, `unet` or
     `transformer`, or one of its checkpoints. Images are squares of `resolution` pixels; None is the model's own size.
@@ -70,8 +70,7 @@ def load_policy(
             raise _not_loaded(model, error) from error
         if weights is not None:
             _load_weights(pipeline, family, weights)
-        if resolution is None:
-            resolution = default_resolution(model)
+        resolution = resolution or default_resolution(model)
         return family(pipeline, device=device, dtype=dtype, resolution=resolution)
 
 
@@ -88,7 +87,7 @@ def pipeline_index(model: str) -> tuple[str, dict[str, Any]]:
         )
     if not path.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise FileNotFoundError(
-            f"There is no model folder {model!r}. Give {TOY_MODEL!r} or {TOY_FLOW_MODEL!r} for a built-in model, the "
+            f"There is no model folder {model!r}. Give {' or '.join(map(repr, TOY_MODELS))} for a built-in model, the "
             f"folder of a diffusers pipeline, or a Hub id such as 'owner/name'."
         )
     source = str(path) if path.exists() else model
@@ -119,7 +118,7 @@ def _load_weights(pipeline: Any, family: type[DiffusionPolicy], path: Path) -> N
     """Load a run's trained weights into a pipeline, from any of the run's folders that hold them."""
     network = getattr(pipeline, family.component)
     if stored := stored_weights(path):
-        config: dict[str, Any] = yaml.safe_load((path.parent.parent / "config.yaml").read_text())
+        config = read_config(path.parent.parent)
         if config["lora_rank"] is not None:
             add_lora(
                 network,
