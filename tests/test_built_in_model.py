@@ -1,4 +1,4 @@
-"""What the shipped base model is like: a genuine, small pipeline, sharp, near lossless, and not too obedient."""
+"""The toy models: small diffusers pipelines whose images are sharp and follow prompts poorly; their builders."""
 
 from __future__ import annotations
 
@@ -10,54 +10,62 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.models.base import DiffusionPolicy
-from rlhf_t2i.models.load import BUILT_IN, BUILT_IN_FLOW, load_policy
+from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.shapes.names import (
+    TOY_FLOW_MODEL,
+    TOY_FLOW_MODEL_FOLDER,
+    TOY_MODEL,
+    TOY_MODEL_FOLDER,
+    TOY_PROMPTS,
+    TOY_REWARD_MODEL_FOLDER,
+)
 from rlhf_t2i.shapes.oracle import oracle_scores, shows_something
 from rlhf_t2i.shapes.scenes import all_scenes, render
 from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set
-from rlhf_t2i.types import Sampler
+from tests.policies import sampler_of
+from tests.toys import CPU
 
 
 @pytest.fixture(scope="module")
 def base() -> DiffusionPolicy:
-    return load_policy("shapes", device=torch.device("cpu"))
+    return load_policy(TOY_MODEL, device=CPU)
 
 
 @pytest.fixture(scope="module")
 def flow() -> DiffusionPolicy:
-    return load_policy("shapes-flow", device=torch.device("cpu"))
+    return load_policy(TOY_FLOW_MODEL, device=CPU)
 
 
-def painted(base: DiffusionPolicy, *, guidance_scale: float) -> Evaluation:
-    prompts, seeds = evaluation_set(load_prompts("shapes", held_out=True), num_images=204, seed=5)
-    schedule = base.schedule(8)
-    sampler = Sampler(schedule, stochastic(schedule, eta=0.0), guidance_scale)
-    return evaluate(base, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, microbatch_size=68)
+def evaluated(policy: DiffusionPolicy, *, guidance_scale: float) -> Evaluation:
+    """Evaluate a policy by the oracle, on 204 images of held-out prompts."""
+    prompts, seeds = evaluation_set(load_prompts(TOY_PROMPTS, held_out=True), num_images=204, seed=5)
+    sampler = sampler_of(policy, guidance_scale=guidance_scale, num_steps=8)
+    return evaluate(policy, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, microbatch_size=68)
 
 
-def test_it_is_sharp_but_does_not_listen_well(base: DiffusionPolicy) -> None:
-    evaluation = painted(base, guidance_scale=1.0)
+def test_images_are_sharp_but_follow_prompts_poorly(base: DiffusionPolicy) -> None:
+    evaluation = evaluated(base, guidance_scale=1.0)
     assert shows_something(evaluation.images).float().mean() >= 0.9
     assert 0.25 <= evaluation.scores["oracle_pass"].mean() <= 0.5
 
 
-def test_guidance_makes_it_listen_better(base: DiffusionPolicy) -> None:
-    """So there is something to be learnt: the words are in it."""
-    plain, guided = (painted(base, guidance_scale=scale).scores["oracle_pass"].mean() for scale in (1.0, 3.0))
+def test_guidance_improves_prompt_following(base: DiffusionPolicy) -> None:
+    """So the model does represent the prompt, and training can improve on it."""
+    plain, guided = (evaluated(base, guidance_scale=scale).scores["oracle_pass"].mean() for scale in (1.0, 3.0))
     assert guided > plain + 0.1
 
 
-def test_the_flow_model_is_as_sharp_and_as_deaf(flow: DiffusionPolicy) -> None:
-    plain, guided = (painted(flow, guidance_scale=scale) for scale in (1.0, 3.0))
+def test_images_of_the_flow_model_are_sharp_and_guidance_improves_prompt_following(flow: DiffusionPolicy) -> None:
+    plain, guided = (evaluated(flow, guidance_scale=scale) for scale in (1.0, 3.0))
     assert shows_something(plain.images).float().mean() >= 0.8
     assert 0.2 <= plain.scores["oracle_pass"].mean() <= 0.5
     assert guided.scores["oracle_pass"].mean() > plain.scores["oracle_pass"].mean() + 0.1
 
 
-def test_its_autoencoder_keeps_what_the_oracle_sees(base: DiffusionPolicy) -> None:
+def test_the_autoencoder_preserves_what_the_oracle_scores(base: DiffusionPolicy) -> None:
     rng = np.random.default_rng(3)
     scenes = [scene for scene in all_scenes("one") for _ in range(6)]
     images = render(scenes, rng=rng)
@@ -66,29 +74,31 @@ def test_its_autoencoder_keeps_what_the_oracle_sees(base: DiffusionPolicy) -> No
     assert oracle_scores(restored, [scene.prompt for scene in scenes]).passed.float().mean() >= 0.98
 
 
-def test_it_is_small_and_holds_nothing_but_weights() -> None:
-    others = {BUILT_IN / "reward_model", BUILT_IN_FLOW}
-    files = [path for path in BUILT_IN.rglob("*") if path.is_file() and others.isdisjoint(path.parents)]
+def test_the_model_folders_are_small_and_hold_weights_and_configs_only() -> None:
+    others = {TOY_REWARD_MODEL_FOLDER, TOY_FLOW_MODEL_FOLDER}
+    files = [path for path in TOY_MODEL_FOLDER.rglob("*") if path.is_file() and others.isdisjoint(path.parents)]
     assert sum(path.stat().st_size for path in files) <= 8_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
-    assert sum(path.stat().st_size for path in BUILT_IN_FLOW.rglob("*") if path.is_file()) <= 6_000_000
+    assert sum(path.stat().st_size for path in TOY_FLOW_MODEL_FOLDER.rglob("*") if path.is_file()) <= 6_000_000
     weights = [tensor for path in files if path.suffix == ".safetensors" for tensor in load_file(path).values()]
     assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} == {torch.float16}
 
 
-def test_it_is_a_genuine_stable_diffusion_pipeline() -> None:
-    index = json.loads((BUILT_IN / "model_index.json").read_text())
+def test_the_model_is_a_stable_diffusion_pipeline() -> None:
+    index = json.loads((TOY_MODEL_FOLDER / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
 
 
-def test_the_flow_model_is_a_genuine_z_image_with_the_same_autoencoder() -> None:
-    index = json.loads((BUILT_IN_FLOW / "model_index.json").read_text())
+def test_the_flow_model_is_a_z_image_pipeline_with_the_same_autoencoder() -> None:
+    index = json.loads((TOY_FLOW_MODEL_FOLDER / "model_index.json").read_text())
     assert index["_class_name"] == "ZImagePipeline"
     assert index["transformer"] == ["diffusers", "ZImageTransformer2DModel"]
-    one, other = (load_file(f / "vae" / "diffusion_pytorch_model.safetensors") for f in (BUILT_IN, BUILT_IN_FLOW))
+    one, other = (
+        load_file(f / "vae" / "diffusion_pytorch_model.safetensors") for f in (TOY_MODEL_FOLDER, TOY_FLOW_MODEL_FOLDER)
+    )
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
@@ -96,33 +106,33 @@ def test_building_the_flow_model_is_deterministic_and_resumes(tmp_path: Path) ->
     from rlhf_t2i.shapes import build_flow
 
     sizes = {"num_misalign_updates": 1, "num_images": 16}
-    build_flow.build_flow(tmp_path / "whole", num_flow_updates=2, **sizes)
+    build_flow.build_flow(tmp_path / "uninterrupted", num_flow_updates=2, **sizes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_flow, "mistaken", interrupted)
+        patch.setattr(build_flow, "corrupted", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_flow.build_flow(tmp_path / "stopped", num_flow_updates=2, **sizes)
     build_flow.build_flow(tmp_path / "stopped", num_flow_updates=2, **sizes)
-    whole, stopped = (
+    uninterrupted, stopped = (
         load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
-        for name in ("whole", "stopped")
+        for name in ("uninterrupted", "stopped")
     )
-    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in uninterrupted.items())
 
 
 def test_building_is_deterministic_and_resumes(tmp_path: Path) -> None:
     from rlhf_t2i.shapes import build
 
     sizes = {"num_autoencoder_updates": 3, "num_misalign_updates": 2, "num_images": 16}
-    build.build(tmp_path / "whole", num_denoiser_updates=4, **sizes)
+    build.build(tmp_path / "uninterrupted", num_denoiser_updates=4, **sizes)
     build.build(tmp_path / "again", num_denoiser_updates=4, **sizes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "mistaken", interrupted)
+        patch.setattr(build, "corrupted", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build.build(tmp_path / "stopped", num_denoiser_updates=4, **sizes)
     build.build(tmp_path / "stopped", num_denoiser_updates=4, **sizes)
     unets = [
         load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
-        for name in ("whole", "again", "stopped")
+        for name in ("uninterrupted", "again", "stopped")
     ]
     for name, tensor in unets[0].items():
         assert torch.equal(tensor, unets[1][name]), name
@@ -130,5 +140,5 @@ def test_building_is_deterministic_and_resumes(tmp_path: Path) -> None:
 
 
 def interrupted(*_: object) -> None:
-    """Stop where the last stage begins."""
+    """Interrupt the build before its last stage."""
     raise KeyboardInterrupt

@@ -182,7 +182,7 @@ def test_a_distilled_unet_is_refused(tiny_sdxl: Path) -> None:
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
     ],
 )
-def test_schedulers_without_an_exact_density_are_refused(
+def test_schedulers_without_an_exact_log_probability_are_refused(
     tiny_sd_v: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     folder = shutil.copytree(tiny_sd_v, tmp_path / "model")

@@ -75,21 +75,21 @@ class PromptCache:
         self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
 
     def has(self, prompts: Sequence[str]) -> bool:
-        """True if none of these prompts has to be encoded."""
+        """True if none of these prompts has to be batch."""
         return all(prompt in self._encoded for prompt in prompts)
 
     def encode(self, prompts: Sequence[str], encoder: Callable[[Sequence[str]], Conditioning]) -> Conditioning:
         """Return the conditioning of prompts, on the CPU; `encoder` is called for each new one."""
-        asked: dict[str, Conditioning] = {}
+        batch: dict[str, Conditioning] = {}
         for prompt in dict.fromkeys(prompts):
             known = prompt in self._encoded
-            asked[prompt] = self._encoded[prompt] if known else encoder([prompt]).to(torch.device("cpu"))
-        for prompt, conditioning in asked.items():
+            batch[prompt] = self._encoded[prompt] if known else encoder([prompt]).to(torch.device("cpu"))
+        for prompt, conditioning in batch.items():
             self._encoded[prompt] = conditioning
             self._encoded.move_to_end(prompt)
         while sum(_num_bytes(conditioning) for conditioning in self._encoded.values()) > self.max_bytes:
             self._encoded.popitem(last=False)
-        return Conditioning.cat([asked[prompt] for prompt in prompts])
+        return Conditioning.cat([batch[prompt] for prompt in prompts])
 
 
 def _num_bytes(conditioning: Conditioning) -> int:
