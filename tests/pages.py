@@ -17,9 +17,9 @@ def blocks(page: str, language: str = "") -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The command lines of a block, split as a shell splits them, without comments and what `&&` puts before them."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line.rpartition("&& ")[2], comments=True) for line in lines if line.strip()]
+    """The commands of a block that start Python or accelerate, split as a shell splits them, without comments."""
+    lines = [line.rpartition("&& ")[2].strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("accelerate launch ", "python "))]
 
 
 def command_of(page: str, script: str) -> list[str]:

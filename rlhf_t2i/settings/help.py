@@ -92,13 +92,13 @@ def option_parser(config_class: type, description: str) -> argparse.ArgumentPars
             section.add_argument(
                 f"--{option.name}", default=argparse.SUPPRESS, metavar=option.metavar,
                 nargs="?" if option.base is bool else None, const="true" if option.base is bool else None,
-                help=f"{texts.get(option.name, '')} ({_bounds(option)})".replace("%", "%%"),
+                help=f"{texts.get(option.name, '')} ({bounds_of(option)})".replace("%", "%%"),
             )  # fmt: skip
     return parser
 
 
-def _bounds(option: Option) -> str:
-    """The range, or the names to choose from, and the default of an option."""
+def bounds_of(option: Option) -> str:
+    """Return the range of an option, or the names to choose from, and its default."""
     bounds = [f"{option.range} or null" if option.range and option.optional else option.range]
     bounds += [f"NAME: {', '.join(part.names)}" for part in get_args(option.type) if isinstance(part, Names)]
     match option.default:
