@@ -49,7 +49,7 @@ from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Conditioning, Level, Policy, Prediction
 
-METRICS: Sequence[str] = ("loss", "moved", "reference_gap")
+METRICS: Sequence[str] = ("loss", "sampling_gap", "reference_gap")
 
 
 def main(config: Config) -> Path:
@@ -101,7 +101,7 @@ def update(
 ) -> dict[str, float]:
     """Take num_minibatches optimiser steps on the images of one step; return metrics over all processes.
 
-    `moved` is the mean squared difference of predicted clean latents from those of the sampling weights;
+    `sampling_gap` is the mean squared difference of predicted clean latents from those of the sampling weights;
     `reference_gap` that of the model's outputs from those before training.
     """
     policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)

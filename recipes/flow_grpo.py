@@ -95,11 +95,11 @@ def main(config: Config) -> Path:
 
 
 def noisy_step(schedule: Schedule, config: Config) -> Dynamics:
-    """The step with noise. Raises ValueError for a model that is no flow."""
+    """Return the dynamics of noisy steps. Raises ValueError for a model that is not a flow model."""
     if schedule.kind != "flow":
         raise ValueError(
-            f"flow_grpo teaches flow models, and {config.model!r} is none. What compares groups of images of a "
-            f"diffusion model is recipes/ddpo.py --advantages group_relative."
+            f"flow_grpo trains flow models, and {config.model!r} is not one; for a diffusion model use recipes/ddpo.py "
+            f"--advantages group_relative."
         )
     match config.dynamics:
         case "flow_sde":

@@ -14,12 +14,12 @@ from PIL import Image
 
 from recipes import ddpo, diffusion_dpo, diffusion_nft, fk_steering, flow_grpo
 from rlhf_t2i.config import parse_config
+from tests.runs import REDNESS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "configs"
 FLOW_GRPO = sorted(CONFIGS.glob("flow_grpo_*.yaml"))
 NFT = CONFIGS / "diffusion_nft_sd35m.yaml"
-REDNESS = "tests.test_ddpo:redness"
 
 
 def read(recipe: Any, path: Path, **changes: object) -> Any:

@@ -1,9 +1,8 @@
-"""The DDPO recipe end to end, on a tiny random pipeline: what moves, what is the same, what survives."""
+"""The DDPO recipe end to end on a tiny random pipeline: training, equal results, resuming, export."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,27 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.testing import assert_close
 
 from recipes import ddpo
-from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.run import Run
-from rlhf_t2i.training.trainer import Trainer, TrainerConfig
-from tests.runs import state
-
-ROOT = Path(__file__).parent.parent
-
-
-def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """A reward that any model can learn, in a name that a command line can give."""
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
+from rlhf_t2i.training.trainer import Trainer
+from tests.launch import ROOT, environment, launch, num_train_rows, start, wait_for_steps
+from tests.runs import REDNESS, assert_same, lora_weights, rows, sampled_by_diffusers, state, weights
 
 
 @pytest.fixture
 def config(tiny_sd: Path, tmp_path: Path) -> ddpo.Config:
-    """A run of three steps that uses every part of the recipe."""
+    """Three steps that use every part of the recipe."""
     return ddpo.Config(
         model=str(tiny_sd),
         prompts_per_step=2,
@@ -45,13 +35,13 @@ def config(tiny_sd: Path, tmp_path: Path) -> ddpo.Config:
         num_minibatches=2,
         microbatch_size=8,
         learning_rate=1e-3,
-        adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
+        adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
         ema_decay=0.5,
         kl_weight=0.1,
         history_size=8,
         history_min_count=4,
-        rewards="tests.test_ddpo:redness",
-        evaluation_rewards="tests.test_ddpo:redness",
+        rewards=REDNESS,
+        evaluation_rewards=REDNESS,
         num_steps=3,
         evaluate_every=0,
         num_evaluation_images=4,
@@ -66,42 +56,27 @@ def train(config: ddpo.Config) -> Path:
     return ddpo.main(config)
 
 
-def weights(folder: Path, step: int = 3) -> dict[str, torch.Tensor]:
-    return stored_weights(folder / "checkpoints" / f"step_{step:06d}")
-
-
-def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, atol: float = 0.0) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert_close(tensor, other[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-
-
-# --- learning ---------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 16])
 def test_the_reward_rises(tmp_path: Path, lora_rank: int | None) -> None:
-    """The built-in model learns to paint red; the evaluation, with prompts and seeds of its own, sees it too."""
+    """On evaluation prompts and seeds, for the toy model."""
     folder = train(
         ddpo.Config(
-            rewards="tests.test_ddpo:redness", evaluation_rewards="tests.test_ddpo:redness",
+            rewards=REDNESS, evaluation_rewards=REDNESS,
             prompts_per_step=8, images_per_prompt=8, num_denoising_steps=4, num_steps=8,
             lora_rank=lora_rank, learning_rate=1e-2 if lora_rank else 3e-4, advantages="whole_batch",
             num_evaluation_images=34, evaluate_every=0, run_folder=str(tmp_path / "run"),
         )
     )  # fmt: skip
     before, after = rows(folder, "evaluation")
-    assert after["tests.test_ddpo:redness"] > before["tests.test_ddpo:redness"] + 0.02
+    assert after[REDNESS] > before[REDNESS] + 0.02
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
-def test_what_is_trainable_moves_and_what_is_frozen_does_not(
+def test_trainable_weights_change_and_frozen_ones_do_not(
     config: ddpo.Config, lora_rank: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlhf_t2i.models import load
@@ -132,38 +107,38 @@ def test_what_is_trainable_moves_and_what_is_frozen_does_not(
     }
     for name, parameter in frozen.items():
         assert torch.equal(parameter, now[name]), name
-    still = [name for name, p in after.trainable.items() if torch.equal(p, before.trainable[name])]
-    assert not still
-    learning = "lora_A", "lora_B"
+    unchanged = [name for name, p in after.trainable.items() if torch.equal(p, before.trainable[name])]
+    assert not unchanged
+    adapters = "lora_A", "lora_B"
     expected = [
-        n for n, _ in after.network.named_parameters() if lora_rank is None or any(kind in n for kind in learning)
+        n for n, _ in after.network.named_parameters() if lora_rank is None or any(kind in n for kind in adapters)
     ]
     assert list(after.trainable) == expected
 
 
-# --- the same numbers -------------------------------------------------------------------------------
+# --- equal results ----------------------------------------------------------------------------------
 
 
-def test_the_first_replay_has_ratio_one_and_later_ones_move(config: ddpo.Config) -> None:
+def test_ratios_are_one_before_the_first_optimiser_step_and_change_after_it(config: ddpo.Config) -> None:
     for row in rows(train(config), "train"):
         assert row["replay_error"] == 0
         assert row["ratio_std"] > 0
 
 
 def test_the_microbatch_size_changes_no_result(config: ddpo.Config, tmp_path: Path) -> None:
-    whole = train(config)
-    parts = train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "parts")))
-    assert_same(weights(whole), weights(parts), atol=1e-4)
-    assert rows(whole, "train")[0]["reward"] == pytest.approx(rows(parts, "train")[0]["reward"], abs=1e-6)
+    one = train(config)
+    other = train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "other")))
+    assert_same(weights(one), weights(other), atol=1e-4)
+    assert rows(one, "train")[0]["reward"] == pytest.approx(rows(other, "train")[0]["reward"], abs=1e-6)
 
 
-def test_judging_while_painting_changes_no_result(config: ddpo.Config, tmp_path: Path) -> None:
-    """Nine parts of eight images, each judged while the next is painted: the same advantages, so the same weights."""
+def test_async_rewards_change_no_result(config: ddpo.Config, tmp_path: Path) -> None:
+    """Nine batches of eight images, each scored while the next is sampled."""
     config = replace(config, prompts_per_step=9, images_per_prompt=8, num_steps=2)
-    (at_once, rest) = state(train(config), 2)
-    overlapped, same = state(train(replace(config, async_reward=True, run_folder=str(tmp_path / "overlapped"))), 2)
-    assert_same(overlapped, at_once)
-    assert same == rest
+    expected, expected_rest = state(train(config), 2)
+    tensors, rest = state(train(replace(config, async_reward=True, run_folder=str(tmp_path / "async"))), 2)
+    assert_same(tensors, expected)
+    assert rest == expected_rest
 
 
 def test_gradient_checkpointing_changes_no_result(config: ddpo.Config, tmp_path: Path) -> None:
@@ -175,7 +150,7 @@ def test_gradient_checkpointing_changes_no_result(config: ddpo.Config, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_two_processes_give_the_update_of_one(config: ddpo.Config, tmp_path: Path, lora_rank: int | None) -> None:
-    """ddp.yaml on the CPU: the same prompts, images, advantages and weights, whoever paints them."""
+    """ddp.yaml on the CPU: the same images, advantages and weights, on whichever process."""
     config = replace(config, lora_rank=lora_rank, max_gradient_norm=0.1)
     one = train(replace(config, run_folder=str(tmp_path / "one")))
     two = launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
@@ -184,23 +159,20 @@ def test_two_processes_give_the_update_of_one(config: ddpo.Config, tmp_path: Pat
     for name in ("reward", "reward_std", "loss", "ratio_std", "kl", "gradient_norm"):
         assert first[0][name] == pytest.approx(first[1][name], rel=1e-3, abs=1e-7), name
     assert_same(weights(one), weights(two), atol=5e-5)
-    assert rows(one, "evaluation")[-1]["tests.test_ddpo:redness"] == pytest.approx(
-        rows(two, "evaluation")[-1]["tests.test_ddpo:redness"], abs=1e-5
-    )
+    assert rows(one, "evaluation")[-1][REDNESS] == pytest.approx(rows(two, "evaluation")[-1][REDNESS], abs=1e-5)
 
 
-def test_bfloat16_networks_replay_exactly_and_export_float32(config: ddpo.Config) -> None:
+def test_bfloat16_networks_have_ratio_one_and_export_float32(config: ddpo.Config) -> None:
     folder = train(replace(config, mixed_precision="bf16", lora_rank=2))
     assert all(row["replay_error"] == 0 for row in rows(folder, "train"))
-    exported = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in lora_weights(folder).values()} == {torch.float32}
 
 
-# --- surviving --------------------------------------------------------------------------------------
+# --- checkpoints and signals ------------------------------------------------------------------------
 
 
-def test_a_resumed_run_equals_one_that_was_never_stopped(config: ddpo.Config, tmp_path: Path) -> None:
-    """Weights, optimiser, average and prompt history to the bit; metrics without a gap or a repetition."""
+def test_a_resumed_run_equals_an_uninterrupted_one(config: ddpo.Config, tmp_path: Path) -> None:
+    """Equal bits of weights, optimiser state, EMA and reward history; metrics without gaps or repetitions."""
     uninterrupted = train(config)
     stopped = replace(config, run_folder=str(tmp_path / "stopped"))
     train(replace(stopped, num_steps=1))
@@ -210,36 +182,38 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(config: ddpo.Config, tm
     assert {key.partition("/")[0] for key in tensors} == {"weight", "exp_avg", "exp_avg_sq", "step", "ema"}
     assert_same(tensors, expected)
     assert rest == expected_rest
-    kept = ("step", "reward", "loss", "ratio_std", "kl")
-    one, two = ([[row[name] for name in kept] for row in rows(f, "train")] for f in (uninterrupted, folder))
+    names = ("step", "reward", "loss", "ratio_std", "kl")
+    one, two = ([[row[name] for name in names] for row in rows(f, "train")] for f in (uninterrupted, folder))
     assert one == two
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_loses_nothing(config: ddpo.Config, tmp_path: Path) -> None:
-    """Killed three times without warning and resumed each time, the run ends with the very same weights."""
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(config: ddpo.Config, tmp_path: Path) -> None:
+    """Killed by SIGKILL three times and resumed each time."""
     config = replace(config, num_steps=12)
-    whole = launch(replace(config, run_folder=str(tmp_path / "whole")))
+    uninterrupted = launch(replace(config, run_folder=str(tmp_path / "uninterrupted")))
     folder = tmp_path / "killed"
-    chance = random.Random(0)
+    draw = random.Random(0)
     for attempt in range(3):
-        before = num_rows(folder)
+        before = num_train_rows(folder)
         process = start(replace(config, run_folder=str(folder), resume=attempt > 0))
-        wait_for_progress(process, folder, more_than=before)
-        time.sleep(chance.uniform(0, 0.5))
+        wait_for_steps(process, folder, more_than=before)
+        time.sleep(draw.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     launch(replace(config, run_folder=str(folder), resume=True))
-    assert_same(weights(whole, 12), weights(folder, 12))
+    assert_same(weights(uninterrupted, 12), weights(folder, 12))
     assert [row["step"] for row in rows(folder, "train")] == list(range(1, 13))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_stop_writes_a_checkpoint_and_exits_cleanly(config: ddpo.Config, sent: signal.Signals) -> None:
+def test_sigterm_and_ctrl_c_write_a_checkpoint_and_exit_with_status_zero(
+    config: ddpo.Config, sent: signal.Signals
+) -> None:
     folder = Path(str(config.run_folder))
     process = start(replace(config, num_steps=1000, checkpoint_every=0))
-    wait_for_progress(process, folder, more_than=1)
+    wait_for_steps(process, folder, more_than=1)
     process.send_signal(sent)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
@@ -250,20 +224,20 @@ def test_a_polite_stop_writes_a_checkpoint_and_exits_cleanly(config: ddpo.Config
     assert f"Continue with: {' '.join(again)}" in output
     result = subprocess.run(
         [sys.executable, "recipes/ddpo.py", *again, "--num_steps", str(done + 1)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert rows(folder, "train")[-1]["step"] == done + 1
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell a process that its parent has died")
-def test_terminating_accelerate_launch_stops_the_run_politely_too(config: ddpo.Config) -> None:
-    """accelerate itself would die and leave the recipe running."""
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux only")
+def test_terminating_accelerate_launch_writes_a_checkpoint_too(config: ddpo.Config) -> None:
+    """accelerate itself would exit and leave the recipe running."""
     folder = Path(str(config.run_folder))
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"]
     process = start(replace(config, num_steps=1000, checkpoint_every=0), *launcher)
-    wait_for_progress(process, folder, more_than=1)
+    wait_for_steps(process, folder, more_than=1)
     process.terminate()
     output, _ = process.communicate(timeout=60)  # until the recipe, too, has closed the pipe
     done = rows(folder, "train")[-1]["step"]
@@ -271,10 +245,10 @@ def test_terminating_accelerate_launch_stops_the_run_politely_too(config: ddpo.C
     assert weights(folder, done)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     config: ddpo.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    uninterrupted = train(replace(config, run_folder=str(tmp_path / "whole")))
+    uninterrupted = train(replace(config, run_folder=str(tmp_path / "uninterrupted")))
     folder = train(config)
     path = folder / "checkpoints" / "step_000003" / "weights-00001-of-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
@@ -283,7 +257,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert_same(weights(uninterrupted), weights(folder))
 
 
-def test_no_space_while_saving_leaves_the_old_checkpoint_whole(
+def test_a_full_disk_while_saving_leaves_the_old_checkpoint_complete(
     config: ddpo.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = train(replace(config, num_steps=1))
@@ -300,47 +274,29 @@ def test_no_space_while_saving_leaves_the_old_checkpoint_whole(
     assert not list((folder / "checkpoints").glob("*.part"))
 
 
-# --- what leaves it ---------------------------------------------------------------------------------
-
-SAMPLE = """
-import sys, torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-model, weights, out, prompts = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
-pipe = StableDiffusionPipeline.from_pretrained(model)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-if weights.endswith("lora"):
-    pipe.load_lora_weights(weights)
-else:
-    pipe.unet = UNet2DConditionModel.from_pretrained(weights)
-generators = [torch.Generator().manual_seed(1_000_000 + i) for i in range(len(prompts))]
-images = pipe(prompts, num_inference_steps=4, guidance_scale=1.0, generator=generators, output_type="pt").images
-torch.save(images, out)
-assert not any(name.startswith("rlhf_t2i") for name in sys.modules)
-"""
+# --- export and run folder --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 2])
-def test_plain_diffusers_paints_the_images_of_the_last_evaluation(
+def test_plain_diffusers_samples_the_images_of_the_last_evaluation(
     config: ddpo.Config, tmp_path: Path, lora_rank: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exported weights, loaded by a script that imports only diffusers."""
-    seen: list[Evaluation] = []
+    evaluations: list[Evaluation] = []
     record = Trainer.record
     monkeypatch.setattr(
-        Trainer, "record", lambda trainer, evaluation: (seen.append(evaluation), record(trainer, evaluation))
+        Trainer, "record", lambda trainer, evaluation: (evaluations.append(evaluation), record(trainer, evaluation))
     )
     folder = train(replace(config, lora_rank=lora_rank, learning_rate=3e-2 if lora_rank else 3e-3, clip_range=1.0))
-    name, out = "lora" if lora_rank else "unet", tmp_path / "images.pt"
-    (tmp_path / "paint.py").write_text(SAMPLE)
-    command = [sys.executable, "paint.py", config.model, str(folder / name), str(out), *seen[-1].prompts]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True, capture_output=True)
-    painted = torch.load(out, weights_only=True)
-    assert (painted - seen[-1].images).abs().max() < 1e-3
-    assert (seen[-1].images - seen[0].images).abs().max() > 0.01, "the run must have changed the images"
+    first, last = evaluations
+    exported = folder / ("lora" if lora_rank else "unet")
+    images = sampled_by_diffusers(config.model, exported, last.prompts, tmp_path)
+    assert (images - last.images).abs().max() < 1e-3
+    assert (last.images - first.images).abs().max() > 0.01, "the run must have changed the images"
 
 
-def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
+def test_the_run_folder_has_all_files(config: ddpo.Config) -> None:
     folder = train(replace(config, trackers="tensorboard"))
     assert {path.name for path in folder.iterdir()} >= {
         "config.yaml", "run.json", "metrics.jsonl", "report.html", "images", "checkpoints", "unet",
@@ -349,12 +305,12 @@ def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
         "captions.json", "step_000000.png", "step_000000.json", "step_000003.png", "step_000003.json",
         "extremes.json", "extremes_000003.png",
     }  # fmt: skip
-    facts = json.loads((folder / "run.json").read_text())
-    assert facts["versions"]["torch"] == torch.__version__
+    info = json.loads((folder / "run.json").read_text())
+    assert info["versions"]["torch"] == torch.__version__
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step_000002", "step_000003"}
 
 
-# --- bad input --------------------------------------------------------------------------------------
+# --- invalid settings and inputs --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -375,7 +331,7 @@ def test_the_run_folder_tells_what_happened(config: ddpo.Config) -> None:
         ({"prompts_per_step": 0}, "prompts_per_step is 0; it must be at least 1"),
     ],
 )
-def test_impossible_geometry_is_refused(config: ddpo.Config, changes: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused(config: ddpo.Config, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(config, **changes)
 
@@ -392,12 +348,12 @@ def test_a_run_folder_with_another_config_is_refused(config: ddpo.Config) -> Non
         train(replace(config, resume=True, learning_rate=0.5))
 
 
-def test_resuming_what_is_not_there_is_refused(config: ddpo.Config) -> None:
+def test_resuming_without_a_run_is_refused(config: ddpo.Config) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run to resume in .*/run: it has no config\.yaml"):
         train(replace(config, resume=True))
 
 
-def test_prompts_that_processes_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_cannot_be_shared_equally_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "num_processes", 2)
     run = object.__new__(Run)
     with pytest.raises(ValueError, match=r"prompts_per_step \(3\) must be a multiple of the number of processes \(2\)"):
@@ -412,77 +368,21 @@ def test_prompts_that_processes_cannot_share_are_refused(monkeypatch: pytest.Mon
         ({"learning_rate": 1e-4, "num_inner_epochs": 1}, None),
     ],
 )
-def test_the_first_update_warns_of_a_ratio_that_hardly_or_wildly_moves(
+def test_the_first_update_warns_of_a_ratio_that_changes_too_little_or_too_much(
     config: ddpo.Config, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str | None
 ) -> None:
     folder = train(replace(config, num_steps=1, **changes))
     output = capsys.readouterr().out
     assert message in output if message else "WARNING" not in output
-    assert rows(folder, "train")[0]["clip_range"] == pytest.approx(5e-4 * (512 / 256) ** 0.5)  # 4 x 8 x 8 numbers
+    assert rows(folder, "train")[0]["clip_range"] == pytest.approx(
+        5e-4 * (512 / 256) ** 0.5
+    )  # 4 x 8 x 8 latent dimensions
 
 
-def broken(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+def not_a_number(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return torch.full((len(images),), float("nan"))
 
 
-def test_a_reward_that_is_no_number_stops_the_run_with_its_name(config: ddpo.Config) -> None:
-    with pytest.raises(ValueError, match=r"'tests.test_ddpo:broken' returned nan for the prompt 'a "):
-        train(replace(config, rewards="tests.test_ddpo:broken"))
-
-
-# --- processes --------------------------------------------------------------------------------------
-
-
-def command_line(config: TrainerConfig) -> list[str]:
-    given = {name: value for name, value in vars(config).items() if value is not None}
-    return [
-        part
-        for name, value in given.items()
-        for part in (f"--{name}", str(value).lower() if value is True or value is False else str(value))
-    ]
-
-
-def start(config: ddpo.Config, *launcher: str) -> subprocess.Popen[str]:
-    """The recipe in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, "recipes/ddpo.py", *command_line(config)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def launch_command(config: TrainerConfig, accelerate_config: str, *options: str) -> list[str]:
-    """`accelerate launch` of the recipe whose config this is."""
-    recipe = type(config).__module__.replace(".", "/")
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{accelerate_config}",
-        *options, f"{recipe}.py", *command_line(config),
-    ]  # fmt: skip
-
-
-def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *options: str) -> Path:
-    """The recipe by `accelerate launch`, to its end."""
-    command, environment = launch_command(config, accelerate_config, *options), {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return Path(str(config.run_folder))
-
-
-def num_rows(folder: Path) -> int:
-    """Training steps written down so far."""
-    path = folder / "metrics.jsonl"
-    return path.read_text().count('"train"') if path.exists() else 0
-
-
-def wait_for_progress(process: subprocess.Popen[str], folder: Path, *, more_than: int) -> None:
-    """Until more than so many steps are written down."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        if num_rows(folder) > more_than:
-            return
-        time.sleep(0.05)
-    raise AssertionError("The run made no progress.")
+def test_a_reward_that_is_nan_stops_the_run_and_is_named(config: ddpo.Config) -> None:
+    with pytest.raises(ValueError, match=r"'tests.test_ddpo:not_a_number' returned nan for the prompt 'a "):
+        train(replace(config, rewards="tests.test_ddpo:not_a_number"))

@@ -1,13 +1,10 @@
-"""The Diffusion-DPO recipe end to end, on a tiny random pipeline: what it learns, what is the same, what survives."""
+"""The Diffusion-DPO recipe end to end on a tiny random pipeline: training, equal results, resuming, sampled pairs."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from recipes import diffusion_dpo
@@ -26,15 +22,13 @@ from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.preferences import PairBatch
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generator_for
-from tests.test_ddpo import assert_same, rows, weights
-
-ROOT = Path(__file__).parent.parent
-REDNESS = "tests.test_ddpo:redness"
+from tests.launch import ROOT, launch
+from tests.runs import FLAT, REDNESS, assert_same, rows, unet_weights, weights
 
 
 @pytest.fixture
 def config(tiny_sd: Path, tmp_path: Path) -> diffusion_dpo.Config:
-    """A run of three steps on judged pairs that uses every part of the recipe."""
+    """Three steps on sampled pairs that use every part of the recipe."""
     return diffusion_dpo.Config(
         model=str(tiny_sd),
         prompts_per_step=4,
@@ -43,7 +37,7 @@ def config(tiny_sd: Path, tmp_path: Path) -> diffusion_dpo.Config:
         num_inner_epochs=2,
         microbatch_size=8,
         learning_rate=1e-3,
-        adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
+        adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
         ema_decay=0.5,
         beta=500.0,
         dpop_weight=0.5,
@@ -60,8 +54,8 @@ def config(tiny_sd: Path, tmp_path: Path) -> diffusion_dpo.Config:
 
 
 @pytest.fixture
-def people(tmp_path: Path) -> Path:
-    """A preference file: red images are preferred to blue ones, in sizes of their own."""
+def preferences(tmp_path: Path) -> Path:
+    """A preference file: red images are preferred to blue ones; each pair has another size."""
     generator = torch.Generator().manual_seed(0)
     lines = []
     for number in range(6):
@@ -73,7 +67,7 @@ def people(tmp_path: Path) -> Path:
             Image.fromarray(pixels).save(tmp_path / f"{name}_{number}.png")
         prompt = ("a red circle", "a blue square", "a green star")[number % 3]
         lines.append({"prompt": prompt, "winner": f"winner_{number}.png", "loser": f"loser_{number}.png"})
-    path = tmp_path / "people.jsonl"
+    path = tmp_path / "preferences.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return path
 
@@ -83,13 +77,13 @@ def train(config: diffusion_dpo.Config) -> Path:
     return diffusion_dpo.main(config)
 
 
-# --- learning ---------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 16])
-def test_judged_pairs_raise_the_reward(tmp_path: Path, lora_rank: int | None) -> None:
-    """The built-in model learns to paint red; prompts and seeds of the evaluation are others."""
+def test_sampled_pairs_raise_the_reward(tmp_path: Path, lora_rank: int | None) -> None:
+    """On evaluation prompts and seeds, for the toy model."""
     folder = train(
         diffusion_dpo.Config(
             rewards=REDNESS, evaluation_rewards=REDNESS, prompts_per_step=8, images_per_prompt=8,
@@ -103,11 +97,11 @@ def test_judged_pairs_raise_the_reward(tmp_path: Path, lora_rank: int | None) ->
 
 
 @pytest.mark.parametrize("lora_rank", [None, 4])
-def test_the_first_step_finds_the_policy_at_its_reference(
-    config: diffusion_dpo.Config, people: Path, lora_rank: int | None
+def test_the_policy_equals_its_reference_in_the_first_step(
+    config: diffusion_dpo.Config, preferences: Path, lora_rank: int | None
 ) -> None:
-    """A frozen copy, or adapters that are switched off: to the bit what the policy still is."""
-    config = replace(config, pairs=str(people), lora_rank=lora_rank, num_inner_epochs=1, num_steps=2)
+    """The reference is a frozen copy, or the policy without its LoRA: equal bits."""
+    config = replace(config, pairs=str(preferences), lora_rank=lora_rank, num_inner_epochs=1, num_steps=2)
     first, second = rows(train(config), "train")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["accuracy"] == 0.5
@@ -116,8 +110,8 @@ def test_the_first_step_finds_the_policy_at_its_reference(
     assert second["loss"] != first["loss"]
 
 
-def test_pairs_from_people_are_learnt(config: diffusion_dpo.Config, people: Path) -> None:
-    config = replace(config, pairs=str(people), pairs_per_step=6, learning_rate=1e-2, dpop_weight=0.0)
+def test_pairs_of_a_file_are_learnt(config: diffusion_dpo.Config, preferences: Path) -> None:
+    config = replace(config, pairs=str(preferences), pairs_per_step=6, learning_rate=1e-2, dpop_weight=0.0)
     later = rows(train(replace(config, num_inner_epochs=1, num_steps=12)), "train")[-4:]
     loss, accuracy, winner_error, loser_error = (
         sum(row[name] for row in later) / 4 for name in ("loss", "accuracy", "winner_error", "loser_error")
@@ -127,33 +121,33 @@ def test_pairs_from_people_are_learnt(config: diffusion_dpo.Config, people: Path
     assert winner_error < loser_error
 
 
-def test_sft_lowers_the_winners_error(config: diffusion_dpo.Config, people: Path) -> None:
-    config = replace(config, pairs=str(people), pairs_per_step=6, loss="sft", learning_rate=1e-2, num_steps=12)
+def test_sft_lowers_the_winners_error(config: diffusion_dpo.Config, preferences: Path) -> None:
+    config = replace(config, pairs=str(preferences), pairs_per_step=6, loss="sft", learning_rate=1e-2, num_steps=12)
     folder = train(config)
     losses = [row["loss"] for row in rows(folder, "train")]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     assert not {"accuracy", "winner_error", "loser_error"} & rows(folder, "train")[0].keys()
 
 
-# --- one loss ---------------------------------------------------------------------------------------
+# --- the loss ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd_v"])
-def test_winner_and_loser_are_disturbed_alike_and_each_pair_by_its_own_generator(
+def test_winner_and_loser_get_equal_noise_and_each_pair_its_own_generator(
     model: str, config: diffusion_dpo.Config, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(str(request.getfixturevalue(model)), device=torch.device("cpu"))
     policy.set_trainable(None, lora_alpha=None, keep_reference=True, seed=0)
     winner, loser = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pairs = PairBatch(winner, loser, policy.encode(["a fox", "a cat", "a dog"]))
-    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+    inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
     predict = policy.predict
 
     def remember(latents: torch.Tensor, level: Any, *rest: Any, **named: Any) -> Any:
         noise = (latents - level.alpha[:, None, None, None] * torch.cat([winner, loser])) / level.sigma[
             :, None, None, None
         ]
-        asked.append((noise, level.model_time))
+        inputs.append((noise, level.model_time))
         return predict(latents, level, *rest, **named)
 
     monkeypatch.setattr(policy, "predict", remember)
@@ -161,7 +155,7 @@ def test_winner_and_loser_are_disturbed_alike_and_each_pair_by_its_own_generator
     generators = [generator_for(0, 2, 0, 0, row) for row in range(3)]
     diffusion_dpo.loss_of_pairs(policy, pairs, timesteps=times, generators=generators, config=config)
 
-    (noise, time), (reference_noise, reference_time) = asked
+    (noise, time), (reference_noise, reference_time) = inputs
     assert torch.equal(time[:3], time[3:])
     assert_close(noise[:3], noise[3:], rtol=0, atol=1e-4)
     assert torch.equal(time, reference_time)
@@ -174,34 +168,34 @@ def test_winner_and_loser_are_disturbed_alike_and_each_pair_by_its_own_generator
     assert len(set(time[:3].tolist())) == 3
 
 
-def test_times_are_drawn_from_those_that_were_asked_for(config: diffusion_dpo.Config, people: Path) -> None:
-    """A reference of the loss at a single time, far from what other times give."""
+def test_only_the_given_timesteps_are_trained(config: diffusion_dpo.Config, preferences: Path) -> None:
+    """The loss at a timestep near the image is not that at one near noise."""
     near, far = (
-        rows(train(replace(config, pairs=str(people), pairs_per_step=6, loss="sft", timesteps=times, num_steps=1,
+        rows(train(replace(config, pairs=str(preferences), pairs_per_step=6, loss="sft", timesteps=times, num_steps=1,
                            run_folder=f"{config.run_folder}-{times}")), "train")[0]["loss"]
         for times in ("1", "999")
     )  # fmt: skip
     assert near != pytest.approx(far, rel=1e-3)
 
 
-# --- the same numbers -------------------------------------------------------------------------------
+# --- equal results ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["sampled", "people"])
+@pytest.mark.parametrize("source", ["sampled", "file"])
 def test_the_microbatch_size_changes_no_result(
-    config: diffusion_dpo.Config, people: Path, tmp_path: Path, source: str
+    config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, source: str
 ) -> None:
-    config = config if source == "sampled" else replace(config, pairs=str(people), pairs_per_step=5)
-    whole = train(config)
-    parts = train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "parts")))
-    assert_same(weights(whole), weights(parts), atol=1e-4)
-    for one, other in zip(rows(whole, "train"), rows(parts, "train"), strict=True):
+    config = config if source == "sampled" else replace(config, pairs=str(preferences), pairs_per_step=5)
+    one = train(config)
+    other = train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "other")))
+    assert_same(weights(one), weights(other), atol=1e-4)
+    for first, second in zip(rows(one, "train"), rows(other, "train"), strict=True):
         for name in ("loss", "winner_error", "loser_error", "gradient_norm"):
-            assert one[name] == pytest.approx(other[name], rel=1e-2, abs=1e-5), name
+            assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-5), name
 
 
-def test_a_cache_changes_no_result(config: diffusion_dpo.Config, people: Path, tmp_path: Path) -> None:
-    config = replace(config, pairs=str(people), pairs_per_step=4)
+def test_a_cache_changes_no_result(config: diffusion_dpo.Config, preferences: Path, tmp_path: Path) -> None:
+    config = replace(config, pairs=str(preferences), pairs_per_step=4)
     plain = train(config)
     for name in ("filling", "filled"):
         cached = train(replace(config, cache_folder=str(tmp_path / "cache"), run_folder=str(tmp_path / name)))
@@ -215,14 +209,14 @@ def test_gradient_checkpointing_changes_no_result(config: diffusion_dpo.Config, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "lora_rank"), [("sampled", None), ("people", 2)])
+@pytest.mark.parametrize(("source", "lora_rank"), [("sampled", None), ("file", 2)])
 def test_two_processes_give_the_update_of_one(
-    config: diffusion_dpo.Config, people: Path, tmp_path: Path, lora_rank: int | None, source: str
+    config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, lora_rank: int | None, source: str
 ) -> None:
-    """The same pairs, noise and weights, whoever has them; three pairs cannot be halved."""
+    """The same pairs, noise and weights, on whichever process; three pairs cannot be shared equally."""
     config = replace(config, lora_rank=lora_rank, max_gradient_norm=0.1, beta=50.0)
-    if source == "people":
-        config = replace(config, pairs=str(people), pairs_per_step=3, cache_folder=str(tmp_path / "cache"))
+    if source == "file":
+        config = replace(config, pairs=str(preferences), pairs_per_step=3, cache_folder=str(tmp_path / "cache"))
     one = train(replace(config, run_folder=str(tmp_path / "one")))
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     two = launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
@@ -232,26 +226,26 @@ def test_two_processes_give_the_update_of_one(
             assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-5), name
     assert_same(weights(one), weights(two), atol=5e-5)
     if source == "sampled":
-        for name, content in kept(one).items():
+        for name, content in saved_pairs(one).items():
             if name.endswith(".jsonl"):
-                assert pairs_in(content) == pairs_in(kept(two)[name])
-        assert kept(one).keys() == kept(two).keys()
+                assert pairs_in(content) == pairs_in(saved_pairs(two)[name])
+        assert saved_pairs(one).keys() == saved_pairs(two).keys()
 
 
 def pairs_in(content: bytes) -> list[tuple[str, str, str]]:
-    """A kept list without its scores, whose last digits may differ."""
+    """A preference file without its scores, whose last digits may differ."""
     found = map(json.loads, content.splitlines())
     return [(row["prompt"], row["winner"], row["loser"]) for row in found]
 
 
-# --- surviving --------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["sampled", "people"])
-def test_a_resumed_run_equals_one_that_was_never_stopped(
-    config: diffusion_dpo.Config, people: Path, tmp_path: Path, source: str
+@pytest.mark.parametrize("source", ["sampled", "file"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, source: str
 ) -> None:
-    config = config if source == "sampled" else replace(config, pairs=str(people), pairs_per_step=5)
+    config = config if source == "sampled" else replace(config, pairs=str(preferences), pairs_per_step=5)
     uninterrupted = train(config)
     stopped = replace(config, run_folder=str(tmp_path / "stopped"))
     train(replace(stopped, num_steps=1))
@@ -261,20 +255,20 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     one, two = ([[row[name] for name in names] for row in rows(f, "train")] for f in (uninterrupted, folder))
     assert one == two
     if source == "sampled":
-        assert kept(uninterrupted) == kept(folder)
+        assert saved_pairs(uninterrupted) == saved_pairs(folder)
 
 
-def kept(folder: Path) -> dict[str, bytes]:
-    """All files of the pairs that a run wrote."""
+def saved_pairs(folder: Path) -> dict[str, bytes]:
+    """Names and contents of all files of the pairs that a run saved."""
     root = folder / "pairs"
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-# --- what leaves it ---------------------------------------------------------------------------------
+# --- sampled pairs and report -----------------------------------------------------------------------
 
 
-def test_the_pairs_of_a_run_teach_another(config: diffusion_dpo.Config, tmp_path: Path) -> None:
-    """One file, or all of a run's; both images of each pair are those that the judge saw."""
+def test_the_saved_pairs_of_a_run_train_another(config: diffusion_dpo.Config, tmp_path: Path) -> None:
+    """From one file or the folder; the saved images are those that were scored."""
     first = train(config)
     files = sorted((first / "pairs").glob("*.jsonl"))
     assert [path.name for path in files] == [f"step_00000{i}.jsonl" for i in (1, 2, 3)]
@@ -292,22 +286,18 @@ def test_the_pairs_of_a_run_teach_another(config: diffusion_dpo.Config, tmp_path
         assert math.isfinite(rows(train(again), "train")[-1]["loss"])
 
 
-def test_nothing_is_kept_where_that_is_not_wished(config: diffusion_dpo.Config) -> None:
+def test_no_pairs_are_saved_without_save_pairs(config: diffusion_dpo.Config) -> None:
     assert not (train(replace(config, save_pairs=False, num_steps=1)) / "pairs").exists()
 
 
-def constant(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    return torch.zeros(len(images))
-
-
-def test_a_judge_without_an_opinion_teaches_nothing_and_is_reported(
+def test_equal_rewards_give_no_pairs_a_warning_and_no_update(
     config: diffusion_dpo.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = train(replace(config, rewards="tests.test_diffusion_dpo:constant", num_steps=2))
+    folder = train(replace(config, rewards=FLAT, num_steps=2))
     assert "in step 2 all images of each prompt have the same reward" in capsys.readouterr().out
     assert [row["pairs"] for row in rows(folder, "train")] == [0, 0]
-    before = load_file(Path(config.model) / "unet" / "diffusion_pytorch_model.safetensors")
-    assert_same(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), before)
+    before = unet_weights(Path(config.model))
+    assert_same(unet_weights(folder), before)
 
 
 def test_the_report_shows_accuracy_and_both_errors(config: diffusion_dpo.Config) -> None:
@@ -316,7 +306,7 @@ def test_the_report_shows_accuracy_and_both_errors(config: diffusion_dpo.Config)
         assert title in page
 
 
-# --- bad input --------------------------------------------------------------------------------------
+# --- invalid settings and inputs --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -335,41 +325,39 @@ def test_the_report_shows_accuracy_and_both_errors(config: diffusion_dpo.Config)
         ({"microbatch_size": 1}, "microbatch_size is 1; it must be at least 2"),
     ],
 )
-def test_values_that_cannot_work_are_refused(
-    config: diffusion_dpo.Config, changes: dict[str, Any], message: str
-) -> None:
+def test_impossible_settings_are_refused(config: diffusion_dpo.Config, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(config, **changes)
 
 
-def test_times_beyond_the_models_are_refused_before_anything_is_painted(config: diffusion_dpo.Config) -> None:
+def test_timesteps_that_the_model_does_not_have_are_refused_before_sampling(config: diffusion_dpo.Config) -> None:
     with pytest.raises(ValueError, match="times range from 500 to 1000; the model was trained at 0 to 999"):
         train(replace(config, timesteps="500-1000"))
     assert not rows(Path(str(config.run_folder)), "evaluation")
 
 
-def test_a_bad_record_stops_the_run_or_is_written_down(config: diffusion_dpo.Config, people: Path) -> None:
-    lines = people.read_text().splitlines()
+def test_a_bad_record_stops_the_run_or_is_logged(config: diffusion_dpo.Config, preferences: Path) -> None:
+    lines = preferences.read_text().splitlines()
     lines[2] = json.dumps({"winner_prompt": "a fox", "loser_prompt": "a cat", "image": "winner_0.png"})
-    people.write_text("\n".join(lines))
-    config = replace(config, pairs=str(people), pairs_per_step=2, num_steps=1)
-    with pytest.raises(BadRecordError, match=r"people\.jsonl:3: the two sides have different prompts"):
+    preferences.write_text("\n".join(lines))
+    config = replace(config, pairs=str(preferences), pairs_per_step=2, num_steps=1)
+    with pytest.raises(BadRecordError, match=r"preferences\.jsonl:3: the two sides have different prompts"):
         train(config)
     folder = train(replace(config, on_bad_record="skip", run_folder=f"{config.run_folder}-skip"))
     (skipped,) = (folder / "skipped.jsonl").read_text().splitlines()
-    assert json.loads(skipped)["where"].endswith("people.jsonl:3")
+    assert json.loads(skipped)["where"].endswith("preferences.jsonl:3")
 
 
-def test_a_preference_file_that_is_not_there_is_named(config: diffusion_dpo.Config) -> None:
+def test_a_missing_preference_file_is_named(config: diffusion_dpo.Config) -> None:
     with pytest.raises(FileNotFoundError, match=r"no data file nowhere\.jsonl"):
         train(replace(config, pairs="nowhere.jsonl"))
 
 
 def test_a_cache_of_another_autoencoder_stops_the_run(
-    config: diffusion_dpo.Config, people: Path, tmp_path: Path, tiny_sd_v: Path
+    config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, tiny_sd_v: Path
 ) -> None:
     config = replace(
-        config, pairs=str(people), pairs_per_step=2, num_steps=1, cache_folder=str(tmp_path / "cache")
+        config, pairs=str(preferences), pairs_per_step=2, num_steps=1, cache_folder=str(tmp_path / "cache")
     )  # fmt: skip
     train(config)
     other = shutil.copytree(tiny_sd_v, tmp_path / "other")
@@ -379,10 +367,10 @@ def test_a_cache_of_another_autoencoder_stops_the_run(
         train(replace(config, model=str(other), run_folder=str(tmp_path / "again")))
 
 
-# --- its config -------------------------------------------------------------------------------------
+# --- published settings -----------------------------------------------------------------------------
 
 
-def test_the_published_settings_are_read_and_their_batches_are_worked_out_right() -> None:
+def test_the_published_settings_are_read_and_their_numbers_of_passes_are_right() -> None:
     path = ROOT / "recipes" / "configs" / "diffusion_dpo_sd15.yaml"
     config = parse_config(diffusion_dpo.Config, description="", arguments=["--config", str(path)])
     assert (config.pairs_per_step, config.beta, config.timesteps) == (2048, 2000.0, "0-999")
@@ -393,24 +381,3 @@ def test_the_published_settings_are_read_and_their_batches_are_worked_out_right(
         assert any(line.split()[1:3] == [str(gpus), "GPU" + "s" * (gpus > 1)] and str(passes) in line.split()
                    for line in header.splitlines() if line.startswith("#  ")), gpus  # fmt: skip
     assert yaml.safe_load(header).keys() <= {*vars(config)}
-
-
-# --- processes --------------------------------------------------------------------------------------
-
-
-def launch(config: diffusion_dpo.Config, accelerate_config: str) -> Path:
-    """The recipe by `accelerate launch`, to its end."""
-    given = {name: value for name, value in vars(config).items() if value is not None}
-    arguments = [
-        part
-        for name, value in given.items()
-        for part in (f"--{name}", str(value).lower() if value is True or value is False else str(value))
-    ]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{accelerate_config}",
-        "recipes/diffusion_dpo.py", *arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return Path(str(config.run_folder))

@@ -1,19 +1,15 @@
-"""The DRaFT recipe end to end, on a tiny random pipeline: what moves, what is the same, what survives."""
+"""The DRaFT recipe end to end on a tiny random pipeline: training, equal results, resuming, export."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -25,10 +21,19 @@ from rlhf_t2i.seeds import generator_for
 from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
-from tests.runs import state
-from tests.test_ddpo import ROOT, SAMPLE, assert_same, command_line, rows, weights
+from tests.launch import ROOT, launch
+from tests.runs import (
+    REDNESS,
+    assert_same,
+    lora_weights,
+    redness,
+    rows,
+    sampled_by_diffusers,
+    state,
+    unet_weights,
+    weights,
+)
 
-REDNESS = "tests.test_draft:redness"
 DARKNESS = "tests.test_draft:darkness"
 METHODS: list[dict[str, Any]] = [
     {"method": "draft"},
@@ -37,11 +42,6 @@ METHODS: list[dict[str, Any]] = [
     {"method": "alignprop"},
     {"method": "refl"},
 ]
-
-
-def redness(images: Tensor, prompts: list[str]) -> Tensor:
-    """A reward that any model can learn, in a name that a command line can give."""
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
 
 def darkness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -53,13 +53,13 @@ def rounded(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def steep(images: Tensor, prompts: list[str]) -> Tensor:
-    """Its gradient is finite for the random image of the first look, and infinite for those of the model."""
+    """Redness with a gradient that is not finite."""
     return redness(images, prompts) + 0 * (images - images.detach()).abs().sum(dim=(1, 2, 3)).sqrt()
 
 
 @pytest.fixture
 def config(tiny_sd: Path, tmp_path: Path) -> draft.Config:
-    """A run of three steps that uses every part of the recipe."""
+    """Three steps that use every part of the recipe."""
     return draft.Config(
         model=str(tiny_sd),
         method="draft",
@@ -69,7 +69,7 @@ def config(tiny_sd: Path, tmp_path: Path) -> draft.Config:
         microbatch_size=8,
         learning_rate=1e-3,
         warmup_steps=0,
-        adam_epsilon=1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
+        adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
         ema_decay=0.5,
         kl_weight=0.1,
         l2_sp_weight=0.1,
@@ -106,16 +106,16 @@ def test_the_gradient_of_the_weight_distance_is_the_difference() -> None:
     weights = {"a": torch.tensor([1.0, 2.0], requires_grad=True), "b": torch.tensor([[3.0]], requires_grad=True)}
     distance = weight_distance(weights, {"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([[2.5]])})
     assert distance.item() == pytest.approx(0.5 * (1 + 4 + 0.25))
-    slopes = torch.autograd.grad(distance, list(weights.values()))
-    assert_close(list(slopes), [torch.tensor([1.0, -2.0]), torch.tensor([[0.5]])])
+    gradients = torch.autograd.grad(distance, list(weights.values()))
+    assert_close(list(gradients), [torch.tensor([1.0, -2.0]), torch.tensor([[0.5]])])
 
 
-# --- learning ---------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", METHODS)
 def test_the_reward_rises(config: draft.Config, changes: dict[str, Any]) -> None:
-    """Whatever steps remember; the evaluation, with prompts and seeds of its own, sees it too."""
+    """On evaluation prompts and seeds, by every method."""
     folder = train(
         replace(
             config, **changes, num_steps=12, learning_rate=3e-3, adam_epsilon=1e-8, kl_weight=0.0, l2_sp_weight=0.0,
@@ -131,8 +131,8 @@ def test_the_reward_rises(config: draft.Config, changes: dict[str, Any]) -> None
     ("reward", "changes"),
     [("llava_reward", {"learning_rate": 3e-4}), (REDNESS, {"learning_rate": 1e-2, "lora_rank": 16, "num_steps": 8})],
 )
-def test_the_built_in_model_learns(tmp_path: Path, reward: str, changes: dict[str, Any]) -> None:
-    """Wholly and by adapters, for one prompt, in a few steps."""
+def test_the_toy_model_learns_one_prompt(tmp_path: Path, reward: str, changes: dict[str, Any]) -> None:
+    """By all of its weights and by a LoRA."""
     (tmp_path / "prompts.txt").write_text("a red circle on a blue background\n")
     prompts = str(tmp_path / "prompts.txt")
     folder = train(
@@ -146,7 +146,7 @@ def test_the_built_in_model_learns(tmp_path: Path, reward: str, changes: dict[st
     assert after[reward] > before[reward] + 3 * before[f"{reward}/standard_error"]
 
 
-def test_pulls_hold_the_weights_back(config: draft.Config, tmp_path: Path) -> None:
+def test_kl_and_l2_sp_keep_the_weights_near_their_initial_values(config: draft.Config, tmp_path: Path) -> None:
     start = load_policy(config.model, device=torch.device("cpu"))
     start.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     free = replace(config, kl_weight=0.0, l2_sp_weight=0.0, weight_decay=0.0, learning_rate=3e-3, adam_epsilon=1e-8)
@@ -155,20 +155,20 @@ def test_pulls_hold_the_weights_back(config: draft.Config, tmp_path: Path) -> No
         after = weights(train(replace(free, **changes, num_steps=6, run_folder=str(tmp_path / name))), 6)
         return sum((after[n] - p).square().sum().item() for n, p in start.trainable.items())
 
-    unhindered = distance("free")
-    assert distance("kl", kl_weight=1e4) < 0.7 * unhindered
-    assert distance("pull", l2_sp_weight=1e4) < 0.7 * unhindered
+    without = distance("free")
+    assert distance("kl", kl_weight=1e4) < 0.7 * without
+    assert distance("l2_sp", l2_sp_weight=1e4) < 0.7 * without
 
 
-def test_a_reward_above_the_margin_teaches_nothing(config: draft.Config) -> None:
+def test_a_reward_above_the_margin_has_no_gradient(config: draft.Config) -> None:
     folder = train(replace(config, reward_margin=-9.0, kl_weight=0.0, l2_sp_weight=0.0, num_steps=1))
     (row,) = rows(folder, "train")
     assert row["loss"] == 0
     assert row["gradient_norm"] == 0
 
 
-def test_the_loss_is_the_weighted_hinge_plus_the_pulls(config: draft.Config) -> None:
-    """At the first step nothing has moved, so both pulls are 0 and every reward is below the margin."""
+def test_the_loss_is_the_weighted_hinge_plus_the_penalties(config: draft.Config) -> None:
+    """In the first step the weights are the initial ones, so both penalties are 0; every reward is below the margin."""
     folder = train(replace(config, reward_margin=5.0, reward_weight=0.1, num_steps=2))
     first, second = rows(folder, "train")
     assert first["loss"] == pytest.approx(0.1 * (5 - first["reward"]), rel=1e-5)
@@ -177,7 +177,7 @@ def test_the_loss_is_the_weighted_hinge_plus_the_pulls(config: draft.Config) -> 
     assert second["loss"] > 0.1 * (5 - second["reward"]) + 0.1 * second["reference_gap"]
 
 
-def test_what_a_step_is_made_of_is_written_down(config: draft.Config) -> None:
+def test_a_step_logs_its_images_calls_rewards_and_times(config: draft.Config) -> None:
     (row,) = rows(train(replace(config, num_steps=1)), "train")
     assert row["images"] == 6
     assert row["denoiser_calls"] == 24
@@ -186,37 +186,37 @@ def test_what_a_step_is_made_of_is_written_down(config: draft.Config) -> None:
     assert {"reward_std", "gradient_norm", "seconds/rollout", "seconds/reward", "seconds/update"} <= row.keys()
 
 
-# --- which steps remember ---------------------------------------------------------------------------
+# --- gradient windows -------------------------------------------------------------------------------
 
 
 def drawn(config: draft.Config, count: int = 400) -> list[int]:
     return draft.gradient_window(config, [generator_for(0, i) for i in range(count)]).first.tolist()
 
 
-def test_each_method_keeps_its_steps(config: draft.Config) -> None:
-    of = replace(config, num_denoising_steps=8)
-    assert set(drawn(of)) == {0}
-    assert set(drawn(replace(of, backprop_steps=3))) == {5}
-    assert set(drawn(replace(of, method="draft_lv"))) == {7}
-    assert draft.gradient_window(replace(of, method="draft_lv"), [generator_for(0)]).num_renoisings == 2
-    everything = drawn(replace(of, method="alignprop"))
-    assert set(everything) == set(range(8))
-    assert all(30 < everything.count(first) < 75 for first in range(8)), "uniform"
-    assert set(drawn(replace(of, method="alignprop", backprop_steps=2))) == {6, 7}
-    assert set(drawn(replace(of, method="refl", window_start=0.75))) == {6, 7}
-    assert draft.gradient_window(replace(of, method="refl"), [generator_for(0)]).jumps
+def test_each_method_has_its_gradient_window(config: draft.Config) -> None:
+    eight = replace(config, num_denoising_steps=8)
+    assert set(drawn(eight)) == {0}
+    assert set(drawn(replace(eight, backprop_steps=3))) == {5}
+    assert set(drawn(replace(eight, method="draft_lv"))) == {7}
+    assert draft.gradient_window(replace(eight, method="draft_lv"), [generator_for(0)]).num_renoisings == 2
+    alignprop = drawn(replace(eight, method="alignprop"))
+    assert set(alignprop) == set(range(8))
+    assert all(30 < alignprop.count(first) < 75 for first in range(8)), "uniform"
+    assert set(drawn(replace(eight, method="alignprop", backprop_steps=2))) == {6, 7}
+    assert set(drawn(replace(eight, method="refl", window_start=0.75))) == {6, 7}
+    assert draft.gradient_window(replace(eight, method="refl"), [generator_for(0)]).jumps
 
 
-# --- the same numbers -------------------------------------------------------------------------------
+# --- equal results ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", METHODS)
 def test_the_microbatch_size_changes_no_result(config: draft.Config, tmp_path: Path, changes: dict[str, Any]) -> None:
     config = replace(config, **changes, microbatch_size=64)
-    whole = train(config)
-    parts = train(replace(config, microbatch_size=4, run_folder=str(tmp_path / "parts")))
-    assert_same(weights(whole), weights(parts), atol=1e-5)
-    first, *_ = zip(rows(whole, "train"), rows(parts, "train"), strict=True)
+    one = train(config)
+    other = train(replace(config, microbatch_size=4, run_folder=str(tmp_path / "other")))
+    assert_same(weights(one), weights(other), atol=1e-5)
+    first, *_ = zip(rows(one, "train"), rows(other, "train"), strict=True)
     for name in ("reward", "loss", "gradient_norm", "saturated_share"):
         assert first[0][name] == pytest.approx(first[1][name], rel=1e-3, abs=1e-6), name
     assert first[0]["denoiser_calls"] == first[1]["denoiser_calls"]
@@ -229,17 +229,6 @@ def test_checkpointing_changes_no_result(config: draft.Config, tmp_path: Path, n
     assert_same(weights(plain), weights(saved), atol=1e-5)
 
 
-def launch(config: draft.Config, accelerate_config: str) -> None:
-    result = subprocess.run(
-        [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-            f"accelerate_configs/{accelerate_config}", "recipes/draft.py", *command_line(config),  # pyright: ignore
-        ],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -249,7 +238,7 @@ def launch(config: draft.Config, accelerate_config: str) -> None:
     ],
 )
 def test_two_processes_give_the_update_of_one(config: draft.Config, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """ddp.yaml on the CPU, with two microbatches each: the same images and weights, whoever paints them."""
+    """ddp.yaml on the CPU with two microbatches each: the same images and weights, on whichever process."""
     config = replace(config, **changes, microbatch_size=2, max_gradient_norm=0.1)
     train(replace(config, run_folder=str(tmp_path / "one")))
     launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
@@ -264,18 +253,17 @@ def test_two_processes_give_the_update_of_one(config: draft.Config, tmp_path: Pa
 def test_bfloat16_networks_learn_and_export_float32(config: draft.Config) -> None:
     folder = train(replace(config, mixed_precision="bf16", lora_rank=2, checkpoint_denoising_steps=True))
     assert rows(folder, "train")[-1]["gradient_norm"] > 0
-    exported = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in lora_weights(folder).values()} == {torch.float32}
 
 
-# --- surviving --------------------------------------------------------------------------------------
+# --- checkpoints and early stopping -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [{"method": "alignprop"}, {"method": "draft_lv", "lora_rank": 2}])
-def test_a_resumed_run_equals_one_that_was_never_stopped(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     config: draft.Config, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Weights, optimiser and average to the bit, the pull towards the first weights included."""
+    """Equal bits of weights, optimiser state and EMA, with a penalty on the distance from the initial weights."""
     config = replace(config, **changes, evaluate_every=1, early_stop_reward=DARKNESS, patience=9)
     uninterrupted = train(config)
     stopped = replace(config, run_folder=str(tmp_path / "stopped"))
@@ -286,8 +274,8 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     assert {key.partition("/")[0] for key in tensors} >= {"ema", "best"}
     assert_same(tensors, expected)
     assert rest == expected_rest
-    kept = ("step", "reward", "loss", "reference_gap", "gradient_norm")
-    one, two = ([[row[name] for name in kept] for row in rows(f, "train")] for f in (uninterrupted, folder))
+    names = ("step", "reward", "loss", "reference_gap", "gradient_norm")
+    one, two = ([[row[name] for name in names] for row in rows(f, "train")] for f in (uninterrupted, folder))
     assert one == two
 
 
@@ -302,7 +290,7 @@ def falling(config: draft.Config) -> draft.Config:
 
 
 def peaked(images: Tensor, prompts: list[str]) -> Tensor:
-    """Highest a little redder than the model starts, so that it rises for a few steps and then falls."""
+    """Highest slightly above the redness before training, so that it rises for a few steps and then falls."""
     return -(redness(images, prompts) + 0.03).abs()
 
 
@@ -318,56 +306,52 @@ def test_an_early_stop_exports_the_best_weights(falling: draft.Config, capsys: p
     assert f"was best after {best} of {done} steps" in capsys.readouterr().out
     again = evaluations[-1]
     assert (again["step"], again["tests.test_draft:peaked"]) == (done, values[best])
-    exported = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    assert_same(exported, weights(train(replace(falling, num_steps=best, run_folder=f"{folder}-short")), best))
+    assert_same(
+        unet_weights(folder), weights(train(replace(falling, num_steps=best, run_folder=f"{folder}-short")), best)
+    )
 
 
 def test_an_early_stop_survives_a_resume(falling: draft.Config, tmp_path: Path) -> None:
-    """Stopped before, just after and long after the best evaluation: the same end."""
-    whole = train(falling)
-    done = rows(whole, "train")[-1]["step"]
-    exported = load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")
+    """Interrupted before, shortly after and long after the best evaluation."""
+    uninterrupted = train(falling)
+    done = rows(uninterrupted, "train")[-1]["step"]
     for stop in (1, done - 1, done):
         short = replace(falling, run_folder=str(tmp_path / f"stop{stop}"))
         train(replace(short, num_steps=stop))
         folder = train(replace(short, resume=True))
         assert rows(folder, "train")[-1]["step"] == done
-        assert_same(exported, load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+        assert_same(unet_weights(uninterrupted), unet_weights(folder))
 
 
-# --- what leaves it ---------------------------------------------------------------------------------
+# --- export -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"lora_rank": 2, "lora_scale": 0.5}])
-def test_plain_diffusers_paints_the_images_of_the_last_evaluation(
+def test_plain_diffusers_samples_the_images_of_the_last_evaluation(
     config: draft.Config, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exported weights, the scale of their adapters included, loaded by a script that imports only diffusers."""
-    seen: list[Evaluation] = []
+    """The exported weights, with lora_scale, loaded by a script that imports only diffusers."""
+    evaluations: list[Evaluation] = []
     record = Trainer.record
     monkeypatch.setattr(
-        Trainer, "record", lambda trainer, evaluation: (seen.append(evaluation), record(trainer, evaluation))
+        Trainer, "record", lambda trainer, evaluation: (evaluations.append(evaluation), record(trainer, evaluation))
     )
     lora = "lora_rank" in changes
     fast = replace(config, num_steps=6, ema_decay=0.0, kl_weight=0.0, l2_sp_weight=0.0, adam_epsilon=1e-8)
     folder = train(replace(fast, **changes, learning_rate=0.3 if lora else 3e-3))
-    name, out = "lora" if lora else "unet", tmp_path / "images.pt"
-    (tmp_path / "paint.py").write_text(SAMPLE)
-    command = [sys.executable, "paint.py", config.model, str(folder / name), str(out), *seen[-1].prompts]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, check=True, capture_output=True)
-    painted = torch.load(out, weights_only=True)
-    assert (painted - seen[-1].images).abs().max() < 1e-3
-    assert (seen[-1].images - seen[0].images).abs().max() > 0.01, "the run must have changed the images"
+    first, last = evaluations
+    images = sampled_by_diffusers(config.model, folder / ("lora" if lora else "unet"), last.prompts, tmp_path)
+    assert (images - last.images).abs().max() < 1e-3
+    assert (last.images - first.images).abs().max() > 0.01, "the run must have changed the images"
 
 
-def test_scaled_adapters_are_exported_scaled_and_trained_unscaled(config: draft.Config, tmp_path: Path) -> None:
+def test_lora_scale_applies_to_export_and_evaluation_but_not_to_training(config: draft.Config, tmp_path: Path) -> None:
     plain = replace(config, lora_rank=2, ema_decay=0.0)
     one, half = train(plain), train(replace(plain, lora_scale=0.5, run_folder=str(tmp_path / "half")))
     assert_same(weights(one), weights(half))
-    whole, scaled = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (one, half))
-    for name, tensor in whole.items():
-        assert_close(scaled[name], tensor * (0.5 if "lora_B" in name else 1.0), rtol=0, atol=0)
+    for name, tensor in lora_weights(one).items():
+        assert_close(lora_weights(half)[name], tensor * (0.5 if "lora_B" in name else 1.0), rtol=0, atol=0)
     first, second = (rows(f, "evaluation")[-1][REDNESS] for f in (one, half))
     assert first != second
 
@@ -394,7 +378,7 @@ def test_the_flags_that_the_config_gives_for_the_other_methods_are_read(name: st
     assert parse_config(draft.Config, description="", arguments=arguments).method == method
 
 
-# --- bad input --------------------------------------------------------------------------------------
+# --- invalid settings and inputs --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -438,7 +422,7 @@ def test_a_reward_without_a_gradient_is_refused_before_anything_is_loaded(config
     assert not Path(str(config.run_folder)).exists()
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_with_the_name_of_the_reward(
+def test_a_gradient_that_is_not_finite_stops_the_run_and_the_reward_is_named(
     config: draft.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(draft, "require_gradient", lambda reward, prompt: None)
@@ -448,7 +432,9 @@ def test_a_gradient_that_is_no_number_stops_the_run_with_the_name_of_the_reward(
         train(replace(config, rewards="tests.test_draft:steep"))
 
 
-def test_images_that_processes_cannot_share_are_refused(config: draft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_cannot_be_shared_equally_are_refused(
+    config: draft.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Run, "num_processes", 4)
     with pytest.raises(ValueError, match=r"prompts_per_step \(6\) must be a multiple of the number of processes \(4\)"):
         train(config)

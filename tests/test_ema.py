@@ -1,4 +1,4 @@
-"""The average follows the weights, and gives them back."""
+"""Moving averages of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_t2i.training.ema import MovingAverage, decay_after_a_start, rising_dec
 
 
 def weights_at(step: int) -> dict[str, Tensor]:
-    """Weights that wander, as if they learnt."""
+    """Random weights, others at each step."""
     generator = torch.Generator().manual_seed(step)
     return {
         name: torch.randn(shape, generator=generator, requires_grad=True)
@@ -20,8 +20,8 @@ def weights_at(step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("decay", [0.05, 0.5, 0.99])
-def test_agrees_with_a_loop(decay: float) -> None:
-    """decay is held at (1 + n) / (10 + n) while n updates have been seen: 2/11, 3/12, 4/13, ..."""
+def test_the_average_agrees_with_a_loop(decay: float) -> None:
+    """The decay of update n is at most (1 + n) / (10 + n): 2/11, 3/12, 4/13, ..."""
     weights = weights_at(0)
     average = MovingAverage(weights, decay=decay_after_a_start(decay))
     expected = {name: weight.tolist() for name, weight in weights.items()}
@@ -45,7 +45,7 @@ def test_constant_weights_are_their_own_average() -> None:
     assert_close(average.average["bias"], weights["bias"].detach())
 
 
-def test_applied_shows_the_averages_and_restores_to_the_bit() -> None:
+def test_applied_sets_the_averages_and_restores_equal_bits() -> None:
     weights = weights_at(0)
     average = MovingAverage(weights, decay=decay_after_a_start(0.9))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_applied_shows_the_averages_and_restores_to_the_bit() -> None:
         assert weight.requires_grad
 
 
-def test_applied_restores_after_an_error() -> None:
+def test_applied_restores_the_weights_after_an_error() -> None:
     weights = weights_at(0)
     average = MovingAverage(weights_at(1), decay=decay_after_a_start(0.9))
     with pytest.raises(RuntimeError, match="evaluation"), average.applied(weights):
@@ -91,7 +91,7 @@ def test_the_average_is_not_the_weights_themselves() -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_a_restored_average_goes_on_as_if_nothing_had_happened(decay: float) -> None:
+def test_a_restored_average_continues_equally(decay: float) -> None:
     average = MovingAverage(weights_at(0), decay=decay_after_a_start(decay))
     for step in range(1, 4):
         average.update(weights_at(step))
@@ -108,7 +108,7 @@ def test_a_restored_average_goes_on_as_if_nothing_had_happened(decay: float) -> 
 
 
 def test_a_rising_decay_by_hand() -> None:
-    """Before its start the average is the weights."""
+    """Until `start` the average equals the weights."""
     decay = rising_decay(start=2, rise=0.2, most=0.5)
     assert [decay(n) for n in range(1, 7)] == pytest.approx([0, 0, 0.2, 0.4, 0.5, 0.5])
     average = MovingAverage(weights_at(0), decay=decay)
@@ -121,6 +121,6 @@ def test_a_rising_decay_by_hand() -> None:
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
-def test_a_decay_that_cannot_work_is_refused_with_its_value(decay: float) -> None:
+def test_an_impossible_decay_is_refused_with_its_value(decay: float) -> None:
     with pytest.raises(ValueError, match=rf"{decay}.*\[0, 1\)"):
         MovingAverage(weights_at(0), decay=decay_after_a_start(decay))

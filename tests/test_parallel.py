@@ -1,4 +1,4 @@
-"""Every way to spread what learns over processes is the same training."""
+"""Training gives equal results with every distribution strategy."""
 
 from __future__ import annotations
 
@@ -25,28 +25,23 @@ from rlhf_t2i.distributed.replicated import Replicated
 from rlhf_t2i.distributed.state import read_state, write_state
 from rlhf_t2i.distributed.zero import fill_config
 from rlhf_t2i.rewards.builtin import oracle_graded
-from tests.runs import state
+from tests.launch import ROOT, SMALL_DDPO, environment, launch, launch_command
+from tests.runs import rows, state
 from tests.servers import free_port
-from tests.test_ddpo import ROOT, launch, launch_command, rows
 
 MODES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
-TINY = ddpo.Config(
-    prompts_per_step=4, images_per_prompt=4, microbatch_size=8, num_minibatches=2, rewards="oracle",
-    lora_rank=4, kl_weight=0.1, ema_decay=0.5, num_steps=3, checkpoint_every=1, keep_checkpoints=3,
-    num_evaluation_images=8, evaluate_every=0, evaluation_rewards="oracle", num_cpu_threads=1,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(replace(TINY, run_folder=str(tmp_path_factory.mktemp("single") / "run")), "single.yaml")
+    return launch(replace(SMALL_DDPO, run_folder=str(tmp_path_factory.mktemp("single") / "run")), "single.yaml")
 
 
 def assert_same_training(folder: Path, expected: Path, *, first: int = 0) -> None:
-    """Weights, Adam's memory and the average at the end, and the metrics of the steps from `first` on."""
-    (tensors, rest), (wanted, wanted_rest) = state(folder), state(expected)
-    assert_close(tensors, wanted, rtol=0, atol=1e-5)
-    assert rest == wanted_rest
+    """Assert equal weights, optimiser state and EMA at the end, and equal metrics of the steps from `first` on."""
+    (tensors, rest), (expected_tensors, expected_rest) = state(folder), state(expected)
+    assert_close(tensors, expected_tensors, rtol=0, atol=1e-5)
+    assert rest == expected_rest
     for name in ("reward", "loss", "kl", "gradient_norm", "ratio_std"):
         own, other = ([row[name] for row in rows(f, "train")][first:] for f in (folder, expected))
         assert_close(own, other, rtol=1e-4, atol=1e-6)
@@ -54,37 +49,37 @@ def assert_same_training(folder: Path, expected: Path, *, first: int = 0) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_are_the_training_of_one(one_process: Path, tmp_path: Path, mode: str) -> None:
-    folder = launch(replace(TINY, run_folder=str(tmp_path / "run")), f"{mode}.yaml")
+def test_two_processes_give_the_training_of_one(one_process: Path, tmp_path: Path, mode: str) -> None:
+    folder = launch(replace(SMALL_DDPO, run_folder=str(tmp_path / "run")), f"{mode}.yaml")
     placement = json.loads((folder / "run.json").read_text())["placement"]
     assert (placement["mode"], placement["processes"]) == (mode.removeprefix("deepspeed_"), 2)
     assert_same_training(folder, one_process)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_mode_on_another_number_of_processes(one_process: Path, tmp_path: Path) -> None:
-    config = replace(TINY, run_folder=str(tmp_path / "run"))
+def test_a_run_resumes_with_another_strategy_and_number_of_processes(one_process: Path, tmp_path: Path) -> None:
+    config = replace(SMALL_DDPO, run_folder=str(tmp_path / "run"))
     launch(replace(config, num_steps=1), "deepspeed_zero3.yaml")
     launch(replace(config, num_steps=2, resume=True), "single.yaml")
     folder = launch(replace(config, resume=True), "fsdp2.yaml")
     assert_same_training(folder, one_process)
 
 
-SHARED: dict[str, Any] = {
-    "adam_epsilon": 1e-3,  # or Adam makes whole steps of gradients that are nothing but rounding
+COMMON: dict[str, Any] = {
+    "adam_epsilon": 1e-3,  # or Adam amplifies gradients that are rounding errors
     "ema_decay": 0.5, "num_steps": 2, "checkpoint_every": 1, "evaluate_every": 0, "evaluation_rewards": "oracle",
     "num_evaluation_images": 7, "microbatch_size": 8, "num_cpu_threads": 1, "learning_rate": 1e-3, "warmup_steps": 0,
 }  # fmt: skip
-OTHERS = {
-    "whole network, layer by layer": replace(
-        TINY, **{**SHARED, "gather_for_sampling": False}, lora_rank=None, async_reward=True
+OTHERS = {  # with a frozen copy as the reference, and 7 evaluation images, which two processes cannot share equally
+    "full denoiser, gathered layer by layer": replace(
+        SMALL_DDPO, **{**COMMON, "gather_for_sampling": False}, lora_rank=None, async_reward=True
     ),
-    "draft": draft.Config(**SHARED, method="draft", backprop_steps=2, prompts_per_step=16, kl_weight=0.1),
+    "draft": draft.Config(**COMMON, method="draft", backprop_steps=2, prompts_per_step=16, kl_weight=0.1),
     "diffusion_dpo": diffusion_dpo.Config(
-        **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, num_inner_epochs=2
+        **COMMON, rewards="oracle", prompts_per_step=4, images_per_prompt=4, num_inner_epochs=2
     ),
     "diffusion_nft": diffusion_nft.Config(
-        **SHARED, rewards="oracle", prompts_per_step=4, images_per_prompt=4, sampling_ema_rise=0.5
+        **COMMON, rewards="oracle", prompts_per_step=4, images_per_prompt=4, sampling_ema_rise=0.5
     ),
 }
 RECIPES = {
@@ -93,14 +88,13 @@ RECIPES = {
     diffusion_dpo.Config: diffusion_dpo,
     diffusion_nft.Config: diffusion_nft,
 }
-"""With a frozen copy as the reference, and a number of images for evaluation that two processes cannot share."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_recipes_and_whole_networks_learn_the_same_in_parts(tmp_path: Path, name: str) -> None:
+def test_other_recipes_and_full_denoisers_train_equally_when_sharded(tmp_path: Path, name: str) -> None:
     config = OTHERS[name]
-    single = RECIPES[type(config)].main(replace(config, run_folder=str(tmp_path / "single"))).folder
+    single = RECIPES[type(config)].main(replace(config, run_folder=str(tmp_path / "single")))
     expected, _ = state(single, 2)
     for mode in MODES[3:]:
         folder = launch(replace(config, run_folder=str(tmp_path / mode)), f"{mode}.yaml")
@@ -112,14 +106,14 @@ def test_other_recipes_and_whole_networks_learn_the_same_in_parts(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_two_machines_are_the_training_of_one(one_process: Path, tmp_path: Path) -> None:
-    """Two launchers that meet at a port of this machine, each with one process."""
-    config = replace(TINY, run_folder=str(tmp_path / "run"))
-    meeting = ["--num_processes", "2", "--main_process_port", str(free_port())]
+def test_two_machines_give_the_training_of_one(one_process: Path, tmp_path: Path) -> None:
+    """Two launchers on this machine that connect at one port, each with one process."""
+    config = replace(SMALL_DDPO, run_folder=str(tmp_path / "run"))
+    rendezvous = ["--num_processes", "2", "--main_process_port", str(free_port())]
     machines = [
         subprocess.Popen(
-            launch_command(config, "multi_node.yaml", *meeting, "--machine_rank", str(rank)),
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+            launch_command(config, "multi_node.yaml", *rendezvous, "--machine_rank", str(rank)),
+            cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -132,8 +126,8 @@ def test_two_machines_are_the_training_of_one(one_process: Path, tmp_path: Path)
 CALLS = count(1)
 
 
-def deadly(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The oracle, which kills the second process with its second verdict, once."""
+def killing_a_process(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The oracle, which once kills the second process in its second call."""
     died = Path(os.environ["DIED"])
     if os.environ["RANK"] == "1" and next(CALLS) == 2 and not died.exists():
         died.touch()
@@ -143,25 +137,28 @@ def deadly(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "deepspeed_zero2"])
-def test_a_run_that_lost_a_process_goes_on_by_itself_to_the_same_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+def test_a_restarted_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setenv("DIED", str(tmp_path / "died"))
-    config = replace(TINY, rewards="tests.test_parallel:deadly", microbatch_size=16, run_folder=str(tmp_path / "again"))
+    config = replace(
+        SMALL_DDPO,
+        rewards="tests.test_parallel:killing_a_process",
+        microbatch_size=16,
+        run_folder=str(tmp_path / "restarted"),
+    )
     folder = launch(config, f"{mode}.yaml", "--max_restarts", "1")
     assert (tmp_path / "died").exists()
-    whole = launch(replace(config, run_folder=str(tmp_path / "whole")), f"{mode}.yaml")
-    (tensors, _), (expected, _) = state(folder), state(whole)
+    uninterrupted = launch(replace(config, run_folder=str(tmp_path / "uninterrupted")), f"{mode}.yaml")
+    (tensors, _), (expected, _) = state(folder), state(uninterrupted)
     assert_close(tensors, expected, rtol=0, atol=0)
     assert [row["step"] for row in rows(folder, "train")] == [1, 2, 3]
 
 
-# --- settings -------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------
 
 RECIPE = {"max_gradient_norm": 0.5, "mixed_precision": "no", "microbatch_size": 8}
 
 
-def test_deepspeed_clips_as_the_recipe_does_and_not_as_its_auto_would() -> None:
+def test_deepspeeds_auto_values_are_those_of_the_recipe() -> None:
     config, filled = fill_config({"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}, **RECIPE)
     assert config["gradient_clipping"] == 0.5
     assert filled == {
@@ -184,7 +181,7 @@ def test_settings_that_disagree_are_refused_with_both_values(given: dict[str, ob
         fill_config({"zero_optimization": {"stage": 2}, **given}, **RECIPE)
 
 
-def test_what_no_mode_supports_is_refused_with_what_to_take() -> None:
+def test_unsupported_settings_are_refused_with_an_alternative() -> None:
     with pytest.raises(ValueError, match="fp16 is not supported with DeepSpeed; use bf16 or no"):
         fill_config({"zero_optimization": {"stage": 2}}, **{**RECIPE, "mixed_precision": "fp16"})
     with pytest.raises(ValueError, match="zero3_init_flag is true"):
@@ -193,7 +190,7 @@ def test_what_no_mode_supports_is_refused_with_what_to_take() -> None:
         _wants_fsdp({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})
 
 
-def test_another_type_of_processes_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_strategy_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     class Megatron:
         mixed_precision = "no"
         distributed_type = DistributedType.MEGATRON_LM
@@ -214,7 +211,7 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         read_state(engine(nn.Linear(2, 3, bias=False)), {}, tmp_path)
 
 
-def test_accelerate_is_not_told_of_fsdp() -> None:
+def test_the_fsdp_setting_is_hidden_from_accelerate() -> None:
     environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     assert _wants_fsdp(environment)
     assert "ACCELERATE_USE_FSDP" not in environment

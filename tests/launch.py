@@ -1,0 +1,81 @@
+"""Recipes in processes of their own, alone or by `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rlhf_t2i.settings.ddpo import Config as DdpoConfig
+from rlhf_t2i.settings.groups import TrainerConfig
+
+ROOT = Path(__file__).parent.parent
+SMALL_DDPO = DdpoConfig(
+    prompts_per_step=4, images_per_prompt=4, microbatch_size=8, num_minibatches=2, rewards="oracle",
+    lora_rank=4, kl_weight=0.1, ema_decay=0.5, num_steps=3, checkpoint_every=1, keep_checkpoints=3,
+    num_evaluation_images=8, evaluate_every=0, evaluation_rewards="oracle", num_cpu_threads=1,
+)  # fmt: skip
+"""Three steps of the toy model by oracle, in batches that two processes share."""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a process that imports this checkout."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+
+
+def recipe_of(config: TrainerConfig) -> str:
+    """The path of the recipe whose settings these are."""
+    return f"recipes/{type(config).__module__.rpartition('.')[2]}.py"
+
+
+def command_line(config: TrainerConfig) -> list[str]:
+    """All settings that are not null as options."""
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    return [
+        part
+        for name, value in given.items()
+        for part in (f"--{name}", str(value).lower() if value is True or value is False else str(value))
+    ]
+
+
+def start(config: TrainerConfig, *launcher: str) -> subprocess.Popen[str]:
+    """Start a recipe in a process of its own; `launcher` are arguments of Python before it."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, recipe_of(config), *command_line(config)],
+        cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def launch_command(config: TrainerConfig, accelerate_config: str, *options: str) -> list[str]:
+    """The `accelerate launch` of a recipe; `options` are those of the launcher."""
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{accelerate_config}",
+        *options, recipe_of(config), *command_line(config),
+    ]  # fmt: skip
+
+
+def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *options: str) -> Path:
+    """Run a recipe by `accelerate launch` to its end; returns the run folder."""
+    command = launch_command(config, accelerate_config, *options)
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return Path(str(config.run_folder))
+
+
+def num_train_rows(folder: Path) -> int:
+    """Training steps logged so far."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"train"') if path.exists() else 0
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path, *, more_than: int) -> None:
+    """Wait until more than so many training steps are logged, for two minutes at most."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        if num_train_rows(folder) > more_than:
+            return
+        time.sleep(0.05)
+    raise AssertionError("The run made no progress.")
