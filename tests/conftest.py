@@ -4,50 +4,49 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests import tiny
+from tests import processes, tiny
 from tests.publications import hub, lora_run, publication, reward_model_run, unet_run  # noqa: F401  # fixtures
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # Parsing a module for the shape checks must not be interrupted by the garbage collector: on Python 3.11 that can fail
-# with "AST constructor recursion depth mismatch" (python/cpython#106905). So all of them are imported here, at once.
+# with "AST constructor recursion depth mismatch" (python/cpython#106905). So it runs between tests only.
 gc.disable()
-import rlhf_t2i.models.flux  # noqa: E402
-import rlhf_t2i.models.load  # noqa: E402
-import rlhf_t2i.models.sd3  # noqa: E402
-import rlhf_t2i.models.sdxl  # noqa: E402
-import rlhf_t2i.models.stable_diffusion  # noqa: E402
-import rlhf_t2i.models.zimage  # noqa: E402
-import rlhf_t2i.rewards.builtin  # noqa: E402
-import rlhf_t2i.shapes.build_flow  # noqa: E402, F401
-
-gc.enable()
+_MANY_OBJECTS = 200_000
 
 
-@pytest.fixture(autouse=True)
-def fresh_processes() -> Iterator[None]:
-    """Reset accelerate after each test, so that each can set up its own Accelerator."""
-    yield
-    from accelerate.state import AcceleratorState, GradientState
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        processes.reserve_server()
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run one or two files in this process: workers would take longer to start than the tests."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(files) < 3 and all(file.endswith(".py") for file in files) else None
 
 
 @pytest.fixture(autouse=True)
-def steady_threads() -> Iterator[None]:
-    """Use one thread: the order of sums, and so the last bit, depends on the number of threads."""
+def clean_state() -> Iterator[None]:
+    """Use one thread, since the last bit of a sum depends on their number; reset accelerate after each test."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
+    if gc.get_count()[0] > _MANY_OBJECTS:
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
