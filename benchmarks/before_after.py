@@ -1,0 +1,73 @@
+"""Draw the figure of the README: held-out prompts with the same seeds before and after training, and which pass.
+
+    accelerate launch recipes/ddpo.py --run_folder runs/figure
+    python benchmarks/before_after.py runs/figure docs/before_after.png
+
+The images are the first of the first and last evaluation, none chosen. A green frame is a pass of the oracle, a red
+frame none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from rlhf_t2i.training.finished_run import FinishedRun, read_run
+from rlhf_t2i.training.run_folder import evaluation_scores
+
+COLUMNS, SIDE, FRAME, GAP = 8, 128, 6, 14
+TEXT_HEIGHT, LABEL_WIDTH = 64, 210
+PASS, FAIL, INK, GRAY = "#2b9348", "#d00000", "#222222", "#666666"
+
+
+def cells(run: FinishedRun, end: int) -> tuple[list[Image.Image], list[float]]:
+    """Return the images of the first (0) or last (-1) evaluation's grid, and the oracle's passes of all its images."""
+    grid, columns = Image.open(run.grids[end]), run.captions["columns"]
+    side = grid.width // columns
+    places = [(i % columns * side, i // columns * side) for i in range(COLUMNS)]
+    step = run.evaluations[end]["step"]
+    scores = json.loads(evaluation_scores(run.folder, step).read_text())["scores"]
+    return [grid.crop((x, y, x + side, y + side)) for x, y in places], scores["oracle_pass"]
+
+
+def draw(run: FinishedRun) -> Image.Image:
+    """Return the figure."""
+    font = {size: ImageFont.load_default(size) for size in (15, 17, 30)}
+    cell = SIDE + 2 * FRAME
+    width = LABEL_WIDTH + COLUMNS * (cell + GAP)
+    figure = Image.new("RGB", (width, TEXT_HEIGHT + 2 * (cell + GAP)), "white")
+    pen = ImageDraw.Draw(figure)
+    prompts: list[str] = run.captions["prompts"]
+    for column, prompt in enumerate(prompts[:COLUMNS]):
+        x = LABEL_WIDTH + column * (cell + GAP)
+        text = "\n".join(textwrap.wrap(prompt, 18))
+        pen.multiline_text((x + cell / 2, TEXT_HEIGHT - 6), text, INK, font[15], anchor="md", align="center")
+    last = run.evaluations[-1]["step"]
+    for row, (end, title) in enumerate(((0, "before"), (-1, f"after {last} steps"))):
+        images, passes = cells(run, end)
+        y = TEXT_HEIGHT + row * (cell + GAP)
+        share = f"{100 * sum(passes) / len(passes):.0f} %"
+        pen.text((10, y + cell / 2 - 22), title, INK, font[17], anchor="lm")
+        pen.text((10, y + cell / 2 + 8), share, PASS if row else FAIL, font[30], anchor="lm")
+        pen.text((10, y + cell / 2 + 36), f"of {len(passes)} images pass", GRAY, font[15], anchor="lm")
+        for column, image in enumerate(images):
+            x = LABEL_WIDTH + column * (cell + GAP)
+            pen.rectangle((x, y, x + cell - 1, y + cell - 1), fill=PASS if passes[column] else FAIL)
+            figure.paste(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST), (x + FRAME, y + FRAME))
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("output", type=Path)
+    options = parser.parse_args()
+    draw(read_run(options.run)).save(options.output)
+
+
+if __name__ == "__main__":
+    main()
