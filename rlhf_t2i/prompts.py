@@ -1,4 +1,4 @@
-"""What to paint: prompt sets, and which prompts belong to which step."""
+"""Sets of prompts, and the prompts of each training step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rlhf_t2i.shapes.names import TOY_PROMPTS
 
 
 def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
-    """The prompts of a source, in its own order.
+    """Return the prompts of a source, in its order.
 
-    `shapes` is the built-in world (its training prompts, or its held-out ones). Anything else is a UTF-8 file: one
-    prompt a line, or, ending in `.jsonl`, one JSON object a line with a string under "prompt". Blank lines are passed
-    over. Raises FileNotFoundError, or ValueError for a file that is empty, not UTF-8 or has a broken line.
+    `shapes` stands for the training prompts of the built-in world, or with `held_out` for its held-out ones. Any other
+    source is the path of a UTF-8 file: one prompt a line, or, if it ends in `.jsonl`, one JSON object a line with a
+    string under "prompt". Blank lines are skipped. Raises FileNotFoundError, or ValueError for a file that is empty,
+    not UTF-8 or has an invalid line.
     """
     if source == TOY_PROMPTS:
         from rlhf_t2i.shapes.scenes import all_prompts
@@ -27,7 +28,7 @@ def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no prompt file {source!r}. Give the path of a text file with one prompt a line (or a .jsonl "
-            f"file with a 'prompt' in each line), or {TOY_PROMPTS!r} for the toy world."
+            f"file with a 'prompt' in each line), or {TOY_PROMPTS!r} for the built-in world."
         )
     try:
         lines = path.read_bytes().decode("utf-8").removeprefix("\ufeff").split("\n")
@@ -58,15 +59,16 @@ def _json_prompt(line: str, *, where: str) -> str:
 
 
 def prompts_of_step(prompts: Sequence[str], step: int, *, num_prompts: int, seed: int) -> list[str]:
-    """The prompts of one step of an endless, freshly shuffled pass over a prompt set.
+    """Return the prompts of a step (from 0) of endless passes over a set, each in a new random order.
 
-    It is a pure function of the step: nothing has to be stored to go on after a stop, and every process agrees.
+    They are a function of the arguments alone, so that a resumed run needs no state and all processes agree.
     """
     start = step * num_prompts
     return [_shuffled(prompts, start + i, seed=seed) for i in range(num_prompts)]
 
 
 def _shuffled(prompts: Sequence[str], position: int, *, seed: int) -> str:
+    """The prompt at a position of the endless sequence; every pass has its own seed."""
     epoch, index = divmod(position, len(prompts))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return prompts[int(torch.randperm(len(prompts), generator=generator)[index])]

@@ -1,4 +1,4 @@
-"""Prompts that training and test share are found, and wrong prompts are wrong in one thing."""
+"""The overlap of training and test prompts, and hard negatives that differ from a prompt in one thing."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def pair(prompt: str, winner: Path = A, **options: bool) -> PreferencePair:
         ("!?", "?!", False),
     ],
 )
-def test_prompts_are_compared_by_their_words(one: str, other: str, same: bool) -> None:
+def test_prompts_are_equal_if_their_words_are(one: str, other: str, same: bool) -> None:
     assert (normalise(one) == normalise(other)) is same
 
 
-def test_the_overlap_is_counted_by_hand_and_can_be_left_out() -> None:
+def test_the_overlap_agrees_with_a_count_by_hand_and_can_be_excluded() -> None:
     training: list[Record] = [
         pair("a red fox"),
         pair("A red fox."),
@@ -54,8 +54,8 @@ def test_the_overlap_is_counted_by_hand_and_can_be_left_out() -> None:
     shared = shared_prompts(training, test)
     assert shared == {"a red fox", "a dog"}
     assert without_prompts(training, shared) == [training[2], training[5]]
-    assert overlap_table(training, {"mine": test, "other": [pair("a bird")]}).splitlines() == [
-        "mine: 2 of 3 prompts occur in the training data, in 4 of 6 records, such as 'a dog'",
+    assert overlap_table(training, {"test": test, "other": [pair("a bird")]}).splitlines() == [
+        "test: 2 of 3 prompts occur in the training data, in 4 of 6 records, such as 'a dog'",
         "other: 0 of 1 prompts occur in the training data, in 0 of 6 records",
     ]
 
@@ -86,14 +86,14 @@ def test_a_wrong_prompt_differs_in_one_thing(prompt: str, among: set[str], never
 
 
 @pytest.mark.parametrize("prompt", ["", "a fox", "a reddish fox", "someone", "insideout", "東京"])
-def test_a_prompt_without_such_a_word_has_no_wrong_one(prompt: str) -> None:
+def test_a_prompt_without_such_a_word_has_no_wrong_prompt(prompt: str) -> None:
     assert list(wrong_prompts(prompt)) == []
 
 
-def test_a_hard_negative_shows_the_winner_against_itself() -> None:
+def test_a_hard_negative_pairs_the_winner_with_itself_under_a_wrong_prompt() -> None:
     records: list[Record] = [
         pair("a red fox"),
-        pair("a red fox"),  # the same image and prompt: no second one
+        pair("a red fox"),  # the same image and prompt gives no second one
         pair("a red fox", winner=B),
         pair("a fox"),
         pair("a blue fox", tie=True),
@@ -124,7 +124,7 @@ def test_hard_negatives_depend_on_the_seed_and_not_on_the_other_records() -> Non
     }
 
 
-def test_no_hard_negative_is_written_that_was_held_out() -> None:
+def test_held_out_prompts_are_no_hard_negatives() -> None:
     others = {prompt for prompt in wrong_prompts("a red fox") if prompt != "a pink fox"}
     held_out = [pair(prompt.upper()) for prompt in others]
     (only,) = hard_negatives([pair("a red fox")], fraction=1.0, seed=0, held_out=held_out)
@@ -133,6 +133,6 @@ def test_no_hard_negative_is_written_that_was_held_out() -> None:
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
-def test_a_fraction_of_hard_negatives_outside_of_0_and_1_is_refused(fraction: float) -> None:
+def test_a_fraction_outside_0_and_1_is_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match=f"fraction is {fraction}; it must be in"):
         hard_negatives([], fraction=fraction, seed=0)
