@@ -1,4 +1,4 @@
-"""Recipes in processes of their own, alone or by `accelerate launch`."""
+"""Recipes in processes of their own, alone or by `accelerate launch`; forked unless a test wants a real start."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rlhf_t2i.settings.ddpo import Config as DdpoConfig
 from rlhf_t2i.settings.groups import TrainerConfig
+from tests import processes
 
 ROOT = Path(__file__).parent.parent
 SMALL_DDPO = DdpoConfig(
@@ -40,9 +42,9 @@ def command_line(config: TrainerConfig) -> list[str]:
     ]
 
 
-def start(config: TrainerConfig, *launcher: str) -> subprocess.Popen[str]:
-    """Start a recipe in a process of its own; `launcher` are arguments of Python before it."""
-    return subprocess.Popen(
+def start(config: TrainerConfig, *launcher: str) -> Any:
+    """Start a recipe in a process of its own; with `launcher`, arguments of Python before it, without forking."""
+    return (subprocess.Popen if launcher else processes.start)(
         [sys.executable, *launcher, recipe_of(config), *command_line(config)],
         cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -56,10 +58,13 @@ def launch_command(config: TrainerConfig, accelerate_config: str, *options: str)
     ]  # fmt: skip
 
 
-def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *options: str) -> Path:
+def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *options: str, fork: bool = True) -> Path:
     """Run a recipe by `accelerate launch` to its end; returns the run folder."""
     command = launch_command(config, accelerate_config, *options)
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    if fork:
+        result = processes.run(command)
+    else:
+        result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return Path(str(config.run_folder))
 
@@ -70,7 +75,7 @@ def num_train_rows(folder: Path) -> int:
     return path.read_text().count('"train"') if path.exists() else 0
 
 
-def wait_for_steps(process: subprocess.Popen[str], folder: Path, *, more_than: int) -> None:
+def wait_for_steps(process: Any, folder: Path, *, more_than: int) -> None:
     """Wait until more than so many training steps are logged, for two minutes at most."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

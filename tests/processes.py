@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -27,6 +28,14 @@ ROOT = Path(__file__).parent.parent
 SERVER = "RLHF_T2I_TEST_SERVER"
 """Environment variable with the server's socket and the process that it ends with, as JSON."""
 _MAX_REQUEST = 2**20
+_PRELOADED = (
+    "accelerate.commands.launch", "deepspeed", "torch.distributed.run", "trl.trainer.reward_trainer",
+    "transformers:CLIPTextModel", "transformers:CLIPTokenizerFast", "transformers:T5EncoderModel",
+    "transformers:LlavaForConditionalGeneration", "diffusers:StableDiffusionPipeline",
+    "diffusers:StableDiffusionXLPipeline", "diffusers:StableDiffusion3Pipeline", "diffusers:FluxPipeline",
+    "diffusers:ZImagePipeline", "rlhf_t2i.models.load", "rlhf_t2i.report", "rlhf_t2i.rewards.llava_reward",
+    "rlhf_t2i.training.trainer",
+)  # fmt: skip
 _Popen = subprocess.Popen
 
 
@@ -205,20 +214,9 @@ def serve(address: str, owner: int) -> None:
 
 def _preload() -> None:
     """Import the libraries and the project; nothing is computed, so that no thread exists when the server forks."""
-    import diffusers
-    import transformers
-
-    for name in (
-        "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
-        "ZImagePipeline",
-    ):  # fmt: skip
-        getattr(diffusers, name)
-    for name in ("CLIPTextModel", "CLIPTokenizerFast", "T5EncoderModel", "LlavaForConditionalGeneration"):
-        getattr(transformers, name, None)
-    import rlhf_t2i.models.load
-    import rlhf_t2i.report
-    import rlhf_t2i.rewards.llava_reward
-    import rlhf_t2i.training.trainer  # noqa: F401
+    for name in _PRELOADED:
+        module, _, part = name.partition(":")
+        getattr(import_module(module), part or "__name__")  # diffusers and transformers import their parts on demand
 
 
 def _is_alive(pid: int) -> bool:

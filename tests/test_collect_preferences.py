@@ -57,7 +57,7 @@ from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.preferences import save_pairs
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
 from rlhf_t2i.seeds import generator_for
-from tests import browser
+from tests import browser, processes
 from tests.report_files import CELLS, run_with_images
 from tests.servers import free_port, running
 
@@ -178,11 +178,11 @@ def person(name: str, address: str) -> Iterator[Person]:
 
 
 @contextmanager
-def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+def process(*arguments: object) -> Iterator[Any]:
     """The recipe as a command."""
     command = [sys.executable, str(ROOT / "recipes/collect_preferences.py"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = processes.start(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield server
     finally:

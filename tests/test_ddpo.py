@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -19,7 +18,8 @@ from recipes import ddpo
 from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
-from tests.launch import ROOT, environment, launch, num_train_rows, start, wait_for_steps
+from tests import processes
+from tests.launch import launch, num_train_rows, start, wait_for_steps
 from tests.runs import REDNESS, assert_same, lora_weights, rows, sampled_by_diffusers, state, weights
 
 
@@ -222,10 +222,7 @@ def test_sigterm_and_ctrl_c_write_a_checkpoint_and_exit_with_status_zero(
     assert f"Stopped after {done} of 1000 steps. " in output
     again = ["--config", str(folder / "config.yaml"), "--resume", "--run_folder", str(folder)]
     assert f"Continue with: {' '.join(again)}" in output
-    result = subprocess.run(
-        [sys.executable, "recipes/ddpo.py", *again, "--num_steps", str(done + 1)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    result = processes.run([sys.executable, "recipes/ddpo.py", *again, "--num_steps", str(done + 1)])
     assert result.returncode == 0, result.stderr
     assert rows(folder, "train")[-1]["step"] == done + 1
 

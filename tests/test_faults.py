@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +22,8 @@ from torch.testing import assert_close
 from recipes import ddpo
 from rlhf_t2i.rewards.builtin import oracle_graded
 from rlhf_t2i.training.checkpoint_files import newest_complete
-from tests.launch import ROOT, SMALL_DDPO, environment, launch, launch_command
+from tests import processes
+from tests.launch import SMALL_DDPO, launch, launch_command
 from tests.runs import rows, state
 from tests.servers import free_port
 
@@ -67,10 +67,7 @@ def test_an_update_with_nan_on_one_process_is_skipped_by_all(tmp_path: Path, mon
 
 def failed(config: ddpo.Config, accelerate_config: str, *options: str) -> str:
     """The output of a run that must fail within five minutes."""
-    result = subprocess.run(
-        launch_command(config, accelerate_config, *options), cwd=ROOT,
-        env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = processes.run(launch_command(config, accelerate_config, *options), timeout=300)
     assert result.returncode != 0
     return result.stdout + result.stderr
 

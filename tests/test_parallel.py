@@ -25,6 +25,7 @@ from rlhf_t2i.distributed.replicated import Replicated
 from rlhf_t2i.distributed.state import read_state, write_state
 from rlhf_t2i.distributed.zero import fill_config
 from rlhf_t2i.rewards.builtin import oracle_graded
+from tests import processes
 from tests.launch import ROOT, SMALL_DDPO, environment, launch, launch_command
 from tests.runs import rows, state
 from tests.servers import free_port
@@ -50,7 +51,7 @@ def assert_same_training(folder: Path, expected: Path, *, first: int = 0) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_give_the_training_of_one(one_process: Path, tmp_path: Path, mode: str) -> None:
-    folder = launch(replace(SMALL_DDPO, run_folder=str(tmp_path / "run")), f"{mode}.yaml")
+    folder = launch(replace(SMALL_DDPO, run_folder=str(tmp_path / "run")), f"{mode}.yaml", fork=False)
     placement = json.loads((folder / "run.json").read_text())["placement"]
     assert (placement["mode"], placement["processes"]) == (mode.removeprefix("deepspeed_"), 2)
     assert_same_training(folder, one_process)
@@ -111,7 +112,7 @@ def test_two_machines_give_the_training_of_one(one_process: Path, tmp_path: Path
     config = replace(SMALL_DDPO, run_folder=str(tmp_path / "run"))
     rendezvous = ["--num_processes", "2", "--main_process_port", str(free_port())]
     machines = [
-        subprocess.Popen(
+        processes.start(
             launch_command(config, "multi_node.yaml", *rendezvous, "--machine_rank", str(rank)),
             cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
         )

@@ -44,6 +44,7 @@ from rlhf_t2i.rewards.gradient import require_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
 from rlhf_t2i.rewards.remote import RemoteReward
 from rlhf_t2i.rewards.wire_format import JSON, SAFETENSORS, pack
+from tests import processes
 from tests.runs import redness, rows, state
 from tests.servers import free_port, running, scores_response, scripted, until
 
@@ -756,7 +757,7 @@ def test_the_command_serves_several_trainers_and_finishes_accepted_requests_on_s
     options = ["--rewards", "my_rewards:slowness=2,jpeg_compressibility=0", "--port", "0", "--max_images", "8"]
     command = [sys.executable, "-m", "rlhf_t2i.reward_server", *options]
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        server = processes.start(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
         while not (found := re.search(r"Serving .* at (http://127\.0\.0\.1:\d+)", (tmp_path / "log").read_text())):
             assert server.poll() is None, (tmp_path / "log").read_text()

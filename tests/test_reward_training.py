@@ -26,6 +26,7 @@ from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, read_config
 from reward_model.losses import Objective
 from reward_model.training import Collator, RewardModelTrainer, newest_checkpoint, seal
 from reward_model.types import LabelledImage, PreferencePair, Record
+from tests import processes
 from tests.reward_models import backbone_folder, fresh_model
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +70,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(data: Path, folder: Path, *, processes: int = 1, launcher: Path | None = None, **values: Any) -> list[str]:
     """Return the command of the recipe on the tiny LLaVA."""
     settings: dict[str, Any] = {
-        "backbone": backbone_folder("llava"), "train_data": data / "pairs.jsonl", "validation_data": data / "pairs.jsonl",
+        "backbone": backbone_folder("llava"),
+        "train_data": data / "pairs.jsonl", "validation_data": data / "pairs.jsonl",
         "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2, "microbatch_size": 4, "accumulation_steps": 1,
         "num_steps": 8, "evaluate_every": 4, "patience": 0, "num_cpu_threads": 1, "run_folder": folder,
         **values,
@@ -81,8 +83,7 @@ def command(data: Path, folder: Path, *, processes: int = 1, launcher: Path | No
 
 
 def run(arguments: list[str], *, fails: bool = False) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    result = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = processes.run(arguments, env={"TRANSFORMERS_VERBOSITY": "error"})
     output = result.stdout + result.stderr
     assert (result.returncode != 0) == fails, output
     return output

@@ -23,6 +23,7 @@ from recipes import best_of_n, fk_steering
 from rlhf_t2i.report.search import headline, write_report
 from rlhf_t2i.search.records import curve, point, read_records, reward_names, scores_of
 from rlhf_t2i.settings.search import SearchConfig
+from tests import processes
 from tests.geneval_files import LINES, write_prompts
 from tests.reward_models import reward_model_folder
 from tests.runs import REDNESS, redness
@@ -259,7 +260,7 @@ def test_kill_9_loses_nothing(tiny_sd: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     rng, finished = random.Random(0), dict[Path, int]()
     for attempt in range(2):
-        process = subprocess.Popen(
+        process = processes.start(
             [sys.executable, *command(name, replace(settings, run_folder=str(folder), resume=attempt > 0))],
             cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -366,9 +367,6 @@ def command(name: str, settings: SearchConfig) -> list[str]:
 def launch(arguments: list[str], accelerate_config: str = "single.yaml") -> str:
     """Run a recipe by `accelerate launch` to its end; return what it printed."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{accelerate_config}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, *launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    result = processes.run([sys.executable, *launcher, *arguments])
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
