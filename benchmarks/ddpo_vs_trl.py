@@ -1,9 +1,9 @@
-"""DDPO here and in trl 0.23.1, the last with a DDPOTrainer: `python benchmarks/ddpo_vs_trl.py`.
+"""Compare DDPO here and in trl 0.23.1, the last with a DDPOTrainer: `python benchmarks/ddpo_vs_trl.py`.
 
-Both train the same built-in model on the oracle: 192 images a step in batches of at most 64, 8 DDIM steps with eta 1,
-guidance 2, two optimiser steps. First both replay one trajectory, to see that they compute the same; then their
-speed is measured in turns; then how long each trains until the pass rate on held-out prompts has risen by ten points,
-with the best of three learning rates. trl gets an environment of its own, with the packages it needs.
+Both train the toy model on the oracle: 192 images in each step in batches of at most 64, 8 DDIM steps with eta 1,
+guidance 2, two optimiser steps. Three comparisons: log-probabilities and gradient of one trajectory; speed, measured
+alternately; seconds of training until the pass rate on held-out prompts has risen by ten points, with the best of three
+learning rates. trl runs in an environment of its own, with the packages it needs.
 """
 
 # diffusers has no usable types.
@@ -35,7 +35,7 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 
 
 def agreement(python: Path, model: Path, folder: Path) -> None:
-    """One trajectory of eight images, replayed by both: the largest difference of densities and of gradients."""
+    """Print the largest differences of log-probabilities and gradients of one trajectory of eight images."""
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy(TOY_MODEL, device=torch.device("cpu"))
     policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
@@ -59,18 +59,19 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
         (clipped_surrogate_loss(log_prob, trajectory.log_probs[:, step], advantages, clip_range=5e-4) / 8).backward()
     torch.nn.utils.clip_grad_norm_(policy.trainable.values(), 1.0)
     ours = {name: p.grad for name, p in policy.trainable.items() if p.grad is not None}
-    density = (theirs["log_probs"] - trajectory.log_probs).abs().max().item()
+    difference = (theirs["log_probs"] - trajectory.log_probs).abs().max().item()
     one, other = (torch.cat([g[name].flatten() for name in sorted(ours)]) for g in (ours, theirs["gradients"]))
     gradient = ((one - other).norm() / one.norm()).item()
     say(
-        f"largest difference of log-densities {density:.1e}; of the clipped first gradient {gradient:.1e} of its length"
+        f"largest difference of log-probabilities {difference:.1e}; relative difference of the clipped first gradient "
+        f"{gradient:.1e}"
     )
 
 
 def trl_training(
     python: Path, model: Path, folder: Path, *, learning_rate: float, epochs: int, seconds: float, threads: int
 ) -> None:
-    """Train by trl; a finished training is not repeated."""
+    """Train with trl; a finished training is not repeated."""
     if (folder / "seconds.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,46 +81,46 @@ def trl_training(
 
 
 def own_training(folder: Path, *options: str, epochs: int, evaluate_every: int, threads: int) -> None:
-    """Train by recipes/ddpo.py; a finished training is not repeated."""
+    """Train with recipes/ddpo.py; a finished training is not repeated."""
     if (folder / "unet").is_dir():
         return
     fixed = ["--rewards", "oracle", "--evaluation_rewards", "oracle_pass", "--num_cpu_threads", str(threads)]
     fixed += ["--num_steps", str(epochs), "--evaluate_every", str(evaluate_every), "--checkpoint_every", "0"]
     fixed += ["--guidance_scale", str(GUIDANCE)]
-    looked = [] if evaluate_every else ["--num_evaluation_images", "2"]
-    run([sys.executable, "recipes/ddpo.py", *fixed, *looked, "--run_folder", str(folder), *options], threads)
+    evaluation = [] if evaluate_every else ["--num_evaluation_images", "2"]
+    run([sys.executable, "recipes/ddpo.py", *fixed, *evaluation, "--run_folder", str(folder), *options], threads)
 
 
 def own_seconds(folder: Path) -> list[float]:
-    """Seconds of each step: rollout, reward and update."""
+    """Return the seconds of rollout, reward and update of each step."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [sum(v for k, v in row.items() if k.startswith("seconds/")) for row in rows if row["kind"] == "train"]
 
 
 def own_curve(folder: Path) -> list[tuple[float, float]]:
-    """(seconds of training, pass rate) of each evaluation."""
+    """Return (seconds of training, pass rate) of each evaluation."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = own_seconds(folder)
     return [(sum(seconds[: row["step"]]), row["oracle_pass"]) for row in rows if row["kind"] == "evaluation"]
 
 
 def trl_curve(folder: Path, base: float) -> list[tuple[float, float]]:
-    """The same of trl's snapshots, looked at by our evaluation."""
+    """Return (seconds of training, pass rate) of trl's snapshots, evaluated here."""
     seconds = json.loads((folder / "seconds.json").read_text())
     curve = [(0.0, base)]
     for snapshot in sorted(folder.glob("step_*")):
         policy = load_policy(TOY_MODEL, device=torch.device("cpu"), weights=snapshot)
         prompts, seeds = evaluation_set(all_prompts("held-out"), num_images=408, seed=1_000_000)
-        seen = evaluate(
+        evaluation = evaluate(
             policy, prompts, seeds, [load_reward("oracle_pass")],
             sampler=Sampler(policy.schedule(8), partial(ddim, eta=0.0), GUIDANCE), microbatch_size=64,
         )  # fmt: skip
-        curve.append((sum(seconds[: int(snapshot.name[5:])]), seen.scores["oracle_pass"].mean().item()))
+        curve.append((sum(seconds[: int(snapshot.name[5:])]), evaluation.scores["oracle_pass"].mean().item()))
     return curve
 
 
 def time_until(curve: list[tuple[float, float]], rise: float) -> float:
-    """Seconds until the pass rate has risen so far, between evaluations in a straight line; inf if it never has."""
+    """Return the seconds until the pass rate has risen by `rise`, interpolated between evaluations; inf if never."""
     goal = curve[0][1] + rise
     for (start, low), (end, high) in pairwise(curve):
         if high >= goal:
@@ -128,13 +129,15 @@ def time_until(curve: list[tuple[float, float]], rise: float) -> float:
 
 
 def main() -> None:
-    """Agreement, speed, time to the same quality."""
+    """Compare gradients, speed and time to equal quality."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_folder", type=Path, default=Path("runs/ddpo-vs-trl"))
     parser.add_argument("--environment", type=Path, default=Path("runs/trl-0.23.1"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of the speed measurement")
-    parser.add_argument("--max_seconds", type=float, default=240, help="of training, for each learning rate")
+    parser.add_argument("--rounds", type=int, default=3, help="Repetitions of the speed measurement; default 3.")
+    parser.add_argument(
+        "--max_seconds", type=float, default=240, help="Seconds of training with each learning rate; default 240."
+    )
     arguments = parser.parse_args()
     python, folder, threads = (
         environment_for_trl(arguments.environment.absolute()),
@@ -145,15 +148,15 @@ def main() -> None:
     agreement(python, model, folder / "agreement")
 
     ratios: list[str] = []
-    for turn in range(arguments.rounds):
-        theirs, same, default = (folder / f"speed-{name}-{turn}" for name in ("trl", "same", "default"))
+    for repetition in range(arguments.rounds):
+        theirs, same, default = (folder / f"speed-{name}-{repetition}" for name in ("trl", "same", "default"))
         trl_training(python, model, theirs, learning_rate=3e-4, epochs=4, seconds=1e9, threads=threads)
         own_training(same, "--window_end", "1", epochs=4, evaluate_every=0, threads=threads)
         own_training(default, epochs=4, evaluate_every=0, threads=threads)
         slow = json.loads((theirs / "seconds.json").read_text())[1:]
         rates = [192 * 3 / sum(s) for s in (slow, own_seconds(same)[1:], own_seconds(default)[1:])]
         ratios.append(f"{rates[1] / rates[0]:.2f} and {rates[2] / rates[0]:.2f}")
-        say(f"turn {turn}, images/s: trl {rates[0]:.1f}, here {rates[1]:.1f}, here with its window {rates[2]:.1f}")
+        say(f"repetition {repetition}, images/s: trl {rates[0]:.1f}, here {rates[1]:.1f}, default {rates[2]:.1f}")
     say(f"images/s here as a multiple of trl's, all steps trained and as by default: {'; '.join(ratios)}")
 
     best = {"trl": float("inf"), "here": float("inf")}

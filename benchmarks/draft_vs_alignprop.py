@@ -1,12 +1,12 @@
-"""Reward gradients here and in trl 0.23.1, the last with AlignPropTrainer: `python benchmarks/draft_vs_alignprop.py`.
+"""Compare reward gradients here and in trl 0.23.1's AlignPropTrainer: `python benchmarks/draft_vs_alignprop.py`.
 
-Both train all weights of the built-in model on `timed_reward`: 64 images a step in one batch, 8 DDIM steps with eta
-0, guidance 2, float32, the gradient through the last K steps. First both paint the same noise, to see that they compute
-the same; then speed and memory are taken in turns, each in a process of its own (Linux).
+Both train all weights of the toy model on `timed_reward`: 64 images in each step in one batch, 8 DDIM steps with eta 0,
+guidance 2, float32, the gradient through the last K steps. First images, rewards and gradients of the same noise are
+compared; then speed and memory are measured alternately, in a process each (Linux).
 
-By chance means that `--method alignprop` draws K for each image, and trl in each denoising step whether it keeps its
-gradient, for the whole batch; of 8 steps 4.5 do on average, in both. trl checkpoints every call of the U-Net and has no
-setting for that; it is also measured with that taken away. Prints Markdown: medians, with the lowest and highest.
+With random K, `--method alignprop` draws K for each image, and trl draws for each denoising step of the batch whether
+it has a gradient; on average 4.5 of 8 steps have one in both. trl checkpoints every call of the U-Net and has no option
+for that; it is also measured with this disabled. Prints Markdown: medians, with the lowest and highest.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from rlhf_t2i.shapes.scenes import all_prompts
 from rlhf_t2i.types import Sampler
 
 STEPS = 8
-"""Of training in one measurement; the last six count, from call to call of the reward."""
+"""Training steps of one measurement; the last six count, from call to call of the reward."""
 ALIKE = ["--guidance_scale", str(GUIDANCE), "--ema_decay", "0"]
 METHODS = {
     "K = 1": (1, ["--method", "draft", "--backprop_steps", "1", *ALIKE]),
     "K = 8, all": (8, ["--method", "draft", "--backprop_steps", "8", *ALIKE]),
-    "K by chance": (0, ["--method", "alignprop", *ALIKE]),
+    "random K": (0, ["--method", "alignprop", *ALIKE]),
 }
-"""What trl calls it, and options of recipes/draft.py."""
+"""trl's number of steps with gradient, 0 for random ones, and options of recipes/draft.py."""
 TRL, HERE, DEFAULT = "trl", "here", "here by default: ReFL, no guidance"
 VARIANTS = {
     "here, checkpoint_denoising_steps": ["--checkpoint_denoising_steps", "true"],
     "here, microbatch_size 16": ["--microbatch_size", "16"],
     "here, microbatch_size 8": ["--microbatch_size", "8"],
 }
-"""What else saves memory here; neither changes the gradient."""
+"""Options that save memory here and do not change the gradient."""
 Measured = dict[str, float]
 
 
 def agreement(python: Path, model: Path, folder: Path) -> None:
-    """Eight images from the same noise: the largest difference of pixels and rewards, and that of the gradient.
+    """Print the largest differences of pixels, rewards and gradient for eight images from the same noise.
 
-    At pixels beyond [0, 1] the gradient would differ: trl clamps them, and it with them. These images have none.
+    At pixels outside [0, 1] the gradient would differ, because trl clamps them. These images have none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy(TOY_MODEL, device=torch.device("cpu"))
     policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
     sampler, prompts = Sampler(policy.schedule(8), partial(ddim, eta=0.0), GUIDANCE), all_prompts("training")[:8]
-    judges = load_rewards("timed_reward:reward")
+    reward = load_rewards("timed_reward:reward")
     noise = policy.initial_noise([torch.Generator().manual_seed(i) for i in range(8)], copies=1)
     torch.save({"noise": noise, "prompts": prompts}, folder / "given.pt")
     for depth in (1, 4, 8):
@@ -68,21 +68,22 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
         run([*command, "--backprop_steps", str(depth)], 1)
         theirs = torch.load(folder / f"gradient-{depth}.pt", weights_only=True)
         generators = [torch.Generator().manual_seed(i) for i in range(8)]
-        kept = GradientWindow(torch.full((8,), 8 - depth))
-        images = sample_with_gradient(policy, prompts, sampler=sampler, window=kept, generators=generators).images
-        rewards = score_with_gradient(judges, images, prompts).rewards
+        window = GradientWindow(torch.full((8,), 8 - depth))
+        images = sample_with_gradient(policy, prompts, sampler=sampler, window=window, generators=generators).images
+        rewards = score_with_gradient(reward, images, prompts).rewards
         gradient = torch.autograd.grad(-rewards.mean(), list(policy.trainable.values()))
         gradient = torch.cat([g.flatten() for g in gradient])
         other = torch.cat([theirs["gradients"][name].flatten() for name in policy.trainable])
         say(
             f"K = {depth}: largest difference of pixels {(images.clamp(0, 1) - theirs['images']).abs().max():.1e}, of "
             f"rewards {(rewards - theirs['rewards']).abs().max():.1e} (they are {rewards.min():.2f} to "
-            f"{rewards.max():.2f}); of the gradient {(gradient - other).norm() / gradient.norm():.1e} of its length"
+            f"{rewards.max():.2f}); relative difference of the gradient "
+            f"{(gradient - other).norm() / gradient.norm():.1e}"
         )
 
 
 def measure(command: list[str], times: Path, threads: int) -> Measured:
-    """What `timed_reward` saw of a training; a finished one is not repeated."""
+    """Return images per second, per CPU second, and peak memory of a training; a finished one is not repeated."""
     if not times.is_file():
         with TemporaryDirectory() as folder:
             run([*command, f"{folder}/run"], threads, TIMES=f"{folder}/times")
@@ -98,7 +99,7 @@ def measure(command: list[str], times: Path, threads: int) -> Measured:
 
 
 def commands(python: Path, model: Path, threads: int, images: int) -> dict[tuple[str, str], list[str]]:
-    """What is measured in one turn, by method and side; the folder is to be added. `images` are those of one step."""
+    """Return the commands of one repetition, without their folder, by method and side; `images` are those of a step."""
     there = [str(python), "benchmarks/trl_side.py", "alignprop", "--model", str(model), "--threads", str(threads)]
     there += ["--max_epochs", str(STEPS), "--batch_size", str(images)]
     here = [sys.executable, "recipes/draft.py", "--rewards", "timed_reward:reward", "--num_cpu_threads", str(threads)]
@@ -109,7 +110,7 @@ def commands(python: Path, model: Path, threads: int, images: int) -> dict[tuple
         trl = [*there, "--backprop_steps", str(depth)]
         found[method, TRL] = [*trl, "--folder"]
         found[method, HERE] = [*here, *options, "--run_folder"]
-        found[method, "trl, its checkpointing off"] = [*trl, "--no_checkpointing", "--folder"]
+        found[method, "trl without checkpointing"] = [*trl, "--no_checkpointing", "--folder"]
         for variant, more in VARIANTS.items():
             found[method, variant] = [*here, *options, *more, "--run_folder"]
     found["", DEFAULT] = [*here, "--run_folder"]
@@ -117,17 +118,17 @@ def commands(python: Path, model: Path, threads: int, images: int) -> dict[tuple
 
 
 def cell(values: list[float], digits: int) -> str:
-    """Median, lowest and highest."""
+    """Format median, lowest and highest."""
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def main() -> None:
-    """Agreement, then a table of speed and memory."""
+    """Compare gradients, then speed and memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_folder", type=Path, default=Path("runs/draft-vs-alignprop"))
     parser.add_argument("--environment", type=Path, default=Path("runs/trl-0.23.1"))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of the measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="Repetitions of the measurement; default 3.")
     arguments = parser.parse_args()
     folder, python = arguments.output_folder.absolute(), environment_for_trl(arguments.environment.absolute())
     model = model_for_trl(folder / "model")
@@ -140,21 +141,21 @@ def main() -> None:
     }
     say(f"peak memory with 2 images a step instead of 64: trl {empty[TRL]:.0f} MB, here {empty[HERE]:.0f} MB")
     found: dict[tuple[str, str], list[Measured]] = {}
-    for turn in range(arguments.rounds):
+    for repetition in range(arguments.rounds):
         for number, (key, command) in enumerate(commands(python, model, arguments.threads, 64).items()):
-            seen = measure(command, folder / f"{turn}-{number:02d}.jsonl", arguments.threads)
-            found.setdefault(key, []).append(seen)
-            say(f"turn {turn}, {' '.join(key)}: {seen['rate']:.1f} images/s, {seen['peak']:.0f} MB")
-    say("| gradient | | images/s | a CPU second | peak MB | images/s to trl's, turn by turn | a CPU second | memory |")
+            one = measure(command, folder / f"{repetition}-{number:02d}.jsonl", arguments.threads)
+            found.setdefault(key, []).append(one)
+            say(f"repetition {repetition}, {' '.join(key)}: {one['rate']:.1f} images/s, {one['peak']:.0f} MB")
+    say("| gradient | | images/s | per CPU second | peak MB | images/s, ratio to trl | per CPU second | memory |")
     say("|---|---|---|---|---|---|---|---|")
-    for (method, side), those in found.items():
+    for (method, side), results in found.items():
         base = found[method or "K = 1", TRL]
         ratios = [
-            [here[what] / there[what] for here, there in zip(those, base, strict=True)]
-            for what in ("rate", "cpu", "peak")
+            [here[key] / there[key] for here, there in zip(results, base, strict=True)]
+            for key in ("rate", "cpu", "peak")
         ]
-        cells = [cell([m["rate"] for m in those], 1), cell([m["cpu"] for m in those], 1)]
-        cells += [cell([m["peak"] for m in those], 0), *(cell(r, 2) for r in ratios)]
+        cells = [cell([m["rate"] for m in results], 1), cell([m["cpu"] for m in results], 1)]
+        cells += [cell([m["peak"] for m in results], 0), *(cell(r, 2) for r in ratios)]
         say(f"| {method} | {side} | {' | '.join(cells)} |")
 
 

@@ -1,8 +1,8 @@
-"""Does a run survive whatever moment a process dies at? `python benchmarks/faults.py --kills 20`, the nightly form.
+"""Test that a run survives the death of a process at any moment: `python benchmarks/faults.py --kills 20`.
 
-Each time two processes train the built-in model in a random mode, one of them is killed (SIGKILL) at a random moment
-after the first step, and `accelerate launch --max_restarts 1` goes on by itself. The last checkpoint must then be that
-of a run of this mode that nobody disturbed, to the bit. Prints Markdown; exits with 1 if a run was lost or differs.
+Each time two processes train the toy model with a random distribution strategy, one of them is killed (SIGKILL) at a
+random moment after the first step, and `accelerate launch --max_restarts 1` resumes the run. Its last checkpoint must
+then have equal bits to that of an uninterrupted run. Prints Markdown; exits with status 1 if a run was lost or differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ say = partial(print, flush=True)
 
 
 def start(mode: str, folder: Path, log: Path, port: int) -> subprocess.Popen[bytes]:
-    """The launcher of a run."""
+    """Start the launcher of a run."""
     options = [part for name, value in OPTIONS.items() for part in (f"--{name}", value)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
     return subprocess.Popen(
@@ -46,11 +46,11 @@ def start(mode: str, folder: Path, log: Path, port: int) -> subprocess.Popen[byt
 
 
 def process_of(rank: int, folder: Path) -> int | None:
-    """The process of this rank that trains into `folder`, if it lives."""
+    """Return the id of the process of this rank that trains into `folder`, or None if there is none."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = ((path / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
-        except OSError:  # gone meanwhile
+        except OSError:  # it has ended
             continue
         trains = str(folder).encode() in command and f"RANK={rank}".encode() in environment
         if trains and b"accelerate.commands.launch" not in command:
@@ -59,38 +59,38 @@ def process_of(rank: int, folder: Path) -> int | None:
 
 
 def wait_for(folder: Path, launcher: subprocess.Popen[bytes], *, num_steps: int) -> None:
-    """Until so many steps are written down, or the run is over."""
+    """Wait until `num_steps` steps are logged or the run has ended."""
     rows = folder / "metrics.jsonl"
     while launcher.poll() is None and not (rows.is_file() and rows.read_text().count('"train"') >= num_steps):
         time.sleep(0.02)
 
 
 def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights, what AdamW remembers, and averages."""
+    """Return weights, optimiser state and averages."""
     files = sorted((folder / "checkpoints" / f"step_{NUM_STEPS:06d}").glob("weights-*"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """To the bit, and not empty."""
+def equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """True if the tensors have equal names and bits, and there are any."""
     return bool(one) and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def main() -> None:
-    """Kill, wait, compare."""
+    """Kill processes and compare the checkpoints of their runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=29600)
     arguments = parser.parse_args()
-    dice, failures = random.Random(arguments.seed), 0
+    rng, failures = random.Random(arguments.seed), 0
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
 
         @cache
-        def undisturbed(mode: str) -> tuple[Path, float]:
-            """A run, and the seconds that its later steps took."""
+        def uninterrupted_run(mode: str) -> tuple[Path, float]:
+            """Return the folder of an uninterrupted run, and the seconds after its first step."""
             folder = root / mode
             launcher = start(mode, folder, root / f"{mode}.log", arguments.port)
             wait_for(folder, launcher, num_steps=1)
@@ -99,20 +99,20 @@ def main() -> None:
                 raise SystemExit((root / f"{mode}.log").read_text()[-3000:])
             return folder, time.monotonic() - first
 
-        say("| mode | killed | seconds after its first step | exit status | to the bit |\n|---|---|---|---|---|")
+        say("| mode | killed | seconds after its first step | exit status | equal bits |\n|---|---|---|---|---|")
         for number in range(arguments.kills):
-            mode, rank = dice.choice(arguments.modes), dice.randrange(2)
-            whole, seconds = undisturbed(mode)
-            folder, moment = root / f"kill-{number}", dice.uniform(0, seconds)
+            mode, rank = rng.choice(arguments.modes), rng.randrange(2)
+            uninterrupted, seconds = uninterrupted_run(mode)
+            folder, moment = root / f"kill-{number}", rng.uniform(0, seconds)
             launcher = start(mode, folder, log := root / f"kill-{number}.log", arguments.port)
             wait_for(folder, launcher, num_steps=1)
             time.sleep(moment)
             if (victim := process_of(rank, folder)) is not None:
                 os.kill(victim, signal.SIGKILL)
             status = launcher.wait()
-            equal = not status and same(last_checkpoint(folder), last_checkpoint(whole))
+            equal = not status and equal_bits(last_checkpoint(folder), last_checkpoint(uninterrupted))
             failures += not equal
-            killed = f"process {rank}" if victim is not None else "nobody, it was over"
+            killed = f"process {rank}" if victim is not None else "none, the run had ended"
             say(f"| {mode} | {killed} | {moment:.1f} | {status} | {'yes' if equal else 'NO'} |")
             if not equal:
                 sys.stderr.write(log.read_text()[-3000:])

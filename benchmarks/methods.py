@@ -1,9 +1,9 @@
-"""Which method for what? `python benchmarks/methods.py` tunes a built-in model by every recipe for as long.
+"""Compare all training methods on a toy model in equal time: `python benchmarks/methods.py`.
 
-Every method trains for the same seconds on one thread, painting and judging included, evaluation not; held-out images
-are looked at now and then. The judge is the reward; the oracle, which no method sees, counts. Best-of-N changes no
-weight: its rows say what each n costs instead. Prints Markdown, mean of the seeds with the lowest and highest; writes
-curves.json and curves.svg.
+Every method trains for the same seconds on one thread, with sampling and scoring but without evaluation. The reward
+model is the reward; the oracle, which no method is trained on, measures the result. Best-of-N changes no weights: its
+rows give the result of each n. Prints Markdown, the mean of the seeds with the lowest and highest; writes curves.json
+and curves.svg.
 """
 
 from __future__ import annotations
@@ -27,56 +27,56 @@ from rlhf_t2i.shapes.names import TOY_FLOW_MODEL, TOY_MODEL
 ROOT = Path(__file__).parent.parent
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "DDPO": ("ddpo", {}),
-    "ReFL, from a quarter on": ("draft", {}),
+    "ReFL, steps from 25 %": ("draft", {}),
     "ReFL, as published": ("draft", {"window_start": "0.75"}),
     "DRaFT-1": ("draft", {"method": "draft", "backprop_steps": "1"}),
     "DRaFT-4": ("draft", {"method": "draft", "backprop_steps": "4"}),
     "DRaFT-LV": ("draft", {"method": "draft_lv"}),
     "AlignProp": ("draft", {"method": "alignprop"}),
-    "Diffusion-DPO, judged pairs": ("diffusion_dpo", {}),
+    "Diffusion-DPO, sampled pairs": ("diffusion_dpo", {}),
     "SFT on winners": ("diffusion_dpo", {"loss": "sft", "timesteps": "0-999", "learning_rate": "5e-5"}),
     "DiffusionNFT": ("diffusion_nft", {"model": TOY_MODEL}),
 }
-"""Each recipe's own defaults but for what is named. SFT has settings of its own: with those of DPO it collapses."""
+"""Recipe and options of each method for the toy diffusion model. With the options of DPO, SFT collapses."""
 FLOW_METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "Flow-GRPO": ("flow_grpo", {}),
     "Flow-GRPO, CPS": ("flow_grpo", {"dynamics": "cps", "noise_scale": "0.8"}),
     "DiffusionNFT": ("diffusion_nft", {}),
     "DDPO": ("ddpo", {"model": TOY_FLOW_MODEL}),
-    "Diffusion-DPO, judged pairs": ("diffusion_dpo", {"model": TOY_FLOW_MODEL}),
-    "ReFL, from a quarter on": ("draft", {"model": TOY_FLOW_MODEL}),
+    "Diffusion-DPO, sampled pairs": ("diffusion_dpo", {"model": TOY_FLOW_MODEL}),
+    "ReFL, steps from 25 %": ("draft", {"model": TOY_FLOW_MODEL}),
 }
-"""Of the built-in flow model."""
-LOOKS = 3
-"""Evaluations in the time that each has."""
+"""Recipe and options of each method for the toy flow model."""
+NUM_EVALUATIONS = 3
+"""Evaluations of each training after the first."""
 
 
 def methods_of(model: str) -> dict[str, tuple[str, dict[str, str]]]:
-    """The recipes and options for a built-in model."""
+    """Return recipe and options of each method for a toy model."""
     return FLOW_METHODS if model == TOY_FLOW_MODEL else METHODS
 
 
 def train(name: str, seed: int, arguments: argparse.Namespace) -> Path:
-    """Train until the seconds are over, looking now and then; a finished training is not repeated."""
+    """Train for the given seconds and return the file of the result; a finished training is not repeated."""
     recipe, options = methods_of(arguments.model)[name]
     folder = arguments.output_folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
     done = folder.with_suffix(".json")
     if done.is_file():
         return done
-    pace = arguments.seconds / LOOKS
-    every = max(1, round(pace / seconds_of_a_step(name, arguments)))
+    interval = arguments.seconds / NUM_EVALUATIONS
+    every = max(1, round(interval / seconds_of_a_step(name, arguments)))
     start = time.monotonic()
     memory = run(
         recipe, folder, {**options, "seed": str(seed), "evaluate_every": str(every), "num_steps": "100000"},
         until=lambda rows: trained(rows) >= arguments.seconds and rows[-1]["kind"] == "evaluation",
     )  # fmt: skip
-    facts = {"rows": read(folder), "megabytes": memory, "wall": time.monotonic() - start, "every": every}
-    done.write_text(json.dumps(facts))
+    result = {"rows": read(folder), "megabytes": memory, "wall": time.monotonic() - start, "every": every}
+    done.write_text(json.dumps(result))
     return done
 
 
 def seconds_of_a_step(name: str, arguments: argparse.Namespace) -> float:
-    """Of the third step of a short run."""
+    """Return the seconds of a training step, the third of a short run."""
     recipe, options = methods_of(arguments.model)[name]
     folder = arguments.output_folder / f"pace-{name.replace(' ', '_').replace(',', '')}"
     if len(read(folder)) < 4:
@@ -86,7 +86,7 @@ def seconds_of_a_step(name: str, arguments: argparse.Namespace) -> float:
 
 
 def run(recipe: str, folder: Path, options: dict[str, str], *, until: Any) -> float:
-    """The recipe in a process of its own, stopped politely once `until` is true of its rows; its peak megabytes."""
+    """Run a recipe in a process and return its peak MB; send SIGTERM once `until` is true of its rows."""
     command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--run_folder", str(folder)]
     fixed = {"num_cpu_threads": "1", "checkpoint_every": "0"}
     command += [part for key, value in {**fixed, **options}.items() for part in (f"--{key}", value)]
@@ -108,26 +108,26 @@ def run(recipe: str, folder: Path, options: dict[str, str], *, until: Any) -> fl
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The whole rows of a run's metrics."""
+    """Return the complete rows of a run's metrics."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def trained(rows: Sequence[dict[str, Any]]) -> float:
-    """Seconds of training in these rows."""
+    """Return the seconds of training in these rows."""
     return sum(v for row in rows if row["kind"] == "train" for k, v in row.items() if k.startswith("seconds/"))
 
 
 def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Each evaluation with the seconds of training before it, and the gap as the report draws it."""
-    looks = [i for i, row in enumerate(rows) if row["kind"] == "evaluation"]
-    first = rows[looks[0]]
+    """Return each evaluation with the seconds of training before it, and the reward gap as in the report."""
+    indices = [i for i, row in enumerate(rows) if row["kind"] == "evaluation"]
+    first = rows[indices[0]]
     reward_std = {
         name: first[f"{name}/standard_error"] * first["num_images"] ** 0.5 for name in ("llava_reward", "oracle")
     }
     points: list[dict[str, float]] = []
-    for i in looks:
+    for i in indices:
         gained = {name: (rows[i][name] - first[name]) / reward_std[name] for name in reward_std}
         points.append({
             "seconds": trained(rows[:i]), "pass": 100 * rows[i]["oracle_pass"], "llava_reward": rows[i]["llava_reward"],
@@ -137,21 +137,21 @@ def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def at(points: Sequence[dict[str, float]], seconds: float) -> dict[str, float]:
-    """A curve's values after so many seconds, between evaluations in a straight line."""
+    """Return a curve's values after some seconds, interpolated between evaluations."""
     times = [p["seconds"] for p in points]
     return {name: float(np.interp(seconds, times, [p[name] for p in points])) for name in points[0]}
 
 
 def cell(values: Sequence[float], digits: int) -> str:
-    """Mean, lowest and highest."""
+    """Format mean, lowest and highest."""
     return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
-    """Of the untouched model: for n = 1, 2, 4, 8, 16 the pass rate and the judge's score of what it picks."""
+    """Return [n, pass rate, reward] of best-of-n on the model before training, for n = 1, 2, 4, 8, 16."""
     import torch
 
-    from rlhf_t2i.search import best_of_n as search
+    from rlhf_t2i.search.api import best_of_n as search
     from rlhf_t2i.search.candidates import expected_best
     from rlhf_t2i.shapes import oracle
     from rlhf_t2i.shapes.scenes import all_prompts
@@ -168,12 +168,12 @@ def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
     scores = found.scores.reward
     passed = oracle.oracle_scores(found.images.flatten(0, 1), [p for p in prompts for _ in range(16)]).passed
     values = passed.float().view(scores.shape)
-    picked, liked = expected_best(scores, values).mean(0), expected_best(scores).mean(0)
-    return [[n, 100 * picked[n - 1].item(), liked[n - 1].item()] for n in (1, 2, 4, 8, 16)]
+    pass_rate, reward = expected_best(scores, values).mean(0), expected_best(scores).mean(0)
+    return [[n, 100 * pass_rate[n - 1].item(), reward[n - 1].item()] for n in (1, 2, 4, 8, 16)]
 
 
 def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path, *, seconds: float) -> None:
-    """The pass rate against seconds of training, each method the mean of its seeds."""
+    """Draw the pass rate against seconds of training, as the mean of the seeds of each method."""
     colours = (
         "#1b6ca8",
         "#d1495b",
@@ -219,15 +219,21 @@ def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path, *, seconds
 
 
 def main() -> None:
-    """Train all, or read what is finished, and print the tables."""
+    """Train with all methods and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_folder", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--seconds", type=float, default=120, help="of training, for each method and seed")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="Seconds of training for each method and seed; default 120."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--searches", type=int, default=4, help="of best-of-N, for each held-out prompt")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at once, one thread each")
+    parser.add_argument(
+        "--searches", type=int, default=4, help="Searches of best-of-N for each held-out prompt; default 4."
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="Concurrent trainings, with one thread each; default 2.")
     parser.add_argument("--model", choices=[TOY_MODEL, TOY_FLOW_MODEL], default=TOY_MODEL)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *FLOW_METHODS], help="all of the model if not given")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *FLOW_METHODS], help="Methods to compare; default all for the model."
+    )
     arguments = parser.parse_args()
     arguments.methods = arguments.methods or list(methods_of(arguments.model))
     arguments.output_folder = arguments.output_folder.absolute()
@@ -236,27 +242,27 @@ def main() -> None:
         started = {
             name: [pool.submit(train, name, seed, arguments) for seed in arguments.seeds] for name in arguments.methods
         }
-        facts = {name: [json.loads(f.result().read_text()) for f in those] for name, those in started.items()}
-    curves = {name: [curve(one["rows"]) for one in those] for name, those in facts.items()}
+        results = {name: [json.loads(f.result().read_text()) for f in futures] for name, futures in started.items()}
+    curves = {name: [curve(one["rows"]) for one in runs] for name, runs in results.items()}
     (arguments.output_folder / "curves.json").write_text(json.dumps(curves))
     draw(curves, arguments.output_folder / "curves.svg", seconds=arguments.seconds)
     say = sys.stdout.write
-    say("| method | pass, % | judge | gap | diversity | peak MB | images painted |\n|---|---|---|---|---|---|---|\n")
+    say("| method | pass, % | reward model | gap | diversity | peak MB | images |\n|---|---|---|---|---|---|---|\n")
     start = next(points[0] for runs in curves.values() for points in runs)
-    say(f"| before | {start['pass']:.1f} | {start['judge']:.2f} | 0 | {start['diversity']:.3f} | | |\n")
+    say(f"| before | {start['pass']:.1f} | {start['llava_reward']:.2f} | 0 | {start['diversity']:.3f} | | |\n")
     for name, runs in curves.items():
         ends = [at(points, arguments.seconds) for points in runs]
-        painted = [
+        sampled = [
             sum(row["images"] for row in one["rows"] if row["kind"] == "train")
             * arguments.seconds / max(trained(one["rows"]), 1e-9)
-            for one in facts[name]
+            for one in results[name]
         ]  # fmt: skip
         say(
-            f"| {name} | {cell([e['pass'] for e in ends], 1)} | {cell([e['judge'] for e in ends], 2)} "
+            f"| {name} | {cell([e['pass'] for e in ends], 1)} | {cell([e['llava_reward'] for e in ends], 2)} "
             f"| {cell([e['gap'] for e in ends], 2)} | {np.mean([e['diversity'] for e in ends]):.3f} "
-            f"| {max(one['megabytes'] for one in facts[name]):.0f} | {np.mean(painted):.0f} |\n"
+            f"| {max(one['megabytes'] for one in results[name]):.0f} | {np.mean(sampled):.0f} |\n"
         )
-    say("\n| best-of-n of the untouched model | pass, % | judge | denoiser calls an image |\n|---|---|---|---|\n")
+    say("\n| best-of-n before training | pass, % | reward model | denoiser calls per image |\n|---|---|---|---|\n")
     for rows in zip(*(best_of_n(seed, arguments) for seed in arguments.seeds), strict=True):
         n = int(rows[0][0])
         say(f"| n = {n} | {cell([r[1] for r in rows], 1)} | {cell([r[2] for r in rows], 2)} | {8 * n} |\n")

@@ -1,4 +1,4 @@
-"""Diffusion-DPO as it is commonly written, to be measured against: each step opens and encodes its images anew."""
+"""Diffusion-DPO as it is commonly written, as a baseline: each step reads and encodes its images again."""
 
 # diffusers has no usable types.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -28,10 +28,10 @@ def train_on_the_fly(
     beta: float,
     learning_rate: float,
 ) -> list[float]:
-    """The loop of diffusers' `train_diffusion_dpo.py`, with all weights trained and a frozen copy as the reference.
+    """Run the loop of diffusers' `train_diffusion_dpo.py` with all weights trained and a frozen copy as the reference.
 
-    `pairs` are those of each step, and `draw` makes for a step the times of its pairs and noise of a shape. Returns
-    the loss of each step.
+    `pairs` has the pairs of each step; `draw` returns a step's timesteps and its noise of a given shape. Returns the
+    loss of each step.
     """
     pipeline: Any = StableDiffusionPipeline.from_pretrained(TOY_MODEL_FOLDER, dtype=torch.float32)
     vae, text_encoder, tokenizer = pipeline.vae.eval(), pipeline.text_encoder.eval(), pipeline.tokenizer
@@ -52,14 +52,14 @@ def train_on_the_fly(
         with torch.no_grad():
             latents = vae.encode(pixels).latents * vae.config.scaling_factor
             states = text_encoder(tokens.input_ids)[0].repeat(2, 1, 1)
-        times, noise = draw(step, (len(own), *latents.shape[1:]))
-        times, noise = times.repeat(2), noise.repeat(2, 1, 1, 1)
-        noisy = scheduler.add_noise(latents, noise, times)
+        timesteps, noise = draw(step, (len(own), *latents.shape[1:]))
+        timesteps, noise = timesteps.repeat(2), noise.repeat(2, 1, 1, 1)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
         is_v = scheduler.config.prediction_type == "v_prediction"
-        target = scheduler.get_velocity(latents, noise, times) if is_v else noise
-        winner, loser = (unet(noisy, times, states).sample - target).square().mean(dim=(1, 2, 3)).chunk(2)
+        target = scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
+        winner, loser = (unet(noisy, timesteps, states).sample - target).square().mean(dim=(1, 2, 3)).chunk(2)
         with torch.no_grad():
-            errors = (reference(noisy, times, states).sample - target).square().mean(dim=(1, 2, 3))
+            errors = (reference(noisy, timesteps, states).sample - target).square().mean(dim=(1, 2, 3))
         reference_winner, reference_loser = errors.chunk(2)
         difference = (winner - loser) - (reference_winner - reference_loser)
         loss = -F.logsigmoid(-0.5 * beta * difference).mean()

@@ -1,9 +1,9 @@
-"""What does each way of spreading a training cost? `python benchmarks/scaling.py` takes each in turn.
+"""Measure speed and memory of every distribution strategy: `python benchmarks/scaling.py`.
 
-The first table is of speed: `recipes/ddpo.py` on the built-in world, images/s of rollout, reward and update on two
-processes of one thread, and that over twice what one such process does. Needs two free cores. The second is of memory:
-the peak of one process in two steps of a larger U-Net of random weights, measured as resident memory of the operating
-system and computed by `rlhf_t2i.distributed.memory`. Prints Markdown.
+The first table is the speed of `recipes/ddpo.py` in the toy world: images/s of rollout, reward and update on two
+processes with one thread each, and the efficiency, relative to twice the speed of one process. Needs two free cores.
+The second is the peak memory of one process in two steps of a larger U-Net with random weights, as measured by the
+operating system (resident memory) and as computed by `rlhf_t2i.distributed.memory`. Prints Markdown.
 """
 
 # diffusers has no usable types.
@@ -32,13 +32,13 @@ MODES = {
 }  # fmt: skip
 QUIET = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(ROOT)}
 RETURN_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Have the C library give memory back at once, or what was used would count as what is."""
+"""Have the C library return freed memory at once, or it would count as used."""
 BATCH = 2
 say = partial(print, flush=True)
 
 
 def launch(mode: str, command: list[str], **environment: str) -> None:
-    """A command by `accelerate launch` in one of accelerate_configs/."""
+    """Run a command by `accelerate launch` with one of accelerate_configs/."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     result = subprocess.run(
         [*launcher, "--config_file", f"accelerate_configs/{MODES[mode]}.yaml", *command],
@@ -52,7 +52,7 @@ def launch(mode: str, command: list[str], **environment: str) -> None:
 
 
 def images_per_second(mode: str, folder: Path, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Of the whole training step and of the rollout alone, the first step left out."""
+    """Return images/s of the full training step and of its rollout, without the first step."""
     options = {
         "rewards": "oracle", "evaluation_rewards": "oracle", "num_steps": str(arguments.steps), "evaluate_every": "0",
         "num_evaluation_images": "2", "checkpoint_every": "0", "num_cpu_threads": "1", "run_folder": str(folder),
@@ -68,8 +68,8 @@ def images_per_second(mode: str, folder: Path, arguments: argparse.Namespace) ->
 
 
 def print_speed(arguments: argparse.Namespace, folder: Path) -> None:
-    """In turn, and one process once more at the end, for how steady the machine was."""
-    say("| 2 processes of one thread | images/s | efficiency | of the rollout alone |\n|---|---|---|---|")
+    """Print the table of speed; one process is measured again at the end, to show how steady the machine was."""
+    say("| 2 processes of one thread | images/s | efficiency | efficiency of the rollout |\n|---|---|---|---|")
     single: tuple[float, float] | None = None
     for number, mode in enumerate([*MODES, "one process"]):
         speed, rollout = images_per_second(mode, folder / str(number), arguments)
@@ -82,7 +82,7 @@ def print_speed(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def larger_unet() -> nn.Module:
-    """68 million parameters, and latents so small that they hardly count."""
+    """Return a U-Net of 68 million parameters for latents so small that they hardly count."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -94,23 +94,23 @@ def larger_unet() -> nn.Module:
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, times and texts."""
+    """Return latents, timesteps and text states."""
     return torch.zeros(BATCH, 4, 8, 8), torch.ones(BATCH), torch.zeros(BATCH, 8, 128)
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: VmRSS is now, VmHWM the most since `forget_peak`."""
+    """Return bytes of this process: VmRSS is the current memory, VmHWM the peak since `reset_peak`."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return 1024 * int(line.split()[1])
 
 
-def forget_peak() -> None:
-    """Let VmHWM begin anew."""
+def reset_peak() -> None:
+    """Reset VmHWM."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure_memory(output: Path) -> None:
-    """In a process that `accelerate launch` started: train a little, and write down the peak and what was expected."""
+    """Measure two training steps in a process of `accelerate launch`; write measured and computed bytes to a file."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from rlhf_t2i.distributed.memory import memory_of, peak_bytes
@@ -128,7 +128,7 @@ def measure_memory(output: Path) -> None:
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     baseline = resident("VmRSS") - weights
     layout = layout_of(network, mode, processes=accelerator.num_processes)
-    # The operating system counts a buffer only where it was written to, and DeepSpeed's bucket is larger than all.
+    # The operating system counts only the written part of a buffer; DeepSpeed's bucket is larger than all gradients.
     layout = replace(layout, bucket=min(layout.bucket, layout.trainable))
     expected = memory_of(layout, activations=activations)
     engine = make_engine(
@@ -141,43 +141,43 @@ def measure_memory(output: Path) -> None:
             with engine.accumulating(last=last):
                 engine.backward(engine.network(*inputs(), return_dict=False)[0].square().mean())
 
-    def paint() -> None:
-        with torch.no_grad(), engine.gathered_network() as whole:
-            whole(*inputs(), return_dict=False)
+    def sample() -> None:
+        with torch.no_grad(), engine.gathered_network() as gathered:
+            gathered(*inputs(), return_dict=False)
 
     def peak(phase: Callable[[], Any]) -> int:
-        forget_peak()
+        reset_peak()
         phase()
         return resident("VmHWM") - baseline
 
-    measured = [(peak(paint), peak(update), peak(lambda: engine.optimizer_step(1e-4))) for _ in range(3)][-1]
+    measured = [(peak(sample), peak(update), peak(lambda: engine.optimizer_step(1e-4))) for _ in range(3)][-1]
     most = cast(torch.Tensor, accelerator.gather(torch.tensor([measured]))).amax(0).tolist()
     if accelerator.is_main_process:
-        names = ("painting", "updating", "stepping")
-        facts = {name: (value, getattr(expected, name)) for name, value in zip(names, most, strict=True)}
-        output.write_text(json.dumps({**facts, "peak": (max(most), expected.peak)}))
+        names = ("sampling", "backward", "optimizer_step")
+        result = {name: (value, getattr(expected, name)) for name, value in zip(names, most, strict=True)}
+        output.write_text(json.dumps({**result, "peak": (max(most), expected.peak)}))
     end_processes(accelerator)
 
 
 def print_memory(folder: Path) -> None:
-    """MB, measured / computed."""
-    say(
-        "| MB of one process | painting | updating | stepping | peak | computed / measured |\n|---|---|---|---|---|---|"
-    )
+    """Print the table of memory: MB, measured / computed."""
+    say("| MB per process | sampling | backward | optimizer | peak | computed / measured |\n|---|---|---|---|---|---|")
     for mode in MODES:
         output = folder / f"{mode}.json"
         launch(mode, ["benchmarks/scaling.py", "--worker", str(output)], **RETURN_MEMORY)
-        facts = json.loads(output.read_text())
-        cells = " | ".join(f"{measured / 1e6:.0f} / {computed / 1e6:.0f}" for measured, computed in facts.values())
-        measured, computed = facts["peak"]
+        result = json.loads(output.read_text())
+        cells = " | ".join(f"{measured / 1e6:.0f} / {computed / 1e6:.0f}" for measured, computed in result.values())
+        measured, computed = result["peak"]
         say(f"| {mode} | {cells} | {computed / measured:.2f} |")
 
 
 def main() -> None:
-    """Print the tables, or be a process of one of them."""
+    """Print the tables, or measure memory as a process of one of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tables", nargs="+", choices=["speed", "memory"], default=["speed", "memory"])
-    parser.add_argument("--steps", type=int, default=6, help="of training, for the speed of each mode")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="Training steps to measure the speed of each strategy; default 6."
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

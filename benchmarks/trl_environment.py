@@ -1,4 +1,4 @@
-"""What the comparisons with trl 0.23.1 share: its environment, the built-in model as it reads it, and processes."""
+"""Environment, model format and processes for the comparisons with trl 0.23.1."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl==0.23.1", "diffusers==0.35.2", "transformers==4.57.1", "peft<0.18", "accelerate<1.12")
 GUIDANCE = 2.0
-"""trl 0.23.1 cannot paint without guidance on the newest diffusers that it runs with."""
+"""trl 0.23.1 cannot sample without guidance on the newest diffusers that it supports."""
 
 
 def say(line: str) -> None:
-    """Print at once, though the output may be a file."""
+    """Print a line and flush, also if the output is a file."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def environment_for_trl(folder: Path) -> Path:
-    """The Python of an environment in which trl 0.23.1 runs; made at the first call."""
+    """Return the Python of an environment with trl 0.23.1, which is created in the first call."""
     python = folder / "bin" / "python"
     if not (folder / "ready").is_file():
         venv.create(folder, with_pip=True)
@@ -40,7 +40,7 @@ def environment_for_trl(folder: Path) -> Path:
 
 
 def model_for_trl(folder: Path) -> Path:
-    """The built-in model as older transformers read it: a fast tokenizer, and `text_model.` before all weights."""
+    """Save the toy model for older transformers: with a fast tokenizer, and `text_model.` before all weight names."""
     if not folder.is_dir():
         shutil.copytree(TOY_MODEL_FOLDER, folder, ignore=shutil.ignore_patterns("reward_model"))
         index = json.loads((folder / "model_index.json").read_text())
@@ -53,7 +53,7 @@ def model_for_trl(folder: Path) -> Path:
 
 
 def run(command: list[str], threads: int, **variables: str) -> None:
-    """A process of its own, its output shown only if it fails."""
+    """Run a command in a process of its own; its output is shown only if it fails."""
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
         "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error", **variables,

@@ -1,9 +1,9 @@
-"""What fits on which GPUs? `python benchmarks/what_fits.py` computes it for full-size models; nothing is measured.
+"""Compute which full-size models fit on which GPUs: `python benchmarks/what_fits.py`. Nothing is measured.
 
-Weights are counted and activations followed through the real networks of diffusers on fake tensors, in bfloat16, with
-gradient checkpointing and the smallest microbatch (a pair for DPO); then `rlhf_t2i.distributed.memory` adds up what one
-GPU holds. Judge, text encoders and autoencoder are there too, in bfloat16. Prints Markdown: the simplest way that fits
-with a tenth to spare, and its GB on each GPU, or in brackets the least that would be needed.
+Weights and activations are counted with diffusers' own networks on fake tensors, in bfloat16, with gradient
+checkpointing and the smallest microbatch (a pair for DPO); `rlhf_t2i.distributed.memory` computes the memory of one
+GPU. Reward model, text encoders and autoencoder are included, in bfloat16. Prints Markdown: the simplest strategy that
+needs at most 90 % of a GPU's memory and its GB on each GPU, or in brackets the least GB of any strategy.
 """
 
 # diffusers has no usable types.
@@ -26,7 +26,7 @@ from rlhf_t2i.models.lora import add_lora
 
 GPUS = {"1 x 24 GB": (1, 24), "1 x 80 GB": (1, 80), "8 x 80 GB": (8, 80)}
 SPARE = 0.9
-"""Of a GPU's memory: kernels, the allocator's gaps and the driver take the rest."""
+"""Usable fraction of a GPU's memory; kernels, fragmentation and the driver take the rest."""
 BILLION = 1e9
 REWARD_MODELS = {"Qwen2.5-VL-3B": 3.75, "Phi-3.5-vision": 4.15, "Qwen2.5-VL-7B": 8.29}
 """Billions of parameters."""
@@ -37,7 +37,7 @@ say = partial(print, flush=True)
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser, what goes into it, and the parameters (billions) of its text encoders."""
+    """Denoiser, its inputs for a batch size, and the parameters (billions) of its text encoders."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Any]]
@@ -151,11 +151,11 @@ MODELS = {
     "FLUX.1, 512 px": Model(flux, partial(for_flux, side=64), CLIP_L + T5, (16, 64)),
     "FLUX.1": Model(flux, partial(for_flux, side=128), CLIP_L + T5, (16, 128)),
 }
-"""At 1024 x 1024 pixels, if not said otherwise."""
+"""Models to train, at 1024 x 1024 pixels unless stated otherwise."""
 
 
-def on_paper(network: nn.Module, *, frozen: torch.dtype) -> Any:
-    """A network of the meta device as one of fake tensors: adapters in float32, what does not learn in `frozen`."""
+def on_fake_tensors(network: nn.Module, *, frozen: torch.dtype) -> Any:
+    """Turn a network of the meta device into one of fake tensors: trained weights in float32, others in `frozen`."""
     for module in network.modules():
         for name, old in module._parameters.items():
             if old is not None:
@@ -167,27 +167,27 @@ def on_paper(network: nn.Module, *, frozen: torch.dtype) -> Any:
     return network.train()
 
 
-def followed(model: Model, *, adapters: bool, batch: int) -> tuple[nn.Module, int]:
-    """The network on fake tensors, and the bytes of one pass forward and back."""
+def count_activations(model: Model, *, adapters: bool, batch: int) -> tuple[nn.Module, int]:
+    """Return the network on fake tensors, and the activation bytes of a forward and backward pass."""
     with torch.device("meta"):
         network = model.build()
         if adapters:
             add_lora(network, rank=RANK, alpha=RANK, seed=0)
     with FakeTensorMode():
-        network = on_paper(network, frozen=torch.bfloat16)
+        network = on_fake_tensors(network, frozen=torch.bfloat16)
         network.enable_gradient_checkpointing()
 
         def step() -> None:
             with torch.autocast("cpu", torch.bfloat16):
-                found = network(**model.inputs(batch), return_dict=False)[0]
-            answer = torch.stack(found) if isinstance(found, list) else found  # Z-Image's images come one by one
-            answer.float().square().mean().backward()
+                output = network(**model.inputs(batch), return_dict=False)[0]
+            output = torch.stack(output) if isinstance(output, list) else output  # Z-Image returns a list of images
+            output.float().square().mean().backward()
 
         return network, peak_bytes(network, step)
 
 
 def decoding(model: Model) -> int:
-    """Bytes of decoding an image in bfloat16 and the way back, for DRaFT."""
+    """Return the activation bytes of decoding an image in bfloat16, forward and backward, for DRaFT."""
     from diffusers import AutoencoderKL
 
     channels, side = model.latent
@@ -197,18 +197,18 @@ def decoding(model: Model) -> int:
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         ).requires_grad_(False)  # fmt: skip
     with FakeTensorMode():
-        autoencoder = on_paper(autoencoder, frozen=torch.bfloat16)
+        autoencoder = on_fake_tensors(autoencoder, frozen=torch.bfloat16)
         autoencoder.enable_gradient_checkpointing()
         latents = torch.zeros(1, channels, side, side, dtype=torch.bfloat16, requires_grad=True)
         return peak_bytes(autoencoder, lambda: autoencoder.decode(latents, return_dict=False)[0].sum().backward())
 
 
-def ways(layout: Layout, num_gpus: int) -> dict[str, Layout]:
-    """From the simplest to the most sparing."""
+def strategies(layout: Layout, num_gpus: int) -> dict[str, Layout]:
+    """Return the strategies from the simplest to the one that needs the least memory."""
     one = replace(layout, processes=num_gpus)
     offload = {"ZeRO-3 offload": replace(one, mode="zero3", offload=True, gather_for_sampling=False)}
     if num_gpus == 1:
-        return {"as it is": replace(one, mode="single"), **offload}
+        return {"one process": replace(one, mode="single"), **offload}
     return {
         "DDP": replace(one, mode="ddp"), "ZeRO-2": replace(one, mode="zero2"), "ZeRO-3": replace(one, mode="zero3"),
         "ZeRO-3, layer by layer": replace(one, mode="zero3", gather_for_sampling=False),
@@ -217,41 +217,42 @@ def ways(layout: Layout, num_gpus: int) -> dict[str, Layout]:
 
 
 def cell(layout: Layout, *, activations: float, others: float, num_gpus: int, size: float) -> str:
-    """The first way that fits."""
+    """Return the first strategy that fits, with its GB."""
 
     def gigabytes(memory: Memory) -> float:
         return memory.peak / BILLION
 
     needed = {
-        name: gigabytes(memory_of(way, activations=activations, others=others))
-        for name, way in ways(layout, num_gpus).items()
+        name: gigabytes(memory_of(strategy, activations=activations, others=others))
+        for name, strategy in strategies(layout, num_gpus).items()
     }
     fitting = next((name for name, peak in needed.items() if peak <= SPARE * size), None)
     return f"{fitting}, {needed[fitting]:.0f}" if fitting else f"no ({min(needed.values()):.0f})"
 
 
 def main() -> None:
-    """Follow every model and print the table."""
+    """Print the table of all models."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--judge", choices=[*REWARD_MODELS, "elsewhere"], default="Qwen2.5-VL-3B")
+    parser.add_argument("--reward_model", choices=[*REWARD_MODELS, "elsewhere"], default="Qwen2.5-VL-3B")
     parser.add_argument("--offload_text_encoders", action="store_true")
     parser.add_argument("--only_adapters", action="store_true")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     say(
-        f"The judge: {arguments.judge}; text encoders: {'offloaded' if arguments.offload_text_encoders else 'there'}.\n"
+        f"Reward model: {arguments.reward_model}; text encoders: "
+        f"{'offloaded' if arguments.offload_text_encoders else 'on the GPU'}.\n"
     )
-    say(f"| model | what learns | recipe | {' | '.join(GPUS)} |\n|{'---|' * (3 + len(GPUS))}")
+    say(f"| model | trained | recipe | {' | '.join(GPUS)} |\n|{'---|' * (3 + len(GPUS))}")
     for name in arguments.models:
         model = MODELS[name]
         encoders = 0.0 if arguments.offload_text_encoders else model.text_encoders
-        judge = 0.0 if arguments.judge == "elsewhere" else REWARD_MODELS[arguments.judge]
-        others = 2 * BILLION * (encoders + AUTOENCODER + judge)
+        reward_model = 0.0 if arguments.reward_model == "elsewhere" else REWARD_MODELS[arguments.reward_model]
+        others = 2 * BILLION * (encoders + AUTOENCODER + reward_model)
         decoder = decoding(model)
         for adapters in (True,) if arguments.only_adapters else (True, False):
-            network, one = followed(model, adapters=adapters, batch=1)
-            _, pair = followed(model, adapters=adapters, batch=2)
+            network, one = count_activations(model, adapters=adapters, batch=1)
+            _, pair = count_activations(model, adapters=adapters, batch=2)
             trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
             total = sum(p.numel() for p in network.parameters())
             layout = Layout(
@@ -271,8 +272,8 @@ def main() -> None:
                     )
                     for count, size in GPUS.values()
                 ]
-                what = f"LoRA of rank {RANK}" if adapters else "all"
-                say(f"| {name} | {what} ({trainable / 1e6:,.0f} M) | {recipe} | {' | '.join(cells)} |")
+                trained = f"LoRA of rank {RANK}" if adapters else "all"
+                say(f"| {name} | {trained} ({trainable / 1e6:,.0f} M) | {recipe} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
