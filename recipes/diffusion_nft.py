@@ -106,7 +106,7 @@ def update(
     """
     policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
     conditioning = policy.encode(prompts)
-    predict = partial(predict_clean, policy, guidance_scale=config.guidance_scale)
+    predict = partial(predict_noised, policy, guidance_scale=config.guidance_scale)
     noise_generators = generators_for(config.seed, NOISE, step, shard)
     samples, steps = list[Tensor](), list[dict[str, float]]()
     for image, level in minibatches(
@@ -162,7 +162,7 @@ class NoisedBatch:
     optimality: Float[Tensor, " B"]
 
 
-def predict_clean(policy: Policy, batch: NoisedBatch, *, guidance_scale: float) -> Prediction:
+def predict_noised(policy: Policy, batch: NoisedBatch, *, guidance_scale: float) -> Prediction:
     """Return the policy's prediction from the noised latents of a batch."""
     latents = noise_to(batch.clean, batch.level, batch.noise)
     return policy.predict(latents, batch.level, batch.conditioning, guidance_scale=guidance_scale)
