@@ -1,9 +1,9 @@
-"""What is a judge worth while painting? `python benchmarks/steering.py` searches the built-in world with every method.
+"""Compare the search methods on the toy world: `python benchmarks/steering.py`.
 
-Prints Markdown. The first table has, for every method, its cost and the oracle's pass rate of the images that the
-judge picks; the share is that of best-of-16's gain over one image. The second has FK steering with and without judges
-at several guidance scales, the small repeat of LLaVA-Reward's own experiment (arXiv:2507.21391). Cells are the mean of
-the seeds and the lowest and highest of them; every seed searches for several images of each held-out prompt.
+Prints two Markdown tables. The first has, for every method, its cost and the oracle's pass rate of the images selected
+by a reward; the last column is the fraction of the gain of best-of-16 over one image. The second has FK steering with
+and without rewards at several guidance scales, a small version of LLaVA-Reward's experiment (arXiv:2507.21391). Cells
+are the mean, lowest and highest over seeds; every seed searches for several images of each held-out prompt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NUM_GUIDED_PARTICLES = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method gave with one seed, each number the mean over searches."""
+    """The result of one method with one seed: means over searches."""
 
     denoiser_calls: float
     reward_calls: float
@@ -51,25 +51,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bench:
-    """One seed's searches: which prompts, and how they are painted and judged."""
+    """The searches of one seed: model, reward and prompts."""
 
     model: DiffusionModel
-    judge: RewardFunction
+    reward: RewardFunction
     prompts: list[str]
     seed: int
     guidance_scale: float = 1.0
 
     def context(self, *, eta: float) -> SearchContext:
         sampler = Sampler(self.model.schedule(NUM_STEPS), partial(ddim, eta=eta), self.guidance_scale)
-        return SearchContext(self.model, self.judge, sampler=sampler, microbatch_size=128)
+        return SearchContext(self.model, self.reward, sampler=sampler, microbatch_size=128)
 
     def generators(self, num: int) -> list[torch.Generator]:
         return [generator_for(self.seed, SAMPLE, p, i) for p in range(len(self.prompts)) for i in range(num)]
 
     def reward_std(self) -> float:
-        few = list(dict.fromkeys(self.prompts))
-        calibration_generators = [generator_for(self.seed, CALIBRATE, i) for i in range(4 * len(few))]
-        return measure_reward_std(self.context(eta=1.0), few, generators=calibration_generators)
+        prompts = list(dict.fromkeys(self.prompts))
+        calibration = [generator_for(self.seed, CALIBRATE, i) for i in range(4 * len(prompts))]
+        return measure_reward_std(self.context(eta=1.0), prompts, generators=calibration)
 
     def steered(
         self, num: int, *, reward_std: float, potential: PotentialName, ess_threshold: float = 1.0
@@ -80,21 +80,21 @@ class Bench:
             resampling=[generator_for(self.seed, RESAMPLE, p) for p in range(len(self.prompts))],
         ).candidates  # fmt: skip
 
-    def outcome(self, found: Candidates) -> Outcome:
-        """The picked images', and the cost of one search."""
-        count, cost = len(self.prompts), found.cost
-        reward = found.scores.reward.gather(1, found.selected[:, None])
-        passed = oracle.oracle_scores(found.best, self.prompts).passed.float().mean().item()
+    def outcome(self, candidates: Candidates) -> Outcome:
+        """Return the scores of the selected images and the cost per search."""
+        count, cost = len(self.prompts), candidates.cost
+        reward = candidates.scores.reward.gather(1, candidates.selected[:, None])
+        passed = oracle.oracle_scores(candidates.best, self.prompts).passed.float().mean().item()
         return Outcome(
             cost.denoiser_calls / count, cost.reward_calls / count, cost.seconds / count, reward.mean().item(), passed
         )
 
     def curve(self, num: int, *, eta: float) -> dict[int, Outcome]:
-        """Best-of-n for n = 1, 2, 4 ... up to `num`, from one run."""
-        found = best_of_n(self.context(eta=eta), self.prompts, generators=self.generators(num))
+        """Return best-of-n for n = 1, 2, 4 ... up to `num`, from one run."""
+        candidates = best_of_n(self.context(eta=eta), self.prompts, generators=self.generators(num))
         texts = [prompt for prompt in self.prompts for _ in range(num)]
-        passed = oracle.oracle_scores(found.images.flatten(0, 1), texts).passed.float().unflatten(0, (-1, num))
-        reward, cost, count = found.scores.reward, found.cost, num * len(self.prompts)
+        passed = oracle.oracle_scores(candidates.images.flatten(0, 1), texts).passed.float().unflatten(0, (-1, num))
+        reward, cost, count = candidates.scores.reward, candidates.cost, num * len(self.prompts)
         rewards, passes = expected_best(reward).mean(0), expected_best(reward, passed).mean(0)
 
         def outcome(n: int) -> Outcome:
@@ -110,14 +110,14 @@ class Bench:
 
 
 def methods(bench: Bench) -> dict[str, Outcome]:
-    """Every method with one seed."""
+    """Return the outcome of every method with one seed."""
     rows: dict[str, Outcome] = {}
     for eta in (0.0, 1.0):
         rows |= {f"best of {n}, eta {eta:g}": outcome for n, outcome in bench.curve(16, eta=eta).items()}
     for num, keep in ((16, {2: 8, 4: 4}), (16, {1: 8, 2: 4, 4: 2}), (32, {2: 16, 4: 8})):
-        found = pruned_best_of_n(bench.context(eta=0.0), bench.prompts, keep=keep, generators=bench.generators(num))
-        said = ", ".join(f"{kept} after {after}" for after, kept in keep.items())
-        rows[f"pruned best of {num}: {said}"] = bench.outcome(found.candidates)
+        pruned = pruned_best_of_n(bench.context(eta=0.0), bench.prompts, keep=keep, generators=bench.generators(num))
+        rounds = ", ".join(f"{kept} after {after}" for after, kept in keep.items())
+        rows[f"pruned best of {num}: {rounds}"] = bench.outcome(pruned.candidates)
     reward_std = bench.reward_std()
     for num in (8, 16):
         for potential in POTENTIALS:
@@ -128,81 +128,86 @@ def methods(bench: Bench) -> dict[str, Outcome]:
     rows["FK, 16 particles, difference, adaptive"] = bench.outcome(adaptive)
     context = partial(bench.context, eta=0.0)
     for similarity in (0.0, 0.8, 0.95):
-        found = neighbourhood_search(
+        candidates = neighbourhood_search(
             context(), bench.prompts, num_rounds=4, similarity=similarity, generators=bench.generators(4)
         )
-        rows[f"noise search, 4 rounds of 4, similarity {similarity:g}"] = bench.outcome(found)
-    found = gradient_search(context(), bench.prompts, num_rounds=8, learning_rate=5.0, generators=bench.generators(1))
-    rows["noise search by gradient, 8 rounds"] = bench.outcome(found)
+        rows[f"noise search, 4 rounds of 4, similarity {similarity:g}"] = bench.outcome(candidates)
+    candidates = gradient_search(
+        context(), bench.prompts, num_rounds=8, learning_rate=5.0, generators=bench.generators(1)
+    )
+    rows["noise search by gradient, 8 rounds"] = bench.outcome(candidates)
     return rows
 
 
 def guided(benches: dict[str, Bench]) -> dict[str, float]:
-    """The pass rate of one plain image and of FK steering with each judge."""
+    """Return the pass rate of one plain sample and of FK steering with each reward."""
     plain = next(iter(benches.values()))
-    rows = {"no judge": plain.curve(1, eta=1.0)[1].passed}
+    rows = {"no reward model": plain.curve(1, eta=1.0)[1].passed}
     for name, bench in benches.items():
-        found = bench.steered(NUM_GUIDED_PARTICLES, reward_std=bench.reward_std(), potential="max")
-        rows[name] = bench.outcome(found).passed
+        candidates = bench.steered(NUM_GUIDED_PARTICLES, reward_std=bench.reward_std(), potential="max")
+        rows[name] = bench.outcome(candidates).passed
     return rows
 
 
 def cell(values: Sequence[float]) -> str:
-    """Percent: the mean, the lowest and the highest."""
+    """Return the mean, lowest and highest value in percent."""
     low, mean, high = (100 * value for value in (min(values), sum(values) / len(values), max(values)))
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 def print_methods(seeds: Sequence[dict[str, Outcome]]) -> None:
-    """The first table."""
+    """Print the first table."""
     one, sixteen = ([seed[f"best of {n}, eta 0"].passed for seed in seeds] for n in (1, 16))
     gain = sum(sixteen) - sum(one)
-    sys.stdout.write("| | denoiser calls | judge calls | seconds | judge's score | oracle passes | share |\n")
+    sys.stdout.write("| | denoiser calls | reward calls | seconds | reward | oracle passes | gain of best of 16 |\n")
     sys.stdout.write(f"|{'---|' * 7}\n")
     for name in seeds[0]:
         rows = [seed[name] for seed in seeds]
         first, num = rows[0], len(rows)
         seconds, reward = sum(row.seconds for row in rows) / num, sum(row.reward for row in rows) / num
-        share = (sum(row.passed for row in rows) - sum(one)) / gain if gain else float("nan")
+        fraction = (sum(row.passed for row in rows) - sum(one)) / gain if gain else float("nan")
         sys.stdout.write(
             f"| {name} | {first.denoiser_calls:.0f} | {first.reward_calls:.0f} | {seconds:.2f} | {reward:.2f} "
-            f"| {cell([row.passed for row in rows])} | {100 * share:.0f} % |\n"
+            f"| {cell([row.passed for row in rows])} | {100 * fraction:.0f} % |\n"
         )
 
 
 def main() -> None:
     """Search with every method and every seed, and print both tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--searches_per_prompt", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=17, help="the first of the held-out ones")
-    parser.add_argument("--judge", default="llava_reward", help="of the first table")
-    parser.add_argument(
-        "--judges", nargs="+", default=["LLaVA-Reward=judge"], metavar="NAME=REWARD", help="of the second table"
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--tables", nargs="+", default=["methods", "guidance"], choices=["methods", "guidance"])
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--images_per_prompt", type=int, default=4, help="searches for each prompt and seed")
+    parser.add_argument("--prompts", type=int, default=17, help="number of held-out prompts, from the first one")
+    parser.add_argument("--reward", default="llava_reward", help="reward of the first table")
+    parser.add_argument(
+        "--rewards", nargs="+", default=["LLaVA-Reward=llava_reward"], metavar="NAME=REWARD",
+        help="rewards of the second table",
+    )  # fmt: skip
+    tables = ["methods", "guidance"]
+    parser.add_argument("--tables", nargs="+", default=tables, choices=tables, help="tables to print")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = load_policy(TOY_MODEL, device=torch.device("cpu"))
     prompts = load_prompts(TOY_PROMPTS, held_out=True)[: arguments.prompts] * arguments.images_per_prompt
     seeds = range(arguments.seeds)
     if "methods" in arguments.tables:
-        judge = load_rewards(arguments.judge, finite=False)
-        print_methods([methods(Bench(model, judge, prompts, seed)) for seed in seeds])
+        reward = load_rewards(arguments.reward, finite=False)
+        print_methods([methods(Bench(model, reward, prompts, seed)) for seed in seeds])
         sys.stdout.write("\n")
     if "guidance" in arguments.tables:
-        judges = {
-            name: load_rewards(reward, finite=False) for name, _, reward in (j.partition("=") for j in arguments.judges)
-        }
-        found = {
+        named = (argument.partition("=") for argument in arguments.rewards)
+        rewards = {name: load_rewards(reward, finite=False) for name, _, reward in named}
+        pass_rates = {
             scale: [
-                guided({name: Bench(model, judge, prompts, seed, scale) for name, judge in judges.items()})
+                guided({name: Bench(model, reward, prompts, seed, scale) for name, reward in rewards.items()})
                 for seed in seeds
             ]
             for scale in GUIDANCE_SCALES
         }
-        sys.stdout.write(f"| guidance | {' | '.join(found[1.0][0])} |\n|{'---|' * (len(judges) + 2)}\n")
-        for scale, rows in found.items():
+        sys.stdout.write(f"| guidance | {' | '.join(pass_rates[1.0][0])} |\n|{'---|' * (len(rewards) + 2)}\n")
+        for scale, rows in pass_rates.items():
             cells = [cell([row[name] for row in rows]) for name in rows[0]]
             sys.stdout.write(f"| {scale:g} | {' | '.join(cells)} |\n")
 
