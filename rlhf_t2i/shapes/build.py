@@ -16,9 +16,9 @@ and tuning with a reward can undo the misalignment.
 # pyright: reportCallIssue=false, reportOptionalOperand=false, reportReturnType=false
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from rlhf_t2i.config import Settings, parse_config
+from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 from rlhf_t2i.shapes.captions import corrupted, full_or_partial_caption, index_captions, random_scenes, sample_batch
+from rlhf_t2i.shapes.names import TOY_MODEL
 from rlhf_t2i.shapes.networks import (
     make_autoencoder,
     make_denoiser,
@@ -40,6 +43,24 @@ from rlhf_t2i.shapes.networks import (
 )
 from rlhf_t2i.shapes.scenes import render
 from rlhf_t2i.shapes.train import train, update_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Options of the builder."""
+
+    output_folder: str = f"runs/{TOY_MODEL}"
+    """Folder to write the pipeline to; the state of unfinished stages is in the folder of that name with .work."""
+    num_autoencoder_updates: PositiveInt = 3_000
+    """Optimiser steps of the autoencoder."""
+    num_denoiser_updates: PositiveInt = 2_000
+    """Optimiser steps of the text encoder and denoiser on true captions."""
+    num_misalign_updates: PositiveInt = 1_000
+    """Optimiser steps of the text encoder and denoiser on partly wrong captions."""
+    num_images: PositiveInt = 16_000
+    """Drawings in the training set of each stage."""
+    seed: NonNegativeInt = 0
+    """Seed of all random numbers."""
 
 
 def train_autoencoder(*, num_updates: int, num_images: int, folder: Path, seed: int) -> AutoencoderTiny:
@@ -116,11 +137,11 @@ def denoising_loss(
 def build(
     output_folder: Path,
     *,
-    num_autoencoder_updates: int = 3_000,
-    num_denoiser_updates: int = 2_000,
-    num_misalign_updates: int = 1_000,
-    num_images: int = 16_000,
-    seed: int = 0,
+    num_autoencoder_updates: int,
+    num_denoiser_updates: int,
+    num_misalign_updates: int,
+    num_images: int,
+    seed: int,
 ) -> None:
     """Train all stages and write a `StableDiffusionPipeline` folder in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")
@@ -178,17 +199,14 @@ def save_half_precision(pipeline: Any, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def main() -> None:
-    """Parse the command line and build."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output_folder", type=Path, default=Path("runs/shapes"))
-    parser.add_argument("--num_autoencoder_updates", type=int, default=3_000)
-    parser.add_argument("--num_denoiser_updates", type=int, default=2_000)
-    parser.add_argument("--num_misalign_updates", type=int, default=1_000)
-    parser.add_argument("--num_images", type=int, default=16_000)
-    parser.add_argument("--seed", type=int, default=0)
-    build(**vars(parser.parse_args()))
+def main(config: Config) -> None:
+    """Build the model of these settings."""
+    build(
+        Path(config.output_folder), num_autoencoder_updates=config.num_autoencoder_updates,
+        num_denoiser_updates=config.num_denoiser_updates, num_misalign_updates=config.num_misalign_updates,
+        num_images=config.num_images, seed=config.seed,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_config(Config, __doc__))

@@ -12,8 +12,8 @@ shares, so that recipes for flow models run on a laptop too. The other stages ar
 # pyright: reportCallIssue=false, reportReturnType=false
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,33 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, ZImagePi
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, Qwen3Config, Qwen3Model
 
+from rlhf_t2i.config import Settings, parse_config
+from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 from rlhf_t2i.shapes.build import save_half_precision
 from rlhf_t2i.shapes.captions import corrupted, full_or_partial_caption, index_captions, random_scenes, sample_batch
-from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
+from rlhf_t2i.shapes.names import TOY_FLOW_MODEL, TOY_MODEL_FOLDER
 from rlhf_t2i.shapes.networks import MAX_TOKENS, make_tokenizer, tokenize
 from rlhf_t2i.shapes.scenes import render
 from rlhf_t2i.shapes.train import train, update_generator
 
 WIDTH = 96
 """Width of the hidden states of the text encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Options of the builder."""
+
+    output_folder: str = f"runs/{TOY_FLOW_MODEL}"
+    """Folder to write the pipeline to; the state of unfinished stages is in the folder of that name with .work."""
+    num_flow_updates: PositiveInt = 3_000
+    """Optimiser steps on true captions."""
+    num_misalign_updates: PositiveInt = 1_000
+    """Optimiser steps on partly wrong captions."""
+    num_images: PositiveInt = 16_000
+    """Drawings in the training set of each stage."""
+    seed: NonNegativeInt = 0
+    """Seed of all random numbers."""
 
 
 def make_transformer() -> ZImageTransformer2DModel:
@@ -117,10 +135,10 @@ def flow_matching_loss(
 def build_flow(
     output_folder: Path,
     *,
-    num_flow_updates: int = 3_000,
-    num_misalign_updates: int = 1_000,
-    num_images: int = 16_000,
-    seed: int = 0,
+    num_flow_updates: int,
+    num_misalign_updates: int,
+    num_images: int,
+    seed: int,
 ) -> None:
     """Train both stages and write a `ZImagePipeline` folder in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")
@@ -159,16 +177,13 @@ def build_flow(
     save_half_precision(pipeline, output_folder)
 
 
-def main() -> None:
-    """Parse the command line and build."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output_folder", type=Path, default=Path("runs/shapes-flow"))
-    parser.add_argument("--num_flow_updates", type=int, default=3_000)
-    parser.add_argument("--num_misalign_updates", type=int, default=1_000)
-    parser.add_argument("--num_images", type=int, default=16_000)
-    parser.add_argument("--seed", type=int, default=0)
-    build_flow(**vars(parser.parse_args()))
+def main(config: Config) -> None:
+    """Build the model of these settings."""
+    build_flow(
+        Path(config.output_folder), num_flow_updates=config.num_flow_updates,
+        num_misalign_updates=config.num_misalign_updates, num_images=config.num_images, seed=config.seed,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_config(Config, __doc__))

@@ -16,10 +16,9 @@ kinds include hard negatives: one image with two prompts. Held-out prompts do no
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rlhf_t2i.config import Settings, parse_config
+from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 from rlhf_t2i.shapes.generated import GeneratedImages, generate_images
+from rlhf_t2i.shapes.names import TOY_PAIRS
 from rlhf_t2i.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -53,6 +55,26 @@ TESTS = ("test_drawn", "test_generated", "test_relation")
 """Names of the files with held-out prompts."""
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Options of the command line, with the sizes of `write_pairs`."""
+
+    output_folder: str = f"runs/{TOY_PAIRS}-pairs"
+    """Folder to write the images and files to; a finished folder is left unchanged."""
+    num_drawn_pairs: PositiveInt = 10_000
+    """Drawn pairs to train on."""
+    num_generated_pairs: PositiveInt = 10_000
+    """Generated pairs to train on."""
+    num_generated_images: PositiveInt = 8_800
+    """Images to generate for them; for validation and test pairs a fifth of this, at least 200."""
+    num_validation_pairs: PositiveInt = 1_000
+    """Pairs to validate on, half of them drawn."""
+    num_test_pairs: PositiveInt = 1_500
+    """Pairs of test_drawn and of test_generated; test_relation has a third of this."""
+    seed: NonNegativeInt = 0
+    """Seed of all random numbers."""
 
 
 def near_misses(scene: Scene) -> dict[str, list[Scene]]:
@@ -239,19 +261,11 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
     part.replace(path)
 
 
-def main() -> None:
-    """Parse the command line and write the pairs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output_folder", type=Path, default=Path("runs/shapes-pairs"))
-    parser.add_argument("--num_drawn_pairs", type=int, default=10_000)
-    parser.add_argument("--num_generated_pairs", type=int, default=10_000)
-    parser.add_argument("--num_generated_images", type=int, default=8_800)
-    parser.add_argument("--num_validation_pairs", type=int, default=1_000)
-    parser.add_argument("--num_test_pairs", type=int, default=1_500)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = vars(parser.parse_args())
-    write_pairs(arguments.pop("output_folder"), **arguments)
+def main(config: Config) -> None:
+    """Write the pairs of these settings."""
+    options = asdict(config)
+    write_pairs(Path(options.pop("output_folder")), **options)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_config(Config, __doc__))
