@@ -29,7 +29,8 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from rlhf_t2i.config import Settings, parse_config
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.base import Settings
 from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 from rlhf_t2i.shapes.captions import corrupted, full_or_partial_caption, index_captions, random_scenes, sample_batch
 from rlhf_t2i.shapes.names import TOY_MODEL
@@ -141,7 +142,7 @@ def build(
     num_denoiser_updates: int,
     num_misalign_updates: int,
     num_images: int,
-    seed: int,
+    seed: int = 0,
 ) -> None:
     """Train all stages and write a `StableDiffusionPipeline` folder in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")

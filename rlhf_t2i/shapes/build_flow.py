@@ -24,7 +24,8 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, ZImagePi
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, Qwen3Config, Qwen3Model
 
-from rlhf_t2i.config import Settings, parse_config
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.base import Settings
 from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 from rlhf_t2i.shapes.build import save_half_precision
 from rlhf_t2i.shapes.captions import corrupted, full_or_partial_caption, index_captions, random_scenes, sample_batch
@@ -138,7 +139,7 @@ def build_flow(
     num_flow_updates: int,
     num_misalign_updates: int,
     num_images: int,
-    seed: int,
+    seed: int = 0,
 ) -> None:
     """Train both stages and write a `ZImagePipeline` folder in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")

@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rlhf_t2i.config import Settings, parse_config
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.base import Settings
 from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 from rlhf_t2i.shapes.generated import GeneratedImages, generate_images
 from rlhf_t2i.shapes.names import TOY_PAIRS
