@@ -9,7 +9,7 @@ from typing import Any
 
 from reward_model.benchmarks.types import Image
 from reward_model.datasets.fields import BadRecordError, shortened
-from reward_model.datasets.images import MAX_PIXELS, flaw_of_content, image_finder
+from reward_model.datasets.images import MAX_PIXELS, ImageFinder, flaw_of_content
 from reward_model.datasets.parquet import read_parquet
 from reward_model.datasets.raw_records import parse_object, read_json_lines, read_json_list
 
@@ -113,7 +113,7 @@ def image_taker(root: Path) -> TakeImage:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root} for the images.")
-    find = image_finder(root, unpack_to=root)  # bytes stay in memory, so nothing is unpacked
+    find = ImageFinder(root, unpack_to=root)  # bytes stay in memory, so nothing is unpacked
 
     def take_image(value: object, key: str) -> Image:
         match value:

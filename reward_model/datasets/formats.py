@@ -5,16 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from reward_model.datasets import image_reward_db, richhf
 from reward_model.datasets.hpdv2 import hpdv2_record
 from reward_model.datasets.hpdv3 import hpdv3_record
 from reward_model.datasets.image_folder import folder_record
-from reward_model.datasets.images import FindImage
 from reward_model.datasets.llava_reward import llava_reward_record
 from reward_model.datasets.own import own_record
 from reward_model.datasets.pick_a_pic import pick_a_pic_record
@@ -69,9 +68,9 @@ def _format(name: str, part: str | None, threshold: str | None) -> Format:
     full = name if part is None else f"{name}/{part}"
     match name, part, threshold:
         case "own", None, None:
-            return Format(full, _as_list(own_record))
+            return Format(full, own_record)
         case "llava_reward", None, None:
-            return Format(full, _as_list(llava_reward_record))
+            return Format(full, llava_reward_record)
         case "image_reward_db", ("alignment" | "fidelity" | "overall" | "rank") as perspective, None:
             convert = partial(image_reward_db.image_reward_record, perspective=perspective)
             return Format(full, convert, image_reward_db.group_by_prompt)
@@ -93,13 +92,6 @@ def _format(name: str, part: str | None, threshold: str | None) -> Format:
             close = difflib.get_close_matches(given, FORMATS, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(f"{given} is not a data format.{hint} Formats are {', '.join(FORMATS)}.")
-
-
-def _as_list(convert: Callable[..., Record]) -> ConvertRecord:
-    def convert_to_list(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
-        return [convert(fields, find_image=find_image, where=where)]
-
-    return convert_to_list
 
 
 def _parse_threshold(text: str, name: str) -> float:

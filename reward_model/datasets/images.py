@@ -7,7 +7,6 @@ import io
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 
 from PIL import Image
@@ -20,35 +19,44 @@ MAX_PIXELS = 64_000_000
 """Images with more pixels are refused as decompression bombs."""
 
 
-def image_finder(
-    root: Path,
-    *,
-    unpack_to: Path,
-    prefix: tuple[str, str] | None = None,
-    read_member: Callable[[str], bytes] | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> FindImage:
-    """Return a function that finds images under `root` and checks each file once, however many records name it.
+class ImageFinder:
+    """Finds images under a root folder and checks each file once, however many records name it."""
 
-    With a `prefix` (OLD, NEW), paths that start with the folder OLD are looked up in the folder NEW. If the records
-    lie in an archive, `read_member` returns the content of the member that a record names. Images that are given as
-    content are written to the folder `unpack_to`, each distinct one once, as training opens images in random order.
-    """
-    root, unpack_to = root.resolve(), unpack_to.resolve()
-    flaw = cache(partial(flaw_of_image, max_pixels=max_pixels))
+    def __init__(
+        self,
+        root: Path,
+        *,
+        unpack_to: Path,
+        prefix: tuple[str, str] | None = None,
+        read_member: Callable[[str], bytes] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        """Find images under `root`.
 
-    def find_image(image: ImageField) -> Path:
+        With a `prefix` (OLD, NEW), paths that start with the folder OLD are looked up in the folder NEW. If the records
+        lie in an archive, `read_member` returns the content of the member that a record names. Images that are given as
+        content are written to the folder `unpack_to`, each distinct one once, as training opens images in random order.
+        """
+        self.root, self.unpack_to = root.resolve(), unpack_to.resolve()
+        self.prefix, self.read_member, self.max_pixels = prefix, read_member, max_pixels
+        self._flaws: dict[Path, str | None] = {}
+
+    def __call__(self, image: ImageField) -> Path:
+        """Return the checked file of an image. Raises BadRecordError if it cannot be used."""
         if isinstance(image, bytes):
-            return _unpack(image, unpack_to, max_pixels=max_pixels, name="in the record")
-        name = image if prefix is None else _with_new_prefix(image, *prefix)
-        if read_member is not None:
-            return _unpack(read_member(name), unpack_to, max_pixels=max_pixels, name=shortened(image))
-        path = _path_inside(root, name)
-        if found := flaw(path):
-            raise BadRecordError(f"the image {shortened(image)}, relative to {root}, {found}")
+            return self._unpack(image, name="in the record")
+        name = image if self.prefix is None else _with_new_prefix(image, *self.prefix)
+        if self.read_member is not None:
+            return self._unpack(self.read_member(name), name=shortened(image))
+        path = _path_inside(self.root, name)
+        if path not in self._flaws:
+            self._flaws[path] = flaw_of_image(path, max_pixels=self.max_pixels)
+        if flaw := self._flaws[path]:
+            raise BadRecordError(f"the image {shortened(image)}, relative to {self.root}, {flaw}")
         return path
 
-    return find_image
+    def _unpack(self, content: bytes, *, name: str) -> Path:
+        return _unpack(content, self.unpack_to, max_pixels=self.max_pixels, name=name)
 
 
 def parse_prefix(text: str | None) -> tuple[str, str] | None:

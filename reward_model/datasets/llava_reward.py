@@ -32,12 +32,12 @@ _LABELLED = frozenset({"path", "label", "prompt"})
 _LABELLED_EXTRAS = frozenset({"safety_label", "category", "source", "prompt_id", "id", "text"})
 
 
-def llava_reward_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> Record:
+def llava_reward_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
     """Convert one element of the list to a pair or a labelled image."""
     if "path" in fields or "label" in fields:
         _check_keys(fields, needed=_LABELLED, extras=_LABELLED_EXTRAS)
         label, prompt, image = take_label(fields), take_text(fields, "prompt"), take_image(fields, "path")
-        return LabelledImage(find_image(image), prompt, label, where)
+        return [LabelledImage(find_image(image), prompt, label, where)]
 
     _check_keys(fields, needed=_PAIR, extras=_PAIR_EXTRAS)
     if isinstance(fields["prompt"], list):
@@ -46,15 +46,9 @@ def llava_reward_record(fields: Mapping[str, Any], *, find_image: FindImage, whe
         winner_prompt = loser_prompt = take_text(fields, "prompt")
     chosen, rejected = take_image(fields, "chosen_path"), take_image(fields, "reject_path")
     gap = _rating_gap(fields)
-    return PreferencePair(
-        winner=find_image(chosen),
-        loser=find_image(rejected),
-        winner_prompt=winner_prompt,
-        loser_prompt=loser_prompt,
-        tie=gap == 0,
-        rating_gap=gap or 0.0,
-        where=where,
-    )
+    winner, loser = find_image(chosen), find_image(rejected)
+    tie, rating_gap = gap == 0, gap or 0.0
+    return [PreferencePair(winner, loser, winner_prompt, loser_prompt, tie=tie, rating_gap=rating_gap, where=where)]
 
 
 def _check_keys(fields: Mapping[str, Any], *, needed: frozenset[str], extras: frozenset[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from reward_model.datasets.containers import open_containers
 from reward_model.datasets.fields import BadRecordError, NoPreferenceError, shortened
 from reward_model.datasets.formats import Format, parse_source
-from reward_model.datasets.images import MAX_PIXELS, FindImage, image_finder, parse_prefix
+from reward_model.datasets.images import MAX_PIXELS, FindImage, ImageFinder, parse_prefix
 from reward_model.datasets.raw_records import RawRecord
 from reward_model.types import PreferencePair, Record
 
@@ -54,7 +54,7 @@ def load_records(
     for container in open_containers(path, is_image_folder=is_image_folder, skip_columns=form.skip_columns):
         root = container.root if image_root is None or is_image_folder else Path(image_root)
         _check_paths(path, root, skip_log=skip_log)
-        find_image = image_finder(
+        find_image = ImageFinder(
             root, unpack_to=Path(unpack_to), prefix=prefix, read_member=container.read_member, max_pixels=max_pixels
         )
         for raw in form.group(container.records):

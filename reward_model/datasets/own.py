@@ -42,34 +42,39 @@ _FORMS = (
 )
 
 
-def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> Record:
+def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
     """Convert one line to a pair or a labelled image; the set of its keys determines which of the six forms it is."""
     refuse_unknown_keys(fields, _KNOWN)
     _check_remarks(fields)
 
-    def texts(first: str, second: str) -> tuple[str, str]:
-        return take_text(fields, first), take_text(fields, second)
-
-    def images_of(first: str, second: str) -> tuple[ImageField, ImageField]:
-        return take_image(fields, first), take_image(fields, second)
-
     match sorted(fields.keys() - _REMARKS):
         case ["image", "label", "prompt"]:
             label, image, prompt = take_label(fields), take_image(fields, "image"), take_text(fields, "prompt")
-            return LabelledImage(find_image(image), prompt, label, where)
+            return [LabelledImage(find_image(image), prompt, label, where)]
         case ["prompt", "tie"]:
-            images, prompts = take_two_texts(fields, "tie"), texts("prompt", "prompt")
+            images, prompts = take_two_texts(fields, "tie"), _two_texts(fields, "prompt", "prompt")
         case ["loser", "prompt", "winner"] | ["loser", "prompt", "rating_gap", "winner"]:
-            images, prompts = images_of("winner", "loser"), texts("prompt", "prompt")
+            images, prompts = _two_images(fields, "winner", "loser"), _two_texts(fields, "prompt", "prompt")
         case ["image", "loser_prompt", "winner_prompt"]:
-            images, prompts = images_of("image", "image"), texts("winner_prompt", "loser_prompt")
+            images, prompts = _two_images(fields, "image", "image"), _two_texts(fields, "winner_prompt", "loser_prompt")
         case ["loser", "loser_prompt", "winner", "winner_prompt"]:
-            images, prompts = images_of("winner", "loser"), texts("winner_prompt", "loser_prompt")
+            images, prompts = (
+                _two_images(fields, "winner", "loser"),
+                _two_texts(fields, "winner_prompt", "loser_prompt"),
+            )
         case keys:
             raise BadRecordError(f"the keys {shortened(keys)} do not form a record. {_FORMS}")
     gap = _rating_gap(fields)
     winner, loser = map(find_image, images)
-    return PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where)
+    return [PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where)]
+
+
+def _two_texts(fields: Mapping[str, Any], first: str, second: str) -> tuple[str, str]:
+    return take_text(fields, first), take_text(fields, second)
+
+
+def _two_images(fields: Mapping[str, Any], first: str, second: str) -> tuple[ImageField, ImageField]:
+    return take_image(fields, first), take_image(fields, second)
 
 
 def _rating_gap(fields: Mapping[str, Any]) -> float:
