@@ -85,11 +85,24 @@ class Process:
                 if not selector.select(timeout):
                     raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
             self.returncode = int(self._answers.readline())
+            self._disconnect()
         return self.returncode
+
+    def _disconnect(self) -> None:
+        self._answers.close()
+        self._socket.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_answers"):
+            self._disconnect()
 
     def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
         """Read both outputs to their end, then wait. Only one of them may be a pipe."""
-        texts = [stream.read() if stream else None for stream in (self.stdout, self.stderr)]
+        texts: list[Any] = []
+        for stream in (self.stdout, self.stderr):
+            texts.append(stream.read() if stream and not stream.closed else None)
+            if stream:
+                stream.close()
         self.wait(timeout)
         return texts[0], texts[1]
 
