@@ -273,6 +273,23 @@ for module in {modules}:
     assert set(result.stderr.splitlines()) == {"error: there is no option --no_such_option."}
 
 
+def test_the_changelogs_table_of_renamed_options_is_true() -> None:
+    table = (ROOT / "CHANGELOG.md").read_text().split("#### Options")[1].split("####")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "--" in line]
+    checked = 0
+    for recipes, old, new in rows:
+        if "`python" in recipes or "all" in recipes or "--pairs" in old:
+            continue
+        before, after = (set(re.findall(r"--(\w+)", cell)) for cell in (old, new))
+        for recipe in re.findall(r"`(\w+)`", recipes):
+            settings = importlib.import_module(f"rlhf_t2i.settings.{recipe}").Config
+            known = {option.name for option in options_of(settings)}
+            assert after <= known, (recipe, after)
+            assert not (before - after) & known, (recipe, before)
+            checked += 1
+    assert checked > 30
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipes_config_is_the_one_of_its_settings(recipe: str) -> None:
     config_class = importlib.import_module(f"recipes.{recipe}").Config

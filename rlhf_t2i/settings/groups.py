@@ -65,8 +65,8 @@ class SamplingSettings(GuidanceSettings, group="sampling"):
     """Sampling, of training or of a search."""
 
     prompts: str = TOY_PROMPTS
-    """Prompts: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line, or shapes for the
-    prompts of the built-in world."""
+    """Prompts to train on: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line, or
+    shapes for the training prompts of the built-in world."""
     num_denoising_steps: PositiveInt = 8
     """Denoising steps for one image."""
 
@@ -103,7 +103,7 @@ class OptimizerSettings(Settings, group="optimiser"):
     """Decay per step of an exponential moving average (EMA) of the weights, which is evaluated and exported in their
     place; 0 keeps no average."""
     num_steps: PositiveInt = 40
-    """Training steps; the run folder of a finished run is exported."""
+    """Training steps, after which the weights are exported."""
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step (from 0): rising over the first warmup_steps, then constant."""
@@ -115,7 +115,8 @@ class EvaluationSamplingSettings(Settings, group="evaluation"):
     """Images to evaluate by: the same prompts and seeds for all weights."""
 
     evaluation_prompts: str = TOY_PROMPTS
-    """Prompts to evaluate on, in the formats of --prompts; shapes is the held-out prompts of the built-in world."""
+    """Prompts to evaluate on: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line, or
+    shapes for the held-out prompts of the built-in world."""
     evaluation_eta: Fraction = 0.0
     """Noise of each denoising step in evaluation; 0 is deterministic, 1 is the noise of the forward process."""
     evaluation_seed: NonNegativeInt = 1_000_000
