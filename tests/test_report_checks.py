@@ -6,14 +6,24 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recipes import ddpo, diffusion_dpo, draft, flow_grpo
-from rlhf_t2i.report.checks import check_diversity, check_group_variance, check_held_out_rewards, findings
+from rlhf_t2i.report.checks import (
+    COLLAPSE,
+    MOSTLY_FLAT,
+    check_diversity,
+    check_group_variance,
+    check_held_out_rewards,
+    findings,
+)
 from rlhf_t2i.report.finding import Config, Finding
 from rlhf_t2i.report.update_checks import check_clipping, check_gradients, check_ratios
+from rlhf_t2i.training.changes import Z_THRESHOLD
+from rlhf_t2i.training.metrics import FAST, MOSTLY_CLIPPED, REPLAY_NOISE, SLOW
 from tests.report_files import HACKED, Row, train, two_rewards
 
 DDPO = asdict(ddpo.Config())
@@ -235,3 +245,43 @@ def test_only_options_of_the_recipe_are_suggested(name: str, precision: str) -> 
 @pytest.mark.parametrize("rows", [[], BAD[:1], BAD[1:2], BAD[:2]])
 def test_a_run_that_has_just_started_has_no_warnings(rows: list[Row]) -> None:
     assert {one.state for one in findings(rows, DDPO)} <= {"passed", "unknown"}
+
+
+# --- the documentation ----------------------------------------------------------------------------
+
+
+def documented_warnings() -> dict[str, str]:
+    """Condition of each warning in the table of docs/report.md, by its title."""
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text(encoding="utf-8")
+    table = text.split("| warning | condition |\n|---|---|\n")[1].split("\n\n")[0]
+    return dict(line.strip("| ").split(" | ") for line in table.splitlines())
+
+
+def test_the_documentation_lists_all_warnings() -> None:
+    before = evaluations((1.0, 0.6))[0]
+    examples = [
+        check_held_out_rewards(evaluations((1.0, 0.6), (3.0, 0.2)), DDPO),
+        check_diversity(diverse(0.3, 0.0, error=0.001), DDPO),
+        check_ratios(updates(replay_error=1.0), DDPO),
+        check_ratios(updates(replay_error=0.0, ratio_std=1.0), DDPO),
+        check_group_variance(updates(reward_std=0.0), DDPO),
+        check_clipping(updates(clip_fraction=0.99), DDPO),
+        check_clipping([before, *updates(clip_fraction=0.0, ratio_std=1e-6), {**before, "step": 20}], DDPO),
+        check_gradients(updates(gradient_norm=0.0, skipped_updates=1.0), DDPO),
+    ]
+    assert {one.state for one in examples} == {"warning"}
+    assert list(documented_warnings()) == [one.title.replace("oracle", "NAME") for one in examples]
+
+
+def test_the_documentation_states_the_thresholds() -> None:
+    conditions = documented_warnings()
+    for title, threshold in {
+        "The held-out reward NAME falls": f"more than {Z_THRESHOLD:.0f} standard errors",
+        "Diversity has collapsed": f"below {100 * COLLAPSE:.0f} % of the first",
+        "Ratios do not start at 1": f"more than {REPLAY_NOISE} clip ranges",
+        "The first update was too large": f"more than {FAST:.0f} clip ranges",
+        "Most groups have no variance": f"more than {100 * MOSTLY_FLAT:.0f} % of the groups",
+        "Most (image, step) pairs are clipped": f"More than {100 * MOSTLY_CLIPPED:.0f} % are",
+        "Nothing is clipped, and no reward rises": f"less than {SLOW} clip ranges",
+    }.items():
+        assert threshold in conditions[title]

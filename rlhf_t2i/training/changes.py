@@ -48,7 +48,8 @@ class Change:
         """Return z as a cell of a table."""
         if math.isnan(self.z):
             return "unknown"
-        return f"{self.z:.1f} (within noise)" if self.is_noise else f"{self.z:.1f}"
+        z = round(self.z, 1) + 0.0  # no "-0.0"
+        return f"{z:.1f} (within noise)" if self.is_noise else f"{z:.1f}"
 
     @property
     def num_errors(self) -> str:
