@@ -12,7 +12,6 @@ to the reward training.
 # pyright: reportCallIssue=false, reportOptionalOperand=false, reportReturnType=false
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,9 @@ from reward_model.backbones.load import adapt
 from reward_model.backbones.settings import BackboneSettings
 from reward_model.images import normalise
 from reward_model.types import Backbone
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.settings.base import Settings
+from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 from rlhf_t2i.shapes.captions import random_scenes
 from rlhf_t2i.shapes.generated import generate_images
 from rlhf_t2i.shapes.networks import make_tokenizer
@@ -45,6 +47,24 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """Options of the builder."""
+
+    output_folder: str = "runs/backbone"
+    """Folder to write the model to; the state of unfinished stages is in the folder of that name with .work."""
+    num_vision_updates: PositiveInt = 1_200
+    """Optimiser steps of the vision tower alone."""
+    num_updates: PositiveInt = 6_000
+    """Optimiser steps of the full model, after those of the vision tower."""
+    num_drawings: PositiveInt = 30_000
+    """Drawings to train on."""
+    num_generated: PositiveInt = 6_000
+    """Generated images to train on."""
+    seed: NonNegativeInt = 0
+    """Seed of all random numbers."""
 
 
 def make_backbone_tokenizer() -> CLIPTokenizer:
@@ -240,14 +260,10 @@ def train_vision_tower(tower: nn.Module, data: CaptionedImages, *, num_updates: 
     """Train a vision tower with a linear probe on the labels of its patches (`vision_loss`)."""
     probe = nn.Linear(tower.config.hidden_size, 2 + len(SHAPES) + len(ROLES))
     train(
-        "vision",
-        nn.ModuleDict({"tower": tower, "probe": probe}),
+        "vision", nn.ModuleDict({"tower": tower, "probe": probe}),
         vision_loss(tower, probe, data.images, patch_labels(data.images, data.scenes), seed=seed + 3),
-        num_updates=num_updates,
-        learning_rate=1.5e-3,
-        decay=True,
-        folder=folder,
-    )
+        num_updates=num_updates, learning_rate=1.5e-3, decay=True, folder=folder,
+    )  # fmt: skip
 
 
 def build(
@@ -267,30 +283,17 @@ def build(
     data = make_training_images(num_drawings, num_generated, np.random.default_rng(seed), seed=seed)
     train_vision_tower(model.model.vision_tower, data, num_updates=num_vision_updates, folder=work, seed=seed)
     train(
-        "language",
-        nn.ModuleDict({"model": model}),
+        "language", nn.ModuleDict({"model": model}),
         language_loss(backbone, data, num_captioning=num_updates // 3, seed=seed + 2),
-        num_updates=num_updates,
-        learning_rate=1.5e-3,
-        decay=True,
-        folder=work,
-    )
+        num_updates=num_updates, learning_rate=1.5e-3, decay=True, folder=work,
+    )  # fmt: skip
     model.eval().half().save_pretrained(output_folder)
 
 
-def main() -> None:
-    """Parse the command line and build."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--output_folder", type=Path, default=Path("runs/backbone"), help="folder of the model")
-    parser.add_argument("--num_vision_updates", type=int, default=1_200, help="updates of the vision tower alone")
-    parser.add_argument("--num_updates", type=int, default=6_000, help="updates of the full model after that")
-    parser.add_argument("--num_drawings", type=int, default=30_000, help="drawings to train on")
-    parser.add_argument("--num_generated", type=int, default=6_000, help="generated images to train on")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all randomness")
-    build(**vars(parser.parse_args()))
+def main(config: Config) -> None:
+    """Build the backbone of these settings."""
+    build(**{**vars(config), "output_folder": Path(config.output_folder)})
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_config(Config, __doc__))
