@@ -86,10 +86,12 @@ def test_a_near_miss_does_not_pass_and_scores_less_than_half(tier: str, wrong: o
     pairs: list[tuple[Scene, Scene]] = [(scene, shown) for scene in renders(tier)[1] for shown in wrong(scene)]
     pairs.sort(key=repr)
     pairs = [pairs[i] for i in rng.integers(0, len(pairs), 200)]
-    scores = oracle_scores(render([shown for _, shown in pairs], rng=rng), [asked.prompt for asked, _ in pairs])
+    scores = oracle_scores(render([shown for _, shown in pairs], rng=rng), [expected.prompt for expected, _ in pairs])
     assert scores.passed.float().mean() <= 0.02
     high = scores.graded >= 0.5
-    mistakes = [(asked.prompt, shown) for (asked, shown), is_high in zip(pairs, high.tolist(), strict=True) if is_high]
+    mistakes = [
+        (expected.prompt, shown) for (expected, shown), is_high in zip(pairs, high.tolist(), strict=True) if is_high
+    ]
     assert not mistakes, f"{len(mistakes)} of {len(pairs)}, such as {mistakes[:3]}"
 
 

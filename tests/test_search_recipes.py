@@ -91,17 +91,20 @@ def images(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_records_and_images_agree_and_the_report_shows_them(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     RECIPES[name].main(config(name, tiny_sd, tmp_path))
-    found = read_records(tmp_path / "run")
-    assert [(one.folder.name, one.search) for one in found] == [(f, s) for f in ("00000", "00001") for s in range(3)]
-    assert [one.prompt for one in found] == ["a fox"] * 3 + ["a cat"] * 3
-    for one in found:
-        rewards = scores_of(one.row["searched"], "reward")
-        assert one.selected_score("reward") == max(rewards)
-        assert len(scores_of(one.baseline, "reward")) == 4
-        image = torch.tensor(list(Image.open(one.folder / "samples" / f"{one.search:04d}.png").get_flattened_data()))
+    records = read_records(tmp_path / "run")
+    searches = [(folder, search) for folder in ("00000", "00001") for search in range(3)]
+    assert [(record.folder.name, record.search) for record in records] == searches
+    assert [record.prompt for record in records] == ["a fox"] * 3 + ["a cat"] * 3
+    for record in records:
+        rewards = scores_of(record.row["searched"], "reward")
+        assert record.selected_score("reward") == max(rewards)
+        assert len(scores_of(record.baseline, "reward")) == 4
+        path = record.folder / "samples" / f"{record.search:04d}.png"
+        image = torch.tensor(list(Image.open(path).get_flattened_data()))
         shown = (image[:, 0].float() - image[:, 1:].float().mean(1)).mean().item() / 255
-        assert shown == pytest.approx(one.selected_score("reward"), abs=3e-3)
-    assert len({seed for one in found for seed in one.row["seeds"]}) == sum(len(one.row["seeds"]) for one in found)
+        assert shown == pytest.approx(record.selected_score("reward"), abs=3e-3)
+    seeds = [seed for record in records for seed in record.row["seeds"]]
+    assert len(set(seeds)) == len(seeds)
     page = (tmp_path / "run" / "report.html").read_text()
     for words in ("best of 2", "this search", "greenness", "denoiser calls", "reward calls", "seconds", "a fox"):
         assert words in page
@@ -111,24 +114,24 @@ def test_records_and_images_agree_and_the_report_shows_them(name: str, tiny_sd: 
 def test_the_curve_and_the_point_of_a_report(tiny_sd: Path, tmp_path: Path) -> None:
     """At n = 4 the curve is the mean of the highest rewards; pruning is a point with fewer denoiser calls."""
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path))
-    found = read_records(tmp_path / "run")
-    calls, mean, _ = curve(found, "reward", "denoiser_calls")[-1]
+    records = read_records(tmp_path / "run")
+    calls, mean, _ = curve(records, "reward", "denoiser_calls")[-1]
     assert calls == 4 * 4
-    assert mean == pytest.approx(sum(max(scores_of(one.baseline, "reward")) for one in found) / 6, abs=1e-6)
-    calls, mean, _ = point(found, "reward", "denoiser_calls")
+    assert mean == pytest.approx(sum(max(scores_of(record.baseline, "reward")) for record in records) / 6, abs=1e-6)
+    calls, mean, _ = point(records, "reward", "denoiser_calls")
     assert calls == 4 * 1 + 2 * 3
-    assert mean <= curve(found, "reward", "denoiser_calls")[-1][1] + 1e-6
-    assert point(found, "reward", "reward_calls")[0] == 4 + 2
-    one = curve(found, "tests.test_search_recipes:greenness", "reward_calls")[0]
-    values = [value for each in found for value in scores_of(each.baseline, "tests.test_search_recipes:greenness")]
-    assert one[1] == pytest.approx(sum(values) / len(values), abs=1e-6)
+    assert mean <= curve(records, "reward", "denoiser_calls")[-1][1] + 1e-6
+    assert point(records, "reward", "reward_calls")[0] == 4 + 2
+    first = curve(records, "tests.test_search_recipes:greenness", "reward_calls")[0]
+    values = [value for each in records for value in scores_of(each.baseline, "tests.test_search_recipes:greenness")]
+    assert first[1] == pytest.approx(sum(values) / len(values), abs=1e-6)
 
 
 def test_without_pruning_images_are_generated_once(tiny_sd: Path, tmp_path: Path) -> None:
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path, prune_after=""))
-    found = read_records(tmp_path / "run")
-    assert all(one.row["baseline"] is None for one in found)
-    assert found[0].row["searched"]["cost"]["denoiser_calls"] == 16
+    records = read_records(tmp_path / "run")
+    assert all(record.row["baseline"] is None for record in records)
+    assert records[0].row["searched"]["cost"]["denoiser_calls"] == 16
     assert "this search" not in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -136,10 +139,10 @@ def test_without_pruning_images_are_generated_once(tiny_sd: Path, tmp_path: Path
 def test_without_a_baseline_the_report_shows_no_plain_samples(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """Particles and survivors are not samples of the model itself."""
     RECIPES[name].main(config(name, tiny_sd, tmp_path, baseline=False))
-    found = read_records(tmp_path / "run")
+    records = read_records(tmp_path / "run")
     calls = {"best_of_n": 4 * 1 + 2 * 3, "fk_steering": 4 * 4}
-    assert found[0].row["searched"]["cost"]["denoiser_calls"] == calls[name]
-    assert curve(found, "reward", "seconds") == []
+    assert records[0].row["searched"]["cost"]["denoiser_calls"] == calls[name]
+    assert curve(records, "reward", "seconds") == []
     assert not list((tmp_path / "run").rglob("baseline"))
     page = (tmp_path / "run" / "report.html").read_text()
     assert "this search" in page
@@ -153,9 +156,9 @@ def test_each_reward_has_one_column_and_the_headline_is_of_the_last_evaluation_r
 ) -> None:
     """Without evaluation rewards the headline is of the selecting reward."""
     red, green = REDNESS, "tests.test_search_recipes:greenness"
-    found = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards=f"{red},{green}"))
-    assert reward_names(found) == ["reward", red, green]
-    assert headline(found).startswith(f"{green} of the selected")
+    records = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, rewards=f"{red},{green}"))
+    assert reward_names(records) == ["reward", red, green]
+    assert headline(records).startswith(f"{green} of the selected")
     alone = {"rewards": f"{red},{green}", "evaluation_rewards": "", "run_folder": str(tmp_path / "alone")}
     assert headline(best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **alone))).startswith(
         "reward of the selected"
@@ -177,12 +180,12 @@ def test_evaluation_out_of_memory_halves_the_batch(tiny_sd: Path, tmp_path: Path
     """Images that have been generated are not lost."""
     settings = {"evaluation_rewards": "tests.test_search_recipes:greenness_of_four", "prune_after": ""}
     with pytest.warns(UserWarning, match="Out of memory with 8 images in one batch"):
-        (one, *_) = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **settings))
+        (record, *_) = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **settings))
     (plain, *_) = best_of_n.main(
         config("best_of_n", tiny_sd, tmp_path, prune_after="", run_folder=str(tmp_path / "plain"))
     )
     expected = scores_of(plain.row["searched"], "tests.test_search_recipes:greenness")
-    assert scores_of(one.row["searched"], settings["evaluation_rewards"]) == pytest.approx(expected, abs=1e-5)
+    assert scores_of(record.row["searched"], settings["evaluation_rewards"]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_images_have_the_layout_of_genevals_scorer(tiny_sd: Path, tmp_path: Path) -> None:
@@ -211,8 +214,8 @@ def test_the_default_settings_improve_the_built_in_model(arguments: list[str], t
     few = ["--images_per_prompt", "1", "--run_folder", str(tmp_path / "run"), "--num_cpu_threads", "1"]
     output = launch([*arguments, *few])
     assert "best of 16" in output
-    found = read_records(tmp_path / "run")
-    assert point(found, "oracle_pass", "seconds")[1] > curve(found, "oracle_pass", "seconds")[0][1] + 0.2
+    records = read_records(tmp_path / "run")
+    assert point(records, "oracle_pass", "seconds")[1] > curve(records, "oracle_pass", "seconds")[0][1] + 0.2
 
 
 @pytest.mark.slow
@@ -223,9 +226,9 @@ def test_the_published_settings_for_sd15_run(tiny_sd: Path, tmp_path: Path) -> N
     }  # fmt: skip
     flags = [part for key, value in small.items() for part in (f"--{key}", str(value))]
     launch(["recipes/fk_steering.py", "--config", "recipes/configs/fk_sd15.yaml", *flags])
-    (one,) = read_records(tmp_path / "run")
-    assert one.row["searched"]["cost"]["denoiser_calls"] == 800
-    assert one.row["searched"]["cost"]["reward_calls"] == 20
+    (record,) = read_records(tmp_path / "run")
+    assert record.row["searched"]["cost"]["denoiser_calls"] == 800
+    assert record.row["searched"]["cost"]["reward_calls"] == 20
 
 
 # --- resuming -----------------------------------------------------------------------------------------
