@@ -62,6 +62,7 @@ def draw(run: FinishedRun) -> Image.Image:
 
 
 def main() -> None:
+    """Draw the figure of a run folder into a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("output", type=Path)

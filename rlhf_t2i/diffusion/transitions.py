@@ -99,8 +99,8 @@ def cps(
         mean = alpha' clean + sigma' cos(noise_scale pi / 2) noise
 
     noise_scale = 0 is the Euler step, 1 replaces all noise in every step, 0.8 is common. The noise of the latents
-    always matches the schedule, and the last step is deterministic. The replaced noise does not depend on the step size: with
-    many steps images lose variance, unlike those of an SDE.
+    always matches the schedule, and the last step is deterministic. The replaced noise does not depend on the step
+    size: with many steps images lose variance, unlike those of an SDE.
     """
     del latents, level
     return _renoised(prediction, next_level, next_level.sigma * math.sin(noise_scale * math.pi / 2))

@@ -1,6 +1,6 @@
 """HTML pages about finished work: the report of a training run or of a search, and the comparison of runs.
 
-Each page is one file that loads nothing else. `python -m rlhf_t2i.report --runs FOLDER` writes the report of a run again.
+Each page is one file that loads nothing else. `python -m rlhf_t2i.report --runs FOLDER` writes a run's report again.
 """
 
 from rlhf_t2i.report.charts import Chart, charts
