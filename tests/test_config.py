@@ -139,10 +139,10 @@ def test_print_config_writes_a_file_that_gives_the_same_settings(
         (["--lerning_rate=3"], "there is no option --lerning_rate. Did you mean learning_rate?"),
         (["stray"], "'stray' belongs to no option."),
         (["--num_steps"], "argument --num_steps: expected one argument"),
-        (["--num_steps", "many"], "num_steps is many; it must be a whole number, at least 1."),
-        (["--num_steps", "2.5"], "num_steps is 2.5; it must be a whole number, at least 1."),
+        (["--num_steps", "many"], "num_steps is many; it must be an integer, at least 1."),
+        (["--num_steps", "2.5"], "num_steps is 2.5; it must be an integer, at least 1."),
         (["--num_steps", "0"], "num_steps is 0; it must be at least 1."),
-        (["--num_steps", "null"], "num_steps is null; it must be a whole number, at least 1."),
+        (["--num_steps", "null"], "num_steps is null; it must be an integer, at least 1."),
         (["--learning_rate", "0"], "learning_rate is 0; it must be positive."),
         (["--learning_rate", "nan"], "learning_rate is nan; it must be positive."),
         (["--eta", "1.5"], "eta is 1.5; it must be in (0, 1]."),
@@ -163,7 +163,7 @@ def test_a_mistake_on_the_command_line_is_named(
     ("text", "message"),
     [
         ("lerning_rate: 0.5\n", ":1: there is no option lerning_rate. Did you mean learning_rate?"),
-        ("# comment\nnum_steps: many\n", ":2: num_steps is many; it must be a whole number, at least 1."),
+        ("# comment\nnum_steps: many\n", ":2: num_steps is many; it must be an integer, at least 1."),
         ("num_steps: 1\nnum_steps: 2\n", ":2: num_steps is given twice."),
         ("num_steps: [1, 2]\n", ":1: num_steps is a list or mapping; it must be one value."),
         ("- num_steps\n", " holds no options; write one 'name: value' a line."),
@@ -197,6 +197,18 @@ def test_a_missing_extra_is_named_in_one_line(capsys: pytest.CaptureFixture[str]
         require("json", "no_such_module", extra="serve")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: no_such_module is not installed: pip install 'rlhf-t2i[serve]'\n"
+
+
+def test_the_annotation_page_names_its_extra_if_fastapi_is_missing() -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['fastapi'] = None\n"
+        "sys.argv = ['collect_preferences.py', '--runs', 'a']\n"
+        "runpy.run_module('recipes.collect_preferences', run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "error: fastapi is not installed: pip install 'rlhf-t2i[serve]'\n"
 
 
 # --- help -----------------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ def test_two_processes_give_the_results_of_one(name: str, tiny_sd: Path, tmp_pat
     ("name", "changes", "message"),
     [
         ("best_of_n", {"num_candidates": 0}, "num_candidates is 0; it must be at least 1"),
-        ("best_of_n", {"prune_after": "early"}, "prune_after is early; it must be whole numbers with commas"),
+        ("best_of_n", {"prune_after": "early"}, "prune_after is early; it must be comma-separated integers"),
         ("best_of_n", {"prune_after": "4"}, "cannot be pruned after 4 steps: sampling has 4 steps"),
         ("best_of_n", {"eta": -1.0}, r"eta is -1\.0"),
         ("best_of_n", {"images_per_prompt": 0}, "images_per_prompt is 0; it must be at least 1"),
@@ -315,7 +315,7 @@ def test_two_processes_give_the_results_of_one(name: str, tiny_sd: Path, tmp_pat
         (
             "fk_steering",
             {"resample_after": "1,9"},
-            "resample_after is 1,9; it must be whole numbers with commas, from 1 to 3",
+            "resample_after is 1,9; it must be comma-separated integers, from 1 to 3",
         ),
         ("fk_steering", {"strength": -1.0}, r"strength is -1\.0; it must be at least 0"),
         ("fk_steering", {"reward_std": 0.0}, r"reward_std is 0\.0; it must be positive"),

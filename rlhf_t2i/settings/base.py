@@ -21,14 +21,14 @@ Rule = tuple[str, bool, str]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """In the type of a field (`Annotated[bool, Group("reward")]`): its group in `--help`, other than its class's."""
+    """Marker in the type of a field, `Annotated[bool, Group("reward")]`: its group in `--help`, if not its class's."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """In the type of a text (`Annotated[str, Names(("oracle", "clip:PATH"))]`): what it may name, for its help."""
+    """Marker in the type of a text, `Annotated[str, Names(("oracle", "clip:PATH"))]`: the names that its help lists."""
 
     names: tuple[str, ...]
 
@@ -93,7 +93,7 @@ class Option:
         """The type in words."""
         if get_origin(self.base) is Literal:
             return f"one of {', '.join(get_args(self.base))}"
-        return {int: "a whole number", float: "a number", bool: "true or false"}.get(self.base, "text")
+        return {int: "an integer", float: "a number", bool: "true or false"}.get(self.base, "text")
 
     @property
     def range(self) -> str:
@@ -119,7 +119,7 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        """The value's place in `--help`."""
+        """Placeholder of the value in `--help`."""
         if get_origin(self.base) is Literal:
             return f"{{{','.join(get_args(self.base))}}}"
         return {int: "INT", float: "FLOAT", bool: "true|false"}.get(self.base, "TEXT")

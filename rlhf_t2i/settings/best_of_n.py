@@ -27,7 +27,7 @@ class Config(SearchConfig):
 
     def rules(self) -> list[Rule]:
         digits = all(part.isdigit() for part in names(self.prune_after))
-        return [*super().rules(), ("prune_after", digits, "whole numbers with commas")]
+        return [*super().rules(), ("prune_after", digits, "comma-separated integers")]
 
     @property
     def pruning_steps(self) -> list[int]:

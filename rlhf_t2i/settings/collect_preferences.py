@@ -23,7 +23,7 @@ from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 
 @dataclass(frozen=True, kw_only=True)
 class PairSourceSettings(Settings, group="data"):
-    """Where the pairs of images come from."""
+    """Sources of the pairs of images."""
 
     runs: str | None = None
     """Comma-separated folders of runs that trained a diffusion model, or of recipes/evaluate_policy.py: pairs are

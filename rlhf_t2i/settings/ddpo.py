@@ -26,7 +26,7 @@ class Config(GroupedSamplingSettings, TrainerConfig):
     history_size: PositiveInt = 32
     """Rewards of each prompt that per_prompt_history keeps."""
     history_min_count: PositiveInt = 16
-    """Rewards that per_prompt_history needs of a prompt; a prompt with fewer is normalised by the whole batch."""
+    """Rewards that per_prompt_history needs of a prompt; with fewer, all images in this step are used."""
     max_advantage: PositiveFloat = 5.0
     """Absolute value that advantages are clipped to."""
 

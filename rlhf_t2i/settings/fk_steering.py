@@ -40,7 +40,7 @@ class Config(SearchConfig):
     def rules(self) -> list[Rule]:
         after = names(self.resample_after)
         works = bool(after) and all(part.isdigit() and 1 <= int(part) < self.num_denoising_steps for part in after)
-        rule = f"whole numbers with commas, from 1 to {self.num_denoising_steps - 1}"
+        rule = f"comma-separated integers, from 1 to {self.num_denoising_steps - 1}"
         return [*super().rules(), ("resample_after", works, rule)]
 
     @property

@@ -207,7 +207,7 @@ class PrecisionSettings(Settings, group="system"):
     """Numerical precision."""
 
     mixed_precision: Precision | None = None
-    """Precision of the networks; null is what `accelerate launch` is told. Log-probabilities, losses and advantages are
+    """Precision of the networks; null is that of `accelerate launch`. Log-probabilities, losses and advantages are
     always float32."""
 
 

@@ -124,7 +124,7 @@ class RewardSystemSettings(ThreadSettings, group="system"):
     """Precision, memory, randomness and processes."""
 
     mixed_precision: Precision | None = None
-    """Precision of the backbone; null is what `accelerate launch` is told. Scores, SkipCA, head and loss are always
+    """Precision of the backbone; null is that of `accelerate launch`. Scores, SkipCA, head and loss are always
     float32."""
     microbatch_size: PositiveInt = 8
     """Records (pairs, ties or labelled images) in one forward pass of one process."""
