@@ -1,6 +1,6 @@
 """Write the report of finished or running runs and searches, and print its path.
 
-    python -m rlhf_t2i.report --runs runs/ddpo-DATE,runs/best_of_n-DATE
+python -m rlhf_t2i.report --runs runs/ddpo-DATE,runs/best_of_n-DATE
 """
 
 from pathlib import Path
