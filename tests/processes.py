@@ -202,6 +202,8 @@ def _address() -> str:
             if time.monotonic() > deadline or (server is not None and server.poll() is not None):
                 raise RuntimeError("The server of test processes did not start.")
             time.sleep(0.05)
+        if server is not None:
+            server.returncode = 0  # it ends with the test run, not with this object
     return name
 
 

@@ -52,12 +52,14 @@ def test_images_are_sharp_but_follow_prompts_poorly(base: DiffusionPolicy) -> No
     assert 0.25 <= evaluation.scores["oracle_pass"].mean() <= 0.5
 
 
+@pytest.mark.slow
 def test_guidance_improves_prompt_following(base: DiffusionPolicy) -> None:
     """So the model does represent the prompt, and training can improve on it."""
     plain, guided = (evaluated(base, guidance_scale=scale).scores["oracle_pass"].mean() for scale in (1.0, 3.0))
     assert guided > plain + 0.1
 
 
+@pytest.mark.slow
 def test_images_of_the_flow_model_are_sharp_and_guidance_improves_prompt_following(flow: DiffusionPolicy) -> None:
     plain, guided = (evaluated(flow, guidance_scale=scale) for scale in (1.0, 3.0))
     assert shows_something(plain.images).float().mean() >= 0.8
@@ -102,6 +104,7 @@ def test_the_flow_model_is_a_z_image_pipeline_with_the_same_autoencoder() -> Non
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_building_the_flow_model_is_deterministic_and_resumes(tmp_path: Path) -> None:
     from rlhf_t2i.shapes import build_flow
 
@@ -119,6 +122,7 @@ def test_building_the_flow_model_is_deterministic_and_resumes(tmp_path: Path) ->
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in uninterrupted.items())
 
 
+@pytest.mark.slow
 def test_building_is_deterministic_and_resumes(tmp_path: Path) -> None:
     from rlhf_t2i.shapes import build
 

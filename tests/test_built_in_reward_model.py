@@ -27,6 +27,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bar"), [("test_drawn", 0.95), ("test_generated", 0.85)])
 def test_it_is_accurate_on_held_out_prompts(pairs: Path, name: str, bar: float) -> None:
     """The bars are of 1,500 pairs (docs/results.md); 400 may fall short of them by two standard errors."""
@@ -54,6 +55,7 @@ def test_its_adapter_checkpoint_refers_to_the_backbone_beside_it() -> None:
     assert reward_model.config().score_std is not None
 
 
+@pytest.mark.slow
 def test_building_the_backbone_is_deterministic_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"num_vision_updates": 2, "num_updates": 3, "num_drawings": 16, "num_generated": 16, "seed": 0}
     build_backbone.build(tmp_path / "whole", **sizes)

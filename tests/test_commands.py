@@ -215,7 +215,14 @@ def test_the_settings_for_every_perspective_train(perspective: str, tmp_path: Pa
 def test_the_built_in_reward_model_is_trained_by_the_command_without_arguments(tmp_path: Path) -> None:
     """With fewer pairs than the recipe generates, written where it looks for them."""
     folder = tmp_path / "runs" / "shapes-pairs-0"
-    write_pairs(folder, num_drawn=24, num_painted=8, num_generated=200, num_validation=8, num_test=8)
+    write_pairs(
+        folder,
+        num_drawn_pairs=24,
+        num_generated_pairs=8,
+        num_generated_images=200,
+        num_validation_pairs=8,
+        num_test_pairs=8,
+    )
     run(["recipes/train_reward_model.py", *flags(num_steps=2, evaluate_every=2, run_folder="out")], cwd=tmp_path)
     measured = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"validation", "test_drawn"} <= measured.keys()

@@ -113,6 +113,7 @@ def test_the_gradient_of_the_weight_distance_is_the_difference() -> None:
 # --- training ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", METHODS)
 def test_the_reward_rises(config: draft.Config, changes: dict[str, Any]) -> None:
     """On evaluation prompts and seeds, by every method."""

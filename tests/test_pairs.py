@@ -82,6 +82,7 @@ def test_a_gray_shape_is_no_thing_of_the_grammar() -> None:
     assert recognise(gray) == [None]
 
 
+@pytest.mark.slow
 def test_every_file_has_the_requested_number_of_pairs(folder: Path) -> None:
     counts = {name: len(pairs_of(folder, name)) for name in FILES}
     assert counts == {
@@ -119,6 +120,7 @@ def test_the_winner_of_a_generated_pair_has_the_higher_oracle_score(folder: Path
         assert pair.rating_gap == pytest.approx(better - worse, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_pairs_are_reproducible_and_a_finished_folder_is_left_unchanged(folder: Path, tmp_path: Path) -> None:
     again = write_pairs(tmp_path / "pairs", **SMALL)
     for name in FILES:
