@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from rlhf_t2i.run_folder import evaluation_scores
 from rlhf_t2i.training.finished_run import FinishedRun, read_run
-from rlhf_t2i.training.run_folder import evaluation_scores
 
 COLUMNS, SIDE, FRAME, GAP = 8, 128, 6, 14
 TEXT_HEIGHT, LABEL_WIDTH = 64, 210

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rlhf_t2i.run_folder import COLLECTED_PAIRS, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.shapes import oracle
 from rlhf_t2i.shapes.generated import generate_images
 from rlhf_t2i.shapes.scenes import all_prompts
 from rlhf_t2i.training.metrics import by_step, read_metrics
-from rlhf_t2i.training.run_folder import COLLECTED_PAIRS, REWARD_METRICS, REWARD_MODEL
 
 ROOT = Path(__file__).parent.parent
 TIE = 0.05

@@ -45,10 +45,10 @@ from rlhf_t2i.annotation.questions import (
 )
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.run_folder import COLLECTED_PAIRS
 from rlhf_t2i.seeds import ANNOTATE, generator_for
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.claim import claim_folder
-from rlhf_t2i.training.run_folder import COLLECTED_PAIRS
 
 _FREE_TO_CHANGE = {"run_folder", "resume", "rewards", "microbatch_size", "host", "port"}
 log = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once

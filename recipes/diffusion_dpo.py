@@ -46,12 +46,12 @@ from rlhf_t2i.losses import diffusion_dpo_loss
 from rlhf_t2i.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
+from rlhf_t2i.run_folder import PAIRS
 from rlhf_t2i.sampling.denoising_errors import denoising_errors
 from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.settings.lists import names, whole_numbers
 from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.run_folder import PAIRS
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy

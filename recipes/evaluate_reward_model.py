@@ -33,10 +33,10 @@ from reward_model.datasets.formats import source_name
 from reward_model.scorers import PointwiseScorer, is_known, load_scorer
 from reward_model.scoring import LlavaReward
 from reward_model.types import Record
+from rlhf_t2i.run_folder import BENCHMARK_RESULTS, BENCHMARK_TABLES, REPORT
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_PAIRS, TOY_REWARD_MODEL, TOY_REWARD_MODEL_FOLDER, toy_pairs_folder
 from rlhf_t2i.training.run import Run, start_run
-from rlhf_t2i.training.run_folder import BENCHMARK_RESULTS, BENCHMARK_TABLES, REPORT
 
 
 def main(config: Config) -> dict[str, list[Metric]]:

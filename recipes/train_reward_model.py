@@ -56,12 +56,12 @@ from reward_model.scoring import LlavaReward
 from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer, newest_checkpoint
 from reward_model.types import Record
 from rlhf_t2i.distributed.processes import end_processes
+from rlhf_t2i.run_folder import CHECKPOINTS, REWARD_HISTORY, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_BACKBONE_FOLDER, TOY_PAIRS, toy_pairs_folder
 from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 from rlhf_t2i.training.claim import claim_folder
 from rlhf_t2i.training.environment import check_trackers, restarted, set_num_threads, stop_with_launcher
-from rlhf_t2i.training.run_folder import CHECKPOINTS, REWARD_HISTORY, REWARD_METRICS, REWARD_MODEL
 
 _FREE_TO_CHANGE = {
     "resume", "run_folder", "keep_checkpoints", "trackers", "num_cpu_threads", "num_workers", "test_data",

@@ -23,8 +23,8 @@ import numpy as np
 
 from rlhf_t2i.annotation.questions import Question
 from rlhf_t2i.files import flush, write_atomically
+from rlhf_t2i.run_folder import ANSWERS, COLLECTED_PAIRS, IMAGES
 from rlhf_t2i.seeds import ANNOTATE, seed_for
-from rlhf_t2i.training.run_folder import ANSWERS, COLLECTED_PAIRS, IMAGES
 
 Key = Literal["left", "right", "tie", "bad", "undo"]
 """An annotator's key press; `bad` means that both images are bad."""

@@ -24,8 +24,8 @@ from rlhf_t2i.files import write_atomically
 from rlhf_t2i.image_grids import save_image_grid
 from rlhf_t2i.report.comparison import shared_cells, side_by_side
 from rlhf_t2i.rewards.load import WeightedSum
+from rlhf_t2i.run_folder import IMAGES, QUESTIONS
 from rlhf_t2i.training.metrics import Row
-from rlhf_t2i.training.run_folder import IMAGES, QUESTIONS
 
 ItemT = TypeVar("ItemT")
 

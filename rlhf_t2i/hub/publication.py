@@ -13,8 +13,7 @@ from pathlib import Path
 from rlhf_t2i.files import sha256_of, write_atomically
 from rlhf_t2i.hub.base import Base
 from rlhf_t2i.report import Chart, charts, draw
-from rlhf_t2i.training.finished_run import FinishedRun, check_safetensors
-from rlhf_t2i.training.run_folder import (
+from rlhf_t2i.run_folder import (
     CAPTIONS,
     CONFIG,
     IMAGES,
@@ -25,6 +24,7 @@ from rlhf_t2i.training.run_folder import (
     REWARD_METRICS,
     RUN_INFO,
 )
+from rlhf_t2i.training.finished_run import FinishedRun, check_safetensors
 
 CHECKSUMS = "SHA256SUMS"
 _BACKBONE_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}

@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_t2i.hub.base import Base
+from rlhf_t2i.run_folder import LORA_WEIGHTS
 from rlhf_t2i.shapes.names import TOY_MODELS
 from rlhf_t2i.training.finished_run import FinishedRun
-from rlhf_t2i.training.run_folder import LORA_WEIGHTS
 
 _PACKAGE = Path(__file__).parent.parent
 TEMPLATES = Environment(

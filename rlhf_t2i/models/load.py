@@ -15,8 +15,8 @@ from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import add_lora
 from rlhf_t2i.models.quiet import only_errors
+from rlhf_t2i.run_folder import read_config
 from rlhf_t2i.shapes.names import TOY_MODELS, default_resolution
-from rlhf_t2i.training.run_folder import read_config
 
 FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),

@@ -6,9 +6,9 @@ python -m rlhf_t2i.report --runs runs/ddpo-DATE,runs/best_of_n-DATE
 from pathlib import Path
 
 from rlhf_t2i.config import parse_config
+from rlhf_t2i.run_folder import is_search
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.report import Config
-from rlhf_t2i.training.run_folder import is_search
 
 if __name__ == "__main__":
     config = parse_config(Config, __doc__)

@@ -14,9 +14,7 @@ from PIL import Image
 
 from rlhf_t2i.report.svg import colour, draw_runs
 from rlhf_t2i.report.templating import TEMPLATES, load_template
-from rlhf_t2i.training.changes import compare
-from rlhf_t2i.training.metrics import ERROR, Points, Row, by_step, read_metrics, time_split, total, trained_rewards
-from rlhf_t2i.training.run_folder import (
+from rlhf_t2i.run_folder import (
     CAPTIONS,
     EVALUATION_TABLE,
     IMAGES,
@@ -25,6 +23,8 @@ from rlhf_t2i.training.run_folder import (
     read_config,
     read_run_info,
 )
+from rlhf_t2i.training.changes import compare
+from rlhf_t2i.training.metrics import ERROR, Points, Row, by_step, read_metrics, time_split, total, trained_rewards
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rlhf_t2i.training.changes import with_error
-from rlhf_t2i.training.metrics import ERROR, Row, by_step, number, reward_names, trained_rewards
-from rlhf_t2i.training.run_folder import (
+from rlhf_t2i.run_folder import (
     EXTREMES,
     IMAGES,
     evaluation_scores,
@@ -24,6 +22,8 @@ from rlhf_t2i.training.run_folder import (
     image_grid,
     read_captions,
 )
+from rlhf_t2i.training.changes import with_error
+from rlhf_t2i.training.metrics import ERROR, Row, by_step, number, reward_names, trained_rewards
 
 MAX_GRIDS = 24
 """Largest number of evaluations whose images a page embeds; about 6 MB of thumbnails."""

@@ -13,9 +13,9 @@ from rlhf_t2i.report.checks import findings
 from rlhf_t2i.report.images import best_and_worst, image_history
 from rlhf_t2i.report.svg import draw
 from rlhf_t2i.report.templating import TEMPLATES, load_template, script_digest
+from rlhf_t2i.run_folder import CONFIG, REPORT, RUN_INFO, read_config, read_run_info
 from rlhf_t2i.training.changes import diversity_of, headline, reward_changes, reward_hacking_gap, with_error
 from rlhf_t2i.training.metrics import by_step, read_metrics, time_split, total
-from rlhf_t2i.training.run_folder import CONFIG, REPORT, RUN_INFO, read_config, read_run_info
 
 NUM_PAIRS = 12
 """Pairs of images that are visible at once; the others are in a closed section."""

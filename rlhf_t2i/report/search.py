@@ -10,6 +10,7 @@ from pathlib import Path
 from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.svg import draw
 from rlhf_t2i.report.templating import TEMPLATES, load_template
+from rlhf_t2i.run_folder import CONFIG, REPORT, SEARCH_BASELINE, SEARCH_SAMPLES, read_run_info, search_image
 from rlhf_t2i.search.records import (
     COSTS,
     Row,
@@ -22,7 +23,6 @@ from rlhf_t2i.search.records import (
     scores_of,
     table,
 )
-from rlhf_t2i.training.run_folder import CONFIG, REPORT, SEARCH_BASELINE, SEARCH_SAMPLES, read_run_info, search_image
 
 NUM_SHOWN = 24
 """Number of searches whose images are shown."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.prompts import load_prompts
-from rlhf_t2i.training.run_folder import PROMPT_METADATA, SEARCH_SAMPLES
+from rlhf_t2i.run_folder import PROMPT_METADATA, SEARCH_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from rlhf_t2i.run_folder import search_records
 from rlhf_t2i.search.candidates import expected_best
 from rlhf_t2i.training.metrics import Points
-from rlhf_t2i.training.run_folder import search_records
 
 Row = dict[str, Any]
 COSTS = {"denoiser_calls": "denoiser calls", "reward_calls": "reward calls", "seconds": "seconds"}

@@ -23,15 +23,7 @@ from rlhf_t2i.files import write_atomically
 from rlhf_t2i.image_grids import save_image_grid
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import WeightedSum, load_reward, load_rewards
-from rlhf_t2i.search.context import Candidates, Cost, SearchContext, Veto
-from rlhf_t2i.search.geneval import metadata_of, write_metadata
-from rlhf_t2i.search.records import SearchRecord, read_records, summary
-from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PROMPTS, measure_reward_std
-from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for, seed_for
-from rlhf_t2i.settings.lists import names
-from rlhf_t2i.settings.search import SearchConfig
-from rlhf_t2i.training.run import Run, start_run
-from rlhf_t2i.training.run_folder import (
+from rlhf_t2i.run_folder import (
     IMAGES,
     PROMPT_METADATA,
     REWARD_STD,
@@ -41,6 +33,14 @@ from rlhf_t2i.training.run_folder import (
     search_image,
     search_record,
 )
+from rlhf_t2i.search.context import Candidates, Cost, SearchContext, Veto
+from rlhf_t2i.search.geneval import metadata_of, write_metadata
+from rlhf_t2i.search.records import SearchRecord, read_records, summary
+from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PROMPTS, measure_reward_std
+from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for, seed_for
+from rlhf_t2i.settings.lists import names
+from rlhf_t2i.settings.search import SearchConfig
+from rlhf_t2i.training.run import Run, start_run
 from rlhf_t2i.types import Sampler
 
 

@@ -22,8 +22,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from rlhf_t2i.files import write_atomically
+from rlhf_t2i.run_folder import CONFIG, RUN_INFO, read_config, read_run_info
 from rlhf_t2i.training.environment import restarted
-from rlhf_t2i.training.run_folder import CONFIG, RUN_INFO, read_config, read_run_info
 
 _PACKAGES = (
     "rlhf-t2i", "torch", "diffusers", "transformers", "trl", "peft", "accelerate", "deepspeed", "safetensors", "numpy",

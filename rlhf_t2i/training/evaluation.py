@@ -15,8 +15,8 @@ from torch import Tensor
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.image_grids import NUM_COLUMNS, save_captions, save_image_grid
 from rlhf_t2i.rewards.load import CheckedReward
+from rlhf_t2i.run_folder import CAPTIONS, EXTREMES, IMAGES, evaluation_scores, extremes_grid, image_grid
 from rlhf_t2i.sampling.rollout import generate
-from rlhf_t2i.training.run_folder import CAPTIONS, EXTREMES, IMAGES, evaluation_scores, extremes_grid, image_grid
 from rlhf_t2i.types import Policy, ProcessGroup, Sampler
 
 _NUM_SHOWN = 4 * NUM_COLUMNS

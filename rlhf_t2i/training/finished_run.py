@@ -11,9 +11,7 @@ from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from rlhf_t2i.shapes.names import default_resolution
-from rlhf_t2i.training.metrics import Row, by_step, read_metrics, trained_rewards
-from rlhf_t2i.training.run_folder import (
+from rlhf_t2i.run_folder import (
     CAPTIONS,
     CONFIG,
     IMAGES,
@@ -28,6 +26,8 @@ from rlhf_t2i.training.run_folder import (
     read_captions,
     read_config,
 )
+from rlhf_t2i.shapes.names import default_resolution
+from rlhf_t2i.training.metrics import Row, by_step, read_metrics, trained_rewards
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf_t2i.distributed.processes import DTYPES, Mode, end_processes, start_processes
+from rlhf_t2i.run_folder import CHECKPOINTS
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete
 from rlhf_t2i.training.claim import claim_folder
 from rlhf_t2i.training.environment import check_trackers, restarted, set_num_threads, stop_with_launcher
 from rlhf_t2i.training.metrics import MetricsFile
-from rlhf_t2i.training.run_folder import CHECKPOINTS
 
 _FREE_TO_CHANGE = {
     "resume", "run_folder", "num_steps", "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads",

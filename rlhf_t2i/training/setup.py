@@ -14,13 +14,13 @@ from rlhf_t2i.distributed.processes import make_engine
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.run_folder import update_run_info
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.checkpoint import Checkpoints
 from rlhf_t2i.training.early_stop import EarlyStop
 from rlhf_t2i.training.ema import Decay, MovingAverage, decay_after_a_start
 from rlhf_t2i.training.evaluation import evaluation_set
 from rlhf_t2i.training.run import Run, start_run
-from rlhf_t2i.training.run_folder import update_run_info
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy
 

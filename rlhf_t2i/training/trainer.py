@@ -19,6 +19,7 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.distributed.state import gather_weights
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.rewards.load import WeightedSum
+from rlhf_t2i.run_folder import CONFIG, IMAGES
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
 from rlhf_t2i.training.checkpoint import Checkpoints
@@ -28,7 +29,6 @@ from rlhf_t2i.training.environment import StopRequests
 from rlhf_t2i.training.evaluation import Evaluation, evaluate, save_evaluation
 from rlhf_t2i.training.metrics import read_metrics
 from rlhf_t2i.training.run import Run
-from rlhf_t2i.training.run_folder import CONFIG, IMAGES
 from rlhf_t2i.types import Policy, Sampler
 
 Batch = TypeVar("Batch")
