@@ -33,7 +33,7 @@ from torch import Tensor
 from rlhf_t2i.advantages import PerPromptHistory, group_relative_advantages, whole_batch_advantages
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
-from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.prompts import prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.async_reward import AsyncReward
 from rlhf_t2i.rewards.load import load_rewards
@@ -41,6 +41,7 @@ from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
+from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Sampler, Trajectory
@@ -48,7 +49,7 @@ from rlhf_t2i.types import Sampler, Trajectory
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute advantages, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
+    reward, prompts = load_rewards(config.rewards), training_prompts(config)
     history = PerPromptHistory(size=config.history_size, min_count=config.history_min_count)
     trainer = make_trainer(
         config, recipe="ddpo", report=write_report, keep_reference=config.kl_weight > 0, extra=[history]

@@ -43,7 +43,7 @@ from rlhf_t2i.data.preferences import (
 )  # fmt: skip
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import diffusion_dpo_loss
-from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.prompts import prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.run_folder import PAIRS
@@ -52,6 +52,7 @@ from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.settings.lists import names, whole_numbers
 from rlhf_t2i.training.metrics import mean_update_metrics
+from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy
@@ -63,12 +64,11 @@ METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
 
 def main(config: Config) -> Path:
     """Load or sample preference pairs, noise them, update the policy; return the run folder."""
-    is_sampled = config.pairs == "sampled"
-    reward, prompts = (load_rewards(config.rewards), load_prompts(config.prompts)) if is_sampled else (None, [])
+    reward, prompts = load_rewards(config.rewards) if config.samples_pairs else None, training_prompts(config)
     trainer = make_trainer(config, recipe="diffusion_dpo", report=write_report, keep_reference=config.loss == "dpo")
     timesteps = torch.tensor(whole_numbers(config.timesteps))
     trainer.policy.levels_at(timesteps)  # raises for timesteps that the model does not have
-    pairs = None if is_sampled else load_pairs(trainer, config)
+    pairs = None if config.samples_pairs else load_pairs(trainer, config)
     for step in trainer.steps():
         if reward is not None:
             all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)

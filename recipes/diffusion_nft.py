@@ -37,7 +37,7 @@ from rlhf_t2i.advantages import globally_scaled_advantages, group_relative_advan
 from rlhf_t2i.diffusion.forward import noise_to
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import denoising_mse, negative_aware_loss
-from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.prompts import prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.rollout import generate
@@ -45,6 +45,7 @@ from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.ema import rising_decay
 from rlhf_t2i.training.metrics import mean_update_metrics
+from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Conditioning, Level, Policy, Prediction
@@ -54,7 +55,7 @@ METRICS: Sequence[str] = ("loss", "sampling_gap", "reference_gap")
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute optimality, noise them, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
+    reward, prompts = load_rewards(config.rewards), training_prompts(config)
     sampling_ema = rising_decay(
         start=config.sampling_ema_start, rise=config.sampling_ema_rise, most=config.sampling_ema_max
     )

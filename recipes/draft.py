@@ -36,12 +36,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.losses import reward_loss, weight_distance
-from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.prompts import prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.gradient import ScoredImages, require_gradient, score_with_gradient
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.backprop import DifferentiableSamples, GradientWindow, sample_with_gradient
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
+from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Sampler
@@ -49,7 +50,7 @@ from rlhf_t2i.types import Sampler
 
 def main(config: Config) -> Path:
     """Sample images, backpropagate their rewards, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
+    reward, prompts = load_rewards(config.rewards), training_prompts(config)
     require_gradient(reward, prompt=prompts[0])
     trainer = make_trainer(
         config, recipe="draft", report=write_report, keep_reference=config.kl_weight > 0,

@@ -40,6 +40,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         seed=config.evaluation_seed,
     )
     run = start_run({**asdict(config), "resume": False, "trackers": ""}, recipe="evaluation")
+    run.print(config.defaults_text())
     table: dict[str, dict[str, float]] = {}
     for index, name in enumerate(names(config.weights)):
         policy = load_policy(

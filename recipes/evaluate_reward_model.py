@@ -33,7 +33,7 @@ from reward_model.datasets.formats import source_name
 from reward_model.scorers import PointwiseScorer, is_known, load_scorer
 from reward_model.scoring import LlavaReward
 from reward_model.types import Record
-from rlhf_t2i.run_folder import BENCHMARK_RESULTS, BENCHMARK_TABLES, REPORT
+from rlhf_t2i.run_folder import BENCHMARK_RESULTS, BENCHMARK_TABLES, REPORT, reward_model_of
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_PAIRS, TOY_REWARD_MODEL, TOY_REWARD_MODEL_FOLDER, toy_pairs_folder
 from rlhf_t2i.training.run import Run, start_run
@@ -64,7 +64,7 @@ def load_reward(config: Config, run: Run) -> LlavaReward | PointwiseScorer:
     """Load the reward model on the device of the run."""
     if is_known(config.reward):
         return load_scorer(config.reward).to(run.device)
-    source = TOY_REWARD_MODEL_FOLDER if config.reward == TOY_REWARD_MODEL else config.reward
+    source = TOY_REWARD_MODEL_FOLDER if config.reward == TOY_REWARD_MODEL else reward_model_of(config.reward)
     return LlavaReward.from_pretrained(source, dtype=run.dtype if config.mixed_precision else None, device=run.device)
 
 

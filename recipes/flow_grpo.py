@@ -38,13 +38,14 @@ from rlhf_t2i.advantages import globally_scaled_advantages, group_relative_advan
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_ratio, per_image
 from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
-from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.prompts import prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.batching import minibatches, window_of_step
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
+from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
@@ -52,7 +53,7 @@ from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute advantages, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards), load_prompts(config.prompts)
+    reward, prompts = load_rewards(config.rewards), training_prompts(config)
     trainer = make_trainer(config, recipe="flow_grpo", report=write_report, keep_reference=config.kl_weight > 0)
     policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
     dynamics = noisy_step(schedule, config)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from rlhf_t2i.rewards.terms import join_terms
 from rlhf_t2i.settings.base import Option, options_of
 from rlhf_t2i.settings.help import option_parser
 
@@ -79,15 +80,26 @@ def _read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
             raise ValueError(f"{where}: there is no option {name}.{_suggestion(name, options)}")
         if name in values:
             raise ValueError(f"{where}: {name} is given twice.")
-        if not isinstance(node, yaml.ScalarNode):
-            raise ValueError(f"{where}: {name} is a list or mapping; it must be one value.")
         # Scalars are read as the command line's, so that `no` is no boolean and 1e-4 a number.
-        empty = node.value in ("", "~") and node.style is None
         try:
-            values[name] = options[name].validated("null" if empty and options[name].optional else node.value)
+            values[name] = options[name].validated(_text(node, options[name]), folder=path.parent)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return values
+
+
+def _text(node: yaml.Node, option: Option) -> str:
+    """The text that the command line would have: a list of rewards becomes A,B=WEIGHT, and a mapping NAME=WEIGHT."""
+    if isinstance(node, yaml.ScalarNode):
+        empty = node.value in ("", "~") and node.style is None
+        return "null" if empty and option.optional else str(node.value)
+    parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+    if not option.names or not all(isinstance(part, yaml.ScalarNode) for part in parts):
+        shape = "one value, a list of names, or a mapping of names to weights" if option.names else "one value"
+        raise ValueError(f"{option.name} is a list or mapping; it must be {shape}.")
+    if isinstance(node, yaml.MappingNode):
+        return ",".join(f"{join_terms([str(name.value)])}={weight.value}" for name, weight in node.value)
+    return ",".join(str(part.value) for part in parts)
 
 
 def _suggestion(word: str, known: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ config.yaml         settings
 run.json            recipe, command, commit, versions, device and placement
 metrics.jsonl       one row for each training step and each evaluation
 report.html         the page made from these files
+evaluation_prompts.jsonl
+                    prompts that were held back from training for evaluation
 images/             image grids, scores and captions of evaluations
 checkpoints/        one folder for each checkpoint
 lora/, unet/, transformer/, reward_model/
@@ -39,6 +41,7 @@ RUN_INFO = "run.json"
 METRICS = "metrics.jsonl"
 REPORT = "report.html"
 IMAGES = "images"
+EVALUATION_PROMPTS = "evaluation_prompts.jsonl"
 CAPTIONS = "captions.json"
 EXTREMES = "extremes.json"
 CHECKPOINTS = "checkpoints"
@@ -74,6 +77,16 @@ WEIGHT_FILES: dict[WeightKind, str] = {
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the settings of a run."""
     return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the folder of the run that wrote `path`: a run folder, an export in it or a checkpoint; None if none."""
+    return next((f for f in (path, path.parent, path.parent.parent) if (f / RUN_INFO).is_file()), None)
+
+
+def reward_model_of(source: str) -> str:
+    """Return the folder of the reward model that a run trained, or `source` itself if it is no such run folder."""
+    return str(Path(source) / REWARD_MODEL) if (Path(source) / REWARD_MODEL_CONFIG).is_file() else source
 
 
 def read_run_info(folder: Path) -> dict[str, Any]:

@@ -34,12 +34,14 @@ def reset_processes() -> None:
 
 def finished_run(folder: Path, recipe: Any, **settings: Any) -> Path:
     """Train for one step with a learning rate that changes the images visibly."""
+    from tests.runs import as_for_toy_models
+
     tiny: dict[str, Any] = {
         "num_steps": 1, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 4, "learning_rate": 0.1,
         "num_evaluation_images": 4, "evaluate_every": 0, "rewards": "oracle", "num_cpu_threads": 1,
         "evaluation_rewards": "oracle,jpeg_compressibility",
     }  # fmt: skip
-    recipe.main(recipe.Config(**{**tiny, **settings}, run_folder=str(folder)))
+    recipe.main(recipe.Config(**as_for_toy_models(**{**tiny, **settings}), run_folder=str(folder)))
     reset_processes()
     return folder
 

@@ -19,6 +19,14 @@ REDNESS = "tests.runs:redness"
 FLAT = "tests.runs:flat"
 
 
+def as_for_toy_models(**options: Any) -> dict[str, Any]:
+    """Options of a recipe that trains, with the defaults that only models of the built-in world have."""
+    return {
+        "prompts": "shapes", "evaluation_prompts": "shapes", "lora_rank": None, "guidance_scale": 1.0,
+        "num_evaluation_steps": None, "microbatch_size": 64, "gradient_checkpointing": False, **options,
+    }  # fmt: skip
+
+
 def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """How red images are: any model learns it within a few steps."""
     return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))

@@ -585,6 +585,7 @@ def test_two_weights_sample_the_same_prompts_from_the_same_seeds(tiny_sd: Path, 
         "model": str(tiny_sd),
         "evaluation_prompts": str(tmp_path / "prompts.txt"),
         "num_evaluation_steps": 2,
+        "guidance_scale": 1.0,
     }
     found = list(sampled(Config(weights=f"base,{tmp_path}", num_pairs=3, **options), cpu))
     swapped = list(sampled(Config(weights=f"{tmp_path}/unet,base", num_pairs=2, **options), cpu))

@@ -74,7 +74,7 @@ def test_the_command_in_the_comment_reads_the_file(path: Path, monkeypatch: pyte
         for option in {"rewards", "evaluation_rewards"} & vars(settings).keys():
             for reward in names(getattr(settings, option)):
                 find_reward(reward)
-    for option in {"prompts", "evaluation_prompts"} & vars(from_file).keys():
+    for option in {"prompts", "evaluation_prompts"} & vars(from_file).keys() - set(from_file.unused()):
         assert load_prompts(getattr(from_file, option))
 
 

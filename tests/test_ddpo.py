@@ -20,34 +20,36 @@ from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
 from tests import processes
 from tests.launch import launch, num_train_rows, start, wait_for_steps
-from tests.runs import REDNESS, assert_same, lora_weights, rows, sampled_by_diffusers, state, weights
+from tests.runs import REDNESS, as_for_toy_models, assert_same, lora_weights, rows, sampled_by_diffusers, state, weights
 
 
 @pytest.fixture
 def config(tiny_sd: Path, tmp_path: Path) -> ddpo.Config:
     """Three steps that use every part of the recipe."""
     return ddpo.Config(
-        model=str(tiny_sd),
-        prompts_per_step=2,
-        images_per_prompt=4,
-        num_denoising_steps=4,
-        num_inner_epochs=2,
-        num_minibatches=2,
-        microbatch_size=8,
-        learning_rate=1e-3,
-        adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
-        ema_decay=0.5,
-        kl_weight=0.1,
-        history_size=8,
-        history_min_count=4,
-        rewards=REDNESS,
-        evaluation_rewards=REDNESS,
-        num_steps=3,
-        evaluate_every=0,
-        num_evaluation_images=4,
-        checkpoint_every=1,
-        run_folder=str(tmp_path / "run"),
-        num_cpu_threads=1,
+        **as_for_toy_models(
+            model=str(tiny_sd),
+            prompts_per_step=2,
+            images_per_prompt=4,
+            num_denoising_steps=4,
+            num_inner_epochs=2,
+            num_minibatches=2,
+            microbatch_size=8,
+            learning_rate=1e-3,
+            adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
+            ema_decay=0.5,
+            kl_weight=0.1,
+            history_size=8,
+            history_min_count=4,
+            rewards=REDNESS,
+            evaluation_rewards=REDNESS,
+            num_steps=3,
+            evaluate_every=0,
+            num_evaluation_images=4,
+            checkpoint_every=1,
+            run_folder=str(tmp_path / "run"),
+            num_cpu_threads=1,
+        )
     )
 
 

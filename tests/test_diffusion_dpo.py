@@ -23,33 +23,35 @@ from rlhf_t2i.data.preferences import PairBatch
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generator_for
 from tests.launch import ROOT, launch
-from tests.runs import FLAT, REDNESS, assert_same, rows, unet_weights, weights
+from tests.runs import FLAT, REDNESS, as_for_toy_models, assert_same, rows, unet_weights, weights
 
 
 @pytest.fixture
 def config(tiny_sd: Path, tmp_path: Path) -> diffusion_dpo.Config:
     """Three steps on sampled pairs that use every part of the recipe."""
     return diffusion_dpo.Config(
-        model=str(tiny_sd),
-        prompts_per_step=4,
-        images_per_prompt=3,
-        num_denoising_steps=4,
-        num_inner_epochs=2,
-        microbatch_size=8,
-        learning_rate=1e-3,
-        adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
-        ema_decay=0.5,
-        beta=500.0,
-        dpop_weight=0.5,
-        timesteps="0-999",
-        rewards=REDNESS,
-        evaluation_rewards=REDNESS,
-        num_steps=3,
-        evaluate_every=0,
-        num_evaluation_images=4,
-        checkpoint_every=1,
-        run_folder=str(tmp_path / "run"),
-        num_cpu_threads=1,
+        **as_for_toy_models(
+            model=str(tiny_sd),
+            prompts_per_step=4,
+            images_per_prompt=3,
+            num_denoising_steps=4,
+            num_inner_epochs=2,
+            microbatch_size=8,
+            learning_rate=1e-3,
+            adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
+            ema_decay=0.5,
+            beta=500.0,
+            dpop_weight=0.5,
+            timesteps="0-999",
+            rewards=REDNESS,
+            evaluation_rewards=REDNESS,
+            num_steps=3,
+            evaluate_every=0,
+            num_evaluation_images=4,
+            checkpoint_every=1,
+            run_folder=str(tmp_path / "run"),
+            num_cpu_threads=1,
+        )
     )
 
 

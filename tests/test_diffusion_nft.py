@@ -14,33 +14,35 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.sampling.rollout import generate, rollout
 from rlhf_t2i.types import Sampler
-from tests.runs import FLAT, REDNESS, assert_same, lora_weights, rows
+from tests.runs import FLAT, REDNESS, as_for_toy_models, assert_same, lora_weights, rows
 
 
 @pytest.fixture
 def config(tiny_zimage: Path, tmp_path: Path) -> diffusion_nft.Config:
     """Three steps that use every part of the recipe."""
     return diffusion_nft.Config(
-        model=str(tiny_zimage),
-        resolution=16,
-        prompts_per_step=2,
-        images_per_prompt=4,
-        num_denoising_steps=4,
-        timestep_fraction=0.5,
-        lora_rank=2,
-        num_minibatches=2,
-        microbatch_size=8,
-        learning_rate=1e-2,
-        adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
-        sampling_ema_rise=0.2,
-        rewards=REDNESS,
-        evaluation_rewards=REDNESS,
-        num_steps=3,
-        evaluate_every=0,
-        num_evaluation_images=4,
-        checkpoint_every=1,
-        run_folder=str(tmp_path / "run"),
-        num_cpu_threads=1,
+        **as_for_toy_models(
+            model=str(tiny_zimage),
+            resolution=16,
+            prompts_per_step=2,
+            images_per_prompt=4,
+            num_denoising_steps=4,
+            timestep_fraction=0.5,
+            lora_rank=2,
+            num_minibatches=2,
+            microbatch_size=8,
+            learning_rate=1e-2,
+            adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
+            sampling_ema_rise=0.2,
+            rewards=REDNESS,
+            evaluation_rewards=REDNESS,
+            num_steps=3,
+            evaluate_every=0,
+            num_evaluation_images=4,
+            checkpoint_every=1,
+            run_folder=str(tmp_path / "run"),
+            num_cpu_threads=1,
+        )
     )
 
 

@@ -24,6 +24,7 @@ from rlhf_t2i.training.trainer import Trainer
 from tests.launch import ROOT, launch
 from tests.runs import (
     REDNESS,
+    as_for_toy_models,
     assert_same,
     lora_weights,
     redness,
@@ -61,26 +62,28 @@ def steep(images: Tensor, prompts: list[str]) -> Tensor:
 def config(tiny_sd: Path, tmp_path: Path) -> draft.Config:
     """Three steps that use every part of the recipe."""
     return draft.Config(
-        model=str(tiny_sd),
-        method="draft",
-        prompts_per_step=6,
-        num_denoising_steps=4,
-        eta=0.5,
-        microbatch_size=8,
-        learning_rate=1e-3,
-        warmup_steps=0,
-        adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
-        ema_decay=0.5,
-        kl_weight=0.1,
-        l2_sp_weight=0.1,
-        rewards=f"{REDNESS},{DARKNESS}=0.5",
-        evaluation_rewards=f"{REDNESS},{DARKNESS}",
-        num_steps=3,
-        evaluate_every=0,
-        num_evaluation_images=4,
-        checkpoint_every=1,
-        run_folder=str(tmp_path / "run"),
-        num_cpu_threads=1,
+        **as_for_toy_models(
+            model=str(tiny_sd),
+            method="draft",
+            prompts_per_step=6,
+            num_denoising_steps=4,
+            eta=0.5,
+            microbatch_size=8,
+            learning_rate=1e-3,
+            warmup_steps=0,
+            adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
+            ema_decay=0.5,
+            kl_weight=0.1,
+            l2_sp_weight=0.1,
+            rewards=f"{REDNESS},{DARKNESS}=0.5",
+            evaluation_rewards=f"{REDNESS},{DARKNESS}",
+            num_steps=3,
+            evaluate_every=0,
+            num_evaluation_images=4,
+            checkpoint_every=1,
+            run_folder=str(tmp_path / "run"),
+            num_cpu_threads=1,
+        )
     )
 
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from tests import reward_models, tiny
 from tests.pages import ROOT
-from tests.runs import rows
+from tests.runs import as_for_toy_models, rows
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"^```python file=(\S+)\n(.*?)\n```$", PAGE, flags=re.DOTALL | re.MULTILINE))
@@ -47,9 +47,9 @@ def shown(tmp_path: Path) -> Iterator[Any]:
         del sys.modules[name]
 
 
-def entry(path: str) -> dict[str, Any]:
+def entry(path: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
     """The line that the page adds to a table of names."""
-    return eval(f"{{{LINES[path]}}}")
+    return eval(f"{{{LINES[path]}\n}}", names)
 
 
 def test_a_reward(shown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,12 +95,12 @@ def test_a_model_family(shown: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     from diffusers import PixArtSigmaPipeline
 
     from rlhf_t2i.diffusion.transitions import stochastic
-    from rlhf_t2i.models import load
+    from rlhf_t2i.models import load, table
     from rlhf_t2i.sampling.rollout import generate
     from rlhf_t2i.types import Sampler
 
     shown("rlhf_t2i/models/pixart_sigma.py")
-    monkeypatch.setattr(load, "FAMILIES", {**load.FAMILIES, **entry("rlhf_t2i/models/load.py")})
+    monkeypatch.setattr(table, "FAMILIES", {**table.FAMILIES, **entry("rlhf_t2i/models/table.py", vars(table))})
     folder = save_pixart(tmp_path / "model")
     policy = load.load_policy(str(folder), device=torch.device("cpu"))
     pipeline: Any = PixArtSigmaPipeline.from_pretrained(folder)
@@ -120,12 +120,12 @@ def test_a_model_family(shown: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_an_algorithm(shown: Any, tiny_sd: Path, tmp_path: Path) -> None:
     recipe = shown("recipes/rwr.py")
-    config = recipe.Config(
+    options = as_for_toy_models(
         model=str(tiny_sd), rewards="tests.runs:redness", evaluation_rewards="tests.runs:redness", num_steps=2,
         prompts_per_step=2, images_per_prompt=4, num_denoising_steps=4, num_evaluation_images=2, evaluate_every=0,
         microbatch_size=4, run_folder=str(tmp_path / "run"), num_cpu_threads=1,
     )  # fmt: skip
-    folder = recipe.main(config)
+    folder = recipe.main(recipe.Config(**options))
     first, second = rows(folder, "train")
     assert first["gradient_norm"] > 0
     assert second["step"] == 2

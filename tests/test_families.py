@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_t2i.models.load import FAMILIES, as_policy, family_of, load_policy
+from rlhf_t2i.models.load import as_policy, family_of, load_policy
+from rlhf_t2i.models.table import FAMILIES
 from rlhf_t2i.models.text_encoders import PromptCache
 from rlhf_t2i.types import Conditioning
 from tests.policies import PROMPTS, edit_json, images_of, pipeline_of, policy_of, stock_images

@@ -21,7 +21,7 @@ from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout
 from rlhf_t2i.training.batching import window_of_step
 from rlhf_t2i.types import Sampler, Transition
 from tests import reference
-from tests.runs import FLAT, REDNESS, assert_same, lora_weights, redness, rows
+from tests.runs import FLAT, REDNESS, as_for_toy_models, assert_same, lora_weights, redness, rows
 
 CPU = torch.device("cpu")
 
@@ -37,28 +37,30 @@ def flat_squares(images: Tensor, prompts: list[str]) -> Tensor:
 def config(tiny_sd3: Path, tmp_path: Path) -> flow_grpo.Config:
     """Two steps that use every part of the recipe."""
     return flow_grpo.Config(
-        model=str(tiny_sd3),
-        prompts_per_step=2,
-        images_per_prompt=4,
-        num_denoising_steps=4,
-        num_evaluation_steps=6,
-        window_end=1.0,
-        clip_range=1e-4,
-        kl_weight=0.004,
-        lora_rank=2,
-        num_minibatches=2,
-        num_inner_epochs=2,
-        microbatch_size=8,
-        learning_rate=1e-3,
-        adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
-        rewards=REDNESS,
-        evaluation_rewards=REDNESS,
-        num_steps=2,
-        evaluate_every=0,
-        num_evaluation_images=4,
-        checkpoint_every=1,
-        run_folder=str(tmp_path / "run"),
-        num_cpu_threads=1,
+        **as_for_toy_models(
+            model=str(tiny_sd3),
+            prompts_per_step=2,
+            images_per_prompt=4,
+            num_denoising_steps=4,
+            num_evaluation_steps=6,
+            window_end=1.0,
+            clip_range=1e-4,
+            kl_weight=0.004,
+            lora_rank=2,
+            num_minibatches=2,
+            num_inner_epochs=2,
+            microbatch_size=8,
+            learning_rate=1e-3,
+            adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
+            rewards=REDNESS,
+            evaluation_rewards=REDNESS,
+            num_steps=2,
+            evaluate_every=0,
+            num_evaluation_images=4,
+            checkpoint_every=1,
+            run_folder=str(tmp_path / "run"),
+            num_cpu_threads=1,
+        )
     )
 
 

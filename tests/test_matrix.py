@@ -18,7 +18,7 @@ from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import family_of
 from rlhf_t2i.sampling.rollout import generate
 from tests.policies import pipeline_of, policy_of, sampler_of
-from tests.runs import REDNESS, rows
+from tests.runs import REDNESS, as_for_toy_models, rows
 from tests.toys import seeded
 
 ROOT = Path(__file__).parent.parent
@@ -48,17 +48,18 @@ SIZES = {
 
 
 def training_config(recipe: str, model: Path, folder: Path) -> Any:
-    return TRAINING[recipe].Config(
+    options = as_for_toy_models(
         model=str(model), resolution=16, lora_rank=2, num_denoising_steps=4, rewards=REDNESS, num_steps=1,
         evaluation_rewards=REDNESS, num_evaluation_images=2, checkpoint_every=1, evaluate_every=0, microbatch_size=8,
         run_folder=str(folder), num_cpu_threads=1, **SIZES[recipe],
     )  # fmt: skip
+    return TRAINING[recipe].Config(**options)
 
 
 def search_config(recipe: str, model: Path, prompts: Path, folder: Path) -> Any:
     return SEARCH[recipe].Config(
         model=str(model), resolution=16, prompts=str(prompts), images_per_prompt=1, num_denoising_steps=4,
-        rewards=REDNESS, evaluation_rewards="", run_folder=str(folder), num_cpu_threads=1, **SIZES[recipe],
+        rewards=REDNESS, guidance_scale=1.0, run_folder=str(folder), num_cpu_threads=1, **SIZES[recipe],
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_
 from rlhf_t2i.rewards.remote import RemoteReward
 from rlhf_t2i.rewards.wire_format import JSON, SAFETENSORS, pack
 from tests import processes
-from tests.runs import redness, rows, state
+from tests.runs import as_for_toy_models, redness, rows, state
 from tests.servers import free_port, running, scores_response, scripted, until
 
 ROOT = Path(__file__).parent.parent
@@ -795,11 +795,12 @@ def test_training_with_a_remote_reward_gives_the_bits_of_training_with_the_local
     tiny_sd: Path, tmp_path: Path
 ) -> None:
     """With async_reward, which scores one batch while the next is sampled: same weights and rewards."""
-    config = ddpo.Config(
+    options = as_for_toy_models(
         model=str(tiny_sd), prompts_per_step=6, images_per_prompt=4, microbatch_size=8, num_denoising_steps=4,
         rewards=f"{__name__}:one_pixel", evaluation_rewards=f"{__name__}:one_pixel", num_steps=2, evaluate_every=0,
         num_evaluation_images=2, num_cpu_threads=1, run_folder=str(tmp_path / "here"),
     )  # fmt: skip
+    config = ddpo.Config(**options)
     here = ddpo.main(config)
     with serving(one_pixel) as server:
         there = ddpo.main(

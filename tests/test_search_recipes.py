@@ -57,6 +57,7 @@ def config(name: str, tiny_sd: Path, tmp_path: Path, **changes: Any) -> Any:
         "searches_per_batch": 2,
         "model": str(tiny_sd),
         "num_denoising_steps": 4,
+        "guidance_scale": 1.0,
         "rewards": REDNESS,
         "evaluation_rewards": "tests.test_search_recipes:greenness",
         "run_folder": str(tmp_path / "run"),

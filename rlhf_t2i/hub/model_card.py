@@ -71,7 +71,7 @@ def _metadata(
 
 def policy_results(run: FinishedRun) -> list[EvalResult]:
     """Return the mean rewards of a run's last evaluation in the Hub's format."""
-    prompts, last = run.config["evaluation_prompts"], run.evaluations[-1]
+    prompts, last = run.config["evaluation_prompts"] or "held-out prompts", run.evaluations[-1]
     return [
         EvalResult(
             task_type="text-to-image",

@@ -1,4 +1,4 @@
-"""Load a pipeline folder or Hub id as a policy; the table of model families."""
+"""Load a pipeline folder or Hub id as a policy."""
 
 # diffusers has no usable types.
 # pyright: reportPrivateImportUsage=false, reportAssignmentType=false, reportReturnType=false
@@ -15,25 +15,15 @@ from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import add_lora
 from rlhf_t2i.models.quiet import only_errors
+from rlhf_t2i.models.table import family_entry
 from rlhf_t2i.run_folder import read_config
 from rlhf_t2i.shapes.names import TOY_MODELS, default_resolution
-
-FAMILIES = {
-    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
-    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
-    "FluxPipeline": ("flux", "Flux"),
-    "ZImagePipeline": ("zimage", "ZImage"),
-}
-"""diffusers pipeline class -> module of this package and class in it; imported when it is needed."""
 
 
 def family_of(pipeline_class: str) -> type[DiffusionPolicy]:
     """Return the family of a diffusers pipeline class, by name. Raises ValueError, listing those that are supported."""
-    if pipeline_class not in FAMILIES:
-        raise ValueError(f"The model is a {pipeline_class}; supported are {', '.join(FAMILIES)}.")
-    module, name = FAMILIES[pipeline_class]
-    return getattr(import_module(f"rlhf_t2i.models.{module}"), name)
+    entry = family_entry(pipeline_class)
+    return getattr(import_module(f"rlhf_t2i.models.{entry.module}"), entry.name)
 
 
 def as_policy(pipeline: Any, *, resolution: int | None = None) -> DiffusionPolicy:

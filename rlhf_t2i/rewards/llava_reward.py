@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_model.scoring import LlavaReward
+from rlhf_t2i.run_folder import reward_model_of
 
 
 @cache
@@ -25,11 +26,11 @@ class LlavaRewardFunction:
     """The scores of a LLaVA-Reward model, computed on the device of the images; differentiable."""
 
     def __init__(self, source: str | Path, *, perspective: str | None = None, batch_size: int = 64) -> None:
-        """Load a reward model from a folder or the Hub.
+        """Load a reward model from its folder, the folder of the run that trained it, or the Hub.
 
         Raises FileNotFoundError or ValueError if there is none, or if its head compares images without scoring them.
         """
-        self.reward_model = _loaded(str(source))
+        self.reward_model = _loaded(reward_model_of(str(source)))
         self.perspective, self.batch_size = perspective, batch_size
         head = self.reward_model.config(perspective).head
         if head != "scalar":

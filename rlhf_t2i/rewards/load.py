@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.rewards.table import find_reward, reward_names
+from rlhf_t2i.rewards.terms import parse_terms
 from rlhf_t2i.types import Reward
 
 
@@ -87,17 +88,16 @@ class WeightedSum:
 def load_rewards(specification: str, *, finite: bool = True) -> WeightedSum:
     """Build the weighted sum that a text such as `oracle,jpeg_compressibility=0.1` describes.
 
-    Each term is NAME or NAME=WEIGHT, with a weight of 1 by default; rewards/table.py lists the names. With `finite`
-    false, scores that are not finite are no error. Raises ValueError for an unknown or repeated name and for a weight
-    that is not a finite number.
+    Each term is NAME or NAME=WEIGHT, with a weight of 1 by default (`parse_terms`); rewards/table.py lists the names.
+    With `finite` false, scores that are not finite are no error. Raises ValueError for an unknown or repeated name and
+    for a weight that is not a finite number.
     """
-    parts = [part.strip() for part in specification.split(",") if part.strip()]
+    parts = parse_terms(specification)
     if not parts:
         raise ValueError(f"No reward was given; choose from {', '.join(reward_names())}.")
     terms: list[tuple[CheckedReward, float]] = []
-    for part in parts:
-        name, separator, number = part.partition("=")
-        weight = _weight(number, part) if separator else 1.0
+    for name, number in parts:
+        weight = 1.0 if number is None else _weight(number, name)
         if name in {reward.name for reward, _ in terms}:
             raise ValueError(f"The reward {name!r} was given twice.")
         terms.append((load_reward(name, finite=finite), weight))
@@ -110,11 +110,13 @@ def load_reward(name: str, *, finite: bool = True) -> CheckedReward:
     return CheckedReward(name, entry.load(argument, finite), finite, entry.differentiable)
 
 
-def _weight(text: str, specification: str) -> float:
+def _weight(text: str, name: str) -> float:
     try:
         weight = float(text)
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise ValueError(f"In the reward {specification!r} the weight {text!r} is not a number.")
+        raise ValueError(
+            f"In the reward '{name}={text}' the weight {text!r} is not a number; a name with = or , in it is quoted."
+        )
     return weight

@@ -85,7 +85,7 @@ REWARDS = (
     RewardEntry(
         "llava_reward", _built_in_llava_reward, True, "the built-in LLaVA-Reward, for prompts of the toy world"
     ),
-    RewardEntry("llava_reward:PATH", _llava_reward, True, "a LLaVA-Reward of your own, a folder or Hub id"),
+    RewardEntry("llava_reward:PATH", _llava_reward, True, "a LLaVA-Reward of your own: folder, run folder or Hub id"),
     RewardEntry(
         "oracle", function(_BUILTIN, "oracle_graded"), False, "true reward of the toy world, graded, in [0, 1]"
     ),

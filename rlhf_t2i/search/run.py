@@ -206,6 +206,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> SearchRun:
     prompts = load_prompts(config.prompts, held_out=True)
     metadata = metadata_of(config.prompts, prompts)
     run = start_run({**asdict(config), "trackers": ""}, recipe=recipe, checkpoints=False)
+    run.print(config.defaults_text())
     policy = load_policy(
         config.model,
         device=run.device,

@@ -8,13 +8,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from rlhf_t2i.settings.by_model import ByModel, as_text, resolve_defaults
+from rlhf_t2i.settings.paths import resolve_paths
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
 Rule = tuple[str, bool, str]
 """A field, True if its value can work, and what the value must be."""
 
@@ -33,6 +39,11 @@ class Names:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Marker in the type of a text: existing files or folders, comma-separated PATH or FORMAT:PATH."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Base class of all options; a subclass names the group of its fields by `class X(Settings, group="reward")`.
@@ -47,11 +58,52 @@ class Settings:
         cls.group = group
 
     def __post_init__(self) -> None:
-        for option in options_of(type(self)):
-            object.__setattr__(self, option.name, option.validated(getattr(self, option.name)))
+        options = options_of(type(self))
+        unset = {option.name: value for option in options if isinstance(value := getattr(self, option.name), ByModel)}
+        given = {option.name: getattr(self, option.name) for option in options if option.name not in unset}
+        defaults = resolve_defaults(
+            unset, model=given.get("model"), run=self.run_settings(), unused=frozenset(self.unused())
+        )
+        self._set("_model_defaults", defaults)
+        values = {option.name: option.validated((given | defaults)[option.name]) for option in options}
+        for name, value in values.items():
+            self._set(name, value)
+        for name, value in self.derived().items():
+            self._set(name, value)
         for name, works, rule in self.rules():
             if not works:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}.")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen for everybody else
+
+    @property
+    def model_defaults(self) -> dict[str, Any]:
+        """The options that were not given and whose value depends on the model, with their values."""
+        return dict(vars(self)["_model_defaults"])
+
+    def defaults_text(self) -> str:
+        """Return one line that says which options were chosen for the model, for a log."""
+        chosen = ", ".join(f"{name} {as_text(value)}" for name, value in self.model_defaults.items())
+        return f"defaults  {chosen or 'none depends on the model'}"
+
+    def with_options(self: SettingsT, **given: Any) -> SettingsT:
+        """Return settings with other options; defaults that depend on the model are those of the new model."""
+        unset = self.model_defaults
+        kept = {option.name: getattr(self, option.name) for option in options_of(type(self))}
+        return type(self)(**{name: value for name, value in kept.items() if name not in unset} | given)
+
+    def run_settings(self) -> Mapping[str, Any]:
+        """Return the settings of the run whose weights are used: they precede defaults that depend on the model."""
+        return {}
+
+    def unused(self) -> Collection[str]:
+        """Return the options that have no effect with these settings, and need not be given."""
+        return ()
+
+    def derived(self) -> Mapping[str, Any]:
+        """Return values to replace, such as a list that is completed from another option."""
+        return {}
 
     def rules(self) -> list[Rule]:
         """Return the rules that relate fields with one another; a subclass adds its own to those of `super()`."""
@@ -71,10 +123,16 @@ class Option:
     """`dataclasses.MISSING` if the option is required."""
     group: str
 
-    def validated(self, value: Any) -> Any:
-        """Return a Python value or a text in the field's type; ValueError for any other type, or outside the range."""
+    def validated(self, value: Any, *, folder: Path | None = None) -> Any:
+        """Return a Python value or a text in the field's type; ValueError for any other type, or outside the range.
+
+        `folder` is that of the file of options which the value is from: paths of inputs may be relative to it.
+        """
         if self.optional and (value is None or str(value).lower() in ("null", "none")):
             return None
+        if isinstance(value, str) and self.base is str:
+            has_inputs = bool(self.names) or any(isinstance(part, Inputs) for part in get_args(self.type))
+            value = resolve_paths(value, folder=folder if has_inputs else None)
         try:
             return _adapter(self.type).validate_python(value)
         except ValidationError as error:
@@ -87,6 +145,11 @@ class Option:
     def base(self) -> Any:
         """The type without its range."""
         return get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that its help lists, empty for an option that takes any text."""
+        return next((part.names for part in get_args(self.type) if isinstance(part, Names)), ())
 
     @property
     def kind(self) -> str:

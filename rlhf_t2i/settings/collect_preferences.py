@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from rlhf_t2i.settings.base import Group, Rule, Settings
+from rlhf_t2i.settings.by_model import by_model
+from rlhf_t2i.settings.evaluation import EvaluationPromptSettings, EvaluationSamplingSettings
+from rlhf_t2i.settings.from_run import sampling_of_runs
 from rlhf_t2i.settings.groups import (
     DataSettings,
-    EvaluationSamplingSettings,
     GuidanceSettings,
     MicrobatchSettings,
     ModelSettings,
     ResumeSettings,
-    RewardNames,
     SeedSettings,
     ServerSettings,
 )
 from rlhf_t2i.settings.lists import names
-from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
+from rlhf_t2i.settings.ranges import InputPaths, NonNegativeInt, PositiveInt, RewardNames
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairSourceSettings(Settings, group="data"):
     """Sources of the pairs of images."""
 
-    runs: str | None = None
+    runs: InputPaths | None = None
     """Comma-separated folders of runs that trained a diffusion model, or of recipes/evaluate_policy.py: pairs are
     images before and after training, or of two of the evaluated weights."""
-    pairs: str | None = None
+    pairs: InputPaths | None = None
     """Preference data to ask again: comma-separated files or folders, each PATH or FORMAT:PATH (docs/data.md). A
     record {"prompt", "tie"} is a pair without a preference. Existing preferences appear on the results page only."""
     num_pairs: PositiveInt | None = None
@@ -42,6 +44,7 @@ class Config(
     ServerSettings,
     MicrobatchSettings,
     ResumeSettings,
+    EvaluationPromptSettings,
     EvaluationSamplingSettings,
     DataSettings,
     PairSourceSettings,
@@ -50,16 +53,22 @@ class Config(
 ):
     """Settings of an annotation page. Exactly one of runs, pairs and weights says where the images come from."""
 
-    weights: Annotated[str, Group("model and LoRA")] | None = None
+    weights: Annotated[InputPaths, Group("model and LoRA")] | None = None
     """Two weights to sample pairs from, comma-separated, as in recipes/evaluate_policy.py: base, and folders of runs,
     of what they exported, or of checkpoints."""
-    num_evaluation_steps: Annotated[PositiveInt, Group("evaluation")] = 8
+    num_evaluation_steps: Annotated[PositiveInt, Group("evaluation")] = by_model(8, family="sampling_steps")
     """Denoising steps for one image with --weights."""
     rewards: Annotated[RewardNames, Group("reward")] | None = None
     """Rewards that the results page compares with people's answers, comma-separated NAME or NAME=WEIGHT, summed by
     weight (docs/rewards.md); null compares with none."""
     seed: NonNegativeInt = 0
     """Seed of the order and the sides in which each annotator sees the pairs."""
+
+    def run_settings(self) -> Mapping[str, Any]:
+        return sampling_of_runs(names(self.weights or ""), self.model)
+
+    def unused(self) -> Collection[str]:
+        return () if self.weights else ("evaluation_prompts",)
 
     def rules(self) -> list[Rule]:
         sources = [name for name in ("runs", "pairs", "weights") if names(getattr(self, name) or "")]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge
 
 from rlhf_t2i.settings.base import Group, Rule, Settings
+from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.groups import DataSettings, GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.lists import whole_numbers
-from rlhf_t2i.settings.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlhf_t2i.settings.ranges import Fraction, InputPaths, NonNegativeFloat, PositiveFloat, PositiveInt
+
+SAMPLED = "sampled"
+"""Value of pairs for those that are made in each step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings(Settings, group="data"):
     """Preference data to train on."""
 
-    pairs: str = "sampled"
+    pairs: InputPaths = SAMPLED
     """Preference data: comma-separated files or folders, each PATH or FORMAT:PATH (docs/data.md); sampled makes pairs
     in each step, from images that the reward compares."""
     pairs_per_step: PositiveInt = 64
@@ -37,7 +42,7 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
     """Images sampled for each prompt in one training step with --pairs sampled, all on one process."""
     eta: Annotated[Fraction, Group("sampling")] = 1.0
     """Noise of each denoising step with --pairs sampled; 0 is deterministic, 1 is the noise of the forward process."""
-    guidance_scale: Annotated[float, Ge(1)] = 1.0
+    guidance_scale: Annotated[float, Ge(1)] = by_model(1.0, family="guidance_scale")
     """Scale of classifier-free guidance in sampling and evaluation; 1 is no guidance and halves their cost. The update
     uses none."""
     pair_selection: Literal["best_worst", "all", "random"] = "best_worst"
@@ -60,12 +65,22 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
     """Optimiser steps on the pairs of each step, each with new noise."""
     learning_rate: PositiveFloat = 1.5e-4
     num_steps: PositiveInt = 20
-    microbatch_size: Annotated[int, Ge(2)] = 64
+    microbatch_size: Annotated[int, Ge(2)] = by_model(64, family="microbatch_size")
     """Images in one forward pass of one process, two for each pair; changes memory and speed, never results."""
+
+    @property
+    def samples_pairs(self) -> bool:
+        """True if pairs are made in each step, from images that the reward compares."""
+        return self.pairs == SAMPLED
+
+    def unused(self) -> Collection[str]:
+        return () if self.samples_pairs else ("prompts", "rewards")
 
     def rules(self) -> list[Rule]:
         timesteps = bool(whole_numbers(self.timesteps))
+        can_hold_back = self.samples_pairs or self.evaluation_prompts is not None
         return [
             *super().rules(),
+            ("evaluation_prompts", can_hold_back, "given with pairs of your own, such as held_out.txt"),
             ("timesteps", timesteps, "a range such as 0-999 or a list such as 249,499,749,999"),
         ]

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from rlhf_t2i.settings.base import Group, Rule
-from rlhf_t2i.settings.groups import DifferentiableRewardNames, TrainerConfig
+from rlhf_t2i.settings.by_model import by_model
+from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.settings.ranges import (
     Decay,
+    DifferentiableRewardNames,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
 )
+from rlhf_t2i.shapes.names import TOY_REWARD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class Config(TrainerConfig):
     processes."""
     eta: Annotated[Fraction, Group("sampling")] = 0.0
     """Noise of each denoising step; 0 is deterministic, 1 is the noise of the forward process."""
-    rewards: DifferentiableRewardNames = "llava_reward"
+    rewards: DifferentiableRewardNames = by_model(TOY_REWARD)
     """Differentiable rewards to maximise, comma-separated NAME or NAME=WEIGHT, summed by weight (docs/rewards.md). An
     ensemble is harder to hack."""
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from rlhf_t2i.settings.base import Group, Rule
+from rlhf_t2i.settings.by_model import by_model
+from rlhf_t2i.settings.evaluation import EvaluationPromptSettings, EvaluationSamplingSettings
+from rlhf_t2i.settings.from_run import sampling_of_runs
 from rlhf_t2i.settings.groups import (
-    EvaluationSamplingSettings,
     FolderSettings,
     GuidanceSettings,
     MicrobatchSettings,
     ModelSettings,
     PrecisionSettings,
-    RewardNames,
     ThreadSettings,
 )
 from rlhf_t2i.settings.lists import names
-from rlhf_t2i.settings.ranges import PositiveInt
+from rlhf_t2i.settings.ranges import InputPaths, PositiveInt, RewardNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +28,26 @@ class Config(
     PrecisionSettings,
     MicrobatchSettings,
     FolderSettings,
+    EvaluationPromptSettings,
     EvaluationSamplingSettings,
     GuidanceSettings,
     ModelSettings,
 ):
-    """Settings of an evaluation."""
+    """Settings of an evaluation. Defaults of model, resolution, steps, guidance, prompts and rewards are those of the
+    run whose weights are evaluated."""
 
-    weights: Annotated[str, Group("model and LoRA")] = "base"
+    weights: Annotated[InputPaths, Group("model and LoRA")] = "base"
     """Weights to evaluate, comma-separated: base (the model itself), and folders of runs, of what they exported, or of
     checkpoints. A run's own weights are its EMA if it kept one (ema_decay), a checkpoint's the last ones."""
-    num_evaluation_images: Annotated[PositiveInt, Group("evaluation")] = 408
+    num_evaluation_images: Annotated[PositiveInt, Group("evaluation")] = by_model(408, 64)
     """Images for each of the weights, over all processes; the prompts are used in turn."""
-    num_evaluation_steps: Annotated[PositiveInt, Group("evaluation")] = 8
+    num_evaluation_steps: Annotated[PositiveInt, Group("evaluation")] = by_model(8, family="sampling_steps")
     """Denoising steps for one image."""
-    evaluation_rewards: Annotated[RewardNames, Group("evaluation")] = "oracle,oracle_pass"
+    evaluation_rewards: Annotated[RewardNames, Group("evaluation")] = by_model("oracle,oracle_pass")
     """Rewards to measure, comma-separated NAME (docs/rewards.md)."""
+
+    def run_settings(self) -> Mapping[str, Any]:
+        return sampling_of_runs(names(self.weights), self.model)
 
     def rules(self) -> list[Rule]:
         return [*super().rules(), ("weights", bool(names(self.weights)), "base or at least one folder")]

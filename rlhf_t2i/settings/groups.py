@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from rlhf_t2i.access import TOKEN_VARIABLE, is_loopback, token
-from rlhf_t2i.rewards.table import reward_names
-from rlhf_t2i.settings.base import Names, Rule, Settings
+from rlhf_t2i.rewards.terms import join_terms, reward_names_of
+from rlhf_t2i.settings.base import Rule, Settings
+from rlhf_t2i.settings.by_model import by_model
+from rlhf_t2i.settings.evaluation import EvaluationSettings
 from rlhf_t2i.settings.ranges import (
     Decay,
-    Fraction,
+    InputPaths,
     NonNegativeFloat,
     NonNegativeInt,
     Port,
     PositiveFloat,
     PositiveInt,
     Precision,
+    RewardNames,
 )
-from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS
-
-RewardNames = Annotated[str, Names(reward_names())]
-DifferentiableRewardNames = Annotated[str, Names(reward_names(differentiable=True))]
+from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS, TOY_REWARD
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings, group="model and LoRA"):
     """The diffusion model."""
 
-    model: str = TOY_MODEL
+    model: InputPaths = by_model(TOY_MODEL, TOY_MODEL)
     """Diffusion model: a diffusers pipeline folder, a Hub id, or a built-in model (shapes, shapes-flow)."""
-    resolution: PositiveInt | None = None
+    resolution: PositiveInt | None = by_model(None, None)
     """Height and width of images in pixels; null is the model's native size."""
 
 
@@ -40,7 +41,7 @@ class ModelSettings(Settings, group="model and LoRA"):
 class LoraSettings(Settings, group="model and LoRA"):
     """Adapters of the diffusion model."""
 
-    lora_rank: PositiveInt | None = None
+    lora_rank: PositiveInt | None = by_model(None, family="lora_rank")
     """Rank of the trained LoRA; null trains all weights of the denoiser."""
     lora_alpha: PositiveFloat | None = None
     """LoRA scaling: adapters are multiplied by lora_alpha / lora_rank; null is lora_rank, a factor of 1."""
@@ -56,7 +57,7 @@ class LoraSettings(Settings, group="model and LoRA"):
 class GuidanceSettings(Settings, group="sampling"):
     """Classifier-free guidance."""
 
-    guidance_scale: Annotated[float, Ge(1)] = 1.0
+    guidance_scale: Annotated[float, Ge(1)] = by_model(1.0, family="guidance_scale")
     """Scale of classifier-free guidance wherever the model predicts; 1 is no guidance and halves the cost."""
 
 
@@ -64,10 +65,10 @@ class GuidanceSettings(Settings, group="sampling"):
 class SamplingSettings(GuidanceSettings, group="sampling"):
     """Sampling, of training or of a search."""
 
-    prompts: str = TOY_PROMPTS
+    prompts: InputPaths = by_model(TOY_PROMPTS)
     """Prompts to train on: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line, or
     shapes for the training prompts of the built-in world."""
-    num_denoising_steps: PositiveInt = 8
+    num_denoising_steps: PositiveInt = by_model(8, family="training_steps")
     """Denoising steps for one image."""
 
 
@@ -75,7 +76,7 @@ class SamplingSettings(GuidanceSettings, group="sampling"):
 class RewardSettings(Settings, group="reward"):
     """The reward that is optimised."""
 
-    rewards: RewardNames = "llava_reward"
+    rewards: RewardNames = by_model(TOY_REWARD)
     """Rewards to optimise, comma-separated NAME or NAME=WEIGHT, summed by weight (docs/rewards.md)."""
 
 
@@ -108,54 +109,6 @@ class OptimizerSettings(Settings, group="optimiser"):
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step (from 0): rising over the first warmup_steps, then constant."""
         return self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSamplingSettings(Settings, group="evaluation"):
-    """Images to evaluate by: the same prompts and seeds for all weights."""
-
-    evaluation_prompts: str = TOY_PROMPTS
-    """Prompts to evaluate on: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line, or
-    shapes for the held-out prompts of the built-in world."""
-    evaluation_eta: Fraction = 0.0
-    """Noise of each denoising step in evaluation; 0 is deterministic, 1 is the noise of the forward process."""
-    evaluation_seed: NonNegativeInt = 1_000_000
-    """Seed of image 0 in evaluation; image i uses evaluation_seed + i."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(EvaluationSamplingSettings, group="evaluation"):
-    """Evaluation during training."""
-
-    evaluate_every: NonNegativeInt = 10
-    """Training steps between evaluations; 0 evaluates only before the first and after the last step."""
-    num_evaluation_images: Annotated[int, Ge(2)] = 408
-    """Images in one evaluation, over all processes; the prompts are used in turn."""
-    evaluation_rewards: RewardNames = "oracle,oracle_pass,llava_reward"
-    """Rewards to measure in evaluations, comma-separated NAME. One that is not trained on shows reward hacking."""
-    num_evaluation_steps: PositiveInt | None = None
-    """Denoising steps for one image in evaluation; null is num_denoising_steps."""
-    early_stop_reward: str | None = None
-    """Name of one of evaluation_rewards, best one that is not trained on: training stops when it no longer rises, and
-    the weights with its highest value are exported; null trains all num_steps."""
-    patience: PositiveInt = 3
-    """Evaluations in a row without a new highest early_stop_reward before training stops."""
-
-    def rules(self) -> list[Rule]:
-        known = [part.split("=")[0].strip() for part in self.evaluation_rewards.split(",")]
-        return [
-            *super().rules(),
-            (
-                "early_stop_reward",
-                self.early_stop_reward is None or self.early_stop_reward in known,
-                f"one of evaluation_rewards ({self.evaluation_rewards})",
-            ),
-            (
-                "evaluate_every",
-                self.early_stop_reward is None or self.evaluate_every >= 1,
-                "at least 1 with early_stop_reward",
-            ),
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +151,7 @@ class SeedSettings(Settings, group="system"):
 class MicrobatchSettings(Settings, group="system"):
     """Memory."""
 
-    microbatch_size: PositiveInt = 64
+    microbatch_size: PositiveInt = by_model(64, family="microbatch_size")
     """Images in one forward pass of one process; changes memory and speed, never results."""
 
 
@@ -228,7 +181,7 @@ class ProcessSettings(ThreadSettings, PrecisionSettings, MicrobatchSettings, See
 class TrainingMemorySettings(Settings, group="system"):
     """Trades of speed for memory in training."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = by_model(False, family="gradient_checkpointing")
     """Recompute activations in the backward pass instead of storing them: less memory, about a third slower."""
     offload_text_encoders: bool = False
     """Keep the text encoders in main memory except while they encode new prompts."""
@@ -241,7 +194,7 @@ class TrainingMemorySettings(Settings, group="system"):
 class DataSettings(Settings, group="data"):
     """Reading of preference data."""
 
-    image_root: str | None = None
+    image_root: InputPaths | None = None
     """Folder that relative image paths of data files start from; null is each file's own folder. Images outside of it
     are refused."""
     image_prefix: str | None = None
@@ -279,6 +232,13 @@ class TrainerConfig(
     ModelSettings,
 ):
     """Options of every recipe that trains a diffusion model."""
+
+    def derived(self) -> Mapping[str, Any]:
+        measured = reward_names_of(self.evaluation_rewards) + reward_names_of(self.rewards)
+        return {"evaluation_rewards": join_terms(dict.fromkeys(measured))}
+
+    def rules(self) -> list[Rule]:
+        return [*super().rules(), ("evaluation_rewards", bool(self.evaluation_rewards), "at least one reward")]
 
 
 @dataclass(frozen=True, kw_only=True)

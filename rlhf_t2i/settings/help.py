@@ -11,9 +11,10 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import NoReturn, get_args
+from typing import NoReturn
 
-from rlhf_t2i.settings.base import Names, Option, options_of
+from rlhf_t2i.settings.base import Option, options_of
+from rlhf_t2i.settings.by_model import as_text
 
 GROUPS = (
     "model and LoRA",
@@ -100,16 +101,12 @@ def option_parser(config_class: type, description: str) -> argparse.ArgumentPars
 def bounds_of(option: Option) -> str:
     """Return the range of an option, or the names to choose from, and its default."""
     bounds = [f"{option.range} or null" if option.range and option.optional else option.range]
-    bounds += [f"NAME: {', '.join(part.names)}" for part in get_args(option.type) if isinstance(part, Names)]
+    bounds += [f"NAME: {', '.join(option.names)}"] if option.names else []
     match option.default:
         case dataclasses.MISSING:
             bounds.append("required")
-        case None:
-            bounds.append("default: null")
-        case bool(value):
-            bounds.append(f"default: {str(value).lower()}")
         case value:
-            bounds.append("default: empty" if value == "" else f"default: {value}")
+            bounds.append(f"default: {as_text(value)}")
     return "; ".join(filter(None, bounds))
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from rlhf_t2i.settings.base import Group
-from rlhf_t2i.settings.groups import MicrobatchSettings, RewardNames, RewardSettings, ServerSettings
-from rlhf_t2i.settings.ranges import NonNegativeFloat, PositiveInt
+from rlhf_t2i.settings.groups import MicrobatchSettings, RewardSettings, ServerSettings
+from rlhf_t2i.settings.ranges import NonNegativeFloat, PositiveInt, RewardNames
 
 
 @dataclass(frozen=True, kw_only=True)

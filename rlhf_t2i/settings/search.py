@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from rlhf_t2i.settings.base import Group
-from rlhf_t2i.settings.groups import (
-    ModelSettings,
-    ProcessSettings,
-    ResumeSettings,
-    RewardNames,
-    RewardSettings,
-    SamplingSettings,
-)
-from rlhf_t2i.settings.ranges import PositiveInt
+from rlhf_t2i.settings.by_model import by_model
+from rlhf_t2i.settings.from_run import sampling_of_runs
+from rlhf_t2i.settings.groups import ModelSettings, ProcessSettings, ResumeSettings, RewardSettings, SamplingSettings
+from rlhf_t2i.settings.ranges import InputPaths, PositiveInt, RewardNames
 from rlhf_t2i.shapes.names import TOY_PROMPTS
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSettings, ModelSettings):
-    """Options of every search."""
+    """Options of every search. Defaults of model, resolution, steps and guidance are those of the run whose weights are
+    used."""
 
-    weights: Annotated[str, Group("model and LoRA")] | None = None
+    def run_settings(self) -> Mapping[str, Any]:
+        found = sampling_of_runs([self.weights] if self.weights else [], self.model)
+        return {name: found[name] for name in found if not name.startswith("evaluation_")}
+
+    weights: Annotated[InputPaths, Group("model and LoRA")] | None = None
     """Trained weights to sample with: the folder of a run, of its exported lora, unet or transformer, or of a
     checkpoint; null is the model itself."""
-    prompts: str = TOY_PROMPTS
+    prompts: InputPaths = by_model(TOY_PROMPTS)
     """Prompts to search for: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line
     (GenEval's format too), or shapes for the held-out prompts of the built-in world."""
     images_per_prompt: Annotated[PositiveInt, Group("sampling")] = 4
     """Images to return for each prompt, each from a search of its own."""
     searches_per_batch: Annotated[PositiveInt, Group("system")] = 8
     """Searches that run together and are written together; a killed run loses at most these."""
-    microbatch_size: PositiveInt = 64
+    num_denoising_steps: PositiveInt = by_model(8, family="sampling_steps")
+    microbatch_size: PositiveInt = by_model(64, family="microbatch_size")
     """Images in one forward pass of one process, halved when memory runs out; changes memory and speed, never
     results."""
 
@@ -41,6 +43,6 @@ class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSett
     veto_below: Annotated[float, Group("reward")] = 0.0
     """Score of the veto reward below which an image is excluded; it is returned only if all images of its search are
     excluded."""
-    evaluation_rewards: Annotated[RewardNames, Group("evaluation")] = "oracle,oracle_pass"
+    evaluation_rewards: Annotated[RewardNames, Group("evaluation")] = by_model("oracle,oracle_pass", "")
     """Rewards to measure on finished images, comma-separated NAME (docs/rewards.md); they do not influence the search.
     May be empty."""

@@ -14,6 +14,7 @@ from rlhf_t2i.settings.groups import DataSettings, ResumeSettings, ThreadSetting
 from rlhf_t2i.settings.ranges import (
     Decay,
     Fraction,
+    InputPaths,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -27,7 +28,7 @@ from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_PAIRS
 class BackboneSettings(Settings, group="model and LoRA"):
     """The backbone, its inputs, SkipCA and LoRA."""
 
-    backbone: str = TOY_BACKBONE
+    backbone: InputPaths = TOY_BACKBONE
     """Multimodal LLM: folder or Hub id of a supported family (Phi-3.5-vision, LLaVA-1.5, Qwen2.5-VL, ...), or shapes
     for the small LLaVA of the built-in world."""
     skip_ca: bool = True
@@ -59,15 +60,15 @@ class BackboneSettings(Settings, group="model and LoRA"):
 class RewardDataSettings(Settings, group="data"):
     """Training, validation and test data."""
 
-    train_data: str = TOY_PAIRS
+    train_data: InputPaths = TOY_PAIRS
     """Comma-separated data files to train on, each PATH or FORMAT:PATH (docs/data.md), or shapes for the pairs of the
     built-in world."""
-    validation_data: str | None = None
+    validation_data: InputPaths | None = None
     """Comma-separated data files that choose the best checkpoint, each PATH or FORMAT:PATH; null holds out
     validation_fraction of the training prompts."""
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Fraction of the training prompts to hold out for validation if validation_data is null."""
-    test_data: str | None = None
+    test_data: InputPaths | None = None
     """Comma-separated data files to measure the finished reward model on, each PATH or FORMAT:PATH; null is none, or
     the built-in world's with --train_data shapes."""
     exclude_test_prompts: bool = False

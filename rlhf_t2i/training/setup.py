@@ -12,7 +12,6 @@ import torch
 from rlhf_t2i.distributed.placement import layout_of, placement_config, placement_table
 from rlhf_t2i.distributed.processes import make_engine
 from rlhf_t2i.distributed.types import Engine
-from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.run_folder import update_run_info
 from rlhf_t2i.settings.groups import TrainerConfig
@@ -20,6 +19,7 @@ from rlhf_t2i.training.checkpoint import Checkpoints
 from rlhf_t2i.training.early_stop import EarlyStop
 from rlhf_t2i.training.ema import Decay, MovingAverage, decay_after_a_start
 from rlhf_t2i.training.evaluation import evaluation_set
+from rlhf_t2i.training.prompt_sets import PromptSets, load_prompt_sets
 from rlhf_t2i.training.run import Run, start_run
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy
@@ -44,9 +44,13 @@ def make_trainer(
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
     rewards = load_rewards(config.evaluation_rewards)
-    held_out = load_prompts(config.evaluation_prompts, held_out=True)
-    evaluation = evaluation_set(held_out, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
+    prompts = load_prompt_sets(config)
+    evaluation = evaluation_set(
+        prompts.evaluation, num_images=config.num_evaluation_images, seed=config.evaluation_seed
+    )
     run = start_run(asdict(config), recipe=recipe)
+    _record_prompts(run, prompts)
+    run.print(config.defaults_text())
     policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
     policy.set_trainable(
         config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed
@@ -69,8 +73,18 @@ def make_trainer(
     )  # fmt: skip
     step = checkpoints.restore()
     return Trainer(
-        config, run, policy, engine, averages, initial, checkpoints, rewards, evaluation, early_stop, report, step
-    )
+        config, run, policy, engine, averages, initial, checkpoints, rewards, evaluation, prompts.title, early_stop,
+        report, step,
+    )  # fmt: skip
+
+
+def _record_prompts(run: Run, prompts: PromptSets) -> None:
+    """Print which prompts are used for what, and record it in the run folder."""
+    run.print(f"prompts   {prompts.text()}")
+    if run.is_main:
+        prompts.save(run.folder)
+        counts = {"count": len(set(prompts.evaluation)), "trained_on": prompts.num_shared, "title": prompts.title}
+        update_run_info(run.folder, {"evaluation_prompts": counts})
 
 
 def _engine(policy: Policy, run: Run, config: TrainerConfig, *, num_averages: int) -> Engine:

@@ -54,6 +54,8 @@ class Trainer:
     evaluation_rewards: WeightedSum
     evaluation_set: tuple[list[str], list[int]]
     """Prompt and seed of each evaluation image."""
+    evaluation_title: str
+    """Name of the evaluation prompts: "held-out prompts" only if none of them is trained on."""
     early_stop: EarlyStop | None
     report: Callable[[Path], Path]
     """Writes a page about the run folder; called after each evaluation and at the end."""
@@ -236,7 +238,7 @@ class Trainer:
     # --- evaluation and export ---
 
     def evaluate(self) -> None:
-        """Evaluate the averaged weights on the held-out prompts, and record that. Collective."""
+        """Evaluate the averaged weights on the evaluation prompts, and record that. Collective."""
         with self.averages["ema"].applied(self.engine.weights):
             evaluation = self._evaluate()
             self.record(evaluation)
@@ -260,7 +262,8 @@ class Trainer:
         if self.run.is_main:
             save_evaluation(evaluation, self.folder, step=self.step)
             self.report(self.folder)
-            self.print(f"after {self.step} steps, {len(evaluation.images)} held-out images: {evaluation.text()}")
+            number = f"{len(evaluation.images)} images of {self.evaluation_title}"
+            self.print(f"after {self.step} steps, {number}: {evaluation.text()}")
 
     def _lora_scaled(self) -> AbstractContextManager[None]:
         """Context in which LoRA adapters have their scale of evaluation and export."""

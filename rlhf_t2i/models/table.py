@@ -1,0 +1,115 @@
+"""The table of model families: every diffusers pipeline class that can be trained, its module, and its usual settings.
+
+Light: it imports only the standard library, so that options can be answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_t2i.shapes.names import TOY_MODELS
+
+INDEX = "model_index.json"
+"""File of a pipeline folder that names its class and parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyEntry:
+    """A row of the table: where a family's class is, and the options that its models are trained and sampled with."""
+
+    module: str
+    """Module of rlhf_t2i.models."""
+    name: str
+    """Class in it."""
+    training_steps: int
+    """Denoising steps for one image in training."""
+    sampling_steps: int
+    """Denoising steps for one image in evaluation and search."""
+    guidance_scale: float
+    lora_rank: int
+    microbatch_size: int
+    """Images in one forward pass, meant for 24 GB with a LoRA; not measured."""
+    gradient_checkpointing: bool
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": FamilyEntry(
+        "stable_diffusion",
+        "StableDiffusion",
+        training_steps=50,
+        sampling_steps=50,
+        guidance_scale=5.0,
+        lora_rank=4,
+        microbatch_size=8,
+        gradient_checkpointing=False,
+    ),
+    "StableDiffusionXLPipeline": FamilyEntry(
+        "sdxl",
+        "StableDiffusionXL",
+        training_steps=50,
+        sampling_steps=50,
+        guidance_scale=5.0,
+        lora_rank=4,
+        microbatch_size=2,
+        gradient_checkpointing=True,
+    ),
+    "StableDiffusion3Pipeline": FamilyEntry(
+        "sd3",
+        "StableDiffusion3",
+        training_steps=10,
+        sampling_steps=40,
+        guidance_scale=4.5,
+        lora_rank=32,
+        microbatch_size=4,
+        gradient_checkpointing=True,
+    ),
+    "FluxPipeline": FamilyEntry(
+        "flux",
+        "Flux",
+        training_steps=6,
+        sampling_steps=28,
+        guidance_scale=3.5,
+        lora_rank=32,
+        microbatch_size=2,
+        gradient_checkpointing=True,
+    ),
+    "ZImagePipeline": FamilyEntry(
+        "zimage",
+        "ZImage",
+        training_steps=8,
+        sampling_steps=8,
+        guidance_scale=1.0,
+        lora_rank=32,
+        microbatch_size=2,
+        gradient_checkpointing=True,
+    ),
+}
+"""diffusers pipeline class -> its family. Steps, guidance and ranks are those of recipes/configs, as published with
+DDPO (arXiv:2305.13301) and Flow-GRPO (arXiv:2505.05470); for Z-Image those of the turbo model's card."""
+
+
+def family_entry(pipeline_class: str) -> FamilyEntry:
+    """Return the row of a diffusers pipeline class. Raises ValueError, listing those that are supported."""
+    if pipeline_class not in FAMILIES:
+        raise ValueError(f"The model is a {pipeline_class}; supported are {', '.join(FAMILIES)}.")
+    return FAMILIES[pipeline_class]
+
+
+def pipeline_class_of(model: str) -> str:
+    """Return the name of the diffusers pipeline class of a model: a name of the table, a folder or a Hub id.
+
+    Raises FileNotFoundError or ValueError for a path that is not a pipeline.
+    """
+    if model in FAMILIES:
+        return model
+    index = TOY_MODELS.get(model, Path(model)) / INDEX
+    if index.is_file():
+        with suppress(ValueError, AttributeError):  # `pipeline_index` says what is wrong with the file
+            if name := json.loads(index.read_text(encoding="utf-8")).get("_class_name"):
+                return str(name)
+    from rlhf_t2i.models.load import pipeline_index  # takes seconds; asks the Hub
+
+    return pipeline_index(model)[1]["_class_name"]

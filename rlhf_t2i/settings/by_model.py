@@ -1,0 +1,79 @@
+"""Defaults that depend on the model: those of the built-in world apply to its own models only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rlhf_t2i.models.table import family_entry, pipeline_class_of
+from rlhf_t2i.shapes.names import TOY_MODEL, TOY_MODELS
+
+REQUIRED: Final = "required"
+_EXAMPLES = {
+    "prompts": "prompts.txt",
+    "evaluation_prompts": "held_out.txt",
+    "rewards": "pick_score:yuvalkirstain/PickScore_v1",
+    "evaluation_rewards": "pick_score:yuvalkirstain/PickScore_v1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ByModel:
+    """Default of an option: a value for built-in models, and another one for all others."""
+
+    toy: Any
+    """Value for built-in models."""
+    other: Any = REQUIRED
+    """Value for other models; REQUIRED if there is none."""
+    family: str = ""
+    """Field of the model's row in `FAMILIES` that has the value for other models."""
+
+    def __str__(self) -> str:
+        """Describe the default in option help."""
+        toy = f"{as_text(self.toy)} for built-in models, else"
+        if self.family:
+            return f"{toy} the model family's"
+        return as_text(self.toy) if self.other == self.toy else f"{toy} {as_text(self.other)}"
+
+
+def as_text(value: Any) -> str:
+    """Return a value as options write it: null, true, or empty for an empty text."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "empty" if value == "" else str(value)
+
+
+def by_model(toy: Any, other: Any = REQUIRED, *, family: str = "") -> Any:
+    """Return a default that depends on the model, for a field of settings: see `ByModel`."""
+    return ByModel(toy, other, family)
+
+
+def resolve_defaults(
+    unset: Mapping[str, ByModel], *, model: str | None, run: Mapping[str, Any], unused: frozenset[str]
+) -> dict[str, Any]:
+    """Return a value for each option that was not given.
+
+    A value of `run`, the settings of the run whose weights are used, comes first. `model` None is the run's model, or
+    the built-in one. Options in `unused` have no effect and get an empty text. Raises ValueError for a model that is
+    not built-in if an option that it needs was not given, with all of these in one line, and for a model of an
+    unsupported family.
+    """
+    values = {name: run[name] for name in unset if name in run}
+    if model is None:
+        model = str(values.setdefault("model", unset["model"].toy)) if "model" in unset else TOY_MODEL
+    rest = {name: default for name, default in unset.items() if name not in values}
+    values |= dict.fromkeys(rest.keys() & unused, "")
+    rest = {name: default for name, default in rest.items() if name not in values}
+    if model in TOY_MODELS:
+        return values | {name: default.toy for name, default in rest.items()}
+    if missing := [name for name, default in rest.items() if default.other == REQUIRED and not default.family]:
+        options = " ".join(f"--{name} {_EXAMPLES.get(name, name.upper())}" for name in missing)
+        raise ValueError(
+            f"the model {model} is not a built-in one, so {' and '.join(missing)} must be given, for example: {options}"
+        )
+    values |= {name: default.other for name, default in rest.items() if not default.family}
+    if fields := {name: default.family for name, default in rest.items() if default.family}:
+        entry = family_entry(pipeline_class_of(model))
+        values |= {name: getattr(entry, field) for name, field in fields.items()}
+    return values

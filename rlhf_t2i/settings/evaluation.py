@@ -1,0 +1,71 @@
+"""Options of evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+from rlhf_t2i.rewards.terms import reward_names_of
+from rlhf_t2i.settings.base import Rule, Settings
+from rlhf_t2i.settings.by_model import by_model
+from rlhf_t2i.settings.ranges import Fraction, InputPaths, NonNegativeInt, PositiveInt, RewardNames
+from rlhf_t2i.shapes.names import TOY_PROMPTS, TOY_REWARD
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPromptSettings(Settings, group="evaluation"):
+    """Prompts to evaluate trained weights on."""
+
+    evaluation_prompts: InputPaths = by_model(TOY_PROMPTS)
+    """Prompts to evaluate on: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line, or
+    shapes for the held-out prompts of the built-in world."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSamplingSettings(Settings, group="evaluation"):
+    """Images to evaluate by: the same seeds for all weights."""
+
+    evaluation_eta: Fraction = 0.0
+    """Noise of each denoising step in evaluation; 0 is deterministic, 1 is the noise of the forward process."""
+    evaluation_seed: NonNegativeInt = 1_000_000
+    """Seed of image 0 in evaluation; image i uses evaluation_seed + i."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(EvaluationSamplingSettings, group="evaluation"):
+    """Evaluation during training."""
+
+    evaluate_every: NonNegativeInt = 10
+    """Training steps between evaluations; 0 evaluates only before the first and after the last step."""
+    evaluation_prompts: InputPaths | None = by_model(TOY_PROMPTS, None)
+    """Prompts to evaluate on: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line, or
+    shapes for the held-out prompts of the built-in world; null holds back a tenth of the prompts, at most 64."""
+    num_evaluation_images: Annotated[int, Ge(2)] = by_model(408, 64)
+    """Images in one evaluation, over all processes; the prompts are used in turn."""
+    evaluation_rewards: RewardNames = by_model(f"oracle,oracle_pass,{TOY_REWARD}", "")
+    """Rewards to measure in evaluations beside those that are trained on, comma-separated NAME. One that is not trained
+    on shows reward hacking."""
+    num_evaluation_steps: PositiveInt | None = by_model(None, family="sampling_steps")
+    """Denoising steps for one image in evaluation; null is num_denoising_steps."""
+    early_stop_reward: str | None = None
+    """Name of one of evaluation_rewards, best one that is not trained on: training stops when it no longer rises, and
+    the weights with its highest value are exported; null trains all num_steps."""
+    patience: PositiveInt = 3
+    """Evaluations in a row without a new highest early_stop_reward before training stops."""
+
+    def rules(self) -> list[Rule]:
+        return [
+            *super().rules(),
+            (
+                "early_stop_reward",
+                self.early_stop_reward is None or self.early_stop_reward in reward_names_of(self.evaluation_rewards),
+                f"one of evaluation_rewards ({self.evaluation_rewards})",
+            ),
+            (
+                "evaluate_every",
+                self.early_stop_reward is None or self.evaluate_every >= 1,
+                "at least 1 with early_stop_reward",
+            ),
+        ]

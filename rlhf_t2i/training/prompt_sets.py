@@ -1,0 +1,80 @@
+"""The prompts to train on and those to evaluate on, with what both have in common."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rlhf_t2i.files import write_atomically
+from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.run_folder import EVALUATION_PROMPTS
+from rlhf_t2i.settings.groups import TrainerConfig
+
+_SHARE = 10
+"""One of so many prompts is held back."""
+_MOST = 64
+"""Largest number of prompts that are held back."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSets:
+    """Prompts to train on and to evaluate on."""
+
+    training: list[str]
+    """Empty if training uses preference pairs of the user's own."""
+    evaluation: list[str]
+    held_back: bool
+    """True if the evaluation prompts were taken out of the training prompts."""
+
+    @property
+    def num_shared(self) -> int:
+        """Distinct evaluation prompts that are also trained on."""
+        return len(set(self.evaluation) & set(self.training))
+
+    @property
+    def title(self) -> str:
+        """The evaluation prompts in two words: held-out only if none of them is trained on."""
+        return "evaluation prompts" if self.num_shared or not self.training else "held-out prompts"
+
+    def text(self) -> str:
+        """Return one line about the prompts, with the overlap of both sets."""
+        distinct = len(set(self.evaluation))
+        if self.held_back:
+            return f"{len(set(self.training))} prompts to train on, {distinct} held back for evaluation"
+        trained = f", of which {self.num_shared} are also trained on" if self.num_shared else ""
+        return f"{distinct} evaluation prompts{trained}"
+
+    def save(self, folder: Path) -> None:
+        """Write the prompts that were held back into a run folder."""
+        if self.held_back:
+            rows = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in self.evaluation)
+            write_atomically(folder / EVALUATION_PROMPTS, rows)
+
+
+def training_prompts(config: TrainerConfig) -> list[str]:
+    """Return the prompts to train on, without those that are held back for evaluation."""
+    return load_prompt_sets(config).training
+
+
+def load_prompt_sets(config: TrainerConfig) -> PromptSets:
+    """Load both sets of prompts. Without evaluation_prompts, a tenth of the distinct prompts is held back, at most 64.
+
+    The choice depends on the prompts alone, so that runs with other seeds are evaluated on the same ones. A single
+    prompt is trained and evaluated on. Raises what `load_prompts` raises.
+    """
+    training = load_prompts(config.prompts) if config.prompts else []
+    if config.evaluation_prompts is not None:
+        return PromptSets(training, load_prompts(config.evaluation_prompts, held_out=True), held_back=False)
+    distinct = list(dict.fromkeys(training))
+    if len(distinct) == 1:
+        return PromptSets(training, distinct, held_back=False)
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = {distinct[i] for i in order[: min(_MOST, max(1, len(distinct) // _SHARE))]}
+    return PromptSets(
+        [prompt for prompt in training if prompt not in chosen],
+        [prompt for prompt in distinct if prompt in chosen],
+        held_back=True,
+    )
