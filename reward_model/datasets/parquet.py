@@ -15,17 +15,17 @@ _BATCH_SIZE = 16
 """Rows in memory at once; a row may contain images of several megabytes."""
 
 
-def read_parquet(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
+def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
     """Yield the rows of a Parquet file, numbered from 1, without the columns `skip_columns`.
 
-    Raises ValueError if the file is broken.
+    Without `with_bytes`, columns of bytes and images are left out too. Raises ValueError if the file is broken.
     """
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name not in skip_columns]
+            columns = _columns(file.schema_arrow, skip_columns, with_bytes=with_bytes)
             for batch in file.iter_batches(batch_size=_BATCH_SIZE, columns=columns):
                 for fields in batch.to_pylist():
                     number += 1
@@ -37,11 +37,11 @@ def read_parquet(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawRe
         ) from error
 
 
-def read_hub_dataset(path: str, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
+def read_hub_dataset(path: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
     """Yield the rows of ID@SPLIT, numbered from 1; ID is a data set on the Hub, or a folder in a layout of `datasets`.
 
-    Raises ValueError if it cannot be loaded. Data sets that are Python scripts cannot since datasets 4; `docs/data.md`
-    lists the files to download instead.
+    Without `with_bytes`, columns of bytes and images are left out too. Raises ValueError if it cannot be loaded. Data
+    sets that are Python scripts cannot since datasets 4; `docs/data.md` lists the files to download instead.
     """
     from datasets import Dataset, Image, load_dataset
 
@@ -54,7 +54,7 @@ def read_hub_dataset(path: str, *, skip_columns: Collection[str]) -> Iterator[Ra
     except Exception as error:
         raise ValueError(f"hf:{path} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from error
     assert isinstance(table, Dataset)
-    table = table.remove_columns([column for column in table.column_names if column in skip_columns])
+    table = table.select_columns(_columns(table.features.arrow_schema, skip_columns, with_bytes=with_bytes))
     for column, feature in table.features.items():
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, Image):
@@ -62,3 +62,19 @@ def read_hub_dataset(path: str, *, skip_columns: Collection[str]) -> Iterator[Ra
             table = table.cast_column(column, undecoded if inner is feature else type(feature)(undecoded))
     for number, fields in enumerate(table, start=1):
         yield RawRecord(f"hf:{path}:ROW {number}", fields)
+
+
+def _columns(schema: Any, skip_columns: Collection[str], *, with_bytes: bool) -> list[str]:
+    """Return the names of the columns to read."""
+    return [
+        field.name for field in schema if field.name not in skip_columns and (with_bytes or not _has_bytes(field.type))
+    ]
+
+
+def _has_bytes(kind: Any) -> bool:
+    """True for a column of bytes, and for one that nests them, as `datasets` stores images."""
+    import pyarrow.types as types
+
+    if types.is_nested(kind):
+        return any(_has_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)

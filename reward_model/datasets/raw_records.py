@@ -54,8 +54,18 @@ def read_json_list(path: Path) -> list[RawRecord]:
 
 def parse_object(source: bytes) -> dict[str, Any]:
     """Return the JSON object of a record; raises BadRecordError for invalid JSON, duplicate keys, and NaN."""
+    value = parse_value(source)
+    if not isinstance(value, dict):
+        raise BadRecordError(
+            f"{shortened(value)} is not a record; it must be a JSON object with named fields: {{...}}."
+        )
+    return value
+
+
+def parse_value(source: bytes) -> Any:
+    """Return the JSON value of a record; raises BadRecordError for invalid JSON, duplicate keys, and NaN."""
     try:
-        value = json.loads(source.decode(), object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant)
+        return json.loads(source.decode(), object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant)
     except BadRecordError:
         raise
     except json.JSONDecodeError as error:
@@ -66,11 +76,6 @@ def parse_object(source: bytes) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise BadRecordError(f"{shortened(source)} cannot be parsed as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise BadRecordError(
-            f"{shortened(value)} is not a record; it must be a JSON object with named fields: {{...}}."
-        )
-    return value
 
 
 def _split_list(text: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.files import write_atomically
-from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.prompt_files import read_rows
 from rlhf_t2i.run_folder import PROMPT_METADATA, SEARCH_SAMPLES
 
 
@@ -47,9 +47,7 @@ class GenevalPrompt:
 
 def load_geneval(path: Path) -> list[GenevalPrompt]:
     """Read a GenEval prompt file; ValueError, with the line number, for a line that its scorer could not use."""
-    load_prompts(str(path))  # raises for a file that is missing, empty, not UTF-8 or not JSON
-    lines = path.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
-    return [_prompt(json.loads(line), f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    return [_prompt(row.fields, row.where) for row in read_rows(str(path))]
 
 
 def metadata_of(source: str, prompts: list[str]) -> list[dict[str, Any]]:

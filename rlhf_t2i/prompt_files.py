@@ -1,0 +1,152 @@
+"""Files and data sets of prompts, read as rows: each has a text under "prompt", and may have other fields.
+
+.txt              one prompt a line
+.jsonl            one JSON object a line (GenEval's prompts are such a file)
+.json             one list of texts or of objects
+.csv              comma-separated, with the names of the columns in the first line
+.parquet          a table
+hf:ID@SPLIT       a data set on the Hub, or a folder that `datasets` can load
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reward_model.datasets.fields import BadRecordError, shortened
+from reward_model.datasets.parquet import read_hub_dataset, read_parquet
+from reward_model.datasets.raw_records import RawRecord, parse_object, parse_value, read_json_lines, read_json_list
+
+HUB_PREFIX = "hf:"
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+
+_NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]|\r(?!\n)")
+"""Control characters, halves of a surrogate pair, and a carriage return that no line feed follows."""
+
+
+class PromptRow(NamedTuple):
+    """One row of a prompt source."""
+
+    prompt: str
+    """The text under "prompt", without surrounding blanks."""
+    fields: Mapping[str, Any]
+    """All fields of the row, as they are stored; columns of bytes and images are left out."""
+    where: str
+    """FILE:LINE, FILE:RECORD n or FILE:ROW n, for messages."""
+
+
+def read_rows(source: str) -> list[PromptRow]:
+    """Return the rows of a file, whose suffix decides its format, or of a data set `hf:ID@SPLIT`.
+
+    Raises FileNotFoundError, or ValueError, with file and line, for an unknown suffix, a row without a prompt, a prompt
+    with characters that are no text, and a source that is empty, broken or not UTF-8.
+    """
+    if source.startswith(HUB_PREFIX):
+        raw: Iterator[RawRecord] = read_hub_dataset(source.removeprefix(HUB_PREFIX), skip_columns=(), with_bytes=False)
+    else:
+        raw = _read_file(source)
+    rows = [_row(record) for record in raw]
+    if not rows:
+        raise ValueError(f"The prompt file {source!r} holds no prompt.")
+    return rows
+
+
+def _read_file(source: str) -> Iterator[RawRecord]:
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no prompt file {source!r}. Give the path of a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file "
+            f"(.txt: one prompt a line; the others: a text under 'prompt'), hf:ID@SPLIT for a data set of the Hub, or "
+            f"'shapes' for the built-in world."
+        )
+    match path.suffix.lower():
+        case ".txt":
+            return _text_lines(path)
+        case ".jsonl":
+            return (RawRecord(*line) for line in read_json_lines(path))
+        case ".json":
+            return (_list_element(element) for element in read_json_list(path))
+        case ".csv":
+            return _csv_rows(path)
+        case ".parquet":
+            return read_parquet(path, skip_columns=(), with_bytes=False)
+        case suffix:
+            raise ValueError(
+                f"The prompt file {source!r} has the suffix {suffix!r}; it must be one of {', '.join(SUFFIXES)}."
+            )
+
+
+def _text_lines(path: Path) -> Iterator[RawRecord]:
+    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+        if line.strip():
+            yield RawRecord(f"{path}:{number}", {"prompt": line})
+
+
+def _list_element(element: RawRecord) -> RawRecord:
+    """Return an element of a JSON list with its fields; a text is a prompt without other fields."""
+    assert isinstance(element.source, bytes)
+    try:
+        value = parse_value(element.source)
+    except BadRecordError:
+        return element  # refused as a row, with its place
+    return RawRecord(element.where, {"prompt": value}) if isinstance(value, str) else element
+
+
+def _csv_rows(path: Path) -> Iterator[RawRecord]:
+    """Yield the rows of a CSV file; `where` has the last line of a row whose cells span several."""
+    # Only a line feed ends a line, so that the parser refuses a carriage return outside of quotes.
+    reader = csv.reader(io.StringIO(_decoded(path), newline="\n"), strict=True, skipinitialspace=True)
+    try:
+        columns = next(reader, [])
+        if columns and columns.count("prompt") != 1:
+            raise ValueError(
+                f"{path}:1 names {columns.count('prompt')} of {len(columns)} columns 'prompt', not 1: "
+                f"{shortened(columns)}. The first line must name the columns, separated by commas."
+            )
+        for cells in reader:
+            if cells and len(cells) != len(columns):
+                raise ValueError(
+                    f"{path}:{reader.line_num} has {len(cells)} cells; the file has {len(columns)} columns."
+                )
+            if cells:
+                yield RawRecord(f"{path}:{reader.line_num}", dict(zip(columns, cells, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num} is not CSV: {error}.") from error
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"The prompt file {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from error
+
+
+def _row(record: RawRecord) -> PromptRow:
+    try:
+        fields = parse_object(record.source) if isinstance(record.source, bytes) else record.source
+    except BadRecordError as error:
+        raise ValueError(f"{record.where}: {error}") from error
+    if "prompt" not in fields:
+        raise ValueError(f"{record.where} has no 'prompt'; its fields are {shortened(list(fields))}.")
+    prompt = fields["prompt"]
+    if not (isinstance(prompt, str) and prompt.strip()):
+        raise ValueError(f"{record.where} has no text under 'prompt': {shortened(prompt)}.")
+    prompt = prompt.strip()
+    if found := _NOT_TEXT.search(prompt):
+        raise ValueError(
+            f"{record.where}: character {found.start() + 1} of the prompt {shortened(prompt)} is "
+            f"U+{ord(found[0]):04X}, {_named(found[0])}. Remove it."
+        )
+    return PromptRow(prompt, fields, record.where)
+
+
+def _named(character: str) -> str:
+    if character == "\r":
+        return "a carriage return without a line feed"
+    return "half of a surrogate pair" if character >= "\ud800" else "a control character"
