@@ -30,6 +30,7 @@ from reward_model.benchmarks.metrics import Metric, to_csv, to_table
 from reward_model.benchmarks.report import render_report
 from reward_model.datasets import load_records
 from reward_model.datasets.formats import source_name
+from reward_model.datasets.valid_inputs import with_valid_inputs
 from reward_model.scorers import PointwiseScorer, is_known, load_scorer
 from reward_model.scoring import LlavaReward
 from reward_model.types import Record
@@ -73,6 +74,9 @@ def evaluate_on_data(reward: LlavaReward | PointwiseScorer, config: Config, fold
     metrics: dict[str, list[Metric]] = {}
     mistakes: dict[str, list[Mistake]] = {}
     for name, records in load_data(config, folder).items():
+        if isinstance(reward, LlavaReward):
+            skipped = folder / "skipped.jsonl" if config.on_bad_record == "skip" else None
+            records = with_valid_inputs(records, reward.model.backbone, skipped=skipped)
         scores = score_records(reward, records, batch_size=config.microbatch_size)
         metrics[name], mistakes[name] = record_metrics(scores), worst_mistakes(scores, count=config.num_shown)
         (folder / f"{name}.csv").write_text(to_csv(metrics[name]))

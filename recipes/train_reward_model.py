@@ -49,7 +49,7 @@ from reward_model.config import RewardModelConfig
 from reward_model.datasets import load_records
 from reward_model.datasets.formats import source_name
 from reward_model.datasets.prepare import prepare_records
-from reward_model.datasets.valid_prompts import with_valid_prompts
+from reward_model.datasets.valid_inputs import with_valid_inputs
 from reward_model.losses import Objective
 from reward_model.model import RewardModel, parameter_table, visual_token_table
 from reward_model.scoring import LlavaReward
@@ -82,9 +82,7 @@ def main(config: Config) -> Path:
     objective.check([*training, *validation])
     model = build_model(config, objective, dtype="bfloat16" if arguments.bf16 else "float32")
     for records in (training, validation, *tests.values()):
-        records[:] = with_valid_prompts(
-            records, lambda prompt: model.backbone.prompt_tokenizer.ids(prompt, 0), skipped=skip_log(config, folder)
-        )
+        records[:] = with_valid_inputs(records, model.backbone, skipped=skip_log(config, folder))
     trainer = RewardModelTrainer(
         model, objective=objective, training=training, validation=validation, args=arguments,
         learning_rates=config.learning_rates, lora_only=config.lora_only,

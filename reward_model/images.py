@@ -6,7 +6,6 @@ by their rounding; without a resize both are equal.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from reward_model.image_files import MAX_PIXELS, open_image, upright
 
 ImageInput = Image.Image | np.ndarray | Tensor | str | Path
 """A PIL image, an array (Y, X, 3) or (Y, X), a tensor (3, Y, X), or the path of a file."""
-
-MAX_PIXELS = 64_000_000
-"""Maximum of a file; one with more may be a decompression bomb."""
 
 
 def to_tensor(image: ImageInput) -> Float[Tensor, "3 _ _"]:
@@ -50,24 +48,21 @@ def _from_file(path: Path) -> Float[Tensor, "3 _ _"]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no image {str(path)!r}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is checked below
-            opened = Image.open(path)
-        with opened as image:
+        with open_image(path) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(
-                    f"The image {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}: it may be a "
-                    f"decompression bomb. Resize it."
-                )
-            image.load()
-            return _from_pil(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            if width * height <= MAX_PIXELS:
+                return _from_pil(image)
+    # Pillow's decoders raise any exception type on broken bytes: SyntaxError, struct.error, KeyError, ...
+    except Exception as error:
         raise ValueError(f"The file {str(path)!r} is no image that can be read: {error}.") from error
+    raise ValueError(
+        f"The image {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}: it may be a decompression "
+        f"bomb. Resize it."
+    )
 
 
 def _from_pil(image: Image.Image) -> Float[Tensor, "3 _ _"]:
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I;16"):  # Pillow would clip it at 255
         return torch.from_numpy(np.array(image) / np.float32(65535)).expand(3, -1, -1)
     if image.mode in ("I", "F"):
@@ -159,6 +154,13 @@ def preprocess_as_clip(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float
     if settings.do_center_crop:
         images = centre_crop(images, settings.crop_size["height"], settings.crop_size["width"])
     return normalise(images, mean=settings.image_mean, std=settings.image_std) if settings.do_normalize else images
+
+
+def size_as_clip(height: int, width: int, settings: Any) -> tuple[int, int]:
+    """Return the height and width of an image after `preprocess_as_clip`."""
+    if settings.do_center_crop:
+        return settings.crop_size["height"], settings.crop_size["width"]
+    return _resized(height, width, settings.size) if settings.do_resize else (height, width)
 
 
 def _resized(height: int, width: int, size: Any) -> tuple[int, int]:

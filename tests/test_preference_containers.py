@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -300,3 +302,21 @@ def test_a_length_beyond_the_end_of_the_file_is_refused_before_it_is_read(folder
     (folder / "x.tfrecord").write_bytes(head + struct.pack("<I", masked_crc32c(head)) + b"x")
     with pytest.raises(ValueError, match=r"RECORD 1 is not an Example .* the file ends 1 bytes after its header"):
         load_records("unsafe_bench:x.tfrecord")
+
+
+def test_a_varint_has_at_most_10_bytes(folder: Path) -> None:
+    """Reading one of 262,144 bytes took 12 seconds, and was then refused as something else."""
+    (folder / "x.tfrecord").write_bytes(framed(b"\xff" * 262_144 + b"\x01"))
+    with pytest.raises(ValueError, match=r"RECORD 1 is not an Example .* a varint has more than 10 bytes"):
+        load_records("unsafe_bench:x.tfrecord")
+
+
+def test_sparse_members_of_a_tar_are_refused_before_memory_is_asked_for(folder: Path) -> None:
+    headers = {"GNU.sparse.realsize": str(10**13), "GNU.sparse.name": "1.winner.png", "GNU.sparse.map": "0,10"}
+    with tarfile.open(folder / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in {"1.json": b'{"prompt": "a"}', "1.winner.png": b"0123456789"}.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = len(content), headers if name == "1.winner.png" else {}
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"x\.tar has the sparse member '1\.winner\.png'"):
+        load_records("x.tar", on_bad_record="skip", skipped=folder / "skipped.jsonl")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reward_model.backbones.outputs import clip_features, run_language_model
 from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
-from reward_model.images import preprocess_as_clip
+from reward_model.images import preprocess_as_clip, size_as_clip
 from reward_model.types import BackboneOutput, Inputs
 
 TITLE = "LLaVA-1.5"
@@ -59,14 +59,15 @@ class Llava:
             pixels = preprocess_as_clip(torch.stack(list(images)), self.processor)
         else:
             pixels = torch.cat([preprocess_as_clip(image[None], self.processor) for image in images])
-        return {**self.prompt_tokenizer(prompts, [self._count(pixels)] * len(images)), "pixel_values": pixels}
+        count = self._count(*pixels.shape[-2:])
+        return {**self.prompt_tokenizer(prompts, [count] * len(images)), "pixel_values": pixels}
 
     def num_visual_tokens(self, height: int, width: int) -> int:
-        return self._count(preprocess_as_clip(torch.zeros(1, 3, height, width), self.processor))
+        return self._count(*size_as_clip(height, width, self.processor))
 
-    def _count(self, pixels: Float[Tensor, "B 3 _ _"]) -> int:
+    def _count(self, height: int, width: int) -> int:
         patch = self.model.config.vision_config.patch_size
-        count = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+        count = (height // patch) * (width // patch)
         return count + (self.model.config.vision_feature_select_strategy == "full")  # the class token too
 
     def encode_image(self, inputs: Inputs) -> Inputs:

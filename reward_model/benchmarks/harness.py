@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
 
 from reward_model.benchmarks.columns import Floats
 from reward_model.benchmarks.domains import Domain, accuracy_by_domain
@@ -21,6 +20,7 @@ from reward_model.benchmarks.rules import (
     scored_pairs,
 )
 from reward_model.benchmarks.types import Benchmark, Image, PairwiseScorer, Scorer
+from reward_model.image_files import open_image
 from reward_model.images import ImageInput
 
 _NUM_DECODED = 256
@@ -125,4 +125,4 @@ def _scored_pairs(benchmark: Benchmark, differences: Floats, *, threshold: float
 
 
 def _decoded(image: Image) -> ImageInput:
-    return PillowImage.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+    return open_image(io.BytesIO(image)) if isinstance(image, bytes) else image

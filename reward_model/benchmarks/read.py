@@ -9,9 +9,10 @@ from typing import Any
 
 from reward_model.benchmarks.types import Image
 from reward_model.datasets.fields import BadRecordError, shortened
-from reward_model.datasets.images import MAX_PIXELS, ImageFinder, flaw_of_content
+from reward_model.datasets.images import ImageFinder, flaw_of_content
 from reward_model.datasets.parquet import read_parquet
 from reward_model.datasets.raw_records import parse_object, read_json_lines, read_json_list
+from reward_model.image_files import MAX_PIXELS
 
 Fields = Mapping[str, Any]
 TakeImage = Callable[[object, str], Image]

@@ -12,11 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from reward_model.datasets.fields import BadRecordError, ImageField, shortened
+from reward_model.image_files import MAX_PIXELS, open_image
 
 FindImage = Callable[[ImageField], Path]
 """Returns the checked file of an image as a record gives it; raises BadRecordError if there is none."""
-MAX_PIXELS = 64_000_000
-"""Images with more pixels are refused as decompression bombs."""
 
 
 class ImageFinder:
@@ -105,26 +104,25 @@ def flaw_of_content(content: bytes, *, max_pixels: int) -> str | None:
 
 
 def _flaw_of_pixels(source: Path | io.BytesIO, *, max_pixels: int) -> str | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about bombs at its own limit, and about harmless metadata
-        try:
-            image = Image.open(source)
-        except Image.DecompressionBombError as error:
-            return f"looks like a decompression bomb: {error} (max_pixels is {max_pixels})."
-        with image:
-            width, height = image.size
-            if width * height > max_pixels:
-                return (
-                    f"looks like a decompression bomb: {width} x {height} = {width * height} pixels; max_pixels is "
-                    f"{max_pixels}. Make it smaller if it is genuine."
-                )
-            if image.mode in ("I", "F"):
-                return f"has 32-bit gray values ({image.mode}) without a known white value; save it with 8 bits."
-            if image.format == "PNG":
-                image.verify()  # compares the checksum of every chunk, many times faster than decoding
-            else:
-                image.draft("L", (1, 1))  # JPEG: reads all bytes, but decodes few pixels
-                image.load()  # for formats other than PNG, `verify` does not notice a truncated file
+    try:
+        image = open_image(source)
+    except Image.DecompressionBombError as error:
+        return f"looks like a decompression bomb: {error} (max_pixels is {max_pixels})."
+    with image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about harmless metadata
+        width, height = image.size
+        if width * height > max_pixels:
+            return (
+                f"looks like a decompression bomb: {width} x {height} = {width * height} pixels; max_pixels is "
+                f"{max_pixels}. Make it smaller if it is genuine."
+            )
+        if image.mode in ("I", "F"):
+            return f"has 32-bit gray values ({image.mode}) without a known white value; save it with 8 bits."
+        if image.format == "PNG":
+            image.verify()  # compares the checksum of every chunk, many times faster than decoding
+        else:
+            image.draft("L", (1, 1))  # JPEG: reads all bytes, but decodes few pixels
+            image.load()  # for formats other than PNG, `verify` does not notice a truncated file
     return None
 
 

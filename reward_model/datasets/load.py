@@ -10,8 +10,9 @@ from typing import Literal
 from reward_model.datasets.containers import open_containers
 from reward_model.datasets.fields import BadRecordError, NoPreferenceError, shortened
 from reward_model.datasets.formats import Format, parse_source
-from reward_model.datasets.images import MAX_PIXELS, FindImage, ImageFinder, parse_prefix
+from reward_model.datasets.images import FindImage, ImageFinder, parse_prefix
 from reward_model.datasets.raw_records import RawRecord
+from reward_model.image_files import MAX_PIXELS
 from reward_model.types import PreferencePair, Record
 
 UNPACK_FOLDER = Path("runs/images")

@@ -27,13 +27,18 @@ class TarShard:
     """A tar archive whose members are read from the file on demand."""
 
     def __init__(self, path: Path) -> None:
-        """List the members. Raises ValueError if the tar is compressed, truncated, or has two members of one name."""
+        """List the members. Raises ValueError if it is compressed, truncated, has sparse members or two of one name."""
         self.path = path
         try:
             with tarfile.open(path, "r:") as archive:
                 found = list(archive)
         except (tarfile.TarError, OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as an uncompressed tar: {error}. Download it again.") from error
+        if sparse := next((member.name for member in found if member.issparse()), None):
+            raise ValueError(
+                f"{path} has the sparse member {shortened(sparse)}, whose size in memory may be any; pack it without "
+                f"--sparse."
+            )
         _check_end(path, found)
         members = [member for member in found if not member.isdir()]
         self.members = {member.name: member for member in members}

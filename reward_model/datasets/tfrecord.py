@@ -132,6 +132,8 @@ def _varints(data: bytes) -> Iterator[int]:
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while data[position] & 0x80:
+        if shift > 56:
+            raise ValueError("a varint has more than 10 bytes")
         value |= (data[position] & 0x7F) << shift
         position, shift = position + 1, shift + 7
     return value | data[position] << shift, position + 1
