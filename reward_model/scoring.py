@@ -35,16 +35,31 @@ class LlavaReward:
 
     @staticmethod
     def from_pretrained(
-        source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+        source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
     ) -> LlavaReward:
         """Load a reward model from a folder or a Hub id.
 
-        `dtype` is the backbone's precision, by default that of training; scores are always float32. Raises
-        FileNotFoundError or ValueError, naming the file and what is wrong with it.
+        `dtype` is the backbone's precision, by default that of training; scores are always float32. `device` is by
+        default the accelerator if there is one (a GPU), else the CPU. Raises FileNotFoundError or ValueError, naming
+        the file and what is wrong with it.
         """
         reward_model = LlavaReward(load_reward_model(_folder(source), dtype=dtype))
-        reward_model.model.requires_grad_(False).to(device)
-        return reward_model
+        reward_model.model.requires_grad_(False)
+        return reward_model.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
+    def to(self, device: str | torch.device) -> LlavaReward:
+        """Move the model to a device, where scores are computed from now on; return it."""
+        self.model.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.model.parameters()).device
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{config.perspective} ({config.head})" for config in self.model.configs.values())
+        return f"LlavaReward({names}; {self.model.configs[self.perspectives[0]].model_type}, {self.device})"
 
     def add(self, source: str | Path, *, name: str | None = None) -> str:
         """Load another perspective onto the same backbone; return its name, by default its own."""
@@ -193,9 +208,8 @@ class LlavaReward:
         return {name: torch.cat(outputs) for name, outputs in batches.items()}
 
     def _prepared(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Inputs:
-        device = next(self.model.parameters()).device
-        inputs = self.model.backbone.prepare([image.to(device) for image in images], prompts)
-        return {key: tensor.to(device) for key, tensor in inputs.items()}
+        inputs = self.model.backbone.prepare([image.to(self.device) for image in images], prompts)
+        return {key: tensor.to(self.device) for key, tensor in inputs.items()}
 
 
 def _folder(source: str | Path) -> Path:

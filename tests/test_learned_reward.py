@@ -54,3 +54,24 @@ def test_llava_reward_without_a_path_is_the_built_in_one() -> None:
     own = LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)
     prompts = ["a red circle on a blue background"] * 3
     assert torch.equal(reward(IMAGES, prompts), own.score(IMAGES, prompts))
+
+
+@pytest.mark.parametrize(("accelerator", "expected"), [(None, "cpu"), (torch.device("meta"), "meta")])
+def test_a_reward_model_is_loaded_to_the_accelerator_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, accelerator: torch.device | None, expected: str
+) -> None:
+    """The meta device stands for a GPU."""
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: accelerator if check_available else None
+    )
+    folder = reward_model_folder("llava")
+    assert LlavaReward.from_pretrained(folder).device.type == expected
+    assert LlavaReward.from_pretrained(folder, device="cpu").device.type == "cpu"
+    assert load_reward(f"llava_reward:{folder}").function.reward_model.device.type == "cpu"  # type: ignore[attr-defined]
+
+
+def test_a_reward_model_moves_and_is_described_in_one_line() -> None:
+    reward_model = LlavaReward.from_pretrained(reward_model_folder("llava"), device="cpu")
+    assert repr(reward_model) == "LlavaReward(alignment (scalar); llava, cpu)"
+    assert reward_model.to("meta") is reward_model
+    assert reward_model.device.type == "meta"

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.prompts import load_prompts
-from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_rewards
 from rlhf_t2i.search.context import SearchContext
 from rlhf_t2i.search.noise_search import gradient_search, neighbourhood_search
 from rlhf_t2i.types import Sampler
@@ -63,12 +63,11 @@ def test_the_gradient_is_clipped_and_the_prior_regularises() -> None:
     gained = result.scores.reward[:, 4:] - result.scores.reward[:, :4]
     assert (gained.abs() < 0.1 * 1.9 * 0.011).all()
     # With D = 1 the prior is x^2 / 2, whose gradient points to 0.
-    zero = lambda images, prompts: 0.0 * number(images)  # noqa: E731
+    zero = WeightedSum(((CheckedReward("number", value), 0.0), (CheckedReward("other", value), 0.0)))
     settings["generators"] = generators(4)
     pulled = gradient_search(
-        toy(eta=0.0, reward=lambda i, p: (zero(i, p), {"number": number(i), "b": number(i)})), ["a"],
-        prior_weight=1.0, max_gradient_norm=1e9, **settings,
-    ).scores.by_name["number"]  # fmt: skip
+        toy(eta=0.0, reward=zero), ["a"], prior_weight=1.0, max_gradient_norm=1e9, **settings
+    ).scores.by_name["number"]
     centre = distribution_of(toy(eta=0.0))[0]
     assert_close(pulled[:, 4:] - centre, (1 - 0.19) * (pulled[:, :4] - centre), rtol=1e-2, atol=1e-3)
 

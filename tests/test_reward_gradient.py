@@ -75,6 +75,20 @@ def test_the_gradient_of_the_built_in_reward_model_equals_finite_differences() -
     assert_close((ends[0] - ends[1]) / 2e-3, length.flatten(), rtol=2e-2, atol=0)
 
 
+def test_a_reward_may_normalise_in_place() -> None:
+    def stretched(images: Tensor, prompts: list[str]) -> Tensor:
+        images.sub_(0.5).mul_(2)
+        return images.square().mean(dim=(1, 2, 3))
+
+    reward = WeightedSum(((CheckedReward("stretched", stretched), 1.0), (CheckedReward("contrast", contrast), 1.0)))
+    images = random_images()
+    require_gradient(reward, prompt=PROMPTS[0])
+    scored, alone = (score_with_gradient(each, images, PROMPTS) for each in (reward, sum_of(("contrast", 1.0))))
+    assert torch.equal(scored.scores["contrast"], alone.scores["contrast"])
+    clamped = images.detach().clamp(0, 1)
+    assert_close(scored.pixel_gradient - alone.pixel_gradient, 4 * (2 * clamped - 1) / clamped[0].numel())
+
+
 # --- refusals ---------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from torch.testing import assert_close
 from reward_model import scorers
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.rewards.builtin import jpeg_compressibility, jpeg_incompressibility, oracle_graded, oracle_pass
-from rlhf_t2i.rewards.gradient import require_gradient
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_rewards
 from rlhf_t2i.rewards.table import REWARDS, find_reward, markdown_table
+from rlhf_t2i.rewards.terms import parse_terms
 from rlhf_t2i.settings import ddpo, draft
 from rlhf_t2i.shapes.scenes import parse_prompt, render
 
@@ -155,76 +155,32 @@ def test_a_weight_that_is_no_finite_number_is_refused_with_its_text(weight: str)
         load_rewards(f"oracle={weight}")
 
 
+@pytest.mark.parametrize(
+    ("specification", "expected"),
+    [
+        ("clip:runs/a b=2", [("clip:runs/a b", "2")]),
+        ("""'clip:a,b=1'=0.5, oracle""", [("clip:a,b=1", "0.5"), ("oracle", None)]),
+        ('clip:"a,b=1"=0.5,oracle', [("clip:a,b=1", "0.5"), ("oracle", None)]),
+        ("m:f(scale=2, path='a,b)=')=3,oracle=1", [("m:f(scale=2, path='a,b)=')", "3"), ("oracle", "1")]),
+        ("m:f(sizes=(1, 2)),oracle", [("m:f(sizes=(1, 2))", None), ("oracle", None)]),
+    ],
+)
+def test_commas_and_equals_signs_in_quotes_and_parentheses_belong_to_the_name(
+    specification: str, expected: list[tuple[str, str | None]]
+) -> None:
+    assert parse_terms(specification) == expected
+
+
+@pytest.mark.parametrize("specification", ["'clip:a,oracle", "m:f(scale=2,oracle", "m:f(path='a),oracle"])
+def test_what_is_not_closed_is_refused(specification: str) -> None:
+    with pytest.raises(ValueError, match="is not closed"):
+        parse_terms(specification)
+
+
 @pytest.mark.parametrize("specification", ["", " ", ",,"])
 def test_an_empty_list_is_refused_and_the_known_names_are_listed(specification: str) -> None:
     with pytest.raises(ValueError, match=r"No reward was given; choose from llava_reward, .* oracle"):
         load_rewards(specification)
-
-
-# --- a user's own ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A fresh working directory that leaves neither its path nor its modules behind."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield tmp_path
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
-
-
-def test_a_function_of_the_working_directory_is_a_reward(workplace: Path) -> None:
-    (workplace / "my_rewards.py").write_text(
-        "def greenness(images, prompts):\n    return images[:, 1].mean((1, 2)) + len(prompts[0])\n"
-    )
-    reward = load_rewards("my_rewards:greenness=2")
-    assert_close(reward(IMAGES, PROMPTS)[0], 2 * (IMAGES[:, 1].mean((1, 2)) + 5))
-    assert list(reward(IMAGES, PROMPTS)[1]) == ["my_rewards:greenness"]
-
-
-def test_the_example_in_the_docs_is_a_differentiable_reward(workplace: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rewards.md").read_text(), flags=re.DOTALL)
-    (workplace / "my_rewards.py").write_text(example)
-    reward = load_rewards("my_rewards:brightness")
-    assert_close(reward(IMAGES, PROMPTS)[0], IMAGES.mean((1, 2, 3)))
-    require_gradient(reward, prompt="a fox")
-
-
-def test_a_function_of_an_installed_package_is_a_reward() -> None:
-    reward = load_reward("rlhf_t2i.rewards.builtin:jpeg_compressibility")
-    assert reward.function is jpeg_compressibility
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["no_such_module_here:score", "os.no_such_module:score", "no_such.module.here:score", "rlhf_t2i.no.such:score"],
-)
-def test_a_missing_module_is_refused_with_the_folder_that_was_searched(workplace: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' names a module that is neither installed nor in") as caught:
-        load_reward(name)
-    assert str(workplace) in str(caught.value)
-
-
-@pytest.mark.parametrize("name", [":score", "..:score", ".my_rewards:score"])
-def test_an_incomplete_module_name_is_refused_with_its_text(workplace: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"'{name}'"):
-        load_reward(name)
-
-
-@pytest.mark.parametrize("function", ["blueness", "", "SIZE"])
-def test_a_missing_function_is_refused_by_name(workplace: Path, function: str) -> None:
-    (workplace / "other_rewards.py").write_text("SIZE = 3\n")
-    with pytest.raises(ValueError, match=f"module 'other_rewards' has no callable '{function}'"):
-        load_reward(f"other_rewards:{function}")
-
-
-def test_a_package_that_a_users_module_lacks_is_named(workplace: Path) -> None:
-    """A message that the user's module is missing would be wrong."""
-    (workplace / "needy_rewards.py").write_text("import no_such_package\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
-        load_reward("needy_rewards:score")
 
 
 # --- results that cannot be used ------------------------------------------------------------------
@@ -251,26 +207,105 @@ def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize(
     ("result", "shown"),
     [
-        ([1.0, 2.0, 3.0], "a list"),
-        (np.ones(3), "a ndarray"),
         (1.0, "a float"),
         (None, "a NoneType"),
-        (torch.tensor([1, 2, 3]), "torch.int64"),
-        (torch.tensor([True, False, True]), "torch.bool"),
+        ((1.0, 2.0, 3.0), "a tuple"),
+        ((torch.zeros(3), {}), "a tuple"),
+        ({"reward": torch.zeros(3)}, "a dict"),
+        ([1.0, None, 3.0], "a list with a NoneType"),
+        ([1.0, "2", 3.0], "a list with a str"),
+        ([torch.zeros(1)] * 3, r"a list with a torch.float32 tensor of shape \(1,\)"),
+        (np.array(["1", "2", "3"]), "an array of <U1"),
+        (torch.zeros(3, dtype=torch.complex64), "torch.complex64"),
     ],
-    ids=["list", "array", "number", "nothing", "int tensor", "bool tensor"],
-)
+    ids=["number", "nothing", "tuple", "tensor and dict", "dict", "list with None", "list with text", "list of tensors",
+         "texts", "complex"],
+)  # fmt: skip
 def test_a_wrong_type_is_refused_by_name(result: Any, shown: str) -> None:
-    with pytest.raises(TypeError, match=f"'constant' returned {shown}; it must return"):
+    with pytest.raises(TypeError, match=f"'constant' returned {shown}; it must return one number for each image"):
         returning(result)(IMAGES, PROMPTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_scores_are_float32(dtype: torch.dtype) -> None:
-    result = torch.tensor([0.5, -1.25, 3.0], dtype=dtype)
+def test_a_list_or_array_of_another_length_is_refused_with_both_lengths() -> None:
+    with pytest.raises(ValueError, match="'constant' returned a list of length 2 for 3 images"):
+        returning([1.0, 2.0])(IMAGES, PROMPTS)
+    with pytest.raises(ValueError, match=r"'constant' returned shape \(4,\) for 3 images"):
+        returning(np.zeros(4))(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8], ids=lambda dtype: str(dtype)
+)
+def test_a_tensor_of_any_type_becomes_float32_scores(dtype: torch.dtype) -> None:
+    rewards = returning(torch.tensor([0, 1, 3], dtype=dtype))(IMAGES, PROMPTS)
+    assert rewards.dtype == torch.float32
+    assert rewards.tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [0.5, -1.25, 3],
+        [np.float64(0.5), np.float16(-1.25), np.int8(3)],
+        [torch.tensor(0.5), torch.tensor(-1.25, dtype=torch.float64), torch.tensor(3)],
+        np.array([0.5, -1.25, 3.0], dtype=np.float16),
+        np.array([0.5, -1.25, 3.0], dtype=">f8"),
+        np.array([0.5, -1.25, 3.0], dtype=np.longdouble),
+    ],
+    ids=["numbers", "numpy numbers", "tensors of one number", "half array", "big-endian array", "long array"],
+)
+def test_a_list_or_an_array_becomes_float32_scores(result: Any) -> None:
     rewards = returning(result)(IMAGES, PROMPTS)
     assert rewards.dtype == torch.float32
     assert rewards.tolist() == [0.5, -1.25, 3.0]
+
+
+def test_a_list_of_tensors_keeps_its_gradient() -> None:
+    images = IMAGES.clone().requires_grad_()
+    reward = CheckedReward("own", lambda images, prompts: [image.mean() for image in images])
+    reward(images, PROMPTS).sum().backward()
+    assert images.grad is not None
+    assert_close(images.grad, torch.full_like(images, 1 / images[0].numel()))
+
+
+# --- what a reward may do with its arguments ------------------------------------------------------
+
+
+def stretched(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Normalise in place, as many a preprocessing does."""
+    images.sub_(0.5).mul_(2)
+    return images.mean((1, 2, 3))
+
+
+def overwritten(images: Tensor, prompts: list[str]) -> np.ndarray:
+    """Write by numpy, which torch does not notice."""
+    prompts.reverse()
+    images.detach().numpy()[:] = 0
+    return np.zeros(len(images))
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("first", [stretched, overwritten])
+def test_a_reward_that_writes_into_its_images_and_prompts_changes_them_for_no_other(
+    first: Any, batch_size: int | None
+) -> None:
+    images, prompts = IMAGES.clone(), list(PROMPTS)
+    writes, reads = CheckedReward("writes", first), CheckedReward("reads", brightness)
+    for terms in ([writes, reads], [reads, writes]):
+        _, scores = WeightedSum(tuple((term, 1.0) for term in terms))(images, prompts, batch_size=batch_size)
+        assert_close(scores["reads"], brightness(IMAGES, PROMPTS), rtol=0, atol=0)
+    assert torch.equal(images, IMAGES)
+    assert prompts == PROMPTS
+
+
+def test_scores_outlive_the_memory_that_a_reward_uses_again() -> None:
+    memory = torch.zeros(1)
+
+    def reused(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return memory.copy_(images.mean((1, 2, 3)))
+
+    total, _ = WeightedSum(((CheckedReward("reused", reused), 1.0),))(IMAGES, PROMPTS, batch_size=1)
+    assert_close(total, brightness(IMAGES, PROMPTS))
 
 
 # --- built in -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,22 @@ def test_the_veto_applies_to_final_images() -> None:
     assert (number(result.best) <= 0).all()
     assert_close(number(result.best), numbers.where(numbers <= 0, -math.inf).max(1).values)
     assert result.cost.reward_calls == 2 * 768
+
+
+def written_over(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The reward of the toy model, which leaves nothing of its images."""
+    numbers = number(images)
+    images.mul_(0)
+    return numbers
+
+
+def test_a_reward_and_a_veto_that_write_into_their_images_change_no_result() -> None:
+    plain, vetoing = (toy(eta=1.0, reward=reward, veto=Veto(reward, 0.0)) for reward in (value, written_over))
+    results = [best_of_n(context, ["a", "b"], generators=generators(8)) for context in (plain, vetoing)]
+    assert torch.equal(results[0].images, results[1].images)
+    assert torch.equal(results[0].scores.by_name["veto"], results[1].scores.by_name["veto"])
+    steered = [steer_toy(num_particles=4, strength=1.0, reward=reward)[1] for reward in (value, written_over)]
+    assert torch.equal(steered[0].candidates.images, steered[1].candidates.images)
 
 
 # --- pruning ----------------------------------------------------------------------------------------
@@ -280,7 +297,7 @@ def test_a_prompt_without_any_finite_reward_is_an_error(resample_after: list[int
         ),
         (
             lambda: api.best_of_n(GaussianModel(), ["a"], lambda i, p: number(i)[:, None], num_candidates=2),
-            r"The reward returned shape \(2, 1\) for 2 images; it must return \(2,\)\. The first prompt was 'a'",
+            r"'reward' returned shape \(2, 1\) for 2 images; it must return \(2,\)\. The first prompt was 'a'",
         ),
     ],
 )  # fmt: skip

@@ -13,12 +13,13 @@ from torch.testing import assert_close
 
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import load_policy
+from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, as_checked
 from rlhf_t2i.sampling.rollout import rollout
 from rlhf_t2i.search.candidates import pruned_best_of_n
 from rlhf_t2i.search.particles import PotentialName
 from rlhf_t2i.search.steering import SteeringResult, fk_steering, measure_reward_std
 from rlhf_t2i.types import Sampler
-from tests.search_toys import POTENTIALS, context_of, distribution_of, generators, steer_toy, toy
+from tests.search_toys import POTENTIALS, context_of, distribution_of, generators, steer_toy, toy, value
 from tests.toys import number
 
 STRENGTH = 1.2
@@ -36,9 +37,13 @@ def moments(result: SteeringResult) -> tuple[Tensor, Tensor]:
     return mean, (weights * (numbers - mean[:, None]) ** 2).sum(1)
 
 
-def near_one(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Minus the squared distance from 1, with the number itself as a further score."""
-    return -((number(images) - 1.0) ** 2), {"number": number(images), "other": number(images)}
+def closeness_to_one(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Minus the squared distance from 1."""
+    return -((number(images) - 1.0) ** 2)
+
+
+near_one = WeightedSum(((as_checked(closeness_to_one), 1.0), (CheckedReward("number", value), 0.0)))
+"""The number itself is a further score, which does not count."""
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)

@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
-
-_PROBE_SIZE = 64
+from rlhf_t2i.rewards.trial import trial_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,7 @@ def require_gradient(reward: WeightedSum, *, prompt: str) -> None:
 
     The table of rewards decides; a user's own module:function is tested on one random image with `prompt`.
     """
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, _PROBE_SIZE, _PROBE_SIZE, generator=generator)
+    image = trial_images(1)
     for term in reward.rewards:
         if term.differentiable is None:
             _score(term, image, [prompt])

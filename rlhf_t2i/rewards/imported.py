@@ -1,34 +1,137 @@
-"""A user's own reward, given as module:function."""
+"""A user's own reward, given as module:function or file.py:function, with arguments if it takes some."""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+_FORM = re.compile(r"(?P<place>.+?):(?P<name>\w*)(?:\((?P<arguments>.*)\))?", re.DOTALL)
 
-def import_reward(name: str) -> Callable[..., Any]:
-    """Import the callable that module:function names, from the working directory or the installed packages.
 
-    Raises ValueError if there is no such module or callable; an import that fails inside the module raises its own
+def import_reward(reward: str) -> Callable[..., Any]:
+    """Import the callable that a text such as `module:function` or `path/to/file.py:Class(scale=2)` names.
+
+    A module is searched for in the working directory and the installed packages. A class is instantiated with the
+    arguments, once in a process for equal ones; a function takes them beside images and prompts. Raises ValueError if
+    there is no such callable or it does not take the arguments; an import or a constructor that fails raises its own
     error.
     """
-    module_name, _, function_name = name.partition(":")
-    if not all(module_name.split(".")):
-        raise ValueError(f"The reward {name!r} is not of the form module:function.")
+    parts = _FORM.fullmatch(reward)
+    if not parts or not (_is_file(parts["place"]) or all(parts["place"].split("."))):
+        raise ValueError(
+            f"The reward {reward!r} is not of the form module:function or path/to/file.py:function; arguments are "
+            f"written as in module:function(scale=2)."
+        )
+    place, name = parts["place"], parts["name"]
+    module = _module_of_file(place, reward) if _is_file(place) else _module(place, reward)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(f"The module {place!r} has no callable {name!r}.")
+    if parts["arguments"] is None:
+        return as_callable(found, reward)
+    positional, named = _literals(parts["arguments"], reward)
+    if inspect.isclass(found):
+        _check_arguments(found, reward, *positional, **named)
+        return as_callable(_instance(found, parts["arguments"]), reward)
+    if positional:
+        raise ValueError(f"The reward {reward!r} is no class, so its arguments need names, as in {name}(scale=2).")
+    _check_arguments(found, reward, "images", "prompts", **named)
+    return partial(found, **named)
+
+
+def as_callable(function: Any, reward: str) -> Callable[..., Any]:
+    """Return what can be called with images and prompts; ValueError, naming the reward, for any other object."""
+    if inspect.isclass(function):
+        raise ValueError(f"The reward {reward!r} is a class; give an instance of it, as in {function.__name__}().")
+    if not callable(function):
+        raise ValueError(f"The reward {reward!r} is a {type(function).__name__}, which cannot be called.")
+    _check_arguments(function, reward, "images", "prompts")
+    return function
+
+
+@cache
+def _instance(kind: type, arguments: str) -> Any:
+    """Instantiate a class once in a process, so that training and evaluation share its memory."""
+    positional, named = _literals(arguments, kind.__name__)
+    return kind(*positional, **named)
+
+
+def _check_arguments(function: Any, reward: str, *positional: Any, **named: Any) -> None:
+    """Raise ValueError, naming the reward, if a callable does not take these arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some callables of C libraries have none
+        return
+    try:
+        signature.bind(*positional, **named)
+    except TypeError as error:
+        called = ", ".join([*map(str, positional), *(f"{name}={value!r}" for name, value in named.items())])
+        raise ValueError(f"The reward {reward!r} cannot be called with ({called}): {error}.") from error
+
+
+def _literals(arguments: str, reward: str) -> tuple[list[Any], dict[str, Any]]:
+    """Return the values of a call's arguments, which must be Python literals."""
+    try:
+        match ast.parse(f"f({arguments})", mode="eval").body:
+            case ast.Call(func=ast.Name(), args=positional, keywords=keywords):
+                named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
+                if len(named) == len(keywords) and all(keyword.arg for keyword in keywords):
+                    return [ast.literal_eval(value) for value in positional], named
+        raise ValueError("no call, or a repeated name")
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"The arguments ({arguments}) of the reward {reward!r} are not Python literals; text needs quotes, as in "
+            f"(scale=2, path='weights.pt')."
+        ) from error
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py")
+
+
+def _module(name: str, reward: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
+        if not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"The reward {name!r} names a module that is neither installed nor in {os.getcwd()}."
+            f"The reward {reward!r} names a module that is neither installed nor in {os.getcwd()}."
         ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"The module {module_name!r} has no callable {function_name!r}.")
-    return function
+
+
+def _module_of_file(file: str, reward: str) -> ModuleType:
+    """Return the module of a file, executed once in a process; what lies beside the file can be imported by it."""
+    path = Path(file).expanduser().resolve()
+    name = str(path)
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise ValueError(f"The reward {reward!r} names a file that does not exist: {path}.")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, "the name ends with .py"
+    assert spec.loader is not None
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -19,7 +19,7 @@ from rlhf_t2i.run_folder import reward_model_of
 @cache
 def _loaded(source: str) -> LlavaReward:
     """Load each reward model once per process, so that training and evaluation share its memory."""
-    return LlavaReward.from_pretrained(source)
+    return LlavaReward.from_pretrained(source, device="cpu")  # it moves to the device of the first images
 
 
 class LlavaRewardFunction:
@@ -41,5 +41,5 @@ class LlavaRewardFunction:
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """Return one float32 score per image."""
-        self.reward_model.model.to(images.device)
+        self.reward_model.to(images.device)
         return self.reward_model.score(images, prompts, perspective=self.perspective, batch_size=self.batch_size)

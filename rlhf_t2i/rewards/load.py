@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.rewards.imported import as_callable
+from rlhf_t2i.rewards.scores import as_scores
 from rlhf_t2i.rewards.table import find_reward, reward_names
 from rlhf_t2i.rewards.terms import parse_terms
 from rlhf_t2i.types import Reward
@@ -27,28 +30,19 @@ class CheckedReward:
     """True if the gradient reaches the pixels; None if that must be tested."""
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        """Return float32 scores on the device of the images.
+        """Return float32 scores on the device of the images, which stay as they are whatever the reward does.
 
-        Raises TypeError or ValueError, naming the reward and the prompt, for a result that is not one finite float per
+        Raises TypeError or ValueError, naming the reward and the prompt, for a result that is not one finite number per
         image.
         """
-        scores = self.function(images, prompts)
-        if not isinstance(scores, Tensor):
-            raise TypeError(
-                f"The reward {self.name!r} returned a {type(scores).__name__}; it must return a torch.Tensor with one "
-                f"float for each image. The first prompt was {prompts[0]!r}."
-            )
-        if scores.shape != (len(images),):
-            raise ValueError(
-                f"The reward {self.name!r} returned shape {tuple(scores.shape)} for {len(images)} images; it must "
-                f"return ({len(images)},). The first prompt was {prompts[0]!r}."
-            )
-        if not scores.is_floating_point():
-            raise TypeError(
-                f"The reward {self.name!r} returned {scores.dtype}; it must return floats. The first prompt was "
-                f"{prompts[0]!r}."
-            )
-        scores = scores.float().to(images.device)
+        # Copies: a reward may write into what it is given, and the images are also scored by others, saved and shown.
+        result = self.function(images.clone(), list(prompts))
+        try:
+            scores = as_scores(result, count=len(images), device=images.device)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"The reward {self.name!r} returned {error}. The first prompt was {prompts[0]!r}."
+            ) from None
         if self.finite and not (finite := scores.isfinite()).all():
             worst = int((~finite).nonzero()[0])
             raise ValueError(
@@ -76,10 +70,10 @@ class WeightedSum:
 
         A reward is called with at most `batch_size` images at once, by default with all.
         """
-        chunks = torch.arange(len(images)).split(batch_size or len(images))
+        size = batch_size or max(len(images), 1)
+        chunks = [slice(start, start + size) for start in range(0, max(len(images), 1), size)]
         scores = {
-            reward.name: torch.cat([reward(images[rows], [prompts[int(i)] for i in rows]) for rows in chunks])
-            for reward, _ in self.terms
+            reward.name: torch.cat([reward(images[rows], prompts[rows]) for rows in chunks]) for reward, _ in self.terms
         }
         total = torch.stack([weight * scores[reward.name] for reward, weight in self.terms]).sum(0)
         return total, scores
@@ -102,6 +96,21 @@ def load_rewards(specification: str, *, finite: bool = True) -> WeightedSum:
             raise ValueError(f"The reward {name!r} was given twice.")
         terms.append((load_reward(name, finite=finite), weight))
     return WeightedSum(tuple(terms))
+
+
+def as_weighted_sum(reward: Reward | WeightedSum, *, finite: bool = True) -> WeightedSum:
+    """Return any callable of images and prompts as a sum with one term, and a sum unchanged."""
+    return reward if isinstance(reward, WeightedSum) else WeightedSum(((as_checked(reward, finite=finite), 1.0),))
+
+
+def as_checked(reward: Reward, *, finite: bool = True) -> CheckedReward:
+    """Return any callable of images and prompts as a checked reward, which has the callable's own name."""
+    if isinstance(reward, CheckedReward):
+        return reward
+    function = reward.func if isinstance(reward, partial) else reward
+    name = str(getattr(function, "__name__", type(function).__name__))
+    name = "reward" if name == "<lambda>" else name
+    return CheckedReward(name, as_callable(reward, name), finite)
 
 
 def load_reward(name: str, *, finite: bool = True) -> CheckedReward:

@@ -77,7 +77,9 @@ def _remote(addresses: str, finite: bool) -> Any:
 
 # --- the table ------------------------------------------------------------------------------------
 
-IMPORTED = RewardEntry("module:function", _imported, None, "a Python callable of your own: (images, prompts) -> scores")
+IMPORTED = RewardEntry(
+    "module:function", _imported, None, "a Python callable of your own, perhaps with arguments, or file.py:function"
+)
 REMOTE = RewardEntry("http://HOST:PORT", _remote, False, "a reward that `python -m rlhf_t2i.reward_server` serves")
 
 _BUILTIN = "rlhf_t2i.rewards.builtin"

@@ -16,8 +16,9 @@ def parse_terms(text: str) -> list[tuple[str, str | None]]:
     quote, depth = "", 0
     for character in text:
         outside = not quote and not depth
-        if character in "'\"" and (quote == character or not quote) and not depth:
+        if character in "'\"" and quote in ("", character):
             quote = "" if quote else character
+            parts[-1][marks[-1]] += character if depth else ""  # the quotes of an argument stay
         elif outside and character == ",":
             parts.append(["", ""])
             marks.append(0)

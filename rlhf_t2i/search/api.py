@@ -128,7 +128,7 @@ def as_diffusion_model(model: DiffusionModel | DiffusionPipeline) -> DiffusionMo
 
 
 def as_reward(reward: RewardFunction | str) -> RewardFunction:
-    """Load a reward given by name; return a function unchanged."""
+    """Load a reward given by name; return any other unchanged."""
     return load_rewards(reward, finite=False) if isinstance(reward, str) else reward
 
 

@@ -5,26 +5,22 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_t2i.diffusion.gaussian import sample
+from rlhf_t2i.rewards.load import WeightedSum, as_checked, as_weighted_sum
 from rlhf_t2i.types import Conditioning, DiffusionModel, Prediction, Reward, Sampler
 
 ResultT = TypeVar("ResultT")
 
 
-@runtime_checkable
-class RewardFunction(Protocol):
-    """A reward, or a weighted sum of rewards that also returns each of them by name, such as `WeightedSum`."""
-
-    def __call__(
-        self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], /
-    ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]: ...
+RewardFunction = Reward | WeightedSum
+"""A reward, or a weighted sum of rewards that also returns each of them by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +117,15 @@ class SearchContext:
         microbatch_size: int = 64,
         veto: Veto | None = None,
     ) -> None:
-        """Use at most `microbatch_size` images in one forward pass. It is halved whenever memory runs out."""
+        """Use at most `microbatch_size` images in one forward pass. It is halved whenever memory runs out.
+
+        A score of a plain function may be NaN or infinite.
+        """
         if microbatch_size < 1:
             raise ValueError(f"microbatch_size is {microbatch_size}; it must be at least 1.")
-        self.model, self.reward, self.sampler, self.veto = model, reward, sampler, veto
+        self.model, self.sampler = model, sampler
+        self.reward = as_weighted_sum(reward, finite=False)
+        self.veto = replace(veto, reward=as_checked(veto.reward, finite=False)) if veto else None
         self.microbatch_size = microbatch_size
         self.denoiser_calls = self.reward_calls = 0
 
@@ -244,18 +245,9 @@ class SearchContext:
         return results
 
 
-def call_reward(reward: RewardFunction, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Return the scores (B,) of images as `reward` and, for a sum of several rewards, also each reward by its name.
-
-    Raises ValueError if the reward does not return one number per image.
-    """
-    result = reward(images, prompts)
-    total, by_name = (result, {}) if isinstance(result, Tensor) else result
-    if total.shape != (len(images),):
-        raise ValueError(
-            f"The reward returned shape {tuple(total.shape)} for {len(images)} images; it must return "
-            f"({len(images)},). The first prompt was {prompts[0]!r}."
-        )
+def call_reward(reward: WeightedSum, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the scores (B,) of images as `reward` and, for a sum of several rewards, also each reward by its name."""
+    total, by_name = reward(images, prompts)
     return {"reward": total, **(by_name if len(by_name) > 1 else {})}
 
 

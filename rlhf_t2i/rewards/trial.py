@@ -1,0 +1,47 @@
+"""One call of a user's own rewards before a model is loaded, so that mistakes in them are found within seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_t2i.rewards.load import WeightedSum
+
+TRIAL_SIZE = 64
+"""Height and width of the images in pixels."""
+
+
+def try_rewards(reward: WeightedSum, prompts: Sequence[str]) -> None:
+    """Call each of a user's own rewards (`module:function`) once, on two random images of the first prompts.
+
+    Raises what `CheckedReward` does for a result that cannot be used, and passes an exception of the reward on, with a
+    note. A score that is not finite is no error, as such images are no real ones.
+    """
+    images = trial_images(2)
+    texts = [prompts[0], prompts[min(1, len(prompts) - 1)]]
+    for term in reward.rewards:
+        if term.differentiable is None:
+            try:
+                with torch.no_grad():
+                    replace(term, finite=False)(images, texts)
+            except Exception as error:
+                error.add_note(
+                    f"The reward {term.name!r} was tried on two random images of {TRIAL_SIZE} x {TRIAL_SIZE} pixels, "
+                    f"before the model is loaded."
+                )
+                raise
+
+
+def trial_images(count: int) -> Float[Tensor, "B 3 Y X"]:
+    """Return random images on the device that this process will use."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, TRIAL_SIZE, TRIAL_SIZE, generator=generator)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        return images
+    return images.to(torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0"))))
