@@ -13,6 +13,8 @@ import pytest
 from tests import processes, tiny
 from tests.publications import hub, lora_run, publication, reward_model_run, unet_run  # noqa: F401  # fixtures
 
+# One thread for torch in this process and its children: two workers with a thread for each core would wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -36,12 +38,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 @pytest.fixture(autouse=True)
 def clean_state() -> Iterator[None]:
     """Use one thread, since the last bit of a sum depends on their number; reset accelerate after each test."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(True)
         state.GradientState._reset_state()

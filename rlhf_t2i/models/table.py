@@ -43,7 +43,7 @@ FAMILIES = {
         sampling_steps=50,
         guidance_scale=5.0,
         lora_rank=4,
-        microbatch_size=8,
+        microbatch_size=4,
         gradient_checkpointing=False,
     ),
     "StableDiffusionXLPipeline": FamilyEntry(

@@ -1,0 +1,322 @@
+"""Defaults depend on the model: those of the built-in world are for its own models only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.models.table import FAMILIES
+from rlhf_t2i.rewards.terms import join_terms, parse_terms
+from rlhf_t2i.settings import (
+    best_of_n,
+    collect_preferences,
+    ddpo,
+    diffusion_dpo,
+    diffusion_nft,
+    draft,
+    evaluate_policy,
+    fk_steering,
+    flow_grpo,
+)
+from rlhf_t2i.settings.paths import resolve_paths
+from rlhf_t2i.training.prompt_sets import load_prompt_sets
+from tests.runs import REDNESS, rows
+
+TRAINING = {m.__name__.split(".")[-1]: m for m in (ddpo, flow_grpo, diffusion_nft, draft, diffusion_dpo)}
+SEARCH = {m.__name__.split(".")[-1]: m for m in (best_of_n, fk_steering)}
+TOY_REWARDS = "oracle,oracle_pass,llava_reward"
+
+
+def pipeline(folder: Path, name: str = "StableDiffusionXLPipeline") -> str:
+    """A folder that says its pipeline class and holds nothing else."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    return str(folder)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], config_class: Any, *arguments: str) -> str:
+    with pytest.raises(SystemExit):
+        parse_config(config_class, arguments=arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# --- built-in and other models ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(TRAINING))
+def test_a_built_in_model_needs_no_option(name: str) -> None:
+    config = TRAINING[name].Config()
+    assert (config.prompts, config.evaluation_prompts, config.rewards) == ("shapes", "shapes", "llava_reward")
+    assert (config.evaluation_rewards, config.num_evaluation_images) == (TOY_REWARDS, 408)
+    assert (config.num_denoising_steps, config.guidance_scale, config.lora_rank, config.microbatch_size) == (
+        8,
+        1,
+        None,
+        64,
+    )
+
+
+@pytest.mark.parametrize("name", [*TRAINING, *SEARCH])
+def test_another_model_needs_prompts_and_rewards_which_one_line_asks_for(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, {**TRAINING, **SEARCH}[name].Config, "--model", str(tmp_path / "no_such_folder_is_read"))
+    assert "prompts and rewards must be given" in line
+    assert "--prompts prompts.txt --rewards " in line
+
+
+def test_only_what_is_missing_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, ddpo.Config, "--model", str(tmp_path), "--prompts", "p.txt")
+    assert "so rewards must be given" in line
+    line = refusal(capsys, evaluate_policy.Config, "--model", str(tmp_path))
+    assert "evaluation_prompts and evaluation_rewards must be given" in line
+
+
+@pytest.mark.parametrize(("family", "entry"), FAMILIES.items())
+def test_steps_guidance_rank_and_memory_come_from_the_family(family: str, entry: Any, tmp_path: Path) -> None:
+    given = {"model": pipeline(tmp_path / "m", family), "prompts": "p.txt", "rewards": "a:b"}
+    config = diffusion_nft.Config(**given)
+    assert (config.num_denoising_steps, config.num_evaluation_steps) == (entry.training_steps, entry.sampling_steps)
+    assert (config.guidance_scale, config.lora_rank) == (entry.guidance_scale, entry.lora_rank)
+    assert (config.microbatch_size, config.gradient_checkpointing) == (
+        entry.microbatch_size,
+        entry.gradient_checkpointing,
+    )
+    assert f"lora_rank {entry.lora_rank}" in config.defaults_text()
+    assert best_of_n.Config(**given).num_denoising_steps == entry.sampling_steps
+
+
+def test_given_options_win_and_an_explicit_null_trains_all_weights(tmp_path: Path) -> None:
+    given = {"prompts": "shapes", "rewards": "oracle", "num_denoising_steps": 7, "guidance_scale": 2.0}
+    config = ddpo.Config(model=pipeline(tmp_path / "m"), lora_rank=None, **given)
+    assert (config.lora_rank, config.num_denoising_steps, config.guidance_scale) == (None, 7, 2.0)
+    assert "guidance_scale" not in config.defaults_text()
+    assert "num_evaluation_steps 50" in config.defaults_text()
+
+
+def test_a_family_that_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a KolorsPipeline; supported are StableDiffusionPipeline, "):
+        ddpo.Config(model=pipeline(tmp_path / "m", "KolorsPipeline"), prompts="p.txt", rewards="a:b")
+
+
+def test_the_model_can_be_changed_later_and_its_defaults_follow(tmp_path: Path) -> None:
+    config = ddpo.Config(num_steps=3, guidance_scale=2.0)
+    changed = config.with_options(model="FluxPipeline", prompts="p.txt", rewards="a:b")
+    assert (changed.num_steps, changed.guidance_scale, changed.lora_rank) == (3, 2.0, 32)
+    assert changed.evaluation_rewards == "a:b"
+
+
+def test_own_pairs_need_neither_prompts_nor_rewards_but_something_to_evaluate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", pipeline(tmp_path / "m"), "--pairs", "pairs.jsonl"]
+    assert "evaluation_prompts is None; it must be given" in refusal(
+        capsys, diffusion_dpo.Config, *model, "--evaluation_rewards", "oracle"
+    )
+    evaluated = [*model, "--evaluation_prompts", "p.txt", "--evaluation_rewards", "oracle"]
+    config = parse_config(diffusion_dpo.Config, arguments=evaluated)
+    assert (config.prompts, config.rewards) == ("", "")
+    assert "evaluation_rewards is ; it must be at least one reward" in refusal(
+        capsys, diffusion_dpo.Config, *evaluated[:-2]
+    )
+
+
+# --- what is evaluated --------------------------------------------------------------------------------
+
+
+def test_trained_rewards_are_evaluated_too() -> None:
+    config = ddpo.Config(rewards="oracle=2,jpeg_compressibility=0.1", evaluation_rewards="oracle_pass,oracle")
+    assert config.evaluation_rewards == "oracle_pass,oracle,jpeg_compressibility"
+    assert ddpo.Config(rewards="a:b", evaluation_rewards="oracle", early_stop_reward="a:b").early_stop_reward == "a:b"
+
+
+def prompt_sets(tmp_path: Path, prompts: list[str], **options: Any) -> Any:
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    options = {"evaluation_prompts": None, **options}
+    return load_prompt_sets(ddpo.Config(prompts=str(tmp_path / "p.txt"), **options))
+
+
+def test_a_tenth_of_the_distinct_prompts_is_held_back(tmp_path: Path) -> None:
+    prompts = [f"prompt {i}" for i in range(40)] * 2
+    sets = prompt_sets(tmp_path, prompts)
+    assert len(sets.evaluation) == 4
+    assert sorted(sets.training + 2 * sets.evaluation) == sorted(prompts)
+    assert (sets.num_shared, sets.title) == (0, "held-out prompts")
+    assert sets.text() == "36 prompts to train on, 4 held back for evaluation"
+    assert prompt_sets(tmp_path, prompts, seed=5).evaluation == sets.evaluation
+    assert len(prompt_sets(tmp_path, [f"prompt {i}" for i in range(1000)]).evaluation) == 64
+
+
+def test_a_single_prompt_is_trained_and_evaluated_on_and_not_called_held_out(tmp_path: Path) -> None:
+    sets = prompt_sets(tmp_path, ["a fox", "a fox"])
+    assert (sets.training, sets.evaluation, sets.title) == (["a fox"] * 2, ["a fox"], "evaluation prompts")
+    assert sets.text() == "1 evaluation prompts, of which 1 are also trained on"
+
+
+def test_evaluation_prompts_that_are_trained_on_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "e.txt").write_text("a fox\na hen\na cow\n")
+    sets = prompt_sets(tmp_path, ["a fox", "a hen", "a cat"], evaluation_prompts=str(tmp_path / "e.txt"))
+    assert sets.text() == "3 evaluation prompts, of which 2 are also trained on"
+    assert sets.title == "evaluation prompts"
+
+
+def test_a_run_evaluates_the_prompts_it_held_back_and_so_does_a_later_evaluation(
+    tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes import ddpo as recipe
+
+    prompts = [f"a {animal}" for animal in ("fox", "hen", "cow", "cat", "dog", "owl")]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    folder = recipe.main(
+        ddpo.Config(
+            model=str(tiny_sd),
+            prompts=str(tmp_path / "p.txt"),
+            rewards=REDNESS,
+            num_denoising_steps=2,
+            num_steps=1,
+            prompts_per_step=5,
+            images_per_prompt=2,
+            num_evaluation_images=2,
+            evaluate_every=0,
+            num_evaluation_steps=3,
+            run_folder=str(tmp_path / "run"),
+            num_cpu_threads=1,
+        )
+    )
+    printed = capsys.readouterr().out
+    assert "5 prompts to train on, 1 held back for evaluation" in printed
+    assert "guidance_scale 5.0, " in printed
+    held_back = [json.loads(line)["prompt"] for line in (folder / "evaluation_prompts.jsonl").read_text().splitlines()]
+    scores = json.loads((folder / "images" / "step_000001.json").read_text())
+    assert scores["prompts"] == held_back * 2
+    assert list(scores["scores"]) == [REDNESS]
+    assert json.loads((folder / "run.json").read_text())["evaluation_prompts"]["trained_on"] == 0
+    assert len(rows(folder, "train")) == 1
+
+    config = evaluate_policy.Config(weights=f"base,{folder},{folder / 'checkpoints' / 'step_000001'}")
+    assert (config.model, config.num_evaluation_steps, config.guidance_scale) == (str(tiny_sd), 3, 5.0)
+    assert (config.evaluation_prompts, config.evaluation_rewards) == (str(folder / "evaluation_prompts.jsonl"), REDNESS)
+
+
+# --- settings of the run whose weights are used -------------------------------------------------------
+
+
+def run_with(folder: Path, **changes: Any) -> str:
+    folder.mkdir()
+    settings = {"model": "a/b", "resolution": 24, "num_denoising_steps": 5, "num_evaluation_steps": None,
+                "guidance_scale": 3.0, "evaluation_prompts": "e.txt", "evaluation_rewards": "oracle"}  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, **changes}))
+    (folder / "run.json").write_text("{}")
+    return str(folder)
+
+
+def test_search_and_annotation_sample_as_the_run_whose_weights_they_use(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run")
+    found = best_of_n.Config(weights=f"{run}/lora", prompts="p.txt", rewards="oracle", microbatch_size=2)
+    assert (found.model, found.resolution, found.num_denoising_steps, found.guidance_scale) == ("a/b", 24, 5, 3.0)
+    page = collect_preferences.Config(weights=f"base,{run}", microbatch_size=2, guidance_scale=1.0)
+    assert (page.model, page.num_evaluation_steps, page.guidance_scale) == ("a/b", 5, 1.0)
+    assert page.evaluation_prompts == "e.txt"
+
+
+def test_another_base_model_than_the_runs_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    first, second = run_with(tmp_path / "first"), run_with(tmp_path / "second", model="c/d")
+    for given in ({"weights": first, "model": "c/d"}, {"weights": f"{first},{second}"}):
+        with pytest.raises(ValueError, match=r"different models cannot be used together: .*a/b, .*c/d") as raised:
+            evaluate_policy.Config(**given)
+        assert first in str(raised.value)
+
+
+def test_the_same_base_model_may_be_given_by_another_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pipeline(tmp_path / "model")
+    run = run_with(tmp_path / "run", model=model)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_policy.Config(weights=run, model="model", microbatch_size=2).resolution == 24
+
+
+# --- paths and names ----------------------------------------------------------------------------------
+
+
+def test_paths_in_a_file_may_be_relative_to_it_and_those_of_the_command_line_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "p.txt").write_text("a fox")
+    (folder / "r").mkdir()
+    (folder / "c.yaml").write_text(
+        "prompts: p.txt\nevaluation_prompts: other.txt\nrewards: llava_reward:r=0.5,oracle\nrun_folder: r\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(ddpo.Config, arguments=["--config", "configs/c.yaml"])
+    assert (config.prompts, config.evaluation_prompts) == ("configs/p.txt", "other.txt")
+    assert config.rewards == "llava_reward:configs/r=0.5,oracle"
+    assert config.run_folder == "r"
+    assert parse_config(ddpo.Config, arguments=["--config", "configs/c.yaml", "--prompts", "p.txt"]).prompts == "p.txt"
+
+
+@pytest.mark.parametrize(
+    ("text", "expanded"),
+    [
+        ("~/p.txt", "HOME/p.txt"), ("a,~/b", "a,HOME/b"),
+        ("llava_reward:~/m=0.5,oracle", "llava_reward:HOME/m=0.5,oracle"),
+        ("image_reward_db/alignment:~/x", "image_reward_db/alignment:HOME/x"), ("'clip:~/a,b'", "'clip:HOME/a,b'"),
+        ("http://host/~me", "http://host/~me"), ("runs/a~b", "runs/a~b"), ("owner/name", "owner/name"),
+    ],
+)  # fmt: skip
+def test_the_home_folder_is_expanded_where_a_path_begins(
+    text: str, expanded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert resolve_paths(text) == expanded.replace("HOME", "/home/me")
+    assert ddpo.Config(run_folder="~/run").run_folder == "/home/me/run"
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("oracle, jpeg_compressibility=0.1", [("oracle", None), ("jpeg_compressibility", "0.1")]),
+        ("'clip:runs/a=b,c'=2", [("clip:runs/a=b,c", "2")]),
+        ('"m:f",oracle=1', [("m:f", None), ("oracle", "1")]),
+        ("m:f(scale=2,path='x,y')=3,oracle", [("m:f(scale=2,path='x,y')", "3"), ("oracle", None)]),
+        (",", []),
+    ],
+)
+def test_names_of_rewards_may_hold_commas_and_equals_signs(text: str, terms: list[tuple[str, str | None]]) -> None:
+    assert parse_terms(text) == terms
+    names = [name for name, _ in terms]
+    assert parse_terms(join_terms(names)) == [(name, None) for name in names]
+
+
+def test_a_quote_that_is_not_closed_is_named() -> None:
+    with pytest.raises(ValueError, match="has a quote that is not closed"):
+        parse_terms("'clip:a,oracle")
+
+
+def test_rewards_in_a_file_may_be_a_list_or_a_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(
+        'rewards:\n  oracle: 1\n  "clip:a=b,c": 0.5\nevaluation_rewards: [oracle, oracle_pass]\n'
+    )
+    config = parse_config(ddpo.Config, arguments=["--config", str(tmp_path / "c.yaml")])
+    assert parse_terms(config.rewards) == [("oracle", "1"), ("clip:a=b,c", "0.5")]
+    assert config.evaluation_rewards == 'oracle,oracle_pass,"clip:a=b,c"'
+    (tmp_path / "c.yaml").write_text("rewards:\n  oracle: {a: 1}\n")
+    assert "it must be one value, a list of names, or a mapping" in refusal(
+        capsys, ddpo.Config, "--config", str(tmp_path / "c.yaml")
+    )
+
+
+def test_a_run_folder_is_a_reward(tmp_path: Path) -> None:
+    from rlhf_t2i.run_folder import reward_model_of
+
+    (tmp_path / "run" / "reward_model").mkdir(parents=True)
+    (tmp_path / "run" / "reward_model" / "llava_reward.json").write_text("{}")
+    assert reward_model_of(str(tmp_path / "run")) == str(tmp_path / "run" / "reward_model")
+    assert reward_model_of(str(tmp_path / "run" / "reward_model")) == str(tmp_path / "run" / "reward_model")
+    assert reward_model_of("owner/name") == "owner/name"
