@@ -21,3 +21,8 @@ def __getattr__(name: str) -> object:
 
         return LlavaReward
     raise AttributeError(f"module 'reward_model' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for tab completion."""
+    return sorted({*globals(), *__all__})
