@@ -8,6 +8,7 @@ evaluation_prompts.jsonl
                     prompts that were held back from training for evaluation
 images/             image grids, scores and captions of evaluations
 checkpoints/        one folder for each checkpoint
+start/lora/         LoRA that training started from (--init_lora)
 lora/, unet/, transformer/, reward_model/
                     trained weights for export, by kind
 metrics.json, history.json
@@ -45,6 +46,7 @@ EVALUATION_PROMPTS = "evaluation_prompts.jsonl"
 CAPTIONS = "captions.json"
 EXTREMES = "extremes.json"
 CHECKPOINTS = "checkpoints"
+START = "start"
 REWARD_MODEL = "reward_model"
 REWARD_MODEL_CONFIG = f"{REWARD_MODEL}/llava_reward.json"
 REWARD_METRICS = "metrics.json"

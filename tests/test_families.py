@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.models.load import as_policy, family_of, load_policy
 from rlhf_t2i.models.table import FAMILIES
 from rlhf_t2i.models.text_encoders import PromptCache
-from rlhf_t2i.types import Conditioning
+from rlhf_t2i.sampling.rollout import transition_at
+from rlhf_t2i.types import Conditioning, Sampler
 from tests.policies import PROMPTS, edit_json, images_of, pipeline_of, policy_of, stock_images
-from tests.toys import CPU
+from tests.toys import CPU, seeded
 
 # --- conditioning -------------------------------------------------------------------------------------
 
@@ -140,6 +142,29 @@ def test_a_resolution_that_latents_cannot_have_is_refused(
         policy_of(request.getfixturevalue(name), resolution=9)
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_a_schedule_with_a_terminal_snr_of_zero_is_sampled_as_in_diffusers(
+    spacing: str, tiny_sd_v: Path, tmp_path: Path
+) -> None:
+    """Common Diffusion Noise Schedules and Sample Steps are Flawed (arXiv:2305.08891), with v-prediction."""
+    folder = shutil.copytree(tiny_sd_v, tmp_path / "model")
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": spacing}
+    edit_json(folder / "scheduler" / "scheduler_config.json", **changes)
+    policy = policy_of(folder)
+    assert (policy.schedule(4).alpha[0] == 0) == (spacing == "trailing")
+    assert_close(images_of(policy), stock_images(pipeline_of(folder)), rtol=0, atol=2e-5)
+    stock = pipeline_of(folder)
+    assert_close(images_of(policy, guidance_scale=4.0), stock_images(stock, guidance_scale=4.0), rtol=0, atol=2e-5)
+    schedule = policy.schedule(4)
+    for eta in (0.0, 1.0):
+        transition = transition_at(
+            policy, policy.initial_noise(seeded(1), copies=2), torch.tensor([0, 1]), policy.encode(PROMPTS),
+            sampler=Sampler(schedule, stochastic(schedule, eta=eta), 1.0),
+        )  # fmt: skip
+        assert transition.mean.isfinite().all()
+        assert (transition.std > 0).all() == (eta > 0)
+
+
 # --- models that cannot be trained --------------------------------------------------------------------
 
 
@@ -180,7 +205,10 @@ def test_a_distilled_unet_is_refused(tiny_sdxl: Path) -> None:
     [
         ({"prediction_type": "sample"}, "predicts 'sample'"),
         ({"thresholding": True}, "sets thresholding"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        (
+            {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
+            "there 'epsilon' says nothing about the image",
+        ),
     ],
 )
 def test_schedulers_without_an_exact_log_probability_are_refused(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.models.autoencoder import Autoencoder
 from rlhf_t2i.models.levels import Levels
-from rlhf_t2i.models.lora import add_lora, has_lora, lora_disabled, lora_weights, trainable
+from rlhf_t2i.models.lora import ADAPTER, add_lora, has_lora, lora_reference, lora_weights, trainable
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.text_encoders import PromptCache, TextEncoder, TruncationWarnings
 from rlhf_t2i.types import Conditioning, Level, Prediction, Schedule
@@ -123,7 +123,8 @@ class DiffusionPolicy(ABC):
     ) -> None:
         """Train LoRA adapters of a rank, initialised from `seed`; if the rank is None, the full denoiser in float32.
 
-        With `keep_reference` a frozen copy of the full denoiser is kept for `as_reference`; adapters need none.
+        With `keep_reference` a frozen copy of the full denoiser is kept for `as_reference`, unless there is one from
+        before; adapters need none.
         """
         if lora_rank is not None:
             with only_errors():
@@ -131,9 +132,13 @@ class DiffusionPolicy(ABC):
             alpha = float(lora_alpha or lora_rank)
             add_lora(self.network, rank=lora_rank, alpha=alpha, seed=seed, targets=self.lora_targets)
             return
-        if keep_reference:
-            self.reference = copy.deepcopy(self.network)
+        if keep_reference and self.reference is None:
+            self.keep_reference()
         self.network.float().requires_grad_(True)
+
+    def keep_reference(self) -> None:
+        """Keep a frozen copy of the denoiser as it is now for `as_reference`."""
+        self.reference = copy.deepcopy(self.network)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of storing them."""
@@ -157,12 +162,12 @@ class DiffusionPolicy(ABC):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Predict with the weights from before training: adapters off, or the frozen copy.
+        """Predict with the reference model: a frozen copy, a frozen LoRA, or the denoiser without its LoRA.
 
-        Raises RuntimeError if no copy was kept.
+        Raises RuntimeError if a full denoiser is trained and no copy was kept.
         """
-        if has_lora(self.network):
-            with lora_disabled(self.network):
+        if self.reference is None and has_lora(self.network):
+            with lora_reference(self.network):
                 yield
             return
         if self.reference is None:
@@ -274,7 +279,7 @@ class DiffusionPolicy(ABC):
                 folder / "lora",
                 **{
                     f"{self.component}_lora_layers": lora_weights(self.network, weights),
-                    f"{self.component}_lora_adapter_metadata": self.network.peft_config["default"].to_dict(),
+                    f"{self.component}_lora_adapter_metadata": self.network.peft_config[ADAPTER].to_dict(),
                 },
             )
             return folder / "lora"

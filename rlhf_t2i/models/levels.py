@@ -189,9 +189,11 @@ def _ddim_scheduler(config: Any) -> Any:
             "The model's scheduler sets thresholding; a clipped step has no Gaussian density. Set it to false in the "
             "model's scheduler_config.json."
         )
-    if config.get("rescale_betas_zero_snr", False):
+    if config.get("rescale_betas_zero_snr", False) and prediction != "v_prediction":
         raise ValueError(
-            "The model's scheduler sets rescale_betas_zero_snr, whose first step has alpha = 0; set it to false."
+            f"The model's scheduler sets rescale_betas_zero_snr, whose first step has alpha = 0: there {prediction!r} "
+            f"says nothing about the image. Such models predict 'v_prediction'; set one of the two in the model's "
+            f"scheduler_config.json."
         )
     # DDIM's steps all have one length; with `linspace` they would end between the model's levels.
     spacing = config.get("timestep_spacing", "leading")

@@ -10,13 +10,19 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
-from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.models.base import DiffusionPolicy
-from rlhf_t2i.models.lora import add_lora
+from rlhf_t2i.models.pipeline_parts import (
+    LOADING_ERRORS,
+    SINGLE_FILES,
+    config_folder,
+    first_line,
+    load_pipeline,
+)
 from rlhf_t2i.models.quiet import only_errors
-from rlhf_t2i.models.table import family_entry
-from rlhf_t2i.run_folder import read_config
+from rlhf_t2i.models.table import FAMILIES, family_entry
+from rlhf_t2i.models.weights import load_weights
 from rlhf_t2i.shapes.names import TOY_MODELS, default_resolution
 
 
@@ -45,21 +51,21 @@ def load_policy(
     weights: Path | None = None,
     resolution: int | None = None,
 ) -> DiffusionPolicy:
-    """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder or a Hub id.
+    """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder, a Hub id or a single-file checkpoint.
 
-    `weights` are trained ones to load into it: the folder of a finished run, its exported `lora`, `unet` or
-    `transformer`, or one of its checkpoints. Images are squares of `resolution` pixels; None is the model's own size.
-    Raises FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, or holds no weights.
+    `weights` are trained ones to load into it, as in `load_weights`. Images are squares of `resolution` pixels; None is
+    the model's own size. Raises FileNotFoundError or ValueError for a path that is not a pipeline of a supported
+    family, and for weights that are missing or do not fit.
     """
     source, index = pipeline_index(model)
     with only_errors():
         family = family_of(index["_class_name"])
         try:
-            pipeline: Any = family.pipeline_class.from_pretrained(source, dtype=torch.float32, **_unused_parts(index))
+            pipeline = load_pipeline(family.pipeline_class, source, index)
         except OSError as error:
             raise _not_loaded(model, error) from error
         if weights is not None:
-            _load_weights(pipeline, family, weights)
+            load_weights(pipeline, family, weights, model=model)
         resolution = resolution or default_resolution(model)
         return family(pipeline, device=device, dtype=dtype, resolution=resolution)
 
@@ -70,6 +76,8 @@ def pipeline_index(model: str) -> tuple[str, dict[str, Any]]:
     Raises FileNotFoundError or ValueError for a path that is not a pipeline.
     """
     path = TOY_MODELS.get(model, Path(model))
+    if path.is_file() and path.suffix in SINGLE_FILES:
+        return str(path), _index_of(_config_source(path))
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"{str(path)!r} is not a diffusers pipeline: it has no model_index.json. Give the folder that "
@@ -81,56 +89,36 @@ def pipeline_index(model: str) -> tuple[str, dict[str, Any]]:
             f"folder of a diffusers pipeline, or a Hub id such as 'owner/name'."
         )
     source = str(path) if path.exists() else model
+    return source, _index_of(source)
+
+
+def _index_of(source: str) -> dict[str, Any]:
+    """Return the model_index.json of a folder or Hub id; FileNotFoundError or ValueError without one."""
     with only_errors():
         try:
-            return source, DiffusionPipeline.load_config(source)
+            index: Any = DiffusionPipeline.load_config(source)
         except OSError as error:
-            raise _not_loaded(model, error) from error
+            raise _not_loaded(source, error) from error
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(
+            f"The model_index.json of {source!r} has no _class_name, the diffusers pipeline class; supported are "
+            f"{', '.join(FAMILIES)}."
+        )
+    return index
+
+
+def _config_source(file: Path) -> str:
+    """Return the folder beside a single-file checkpoint, or the Hub id that diffusers takes its configs from."""
+    folder = config_folder(file)
+    if (folder / "model_index.json").is_file():
+        return str(folder)
+    try:
+        return fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
+    except LOADING_ERRORS as error:
+        raise ValueError(f"The checkpoint {str(file)!r} could not be read: {first_line(error)}") from error
 
 
 def _not_loaded(model: str, error: OSError) -> FileNotFoundError:
-    return FileNotFoundError(f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {error}")
-
-
-def missing_parts(index: dict[str, Any]) -> dict[str, None]:
-    """Return keywords that tell `from_pretrained` which parts a pipeline lacks (such as the T5 of an SD 3)."""
-    return {name: None for name, part in index.items() if part == [None, None]}
-
-
-def _unused_parts(index: dict[str, Any]) -> dict[str, Any]:
-    """Return keywords for the missing parts and for those that are not used here."""
-    if index["_class_name"] == "StableDiffusionPipeline":
-        return {**missing_parts(index), "safety_checker": None, "requires_safety_checker": False}
-    return {**missing_parts(index)}
-
-
-def _load_weights(pipeline: Any, family: type[DiffusionPolicy], path: Path) -> None:
-    """Load a run's trained weights into a pipeline, from any of the run's folders that hold them."""
-    network = getattr(pipeline, family.component)
-    if stored := stored_weights(path):
-        config = read_config(path.parent.parent)
-        if config["lora_rank"] is not None:
-            add_lora(
-                network,
-                rank=config["lora_rank"],
-                alpha=float(config["lora_alpha"] or config["lora_rank"]),
-                seed=0,
-                targets=family.lora_targets,
-            )
-        unknown = stored.keys() - network.state_dict().keys()
-        if unknown:
-            raise ValueError(f"The checkpoint {str(path)!r} is of another model: it has {sorted(unknown)[:3]}.")
-        network.load_state_dict(stored, strict=False)
-        return
-    for folder in (path, path / "lora", path / family.component):
-        if (folder / "pytorch_lora_weights.safetensors").is_file():
-            pipeline.load_lora_weights(folder)
-            return
-        if any(folder.glob("diffusion_pytorch_model*.safetensors")):
-            trained = type(network).from_pretrained(folder, dtype=torch.float32)
-            network.load_state_dict(trained.state_dict())
-            return
-    raise FileNotFoundError(
-        f"{str(path)!r} holds no trained weights. Give a finished run's folder, the 'lora', 'unet' or 'transformer' "
-        f"folder in it, or one of its checkpoints."
+    return FileNotFoundError(
+        f"The model {model!r} could not be loaded, neither as a folder nor from the Hub: {first_line(error)}"
     )

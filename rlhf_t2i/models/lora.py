@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+ADAPTER = "default"
+"""peft's name of the adapter that is trained or loaded."""
+REFERENCE = "reference"
+"""Name of the frozen adapter that a trained one is compared with."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The attention projections that DDPO and most LoRAs of Stable Diffusion train."""
 JOINT_ATTENTION = (
@@ -55,19 +61,45 @@ def lora_weights(denoiser: Any, weights: Mapping[str, Tensor]) -> dict[str, Tens
     return get_peft_model_state_dict(denoiser, state_dict=dict(weights))
 
 
+def set_lora_weights(denoiser: Any, weights: Mapping[str, Tensor]) -> None:
+    """Load the adapters' weights, under the names that `lora_weights` returns."""
+    from peft.utils import set_peft_model_state_dict  # takes seconds
+
+    set_peft_model_state_dict(denoiser, dict(weights), ADAPTER)
+
+
 @torch.no_grad()
 def lora_scaled(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Return the weights to change, with their new values, so that every adapter contributes `scale` times as much."""
     return {name: scale * weight for name, weight in weights.items() if "lora_B" in name}
 
 
+def keep_lora(denoiser: Any) -> None:
+    """Keep a frozen copy of the adapters as they are now, for `lora_reference`."""
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict  # takes seconds
+
+    weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        denoiser.add_adapter(replace(denoiser.peft_config[ADAPTER], lora_dropout=0.0), REFERENCE)
+    set_peft_model_state_dict(denoiser, weights, REFERENCE)
+    denoiser.set_adapter(ADAPTER)
+    for name, parameter in denoiser.named_parameters():
+        if f".{REFERENCE}." in name:
+            parameter.data = parameter.data.float().requires_grad_(False)
+
+
 @contextmanager
-def lora_disabled(denoiser: Any) -> Iterator[None]:
-    """Switch the adapters off within the context."""
-    denoiser.disable_adapters()
+def lora_reference(denoiser: Any) -> Iterator[None]:
+    """Use the adapters that `keep_lora` kept, or none, within the context, which must not need gradients."""
+    if REFERENCE in denoiser.peft_config:
+        denoiser.set_adapter(REFERENCE)
+    else:
+        denoiser.disable_adapters()
     try:
         yield
     finally:
+        denoiser.set_adapter(ADAPTER)
         denoiser.enable_adapters()
 
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rlhf_t2i.models.base import DiffusionPolicy
-from rlhf_t2i.models.load import family_of, load_policy, missing_parts, pipeline_index
+from rlhf_t2i.models.load import family_of, load_policy, pipeline_index
+from rlhf_t2i.models.pipeline_parts import load_pipeline, missing_parts
 from rlhf_t2i.models.quiet import only_errors
 
 
@@ -34,8 +34,7 @@ def save_trained_pipeline(model: str, weights: Path, folder: Path) -> None:
     policy = load_policy(model, device=torch.device("cpu"), weights=weights)
     (source, index), component = pipeline_index(model), policy.component
     with only_errors():
-        parts = {**missing_parts(index), component: policy.network}
-        pipeline: Any = policy.pipeline_class.from_pretrained(source, dtype=torch.float32, **parts)
+        pipeline = load_pipeline(policy.pipeline_class, source, index, given={component: policy.network}, whole=True)
         if (weights / "pytorch_lora_weights.safetensors").is_file():
             pipeline.fuse_lora(components=[component])
             pipeline.unload_lora_weights()
