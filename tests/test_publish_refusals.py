@@ -30,6 +30,11 @@ def run_copy(lora_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(lora_run, tmp_path / "run")
 
 
+def configure(run: Path, **changes: object) -> None:
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+
+
 def damage(run: Path, how: str) -> None:
     info = json.loads((run / "run.json").read_text())
     weights = run / "lora" / "pytorch_lora_weights.safetensors"
@@ -41,8 +46,7 @@ def damage(run: Path, how: str) -> None:
         case "truncated weights":
             weights.write_bytes(weights.read_bytes()[:-100])
         case "unfinished":
-            config = yaml.safe_load((run / "config.yaml").read_text())
-            (run / "config.yaml").write_text(yaml.safe_dump({**config, "num_steps": 7}))
+            configure(run, num_steps=7)
         case "no images":
             (run / "images" / "step_000001.png").unlink()
         case "another version":
@@ -84,6 +88,12 @@ def test_an_unpublishable_run_is_refused_with_its_reason(
     with pytest.raises(error, match=message):
         recipe.main(recipe.Config(run=str(run_copy), base=None if how == "local base model" else BASE))
     assert not (run_copy / "publication").exists()
+
+
+def test_a_lora_of_another_denoiser_is_not_published_as_one_of_the_base(run_copy: Path) -> None:
+    configure(run_copy, init_weights="runs/other")
+    with pytest.raises(ValueError, match=r"a LoRA of the denoiser in 'runs/other', not of .*--merge_lora"):
+        recipe.main(recipe.Config(run=str(run_copy), base=BASE))
 
 
 def test_a_reward_model_without_metrics_is_refused(reward_model_run: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def is_full_pipeline(run: FinishedRun, *, merge_lora: bool) -> bool:
 def write_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: bool) -> None:
     """Write a full pipeline, a LoRA, or a reward model together with its backbone if that is not on the Hub.
 
-    Raises ValueError for a LoRA whose base model is only a folder of this machine.
+    Raises ValueError for a LoRA whose base model is only a folder of this machine, or not the model of the run.
     """
     if is_full_pipeline(run, merge_lora=merge_lora):
         from rlhf_t2i.models.packaging import save_trained_pipeline  # imports torch and diffusers
@@ -58,6 +58,11 @@ def write_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: boo
         save_trained_pipeline(base.source, run.weights, folder)
     elif run.kind == "reward_model":
         _write_reward_model(run, base, folder)
+    elif run.config.get("init_weights"):
+        raise ValueError(
+            f"{run.folder} holds a LoRA of the denoiser in {run.config['init_weights']!r}, not of {base.source!r}. "
+            f"Publish a full pipeline (--merge_lora)."
+        )
     elif base.hub_id is None and not base.built_in:
         raise ValueError(
             f"{run.folder} holds a LoRA of {base.source!r}, which is a folder of this machine. Name the same model on "

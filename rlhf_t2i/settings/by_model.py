@@ -55,15 +55,15 @@ def resolve_defaults(
     """Return a value for each option that was not given.
 
     A value of `run`, the settings of the run whose weights are used, comes first. `model` None is the run's model, or
-    the built-in one. Options in `unused` have no effect and get an empty text. Raises ValueError for a model that is
-    not built-in if an option that it needs was not given, with all of these in one line, and for a model of an
-    unsupported family.
+    the built-in one. Options in `unused` have no effect and get an empty text, or null if that can be. Raises
+    ValueError for a model that is not built-in if an option that it needs was not given, with all of these in one line,
+    and for a model of an unsupported family.
     """
     values = {name: run[name] for name in unset if name in run}
     if model is None:
         model = str(values.setdefault("model", unset["model"].toy)) if "model" in unset else TOY_MODEL
     rest = {name: default for name, default in unset.items() if name not in values}
-    values |= dict.fromkeys(rest.keys() & unused, "")
+    values |= {name: None if default.toy is None else "" for name, default in rest.items() if name in unused}
     rest = {name: default for name, default in rest.items() if name not in values}
     if model in TOY_MODELS:
         return values | {name: default.toy for name, default in rest.items()}

@@ -74,7 +74,7 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
         return self.pairs == SAMPLED
 
     def unused(self) -> Collection[str]:
-        return () if self.samples_pairs else ("prompts", "rewards")
+        return [*super().unused(), *(() if self.samples_pairs else ("prompts", "rewards"))]
 
     def rules(self) -> list[Rule]:
         timesteps = bool(whole_numbers(self.timesteps))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -41,16 +41,33 @@ class ModelSettings(Settings, group="model and LoRA"):
 class LoraSettings(Settings, group="model and LoRA"):
     """Adapters of the diffusion model."""
 
+    init_weights: InputPaths | None = None
+    """Weights of the full denoiser to start from, in place of the model's own: a run folder, or its unet or transformer
+    folder; null is the model's own."""
+    init_lora: InputPaths | None = None
+    """LoRA to go on training, with its rank and alpha: a run folder, a LoRA folder or file in the key layout of
+    diffusers or Kohya, or a Hub id; null starts a new one."""
+    reference_model: Literal["start", "base"] = "start"
+    """Model that a KL penalty and the loss of Diffusion-DPO compare with: the weights that training starts from
+    (init_weights, init_lora), or the model without them."""
     lora_rank: PositiveInt | None = by_model(None, family="lora_rank")
-    """Rank of the trained LoRA; null trains all weights of the denoiser."""
+    """Rank of the trained LoRA; null trains all weights of the denoiser, or the LoRA of init_lora with its own rank."""
     lora_alpha: PositiveFloat | None = None
     """LoRA scaling: adapters are multiplied by lora_alpha / lora_rank; null is lora_rank, a factor of 1."""
     lora_scale: PositiveFloat = 1.0
     """Scale of the LoRA in evaluation and export, relative to training; below 1 moves towards the base model."""
 
+    def unused(self) -> Collection[str]:
+        return [*super().unused(), *(["lora_rank"] if self.init_lora else [])]
+
     def rules(self) -> list[Rule]:
-        works = self.lora_scale == 1 or self.lora_rank is not None
-        return [*super().rules(), ("lora_scale", works, "1 without a LoRA (lora_rank is null)")]
+        works = self.lora_scale == 1 or self.trains_lora
+        return [*super().rules(), ("lora_scale", works, "1 without a LoRA (lora_rank and init_lora are null)")]
+
+    @property
+    def trains_lora(self) -> bool:
+        """True if a LoRA is trained, False if all weights are."""
+        return self.lora_rank is not None or self.init_lora is not None
 
 
 @dataclass(frozen=True, kw_only=True)

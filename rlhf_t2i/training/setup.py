@@ -21,6 +21,7 @@ from rlhf_t2i.training.ema import Decay, MovingAverage, decay_after_a_start
 from rlhf_t2i.training.evaluation import evaluation_set
 from rlhf_t2i.training.prompt_sets import PromptSets, load_prompt_sets
 from rlhf_t2i.training.run import Run, start_run
+from rlhf_t2i.training.start import set_start
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy
 
@@ -38,8 +39,8 @@ def make_trainer(
     """Load the policy, shard it as `accelerate launch` says, and resume the run if asked to. Collective.
 
     `keep_reference` keeps what `policy.as_reference` needs; `sampling_ema` adds the average "sampling". Checkpoints
-    also hold the state_dict of each of `extra`. Raises what `load_rewards`, `load_prompts`, `start_run` and
-    `load_policy` do.
+    also hold the state_dict of each of `extra`. Raises what `load_rewards`, `load_prompts`, `start_run`,
+    `load_policy` and `set_start` do.
     """
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
@@ -52,9 +53,7 @@ def make_trainer(
     _record_prompts(run, prompts)
     run.print(config.defaults_text())
     policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
-    policy.set_trainable(
-        config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed
-    )
+    set_start(policy, config, run, keep_reference=keep_reference)
     if config.offload_text_encoders:
         policy.offload_text_encoders()
     if config.gradient_checkpointing:

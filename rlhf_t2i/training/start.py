@@ -1,0 +1,42 @@
+"""The weights that a run starts from, and the reference model that it is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_t2i.run_folder import START
+from rlhf_t2i.settings.groups import TrainerConfig
+from rlhf_t2i.training.run import Run
+
+
+def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: bool) -> None:
+    """Load init_weights and init_lora into a policy, choose what is trained, and keep the reference model if asked to.
+
+    The LoRA that a run starts from is copied into its folder, where a resumed run finds it. Raises FileNotFoundError or
+    ValueError for weights that do not fit the model.
+    """
+    from rlhf_t2i.models.warm_start import start_from_lora, start_from_weights  # takes seconds
+
+    is_base = config.reference_model == "base"
+    if config.init_weights:
+        keep_base = keep_reference and is_base
+        start_from_weights(policy, Path(config.init_weights), model=config.model, keep_base=keep_base)
+        run.print(f"start     denoiser of {config.init_weights}")
+    if config.init_lora is None:
+        policy.set_trainable(
+            config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed
+        )
+    else:
+        copy = run.folder / START
+        source = Path(config.init_lora) if run.resumed_from is None else copy
+        rank, alpha = start_from_lora(
+            policy, source, model=config.model, rank=config.lora_rank, alpha=config.lora_alpha,
+            keep_start=keep_reference and not is_base,
+        )  # fmt: skip
+        if run.is_main and run.resumed_from is None:
+            policy.export(copy, policy.trainable)
+        run.print(f"start     LoRA {config.init_lora} (rank {rank}, alpha {alpha:g})")
+    if keep_reference:
+        warm = config.init_lora or config.init_weights
+        run.print(f"reference {config.model}{f', started from {warm}' if warm and not is_base else ''}")
