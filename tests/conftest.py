@@ -13,7 +13,7 @@ import pytest
 from tests import processes, tiny
 from tests.publications import hub, lora_run, publication, reward_model_run, unet_run  # noqa: F401  # fixtures
 
-# One thread for torch in this process and its children: two workers with a thread for each core would wait for one another.
+# One thread for torch here and in child processes: workers with a thread for each core would wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -74,6 +74,8 @@ def test_the_command_in_the_comment_reads_the_file(path: Path, monkeypatch: pyte
         for option in {"rewards", "evaluation_rewards"} & vars(settings).keys():
             for reward in names(getattr(settings, option)):
                 find_reward(reward)
+    monkeypatch.chdir("/")  # a file of options works from any folder
+    from_file = read(recipe, path)
     for option in {"prompts", "evaluation_prompts"} & vars(from_file).keys() - set(from_file.unused()):
         assert load_prompts(getattr(from_file, option))
 
