@@ -29,7 +29,7 @@ from rlhf_t2i.training.run import start_run
 from rlhf_t2i.types import Sampler
 
 
-def main(config: Config) -> dict[str, dict[str, float]]:
+def main(config: Config) -> dict[str, dict[str, float | None]]:
     """Sample and score the same images with each of the weights; print, write and return a table of mean rewards."""
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
@@ -41,7 +41,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     )
     run = start_run({**asdict(config), "resume": False, "trackers": ""}, recipe="evaluation")
     run.print(config.defaults_text())
-    table: dict[str, dict[str, float]] = {}
+    table: dict[str, dict[str, float | None]] = {}
     for index, name in enumerate(names(config.weights)):
         policy = load_policy(
             config.model,
@@ -56,7 +56,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             policy, prompts, seeds, rewards, sampler=sampler, microbatch_size=config.microbatch_size, processes=run
         )
         table[name] = evaluation.summary()
-        run.print(f"{name}: {evaluation.text()}, diversity {table[name]['diversity']:.3f}")
+        run.print(f"{name}: {evaluation.text()}")
         if run.is_main:
             save_image_grid(run.folder / IMAGES / f"{index}.png", evaluation.images)
             save_captions(run.folder / IMAGES / CAPTIONS, prompts, seeds)

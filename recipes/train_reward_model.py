@@ -43,7 +43,7 @@ from trl.trainer.reward_config import RewardConfig
 
 from reward_model.backbones.load import load_backbone
 from reward_model.benchmarks.evaluation import record_metrics, score_records
-from reward_model.benchmarks.metrics import to_table
+from reward_model.benchmarks.metrics import to_rows, to_table
 from reward_model.checkpoint import adapter_tensors, save_adapter
 from reward_model.config import RewardModelConfig
 from reward_model.datasets import load_records
@@ -239,7 +239,7 @@ def evaluate(model: LlavaReward, sets: dict[str, list[Record]], folder: Path, *,
     }
     for name, found in metrics.items():
         tqdm.write(f"\n{name}\n{to_table(found)}")
-    rows = {name: [asdict(metric) for metric in found] for name, found in metrics.items()}
+    rows = {name: to_rows(found) for name, found in metrics.items()}
     (folder / REWARD_METRICS).write_text(json.dumps(rows, indent=1))
 
 

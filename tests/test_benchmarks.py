@@ -347,7 +347,8 @@ def test_too_many_pairs_have_a_value_but_no_interval(monkeypatch: pytest.MonkeyP
     over_all, within = (found[f"pairwise_accuracy_{kind}"] for kind in ("tie_optimised", "within_prompts"))
     assert (over_all.value, over_all.low, over_all.count) == (5 / 6, None, 6)
     assert over_all.note.endswith("no interval: too many pairs")
-    assert (within.value, within.low, within.count) == (1, 1, 2)
+    assert (within.value, within.low, within.count) == (1, None, 2)
+    assert within.note.endswith("no interval: all resamples give the same value")
 
 
 # --- labels ---------------------------------------------------------------------------------------

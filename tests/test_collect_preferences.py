@@ -701,7 +701,7 @@ def test_the_results_page_shows_win_rates_and_agreement(tmp_path: Path) -> None:
         page = " ".join(ann.client.get("/results").text.split())
     assert "2 annotators, 8 answers to 4 pairs" in page
     assert "<td>before</td><td>after</td> <td>7</td><td>0</td><td>1</td><td>0</td><td>1.00 [0.65, 1.00]</td>" in page
-    assert "<td>&lt;b&gt;ann</td><td>bob</td><td>4</td> <td>0.75 [0.30, 0.95]</td><td>0.00 [0.00, 0.00]</td>" in page
+    assert "<td>&lt;b&gt;ann</td><td>bob</td><td>4</td> <td>0.75 [0.30, 0.95]</td><td>0.00</td>" in page
     assert "<td>bob</td><td>redness</td><td>3</td> <td>1.00 [0.44, 1.00]</td><td>undefined</td>" in page
     assert "<b>ann" not in page
 

@@ -133,8 +133,13 @@ def test_diversity_has_collapsed_below_a_third_beyond_its_errors(last: float, er
 
 
 def test_one_image_per_prompt_has_no_diversity() -> None:
-    found = check_diversity(diverse(0.0, 0.0, error=0.0), DDPO)
+    rows = [{k: v for k, v in row.items() if k != "diversity"} for row in diverse(0.0, 0.0, error=0.0)]
+    found = check_diversity(rows, DDPO)
     assert (found.state, "--num_evaluation_images" in found.observed) == ("unknown", True)
+
+
+def test_equal_images_before_training_cannot_collapse() -> None:
+    assert check_diversity(diverse(0.0, 0.2, error=0.01), DDPO).state == "unknown"
 
 
 # --- the updates ----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_diversity_and_its_error_by_hand() -> None:
     images = values[:, None, None, None].expand(4, 3, 32, 32)
     assert diversity(images, ["a", "a", "b", "b"]) == pytest.approx((0.4, 0.2), abs=1e-6)
     assert diversity(images[:2], ["a", "a"]) == (pytest.approx(0.2, abs=1e-6), None)
-    assert diversity(images, ["a", "b", "c", "d"]) == (0.0, None)
+    assert diversity(images, ["a", "b", "c", "d"]) == (None, None)
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Confidence intervals by the bootstrap.
+"""Confidence intervals by the bootstrap, and Wilson's for a fraction.
 
-Not `scipy.stats.bootstrap`, which cannot redraw: a statistic of labels is undefined on a resample of one class only.
+The bootstrap is not `scipy.stats.bootstrap`, which cannot redraw: a statistic of labels is undefined on a resample of
+one class only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import binomtest
 
 from reward_model.benchmarks.columns import UndefinedMetricError, common_length
 
@@ -26,8 +28,9 @@ def bootstrap_interval(
     on which the statistic raises ValueError (such as one class only) is drawn again, with at most `num_resamples`
     redraws in total. `level`, in (0, 1), is the coverage.
 
-    Two limits: without any error in the data, the interval has width 0. And statistics that chance makes larger
-    (calibration error and tie-optimised accuracy on few rows) are larger still on resamples: the interval is too high.
+    Two limits: without any error in the data, the interval has width 0, unlike Wilson's. And statistics that
+    chance makes larger (calibration error and tie-optimised accuracy on few rows) are larger still on resamples: the
+    interval is too high.
 
     Raises UndefinedMetricError if the statistic is undefined on the data, for fewer than 2 rows, or after too many
     redraws; ValueError for other arguments.
@@ -56,3 +59,9 @@ def bootstrap_interval(
         raise ValueError("The statistic is not finite on a resample; it should raise ValueError where it is undefined.")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """Return the ends of Wilson's 95 % score interval (1927) of the fraction count / total; total > 0."""
+    ends = binomtest(count, total).proportion_ci(method="wilson")
+    return float(ends.low), float(ends.high)

@@ -135,4 +135,5 @@ def _accuracy(rows: Sequence[tuple[str, float]], *, num_resamples: int, seed: in
         num_resamples=num_resamples,
         seed=seed,
         count=len(rows),
+        num_trials=len(total),
     )

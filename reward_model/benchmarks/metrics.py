@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 from numpy.typing import ArrayLike
 
-from reward_model.benchmarks.bootstrap import bootstrap_interval
+from reward_model.benchmarks.bootstrap import bootstrap_interval, wilson_interval
 from reward_model.benchmarks.classification import (
     Confusion,
     auroc,
@@ -51,7 +52,8 @@ class Metric:
     """nan where the metric is undefined; the note states the reason."""
     low: float | None
     high: float | None
-    """Ends of the 95 % bootstrap interval; None where there is none, and the note states the reason."""
+    """Ends of the 95 % interval: the bootstrap's, or Wilson's if the note says so; None where there is none, and the
+    note states the reason."""
     count: int
     """Number of pairs, images or prompts that the value is computed from."""
     note: str
@@ -78,10 +80,15 @@ def pair_metrics(
 
     note, num_decided = f"{num_tied} tied by the model", len(margins) - num_tied
     metrics = [
-        measure("accuracy_ties_wrong", lambda m: accuracy(m).ties_wrong, margins, note=note),
-        measure("accuracy_ties_dropped", lambda m: accuracy(m).ties_dropped, margins, note=note, count=num_decided),
+        measure(
+            "accuracy_ties_wrong", lambda m: accuracy(m).ties_wrong, margins, note=note, num_trials=len(margins)
+        ),
+        measure(
+            "accuracy_ties_dropped", lambda m: accuracy(m).ties_dropped, margins, note=note, count=num_decided,
+            num_trials=num_decided,
+        ),
         measure("calibration_error", pair_calibration_error, margins, note="10 bins, each pair in both orders"),
-    ]
+    ]  # fmt: skip
     if strict.all():
         return metrics
     best_threshold = tie_optimised_accuracy(logit, outcome).threshold
@@ -110,19 +117,23 @@ def label_metrics(
     require_probabilities(probability, name="probabilities")
     measure = partial(with_interval, num_resamples=num_resamples, seed=seed)
 
-    def counted(name: str, ratio: Callable[[Confusion], float], note: str) -> Metric:
-        return measure(name, lambda p, y: ratio(confusion(p, y, threshold=threshold)), probability, label, note=note)
+    def counted(name: str, ratio: Callable[[Confusion], float], note: str, num_trials: int | None) -> Metric:
+        return measure(
+            name, lambda p, y: ratio(confusion(p, y, threshold=threshold)), probability, label, note=note,
+            num_trials=num_trials,
+        )  # fmt: skip
 
+    num_good, num_called_good, total = int(label.sum()), int((probability >= threshold).sum()), len(label)
     rule = f"good if probability >= {threshold:g}"
     good, bad = (f"positive is {positive}: {int((label == positive).sum())} images" for positive in (1, 0))
     return [
-        counted("accuracy", lambda c: c.accuracy, rule),
-        counted("f1_good", lambda c: c.f1(1), good),
-        counted("precision_good", lambda c: c.precision(1), good),
-        counted("recall_good", lambda c: c.recall(1), good),
-        counted("f1_bad", lambda c: c.f1(0), bad),
-        counted("precision_bad", lambda c: c.precision(0), bad),
-        counted("recall_bad", lambda c: c.recall(0), bad),
+        counted("accuracy", lambda c: c.accuracy, rule, total),
+        counted("f1_good", lambda c: c.f1(1), good, None),
+        counted("precision_good", lambda c: c.precision(1), good, num_called_good),
+        counted("recall_good", lambda c: c.recall(1), good, num_good),
+        counted("f1_bad", lambda c: c.f1(0), bad, None),
+        counted("precision_bad", lambda c: c.precision(0), bad, total - num_called_good),
+        counted("recall_bad", lambda c: c.recall(0), bad, total - num_good),
         measure("auroc", auroc, score, label),
         measure("calibration_error", calibration_error, probability, label, note="10 bins"),
     ]
@@ -147,8 +158,13 @@ def with_interval(
     seed: int,
     count: int | None = None,
     note: str = "",
+    num_trials: int | None = None,
 ) -> Metric:
-    """Return the metric of a statistic with its bootstrap interval; its note states why either is undefined."""
+    """Return the metric of a statistic with its interval; its note states why either is undefined.
+
+    The interval is the bootstrap's, unless all resamples give the same value. Then it is Wilson's for a statistic that
+    is a fraction of `num_trials` independent trials and 0 or 1; for others there is none.
+    """
     count = len(columns[0]) if count is None else count
     try:
         value = statistic(*columns)
@@ -158,7 +174,18 @@ def with_interval(
         low, high = bootstrap_interval(statistic, *columns, num_resamples=num_resamples, seed=seed)
     except UndefinedMetricError as error:
         return Metric(name, value, None, None, count, "; ".join(filter(None, [note, f"no interval: {error}"])))
+    if low == high and num_trials and value in (0, 1):
+        low, high = wilson_interval(round(value * num_trials), num_trials)
+        return Metric(name, value, low, high, count, "; ".join(filter(None, [note, "Wilson's interval"])))
+    if low == high:
+        reason = "no interval: all resamples give the same value"
+        return Metric(name, value, None, None, count, "; ".join(filter(None, [note, reason])))
     return Metric(name, value, low, high, count, note)
+
+
+def to_rows(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Return the metrics for JSON, which has no nan: an undefined value is None."""
+    return [{**asdict(metric), "value": None if math.isnan(metric.value) else metric.value} for metric in metrics]
 
 
 def to_table(metrics: Sequence[Metric]) -> str:

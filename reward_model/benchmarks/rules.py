@@ -99,13 +99,13 @@ def comparison_metrics(
     total, everything = pairs.sum_by_group(strict), pairs.sum_by_group(np.ones_like(strict))
     agreed = everything - pairs.sum_by_group(prediction * pairs.outcomes < 0)
     num, num_tied = int(total.sum()), int(tied.sum())
-    ties = f"{num_tied} tied by the model"
+    ties, mean = f"{num_tied} tied by the model", "mean over prompts"
     metrics = [
-        measure("accuracy_ties_wrong", _ratio(right, total), count=num, note=ties),
-        measure("accuracy_ties_dropped", _ratio(right, total - tied), count=num - num_tied, note=ties),
-        measure("accuracy_ties_half", _ratio(right + tied / 2, total), count=num, note=ties),
-        measure("accuracy_per_prompt", _mean(right, total), count=int((total > 0).sum()), note="mean over prompts"),
-        measure("agreement_per_prompt", _mean(agreed, everything), count=pairs.num_groups, note="mean over prompts"),
+        measure("accuracy_ties_wrong", _ratio(right, total), count=num, note=ties, of=total),
+        measure("accuracy_ties_dropped", _ratio(right, total - tied), count=num - num_tied, note=ties, of=total - tied),
+        measure("accuracy_ties_half", _ratio(right + tied / 2, total), count=num, note=ties, of=total),
+        measure("accuracy_per_prompt", _mean(right, total), count=_num_positive(total), note=mean, of=total),
+        measure("agreement_per_prompt", _mean(agreed, everything), count=pairs.num_groups, note=mean, of=everything),
         *_by_order(pairs, strict & (prediction == pairs.outcomes), measure),
     ]
     return metrics if strict.all() else [*metrics, *_with_ties(pairs, tuned_threshold, measure)]
@@ -117,12 +117,14 @@ def _with_ties(pairs: ScoredPairs, tuned_threshold: float | None, measure: Calla
     everything = pairs.sum_by_group(np.ones(count))
     note = f"{int((pairs.outcomes == 0).sum())} tied by annotators"
     half = pairs.sum_by_group(_credits(prediction, pairs.outcomes))
-    metrics = [measure("agreement_half_ties", _ratio(half, everything), count=count, note=note)]
+    metrics = [measure("agreement_half_ties", _ratio(half, everything), count=count, note=note, of=everything)]
     if tuned_threshold is not None:
         tuned_prediction = np.where(np.abs(pairs.differences) <= tuned_threshold, 0.0, prediction)
         tuned = pairs.sum_by_group(_credits(tuned_prediction, pairs.outcomes))
         source = f"{note}, tie threshold {tuned_threshold:.4g} from the validation pairs"
-        metrics.append(measure("agreement_half_ties_tuned", _ratio(tuned, everything), count=count, note=source))
+        metrics.append(
+            measure("agreement_half_ties_tuned", _ratio(tuned, everything), count=count, note=source, of=everything)
+        )
     search = TieSearch(pairs.differences, pairs.outcomes)
     groups = pairs.groups[search.order]
     best = search.best(np.ones(len(groups), np.int64))
@@ -218,22 +220,32 @@ def _by_order(pairs: ScoredPairs, right: Bool[np.ndarray, " P"], measure: Callab
     num_first, num_second = int(first.sum()), int(second.sum())
     share = f"annotators prefer the first in {num_first} of {num_first + num_second}"
     return [
-        measure("accuracy_first_wins", _ratio(right_first, first), count=num_first, note=share),
-        measure("accuracy_second_wins", _ratio(right_second, second), count=num_second, note=share),
+        measure("accuracy_first_wins", _ratio(right_first, first), count=num_first, note=share, of=first),
+        measure("accuracy_second_wins", _ratio(right_second, second), count=num_second, note=share, of=second),
         measure("accuracy_order_balanced", balanced, count=num_first + num_second, note=share),
     ]
 
 
 def _over_groups(
-    num_groups: int, name: str, statistic: Statistic, *, count: int, note: str, num_resamples: int, seed: int
-) -> Metric:
-    """Return the metric of a statistic of group counts, with its interval over resampled groups."""
+    num_groups: int, name: str, statistic: Statistic, *, count: int, note: str, num_resamples: int, seed: int,
+    of: Float64[np.ndarray, " G"] | None = None,
+) -> Metric:  # fmt: skip
+    """Return the metric of a statistic of group counts, with its interval over resampled groups.
+
+    `of` has the number of pairs of each group that the statistic is a fraction of.
+    """
 
     def of_drawn_groups(drawn: Int[np.ndarray, " D"]) -> float:
         return statistic(np.bincount(drawn, minlength=num_groups))
 
-    groups = np.arange(num_groups)
-    return with_interval(name, of_drawn_groups, groups, num_resamples=num_resamples, seed=seed, count=count, note=note)
+    return with_interval(
+        name, of_drawn_groups, np.arange(num_groups), num_resamples=num_resamples, seed=seed, count=count, note=note,
+        num_trials=None if of is None else _num_positive(of),
+    )  # fmt: skip
+
+
+def _num_positive(values: Float64[np.ndarray, " G"]) -> int:
+    return int((values > 0).sum())
 
 
 def _ratio(part: Float64[np.ndarray, " G"], total: Float64[np.ndarray, " G"]) -> Statistic:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reward_model.benchmarks.harness import Result
-from reward_model.benchmarks.metrics import Metric
+from reward_model.benchmarks.metrics import Metric, to_rows
 
 _NUM_DOMAINS = 12
 """Number of domains of each benchmark in the Markdown, those with the lowest accuracy; the JSON has all."""
@@ -38,17 +37,13 @@ def to_json(name: str, results: Sequence[Result], *, settings: dict[str, Any]) -
             "rule": result.benchmark.rule,
             "notes": list(result.benchmark.notes),
             "items": len(result.benchmark.items),
-            "metrics": [_as_dict(metric) for metric in result.metrics],
-            "domains": [{"by": d.by, "domain": d.value, **_as_dict(d.accuracy)} for d in result.domains],
+            "metrics": to_rows(result.metrics),
+            "domains": [{"by": d.by, "domain": d.value, **to_rows([d.accuracy])[0]} for d in result.domains],
         }
         for result in results
     }
     content = {"reward": name, "settings": settings, "benchmarks": benchmarks}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
-
-
-def _as_dict(metric: Metric) -> dict[str, Any]:
-    return {**asdict(metric), "value": None if math.isnan(metric.value) else metric.value}
 
 
 def _cell(text: str) -> str:

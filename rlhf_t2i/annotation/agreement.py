@@ -23,7 +23,7 @@ Choices = Mapping[int, Choice]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number with its 95 % interval; nan if it is undefined."""
+    """A number with its 95 % interval; nan if it, or the interval, is undefined."""
 
     value: float
     low: float
@@ -32,7 +32,9 @@ class Estimate:
     def __str__(self) -> str:
         if np.isnan(self.value):
             return "undefined"
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        if np.isnan(self.low):
+            return f"{self.value:z.2f}"
+        return f"{self.value:z.2f} [{self.low:z.2f}, {self.high:z.2f}]"
 
 
 _UNDEFINED = Estimate(np.nan, np.nan, np.nan)
@@ -74,14 +76,17 @@ def cohens_kappa(tables: Int[np.ndarray, "*R K K"]) -> Float[np.ndarray, "*R"]:
 
 
 def kappa_estimate(table: Int[np.ndarray, "K K"], *, num_resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Return Cohen's kappa with a percentile bootstrap over the questions; resamples without a kappa are ignored."""
+    """Return Cohen's kappa with a percentile bootstrap over the questions; resamples without a kappa are ignored.
+
+    There is no interval if all resamples give the same: without any disagreement the bootstrap cannot draw one.
+    """
     total = int(table.sum())
     value = float(cohens_kappa(table)) if total else np.nan
     if np.isnan(value):
         return _UNDEFINED
     drawn = np.random.default_rng(seed).multinomial(total, (table / total).ravel(), size=num_resamples)
     low, high = np.nanpercentile(cohens_kappa(drawn.reshape(-1, *table.shape)), [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, np.nan, np.nan) if low == high else Estimate(value, float(low), float(high))
 
 
 def between_annotators(choices: Mapping[str, Choices]) -> list[Agreement]:

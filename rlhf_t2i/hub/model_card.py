@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rlhf_t2i.hub.base import Base
 from rlhf_t2i.hub.licence import Licence
 from rlhf_t2i.hub.usage import TEMPLATES, diffusers_usage, reward_model_usage
+from rlhf_t2i.prompt_files import HUB_PREFIX
 from rlhf_t2i.report import Chart
 from rlhf_t2i.shapes.names import TOY_PROMPTS
-from rlhf_t2i.training.changes import headline, reward_changes, reward_hacking_gap
+from rlhf_t2i.training.changes import diversity_change, headline, reward_changes, reward_hacking_gap
 from rlhf_t2i.training.finished_run import FinishedRun
-from rlhf_t2i.training.metrics import Row
+from rlhf_t2i.training.metrics import ERROR, Row, number, reward_names
 
 _Z_95 = 1.96
 """Half-width of a 95 % confidence interval in standard errors."""
+_MARKUP = re.compile(r"[\x00-\x1f\x7f`<]")
 
 
 def write_card(
@@ -72,19 +76,24 @@ def _metadata(
 def policy_results(run: FinishedRun) -> list[EvalResult]:
     """Return the mean rewards of a run's last evaluation in the Hub's format."""
     prompts, last = run.config["evaluation_prompts"] or "held-out prompts", run.evaluations[-1]
+    shown = prompts.removeprefix(HUB_PREFIX) if prompts.startswith(HUB_PREFIX) else Path(prompts).name
     return [
         EvalResult(
             task_type="text-to-image",
             dataset_type="prompts",
-            dataset_name="built-in held-out prompts" if prompts == TOY_PROMPTS else Path(prompts).name,
+            dataset_name="built-in held-out prompts" if prompts == TOY_PROMPTS else shown,
             metric_type=name,
             metric_name=f"{name} ({'trained on' if name in run.trained_on else 'held out'})",
             metric_value=last[name],
-            metric_args={"standard_error": last[key], "num_images": last["num_images"]},
+            metric_args={**_measured("standard_error", last[name + ERROR]), "num_images": last["num_images"]},
         )
-        for key in last
-        if (name := key.removesuffix("/standard_error")) != key and math.isfinite(last[name])
+        for name in reward_names([last])
+        if math.isfinite(last[name])
     ]
+
+
+def _measured(name: str, value: float | None) -> dict[str, float]:
+    return {} if value is None else {name: value}
 
 
 def reward_model_results(run: FinishedRun) -> list[EvalResult]:
@@ -101,7 +110,7 @@ def reward_model_results(run: FinishedRun) -> list[EvalResult]:
         )
         for name, metrics in run.reward_metrics.items()
         for metric in metrics
-        if math.isfinite(metric["value"])
+        if metric["value"] is not None
     ]
 
 
@@ -124,7 +133,8 @@ def _text(
         "needs_package": base.hub_id is None and not full_pipeline,
         "curves": curves,
         "warnings": licence.warnings,
-        "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True).strip(),
+        "command": shell_text(run.info["command"]),
+        "config": yaml_text(run.config),
     }
     if run.kind == "reward_model":
         arguments |= {
@@ -138,7 +148,7 @@ def _text(
             "usage": usage,
             "first_image": first_image,
             "rows": reward_rows(run),
-            "diversity": [run.evaluations[i]["diversity"] for i in (0, -1)],
+            "diversity": diversity_change(run.rows),
             "held_out_summary": held_out_summary(run),
             "num_images": run.evaluations[-1]["num_images"],
         }
@@ -154,12 +164,13 @@ def reward_rows(run: FinishedRun) -> list[Row]:
     rows: list[Row] = []
     for change in reward_changes(run.rows):
         difference, decimals = last[change.name] - first[change.name], len(change.difference.partition(".")[2])
-        half_width = _Z_95 * math.hypot(*(row[f"{change.name}/standard_error"] for row in (first, last)))
+        half_width = _Z_95 * math.hypot(*(number(row, change.name + ERROR) for row in (first, last)))
+        ends = (f"{end:+z.{decimals}f}" for end in (difference - half_width, difference + half_width))
         rows.append(
             {
                 "change": change,
                 "role": "trained on" if change.name in run.trained_on else "held out",
-                "interval": f"{difference - half_width:+.{decimals}f} to {difference + half_width:+.{decimals}f}",
+                "interval": " to ".join(ends) if half_width > 0 else "unknown",
             }
         )
     return rows
@@ -178,7 +189,7 @@ def held_out_summary(run: FinishedRun) -> str:
         conclusion = f"The change of {gap.trained} is within noise, so the comparison says little."
     elif trained > 0:
         conclusion = (
-            f"{gap.held_out} confirms {held_out / trained:.0%} of the gain of {gap.trained}; the rest may be reward "
+            f"{gap.held_out} confirms {held_out / trained:z.0%} of the gain of {gap.trained}; the rest may be reward "
             f"hacking."
         )
     else:
@@ -187,15 +198,57 @@ def held_out_summary(run: FinishedRun) -> str:
 
 
 def _reward_model_summary(run: FinishedRun) -> str:
-    results = [
-        f"{rows[0]['name']} {rows[0]['value']:.3f} on {name}" for name, rows in run.reward_metrics.items() if rows
-    ]
-    return f"A LLaVA-Reward reward model: it scores how well an image fits a prompt. {', '.join(results)}"
+    firsts = {name: rows[0] for name, rows in run.reward_metrics.items() if rows and rows[0]["value"] is not None}
+    results = [f"{first['name']} {first['value']:.3f} on {name}" for name, first in firsts.items()]
+    return ". ".join(
+        ["A LLaVA-Reward reward model: it scores how well an image fits a prompt", *filter(None, [", ".join(results)])]
+    )
+
+
+def shell_text(command: str) -> str:
+    """Return a command in one line that neither ends a block of code nor starts a tag of HTML.
+
+    Words with line breaks, other control characters, backticks or < are quoted as $'...', which shells read back.
+    """
+    if not _MARKUP.search(command):
+        return command
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote without its end
+        words = [command]
+    return " ".join(_ansi_quoted(word) if _MARKUP.search(word) else shlex.quote(word) for word in words)
+
+
+def _ansi_quoted(word: str) -> str:
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + _MARKUP.sub(lambda found: f"\\x{ord(found[0]):02x}", escaped) + "'"
+
+
+def yaml_text(config: Mapping[str, Any]) -> str:
+    """Return settings as YAML that neither ends a block of code nor starts a tag of HTML."""
+    text = yaml.dump(dict(config), Dumper=_CardDumper, sort_keys=False, allow_unicode=True).strip()
+    return text.replace("`", "\\x60").replace("<", "\\x3C")
+
+
+class _CardDumper(yaml.SafeDumper):
+    """Dump texts with backticks or < in double quotes, in which they can be escaped."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if re.search("[`<]", text) else None)
+
+
+_CardDumper.add_representer(str, _represent_text)
+
+
+def _inline(value: Any) -> str:
+    """Return text that is safe within a line of Markdown."""
+    return " ".join(str(value).split()).replace("<", "&lt;").replace("`", "'")
 
 
 def _cell(value: Any) -> str:
     """Return text that is safe in a cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return _inline(value).replace("|", "\\|")
 
 
-TEMPLATES.filters["cell"] = _cell
+TEMPLATES.filters |= {"cell": _cell, "inline": _inline}

@@ -40,7 +40,7 @@ def diffusers_usage(
         "revision": revision,
         "full_pipeline": full_pipeline,
         "weight_name": LORA_WEIGHTS,
-        "prompt": json.dumps(run.captions["prompts"][0], ensure_ascii=False),
+        "prompt": _literal(run.captions["prompts"][0]),
         "seed": run.captions["seeds"][0],
         "num_steps": run.num_evaluation_steps,
         "guidance_scale": run.config["guidance_scale"] - 1 + base.family.guidance_when_off,
@@ -49,6 +49,11 @@ def diffusers_usage(
     }
     usage, first_image = (TEMPLATES.get_template(file) for file in ("use_pipeline.py.jinja", "first_image.py.jinja"))
     return usage.render(arguments), first_image.render(arguments)
+
+
+def _literal(text: str) -> str:
+    """Return a text as a literal of Python that neither ends a block of code nor starts a tag of HTML."""
+    return json.dumps(text, ensure_ascii=False).replace("<", "\\u003c").replace("`", "\\u0060")
 
 
 def reward_model_usage(run: FinishedRun, name: str, *, revision: str | None) -> str:

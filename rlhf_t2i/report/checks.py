@@ -21,7 +21,7 @@ from rlhf_t2i.report.finding import (
     z_score,
 )
 from rlhf_t2i.report.update_checks import check_clipping, check_gradients, check_ratios
-from rlhf_t2i.training.changes import Z_THRESHOLD, diversity_of, with_error
+from rlhf_t2i.training.changes import Z_THRESHOLD, with_error
 from rlhf_t2i.training.metrics import Row, by_step, number, reward_names, trained_rewards
 
 COLLAPSE = 1 / 3
@@ -100,11 +100,17 @@ def check_diversity(rows: Sequence[Row], config: Config) -> Finding:
     """Warn if diversity is below a third of that of the first evaluation, beyond its standard errors."""
     title = "Images of the same prompt still differ"
     evaluations = by_step(rows, "evaluation")
-    if len(evaluations) < 2 or not number(evaluations[0], "diversity") > 0:
-        one_image = bool(evaluations) and number(evaluations[0], "diversity") == 0
-        needed = "two images of the same prompt (--num_evaluation_images above the number of evaluation prompts)"
-        return Finding(title, "unknown", f"This needs {needed if one_image else 'two evaluations'}.")
-    first, last = (diversity_of(evaluations[i]) for i in (0, -1))
+    measured = [row for row in evaluations if "diversity" in row]
+    if evaluations and not measured:
+        option_name = "--num_evaluation_images above the number of evaluation prompts"
+        return Finding(title, "unknown", f"This needs two images of the same prompt ({option_name}).")
+    if len(measured) < 2:
+        return Finding(title, "unknown", "This needs two evaluations.")
+    first, last = (
+        (number(row, "diversity"), float(row.get("diversity_error", 0.0))) for row in (measured[0], measured[-1])
+    )
+    if first[0] == 0:
+        return Finding(title, "unknown", "The images of a prompt were equal before training.")
     fraction = last[0] / first[0]
     observed = f"Diversity went from {with_error(*first)} to {with_error(*last)}, {fraction:.0%} of the first value."
     if not COLLAPSE * first[0] - last[0] > Z_THRESHOLD * math.hypot(COLLAPSE * first[1], last[1]):

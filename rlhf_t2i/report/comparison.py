@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,18 @@ from rlhf_t2i.run_folder import (
     read_config,
     read_run_info,
 )
-from rlhf_t2i.training.changes import compare
-from rlhf_t2i.training.metrics import ERROR, Points, Row, by_step, read_metrics, time_split, total, trained_rewards
+from rlhf_t2i.training.changes import compare, diversity_of
+from rlhf_t2i.training.metrics import (
+    ERROR,
+    Points,
+    Row,
+    by_step,
+    points,
+    read_metrics,
+    time_split,
+    total,
+    trained_rewards,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +159,7 @@ def cell_text(column: Column, first: Column, name: str) -> tuple[str, str]:
 
 def curves(runs: Sequence[Column], name: str) -> dict[str, Points]:
     """Return a reward, or the diversity, at all evaluations of each run that measured it, by the name of the run."""
-    lines = {
-        one.name: [
-            (float(row["step"]), float(row[name]), float(row.get(name + ERROR, 0.0)))
-            for row in one.evaluations
-            if math.isfinite(row.get(name, math.nan))
-        ]
-        for one in runs
-    }
+    lines = {one.name: points(one.evaluations, name) for one in runs}
     return {run: line for run, line in lines.items() if line}
 
 
@@ -176,4 +178,4 @@ def _embedded_grid(column: Column) -> dict[str, Any]:
     return {"data": data, "columns": columns, "rows": rows, "positions": positions, "side": side}
 
 
-_PAGE = load_template(TEMPLATES / "comparison.html", (cell_text, draw_runs, curves, colour))
+_PAGE = load_template(TEMPLATES / "comparison.html", (cell_text, diversity_of, draw_runs, curves, colour))

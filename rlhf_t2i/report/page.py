@@ -14,7 +14,7 @@ from rlhf_t2i.report.images import best_and_worst, image_history
 from rlhf_t2i.report.svg import draw
 from rlhf_t2i.report.templating import TEMPLATES, load_template, script_digest
 from rlhf_t2i.run_folder import CONFIG, REPORT, RUN_INFO, read_config, read_run_info
-from rlhf_t2i.training.changes import diversity_of, headline, reward_changes, reward_hacking_gap, with_error
+from rlhf_t2i.training.changes import diversity_change, diversity_of, headline, reward_changes, reward_hacking_gap
 from rlhf_t2i.training.metrics import by_step, read_metrics, time_split, total
 
 NUM_PAIRS = 12
@@ -60,7 +60,18 @@ def flags(text: str) -> Markup:
 _SCRIPT = (TEMPLATES / "slider.js").read_text(encoding="utf-8")
 _PAGE = load_template(
     TEMPLATES / "run.html",
-    (headline, reward_hacking_gap, reward_changes, diversity_of, with_error, charts, grouped, draw, time_split, total),
+    (
+        headline,
+        reward_hacking_gap,
+        reward_changes,
+        diversity_change,
+        diversity_of,
+        charts,
+        grouped,
+        draw,
+        time_split,
+        total,
+    ),
     typeset=typeset,
     flags=flags,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from rlhf_t2i.search.records import (
     scores_of,
     table,
 )
+from rlhf_t2i.training.metrics import Points
 
 NUM_SHOWN = 24
 """Number of searches whose images are shown."""
@@ -40,15 +42,21 @@ def charts(records: Sequence[SearchRecord]) -> list[tuple[Chart, str]]:
             Chart(
                 f"{name} by {unit}",
                 note,
-                [] if is_baseline else curve(records, name, cost),
-                curve(records, name, cost) if is_baseline else [point(records, name, cost)],
+                [] if is_baseline else _drawn(curve(records, name, cost)),
+                _drawn(curve(records, name, cost) if is_baseline else [point(records, name, cost)]),
                 names=("plain best-of-n", "best-of-n" if is_baseline else "the search"),
             ),
             unit,
         )
         for name in reward_names(records)
         for cost, unit in COSTS.items()
+        if any(math.isfinite(y) for _, y, _ in [*curve(records, name, cost), point(records, name, cost)])
     ]
+
+
+def _drawn(points: Points) -> Points:
+    """Return the points that can be drawn, with an error of 0 where it is unknown."""
+    return [(x, y, e if math.isfinite(e) else 0.0) for x, y, e in points if math.isfinite(y)]
 
 
 def headline(records: Sequence[SearchRecord]) -> str:

@@ -13,6 +13,8 @@ import torch
 
 from rlhf_t2i.run_folder import search_records
 from rlhf_t2i.search.candidates import expected_best
+from rlhf_t2i.text_table import align
+from rlhf_t2i.training.changes import fixed_with_error
 from rlhf_t2i.training.metrics import Points
 
 Row = dict[str, Any]
@@ -75,7 +77,7 @@ def reward_names(records: Sequence[SearchRecord]) -> list[str]:
 def curve(records: Sequence[SearchRecord], name: str, cost: str) -> Points:
     """Return (cost, mean, standard error) of plain best-of-n for n = 1 ... N, estimated from the same N images.
 
-    Empty without a baseline.
+    The error of a single search is NaN. Empty without a baseline.
     """
     if not records[0].has_baseline:
         return []
@@ -88,21 +90,27 @@ def curve(records: Sequence[SearchRecord], name: str, cost: str) -> Points:
 
 
 def point(records: Sequence[SearchRecord], name: str, cost: str) -> tuple[float, float, float]:
-    """Return (cost, mean, standard error) of the images that the search selected."""
+    """Return (cost, mean, standard error) of the images that the search selected; the error of a single one is NaN."""
     spent = math.fsum(record.row["searched"]["cost"][cost] for record in records) / len(records)
     return (spent, *_mean_and_error([record.selected_score(name) for record in records]))
 
 
 def summary(records: Sequence[SearchRecord]) -> str:
     """Return a text table of one plain sample, plain best-of-n for n = 2, 4, 8 ..., and the search."""
-    columns = {name: max(22, len(name) + 2) for name in reward_names(records)}
-    header = f"{'':24}{'denoiser':>10}{'reward':>8}{'seconds':>9}" + "".join(f"{n:>{w}}" for n, w in columns.items())
+    header = ("", "denoiser", "reward", "seconds", *reward_names(records))
     rows = [
-        f"{row['name']:24}{row['denoiser_calls']:>10.0f}{row['reward_calls']:>8.0f}{row['seconds']:>9.2f}"
-        + "".join(f"{text:>{width}}" for text, width in zip(row["texts"], columns.values(), strict=True))
+        (
+            row["name"],
+            f"{row['denoiser_calls']:.0f}",
+            f"{row['reward_calls']:.0f}",
+            f"{row['seconds']:.2f}",
+            *row["texts"],
+        )
         for row in table(records)
     ]
-    return "\n".join([header, *rows, f"{len(records)} searches; ± is one standard error"])
+    num = len(records)
+    note = f"{num} searches; ± is one standard error" if num > 1 else "1 search, which has no standard error"
+    return "\n".join([*align([header, *rows]), note])
 
 
 def table(records: Sequence[SearchRecord]) -> list[Row]:
@@ -125,10 +133,10 @@ def table(records: Sequence[SearchRecord]) -> list[Row]:
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     numbers = torch.tensor(values, dtype=torch.float64)
-    error = numbers.std().item() / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
+    error = numbers.std().item() / len(numbers) ** 0.5 if len(numbers) > 1 else math.nan
     return numbers.mean().item(), error
 
 
 def formatted(mean: float, error: float) -> str:
-    """Return a mean and its standard error as text, such as 0.375 ± 0.125."""
-    return f"{mean:.3f} ± {error:.3f}"
+    """Return a mean and its standard error as text, such as 0.375 ± 0.125; without an error if it is unknown (NaN)."""
+    return fixed_with_error(mean, error) if math.isfinite(mean) else "not finite"

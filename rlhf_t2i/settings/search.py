@@ -27,8 +27,9 @@ class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSett
     """Trained weights to sample with: the folder of a run, of its exported lora, unet or transformer, or of a
     checkpoint; null is the model itself."""
     prompts: InputPaths = by_model(TOY_PROMPTS)
-    """Prompts to search for: a UTF-8 text file with one prompt a line, a .jsonl file with "prompt" in each line
-    (GenEval's format too), or shapes for the held-out prompts of the built-in world."""
+    """Prompts to search for: a .txt file with one a line, a .jsonl (GenEval's too), .json, .csv or .parquet file
+    with "prompt" in each row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the
+    built-in world."""
     images_per_prompt: Annotated[PositiveInt, Group("sampling")] = 4
     """Images to return for each prompt, each from a search of its own."""
     searches_per_batch: Annotated[PositiveInt, Group("system")] = 8

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf_t2i.text_table import align
 from rlhf_t2i.training.metrics import (
     ERROR,
     Points,
@@ -48,8 +49,7 @@ class Change:
         """Return z as a cell of a table."""
         if math.isnan(self.z):
             return "unknown"
-        z = round(self.z, 1) + 0.0  # no "-0.0"
-        return f"{z:.1f} (within noise)" if self.is_noise else f"{z:.1f}"
+        return f"{self.z:z.1f} (within noise)" if self.is_noise else f"{self.z:z.1f}"
 
     @property
     def num_errors(self) -> str:
@@ -83,8 +83,8 @@ class Gap:
         """The gains at the last evaluation."""
         trained, held_out = self.trained_gains[-1][1], self.held_out_gains[-1][1]
         return (
-            f"In standard deviations of the first images, {self.trained}, which is trained on, gained {trained:+.2f}, "
-            f"and {self.held_out}, which is held out, {held_out:+.2f}: a gap of {self.points[-1][1]:+.2f}"
+            f"In standard deviations of the first images, {self.trained}, which is trained on, gained {trained:+z.2f}, "
+            f"and {self.held_out}, which is held out, {held_out:+z.2f}: a gap of {self.points[-1][1]:+z.2f}"
         )
 
 
@@ -95,8 +95,12 @@ def decimals(error: float) -> int:
 
 def with_error(mean: float, error: float) -> str:
     """Return "mean ± error", rounded to the second digit of the error; the mean alone if the error is 0 or unknown."""
-    places = decimals(error)
-    return f"{mean:.{places}f} ± {error:.{places}f}" if error > 0 else f"{mean:.{places}f}"
+    return fixed_with_error(mean, error if error > 0 else math.nan, places=decimals(error))
+
+
+def fixed_with_error(mean: float, error: float, *, places: int = 3) -> str:
+    """Return "mean ± error" with a number of decimals; the mean alone if the error is unknown (NaN)."""
+    return f"{mean:z.{places}f}" + (f" ± {error:.{places}f}" if math.isfinite(error) else "")
 
 
 def compare(name: str, before: Row, after: Row) -> Change:
@@ -108,13 +112,20 @@ def compare(name: str, before: Row, after: Row) -> Change:
     errors = number(before, name + ERROR), number(after, name + ERROR)
     difference, error = means[1] - means[0], math.hypot(*errors)
     places = decimals(error)
-    first, last = (f"{m:.{places}f} ± {e:.{places}f}" for m, e in zip(means, errors, strict=True))
-    return Change(name, first, last, f"{difference:+.{places}f}", difference / error if error > 0 else math.nan)
+    first, last = (fixed_with_error(m, e, places=places) for m, e in zip(means, errors, strict=True))
+    return Change(name, first, last, f"{difference:+z.{places}f}", difference / error if error > 0 else math.nan)
 
 
-def diversity_of(evaluation: Row) -> tuple[float, float]:
-    """Return the diversity of an evaluation and its standard error, 0 if that is unknown."""
-    return number(evaluation, "diversity"), float(evaluation.get("diversity_error", 0.0))
+def diversity_of(evaluation: Row) -> str:
+    """Return the diversity of an evaluation with its standard error, if that is known."""
+    return with_error(evaluation["diversity"], float(evaluation.get("diversity_error", 0.0)))
+
+
+def diversity_change(rows: Sequence[Row]) -> tuple[str, str, str] | None:
+    """Return the diversity of the first and of the last evaluation and the change; None unless both measured it."""
+    evaluations = by_step(rows, "evaluation")
+    first, last = (number(evaluations[i], "diversity") for i in (0, -1))
+    return None if math.isnan(last - first) else (f"{first:.3f}", f"{last:.3f}", f"{last - first:+z.3f}")
 
 
 def reward_changes(rows: Sequence[Row]) -> list[Change]:
@@ -170,14 +181,12 @@ def reward_hacking_gap(rows: Sequence[Row]) -> Gap | None:
 def before_after(rows: Sequence[Row]) -> str:
     """Return a table of the first and the last evaluation, with the change of each reward and its z."""
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
-    first, last = evaluations[0], evaluations[-1]
-    lines = [f"{'':24}{'before':>18}{'after':>18}{'change':>10}  z"]
-    lines += [
-        f"{change.name:24}{change.before:>18}{change.after:>18}{change.difference:>10}  {change.z_text}"
-        for change in reward_changes(rows)
-    ]
-    diversity = first["diversity"], last["diversity"]
-    lines.append(f"{'diversity':24}{diversity[0]:18.3f}{diversity[1]:18.3f}{diversity[1] - diversity[0]:+10.3f}")
+    last = evaluations[-1]
+    table = [("", "before", "after", "change", "z")]
+    table += [(one.name, one.before, one.after, one.difference, one.z_text) for one in reward_changes(rows)]
+    if diversity := diversity_change(rows):
+        table.append(("diversity", *diversity, ""))
+    lines = align(table, left={0, 4})
     if gap := reward_hacking_gap(rows):
         lines.append(gap.sentence)
     images = sum(row["images"] for row in rows if row["kind"] == "train")

@@ -17,6 +17,8 @@ from rlhf_t2i.image_grids import NUM_COLUMNS, save_captions, save_image_grid
 from rlhf_t2i.rewards.load import CheckedReward
 from rlhf_t2i.run_folder import CAPTIONS, EXTREMES, IMAGES, evaluation_scores, extremes_grid, image_grid
 from rlhf_t2i.sampling.rollout import generate
+from rlhf_t2i.training.changes import fixed_with_error
+from rlhf_t2i.training.metrics import ERROR, number
 from rlhf_t2i.types import Policy, ProcessGroup, Sampler
 
 _NUM_SHOWN = 4 * NUM_COLUMNS
@@ -34,19 +36,23 @@ class Evaluation:
     images: Float[Tensor, "B 3 Y X"]
     scores: dict[str, Float[Tensor, " B"]]
 
-    def summary(self) -> dict[str, float]:
-        """Return the mean and standard error of each reward, the diversity, and its standard error if it is defined."""
-        row: dict[str, float] = {}
+    def summary(self) -> dict[str, float | None]:
+        """Return the mean and standard error of each reward, and the diversity and its standard error.
+
+        The standard error of a reward is None for a single image; diversity and its error are left out if undefined.
+        """
+        row: dict[str, float | None] = {}
         for name, scores in self.scores.items():
             row[name] = scores.mean().item()
-            row[f"{name}/standard_error"] = scores.std().item() / len(scores) ** 0.5
-        mean, error = diversity(self.images, self.prompts)
-        return {**row, "diversity": mean, **({"diversity_error": error} if error is not None else {})}
+            row[name + ERROR] = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else None
+        measured = zip(("diversity", "diversity_error"), diversity(self.images, self.prompts), strict=True)
+        return {**row, **{name: value for name, value in measured if value is not None}}
 
     def text(self) -> str:
-        """Return each reward's mean ± standard error, on one line."""
+        """Return each reward's mean ± standard error, and the diversity, on one line."""
         row = self.summary()
-        return ", ".join(f"{name} {row[name]:.3f} ± {row[f'{name}/standard_error']:.3f}" for name in self.scores)
+        rewards = [f"{name} {fixed_with_error(number(row, name), number(row, name + ERROR))}" for name in self.scores]
+        return ", ".join([*rewards, *([f"diversity {row['diversity']:.3f}"] if "diversity" in row else [])])
 
 
 @torch.no_grad()
@@ -99,11 +105,11 @@ def evaluation_set(prompts: Sequence[str], *, num_images: int, seed: int) -> tup
     )
 
 
-def diversity(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> tuple[float, float | None]:
+def diversity(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> tuple[float | None, float | None]:
     """Return how different the images of one prompt are, and the standard error of that over prompts.
 
     This is the root mean square distance between the pixels of two images, at 32 x 32, averaged over pairs and then
-    over prompts. It is 0 if each prompt has one image; the error is None unless at least two prompts have more.
+    over prompts. It is None if each prompt has one image, and the error unless at least two prompts have more.
     """
     small = F.interpolate(images, (32, 32), mode="bilinear", antialias=True, align_corners=False)
     distances: list[Tensor] = []
@@ -112,7 +118,7 @@ def diversity(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> tuple
         if len(own) > 1:
             distances.append(torch.pdist(own).mean() / own.shape[1] ** 0.5)
     if not distances:
-        return 0.0, None
+        return None, None
     each = torch.stack(distances)
     return each.mean().item(), each.std().item() / len(each) ** 0.5 if len(each) > 1 else None
 

@@ -83,6 +83,14 @@ def time_split(rows: Sequence[Row]) -> dict[str, float]:
     return {**split, "evaluation and the rest": max(0.0, elapsed - sum(split.values()))}
 
 
+def rate_text(num_images: int, seconds: float) -> list[str]:
+    """Return images per second with three digits, as a list of one text; empty if no time was measured."""
+    if seconds <= 0:
+        return []
+    rate = num_images / seconds
+    return [f"{rate:.3g} images/s" if rate < 999.5 else f"{rate:,.0f} images/s"]
+
+
 def total(rows: Sequence[Row], key: str) -> int:
     """Return the sum of a key over all rows that have it."""
     return sum(row.get(key, 0) for row in rows)

@@ -27,7 +27,7 @@ from rlhf_t2i.training.early_stop import EarlyStop
 from rlhf_t2i.training.ema import MovingAverage, exchanged
 from rlhf_t2i.training.environment import StopRequests
 from rlhf_t2i.training.evaluation import Evaluation, evaluate, save_evaluation
-from rlhf_t2i.training.metrics import read_metrics
+from rlhf_t2i.training.metrics import rate_text, read_metrics
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.types import Policy, Sampler
 
@@ -155,9 +155,9 @@ class Trainer:
         seconds = {f"seconds/{part}": round(value, 3) for part, value in self._seconds.items()}
         self._seconds.clear()
         self.run.log({"kind": "train", "step": self.step, **metrics, **seconds})
-        rate = metrics["images"] / max(sum(seconds.values()), 1e-9)
-        shown = [f"{name} {metrics[name]:.3f}" for name in ("reward", "accuracy", "loss") if name in metrics]
-        self._progress.set_postfix_str(f"{shown[0]}, {rate:.0f} images/s")
+        shown = [f"{name} {metrics[name]:z.3f}" for name in ("reward", "accuracy", "loss") if name in metrics][:1]
+        shown += rate_text(int(metrics["images"]), math.fsum(seconds.values()))
+        self._progress.set_postfix_str(", ".join(shown))
         is_last = self.step == self.config.num_steps
         if is_last or (self._is_due(self.config.evaluate_every) and not self._is_stopping):
             self.evaluate()
