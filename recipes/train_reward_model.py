@@ -32,6 +32,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ from reward_model.scoring import LlavaReward
 from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer, newest_checkpoint
 from reward_model.types import Record
 from rlhf_t2i.distributed.processes import end_processes
-from rlhf_t2i.run_folder import CHECKPOINTS, REWARD_HISTORY, REWARD_METRICS, REWARD_MODEL
+from rlhf_t2i.report.reward_model import record_history, write_report
+from rlhf_t2i.run_folder import CHECKPOINTS, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_BACKBONE_FOLDER, TOY_PAIRS, toy_pairs_folder
 from rlhf_t2i.shapes.pairs import TESTS, write_pairs
@@ -87,6 +89,7 @@ def main(config: Config) -> Path:
         model, objective=objective, training=training, validation=validation, args=arguments,
         learning_rates=config.learning_rates, lora_only=config.lora_only,
         callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else [],
+        on_validation=partial(record_history, folder),
     )  # fmt: skip
     checkpoint = newest_checkpoint(folder / CHECKPOINTS) if config.resume or restarted() else None
     if trainer.is_world_process_zero():
@@ -94,13 +97,13 @@ def main(config: Config) -> Path:
         tqdm.write(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
     trainer.train_from(checkpoint)
     if trainer.is_world_process_zero():
-        (folder / REWARD_HISTORY).write_text(json.dumps(trainer.state.log_history, indent=1))
+        record_history(folder, trainer.state.log_history)
         best = LlavaReward(trainer.best_model())
         statistics = best.score_statistics(validation, batch_size=2 * config.microbatch_size)
         model_config = replace(model.configs[config.perspective], **statistics)
         save_adapter(model_config, adapter_tensors(best.model, config.perspective), folder / REWARD_MODEL)
         evaluate(best, {"validation": validation, **tests}, folder, batch_size=2 * config.microbatch_size)
-        tqdm.write(f"reward model  {folder / REWARD_MODEL}")
+        tqdm.write(f"report        {write_report(folder)}\nreward model  {folder / REWARD_MODEL}")
     end_processes(trainer.accelerator)
     return folder / REWARD_MODEL
 

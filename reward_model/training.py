@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import RewardConfig, RewardTrainer
@@ -35,6 +35,7 @@ from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, load_adapter_
 from reward_model.images import to_tensor
 from reward_model.losses import Objective
 from reward_model.model import GROUPS, RewardModel
+from reward_model.progress import History, Progress
 from reward_model.types import Inputs, LabelledImage, PreferencePair, Record
 
 REQUIRED_ARGUMENTS: dict[str, Any] = {
@@ -128,8 +129,12 @@ class RewardModelTrainer(RewardTrainer):
         learning_rates: dict[str, float],
         lora_only: bool = False,
         callbacks: list[Any] | None = None,
+        on_validation: Callable[[History], object] = lambda history: None,
     ) -> None:
-        """`learning_rates` has one for each of `GROUPS`. With `lora_only` only the LoRA is trained, as published."""
+        """`learning_rates` has one for each of `GROUPS`. With `lora_only` only the LoRA is trained, as published.
+
+        `on_validation` takes the training log after each validation, on the main process.
+        """
         objective.check([*training, *validation])
         if validation and all(isinstance(record, PreferencePair) and record.tie for record in validation):
             raise ValueError(f"All {len(validation)} validation records are ties, which have no accuracy.")
@@ -146,11 +151,20 @@ class RewardModelTrainer(RewardTrainer):
             processing_class=copy.deepcopy(reward_model.backbone.prompt_tokenizer.tokenizer),
             callbacks=callbacks,
         )
+        self._num_images = 0
+        for shown in (ProgressCallback, PrinterCallback):
+            self.remove_callback(shown)
+        self.add_callback(Progress(self._take_num_images, on_validation=on_validation))
 
     @property
     def reward_model(self) -> RewardModel:
         """The model in training."""
         return self.model.reward_model
+
+    def _take_num_images(self) -> int:
+        """Return the images that all processes have trained on since the last call."""
+        num_images, self._num_images = self._num_images, 0
+        return num_images
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # images are read in the collator
@@ -164,6 +178,8 @@ class RewardModelTrainer(RewardTrainer):
         # DeepSpeed casts all floats of a batch to its own precision.
         loss, correct = self.objective(outputs, tie, gap.float(), label.float())
         metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.model.training:
+            self._num_images += sum(gather_object([len(outputs)]))
         known = [value for value in gather_object(correct.tolist()) if not math.isnan(value)]
         if known:
             metrics["accuracy"].extend(known)

@@ -144,3 +144,8 @@ def search_records(folder: Path) -> list[Path]:
 def is_search(folder: Path) -> bool:
     """True for a run that searches for images instead of training a model."""
     return any((folder / IMAGES).glob(f"*/{PROMPT_METADATA}"))
+
+
+def is_reward_model(folder: Path) -> bool:
+    """True for a run that trains a reward model."""
+    return (folder / RUN_INFO).is_file() and read_run_info(folder)["recipe"] == "reward_model"

@@ -13,6 +13,7 @@ from pathlib import Path
 from rlhf_t2i.files import sha256_of, write_atomically
 from rlhf_t2i.hub.base import Base
 from rlhf_t2i.report import Chart, charts, draw
+from rlhf_t2i.report.reward_model import history_charts
 from rlhf_t2i.run_folder import (
     CAPTIONS,
     CONFIG,
@@ -97,32 +98,19 @@ def write_training_record(run: FinishedRun, folder: Path) -> list[tuple[str, Cha
     metrics = [REWARD_METRICS, REWARD_HISTORY] if run.kind == "reward_model" else [METRICS]
     for name in [CONFIG, RUN_INFO, *metrics]:
         _copy(run.folder / name, folder / "training")
-    if run.kind != "reward_model":
+    if (run.folder / REPORT).is_file():
         _copy(run.folder / REPORT, folder)
+    if run.kind != "reward_model":
         _copy(run.folder / IMAGES / CAPTIONS, folder / IMAGES)
         for name, grid in zip(("before.png", "after.png"), run.grids, strict=True):
             shutil.copyfile(grid, folder / IMAGES / name)
     curves: list[tuple[str, Chart]] = []
-    for chart in _reward_model_charts(run) if run.kind == "reward_model" else charts(run.rows):
+    for chart in history_charts(run.history) if run.kind == "reward_model" else charts(run.rows):
         name = f"curves/{re.sub('[^a-z0-9]+', '-', chart.title.lower()).strip('-')}.svg"
         (folder / "curves").mkdir(exist_ok=True)
         (folder / name).write_text(_svg_file(draw(chart, "step")), encoding="utf-8")
         curves.append((name, chart))
     return curves
-
-
-def _reward_model_charts(run: FinishedRun) -> list[Chart]:
-    """Return accuracy and loss of a reward model on its training and validation pairs."""
-
-    def points(key: str) -> list[tuple[float, float, float]]:
-        return [(float(row["step"]), float(row[key]), 0.0) for row in run.history if key in row]
-
-    notes = {"accuracy": "Fraction of pairs in the order of the labels.", "loss": "Lower is better."}
-    both = [
-        Chart(name, note, points(name), points(f"eval_{name}"), names=("training", "validation"))
-        for name, note in notes.items()
-    ]
-    return [chart for chart in both if chart.training or chart.evaluation]
 
 
 def _svg_file(svg: str) -> str:

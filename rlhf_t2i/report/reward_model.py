@@ -1,0 +1,64 @@
+"""The report of a reward model's training: curves of its validations, and its metrics on every data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rlhf_t2i.report.charts import Chart
+from rlhf_t2i.report.svg import draw
+from rlhf_t2i.report.templating import TEMPLATES, load_template
+from rlhf_t2i.run_folder import CONFIG, REPORT, REWARD_HISTORY, REWARD_METRICS, read_run_info
+from rlhf_t2i.training.metrics import Row, points
+
+_NOTES = {"accuracy": "Fraction of pairs in the order of the labels.", "loss": "Lower is better."}
+
+
+def history_charts(history: Sequence[Row]) -> list[Chart]:
+    """Return accuracy and loss on the training and the validation records."""
+    both = [
+        Chart(name, note, points(history, name), points(history, f"eval_{name}"), names=("training", "validation"))
+        for name, note in _NOTES.items()
+    ]
+    return [chart for chart in both if chart.training or chart.evaluation]
+
+
+def headline(history: Sequence[Row]) -> str:
+    """Return a sentence on the validation with the highest accuracy, whose weights are exported."""
+    validations = points(history, "eval_accuracy")
+    if not validations:
+        return "No validation has finished yet"
+    step, accuracy, _ = max(validations, key=lambda point: point[1])
+    rank = "the only validation" if len(validations) == 1 else f"the highest of {len(validations)} validations"
+    return f"Validation accuracy is {accuracy:.3f} after {step:,.0f} step{'s' * (step != 1)}, {rank}"
+
+
+def record_history(folder: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Write the training log to the run folder and bring the report up to date."""
+    (folder / REWARD_HISTORY).write_text(json.dumps(list(history), indent=1), encoding="utf-8")
+    write_report(folder)
+
+
+def write_report(folder: Path) -> Path:
+    """Write the `report.html` of a reward model's run, finished or not, and return its path."""
+    run, history = read_run_info(folder), _read(folder / REWARD_HISTORY, [])
+    page = _PAGE.render(
+        run=run,
+        started=f"{datetime.fromisoformat(run['started']):%d %B %Y, %H:%M %Z}",
+        headline=headline(history),
+        charts=history_charts(history),
+        metrics=_read(folder / REWARD_METRICS, {}),
+        config=(folder / CONFIG).read_text(encoding="utf-8"),
+    )
+    (folder / REPORT).write_text(page, encoding="utf-8")
+    return folder / REPORT
+
+
+def _read(path: Path, default: Any) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+
+_PAGE = load_template(TEMPLATES / "reward_model.html", (draw,))
