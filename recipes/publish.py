@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rlhf_t2i.hub.base import find_base
+from rlhf_t2i.hub.local_paths import paths_of, without_paths
 from rlhf_t2i.hub.publication import (
     is_full_pipeline,
     list_files,
@@ -50,14 +51,17 @@ def main(config: Config) -> Path:
     licence = find_licence(base, named=config.license, api=api)
     for warning in licence.warnings:
         tqdm.write(f"WARNING: {warning}{' Name it by --license.' if licence.id is None else ''}")
+    paths = paths_of(run, base.source)
+    public = without_paths(run, paths)
     target = Path(config.folder) if config.folder else run.folder / "publication"
     with new_publication(target) as folder:
         write_weights(run, base, folder, merge_lora=config.merge_lora)
         write_card(
-            run, base, licence, folder,
+            public, base, licence, folder,
             repo=config.repo, revision=config.revision, full_pipeline=full_pipeline,
-            curves=write_training_record(run, folder), datasets=names(config.datasets),
+            curves=write_training_record(public, folder), datasets=names(config.datasets),
         )  # fmt: skip
+        paths.hide_in_files(folder)
         check_no_tokens(folder)
         write_checksums(folder)
     for name in list_files(target):

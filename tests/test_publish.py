@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from recipes import publish as recipe
+from rlhf_t2i.hub.local_paths import paths_of, without_paths
 from rlhf_t2i.hub.model_card import held_out_summary, reward_rows
 from rlhf_t2i.hub.publication import list_files
 from rlhf_t2i.training.finished_run import read_run
@@ -122,11 +123,12 @@ def test_card_metadata_holds_base_licence_and_results(hub: FakeHub, lora_run: Pa
 
 def test_the_card_states_command_commit_versions_and_settings(lora_run: Path, publication: Path) -> None:
     text = (publication / "README.md").read_text()
-    run = json.loads((lora_run / "run.json").read_text())
-    for part in (run["command"], run["git_commit"], f"torch {run['versions']['torch']}"):
+    run = read_run(lora_run)
+    public = without_paths(run, paths_of(run))
+    for part in (public.info["command"], run.info["git_commit"], f"torch {run.info['versions']['torch']}"):
         assert part in text
     (settings,) = re.findall(r"```yaml\n(.*?)\n```", text, re.S)
-    assert yaml.safe_load(settings) == yaml.safe_load((lora_run / "config.yaml").read_text())
+    assert yaml.safe_load(settings) == public.config
 
 
 def test_images_of_the_card_are_in_the_folder(publication: Path) -> None:

@@ -1,0 +1,90 @@
+"""Replacement of this machine's paths in what is published by the names of the files and folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from markupsafe import escape
+
+from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPTS
+from rlhf_t2i.training.finished_run import FinishedRun
+
+_PATH = re.compile(r"(?<![^\s'\"=,:(\[])(?:~[\w.-]*|\.\.|[A-Za-z]:)?(?:[/\\][^/\\\s'\",:=()\[\]]+)+[/\\]?")
+"""An absolute path, or one from a home folder or the parent folder, within an option; relative ones are kept."""
+_TEXT_FILES = {".md", ".json", ".jsonl", ".yaml", ".html", ".svg"}
+
+
+class LocalPaths:
+    """The paths in some texts, and the short name of each."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        """Find the paths; two that end in the same name get different short names."""
+        self.names: dict[str, str] = {}
+        used = {*TOY_MODELS, TOY_BACKBONE, TOY_PROMPTS}  # names that mean something else
+        for path in dict.fromkeys(path for text in texts for path in _paths_in(text)):
+            name = base = re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "folder"
+            number = 2
+            while name in used:
+                name, number = f"{base}-{number}", number + 1
+            used.add(name)
+            self.names[path] = name
+
+    def hidden(self, value: Any) -> Any:
+        """Return a text, or the lists and dictionaries of texts, with every path replaced."""
+        match value:
+            case str():
+                for path in sorted(self.names, key=len, reverse=True):
+                    value = value.replace(path, self.names[path])
+                return value
+            case list():
+                return [self.hidden(one) for one in value]
+            case dict():
+                return {self.hidden(key): self.hidden(one) for key, one in value.items()}
+            case _:
+                return value
+
+    def hide_in_files(self, folder: Path) -> None:
+        """Replace the paths in the text files of a folder, also as JSON or HTML write them."""
+        forms = {form: name for path, name in self.names.items() for form in _written_forms(path)}
+        for file in (path for path in folder.rglob("*") if path.suffix in _TEXT_FILES):
+            text = before = file.read_text(encoding="utf-8")
+            for form in sorted(forms, key=len, reverse=True):
+                text = text.replace(form, forms[form])
+            if text != before:
+                file.write_text(text, encoding="utf-8")
+
+
+def paths_of(run: FinishedRun, *more: str) -> LocalPaths:
+    """Return the paths in the settings, commands and reward names of a run, and in `more` texts."""
+    return LocalPaths([*more, *_texts([run.config, run.info, run.reward_metrics, *run.rows])])
+
+
+def without_paths(run: FinishedRun, paths: LocalPaths) -> FinishedRun:
+    """Return the run with every path in its settings, commands and names replaced; its folder is the same."""
+    found = {name: paths.hidden(getattr(run, name)) for name in ("info", "config", "rows", "reward_metrics", "history")}
+    return replace(run, **found)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case list():
+            yield from (text for one in value for text in _texts(one))
+        case dict():
+            yield from (text for pair in value.items() for one in pair for text in _texts(one))
+
+
+def _paths_in(text: str) -> Iterator[str]:
+    if text.startswith(("/", "~")) and Path(text).expanduser().exists():
+        yield text  # the whole of it, with its blanks and commas
+    yield from (found[0] for found in _PATH.finditer(text))
+
+
+def _written_forms(path: str) -> set[str]:
+    return {path, json.dumps(path)[1:-1], str(escape(path))}
