@@ -19,7 +19,7 @@ from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.rollout import rollout
-from rlhf_t2i.search import api
+from rlhf_t2i.search import api, steering
 from rlhf_t2i.search.candidates import best_of_n, expected_best, halving, pruned_best_of_n
 from rlhf_t2i.search.context import CandidateScores, SearchContext, Veto
 from rlhf_t2i.search.steering import fk_steering, measure_reward_std
@@ -241,6 +241,20 @@ def test_the_api_steers_and_prunes(policy: DiffusionPolicy) -> None:
     result = api.fk_steering(policy, ["a fox"], redness, num_particles=4, resample_after=(1, 2), **small)
     assert result.candidates.images.shape == (1, 4, 3, 16, 16)
     assert api.best_of_n(policy, ["a fox"], redness, num_candidates=4, prune_after=(1,), **small).images.shape[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "expected"), [(50, [10, 20, 30, 40]), (8, [2, 3, 5, 6]), (4, [1, 2, 3]), (2, [1]), (1, [])]
+)
+def test_particles_are_resampled_after_each_fifth_of_sampling_by_default(num_steps: int, expected: list[int]) -> None:
+    assert steering.evenly_spaced(num_steps) == expected
+
+
+def test_the_api_steers_with_any_number_of_steps_by_default(policy: DiffusionPolicy) -> None:
+    result = api.fk_steering(
+        policy, ["a fox"], redness, num_particles=2, reward_std=1.0, num_denoising_steps=4, guidance_scale=1.0
+    )
+    assert list(result.effective_sample_size) == [1, 2, 3]
 
 
 # --- bad input --------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def test_two_processes_give_the_results_of_one(name: str, tiny_sd: Path, tmp_pat
     [
         ("best_of_n", {"num_candidates": 0}, "num_candidates is 0; it must be at least 1"),
         ("best_of_n", {"prune_after": "early"}, "prune_after is early; it must be comma-separated integers"),
-        ("best_of_n", {"prune_after": "4"}, "cannot be pruned after 4 steps: sampling has 4 steps"),
+        ("best_of_n", {"prune_after": "4"}, "prune_after is 4; it must be comma-separated integers, from 1 to 3"),
         ("best_of_n", {"eta": -1.0}, r"eta is -1\.0"),
         ("best_of_n", {"images_per_prompt": 0}, "images_per_prompt is 0; it must be at least 1"),
         ("best_of_n", {"microbatch_size": 0}, "microbatch_size is 0; it must be at least 1"),

@@ -72,7 +72,7 @@ def fk_steering(  # noqa: PLR0913
     strength: float = 2.0,
     reward_std: float | None = None,
     potential: PotentialName = "difference",
-    resample_after: Sequence[int] = (10, 20, 30, 40),
+    resample_after: Sequence[int] | None = None,
     ess_threshold: float = 1.0,
     num_denoising_steps: int = 50,
     eta: float = 1.0,
@@ -83,14 +83,17 @@ def fk_steering(  # noqa: PLR0913
 ) -> steering.SteeringResult:
     """Sample particles of each prompt that are resampled in favour of high rewards (arXiv:2501.06848).
 
-    Images follow p(image) * exp(strength * reward / reward_std). If `reward_std` is None, it is measured on 4 images
-    of each of the first 16 prompts, whose cost is not part of the result's cost.
+    Images follow p(image) * exp(strength * reward / reward_std). Particles are resampled after each number of denoising
+    steps in `resample_after`; None is after each fifth of them, such as 10, 20, 30 and 40 of 50. If `reward_std` is
+    None, it is measured on 4 images of each of the first 16 prompts, whose cost is not part of the result's cost.
     """
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it must be at least 1.")
     sampler = _sampler(model := as_diffusion_model(model), num_denoising_steps, eta=eta, guidance_scale=guidance_scale)
     context = SearchContext(model, as_reward(reward), sampler=sampler, microbatch_size=microbatch_size, veto=veto)
     count = len(prompts) * num_particles
+    if resample_after is None:
+        resample_after = steering.evenly_spaced(num_denoising_steps)
     # Before reward_std is measured, so that settings that cannot work are refused without sampling an image.
     steering.check_steering(context, resample_after, reward_std=reward_std or 1.0, ess_threshold=ess_threshold)
     if reward_std is None:

@@ -98,6 +98,11 @@ def fk_steering(
     return SteeringResult(candidates, log_weights, sample_sizes, resampled)
 
 
+def evenly_spaced(num_steps: int) -> list[int]:
+    """Return the numbers of steps after each fifth of sampling, without its end: 10, 20, 30 and 40 of 50."""
+    return sorted({min(max(1, round(num_steps * i / 5)), num_steps - 1) for i in range(1, 5)} - {0})
+
+
 def check_steering(
     context: SearchContext, resample_after: Sequence[int], *, reward_std: float, ess_threshold: float
 ) -> None:

@@ -137,8 +137,9 @@ class Option:
             return _adapter(self.type).validate_python(value)
         except ValidationError as error:
             in_type = error.errors()[0]["type"].startswith(("greater_than", "less_than"))
-            rules = [self.range] if in_type else [self.kind, self.range]
-            rule = ", ".join(filter(None, rules)) + (" or null" if self.optional else "")
+            or_null = " or null" if self.optional else ""
+            parts = [self.range + or_null] if in_type else [self.kind + or_null, self.range]
+            rule = ", ".join(filter(None, parts))
             raise ValueError(f"{self.name} is {value}; it must be {rule}.") from error
 
     @property
@@ -156,7 +157,7 @@ class Option:
         """The type in words."""
         if get_origin(self.base) is Literal:
             return f"one of {', '.join(get_args(self.base))}"
-        return {int: "an integer", float: "a number", bool: "true or false"}.get(self.base, "text")
+        return {int: "a whole number", float: "a number", bool: "true or false"}.get(self.base, "text")
 
     @property
     def range(self) -> str:

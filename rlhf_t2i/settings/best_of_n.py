@@ -8,7 +8,7 @@ from typing import Annotated
 from rlhf_t2i.settings.base import Group, Rule
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import Fraction, PositiveInt
-from rlhf_t2i.settings.search import SearchConfig
+from rlhf_t2i.settings.search import SearchConfig, steps_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class Config(SearchConfig):
     """With prune_after, also finish all candidates without pruning and report both; doubles the cost."""
 
     def rules(self) -> list[Rule]:
-        digits = all(part.isdigit() for part in names(self.prune_after))
-        return [*super().rules(), ("prune_after", digits, "comma-separated integers")]
+        works = all(part.isdigit() and 1 <= int(part) < self.num_denoising_steps for part in names(self.prune_after))
+        return [*super().rules(), ("prune_after", works, steps_rule(self.num_denoising_steps))]
 
     @property
     def pruning_steps(self) -> list[int]:

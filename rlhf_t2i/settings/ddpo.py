@@ -64,4 +64,6 @@ class Config(GroupedSamplingSettings, TrainerConfig):
     @property
     def trained_window(self) -> tuple[int, int]:
         """The first trained denoising step, and the one after the last."""
-        return round(self.window_start * self.num_denoising_steps), round(self.window_end * self.num_denoising_steps)
+        steps = self.num_denoising_steps
+        first, end = round(self.window_start * steps), round(self.window_end * steps)
+        return (0, 1) if steps == 1 and self.window_start < self.window_end else (first, end)

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.groups import DataSettings, GroupedSamplingSettings, TrainerConfig
+from rlhf_t2i.settings.launch import shared_rule
 from rlhf_t2i.settings.lists import whole_numbers
 from rlhf_t2i.settings.ranges import Fraction, InputPaths, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -82,5 +83,6 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
         return [
             *super().rules(),
             ("evaluation_prompts", can_hold_back, "given with pairs of your own, such as held_out.txt"),
+            *([shared_rule("prompts_per_step", self.prompts_per_step)] if self.samples_pairs else []),
             ("timesteps", timesteps, "a range such as 0-999 or a list such as 249,499,749,999"),
         ]

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from rlhf_t2i.settings.base import Group, Rule
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.groups import TrainerConfig
+from rlhf_t2i.settings.launch import shared_rule
 from rlhf_t2i.settings.ranges import (
     Decay,
     DifferentiableRewardNames,
@@ -73,6 +74,7 @@ class Config(TrainerConfig):
         first, end = self.trained_window
         return [
             *super().rules(),
+            shared_rule("prompts_per_step", self.prompts_per_step),
             (
                 "backprop_steps",
                 self.backprop_steps is None or self.backprop_steps <= self.num_denoising_steps,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from rlhf_t2i.settings.base import Group, Rule
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt
-from rlhf_t2i.settings.search import SearchConfig
+from rlhf_t2i.settings.search import SearchConfig, steps_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class Config(SearchConfig):
     potential: Literal["difference", "max", "sum"] = "difference"
     """Potential that log-weights add up: lambda times the reward's change since the last resampling step, its highest
     value so far, or its sum so far."""
-    resample_after: str = "2,3,4,6"
+    resample_after: str | None = None
     """Comma-separated numbers of denoising steps after which particles are scored and may be resampled; each from 1 to
-    num_denoising_steps - 1."""
+    num_denoising_steps - 1. Null is after 1/4, 3/8, 1/2 and 3/4 of num_denoising_steps."""
     ess_threshold: PositiveFraction = 1.0
     """Fraction of num_particles: particles are resampled if their effective sample size is below it; 1 always
     resamples."""
@@ -38,12 +38,18 @@ class Config(SearchConfig):
     """Also run best-of-N with as many images from the same seeds and report both; doubles the cost."""
 
     def rules(self) -> list[Rule]:
-        after = names(self.resample_after)
+        after = ["1"] if self.resample_after is None else names(self.resample_after)
         works = bool(after) and all(part.isdigit() and 1 <= int(part) < self.num_denoising_steps for part in after)
-        rule = f"comma-separated integers, from 1 to {self.num_denoising_steps - 1}"
-        return [*super().rules(), ("resample_after", works, rule)]
+        return [
+            *super().rules(),
+            ("num_denoising_steps", self.num_denoising_steps > 1, "at least 2 to resample between two steps"),
+            ("resample_after", works, steps_rule(self.num_denoising_steps)),
+        ]
 
     @property
     def resampling_steps(self) -> list[int]:
         """Numbers of denoising steps after which particles are scored."""
+        if self.resample_after is None:
+            last = self.num_denoising_steps - 1
+            return sorted({min(max(1, round(share * (last + 1))), last) for share in (0.25, 0.375, 0.5, 0.75)})
         return sorted(int(part) for part in names(self.resample_after))

@@ -13,6 +13,7 @@ from rlhf_t2i.rewards.terms import join_terms, reward_names_of
 from rlhf_t2i.settings.base import Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.evaluation import EvaluationSettings
+from rlhf_t2i.settings.launch import shared_rule, tracker_rules
 from rlhf_t2i.settings.ranges import (
     Decay,
     InputPaths,
@@ -153,7 +154,11 @@ class CheckpointSettings(ResumeSettings, group="checkpoints and logging"):
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep; older ones are deleted."""
     trackers: str = ""
-    """Experiment trackers to log to, comma-separated: wandb, tensorboard. metrics.jsonl is always written."""
+    """Experiment trackers to log to, comma-separated: wandb, tensorboard, aim, clearml, comet_ml, dvclive, mlflow,
+    swanlab, trackio. metrics.jsonl is always written."""
+
+    def rules(self) -> list[Rule]:
+        return [*super().rules(), *tracker_rules(self.trackers)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,3 +271,6 @@ class GroupedSamplingSettings(Settings, group="sampling"):
     """Distinct prompts in one training step, over all processes; a multiple of the number of processes."""
     images_per_prompt: PositiveInt = 12
     """Images sampled for each prompt in one training step, all on one process."""
+
+    def rules(self) -> list[Rule]:
+        return [*super().rules(), shared_rule("prompts_per_step", self.prompts_per_step)]

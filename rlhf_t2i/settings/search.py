@@ -14,6 +14,13 @@ from rlhf_t2i.settings.ranges import InputPaths, PositiveInt, RewardNames
 from rlhf_t2i.shapes.names import TOY_PROMPTS
 
 
+def steps_rule(num_denoising_steps: int) -> str:
+    """Return what a list of denoising steps before the last one must be."""
+    if num_denoising_steps == 1:
+        return "empty with one denoising step"
+    return f"comma-separated integers, from 1 to {num_denoising_steps - 1}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSettings, ModelSettings):
     """Options of every search. Defaults of model, resolution, steps and guidance are those of the run whose weights are

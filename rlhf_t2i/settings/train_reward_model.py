@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Lt
 
 from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.groups import DataSettings, ResumeSettings, ThreadSettings
+from rlhf_t2i.settings.launch import tracker_rules
 from rlhf_t2i.settings.ranges import (
     Decay,
     Fraction,
@@ -154,7 +155,11 @@ class RewardCheckpointSettings(ResumeSettings, group="checkpoints and logging"):
     keep_checkpoints: Annotated[int, Ge(2)] = 2
     """Checkpoints to keep, the best and the newest ones; older ones are deleted."""
     trackers: str = ""
-    """Experiment trackers to log to, comma-separated: wandb, tensorboard."""
+    """Experiment trackers to log to, comma-separated: wandb, tensorboard, aim, clearml, comet_ml, dvclive, mlflow,
+    swanlab, trackio."""
+
+    def rules(self) -> list[Rule]:
+        return [*super().rules(), *tracker_rules(self.trackers)]
 
 
 @dataclass(frozen=True, kw_only=True)
