@@ -48,7 +48,7 @@ from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.run_folder import COLLECTED_PAIRS
 from rlhf_t2i.seeds import ANNOTATE, generator_for
 from rlhf_t2i.settings.lists import names
-from rlhf_t2i.training.claim import claim_folder
+from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder
 
 _FREE_TO_CHANGE = {"run_folder", "resume", "rewards", "microbatch_size", "host", "port"}
 log = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once
@@ -63,16 +63,18 @@ def main(config: Config) -> Path:
     reward = load_rewards(config.rewards) if config.rewards else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with listen(config.host, config.port) as listener:
-        folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE)
+        folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE, checkpoints=False)
         questions = read_questions(folder) or write_questions(folder, candidates(config, folder, device))
         compared = None
         if reward and config.rewards:
             scores = score_questions(reward, folder, questions, device=device, batch_size=config.microbatch_size)
             compared = config.rewards, scores
+        keep_folder(folder)
         with closing(Answers(folder, questions, seed=config.seed)) as answers:
             if answers.truncated_line:
                 log(f"Removed the incomplete last line of {answers.path}, left by a crash: {answers.truncated_line!r}")
             serve(Service(answers, secret=token(), reward=compared), listener)
+    release_folder(folder)
     return folder
 
 

@@ -55,6 +55,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
         evaluation = evaluate(
             policy, prompts, seeds, rewards, sampler=sampler, microbatch_size=config.microbatch_size, processes=run
         )
+        run.keep_folder()
         table[name] = evaluation.summary()
         run.print(f"{name}: {evaluation.text()}")
         if run.is_main:

@@ -51,6 +51,7 @@ def main(config: Config) -> dict[str, list[Metric]]:
             f"launch with accelerate_configs/single.yaml."
         )
     reward = load_reward(config, run)
+    run.keep_folder()
     metrics: dict[str, list[Metric]] = {}
     if config.test_data or not config.benchmarks:
         metrics |= evaluate_on_data(reward, config, run.folder)

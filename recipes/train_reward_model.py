@@ -30,7 +30,6 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -62,8 +61,9 @@ from rlhf_t2i.run_folder import CHECKPOINTS, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_BACKBONE_FOLDER, TOY_PAIRS, toy_pairs_folder
 from rlhf_t2i.shapes.pairs import TESTS, write_pairs
-from rlhf_t2i.training.claim import claim_folder
-from rlhf_t2i.training.environment import check_trackers, restarted, set_num_threads, stop_with_launcher
+from rlhf_t2i.training.claim import claim_folder, keep_folder
+from rlhf_t2i.training.environment import restarted, set_num_threads, stop_with_launcher
+from rlhf_t2i.training.trackers import name_run
 
 _FREE_TO_CHANGE = {
     "resume", "run_folder", "keep_checkpoints", "trackers", "num_cpu_threads", "num_workers", "test_data",
@@ -95,6 +95,7 @@ def main(config: Config) -> Path:
     if trainer.is_world_process_zero():
         tqdm.write(f"{parameter_table(model)}\n{visual_token_table(model.backbone)}")
         tqdm.write(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
+    keep_folder(folder)
     trainer.train_from(checkpoint)
     if trainer.is_world_process_zero():
         record_history(folder, trainer.state.log_history)
@@ -135,25 +136,22 @@ def build_model(config: Config, objective: Objective, *, dtype: str) -> RewardMo
 
 def start(config: Config) -> tuple[RewardConfig, Path]:
     """Set up the process and trl's arguments, and claim the run folder."""
-    trackers = names(config.trackers)
-    check_trackers(trackers)
     stop_with_launcher()
     if not torch.cuda.is_available():
         set_num_threads(config.num_cpu_threads)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    arguments = trainer_arguments(config, precision=precision, trackers=trackers)
+    arguments = trainer_arguments(config, precision=precision)
     if PartialState().distributed_type == DistributedType.FSDP:
         raise ValueError("FSDP is not supported here; use accelerate_configs/deepspeed_zero3.yaml, or DDP.")
     folder = claim_folder(
         {**asdict(config), "mixed_precision": precision}, recipe="reward_model", free_to_change=_FREE_TO_CHANGE
     )
-    arguments.output_dir = str(folder / CHECKPOINTS)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder))
-    os.environ.setdefault("WANDB_DIR", str(folder))
+    arguments.output_dir, arguments.run_name = str(folder / CHECKPOINTS), folder.name
+    name_run(folder)
     return arguments, folder
 
 
-def trainer_arguments(config: Config, *, precision: str, trackers: Sequence[str]) -> RewardConfig:
+def trainer_arguments(config: Config, *, precision: str) -> RewardConfig:
     """Return the arguments of trl's trainer: AdamW with a cosine schedule; validation and checkpoint together."""
     if precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"mixed_precision {precision} is not supported; use no, fp16 or bf16.")
@@ -183,7 +181,7 @@ def trainer_arguments(config: Config, *, precision: str, trackers: Sequence[str]
         save_steps=config.evaluate_every,
         save_total_limit=config.keep_checkpoints,
         logging_steps=min(10, config.evaluate_every),
-        report_to=list(trackers) or "none",
+        report_to=names(config.trackers) or "none",
         seed=config.seed,
     )
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
+
+_IS_WINDOWS = sys.platform == "win32"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -22,8 +25,10 @@ def sha256_of(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or folder is written to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file or folder is written to disk; Windows cannot wait for a folder."""
+    if _IS_WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if _IS_WINDOWS else os.O_RDONLY)  # Windows flushes only what can be written
     try:
         os.fsync(handle)
     finally:

@@ -1,6 +1,7 @@
 """Layout of a run folder: the only module that knows the names of the files in it.
 
 config.yaml         settings
+.lock               locked while the run is alive
 run.json            recipe, command, commit, versions, device and placement
 metrics.jsonl       one row for each training step and each evaluation
 report.html         the page made from these files
@@ -38,6 +39,7 @@ import yaml
 from rlhf_t2i.files import write_atomically
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
 RUN_INFO = "run.json"
 METRICS = "metrics.jsonl"
 REPORT = "report.html"

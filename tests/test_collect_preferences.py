@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from filelock import FileLock
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -370,11 +371,9 @@ def test_a_damaged_line_is_refused_with_its_number(line: str, tmp_path: Path) ->
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
-    questions = write_pairs(tmp_path)
-    with collecting(tmp_path, questions), pytest.raises(BlockingIOError, match="Another server collects answers"):
-        Answers(tmp_path, questions, seed=0)
-    with collecting(tmp_path, questions):
-        pass
+    config = Config(runs="runs/a", run_folder=str(tmp_path), port=0)
+    with FileLock(tmp_path / ".lock"), pytest.raises(BlockingIOError, match="in use: another process still writes"):
+        recipe.main(config)
 
 
 def test_on_a_full_disk_nothing_is_recorded_and_the_answer_can_be_repeated(

@@ -343,8 +343,17 @@ def test_a_run_folder_with_a_run_in_it_is_not_overwritten(config: ddpo.Config) -
 
 def test_a_run_folder_with_another_config_is_refused(config: ddpo.Config) -> None:
     train(replace(config, num_steps=1))
-    with pytest.raises(ValueError, match=r"another config: learning_rate was 0\.001 and is now 0\.5"):
-        train(replace(config, resume=True, learning_rate=0.5))
+    with pytest.raises(ValueError, match=r"another config: eta was 1\.0 and is now 0\.5"):
+        train(replace(config, resume=True, eta=0.5))
+
+
+def test_a_resumed_run_may_go_on_with_another_learning_rate(
+    config: ddpo.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = weights(train(replace(config, num_steps=1)), step=1)
+    folder = train(replace(config, num_steps=2, resume=True, learning_rate=1e-12))
+    assert "Changed on resuming: learning_rate 0.001 -> 1e-12\n" in capsys.readouterr().out
+    assert_same(first, weights(folder, step=2), atol=1e-9)
 
 
 def test_resuming_without_a_run_is_refused(config: ddpo.Config) -> None:

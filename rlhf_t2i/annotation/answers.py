@@ -7,7 +7,6 @@ pairs.jsonl     the answers that were not undone, as preference pairs for train_
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -76,7 +75,7 @@ class Answers:
         """Load the answers in `folder`. `seed` and an annotator's name determine their order of questions and sides.
 
         An incomplete last line, left by a crash, was never confirmed to an annotator and is removed. Raises ValueError
-        for any other invalid line, and BlockingIOError while another server uses the folder.
+        for any other invalid line. The folder must be claimed (`claim_folder`), so that no other server uses it.
         """
         self.folder, self.questions, self.seed = folder, questions, seed
         self._current: dict[str, list[Answer]] = {}
@@ -86,25 +85,20 @@ class Answers:
         self._orders: dict[str, tuple[list[int], list[bool]]] = {}
         self._lock = threading.RLock()
         self.path = folder / ANSWERS
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        as_bytes = getattr(os, "O_BINARY", 0)  # or Windows would write other ends of lines
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | as_bytes, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             flush(folder)  # a new file survives a crash only if its folder is flushed too
             self.truncated_line = _remove_truncated_line(self.path, self._file)
             for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
                 self._replay(line, where=f"{self.path}:{number}")
-        except BlockingIOError as error:
-            os.close(self._file)
-            raise BlockingIOError(
-                f"Another server collects answers in {folder}; stop it, or choose another --run_folder."
-            ) from error
         except ValueError:
             os.close(self._file)
             raise
         self._write_pairs()
 
     def close(self) -> None:
-        """Unlock the folder for other servers."""
+        """Close the file of answers."""
         os.close(self._file)
 
     # --- questions ---

@@ -87,6 +87,7 @@ class SearchRun:
                     f"Prompt {index} of {self.config.prompts} is now {metadata}, but the images in {path.parent} "
                     f"were generated for {earlier}. Restore the file, or name another --run_folder."
                 )
+        self.run.keep_folder()
         if self.run.is_main:  # two processes may search for images of the same prompt
             for index, metadata in enumerate(self.metadata):
                 write_metadata(self._folder(index), metadata)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +23,11 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from rlhf_t2i.files import write_atomically
-from rlhf_t2i.run_folder import CONFIG, RUN_INFO, read_config, read_run_info
+from rlhf_t2i.run_folder import CHECKPOINTS, CONFIG, LOCK, RUN_INFO, read_config, read_run_info
 from rlhf_t2i.training.environment import restarted
 
 _PACKAGES = (
@@ -30,27 +35,76 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def claim_folder(config: Mapping[str, Any], *, recipe: str, free_to_change: Set[str]) -> Path:
-    """Create the run folder or resume in it, write config.yaml and run.json, and return its path. Collective.
+@dataclass
+class _Claim:
+    """A run folder that this process writes to."""
 
-    Reads run_folder and resume of `config`; a restarted process resumes in any case. Raises ValueError for a folder
-    with another config (settings in `free_to_change` may differ), FileExistsError for one that holds a run if `resume`
-    is false, and FileNotFoundError if a process cannot read the folder.
+    lock: FileLock | None
+    """The lock of the folder; None on all but the main process."""
+    before: frozenset[str] | None
+    """Names in the folder before a run that has no results yet; None once there are results to keep."""
+
+
+_claims: dict[Path, _Claim] = {}
+
+
+def claim_folder(config: Mapping[str, Any], *, recipe: str, free_to_change: Set[str], checkpoints: bool = True) -> Path:
+    """Create the run folder or resume in it, lock it, write config.yaml and run.json; return its path. Collective.
+
+    Until `keep_folder`, a new folder is removed when the process ends. Reads run_folder and resume of `config`; a
+    restarted process resumes in any case. Without run_folder the newest run is resumed, of those that have a checkpoint
+    if runs of this recipe write `checkpoints`. Raises ValueError for a folder with another config (settings in
+    `free_to_change` may differ), FileExistsError for one that holds a run if `resume` is false, BlockingIOError for one
+    that another process writes to, and FileNotFoundError if a process cannot read the folder.
     """
     state, given = PartialState(), config["run_folder"]
-    folder = Path(given) if given else _default_folder(recipe, resume=config["resume"])
+    folder = Path(given) if given else _default_folder(recipe, resume=config["resume"], checkpoints=checkpoints)
     [folder] = broadcast_object_list([folder])
-    problem = None
+    problem = before = None
     if state.is_main_process:
         resume = config["resume"] or (restarted() and (folder / CONFIG).is_file())
-        problem = _claim(folder, config, resume=resume, free_to_change=free_to_change)
-        if problem is None:
+        try:
+            before = _claim(folder, config, resume=resume, free_to_change=free_to_change)
             _describe(folder, recipe, state)
+        except (OSError, ValueError) as error:
+            problem = error
     for found in gather_object([problem]):
         if found is not None:
             raise found
+    [before] = broadcast_object_list([before])
+    if not state.is_main_process:
+        _claims[folder.absolute()] = _Claim(None, before)
     _wait_for_file(folder / CONFIG)
     return folder
+
+
+def keep_folder(folder: Path) -> None:
+    """Keep a run folder whatever happens: its first results are to be written."""
+    if claim := _claims.get(folder.absolute()):
+        claim.before = None
+
+
+def release_folder(folder: Path) -> None:
+    """Let other processes write to a run folder."""
+    claim = _claims.pop(folder.absolute(), None)
+    if claim and claim.lock:
+        claim.lock.release()
+
+
+@atexit.register
+def remove_failed_starts() -> None:
+    """Remove the folders of runs that ended before `keep_folder`."""
+    for folder, claim in list(_claims.items()):
+        release_folder(folder)
+        if claim.before is None:
+            continue
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                if path.is_dir() and path.name not in claim.before:
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name not in claim.before:
+                    path.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _wait_for_file(path: Path, *, seconds: float = 60.0) -> None:
@@ -65,13 +119,15 @@ def _wait_for_file(path: Path, *, seconds: float = 60.0) -> None:
         time.sleep(0.5)
 
 
-def _default_folder(recipe: str, *, resume: bool) -> Path:
+def _default_folder(recipe: str, *, resume: bool, checkpoints: bool) -> Path:
     """Return a new folder under runs/, the recipe's newest one to resume, or the one from before a restart."""
     if resume:
-        earlier = sorted(Path("runs").glob(f"{recipe}-[0-9]*/{CONFIG}"))
-        if not earlier:
-            raise FileNotFoundError(f"There is no run to resume: runs/{recipe}-* does not exist.")
-        return earlier[-1].parent
+        earlier = [path.parent for path in sorted(Path("runs").glob(f"{recipe}-[0-9]*/{CONFIG}"))]
+        usable = [folder for folder in earlier if not checkpoints or any((folder / CHECKPOINTS).glob("*[0-9]"))]
+        if not usable:
+            lacking = "has a checkpoint" if earlier else "exists"
+            raise FileNotFoundError(f"There is no run to resume: no folder runs/{recipe}-* {lacking}.")
+        return usable[-1]
     # The launcher outlives the processes that it restarts, so its id stays the same.
     owner = os.getppid() if "TORCHELASTIC_RESTART_COUNT" in os.environ else os.getpid()
     if restarted() and (own := sorted(Path("runs").glob(f"{recipe}-[0-9]*-{owner}/{CONFIG}"))):
@@ -79,30 +135,55 @@ def _default_folder(recipe: str, *, resume: bool) -> Path:
     return Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}-{owner}"
 
 
-def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool, free_to_change: Set[str]) -> Exception | None:
-    """Create the folder and write config.yaml; return the error, if any, so that all processes can raise it."""
+def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool, free_to_change: Set[str]) -> frozenset[str] | None:
+    """Lock the folder and write config.yaml; return what it held before a new run. Raises as `claim_folder` does."""
     path = folder / CONFIG
-    if resume and not path.is_file():
-        return FileNotFoundError(f"There is no run to resume in {folder}: it has no {CONFIG}.")
-    if path.exists():
-        if not resume:
-            return FileExistsError(
-                f"{folder} already holds a run. Continue it with --resume, or choose another --run_folder."
-            )
-        stored = read_config(folder)
-        changed = [
-            f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
-            for name in sorted((stored.keys() | config.keys()) - free_to_change)
-            if stored.get(name) != config.get(name)
-        ]
-        if changed:
-            return ValueError(f"{folder} holds a run with another config: {'; '.join(changed)}.")
+    earlier = _claims.get(folder.absolute())
+    is_new = not path.is_file() or (earlier is not None and earlier.before is not None)
+    if resume and is_new:
+        raise FileNotFoundError(f"There is no run to resume in {folder}: it has no {CONFIG}.")
+    if not is_new and not resume:
+        raise FileExistsError(
+            f"{folder} already holds a run. Continue it with --resume, or choose another --run_folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    before = frozenset(path.name for path in folder.iterdir()) if is_new else None
+    before = earlier.before if earlier and is_new else before
+    _claims[folder.absolute()] = _Claim(earlier.lock if earlier else _locked(folder), before)
+    if not is_new:
+        try:
+            _report_changes(read_config(folder), config, folder, free_to_change)
+        except ValueError:
+            release_folder(folder)
+            raise
+    stored = {name: value for name, value in config.items() if name != "resume"}
+    write_atomically(path, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
+    return before
+
+
+def _locked(folder: Path) -> FileLock:
+    """Lock a folder until the process ends, which also frees it; a restarted process waits for its predecessor."""
+    lock = FileLock(folder / LOCK, thread_local=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-    except OSError as error:
-        return error
-    return None
+        lock.acquire(timeout=60 if restarted() else 0)
+    except Timeout as error:
+        raise BlockingIOError(
+            f"{folder} is in use: another process still writes to it. Stop that run, or wait until it has ended."
+        ) from error
+    return lock
+
+
+def _report_changes(
+    stored: Mapping[str, Any], config: Mapping[str, Any], folder: Path, free_to_change: Set[str]
+) -> None:
+    """Print the settings that have changed; ValueError if one of them is not in `free_to_change`."""
+    changed = [name for name in sorted(stored.keys() | config.keys()) if stored.get(name) != config.get(name)]
+    changed = [name for name in changed if name not in ("resume", "run_folder")]
+    if refused := [name for name in changed if name not in free_to_change]:
+        listed = "; ".join(f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}" for name in refused)
+        raise ValueError(f"{folder} holds a run with another config: {listed}.")
+    for name in changed:
+        tqdm.write(f"Changed on resuming: {name} {stored.get(name)} -> {config.get(name)}")
 
 
 def _describe(folder: Path, recipe: str, state: PartialState) -> None:

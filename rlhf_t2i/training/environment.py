@@ -1,15 +1,13 @@
-"""Environment of a process: CPU threads, signals of the launcher, and trackers."""
+"""Environment of a process: CPU threads and signals of the launcher."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -60,19 +58,3 @@ class StopRequests:
         if self.count > 1:
             raise KeyboardInterrupt
         self.print("Stopping after this step; a checkpoint will be written. Press Ctrl-C again to stop at once.")
-
-
-def check_trackers(trackers: Sequence[str]) -> None:
-    """Raise ValueError for a tracker that is unknown or not installed.
-
-    wandb without an API key writes to disk and never asks for a login.
-    """
-    for tracker in trackers:
-        if tracker not in ("wandb", "tensorboard"):
-            raise ValueError(f"There is no tracker {tracker!r}; choose from wandb, tensorboard.")
-        if importlib.util.find_spec(tracker) is None:
-            raise ValueError(f"The tracker {tracker} is not installed: pip install 'rlhf-t2i[{tracker}]'.")
-    if "wandb" in trackers and "WANDB_API_KEY" not in os.environ:
-        netrc = Path.home() / ".netrc"
-        if not (netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="ignore")):
-            os.environ.setdefault("WANDB_MODE", "offline")

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
@@ -19,15 +18,17 @@ from rlhf_t2i.distributed.processes import DTYPES, Mode, end_processes, start_pr
 from rlhf_t2i.run_folder import CHECKPOINTS
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete
-from rlhf_t2i.training.claim import claim_folder
-from rlhf_t2i.training.environment import check_trackers, restarted, set_num_threads, stop_with_launcher
+from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder
+from rlhf_t2i.training.environment import restarted, set_num_threads, stop_with_launcher
 from rlhf_t2i.training.metrics import MetricsFile
+from rlhf_t2i.training.trackers import Trackers
 
-_FREE_TO_CHANGE = {
-    "resume", "run_folder", "num_steps", "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads",
-    "searches_per_batch",
-}  # fmt: skip
-"""Settings that may differ when a run is resumed."""
+FREE_TO_CHANGE = frozenset({
+    "num_steps", "learning_rate", "warmup_steps", "max_skipped_updates", "evaluate_every", "patience",
+    "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads", "microbatch_size", "searches_per_batch",
+    "async_reward", "gradient_checkpointing", "offload_text_encoders", "gather_for_sampling",
+})  # fmt: skip
+"""Settings that may differ when a run is resumed; docs/resume.md lists them."""
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Run:
     folder: Path
     metrics: MetricsFile | None
     """None on all but the main process."""
+    trackers: Trackers
     resumed_from: Path | None
     """Checkpoint from which the run resumes."""
     started: float = field(default_factory=time.monotonic)
@@ -101,14 +103,19 @@ class Run:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row, with its kind and step, to metrics.jsonl and send it to the trackers."""
+        self.keep_folder()
         if self.metrics is not None:
             self.metrics.write({**row, "elapsed": round(self.elapsed, 3)})
-        numbers = {f"{row['kind']}/{k}": v for k, v in row.items() if k not in ("kind", "step")}
-        self.accelerator.log(numbers, step=row["step"])
+        self.trackers.log({**row, "elapsed": round(self.elapsed, 3)})
+
+    def keep_folder(self) -> None:
+        """Keep the run folder from now on, which is removed if the start fails."""
+        keep_folder(self.folder)
 
     def close(self) -> None:
-        """Close trackers and processes; nothing may follow."""
+        """Close trackers and processes, and let others write to the run folder; nothing may follow."""
         end_processes(self.accelerator)
+        release_folder(self.folder)
 
 
 def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = True) -> Run:
@@ -118,16 +125,13 @@ def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = Tru
     num_cpu_threads. `checkpoints=False` is for runs that write none. Raises ValueError for a run folder that holds
     another config, and FileExistsError for one that holds a run if `resume` is false.
     """
-    resume, trackers = config["resume"] or restarted(), names(config["trackers"])
+    resume = config["resume"] or restarted()
     stop_with_launcher()
-    check_trackers(trackers)
     accelerator, mode = start_processes(config["mixed_precision"])
     config = {**config, "mixed_precision": accelerator.mixed_precision}
     if accelerator.device.type == "cpu":
         set_num_threads(config["num_cpu_threads"])
-    # A search is either finished or not begun, so that a resumed run never mixes two sizes within one.
-    free = _FREE_TO_CHANGE if checkpoints else _FREE_TO_CHANGE | {"microbatch_size"}
-    folder = claim_folder(config, recipe=recipe, free_to_change=free)
+    folder = claim_folder(config, recipe=recipe, free_to_change=FREE_TO_CHANGE, checkpoints=checkpoints)
     resumed_from = None
     if resume and checkpoints:
         resumed_from = newest_complete(folder / CHECKPOINTS, report=accelerator.print)
@@ -138,9 +142,6 @@ def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = Tru
     metrics = None
     if accelerator.is_main_process:
         metrics = MetricsFile(folder, resumed_step=step)
-    if trackers:
-        accelerator.project_configuration.set_directories(str(folder))
-        accelerator.log_with = filter_trackers(list[Any](trackers), str(folder))
-        flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
-        accelerator.init_trackers("rlhf-t2i", config=flat, init_kwargs={"wandb": {"dir": str(folder)}})
-    return Run(accelerator, mode, folder, metrics, resumed_from)
+    accelerator.wait_for_everyone()  # or a process that fails at once would remove the folder too early
+    trackers = Trackers(accelerator, names(config["trackers"]), folder=folder, config=config)
+    return Run(accelerator, mode, folder, metrics, trackers, resumed_from)

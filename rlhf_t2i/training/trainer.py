@@ -19,7 +19,7 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.distributed.state import gather_weights
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.rewards.load import WeightedSum
-from rlhf_t2i.run_folder import CONFIG, IMAGES
+from rlhf_t2i.run_folder import CONFIG, IMAGES, image_grid
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
 from rlhf_t2i.training.checkpoint import Checkpoints
@@ -261,6 +261,7 @@ class Trainer:
         self.run.log(row)
         if self.run.is_main:
             save_evaluation(evaluation, self.folder, step=self.step)
+            self.run.trackers.log_image("evaluation/images", image_grid(self.folder, self.step), step=self.step)
             self.report(self.folder)
             number = f"{len(evaluation.images)} images of {self.evaluation_title}"
             self.print(f"after {self.step} steps, {number}: {evaluation.text()}")
