@@ -16,7 +16,7 @@ GenEval's evaluation reads.
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.best_of_n import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -60,4 +60,4 @@ def main(config: Config) -> list[SearchRecord]:
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

@@ -15,7 +15,7 @@ format of `train_reward_model.py --train_data` and `diffusion_dpo.py --pairs`. T
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config, require
+from rlhf_t2i.config import parse_config, require, run_command
 from rlhf_t2i.settings.collect_preferences import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -147,4 +147,4 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

@@ -8,7 +8,7 @@ Reads the run folders only and samples nothing. All runs must have been evaluate
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.compare import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -32,4 +32,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

@@ -17,7 +17,7 @@ is known exactly. One training step:
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.ddpo import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -155,4 +155,4 @@ def update(
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

@@ -18,7 +18,7 @@ training step:
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.diffusion_dpo import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -194,4 +194,4 @@ def loss_of_pairs(
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

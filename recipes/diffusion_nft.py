@@ -18,7 +18,7 @@ model will do. One training step:
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.diffusion_nft import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -170,4 +170,4 @@ def predict_noised(policy: Policy, batch: NoisedBatch, *, guidance_scale: float)
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

@@ -22,7 +22,7 @@ The methods differ in the steps whose graph is kept:
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.draft import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -158,4 +158,4 @@ def measurements(sampled: DifferentiableSamples, scored: ScoredImages, loss: Ten
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

@@ -8,7 +8,7 @@ a grid of images for each of the weights.
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.evaluate_policy import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -68,4 +68,4 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

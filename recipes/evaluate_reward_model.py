@@ -12,7 +12,7 @@ with a 95 % interval) and writes it as CSV, with a page of the pairs with the la
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.evaluate_reward_model import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -133,4 +133,4 @@ def load_data(config: Config, folder: Path) -> dict[str, list[Record]]:
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

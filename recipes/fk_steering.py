@@ -22,7 +22,7 @@ GenEval's evaluation reads.
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.fk_steering import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -64,4 +64,4 @@ def main(config: Config) -> list[SearchRecord]:
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

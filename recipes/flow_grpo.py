@@ -20,7 +20,7 @@ steps than in evaluation are enough to rank images. Training without guidance ha
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.flow_grpo import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -173,4 +173,4 @@ def update(
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

@@ -13,7 +13,7 @@ cover all files.
 
 from __future__ import annotations
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.publish import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -76,4 +76,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.settings.train_reward_model import Config, with_defaults
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -245,4 +245,4 @@ def evaluate(model: LlavaReward, sets: dict[str, list[Record]], folder: Path, *,
 
 
 if __name__ == "__main__":
-    main(config)
+    run_command(main, config)

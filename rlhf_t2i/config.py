@@ -10,12 +10,13 @@ import dataclasses
 import difflib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from rlhf_t2i.errors import exit_with, one_line_errors, show_tracebacks
 from rlhf_t2i.rewards.terms import join_terms
 from rlhf_t2i.settings.base import Option, options_of
 from rlhf_t2i.settings.help import option_parser
@@ -33,11 +34,23 @@ def parse_config(
     class refuses by a ValueError; with status 0 after `--help` or `--print_config`. `description` is the text of
     `--help`, `arguments` None is the process's own command line.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    show_tracebacks("--debug" in given)
     try:
-        return _parsed(config_class, description or "", list(sys.argv[1:] if arguments is None else arguments))
+        return _parsed(config_class, description or "", given)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
+        if "--debug" in given:
+            raise
+        exit_with(error)
+
+
+def run_command(main: Callable[[ConfigT], Any], config: ConfigT) -> None:
+    """Run a recipe to its end; an error that the user can mend ends it like a mistake on the command line.
+
+    `--debug` shows its traceback, which other errors show always.
+    """
+    with one_line_errors():
+        main(config)
 
 
 def _parsed(config_class: type[ConfigT], description: str, arguments: Sequence[str]) -> ConfigT:
@@ -53,6 +66,7 @@ def _parsed(config_class: type[ConfigT], description: str, arguments: Sequence[s
     values: dict[str, Any] = {}
     for path in given.pop("config"):
         values |= _read_yaml(Path(path), options)
+    del given["debug"]
     print_config = given.pop("print_config")
     values |= {name: options[name].validated(text) for name, text in given.items()}
     for name, option in options.items():
@@ -111,5 +125,4 @@ def require(*modules: str, extra: str) -> None:
     """Exit with status 2 and one line that names the missing extra, unless all modules are installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            sys.stderr.write(f"error: {module} is not installed: pip install 'rlhf-t2i[{extra}]'\n")
-            raise SystemExit(2)
+            exit_with(f"{module} is not installed: pip install 'rlhf-t2i[{extra}]'")

@@ -5,13 +5,14 @@ python -m rlhf_t2i.report --runs runs/ddpo-DATE,runs/best_of_n-DATE
 
 from pathlib import Path
 
-from rlhf_t2i.config import parse_config
+from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.run_folder import is_reward_model, is_search
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.report import Config
 
-if __name__ == "__main__":
-    config = parse_config(Config, __doc__)
+
+def main(config: Config) -> None:
+    """Write the reports and print their paths."""
     for folder in map(Path, names(config.runs)):
         if is_search(folder):
             from rlhf_t2i.report.search import write_report  # imports torch, which the report of a run does not need
@@ -20,3 +21,7 @@ if __name__ == "__main__":
         else:
             from rlhf_t2i.report.page import write_report
         print(write_report(folder))  # noqa: T201
+
+
+if __name__ == "__main__":
+    run_command(main, parse_config(Config, __doc__))

@@ -8,7 +8,7 @@ set, all requests but /health need that token; otherwise only this machine can b
 requests that were accepted.
 """
 
-from rlhf_t2i.config import parse_config, require
+from rlhf_t2i.config import parse_config, require, run_command
 from rlhf_t2i.settings.reward_server import Config
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
@@ -17,4 +17,4 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
 
     from rlhf_t2i.reward_server.server import main
 
-    main(config)
+    run_command(main, config)

@@ -67,7 +67,7 @@ def _wrapped(block: str, width: int) -> str:
 
 
 def option_parser(config_class: type, description: str) -> argparse.ArgumentParser:
-    """Return the parser of a settings class: given options as texts, and `config` and `print_config`.
+    """Return the parser of a settings class: given options as texts, and `config`, `print_config` and `debug`.
 
     A mistake raises ValueError.
     """
@@ -84,6 +84,9 @@ def option_parser(config_class: type, description: str) -> argparse.ArgumentPars
         help="YAML file with any of the options below. The command line wins over files, a later file over an earlier.",
     )  # fmt: skip
     parser.add_argument("--print_config", action="store_true", help="Print all options as YAML and exit.")
+    parser.add_argument(
+        "--debug", action="store_true", help="Show the traceback of an error that is otherwise one line."
+    )
     texts = help_of(config_class)
     options = options_of(config_class)
     groups = dict.fromkeys(option.group for option in options)

@@ -1,0 +1,132 @@
+"""One line instead of a traceback for what a user can mend, also below `accelerate launch`.
+
+An error is for the user if a `raise` of this project made it, or if the system or a library refused a file or a
+connection to this project (OSError). Anything else is a bug, of this project, of a library or of a reward, and keeps
+its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import opcode
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+_OWN_PACKAGES = ("rlhf_t2i", "reward_model", "recipes", "__main__")
+_REPEAT = """
+import os, select, sys, time
+launcher, line = int(sys.argv[1]), sys.argv[2]
+try:
+    select.select([os.pidfd_open(launcher)], [], [], 60)
+except (AttributeError, OSError):
+    for _ in range(600):
+        try:
+            os.kill(launcher, 0)
+        except OSError:
+            break
+        time.sleep(0.1)
+sys.stderr.write(line)
+"""
+"""Program that writes a line once a process has ended."""
+_tracebacks = False
+
+
+def show_tracebacks(shown: bool) -> None:
+    """Choose whether errors for the user show their traceback too (`--debug`)."""
+    global _tracebacks
+    _tracebacks = shown
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Context of a whole command: an error for the user ends it with one line on stderr and exit status 2."""
+    try:
+        yield
+    except Exception as error:
+        if _tracebacks or not is_for_user(error):
+            raise
+        exit_with(error)
+
+
+def is_for_user(error: BaseException) -> bool:
+    """Return True for an error that a `raise` of this project made, and for an OSError of what this project called."""
+    traceback = error.__traceback__
+    callers: list[FrameType] = []
+    while traceback is not None:
+        if _is_own(traceback.tb_frame) or not _is_library(traceback.tb_frame):
+            callers.append(traceback.tb_frame)
+        frame, instruction, traceback = traceback.tb_frame, traceback.tb_lasti, traceback.tb_next
+        if traceback is None and not isinstance(error, OSError):
+            is_raise = frame.f_code.co_code[instruction] == opcode.opmap["RAISE_VARARGS"]
+            return is_raise and _is_own(frame) and not isinstance(error, AssertionError)
+    return bool(callers) and _is_own(callers[-1])
+
+
+def exit_with(error: BaseException | str) -> NoReturn:
+    """Write one line about an error for the user to stderr and exit with status 2.
+
+    Of several processes on a machine only the first writes it. `accelerate launch` ends with a traceback of its own,
+    which does not know the reason: torch's agent gets the line for its table, and after any other launcher the line
+    appears once more.
+    """
+    line = f"error: {' '.join(_text(error).split())}\n"
+    record = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if record is None:
+        sys.stderr.write(line)
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            _repeat_after_launcher(line)
+    elif _is_first(Path(record)):
+        sys.stderr.write(line)
+        with suppress(OSError):
+            Path(record).write_text(json.dumps({"message": line.rstrip(), "timestamp": int(time.time())}))
+    else:
+        time.sleep(10)  # the agent ends this process before, and lists only those that ended by themselves
+    raise SystemExit(2)
+
+
+def _text(error: BaseException | str) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    return str(error)
+
+
+def _is_own(frame: FrameType) -> bool:
+    return _package(frame) in _OWN_PACKAGES
+
+
+def _is_library(frame: FrameType) -> bool:
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(frame.f_code.co_filename).parts)
+    return is_installed or _package(frame) in sys.stdlib_module_names
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _is_first(record: Path) -> bool:
+    """Return True for the first process that asks, of those that torch's agent has started on this machine."""
+    try:
+        (record.parent.parent / "reported").touch(exist_ok=False)  # record is ATTEMPT/RANK/error.json
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _repeat_after_launcher(line: str) -> None:
+    """Start a process that writes the line again once the parent of this process has written its traceback."""
+    with suppress(OSError):
+        subprocess.Popen(
+            [sys.executable, "-S", "-c", _REPEAT, str(os.getppid()), line],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
