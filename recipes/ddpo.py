@@ -40,6 +40,7 @@ from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
+from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
 from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
@@ -152,6 +153,9 @@ def update(
         trainer, torch.cat(samples), steps, clip_range=clip_range, replay_error=replay_error,
         with_kl=config.kl_weight > 0,
     )  # fmt: skip
+
+
+train = from_python(main)
 
 
 if __name__ == "__main__":

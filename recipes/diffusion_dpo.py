@@ -51,6 +51,7 @@ from rlhf_t2i.sampling.denoising_errors import denoising_errors
 from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.settings.lists import names, whole_numbers
+from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.metrics import mean_update_metrics
 from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
@@ -191,6 +192,9 @@ def loss_of_pairs(
     changes = torch.stack([winner - reference_winner, loser - reference_loser], dim=1).detach()
     accuracy = implicit_preference(changes[:, 1:] - changes[:, :1])
     return loss, torch.cat([loss.detach().expand(len(changes), 1), changes, accuracy], dim=1)
+
+
+train = from_python(main)
 
 
 if __name__ == "__main__":

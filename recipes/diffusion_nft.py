@@ -44,6 +44,7 @@ from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.ema import rising_decay
+from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.metrics import mean_update_metrics
 from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
@@ -167,6 +168,9 @@ def predict_noised(policy: Policy, batch: NoisedBatch, *, guidance_scale: float)
     """Return the policy's prediction from the noised latents of a batch."""
     latents = noise_to(batch.clean, batch.level, batch.noise)
     return policy.predict(latents, batch.level, batch.conditioning, guidance_scale=guidance_scale)
+
+
+train = from_python(main)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from rlhf_t2i.rewards.gradient import ScoredImages, require_gradient, score_with
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.backprop import DifferentiableSamples, GradientWindow, sample_with_gradient
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
+from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
@@ -155,6 +156,9 @@ def measurements(sampled: DifferentiableSamples, scored: ScoredImages, loss: Ten
         (squared * outside).flatten(1).sum(1), squared.flatten(1).sum(1), *scored.scores.values(),
     ]  # fmt: skip
     return torch.stack(columns, dim=1)
+
+
+train = from_python(main)
 
 
 if __name__ == "__main__":

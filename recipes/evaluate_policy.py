@@ -22,6 +22,7 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.image_grids import save_captions, save_image_grid
 from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.evaluation import evaluate, evaluation_set
@@ -33,12 +34,13 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
     """Sample and score the same images with each of the weights; print, write and return a table of mean rewards."""
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
-    rewards = load_rewards(config.evaluation_rewards).rewards
+    reward = load_rewards(config.evaluation_rewards)
     prompts, seeds = evaluation_set(
         load_prompts(config.evaluation_prompts, held_out=True),
         num_images=config.num_evaluation_images,
         seed=config.evaluation_seed,
     )
+    try_rewards(reward, prompts)
     run = start_run({**asdict(config), "resume": False, "trackers": ""}, recipe="evaluation")
     run.print(config.defaults_text())
     table: dict[str, dict[str, float | None]] = {}
@@ -53,7 +55,13 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)
         evaluation = evaluate(
-            policy, prompts, seeds, rewards, sampler=sampler, microbatch_size=config.microbatch_size, processes=run
+            policy,
+            prompts,
+            seeds,
+            reward.rewards,
+            sampler=sampler,
+            microbatch_size=config.microbatch_size,
+            processes=run,
         )
         run.keep_folder()
         table[name] = evaluation.summary()

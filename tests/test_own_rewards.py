@@ -7,7 +7,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -294,6 +296,27 @@ def test_a_reward_that_cannot_be_used_fails_in_the_trial(
     with pytest.raises(error, match=message) as caught:
         try_rewards(load_rewards(name), PROMPTS)
     assert "was tried on two random images of 64 x 64 pixels" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ddpo", {"rewards": "own:with_info"}),
+        ("ddpo", {"evaluation_rewards": "own:with_info"}),
+        ("best_of_n", {"rewards": "own:with_info"}),
+        ("best_of_n", {"rewards": "oracle", "veto": "own:with_info"}),
+        ("best_of_n", {"rewards": "oracle", "evaluation_rewards": "own:with_info"}),
+        ("evaluate_policy", {"weights": "base", "evaluation_rewards": "own:with_info"}),
+    ],
+)
+def test_recipes_try_each_reward_before_a_model_is_loaded_and_a_run_begins(
+    own: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, str]
+) -> None:
+    recipe: Any = import_module(f"recipes.{name}")
+    monkeypatch.setattr("rlhf_t2i.models.load.load_policy", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(TypeError, match="'own:with_info' returned a tuple"):
+        recipe.main(recipe.Config(**options))
+    assert not Path("runs").exists()
 
 
 def test_the_trial_is_one_call_with_two_images_of_the_first_prompts(own: Path) -> None:

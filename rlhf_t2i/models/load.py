@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
+from rlhf_t2i.given import given
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.pipeline_parts import (
     LOADING_ERRORS,
@@ -54,20 +55,29 @@ def load_policy(
     """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder, a Hub id or a single-file checkpoint.
 
     `weights` are trained ones to load into it, as in `load_weights`. Images are squares of `resolution` pixels; None is
-    the model's own size. Raises FileNotFoundError or ValueError for a path that is not a pipeline of a supported
-    family, and for weights that are missing or do not fit.
+    the model's own size. A pipeline that a caller in Python gave under the name is not loaded again. Raises
+    FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, and for weights that are
+    missing or do not fit.
     """
-    source, index = pipeline_index(model)
+    pipeline = given(model)
+    if pipeline is None:
+        pipeline = load_stock_pipeline(model)
+    family = family_of(type(pipeline).__name__)
     with only_errors():
-        family = family_of(index["_class_name"])
-        try:
-            pipeline = load_pipeline(family.pipeline_class, source, index)
-        except OSError as error:
-            raise _not_loaded(model, error) from error
         if weights is not None:
             load_weights(pipeline, family, weights, model=model)
         resolution = resolution or default_resolution(model)
         return family(pipeline, device=device, dtype=dtype, resolution=resolution)
+
+
+def load_stock_pipeline(model: str) -> Any:
+    """Return the diffusers pipeline of a model, in float32 and without unused parts; raises what `load_policy` does."""
+    source, index = pipeline_index(model)
+    with only_errors():
+        try:
+            return load_pipeline(family_of(index["_class_name"]).pipeline_class, source, index)
+        except OSError as error:
+            raise _not_loaded(model, error) from error
 
 
 def pipeline_index(model: str) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,8 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.files import write_atomically
 from rlhf_t2i.image_grids import save_image_grid
 from rlhf_t2i.prompts import load_prompts
-from rlhf_t2i.rewards.load import WeightedSum, load_reward, load_rewards
+from rlhf_t2i.rewards.load import WeightedSum, as_weighted_sum, load_reward, load_rewards
+from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.run_folder import (
     IMAGES,
     PROMPT_METADATA,
@@ -206,6 +207,9 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> SearchRun:
     evaluation_rewards = load_rewards(config.evaluation_rewards) if names(config.evaluation_rewards) else None
     prompts = load_prompts(config.prompts, held_out=True)
     metadata = metadata_of(config.prompts, prompts)
+    for each in (rewards, evaluation_rewards, veto and as_weighted_sum(veto.reward)):
+        if each is not None:
+            try_rewards(each, prompts)
     run = start_run({**asdict(config), "trackers": ""}, recipe=recipe, checkpoints=False)
     run.print(config.defaults_text())
     policy = load_policy(

@@ -64,6 +64,7 @@ class Settings:
         defaults = resolve_defaults(
             unset, model=given.get("model"), run=self.run_settings(), unused=frozenset(self.unused())
         )
+        self._set("_given", given)
         self._set("_model_defaults", defaults)
         values = {option.name: option.validated((given | defaults)[option.name]) for option in options}
         for name, value in values.items():
@@ -89,9 +90,7 @@ class Settings:
 
     def with_options(self: SettingsT, **given: Any) -> SettingsT:
         """Return settings with other options; defaults that depend on the model are those of the new model."""
-        unset = self.model_defaults
-        kept = {option.name: getattr(self, option.name) for option in options_of(type(self))}
-        return type(self)(**{name: value for name, value in kept.items() if name not in unset} | given)
+        return type(self)(**vars(self)["_given"] | given)
 
     def run_settings(self) -> Mapping[str, Any]:
         """Return the settings of the run whose weights are used: they precede defaults that depend on the model."""

@@ -68,14 +68,15 @@ class MovingAverage:
 def exchanged(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Context in which the weights named in `values` have those values; they are restored exactly on exit."""
     own = {name: weights[name].detach().clone() for name in values}
-    _copy(values, into=weights)
+    copy_weights(values, into=weights)
     try:
         yield
     finally:
-        _copy(own, into=weights)
+        copy_weights(own, into=weights)
 
 
 @torch.no_grad()
-def _copy(values: Mapping[str, Tensor], *, into: Mapping[str, Tensor]) -> None:
+def copy_weights(values: Mapping[str, Tensor], *, into: Mapping[str, Tensor]) -> None:
+    """Give the weights named in `values` those values."""
     for name, value in values.items():
         into[name].copy_(value)

@@ -13,6 +13,7 @@ from rlhf_t2i.distributed.placement import layout_of, placement_config, placemen
 from rlhf_t2i.distributed.processes import make_engine
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.run_folder import update_run_info
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.checkpoint import Checkpoints
@@ -49,6 +50,7 @@ def make_trainer(
     evaluation = evaluation_set(
         prompts.evaluation, num_images=config.num_evaluation_images, seed=config.evaluation_seed
     )
+    try_rewards(rewards, prompts.evaluation)  # those that are trained on are among them
     run = start_run(asdict(config), recipe=recipe)
     _record_prompts(run, prompts)
     run.print(config.defaults_text())

@@ -24,7 +24,7 @@ from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
 from rlhf_t2i.training.checkpoint import Checkpoints
 from rlhf_t2i.training.early_stop import EarlyStop
-from rlhf_t2i.training.ema import MovingAverage, exchanged
+from rlhf_t2i.training.ema import MovingAverage, copy_weights, exchanged
 from rlhf_t2i.training.environment import StopRequests
 from rlhf_t2i.training.evaluation import Evaluation, evaluate, save_evaluation
 from rlhf_t2i.training.metrics import rate_text, read_metrics
@@ -292,6 +292,8 @@ class Trainer:
                 weights = gather_weights(self.engine, keep=self.run.is_main)
         if self.run.is_main and is_complete:
             export = self.policy.export(self.folder, weights)
+            if not self.is_sharded:  # for a caller in Python who goes on with the pipeline
+                copy_weights(weights, into=self.engine.weights)
             report = self.report(self.folder)
             self.print(before_after(read_metrics(self.folder)))
             self.print(f"report    {report}\nimages    {self.folder / IMAGES}\nweights   {export}")
