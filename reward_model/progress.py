@@ -44,7 +44,9 @@ class Progress(TrainerCallback):
         self._metrics |= {name: found[name] for name in ("accuracy", "loss") if name in found}
         validation = [f"{name} {found[key]:.3f}" for name in ("accuracy", "loss") if (key := f"eval_{name}") in found]
         if validation and state.is_world_process_zero:
-            tqdm.write(f"after {state.global_step} steps, validation: {', '.join(validation)}")
+            tqdm.write(
+                f"after {state.global_step} step{'s' * (state.global_step != 1)}, validation: {', '.join(validation)}"
+            )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Hand over the log; the time of a validation is not that of the next step."""

@@ -14,6 +14,7 @@ import pytest
 from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
 from reward_model.datasets.formats import FORMATS, parse_source, source_name
 from reward_model.datasets.images import parse_prefix
+from reward_model.datasets.parquet import read_parquet
 from reward_model.datasets.tfrecord import masked_crc32c, read_tfrecord
 from reward_model.images import to_tensor
 from reward_model.types import LabelledImage, PreferencePair
@@ -320,3 +321,15 @@ def test_sparse_members_of_a_tar_are_refused_before_memory_is_asked_for(folder: 
             archive.addfile(member, io.BytesIO(content))
     with pytest.raises(ValueError, match=r"x\.tar has the sparse member '1\.winner\.png'"):
         load_records("x.tar", on_bad_record="skip", skipped=folder / "skipped.jsonl")
+
+
+def test_a_table_that_claims_gigabytes_is_read_row_by_row(folder: Path) -> None:
+    """A file of a few kilobytes can claim any number of equal images; only one row may be in memory at once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = bytes(4 << 20)
+    pq.write_table(pa.table({"prompt": ["a"] * 16, "winner": [image] * 16}), folder / "x.parquet", compression="zstd")
+    before = pa.total_allocated_bytes()
+    most = max(pa.total_allocated_bytes() - before for _ in read_parquet(folder / "x.parquet", skip_columns=()))
+    assert most < 16 << 20

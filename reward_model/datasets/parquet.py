@@ -11,8 +11,9 @@ from typing import Any
 
 from reward_model.datasets.raw_records import RawRecord
 
-_BATCH_SIZE = 16
-"""Rows in memory at once; a row may contain images of several megabytes."""
+_TEXT_BATCH = 16
+"""Rows in memory at once of a table of texts and numbers; of one with images a single row, because a file of kilobytes
+can claim gigabytes of equal bytes."""
 
 
 def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
@@ -26,7 +27,8 @@ def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool 
     try:
         with pq.ParquetFile(path) as file:
             columns = _columns(file.schema_arrow, skip_columns, with_bytes=with_bytes)
-            for batch in file.iter_batches(batch_size=_BATCH_SIZE, columns=columns):
+            with_images = any(_has_bytes(file.schema_arrow.field(name).type) for name in columns)
+            for batch in file.iter_batches(batch_size=1 if with_images else _TEXT_BATCH, columns=columns):
                 for fields in batch.to_pylist():
                     number += 1
                     yield RawRecord(f"{path}:ROW {number}", fields)

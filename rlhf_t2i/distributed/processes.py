@@ -40,6 +40,8 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
         _reconnect(os.environ, on_cpu=on_cpu)
     # Without a GPU use gloo: DeepSpeed would compile a library of its own.
     gloo: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and (several or deepspeed) else []
+    # Trained weights are float32 beside activations in half precision, for which torch has no fused norm.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
     # With cpu=True accelerate ignores DeepSpeed, which uses the CPU anyway if there is no GPU.
     use_cpu = on_cpu and several and not deepspeed
     accelerator = Accelerator(cpu=use_cpu, mixed_precision=mixed_precision, kwargs_handlers=gloo)

@@ -178,6 +178,10 @@ def reward_hacking_gap(rows: Sequence[Row]) -> Gap | None:
     return gap if all(math.isfinite(y) for _, y, _ in gap.points) else None
 
 
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
+
+
 def before_after(rows: Sequence[Row]) -> str:
     """Return a table of the first and the last evaluation, with the change of each reward and its z."""
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
@@ -191,7 +195,7 @@ def before_after(rows: Sequence[Row]) -> str:
         lines.append(gap.sentence)
     images = sum(row["images"] for row in rows if row["kind"] == "train")
     lines.append(
-        f"{last['num_images']} evaluation images; {last['step']} steps, {images:,} training images, "
+        f"{last['num_images']} evaluation images; {_steps(last['step'])}, {images:,} training images, "
         f"{last['elapsed'] / 60:.1f} minutes"
     )
     return "\n".join(lines)
