@@ -37,6 +37,7 @@ from reward_model.types import Record
 from rlhf_t2i.run_folder import BENCHMARK_RESULTS, BENCHMARK_TABLES, REPORT, reward_model_of
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_PAIRS, TOY_REWARD_MODEL, TOY_REWARD_MODEL_FOLDER, toy_pairs_folder
+from rlhf_t2i.training.claim import keep_folder
 from rlhf_t2i.training.run import Run, start_run
 
 
@@ -51,7 +52,6 @@ def main(config: Config) -> dict[str, list[Metric]]:
             f"launch with accelerate_configs/single.yaml."
         )
     reward = load_reward(config, run)
-    run.keep_folder()
     metrics: dict[str, list[Metric]] = {}
     if config.test_data or not config.benchmarks:
         metrics |= evaluate_on_data(reward, config, run.folder)
@@ -80,6 +80,7 @@ def evaluate_on_data(reward: LlavaReward | PointwiseScorer, config: Config, fold
             records = with_valid_inputs(records, reward.model.backbone, skipped=skipped)
         scores = score_records(reward, records, batch_size=config.microbatch_size)
         metrics[name], mistakes[name] = record_metrics(scores), worst_mistakes(scores, count=config.num_shown)
+        keep_folder(folder)
         (folder / f"{name}.csv").write_text(to_csv(metrics[name]))
         tqdm.write(f"{name}\n{to_table(metrics[name])}\n")
     (folder / REPORT).write_text(render_report(config.reward, metrics, mistakes), encoding="utf-8")
@@ -95,6 +96,7 @@ def evaluate_on_benchmarks(reward: LlavaReward | PointwiseScorer, config: Config
     root = Path(config.image_root) if config.image_root else None
     benchmarks = [one for name in names(config.benchmarks) for one in load_benchmarks(name, image_root=root)]
     results: list[Result] = []
+    keep_folder(folder)
     for benchmark in benchmarks:
         result = evaluate(
             reward, benchmark, threshold=config.tie_threshold, label_threshold=config.label_threshold,

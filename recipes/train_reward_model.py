@@ -41,7 +41,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback
 from trl.trainer.reward_config import RewardConfig
 
-from reward_model.backbones.load import load_backbone
+from reward_model.backbones.load import backbone_family, load_backbone
 from reward_model.benchmarks.evaluation import record_metrics, score_records
 from reward_model.benchmarks.metrics import to_rows, to_table
 from reward_model.checkpoint import adapter_tensors, save_adapter
@@ -137,6 +137,8 @@ def build_model(config: Config, objective: Objective, *, dtype: str) -> RewardMo
 def start(config: Config) -> tuple[RewardConfig, Path]:
     """Set up the process and trl's arguments, and claim the run folder."""
     stop_with_launcher()
+    if config.backbone != TOY_BACKBONE:
+        backbone_family(config.backbone)  # raises before data are read
     if not torch.cuda.is_available():
         set_num_threads(config.num_cpu_threads)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -85,6 +85,8 @@ def _read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
         document = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
     if document is not None and not isinstance(document, yaml.MappingNode):
         raise ValueError(f"{path} holds no options; write one 'name: value' a line.")
     values: dict[str, Any] = {}

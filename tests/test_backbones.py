@@ -451,6 +451,14 @@ def test_a_loaded_backbone_is_frozen_and_in_evaluation_mode(family: str) -> None
     assert not any(p.requires_grad for p in backbone.model.parameters())
 
 
+def test_a_backbone_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"^The backbone '{tmp_path}/empty' has no config\.json"):
+        load_backbone(str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=rf"^The backbone '{tmp_path}/nowhere' could not be loaded, neither as"):
+        load_backbone(str(tmp_path / "nowhere"))
+
+
 def test_an_unsupported_family_is_named(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1

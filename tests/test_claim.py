@@ -13,6 +13,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from recipes import evaluate_reward_model
 from rlhf_t2i.training import claim
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder, remove_failed_starts
 from rlhf_t2i.training.run import FREE_TO_CHANGE
@@ -75,6 +76,14 @@ def test_a_process_may_start_again_in_the_folder_of_its_failed_start(folder: Pat
     claimed(folder)
     claimed(folder, lora_rank=8)
     assert yaml.safe_load((folder / "config.yaml").read_text())["lora_rank"] == 8
+    remove_failed_starts()
+    assert not folder.exists()
+
+
+def test_an_evaluation_without_its_data_leaves_no_run_folder(folder: Path) -> None:
+    config = evaluate_reward_model.Config(test_data="nowhere.jsonl", run_folder=str(folder), num_cpu_threads=1)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        evaluate_reward_model.main(config)
     remove_failed_starts()
     assert not folder.exists()
 

@@ -177,6 +177,11 @@ def test_a_mistake_in_a_file_is_named_with_its_line(
     assert refusal(capsys, "--config", file).startswith(f"{file}{message}")
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_bytes("run_folder: caf\u00e9\n".encode("latin-1"))
+    assert refusal(capsys, "--config", str(tmp_path / "c.yaml")).startswith(f"{tmp_path / 'c.yaml'} is not UTF-8: ")
+
+
 def test_settings_made_in_python_obey_the_same_ranges_and_rules() -> None:
     with pytest.raises(ValueError, match=r"^num_steps is 0; it must be at least 1\.$"):
         Config(num_steps=0)

@@ -156,8 +156,9 @@ def test_merge_lora_is_refused_for_other_runs(unet_run: Path, reward_model_run: 
 def test_upload_options_need_a_repository() -> None:
     with pytest.raises(ValueError, match="private is True; it must be used with a repo"):
         recipe.Config(run="somewhere", private=True)
-    with pytest.raises(ValueError, match="repo is 'tuned'; it must be OWNER/NAME"):
-        recipe.main(recipe.Config(run="somewhere", repo="tuned"))
+    for repo in ("tuned", "owner/name/more"):
+        with pytest.raises(ValueError, match=f"repo is '{repo}'; it must be OWNER/NAME"):
+            recipe.main(recipe.Config(run="somewhere", repo=repo))
 
 
 @pytest.mark.parametrize("secret", [TOKEN, "hf_" + "Ab3" * 12])

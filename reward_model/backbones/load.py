@@ -31,6 +31,24 @@ LORA_TARGETS = (
 """Names of the linear layers of the language models, which carry the LoRA; as published."""
 
 
+def backbone_family(source: str) -> str:
+    """Return the row of `FAMILIES` of a model, from its config.json alone.
+
+    Raises FileNotFoundError, naming `source`, if there is no such model, and ValueError for an unsupported family.
+    """
+    try:
+        kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The backbone {source!r} could not be loaded, neither as a folder nor from the Hub: {error}"
+        ) from error
+    if kind is None:
+        raise FileNotFoundError(f"The backbone {source!r} has no config.json with a model_type of transformers.")
+    if kind not in FAMILIES:
+        raise ValueError(_unsupported(source, kind))
+    return kind
+
+
 def load_backbone(
     source: str,
     *,
@@ -43,13 +61,10 @@ def load_backbone(
 ) -> Backbone:
     """Load a model, frozen and in evaluation mode. No remote code is run.
 
-    The settings are those of `BackboneSettings`. Raises ValueError for an unsupported family, or a setting that the
-    family does not have.
+    The settings are those of `BackboneSettings`. Raises what `backbone_family` raises, and ValueError for a setting
+    that the family does not have.
     """
-    kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(_unsupported(source, kind))
-    if kind == "phi3_v":
+    if backbone_family(source) == "phi3_v":
         from reward_model.backbones.phi3_v_model import load_phi3_v
 
         model = load_phi3_v(source, dtype=dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # from its HTTP client
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -33,7 +34,10 @@ def hub_api() -> HfApi:
 
 def check_repo_id(repo: str) -> None:
     """Raise ValueError unless `repo` is a valid OWNER/NAME."""
-    validate_repo_id(repo)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME. {error}") from error
     if repo.count("/") != 1:
         raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME.")
 
