@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from reward_model.benchmarks.domains import accuracy_by_domain
-from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics, to_rows
+from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics, to_rows, to_table
 from reward_model.benchmarks.report import render_report
 from reward_model.benchmarks.rules import comparison_metrics, scored_pairs
 from reward_model.benchmarks.types import Benchmark, Comparison, Item
@@ -101,6 +101,10 @@ def test_no_number_is_minus_zero() -> None:
     assert (change.before, change.after, change.difference) == ("0.00 ± 0.50", "0.00 ± 0.50", "+0.00")
     assert change.z_text == "0.0 (within noise)"
     assert formatted(-0.0001, 0.5) == "0.000 ± 0.500"
+    metric = Metric("pearson", -0.00001, -0.00002, 0.5, 3, "")
+    for text in (to_table([metric]), render_report("mine", {"x": [metric]}, {"x": []})):
+        assert "0.0000" in text
+        assert "-0.0000" not in text
     rows = two_evaluations(trained=-0.00001, held_out=0.0).rows
     assert not re.search(r"[-\N{MINUS SIGN}]0\.0+\b(?!\d)", before_after(rows) + headline(rows))
     [trained, _] = reward_rows(two_evaluations(trained=0.098, held_out=0.0))

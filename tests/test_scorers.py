@@ -21,9 +21,11 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, CLIPModel, 
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from reward_model.benchmarks.evaluation import record_metrics, score_records
+from reward_model.import_published.files import read_tensors
 from reward_model.scorers import NAMES, PointwiseScorer, image_reward, load_scorer
 from reward_model.scorers.hps import fit_into_square
 from reward_model.scorers.vqa_score import load_vqa_score
+from reward_model.scorers.weights import read_weights
 from reward_model.types import PreferencePair
 from rlhf_t2i.rewards.load import load_reward, load_rewards
 from tests.reward_models import backbone_folder, bytes_of
@@ -506,6 +508,18 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     torch.save({"model": Path("x")}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights.pt cannot be read"):
         load_scorer(f"hps:{tmp_path}")
+
+
+def test_weights_that_claim_more_memory_than_their_file_has_are_refused(tmp_path: Path) -> None:
+    """A tensor of stride 0 claims 8 GB in a file of a kilobyte, and 16 GB in float32; tied weights are read."""
+    one = torch.zeros(1, dtype=torch.float16)
+    torch.save({"weight": one.expand(4 << 30)}, tmp_path / "weights.pt")
+    for read in (read_weights, read_tensors):
+        with pytest.raises(ValueError, match=r"weights\.pt claim 8,589,934,592 bytes of memory, and the file has"):
+            read(tmp_path / "weights.pt")
+    tied = torch.ones(1 << 20)
+    torch.save({"one": tied, "two": tied}, tmp_path / "weights.pt")
+    assert read_weights(tmp_path / "weights.pt").keys() == {"one", "two"}
 
 
 @pytest.mark.parametrize(("name", "title"), [("hps", "HPS"), ("image_reward", "ImageReward")])

@@ -192,8 +192,8 @@ def to_table(metrics: Sequence[Metric]) -> str:
     """Return the metrics as a table with aligned columns, for a terminal."""
     rows = [("metric", "value", "95 % interval", "count", "note")]
     for metric in metrics:
-        value = "-" if math.isnan(metric.value) else f"{metric.value:.4f}"
-        interval = "-" if metric.low is None or metric.high is None else f"{metric.low:.4f} .. {metric.high:.4f}"
+        value = "-" if math.isnan(metric.value) else f"{metric.value:z.4f}"
+        interval = "-" if metric.low is None or metric.high is None else f"{metric.low:z.4f} .. {metric.high:z.4f}"
         rows.append((metric.name, value, interval, str(metric.count), metric.note))
     name, value, interval, count, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [f"{n:{name}}  {v:>{value}}  {i:>{interval}}  {c:>{count}}  {note}" for n, v, i, c, note in rows]

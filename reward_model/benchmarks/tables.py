@@ -52,8 +52,8 @@ def _cell(text: str) -> str:
 
 
 def _value(metric: Metric) -> str:
-    return "-" if math.isnan(metric.value) else f"{metric.value:.4f}"
+    return "-" if math.isnan(metric.value) else f"{metric.value:z.4f}"
 
 
 def _interval(metric: Metric) -> str:
-    return "-" if metric.low is None or metric.high is None else f"{metric.low:.4f} to {metric.high:.4f}"
+    return "-" if metric.low is None or metric.high is None else f"{metric.low:z.4f} to {metric.high:z.4f}"

@@ -12,6 +12,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from reward_model.scorers.weights import refuse_inflated
+
 _YAML_KEYS = {"general_preference_tau", "value_head_dim", "add_cross_attention", "is_general_preference"}
 _PLAIN_LORA: dict[str, Any] = {
     "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
@@ -85,4 +87,5 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds other objects than tensors, or is broken: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(f"{path} is no dictionary of named tensors.")
+    refuse_inflated(found.values(), path)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+_MOST_INFLATED = 4
+"""Largest ratio of the bytes of all tensors to those of their file; tensors that share memory may make it 2."""
 
 
 def folder_of(source: str | Path, *, scorer: str) -> Path:
@@ -51,10 +54,18 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         stored = stored["state_dict"]
     if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise ValueError(f"The weights {file} are no dictionary of named tensors.")
+    refuse_inflated(stored.values(), file)
     return {
         str(key).removeprefix("module."): value.float() if value.is_floating_point() else value
         for key, value in stored.items()
     }
+
+
+def refuse_inflated(tensors: Collection[Tensor], file: Path) -> None:
+    """Raise ValueError for tensors that are far larger than their file: views, of stride 0 or of one another."""
+    size, total = file.stat().st_size, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if total > _MOST_INFLATED * max(size, 1 << 20):
+        raise ValueError(f"The weights {file} claim {total:,} bytes of memory, and the file has {size:,}.")
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], *, file: Path) -> None:

@@ -79,11 +79,15 @@ def shown(records: Sequence[SearchRecord]) -> list[Row]:
                 _embedded(search_image(record.folder, SEARCH_BASELINE, record.search)) if record.has_baseline else None
             ),
             "selected": _embedded(search_image(record.folder, SEARCH_SAMPLES, record.search)),
-            "before": scores_of(record.baseline, "reward")[0] if record.has_baseline else None,
-            "after": record.selected_score("reward"),
+            "before": _score(scores_of(record.baseline, "reward")[0]) if record.has_baseline else None,
+            "after": _score(record.selected_score("reward")),
         }
         for record in records[:NUM_SHOWN]
     ]
+
+
+def _score(value: float) -> str:
+    return f"{value:z.2f}" if math.isfinite(value) else "not finite"
 
 
 def write_report(folder: Path) -> Path:

@@ -284,7 +284,7 @@ class Trainer:
         with exchanged(self.engine.weights, exported):
             if is_complete and best is not None and best.best_step != self.step:
                 self.print(
-                    f"{best.reward} was best after {best.best_step} of {self.step} steps ({best.best:.3f}). Those "
+                    f"{best.reward} was best after {best.best_step} of {self.step} steps ({best.best:z.3f}). Those "
                     f"weights are exported, and evaluated once more for the report."
                 )
                 self.record(self._evaluate())
