@@ -9,6 +9,7 @@ evaluation_prompts.jsonl
                     prompts that were held back from training for evaluation
 images/             image grids, scores and captions of evaluations
 checkpoints/        one folder for each checkpoint
+lora_kohya/         the LoRA of lora/ in Kohya's key layout (--export_format both)
 start/lora/         LoRA that training started from (--init_lora)
 lora/, unet/, transformer/, reward_model/
                     trained weights for export, by kind
@@ -49,6 +50,7 @@ CAPTIONS = "captions.json"
 EXTREMES = "extremes.json"
 CHECKPOINTS = "checkpoints"
 START = "start"
+KOHYA_LORA = "lora_kohya/lora_kohya.safetensors"
 REWARD_MODEL = "reward_model"
 REWARD_MODEL_CONFIG = f"{REWARD_MODEL}/llava_reward.json"
 REWARD_METRICS = "metrics.json"

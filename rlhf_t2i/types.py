@@ -207,8 +207,11 @@ class Policy(DiffusionModel, Protocol):
         """Return a hash of a frozen part; equal hashes mean equal outputs."""
         ...
 
-    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
-        """Write unsharded trained weights, given by name, in diffusers' format; return the subfolder of `folder`."""
+    def export(self, folder: Path, weights: Mapping[str, Tensor], *, kohya: bool = False) -> Path:
+        """Write unsharded trained weights, given by name, in diffusers' format; return the subfolder of `folder`.
+
+        With `kohya` a LoRA is also written in Kohya's key layout.
+        """
         ...
 
     def as_reference(self) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ from rlhf_t2i.run_folder import (
     CAPTIONS,
     CONFIG,
     IMAGES,
+    KOHYA_LORA,
     LORA_WEIGHTS,
     METRICS,
     REPORT,
@@ -71,6 +72,8 @@ def write_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: boo
         )
     else:
         _copy(run.weights / LORA_WEIGHTS, folder)
+        if (run.folder / KOHYA_LORA).is_file():
+            _copy(run.folder / KOHYA_LORA, folder)
 
 
 def _write_reward_model(run: FinishedRun, base: Base, folder: Path) -> None:

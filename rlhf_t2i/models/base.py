@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.models.autoencoder import Autoencoder
+from rlhf_t2i.models.export import export_denoiser, export_lora
 from rlhf_t2i.models.levels import Levels
-from rlhf_t2i.models.lora import ADAPTER, add_lora, has_lora, lora_reference, lora_weights, trainable
+from rlhf_t2i.models.lora import LoraConfiguration, add_lora, has_lora, lora_reference, target_layers, trainable
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.text_encoders import PromptCache, TextEncoder, TruncationWarnings
 from rlhf_t2i.types import Conditioning, Level, Prediction, Schedule
@@ -41,7 +42,9 @@ class DiffusionPolicy(ABC):
     component: ClassVar[Literal["unet", "transformer"]]
     """Name of the denoiser in the pipeline."""
     lora_targets: ClassVar[Sequence[str]]
-    """Name endings of the layers that get LoRA adapters."""
+    """Name endings of the attention layers that get LoRA adapters."""
+    mlp_targets: ClassVar[Sequence[str]] = ("ff.net.0.proj", "ff.net.2")
+    """Name endings of the layers that `attention_mlp` adds."""
     guidance_when_off: ClassVar[float] = 1.0
     """The stock pipeline's guidance_scale for no guidance; a scale of 1 + g here is `guidance_when_off` + g there."""
     embeds_guidance: ClassVar[bool] = False
@@ -65,7 +68,7 @@ class DiffusionPolicy(ABC):
         self.network: Any = getattr(pipeline, self.component).requires_grad_(False).to(device).eval()
         self.denoiser: nn.Module = self.network
         self.reference: nn.Module | None = None
-        self._network_class = type(self.network)
+        self.network_class = type(self.network)
         self._cache, self._truncation = PromptCache(), TruncationWarnings()
         self._offloads_text_encoders = False
         self.load_parts(pipeline, resolution)
@@ -119,22 +122,30 @@ class DiffusionPolicy(ABC):
     # --- training ---
 
     def set_trainable(
-        self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool, seed: int
-    ) -> None:
+        self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool, seed: int,
+        lora_targets: str | None = None, lora_dropout: float = 0.0, use_dora: bool = False, use_rslora: bool = False,
+    ) -> None:  # fmt: skip
         """Train LoRA adapters of a rank, initialised from `seed`; if the rank is None, the full denoiser in float32.
 
-        With `keep_reference` a frozen copy of the full denoiser is kept for `as_reference`, unless there is one from
-        before; adapters need none.
+        `lora_targets` is as in `target_layers`. With `keep_reference` a frozen copy of the full denoiser is kept for
+        `as_reference`, unless there is one from before; adapters need none.
         """
         if lora_rank is not None:
             with only_errors():
                 self.network.to(self.dtype)
+            targets = self.target_layers(self.network, lora_targets)
             alpha = float(lora_alpha or lora_rank)
-            add_lora(self.network, rank=lora_rank, alpha=alpha, seed=seed, targets=self.lora_targets)
+            lora = LoraConfiguration(lora_rank, alpha, targets, lora_dropout, use_dora, use_rslora)
+            add_lora(self.network, lora, seed=seed)
             return
         if keep_reference and self.reference is None:
             self.keep_reference()
         self.network.float().requires_grad_(True)
+
+    @classmethod
+    def target_layers(cls, network: nn.Module, chosen: str | None) -> Sequence[str]:
+        """Return name endings of the layers of a denoiser that the option lora_targets stands for."""
+        return target_layers(chosen, network, attention=cls.lora_targets, mlp=cls.mlp_targets)
 
     def keep_reference(self) -> None:
         """Keep a frozen copy of the denoiser as it is now for `as_reference`."""
@@ -268,23 +279,12 @@ class DiffusionPolicy(ABC):
 
     # --- export ---
 
-    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
+    def export(self, folder: Path, weights: Mapping[str, Tensor], *, kohya: bool = False) -> Path:
         """Write the trained weights in diffusers' format; return the subfolder of `folder` that they are in.
 
-        That is `lora`, or `unet` or `transformer` for a full denoiser. `weights` are the unsharded values of
-        `trainable`, of which this process may hold a shard only.
+        That is `lora`, or `unet` or `transformer` for a full denoiser. With `kohya` a LoRA is also written in Kohya's
+        key layout. `weights` are the unsharded values of `trainable`, of which this process may hold a shard only.
         """
         if has_lora(self.network):
-            self.pipeline_class.save_lora_weights(
-                folder / "lora",
-                **{
-                    f"{self.component}_lora_layers": lora_weights(self.network, weights),
-                    f"{self.component}_lora_adapter_metadata": self.network.peft_config[ADAPTER].to_dict(),
-                },
-            )
-            return folder / "lora"
-        network: Any = self._network_class.from_config(self.network.config)
-        expected = network.state_dict()
-        network.load_state_dict({**{n: b for n, b in self.network.named_buffers() if n in expected}, **weights})
-        network.save_pretrained(folder / self.component)
-        return folder / self.component
+            return export_lora(self, folder, weights, kohya=kohya)
+        return export_denoiser(self, folder, weights)

@@ -37,6 +37,7 @@ class Flux(DiffusionPolicy):
     is_flow = True
     component = "transformer"
     lora_targets = JOINT_ATTENTION
+    mlp_targets = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
     embeds_guidance = True
 
     def load_parts(self, pipeline: Any, resolution: int | None) -> None:

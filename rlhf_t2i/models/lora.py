@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,22 +24,41 @@ JOINT_ATTENTION = (
 """The projections of joint text-image attention that Flow-GRPO (arXiv:2505.05470) trains."""
 
 
-def add_lora(denoiser: Any, *, rank: int, alpha: float, seed: int, targets: Sequence[str] = ATTENTION) -> None:
-    """Freeze a denoiser and add trainable float32 adapters `x + alpha / rank * B A x` to its projections.
+@dataclass(frozen=True, slots=True)
+class LoraConfiguration:
+    """Form of the adapters: x + scale * B A x with scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
 
-    Raises ValueError if no module's name ends with one of `targets`.
+    rank: int
+    alpha: float
+    targets: Sequence[str] = ATTENTION
+    """Name endings of the layers that get an adapter."""
+    dropout: float = 0.0
+    use_dora: bool = False
+    use_rslora: bool = False
+
+
+def add_lora(denoiser: Any, lora: LoraConfiguration, *, seed: int) -> None:
+    """Freeze a denoiser and add trainable float32 adapters to its layers, initialised from `seed`.
+
+    Raises ValueError, with some names of layers, if no layer's name ends with one of the targets.
     """
     from peft import LoraConfig  # takes seconds
 
-    names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    if not any(name.endswith(tuple(targets)) for name in names):
-        raise ValueError(f"No layer of the denoiser ends with {', '.join(targets)}; it has, for example, {names[:5]}.")
+    layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in lora.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise ValueError(
+                f"No layer of the denoiser ends with {target}; it has, for example, {', '.join(layers[:5])}."
+            )
     denoiser.requires_grad_(False)
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # peft takes fractions
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  # peft takes fractions
+        lora_dropout=lora.dropout,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
         init_lora_weights="gaussian",
-        target_modules=list(targets),
+        target_modules=list(lora.targets),
     )
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         torch.manual_seed(seed)
@@ -47,6 +66,26 @@ def add_lora(denoiser: Any, *, rank: int, alpha: float, seed: int, targets: Sequ
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def target_layers(
+    chosen: str | None, denoiser: nn.Module, *, attention: Sequence[str], mlp: Sequence[str]
+) -> Sequence[str]:
+    """Return name endings of layers: of a preset (attention, attention_mlp, all_linear), or comma-separated ones."""
+    match chosen:
+        case None | "attention":
+            return attention
+        case "attention_mlp":
+            return (*attention, *mlp)
+        case "all_linear":
+            return [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+        case endings:
+            return [ending.strip() for ending in endings.split(",") if ending.strip()]
+
+
+def uses_dora(denoiser: Any) -> bool:
+    """True if the denoiser's adapters are DoRA."""
+    return has_lora(denoiser) and denoiser.peft_config[ADAPTER].use_dora
 
 
 def has_lora(denoiser: Any) -> bool:

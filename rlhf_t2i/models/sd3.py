@@ -33,6 +33,7 @@ class StableDiffusion3(DiffusionPolicy):
     is_flow = True
     component = "transformer"
     lora_targets = JOINT_ATTENTION
+    mlp_targets = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
     def load_parts(self, pipeline: Any, resolution: int | None) -> None:
         """Set the parts; ValueError for a scheduler that `FlowLevels` does not support."""

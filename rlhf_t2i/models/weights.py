@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.models.base import DiffusionPolicy
-from rlhf_t2i.models.lora import ADAPTER, add_lora, has_lora
+from rlhf_t2i.models.lora import ADAPTER, LoraConfiguration, add_lora, has_lora
 from rlhf_t2i.models.lora_files import find_lora, load_lora, load_text_encoder_loras, read_lora
 from rlhf_t2i.run_folder import CONFIG, LORA_WEIGHTS, START, read_config, run_of
 from rlhf_t2i.shapes.names import TOY_MODELS
@@ -55,8 +55,12 @@ def _load_checkpoint(
     if config.get("init_lora"):
         load_lora(read_lora(run / START / "lora" / LORA_WEIGHTS, family, network), network, model=model)
     elif config["lora_rank"] is not None:
-        alpha = float(config["lora_alpha"] or config["lora_rank"])
-        add_lora(network, rank=config["lora_rank"], alpha=alpha, seed=0, targets=family.lora_targets)
+        lora = LoraConfiguration(
+            config["lora_rank"], float(config["lora_alpha"] or config["lora_rank"]),
+            family.target_layers(network, config["lora_targets"]),
+            use_dora=config["use_dora"], use_rslora=config["use_rslora"],
+        )  # fmt: skip
+        add_lora(network, lora, seed=0)
     expected = {n: p for n, p in network.named_parameters() if not has_lora(network) or f".{ADAPTER}." in n}
     _check_fit(stored, expected, f"The checkpoint {str(path)!r}", model)
     network.load_state_dict(stored, strict=False)

@@ -38,6 +38,7 @@ class ZImage(DiffusionPolicy):
     is_flow = True
     component = "transformer"
     lora_targets = tuple(f"attention.{name}" for name in ATTENTION)
+    mlp_targets = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     guidance_when_off = 0.0
 
     def load_parts(self, pipeline: Any, resolution: int | None) -> None:

@@ -14,6 +14,7 @@ from rlhf_t2i.settings.base import Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.evaluation import EvaluationSettings
 from rlhf_t2i.settings.launch import shared_rule, tracker_rules
+from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import (
     Decay,
     InputPaths,
@@ -55,6 +56,15 @@ class LoraSettings(Settings, group="model and LoRA"):
     """Rank of the trained LoRA; null trains all weights of the denoiser, or the LoRA of init_lora with its own rank."""
     lora_alpha: PositiveFloat | None = None
     """LoRA scaling: adapters are multiplied by lora_alpha / lora_rank; null is lora_rank, a factor of 1."""
+    lora_targets: str | None = None
+    """Layers of the trained LoRA: attention, attention_mlp, all_linear, or comma-separated endings of their names, such
+    as to_q,to_v; null is attention."""
+    use_rslora: bool = False
+    """Scale the LoRA by lora_alpha / sqrt(lora_rank) in place of lora_alpha / lora_rank (rsLoRA, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train the magnitude of each output beside the LoRA, which then changes its direction (DoRA, arXiv:2402.09353)."""
+    export_format: Literal["diffusers", "both"] = "diffusers"
+    """Key layout of the exported LoRA: diffusers', or also Kohya's, which ComfyUI and A1111 read (U-Nets only)."""
     lora_scale: PositiveFloat = 1.0
     """Scale of the LoRA in evaluation and export, relative to training; below 1 moves towards the base model."""
 
@@ -62,8 +72,22 @@ class LoraSettings(Settings, group="model and LoRA"):
         return [*super().unused(), *(["lora_rank"] if self.init_lora else [])]
 
     def rules(self) -> list[Rule]:
-        works = self.lora_scale == 1 or self.trains_lora
-        return [*super().rules(), ("lora_scale", works, "1 without a LoRA (lora_rank and init_lora are null)")]
+        kind = "the file of init_lora says it" if self.init_lora else "a LoRA is trained only with lora_rank"
+        is_new = self.lora_rank is not None and not self.init_lora
+        targets = self.lora_targets is None or (is_new and bool(names(self.lora_targets)))
+        return [
+            *super().rules(),
+            (
+                "lora_scale",
+                self.lora_scale == 1 or self.trains_lora,
+                "1 without a LoRA (lora_rank, init_lora are null)",
+            ),
+            ("lora_scale", self.lora_scale == 1 or not self.use_dora, "1 with use_dora, which has no such scale"),
+            ("lora_targets", targets, f"null ({kind}), a preset or at least one name"),
+            ("use_rslora", is_new or not self.use_rslora, f"false: {kind}"),
+            ("export_format", self.export_format == "diffusers" or self.trains_lora, "diffusers without a LoRA"),
+            ("use_dora", is_new or not self.use_dora, f"false: {kind}"),
+        ]
 
     @property
     def trains_lora(self) -> bool:
@@ -100,20 +124,25 @@ class RewardSettings(Settings, group="reward"):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Settings, group="optimiser"):
-    """AdamW and its learning rate."""
+    """The optimiser and its learning rate."""
 
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """torch's optimiser: AdamW, Adam (its weight decay is part of the gradient), or SGD with momentum adam_beta1, which
+    needs half the memory of these and is not available with ZeRO."""
     learning_rate: PositiveFloat = 3e-4
-    """Learning rate of AdamW after the warm-up, constant from then on."""
+    """Learning rate after the warm-up, the highest one."""
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to zero at num_steps along a cosine or a line."""
     warmup_steps: NonNegativeInt = 0
     """Training steps over which the learning rate rises linearly from zero."""
     adam_beta1: Decay = 0.9
-    """AdamW's decay of the mean of gradients."""
+    """Decay of the mean of gradients."""
     adam_beta2: Decay = 0.999
-    """AdamW's decay of the mean of squared gradients."""
+    """Decay of the mean of squared gradients (adamw, adam)."""
     adam_epsilon: PositiveFloat = 1e-8
-    """AdamW's addend to the denominator."""
+    """Addend to the denominator (adamw, adam)."""
     weight_decay: NonNegativeFloat = 1e-4
-    """AdamW's decoupled weight decay."""
+    """Weight decay; decoupled from the gradient with adamw."""
     max_gradient_norm: PositiveFloat = 1.0
     """Norm to which gradients over all trained weights are clipped."""
     max_skipped_updates: PositiveInt = 10
@@ -123,10 +152,6 @@ class OptimizerSettings(Settings, group="optimiser"):
     place; 0 keeps no average."""
     num_steps: PositiveInt = 40
     """Training steps, after which the weights are exported."""
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of a step (from 0): rising over the first warmup_steps, then constant."""
-        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
 
 
 @dataclass(frozen=True, kw_only=True)

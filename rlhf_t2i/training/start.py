@@ -16,7 +16,9 @@ def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: b
     The LoRA that a run starts from is copied into its folder, where a resumed run finds it. Raises FileNotFoundError or
     ValueError for weights that do not fit the model.
     """
-    from rlhf_t2i.models.warm_start import start_from_lora, start_from_weights  # takes seconds
+    from rlhf_t2i.models.export import check_kohya  # takes seconds
+    from rlhf_t2i.models.lora import uses_dora
+    from rlhf_t2i.models.warm_start import start_from_lora, start_from_weights
 
     is_base = config.reference_model == "base"
     if config.init_weights:
@@ -25,8 +27,10 @@ def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: b
         run.print(f"start     denoiser of {config.init_weights}")
     if config.init_lora is None:
         policy.set_trainable(
-            config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed
-        )
+            config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed,
+            lora_targets=config.lora_targets, use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
+        )  # fmt: skip
     else:
         copy = run.folder / START
         source = Path(config.init_lora) if run.resumed_from is None else copy
@@ -37,6 +41,13 @@ def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: b
         if run.is_main and run.resumed_from is None:
             policy.export(copy, policy.trainable)
         run.print(f"start     LoRA {config.init_lora} (rank {rank}, alpha {alpha:g})")
+    if config.export_format == "both":
+        check_kohya(policy)
+    if uses_dora(policy.network) and (run.mode in ("zero3", "fsdp2") or config.lora_scale != 1):
+        raise ValueError(
+            f"A DoRA needs whole weights and has no lora_scale: the strategy is {run.mode} and lora_scale is "
+            f"{config.lora_scale}; take DDP, ZeRO-1 or ZeRO-2, and a lora_scale of 1."
+        )
     if keep_reference:
         warm = config.init_lora or config.init_weights
         run.print(f"reference {config.model}{f', started from {warm}' if warm and not is_base else ''}")

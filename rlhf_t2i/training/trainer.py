@@ -291,7 +291,7 @@ class Trainer:
             with self._lora_scaled():
                 weights = gather_weights(self.engine, keep=self.run.is_main)
         if self.run.is_main and is_complete:
-            export = self.policy.export(self.folder, weights)
+            export = self.policy.export(self.folder, weights, kohya=self.config.export_format == "both")
             if not self.is_sharded:  # for a caller in Python who goes on with the pipeline
                 copy_weights(weights, into=self.engine.weights)
             report = self.report(self.folder)

@@ -1,0 +1,137 @@
+"""LoRAs: their layers, DoRA and rsLoRA, and what their export gives in diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import nn
+from torch.testing import assert_close
+
+from rlhf_t2i.models.lora import uses_dora
+from rlhf_t2i.run_folder import KOHYA_LORA
+from rlhf_t2i.settings.ddpo import Config
+from tests.policies import images_of, perturb, pipeline_of, policy_of, stock_images
+from tests.trained_weights import checkpoint_of
+
+FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_zimage"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("targets", ["attention_mlp", "all_linear"])
+def test_an_exported_lora_of_more_layers_gives_the_same_images_in_diffusers(
+    targets: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = request.getfixturevalue(name)
+    policy, attention = policy_of(model), policy_of(model)
+    endings = policy.target_layers(policy.network, targets)
+    attention.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0, lora_targets=targets)
+    assert attention.trainable.keys() < policy.trainable.keys()
+    for ending in endings:
+        assert any(f"{ending}.lora_A.default.weight" in trained for trained in policy.trainable), ending
+    perturb(policy)
+    pipeline = pipeline_of(model)
+    pipeline.load_lora_weights(policy.export(tmp_path, policy.trainable))
+    assert_close(stock_images(pipeline), images_of(policy), rtol=0, atol=5e-5)
+
+
+def test_layers_are_chosen_by_the_endings_of_their_names(tiny_sd: Path) -> None:
+    policy = policy_of(tiny_sd)
+    policy.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0, lora_targets="attn2.to_k, to_v")
+    layers = {name.partition(".lora_")[0] for name in policy.trainable}
+    assert {name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in layers} == {
+        "attn2.to_k", "attn1.to_v", "attn2.to_v",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"No layer of the denoiser ends with to_w; it has, for example, conv_in"):
+        policy_of(tiny_sd).set_trainable(
+            2, lora_alpha=None, keep_reference=False, seed=0, lora_targets="to_k,to_w"
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "use_rslora"])
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl", "tiny_sd3"])
+def test_an_exported_dora_or_rslora_gives_the_same_images_in_diffusers_and_when_loaded(
+    kind: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = request.getfixturevalue(name)
+    policy = policy_of(model)
+    policy.set_trainable(4, lora_alpha=6.0, keep_reference=False, seed=0, **{kind: True})
+    base = images_of(policy)
+    perturb(policy)
+    assert uses_dora(policy.network) == (kind == "use_dora")
+    assert any("lora_magnitude_vector" in name for name in policy.trainable) == (kind == "use_dora")
+    expected = images_of(policy)
+    assert (expected - base).abs().max() > 1e-3
+    with policy.as_reference():
+        assert_close(images_of(policy), images_of(policy_of(model)), rtol=0, atol=0)
+    folder = policy.export(tmp_path, policy.trainable)
+    pipeline = pipeline_of(model)
+    pipeline.load_lora_weights(folder)
+    assert_close(stock_images(pipeline), expected, rtol=0, atol=5e-5)
+    assert_close(images_of(policy_of(model, weights=folder)), expected, rtol=0, atol=5e-5)
+    config = {"model": str(model), "lora_rank": 4, "lora_alpha": 6.0, "lora_targets": None}
+    kinds = {"use_dora": False, "use_rslora": False, kind: True}
+    checkpoint = checkpoint_of(policy.trainable, tmp_path / "run", **config, **kinds)
+    assert_close(images_of(policy_of(model, weights=checkpoint)), expected, rtol=0, atol=5e-5)
+
+
+def test_an_rslora_is_scaled_by_the_root_of_its_rank(tiny_sd: Path) -> None:
+    scales = []
+    for use_rslora in (False, True):
+        policy = policy_of(tiny_sd)
+        policy.set_trainable(4, lora_alpha=6.0, keep_reference=False, seed=0, use_rslora=use_rslora)
+        layer = next(module for module in policy.network.modules() if hasattr(module, "scaling"))
+        scales.append(layer.scaling["default"])
+    assert scales == [6 / 4, 6 / 2]
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+def test_a_lora_exported_in_kohyas_layout_gives_the_same_images_in_diffusers(
+    name: str, use_rslora: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = request.getfixturevalue(name)
+    """Of every layer of the U-Net that can have one."""
+    policy = policy_of(model)
+    layers = [name for name, part in policy.network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    policy.set_trainable(
+        4, lora_alpha=6.0, keep_reference=False, seed=0, lora_targets=",".join(layers), use_rslora=use_rslora
+    )
+    perturb(policy)
+    policy.export(tmp_path, policy.trainable, kohya=True)
+    assert all(name.startswith("lora_unet_") for name in load_file(tmp_path / KOHYA_LORA))
+    pipeline = pipeline_of(model)
+    pipeline.load_lora_weights(tmp_path / KOHYA_LORA)
+    assert_close(stock_images(pipeline), images_of(policy), rtol=0, atol=5e-5)
+
+
+def test_kohyas_layout_is_refused_where_it_does_not_exist(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+    for model, options in ((tiny_sd3, {}), (tiny_sd, {"use_dora": True})):
+        policy = policy_of(model)
+        policy.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0, **options)
+        with pytest.raises(ValueError, match="export_format is both"):
+            policy.export(tmp_path, policy.trainable, kohya=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True; it must be false: a LoRA is trained only with lora_rank"),
+        ({"lora_targets": "to_q"}, "lora_targets is to_q; it must be null"),
+        ({"lora_rank": 4, "lora_targets": ","}, "a preset or at least one name"),
+        ({"lora_rank": 4, "use_dora": True, "lora_scale": 0.5}, "lora_scale is 0.5; it must be 1 with use_dora"),
+        ({"init_lora": "x", "use_rslora": True}, "use_rslora is True; it must be false: the file of init_lora says it"),
+        ({"export_format": "both"}, "export_format is both; it must be diffusers without a LoRA"),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**options)  # type: ignore[arg-type]
+
+
+def test_the_rank_of_a_lora_that_goes_on_is_its_own_whatever_the_familys_is() -> None:
+    config = Config(model="StableDiffusionPipeline", prompts="p.txt", rewards="oracle", init_lora="runs/x")
+    assert config.lora_rank is None
+    assert config.trains_lora
