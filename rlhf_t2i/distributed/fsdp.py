@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlhf_t2i.distributed.types import MOMENTS
+from rlhf_t2i.distributed.types import STEP, step_of, tensors_of
 
 
 def fully_sharded(network: nn.Module) -> Any:
@@ -101,12 +101,12 @@ class FullySharded:
         return distribute_tensor(weight.to(like.device, like.dtype), self._mesh, like.placements)
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self._optimizer.state.get(self._parameters[name], {})
+        state = tensors_of(self._optimizer.state.get(self._parameters[name], {}))
         return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
 
     @torch.no_grad()
     def load(self, name: str, weight: Tensor, optimizer_state: Mapping[str, Tensor]) -> None:
         self.weights[name].copy_(self.shard_of(name, weight))
         if optimizer_state:
-            moments = {key: self._sharded(name, optimizer_state[key]) for key in MOMENTS}
-            self._optimizer.state[self._parameters[name]] = {"step": optimizer_state["step"].clone(), **moments}
+            moments = {k: self._sharded(name, moment) for k, moment in optimizer_state.items() if k != STEP}
+            self._optimizer.state[self._parameters[name]] = {**step_of(optimizer_state), **moments}

@@ -28,7 +28,7 @@ class Layout:
     mode: Mode
     processes: int
     trainable: int
-    """Trained parameters. They, their gradients and AdamW's state are float32."""
+    """Trained parameters. They, their gradients and the optimiser's state are float32."""
     frozen: int = 0
     """Other parameters of the same network, such as those under LoRA adapters."""
     frozen_width: int = FLOAT32
@@ -39,6 +39,8 @@ class Layout:
     """ZeRO-3 with float32 weights, gradients and moments in main memory (deepspeed_zero3_offload.yaml)."""
     num_averages: int = 0
     """Moving averages of the trained weights."""
+    num_moments: int = 2
+    """Optimiser state of each trained parameter: two numbers for Adam, one for SGD with momentum."""
     reference: bool = False
     """A frozen copy of the full network in float32."""
     accumulates: bool = True
@@ -150,7 +152,7 @@ def memory_of(
         weights=(t + f) / n if is_sharded else t + f,
         master=share * device if zero else 0.0,
         gradients=gradients,
-        moments=2 * share * device,
+        moments=layout.num_moments * share * device,
         averages=own * layout.num_averages,
         replaced=own * min(layout.num_averages, 1),
         reference=FLOAT32 * (layout.trainable + layout.frozen) / (n if is_sharded else 1) * layout.reference,

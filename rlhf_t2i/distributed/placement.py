@@ -16,7 +16,13 @@ _NAMES = {
 
 
 def layout_of(
-    network: nn.Module, mode: Mode, *, processes: int, num_averages: int = 0, reference: bool = False
+    network: nn.Module,
+    mode: Mode,
+    *,
+    processes: int,
+    num_averages: int = 0,
+    reference: bool = False,
+    num_moments: int = 2,
 ) -> Layout:
     """Return how a network that is not yet distributed will be held."""
     frozen = [p for p in network.parameters() if not p.requires_grad]
@@ -30,6 +36,7 @@ def layout_of(
         block=gathered_by_fsdp(network) if mode == "fsdp2" else 0,
         num_averages=num_averages,
         reference=reference,
+        num_moments=num_moments,
     )
 
 

@@ -87,7 +87,7 @@ def make_engine(
     microbatch_size: int,
     log: Callable[[str], None],
 ) -> Engine:
-    """Distribute a network over the processes; `optimizer` is an AdamW that has not taken a step.
+    """Distribute a network over the processes; `optimizer` has not taken a step.
 
     Raises ValueError if DeepSpeed's config and the recipe disagree.
     """

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rlhf_t2i.distributed.types import MOMENTS
+from rlhf_t2i.distributed.types import STEP, step_of, tensors_of
 
 
 class Replicated:
@@ -70,18 +70,18 @@ class Replicated:
         return weight
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        return dict(self._adam.state.get(self._parameters[name], {}))
+        return tensors_of(self._torch_optimizer.state.get(self._parameters[name], {}))
 
     @torch.no_grad()
     def load(self, name: str, weight: Tensor, optimizer_state: Mapping[str, Tensor]) -> None:
         parameter = self._parameters[name]
         parameter.copy_(weight)
         if optimizer_state:
-            moments = {key: optimizer_state[key].to(parameter.device) for key in MOMENTS}
-            self._adam.state[parameter] = {"step": optimizer_state["step"].clone(), **moments}
+            moments = {k: moment.to(parameter.device) for k, moment in optimizer_state.items() if k != STEP}
+            self._torch_optimizer.state[parameter] = {**step_of(optimizer_state), **moments}
 
     @property
-    def _adam(self) -> torch.optim.Optimizer:
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser without accelerate's wrapper."""
         return getattr(self._optimizer, "optimizer", self._optimizer)
 

@@ -18,10 +18,10 @@ WEIGHT = "weight"
 
 
 def write_state(engine: Engine, copies: Copies, folder: Path, *, rank: int, num_processes: int) -> None:
-    """Write this process's share of the weights, of AdamW's state and of the copies. Collective.
+    """Write this process's share of the weights, of the optimiser's state and of the copies. Collective.
 
     Weights are gathered one at a time and each is written by one process, so that none holds more than its share. Keys
-    are `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` and `COPY/NAME`. Raises OSError and
+    are `weight/NAME`, `COPY/NAME` and, for Adam, `exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME`. Raises OSError and
     SafetensorError.
     """
     share: dict[str, Tensor] = {}

@@ -10,11 +10,23 @@ from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's moments of each weight; its state also has the number of steps."""
+STEP = "step"
+"""Key of the number of steps in an optimiser's state of a weight; the other keys are tensors of the weight's shape."""
+
+
+def tensors_of(state: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the part of an optimiser's state of a weight that exists: SGD without momentum has None."""
+    return {key: value for key, value in state.items() if value is not None}
+
+
+def step_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of the number of steps in an optimiser's state, which SGD does not count."""
+    return {STEP: state[STEP].clone()} if STEP in state else {}
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A trained network and its AdamW on the processes.
+    """A trained network and its optimiser on the processes.
 
     All methods are collective: every process must call them, equally often.
     """
@@ -37,7 +49,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
-        """Take one step of AdamW with the gradients averaged over processes, clipped to the maximum norm.
+        """Take one step of the optimiser with the gradients averaged over processes, clipped to the maximum norm.
 
         Returns their norm before clipping, and True if all processes skipped the step because it is not finite.
         """
@@ -56,7 +68,7 @@ class Engine(Protocol):
         ...
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        """Return AdamW's full state of a weight: MOMENTS and `step`; empty before the first step."""
+        """Return the optimiser's full state of a weight, MOMENTS and `step` for Adam; empty before the first step."""
         ...
 
     def load(self, name: str, weight: Tensor, optimizer_state: Mapping[str, Tensor]) -> None:

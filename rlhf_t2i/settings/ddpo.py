@@ -67,3 +67,7 @@ class Config(GroupedSamplingSettings, TrainerConfig):
         steps = self.num_denoising_steps
         first, end = round(self.window_start * steps), round(self.window_end * steps)
         return (0, 1) if steps == 1 and self.window_start < self.window_end else (first, end)
+
+    @property
+    def images_per_optimizer_step(self) -> int:
+        return self.prompts_per_step * self.images_per_prompt // self.num_minibatches

@@ -86,3 +86,7 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
             *([shared_rule("prompts_per_step", self.prompts_per_step)] if self.samples_pairs else []),
             ("timesteps", timesteps, "a range such as 0-999 or a list such as 249,499,749,999"),
         ]
+
+    @property
+    def images_per_optimizer_step(self) -> int | None:
+        return None if self.samples_pairs else 2 * self.pairs_per_step

@@ -61,3 +61,7 @@ class Config(GroupedSamplingSettings, TrainerConfig):
             *super().rules(),
             ("num_minibatches", divides, f"a divisor of images_per_prompt ({self.images_per_prompt})"),
         ]
+
+    @property
+    def images_per_optimizer_step(self) -> int:
+        return self.prompts_per_step * self.images_per_prompt // self.num_minibatches

@@ -92,3 +92,7 @@ class Config(TrainerConfig):
     def trained_window(self) -> tuple[int, int]:
         """The first denoising step that refl may draw, and the one after the last."""
         return round(self.window_start * self.num_denoising_steps), round(self.window_end * self.num_denoising_steps)
+
+    @property
+    def images_per_optimizer_step(self) -> int:
+        return self.prompts_per_step

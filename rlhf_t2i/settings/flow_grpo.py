@@ -75,3 +75,7 @@ class Config(GroupedSamplingSettings, TrainerConfig):
         """The first denoising step that may be noisy, and the one after the last."""
         total = self.num_denoising_steps
         return round(self.window_start * total), min(round(self.window_end * total), total - 1)
+
+    @property
+    def images_per_optimizer_step(self) -> int:
+        return self.prompts_per_step * self.images_per_prompt // self.num_minibatches

@@ -15,10 +15,9 @@ from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.evaluation import EvaluationSettings
 from rlhf_t2i.settings.launch import shared_rule, tracker_rules
 from rlhf_t2i.settings.lists import names
+from rlhf_t2i.settings.optimizer import OptimizerSettings
 from rlhf_t2i.settings.ranges import (
-    Decay,
     InputPaths,
-    NonNegativeFloat,
     NonNegativeInt,
     Port,
     PositiveFloat,
@@ -120,38 +119,6 @@ class RewardSettings(Settings, group="reward"):
 
     rewards: RewardNames = by_model(TOY_REWARD)
     """Rewards to optimise, comma-separated NAME or NAME=WEIGHT, summed by weight (docs/rewards.md)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings(Settings, group="optimiser"):
-    """The optimiser and its learning rate."""
-
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """torch's optimiser: AdamW, Adam (its weight decay is part of the gradient), or SGD with momentum adam_beta1, which
-    needs half the memory of these and is not available with ZeRO."""
-    learning_rate: PositiveFloat = 3e-4
-    """Learning rate after the warm-up, the highest one."""
-    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up: constant, or falling to zero at num_steps along a cosine or a line."""
-    warmup_steps: NonNegativeInt = 0
-    """Training steps over which the learning rate rises linearly from zero."""
-    adam_beta1: Decay = 0.9
-    """Decay of the mean of gradients."""
-    adam_beta2: Decay = 0.999
-    """Decay of the mean of squared gradients (adamw, adam)."""
-    adam_epsilon: PositiveFloat = 1e-8
-    """Addend to the denominator (adamw, adam)."""
-    weight_decay: NonNegativeFloat = 1e-4
-    """Weight decay; decoupled from the gradient with adamw."""
-    max_gradient_norm: PositiveFloat = 1.0
-    """Norm to which gradients over all trained weights are clipped."""
-    max_skipped_updates: PositiveInt = 10
-    """Consecutive updates that may be skipped for a gradient that is not finite, before the run stops."""
-    ema_decay: Decay = 0.0
-    """Decay per step of an exponential moving average (EMA) of the weights, which is evaluated and exported in their
-    place; 0 keeps no average."""
-    num_steps: PositiveInt = 40
-    """Training steps, after which the weights are exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +246,11 @@ class TrainerConfig(
     ModelSettings,
 ):
     """Options of every recipe that trains a diffusion model."""
+
+    @property
+    def images_per_optimizer_step(self) -> int | None:
+        """Images whose gradients one optimiser step adds up, over all processes; None if that is not a fixed number."""
+        return None
 
     def derived(self) -> Mapping[str, Any]:
         measured = reward_names_of(self.evaluation_rewards) + reward_names_of(self.rewards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +73,13 @@ def exchanged(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> It
         yield
     finally:
         copy_weights(own, into=weights)
+
+
+def lora_at_scale(weights: Mapping[str, Tensor], scale: float) -> AbstractContextManager[None]:
+    """Context in which LoRA adapters contribute `scale` times as much, as in evaluation and export."""
+    from rlhf_t2i.models.lora import lora_scaled  # takes seconds
+
+    return exchanged(weights, lora_scaled(weights, scale) if scale != 1 else {})
 
 
 @torch.no_grad()

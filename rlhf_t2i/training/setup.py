@@ -89,22 +89,19 @@ def _record_prompts(run: Run, prompts: PromptSets) -> None:
 
 
 def _engine(policy: Policy, run: Run, config: TrainerConfig, *, num_averages: int) -> Engine:
-    """Hand the policy's network and an AdamW to the processes, after printing how much memory each will need.
+    """Hand the policy's network and an optimiser to the processes, after printing how much memory each will need.
 
     Raises ValueError if DeepSpeed's config and the recipe disagree.
     """
-    optimizer = torch.optim.AdamW(
-        policy.trainable.values(),
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = _optimizer(policy, run, config)
     layout = layout_of(
         policy.denoiser, run.mode, processes=run.num_processes, num_averages=num_averages,
-        reference=policy.reference is not None,
+        reference=policy.reference is not None, num_moments=1 if config.optimizer == "sgd" else 2,
     )  # fmt: skip
     precision, microbatch_size = run.accelerator.mixed_precision, config.microbatch_size
     run.print(placement_table(layout, precision=precision, microbatch_size=microbatch_size))
+    if (images := config.images_per_optimizer_step) is not None:
+        run.print(f"update      {images} images in one optimiser step; their gradients accumulate over microbatches")
     if run.is_main:
         placement = placement_config(layout, precision=precision, microbatch_size=microbatch_size)
         update_run_info(run.folder, {"trainable_parameters": layout.trainable, "placement": placement})
@@ -116,3 +113,18 @@ def _engine(policy: Policy, run: Run, config: TrainerConfig, *, num_averages: in
     if policy.reference is not None:
         policy.reference = engine.shard_frozen(policy.reference)
     return engine
+
+
+def _optimizer(policy: Policy, run: Run, config: TrainerConfig) -> torch.optim.Optimizer:
+    """Return the optimiser of the trained weights; ValueError for one that the distribution strategy does not have."""
+    weights, decay = policy.trainable.values(), config.weight_decay
+    betas, epsilon = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    match config.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(weights, betas=betas, eps=epsilon, weight_decay=decay)
+        case "adam":
+            return torch.optim.Adam(weights, betas=betas, eps=epsilon, weight_decay=decay)
+        case "sgd":
+            if run.mode.startswith("zero"):
+                raise ValueError("optimizer is sgd; with ZeRO it must be adamw or adam, whose state DeepSpeed shards.")
+            return torch.optim.SGD(weights, momentum=config.adam_beta1, weight_decay=decay)

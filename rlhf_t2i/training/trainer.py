@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -24,9 +24,10 @@ from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
 from rlhf_t2i.training.checkpoint import Checkpoints
 from rlhf_t2i.training.early_stop import EarlyStop
-from rlhf_t2i.training.ema import MovingAverage, copy_weights, exchanged
+from rlhf_t2i.training.ema import MovingAverage, copy_weights, exchanged, lora_at_scale
 from rlhf_t2i.training.environment import StopRequests
 from rlhf_t2i.training.evaluation import Evaluation, evaluate, save_evaluation
+from rlhf_t2i.training.learning_rate import learning_rates
 from rlhf_t2i.training.metrics import rate_text, read_metrics
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.types import Policy, Sampler
@@ -67,6 +68,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         """Count signals in the loop."""
+        self._learning_rate = learning_rates(self.config)
         self._stop_requests = StopRequests(print=self.print)
 
     # --- processes ---
@@ -223,16 +225,14 @@ class Trainer:
         An update whose gradient is not finite is skipped on all processes. Raises RuntimeError after
         max_skipped_updates of these in a row.
         """
-        norm, skipped = self.engine.optimizer_step(self.config.learning_rate_at(self.step))
+        norm, skipped = self.engine.optimizer_step(self._learning_rate(self.step))
         most = self.config.max_skipped_updates
         self._num_skipped = self._num_skipped + 1 if skipped else 0
         if skipped:
             self.print(f"WARNING: the gradient of step {self.step + 1} is not finite; the update was skipped.")
         if self._num_skipped >= most:
-            raise RuntimeError(
-                f"The last {most} updates, up to step {self.step + 1}, had gradients that are not finite. Try a lower "
-                f"learning_rate, or mixed_precision: no."
-            )
+            last = f"The last {most} updates, up to step {self.step + 1}, had gradients that are not finite."
+            raise RuntimeError(f"{last} Try a lower learning_rate, or mixed_precision: no.")
         return {"gradient_norm": norm if math.isfinite(norm) else 0.0, "skipped_updates": float(skipped)}
 
     # --- evaluation and export ---
@@ -247,7 +247,7 @@ class Trainer:
                 self.early_stop.update(self.step, value, self.engine.weights)
 
     def _evaluate(self) -> Evaluation:
-        with self._lora_scaled(), self.sampling():
+        with lora_at_scale(self.engine.weights, self.config.lora_scale), self.sampling():
             return evaluate(
                 self.policy, *self.evaluation_set, self.evaluation_rewards.rewards,
                 sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
@@ -266,13 +266,6 @@ class Trainer:
             number = f"{len(evaluation.images)} images of {self.evaluation_title}"
             self.print(f"after {self.step} steps, {number}: {evaluation.text()}")
 
-    def _lora_scaled(self) -> AbstractContextManager[None]:
-        """Context in which LoRA adapters have their scale of evaluation and export."""
-        from rlhf_t2i.models.lora import lora_scaled  # takes seconds
-
-        weights, scale = self.engine.weights, self.config.lora_scale
-        return exchanged(weights, lora_scaled(weights, scale) if scale != 1 else {})
-
     def finish(self) -> Path:
         """Export the weights and write the last report, or say how to resume; return the run folder. Collective.
 
@@ -288,7 +281,7 @@ class Trainer:
                     f"weights are exported, and evaluated once more for the report."
                 )
                 self.record(self._evaluate())
-            with self._lora_scaled():
+            with lora_at_scale(self.engine.weights, self.config.lora_scale):
                 weights = gather_weights(self.engine, keep=self.run.is_main)
         if self.run.is_main and is_complete:
             export = self.policy.export(self.folder, weights, kohya=self.config.export_format == "both")
