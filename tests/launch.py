@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def recipe_of(config: TrainerConfig) -> str:
 
 def command_line(config: TrainerConfig) -> list[str]:
     """All settings that are not null as options."""
-    given = {name: value for name, value in vars(config).items() if value is not None}
+    given = {name: value for name, value in asdict(config).items() if value is not None}
     return [
         part
         for name, value in given.items()
