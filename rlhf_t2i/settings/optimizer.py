@@ -14,8 +14,8 @@ class OptimizerSettings(Settings, group="optimiser"):
     """The optimiser and its learning rate."""
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """torch's optimiser: AdamW, Adam (its weight decay is part of the gradient), or SGD with momentum adam_beta1, which
-    needs half the memory of these and is not available with ZeRO."""
+    """Optimiser of torch: AdamW, Adam (its weight decay is part of the gradient), or SGD with momentum adam_beta1, with
+    half the state of these and not available with ZeRO."""
     learning_rate: PositiveFloat = 3e-4
     """Learning rate after the warm-up, the highest one."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
