@@ -44,7 +44,9 @@ from rlhf_t2i.annotation.questions import (
     write_questions,
 )
 from rlhf_t2i.annotation.serve import Service, create_app
+from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.run_folder import COLLECTED_PAIRS
 from rlhf_t2i.seeds import ANNOTATE, generator_for
 from rlhf_t2i.settings.lists import names
@@ -61,6 +63,8 @@ _UNDECIDED = ("no preference in the file", "no preference in the file")
 def main(config: Config) -> Path:
     """Collect the questions, load earlier answers, serve the page until Ctrl-C or SIGTERM; return the run folder."""
     reward = load_rewards(config.rewards) if config.rewards else None
+    if reward and config.evaluation_prompts:
+        try_rewards(reward, load_prompts(config.evaluation_prompts, held_out=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with listen(config.host, config.port) as listener:
         folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE, checkpoints=False)
@@ -126,7 +130,6 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
     """Sample the same prompts and seeds with two policies."""
     from rlhf_t2i.diffusion.transitions import stochastic  # these imports take seconds
     from rlhf_t2i.models.load import load_policy
-    from rlhf_t2i.prompts import load_prompts
     from rlhf_t2i.training.evaluation import evaluate, evaluation_set
     from rlhf_t2i.types import Sampler
 

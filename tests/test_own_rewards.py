@@ -307,6 +307,7 @@ def test_a_reward_that_cannot_be_used_fails_in_the_trial(
         ("best_of_n", {"rewards": "oracle", "veto": "own:with_info"}),
         ("best_of_n", {"rewards": "oracle", "evaluation_rewards": "own:with_info"}),
         ("evaluate_policy", {"weights": "base", "evaluation_rewards": "own:with_info"}),
+        ("collect_preferences", {"weights": "base,base", "rewards": "own:with_info", "port": "0"}),
     ],
 )
 def test_recipes_try_each_reward_before_a_model_is_loaded_and_a_run_begins(

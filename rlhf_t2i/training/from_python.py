@@ -79,10 +79,11 @@ def from_python(main: Callable[[ConfigT], Path]) -> Train[ConfigT]:
         """Train a diffusion model in this process; return its metrics and the tuned pipeline.
 
         `pipeline` is a loaded diffusers pipeline, whose denoiser is trained in place; without it `config.model` is
-        loaded. `prompts` are texts to train on, of which a part is held back for evaluation unless the config has
-        evaluation_prompts. `reward` is a function of images and prompts, a sum that `load_rewards` returned, or names.
-        They precede the options model, prompts and rewards of `config`, and options that were not given get the
-        defaults of the pipeline's family. Raises ValueError for what cannot work, before anything is sampled.
+        loaded. `prompts` are texts to train on, of which a part is held back for evaluation unless the config (or a
+        built-in model) has evaluation_prompts. `reward` is a function of images and prompts, a sum that `load_rewards`
+        returned, or names. They precede the options model, prompts and rewards of `config`, and options that were not
+        given get the defaults of the pipeline's family. Raises ValueError for what cannot work, before anything is
+        sampled.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("train() is for one process; for several start the recipe by accelerate launch.")
