@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from rlhf_t2i.models.packaging import save_trained_pipeline
 from tests.policies import edit_json, images_of, pipeline_of, policy_of, stock_images
+from tests.single_file import save_single_file
 from tests.trained_weights import lora_of
 
 
@@ -111,3 +112,35 @@ def test_an_index_that_is_no_json_is_refused(folder: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=r"model_index\.json|could not be loaded") as caught:
         policy_of(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_single_file_gives_the_images_of_its_folder_and_is_published(tiny_sd: Path, tmp_path: Path) -> None:
+    file = save_single_file(tiny_sd, tmp_path / "model.safetensors")
+    assert_close(images_of(policy_of(file)), images_of(policy_of(tiny_sd)), rtol=0, atol=0)
+    lora = lora_of(tiny_sd, tmp_path).parent
+    save_trained_pipeline(str(file), lora, tmp_path / "published")
+    expected = images_of(policy_of(tiny_sd, weights=lora))
+    assert_close(stock_images(pipeline_of(tmp_path / "published")), expected, rtol=0, atol=2e-5)
+
+
+def test_a_single_file_that_is_damaged_is_named(tiny_sd: Path, tmp_path: Path) -> None:
+    file = save_single_file(tiny_sd, tmp_path / "model.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"The checkpoint .*model\.safetensors' could not be loaded") as caught:
+        policy_of(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_file_without_its_configs_says_where_they_belong(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(source: str) -> None:
+        raise OSError(f"no connection for {source}")
+
+    file = save_single_file(tiny_sd, tmp_path / "model.safetensors")
+    shutil.rmtree(tmp_path / "model")
+    monkeypatch.setattr("rlhf_t2i.models.load.DiffusionPipeline.load_config", offline)
+    with pytest.raises(
+        FileNotFoundError, match=r"neither in the folder .*model' .* nor could they be loaded from 'stable-"
+    ):
+        policy_of(file)

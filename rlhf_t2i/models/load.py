@@ -87,7 +87,7 @@ def pipeline_index(model: str) -> tuple[str, dict[str, Any]]:
     """
     path = TOY_MODELS.get(model, Path(model))
     if path.is_file() and path.suffix in SINGLE_FILES:
-        return str(path), _index_of(_config_source(path))
+        return str(path), _index_of_file(path)
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"{str(path)!r} is not a diffusers pipeline: it has no model_index.json. Give the folder that "
@@ -117,15 +117,22 @@ def _index_of(source: str) -> dict[str, Any]:
     return index
 
 
-def _config_source(file: Path) -> str:
-    """Return the folder beside a single-file checkpoint, or the Hub id that diffusers takes its configs from."""
+def _index_of_file(file: Path) -> dict[str, Any]:
+    """Return the model_index.json of a single-file checkpoint: of the folder beside it, or of the Hub."""
     folder = config_folder(file)
     if (folder / "model_index.json").is_file():
-        return str(folder)
+        return _index_of(str(folder))
     try:
-        return fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
+        hub_id = fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
     except LOADING_ERRORS as error:
         raise ValueError(f"The checkpoint {str(file)!r} could not be read: {first_line(error)}") from error
+    try:
+        return _index_of(hub_id)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The configs of the checkpoint {str(file)!r} are neither in the folder {str(folder)!r} (as of a "
+            f"pipeline, without weights) nor could they be loaded from {hub_id!r} on the Hub."
+        ) from error
 
 
 def _not_loaded(model: str, error: OSError) -> FileNotFoundError:
