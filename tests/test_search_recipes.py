@@ -179,7 +179,9 @@ def test_records_are_valid_json_if_a_reward_is_nan(tiny_sd: Path, tmp_path: Path
 
 def test_evaluation_out_of_memory_halves_the_batch(tiny_sd: Path, tmp_path: Path) -> None:
     """Images that have been generated are not lost."""
-    settings = {"evaluation_rewards": "tests.test_search_recipes:greenness_of_four", "prune_after": ""}
+    settings = {
+        "evaluation_rewards": "tests.test_search_recipes:greenness_of_four", "prune_after": "", "microbatch_size": 8,
+    }  # fmt: skip
     with pytest.warns(UserWarning, match="Out of memory with 8 images in one batch"):
         (record, *_) = best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **settings))
     (plain, *_) = best_of_n.main(
