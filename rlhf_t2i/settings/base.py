@@ -85,8 +85,8 @@ class Settings:
 
     def defaults_text(self) -> str:
         """Return one line that says which options were chosen for the model, for a log."""
-        chosen = ", ".join(f"{name} {as_text(value)}" for name, value in self.model_defaults.items())
-        return f"defaults  {chosen or 'none depends on the model'}"
+        chosen = [f"{n} {as_text(v)}" for n, v in self.model_defaults.items() if v not in (None, "")]
+        return f"defaults  {', '.join(chosen) or 'none depends on the model'}"
 
     def with_options(self: SettingsT, **given: Any) -> SettingsT:
         """Return settings with other options; defaults that depend on the model are those of the new model."""
