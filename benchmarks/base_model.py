@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import torch
 
+from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.models.load import load_policy
-from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS
 from rlhf_t2i.shapes.oracle import oracle_scores, shows_something

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from rlhf_t2i.run_folder import evaluation_scores
+from rlhf_t2i.output.run_folder import evaluation_scores
 from rlhf_t2i.training.finished_run import FinishedRun, read_run
 
 COLUMNS, SIDE, FRAME, GAP = 8, 128, 6, 14

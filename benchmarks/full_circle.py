@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rlhf_t2i.run_folder import COLLECTED_PAIRS, REWARD_METRICS, REWARD_MODEL
+from rlhf_t2i.output.run_folder import COLLECTED_PAIRS, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.shapes import oracle
 from rlhf_t2i.shapes.generated import generate_images
 from rlhf_t2i.shapes.scenes import all_prompts

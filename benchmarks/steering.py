@@ -16,9 +16,9 @@ from functools import partial
 
 import torch
 
+from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.models.load import load_policy
-from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.search.candidates import best_of_n, expected_best, pruned_best_of_n
 from rlhf_t2i.search.context import Candidates, RewardFunction, SearchContext

@@ -44,10 +44,10 @@ from rlhf_t2i.annotation.questions import (
     write_questions,
 )
 from rlhf_t2i.annotation.serve import Service, create_app
-from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.data.prompts import load_prompts
+from rlhf_t2i.output.run_folder import COLLECTED_PAIRS
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.trial import try_rewards
-from rlhf_t2i.run_folder import COLLECTED_PAIRS
 from rlhf_t2i.seeds import ANNOTATE, generator_for
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder

@@ -31,9 +31,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.advantages import PerPromptHistory, group_relative_advantages, whole_batch_advantages
+from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
-from rlhf_t2i.prompts import prompts_of_step
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.async_reward import AsyncReward
 from rlhf_t2i.rewards.load import load_rewards

@@ -41,12 +41,12 @@ from rlhf_t2i.data.preferences import (
     save_pairs,
     shard_pairs,
 )  # fmt: skip
+from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import diffusion_dpo_loss
-from rlhf_t2i.prompts import prompts_of_step
+from rlhf_t2i.output.run_folder import PAIRS
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
-from rlhf_t2i.run_folder import PAIRS
 from rlhf_t2i.sampling.denoising_errors import denoising_errors
 from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for

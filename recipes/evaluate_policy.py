@@ -18,12 +18,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.image_grids import save_captions, save_image_grid
-from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.output.image_grids import save_captions, save_image_grid
+from rlhf_t2i.output.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.trial import try_rewards
-from rlhf_t2i.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.evaluation import evaluate, evaluation_set
 from rlhf_t2i.training.run import start_run

@@ -56,8 +56,8 @@ from reward_model.scoring import LlavaReward
 from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer, newest_checkpoint
 from reward_model.types import Record
 from rlhf_t2i.distributed.processes import end_processes
+from rlhf_t2i.output.run_folder import CHECKPOINTS, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.report.reward_model import record_history, write_report
-from rlhf_t2i.run_folder import CHECKPOINTS, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_BACKBONE_FOLDER, TOY_PAIRS, toy_pairs_folder
 from rlhf_t2i.shapes.pairs import TESTS, write_pairs
@@ -206,7 +206,7 @@ def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record],
     for reason, count in no_preference.items():
         log(f"{count:,} rows state no preference: {reason}")
     if config.backbone == TOY_BACKBONE and config.train_data != TOY_PAIRS:
-        log("The built-in backbone was trained on the built-in world only; for other images give a --backbone.")
+        log("The built-in backbone was trained on the toy world only; for other images give a --backbone.")
     training, validation = prepare_records(
         training, validation, tests, exclude_test_prompts=config.exclude_test_prompts,
         validation_fraction=config.validation_fraction, hard_negatives=config.hard_negatives, seed=config.seed, log=log,

@@ -20,7 +20,7 @@ FLAT = "tests.runs:flat"
 
 
 def as_for_toy_models(**options: Any) -> dict[str, Any]:
-    """Options of a recipe that trains, with the defaults that only models of the built-in world have."""
+    """Options of a recipe that trains, with the defaults that only models of the toy world have."""
     return {
         "prompts": "shapes", "evaluation_prompts": "shapes", "lora_rank": None, "guidance_scale": 1.0,
         "num_evaluation_steps": None, "microbatch_size": 64, "gradient_checkpointing": False, **options,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import load_policy
-from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.shapes.names import (
     TOY_FLOW_MODEL,

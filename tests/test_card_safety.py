@@ -39,7 +39,7 @@ def test_a_path_becomes_its_last_part_and_names_stay(text: str, public: str | No
 
 
 def test_two_paths_with_one_name_stay_different() -> None:
-    """Otherwise two rewards of one run would become one. A name of the built-in world is never used."""
+    """Otherwise two rewards of one run would become one. A name of the toy world is never used."""
     paths = LocalPaths(["/a/reward_model", "/b/reward_model", "/models/shapes", "/a/reward_model/"])
     assert paths.hidden("/a/reward_model /b/reward_model") == "reward_model reward_model-2"
     assert paths.hidden("/models/shapes") == "shapes-2"

@@ -132,7 +132,7 @@ def test_weights_are_compared_on_the_same_images_and_a_run_is_published_as_shown
 
 @pytest.mark.parametrize("name", ["draft", "diffusion_dpo", "diffusion_nft", "flow_grpo", "best_of_n", "fk_steering"])
 def test_each_other_recipe_runs_without_settings(name: str, tmp_path: Path) -> None:
-    """On the built-in world; only the amount of work is given."""
+    """On the toy world; only the amount of work is given."""
     searching = name in ("best_of_n", "fk_steering")
     small = {"prompts": tmp_path / "prompts.txt", "images_per_prompt": 1} if searching else {
         "num_steps": 1, "num_evaluation_images": 4,

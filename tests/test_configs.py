@@ -22,7 +22,7 @@ from recipes import (
     train_reward_model,
 )
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.rewards.table import find_reward
 from rlhf_t2i.settings.lists import names
 from tests.runs import REDNESS, rows

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i import files
 from rlhf_t2i.annotation.answers import Answers
+from rlhf_t2i.output import files
 from tests import processes
 from tests.launch import ROOT
 

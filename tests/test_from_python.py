@@ -14,8 +14,8 @@ from torch import Tensor
 
 import rlhf_t2i
 from rlhf_t2i import ddpo, diffusion_dpo, draft
+from rlhf_t2i.output.run_folder import read_config
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.run_folder import read_config
 from rlhf_t2i.training.from_python import PROMPTS
 from tests.runs import lora_weights, redness, unet_weights
 

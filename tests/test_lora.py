@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from rlhf_t2i.models.lora import uses_dora
-from rlhf_t2i.run_folder import KOHYA_LORA
+from rlhf_t2i.output.run_folder import KOHYA_LORA
 from rlhf_t2i.settings.ddpo import Config
 from tests.policies import images_of, perturb, pipeline_of, policy_of, stock_images
 from tests.trained_weights import checkpoint_of

@@ -20,12 +20,12 @@ from reward_model.benchmarks.rules import comparison_metrics, scored_pairs
 from reward_model.benchmarks.types import Benchmark, Comparison, Item
 from rlhf_t2i.annotation.agreement import kappa_estimate
 from rlhf_t2i.hub.model_card import policy_results, reward_model_results, reward_rows
+from rlhf_t2i.output.text_table import align
 from rlhf_t2i.report.charts import charts
 from rlhf_t2i.report.checks import check_diversity
 from rlhf_t2i.report.comparison import side_by_side, write_comparison
 from rlhf_t2i.report.page import write_report
 from rlhf_t2i.search.records import formatted
-from rlhf_t2i.text_table import align
 from rlhf_t2i.training.changes import before_after, compare, diversity_change, headline
 from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.metrics import Row, rate_text

@@ -1,4 +1,4 @@
-"""Defaults depend on the model: those of the built-in world are for its own models only."""
+"""Defaults depend on the model: those of the toy world are for its own models only."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_rewards_in_a_file_may_be_a_list_or_a_mapping(tmp_path: Path, capsys: py
 
 
 def test_a_run_folder_is_a_reward(tmp_path: Path) -> None:
-    from rlhf_t2i.run_folder import reward_model_of
+    from rlhf_t2i.output.run_folder import reward_model_of
 
     (tmp_path / "run" / "reward_model").mkdir(parents=True)
     (tmp_path / "run" / "reward_model" / "llava_reward.json").write_text("{}")

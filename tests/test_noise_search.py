@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.diffusion.transitions import ddim
 from rlhf_t2i.models.load import load_policy
-from rlhf_t2i.prompts import load_prompts
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_rewards
 from rlhf_t2i.search.context import SearchContext
 from rlhf_t2i.search.noise_search import gradient_search, neighbourhood_search

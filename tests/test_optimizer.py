@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recipes import ddpo, diffusion_dpo, draft
-from rlhf_t2i.run_folder import read_run_info
+from rlhf_t2i.output.run_folder import read_run_info
 from rlhf_t2i.settings.optimizer import OptimizerSettings
 from rlhf_t2i.training.learning_rate import learning_rates
 from tests.runs import REDNESS, assert_same, state

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_t2i.prompt_files import read_rows
-from rlhf_t2i.prompts import load_prompts
+from rlhf_t2i.data.prompt_files import read_rows
+from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.search.geneval import load_geneval
 from tests.geneval_files import LINES, write_prompts
 

@@ -1,4 +1,4 @@
-"""The prompts of the built-in world, and the prompts of each step."""
+"""The prompts of the toy world, and the prompts of each step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from rlhf_t2i.prompts import load_prompts, prompts_of_step
+from rlhf_t2i.data.prompts import load_prompts, prompts_of_step
 from rlhf_t2i.shapes.scenes import all_scenes
 
 

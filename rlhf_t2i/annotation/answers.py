@@ -21,8 +21,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rlhf_t2i.annotation.questions import Question
-from rlhf_t2i.files import flush, write_atomically
-from rlhf_t2i.run_folder import ANSWERS, COLLECTED_PAIRS, IMAGES
+from rlhf_t2i.output.files import flush, write_atomically
+from rlhf_t2i.output.run_folder import ANSWERS, COLLECTED_PAIRS, IMAGES
 from rlhf_t2i.seeds import ANNOTATE, seed_for
 
 Key = Literal["left", "right", "tie", "bad", "undo"]

@@ -1,1 +1,1 @@
-"""Preference pairs for Diffusion-DPO, and the cache of their latents and encoded prompts."""
+"""Prompts, and preference pairs for Diffusion-DPO with the cache of their latents and encoded prompts."""

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_t2i.data.latent_cache import TensorCache
-from rlhf_t2i.files import write_atomically
-from rlhf_t2i.image_grids import save_image_grid
+from rlhf_t2i.output.files import write_atomically
+from rlhf_t2i.output.image_grids import save_image_grid
 from rlhf_t2i.types import Conditioning, Policy
 
 _PER_FILE = 512

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from rlhf_t2i.data.prompt_files import HUB_PREFIX
 from rlhf_t2i.hub.base import Base
 from rlhf_t2i.hub.licence import Licence
 from rlhf_t2i.hub.usage import TEMPLATES, diffusers_usage, reward_model_usage
-from rlhf_t2i.prompt_files import HUB_PREFIX
 from rlhf_t2i.report import Chart
 from rlhf_t2i.shapes.names import TOY_PROMPTS
 from rlhf_t2i.training.changes import diversity_change, headline, reward_changes, reward_hacking_gap

@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_t2i.files import sha256_of, write_atomically
 from rlhf_t2i.hub.base import Base
-from rlhf_t2i.report import Chart, charts, draw
-from rlhf_t2i.report.reward_model import history_charts
-from rlhf_t2i.run_folder import (
+from rlhf_t2i.output.files import sha256_of, write_atomically
+from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     CONFIG,
     IMAGES,
@@ -26,6 +24,8 @@ from rlhf_t2i.run_folder import (
     REWARD_METRICS,
     RUN_INFO,
 )
+from rlhf_t2i.report import Chart, charts, draw
+from rlhf_t2i.report.reward_model import history_charts
 from rlhf_t2i.training.finished_run import FinishedRun, check_safetensors
 
 CHECKSUMS = "SHA256SUMS"

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_t2i.hub.base import Base
-from rlhf_t2i.run_folder import LORA_WEIGHTS
+from rlhf_t2i.output.run_folder import LORA_WEIGHTS
 from rlhf_t2i.shapes.names import TOY_MODELS
 from rlhf_t2i.training.finished_run import FinishedRun
 

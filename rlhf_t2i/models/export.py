@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_t2i.models.lora import ADAPTER, lora_weights
-from rlhf_t2i.run_folder import KOHYA_LORA
+from rlhf_t2i.output.run_folder import KOHYA_LORA
 
 if TYPE_CHECKING:
     from rlhf_t2i.models.base import DiffusionPolicy

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import ADAPTER
 from rlhf_t2i.models.pipeline_parts import first_line
-from rlhf_t2i.run_folder import LORA_WEIGHTS
+from rlhf_t2i.output.run_folder import LORA_WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import ADAPTER, LoraConfiguration, add_lora, has_lora
 from rlhf_t2i.models.lora_files import find_lora, load_lora, load_text_encoder_loras, read_lora
-from rlhf_t2i.run_folder import CONFIG, LORA_WEIGHTS, START, read_config, run_of
+from rlhf_t2i.output.run_folder import CONFIG, LORA_WEIGHTS, START, read_config, run_of
 from rlhf_t2i.shapes.names import TOY_MODELS
 
 

@@ -6,7 +6,7 @@ python -m rlhf_t2i.report --runs runs/ddpo-DATE,runs/best_of_n-DATE
 from pathlib import Path
 
 from rlhf_t2i.config import parse_config, run_command
-from rlhf_t2i.run_folder import is_reward_model, is_search
+from rlhf_t2i.output.run_folder import is_reward_model, is_search
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.report import Config
 

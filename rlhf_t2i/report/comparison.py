@@ -11,9 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from rlhf_t2i.report.svg import colour, draw_runs
-from rlhf_t2i.report.templating import TEMPLATES, load_template
-from rlhf_t2i.run_folder import (
+from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     EVALUATION_TABLE,
     IMAGES,
@@ -22,6 +20,8 @@ from rlhf_t2i.run_folder import (
     read_config,
     read_run_info,
 )
+from rlhf_t2i.report.svg import colour, draw_runs
+from rlhf_t2i.report.templating import TEMPLATES, load_template
 from rlhf_t2i.training.changes import compare, diversity_of
 from rlhf_t2i.training.metrics import (
     ERROR,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rlhf_t2i.run_folder import (
+from rlhf_t2i.output.run_folder import (
     EXTREMES,
     IMAGES,
     evaluation_scores,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
+from rlhf_t2i.output.run_folder import CONFIG, REPORT, RUN_INFO, read_config, read_run_info
 from rlhf_t2i.report.charts import charts, grouped
 from rlhf_t2i.report.checks import findings
 from rlhf_t2i.report.images import best_and_worst, image_history
 from rlhf_t2i.report.svg import draw
 from rlhf_t2i.report.templating import TEMPLATES, load_template, script_digest
-from rlhf_t2i.run_folder import CONFIG, REPORT, RUN_INFO, read_config, read_run_info
 from rlhf_t2i.training.changes import diversity_change, diversity_of, headline, reward_changes, reward_hacking_gap
 from rlhf_t2i.training.metrics import by_step, read_metrics, time_split, total
 

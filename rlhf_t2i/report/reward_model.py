@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i.output.run_folder import CONFIG, REPORT, REWARD_HISTORY, REWARD_METRICS, read_run_info
 from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.svg import draw
 from rlhf_t2i.report.templating import TEMPLATES, load_template
-from rlhf_t2i.run_folder import CONFIG, REPORT, REWARD_HISTORY, REWARD_METRICS, read_run_info
 from rlhf_t2i.training.metrics import Row, points
 
 _NOTES = {"accuracy": "Fraction of pairs in the order of the labels.", "loss": "Lower is better."}

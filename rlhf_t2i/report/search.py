@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from rlhf_t2i.output.run_folder import CONFIG, REPORT, SEARCH_BASELINE, SEARCH_SAMPLES, read_run_info, search_image
 from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.svg import draw
 from rlhf_t2i.report.templating import TEMPLATES, load_template
-from rlhf_t2i.run_folder import CONFIG, REPORT, SEARCH_BASELINE, SEARCH_SAMPLES, read_run_info, search_image
 from rlhf_t2i.search.records import (
     COSTS,
     Row,

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_model.scoring import LlavaReward
-from rlhf_t2i.run_folder import reward_model_of
+from rlhf_t2i.output.run_folder import reward_model_of
 
 
 @cache

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.files import write_atomically
-from rlhf_t2i.prompt_files import read_rows
-from rlhf_t2i.run_folder import PROMPT_METADATA, SEARCH_SAMPLES
+from rlhf_t2i.data.prompt_files import read_rows
+from rlhf_t2i.output.files import write_atomically
+from rlhf_t2i.output.run_folder import PROMPT_METADATA, SEARCH_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from rlhf_t2i.run_folder import search_records
+from rlhf_t2i.output.run_folder import search_records
+from rlhf_t2i.output.text_table import align
 from rlhf_t2i.search.candidates import expected_best
-from rlhf_t2i.text_table import align
 from rlhf_t2i.training.changes import fixed_with_error
 from rlhf_t2i.training.metrics import Points
 

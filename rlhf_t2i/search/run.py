@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.files import write_atomically
-from rlhf_t2i.image_grids import save_image_grid
-from rlhf_t2i.prompts import load_prompts
-from rlhf_t2i.rewards.load import WeightedSum, as_weighted_sum, load_reward, load_rewards
-from rlhf_t2i.rewards.trial import try_rewards
-from rlhf_t2i.run_folder import (
+from rlhf_t2i.output.files import write_atomically
+from rlhf_t2i.output.image_grids import save_image_grid
+from rlhf_t2i.output.run_folder import (
     IMAGES,
     PROMPT_METADATA,
     REWARD_STD,
@@ -34,6 +32,8 @@ from rlhf_t2i.run_folder import (
     search_image,
     search_record,
 )
+from rlhf_t2i.rewards.load import WeightedSum, as_weighted_sum, load_reward, load_rewards
+from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.search.context import Candidates, Cost, SearchContext, Veto
 from rlhf_t2i.search.geneval import metadata_of, write_metadata
 from rlhf_t2i.search.records import SearchRecord, read_records, summary

@@ -1,4 +1,4 @@
-"""Defaults that depend on the model: those of the built-in world apply to its own models only."""
+"""Defaults that depend on the model: those of the toy world apply to its own models only."""
 
 from __future__ import annotations
 

@@ -58,4 +58,4 @@ class Config(
     microbatch_size: PositiveInt = 64
     """Images (or pairs) in one forward pass."""
     seed: NonNegativeInt = 0
-    """Seed of the built-in world's pairs and of the bootstrap."""
+    """Seed of the toy world's pairs and of the bootstrap."""

@@ -20,7 +20,7 @@ class EvaluationPromptSettings(Settings, group="evaluation"):
 
     evaluation_prompts: InputPaths = by_model(TOY_PROMPTS)
     """Prompts to evaluate on: a .txt file with one a line, a .jsonl, .json, .csv or .parquet file with "prompt" in each
-    row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the built-in world."""
+    row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the toy world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class EvaluationSettings(EvaluationSamplingSettings, group="evaluation"):
     """Training steps between evaluations; 0 evaluates only before the first and after the last step."""
     evaluation_prompts: InputPaths | None = by_model(TOY_PROMPTS, None)
     """Prompts to evaluate on: a .txt file with one a line, a .jsonl, .json, .csv or .parquet file with "prompt" in each
-    row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the built-in world; null holds
+    row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the toy world; null holds
     back a tenth of the prompts, at most 64."""
     num_evaluation_images: Annotated[int, Ge(2)] = by_model(408, 64)
     """Images in one evaluation, over all processes; the prompts are used in turn."""

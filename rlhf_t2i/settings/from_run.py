@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.run_folder import EVALUATION_PROMPTS, read_config, run_of
+from rlhf_t2i.output.run_folder import EVALUATION_PROMPTS, read_config, run_of
 from rlhf_t2i.settings.by_model import ByModel
 
 BASE = "base"

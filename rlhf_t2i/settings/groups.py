@@ -108,7 +108,7 @@ class SamplingSettings(GuidanceSettings, group="sampling"):
 
     prompts: InputPaths = by_model(TOY_PROMPTS)
     """Prompts to train on: a .txt file with one a line, a .jsonl, .json, .csv or .parquet file with "prompt" in each
-    row, hf:ID@SPLIT for a data set of the Hub, or shapes for the training prompts of the built-in world."""
+    row, hf:ID@SPLIT for a data set of the Hub, or shapes for the training prompts of the toy world."""
     num_denoising_steps: PositiveInt = by_model(8, family="training_steps")
     """Denoising steps for one image."""
 

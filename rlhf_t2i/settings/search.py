@@ -36,7 +36,7 @@ class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSett
     prompts: InputPaths = by_model(TOY_PROMPTS)
     """Prompts to search for: a .txt file with one a line, a .jsonl (GenEval's too), .json, .csv or .parquet file
     with "prompt" in each row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the
-    built-in world."""
+    toy world."""
     images_per_prompt: Annotated[PositiveInt, Group("sampling")] = 4
     """Images to return for each prompt, each from a search of its own."""
     searches_per_batch: Annotated[PositiveInt, Group("system")] = 8

@@ -31,7 +31,7 @@ class BackboneSettings(Settings, group="model and LoRA"):
 
     backbone: InputPaths = TOY_BACKBONE
     """Multimodal LLM: folder or Hub id of a supported family (Phi-3.5-vision, LLaVA-1.5, Qwen2.5-VL, ...), or shapes
-    for the small LLaVA of the built-in world."""
+    for the small LLaVA of the toy world."""
     skip_ca: bool = True
     """Add SkipCA, cross-attention from the last token to the visual tokens; false is the paper's ablation."""
     skip_ca_heads: PositiveInt = 1
@@ -63,7 +63,7 @@ class RewardDataSettings(Settings, group="data"):
 
     train_data: InputPaths = TOY_PAIRS
     """Comma-separated data files to train on, each PATH or FORMAT:PATH (docs/data.md), or shapes for the pairs of the
-    built-in world."""
+    toy world."""
     validation_data: InputPaths | None = None
     """Comma-separated data files that choose the best checkpoint, each PATH or FORMAT:PATH; null holds out
     validation_fraction of the training prompts."""
@@ -71,7 +71,7 @@ class RewardDataSettings(Settings, group="data"):
     """Fraction of the training prompts to hold out for validation if validation_data is null."""
     test_data: InputPaths | None = None
     """Comma-separated data files to measure the finished reward model on, each PATH or FORMAT:PATH; null is none, or
-    the built-in world's with --train_data shapes."""
+    the toy world's with --train_data shapes."""
     exclude_test_prompts: bool = False
     """Remove the prompts of test_data from the training data; the number of shared prompts is printed in any case."""
     hard_negatives: Fraction = 0.0

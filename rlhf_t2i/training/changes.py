@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_t2i.text_table import align
+from rlhf_t2i.output.text_table import align
 from rlhf_t2i.training.metrics import (
     ERROR,
     Points,

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from rlhf_t2i.distributed.state import Copies, read_state, write_state
 from rlhf_t2i.distributed.types import Engine
-from rlhf_t2i.run_folder import CHECKPOINTS
+from rlhf_t2i.output.run_folder import CHECKPOINTS
 from rlhf_t2i.training.checkpoint_files import begin, checkpoint_name, checkpoint_step, commit
 from rlhf_t2i.training.run import Run
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf_t2i.files import flush, sha256_of
+from rlhf_t2i.output.files import flush, sha256_of
 
 _MANIFEST = "manifest.json"
 

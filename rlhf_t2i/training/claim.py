@@ -26,8 +26,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from rlhf_t2i.files import write_atomically
-from rlhf_t2i.run_folder import CHECKPOINTS, CONFIG, LOCK, RUN_INFO, read_config, read_run_info
+from rlhf_t2i.output.files import write_atomically
+from rlhf_t2i.output.run_folder import CHECKPOINTS, CONFIG, LOCK, RUN_INFO, read_config, read_run_info
 from rlhf_t2i.training.environment import restarted
 
 _PACKAGES = (

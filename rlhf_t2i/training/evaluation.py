@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.files import write_atomically
-from rlhf_t2i.image_grids import NUM_COLUMNS, save_captions, save_image_grid
+from rlhf_t2i.output.files import write_atomically
+from rlhf_t2i.output.image_grids import NUM_COLUMNS, save_captions, save_image_grid
+from rlhf_t2i.output.run_folder import CAPTIONS, EXTREMES, IMAGES, evaluation_scores, extremes_grid, image_grid
 from rlhf_t2i.rewards.load import CheckedReward
-from rlhf_t2i.run_folder import CAPTIONS, EXTREMES, IMAGES, evaluation_scores, extremes_grid, image_grid
 from rlhf_t2i.sampling.rollout import generate
 from rlhf_t2i.training.changes import fixed_with_error
 from rlhf_t2i.training.metrics import ERROR, number

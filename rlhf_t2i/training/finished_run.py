@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from rlhf_t2i.run_folder import (
+from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     CONFIG,
     IMAGES,

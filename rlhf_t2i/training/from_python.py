@@ -12,10 +12,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from accelerate.utils import extract_model_from_parallel
 
 from rlhf_t2i.given import standing_for
+from rlhf_t2i.output.run_folder import REPORT
 from rlhf_t2i.rewards.load import WeightedSum, as_checked
 from rlhf_t2i.rewards.table import reward_names
 from rlhf_t2i.rewards.terms import join_terms
-from rlhf_t2i.run_folder import REPORT
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.shapes.names import TOY_MODELS
 from rlhf_t2i.training.metrics import Row, by_step, read_metrics, trained_rewards

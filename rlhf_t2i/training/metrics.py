@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.files import write_atomically
-from rlhf_t2i.run_folder import METRICS
+from rlhf_t2i.output.files import write_atomically
+from rlhf_t2i.output.run_folder import METRICS
 
 Row = dict[str, Any]
 Points = list[tuple[float, float, float]]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from rlhf_t2i.files import write_atomically
-from rlhf_t2i.prompts import load_prompts
-from rlhf_t2i.run_folder import EVALUATION_PROMPTS
+from rlhf_t2i.data.prompts import load_prompts
+from rlhf_t2i.output.files import write_atomically
+from rlhf_t2i.output.run_folder import EVALUATION_PROMPTS
 from rlhf_t2i.settings.groups import TrainerConfig
 
 _SHARE = 10

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf_t2i.distributed.processes import DTYPES, Mode, end_processes, start_processes
-from rlhf_t2i.run_folder import CHECKPOINTS
+from rlhf_t2i.output.run_folder import CHECKPOINTS
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder

@@ -12,9 +12,9 @@ import torch
 from rlhf_t2i.distributed.placement import layout_of, placement_config, placement_table
 from rlhf_t2i.distributed.processes import make_engine
 from rlhf_t2i.distributed.types import Engine
+from rlhf_t2i.output.run_folder import update_run_info
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.trial import try_rewards
-from rlhf_t2i.run_folder import update_run_info
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.checkpoint import Checkpoints
 from rlhf_t2i.training.early_stop import EarlyStop

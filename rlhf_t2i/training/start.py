@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.run_folder import START
+from rlhf_t2i.output.run_folder import START
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.run import Run
 

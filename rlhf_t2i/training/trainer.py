@@ -18,8 +18,8 @@ from tqdm import tqdm
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.distributed.state import gather_weights
 from rlhf_t2i.distributed.types import Engine
+from rlhf_t2i.output.run_folder import CONFIG, IMAGES, image_grid
 from rlhf_t2i.rewards.load import WeightedSum
-from rlhf_t2i.run_folder import CONFIG, IMAGES, image_grid
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
 from rlhf_t2i.training.checkpoint import Checkpoints

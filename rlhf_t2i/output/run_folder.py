@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf_t2i.files import write_atomically
+from rlhf_t2i.output.files import write_atomically
 
 CONFIG = "config.yaml"
 LOCK = ".lock"

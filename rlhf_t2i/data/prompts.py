@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
+from rlhf_t2i.data.prompt_files import read_rows
 from rlhf_t2i.given import given
-from rlhf_t2i.prompt_files import read_rows
 from rlhf_t2i.shapes.names import TOY_PROMPTS
 
 
 def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
     """Return the prompts of a source, in its order.
 
-    `shapes` stands for the training prompts of the built-in world, or with `held_out` for its held-out ones. Any other
+    `shapes` stands for the training prompts of the toy world, or with `held_out` for its held-out ones. Any other
     source, unless a caller in Python gave it, is a file or a data set, and raises what `prompt_files.read_rows` does.
     """
     if source == TOY_PROMPTS:
