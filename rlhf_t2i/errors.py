@@ -77,6 +77,7 @@ def exit_with(error: BaseException | str) -> NoReturn:
     appears once more.
     """
     line = f"error: {' '.join(_text(error).split())}\n"
+    _end_progress_bars()
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if record is None:
         sys.stderr.write(line)
@@ -87,8 +88,15 @@ def exit_with(error: BaseException | str) -> NoReturn:
         with suppress(OSError):
             Path(record).write_text(json.dumps({"message": line.rstrip(), "timestamp": int(time.time())}))
     else:
-        time.sleep(10)  # the agent ends this process before, and lists only those that ended by themselves
+        time.sleep(10)  # until the agent ends it, so that the reason stays the first failure in its table
     raise SystemExit(2)
+
+
+def _end_progress_bars() -> None:
+    """End the line of each open progress bar, so that what is written next has a line of its own."""
+    if (tqdm := sys.modules.get("tqdm")) is not None:
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
 
 
 def _text(error: BaseException | str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from rlhf_t2i.config import parse_config, run_command
 from rlhf_t2i.errors import exit_with, is_for_user
@@ -94,6 +95,14 @@ def test_an_error_for_the_user_is_one_line_and_status_2(
         run_command(recipe, Config(code=code))
     assert stopped.value.code == 2
     assert capsys.readouterr().err == line
+
+
+def test_the_line_of_an_error_is_its_own_below_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = tqdm(total=3, desc="training")
+    with pytest.raises(SystemExit):
+        run_command(recipe, Config(code="raise ValueError('rank is 0')"))
+    assert bar.n == 0, "the bar is still referred to, as by a loop that an error has left"
+    assert capsys.readouterr().err.splitlines()[-1] == "error: rank is 0"
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -28,6 +28,8 @@ from tests.runs import rows, state
 from tests.servers import free_port
 
 CALLS = count(1)
+FIRST_STEP, SECOND_STEP = 3, 4
+"""Calls of a reward in training, after the one by which it is tried and that of the evaluation before training."""
 
 
 def is_faulty_process() -> bool:
@@ -42,9 +44,10 @@ def with_nan_gradients(images: Tensor, prompts: Sequence[str]) -> Tensor:
             output[0].register_hook(lambda gradient: gradient * torch.nan)
 
     if is_faulty_process():
-        if next(CALLS) == 1:
+        call = next(CALLS)
+        if call == FIRST_STEP:
             with_nan_gradients.hook = nn.modules.module.register_module_forward_hook(make_nan)  # type: ignore[attr-defined]
-        else:
+        elif call == SECOND_STEP:
             with_nan_gradients.hook.remove()  # type: ignore[attr-defined]
     return oracle_graded(images, prompts)
 
@@ -74,7 +77,7 @@ def failed(config: ddpo.Config, accelerate_config: str, *options: str) -> str:
 
 def filling_the_disk(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The oracle; from the second step on the faulty process can write only 4 kB to a file."""
-    if is_faulty_process() and next(CALLS) == 2:
+    if is_faulty_process() and next(CALLS) == SECOND_STEP:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     return oracle_graded(images, prompts)
@@ -95,7 +98,7 @@ def test_a_full_disk_on_one_process_ends_all_with_the_reason(tmp_path: Path, mon
 
 
 def dying(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    if is_faulty_process() and next(CALLS) == 2:
+    if is_faulty_process() and next(CALLS) == SECOND_STEP:
         (Path(os.environ["DIED"])).write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     return oracle_graded(images, prompts)
