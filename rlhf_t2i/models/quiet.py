@@ -19,9 +19,7 @@ def only_errors() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=r"The `local_dir_use_symlinks`"
-            )  # of diffusers to the Hub's client
+            warnings.filterwarnings("ignore", message=r"The `local_dir_use_symlinks`")  # for diffusers
             yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
