@@ -44,6 +44,7 @@ from rlhf_t2i.data.preferences import (
 from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import diffusion_dpo_loss
+from rlhf_t2i.models.lora import lora_dropout
 from rlhf_t2i.output.run_folder import PAIRS
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
@@ -66,7 +67,10 @@ METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
 def main(config: Config) -> Path:
     """Load or sample preference pairs, noise them, update the policy; return the run folder."""
     reward, prompts = load_rewards(config.rewards) if config.samples_pairs else None, training_prompts(config)
-    trainer = make_trainer(config, recipe="diffusion_dpo", report=write_report, keep_reference=config.loss == "dpo")
+    trainer = make_trainer(
+        config, recipe="diffusion_dpo", report=write_report, keep_reference=config.loss == "dpo",
+        lora_dropout=config.lora_dropout,
+    )  # fmt: skip
     timesteps = torch.tensor(whole_numbers(config.timesteps))
     trainer.policy.levels_at(timesteps)  # raises for timesteps that the model does not have
     pairs = None if config.samples_pairs else load_pairs(trainer, config)
@@ -154,11 +158,12 @@ def update(
     samples, steps = list[Tensor](), list[dict[str, float]]()
     for epoch in range(config.num_inner_epochs):
         for own, weight in trainer.accumulate(microbatches):
-            loss, sample = loss_of_pairs(
-                policy, batch.at(own), timesteps=timesteps, config=config,
-                generators=[generator_for(config.seed, NOISE, step, epoch, shard.rows[int(i)]) for i in own],
-            )  # fmt: skip
-            trainer.backward(loss * weight)
+            generators = [generator_for(config.seed, NOISE, step, epoch, shard.rows[int(i)]) for i in own]
+            with lora_dropout(policy.denoiser, seed=generators[0].initial_seed()):
+                loss, sample = loss_of_pairs(
+                    policy, batch.at(own), timesteps=timesteps, config=config, generators=generators
+                )
+                trainer.backward(loss * weight)
             samples.append(sample * weight / len(own))
         steps.append(trainer.optimizer_step())
     totals = torch.cat(samples).sum(0).tolist()

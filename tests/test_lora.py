@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from rlhf_t2i.models.lora import uses_dora
+from rlhf_t2i.models.lora import lora_dropout, set_lora_dropout, uses_dora
 from rlhf_t2i.output.run_folder import KOHYA_LORA
 from rlhf_t2i.settings.ddpo import Config
-from tests.policies import images_of, perturb, pipeline_of, policy_of, stock_images
+from tests.policies import PROMPTS, images_of, perturb, pipeline_of, policy_of, stock_images
+from tests.toys import seeded
 from tests.trained_weights import checkpoint_of
 
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_zimage"]
@@ -135,3 +137,29 @@ def test_the_rank_of_a_lora_that_goes_on_is_its_own_whatever_the_familys_is() ->
     config = Config(model="StableDiffusionPipeline", prompts="p.txt", rewards="oracle", init_lora="runs/x")
     assert config.lora_rank is None
     assert config.trains_lora
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_acts_in_updates_only_and_is_drawn_from_a_seed(checkpointing: bool, tiny_sd: Path) -> None:
+    policy = policy_of(tiny_sd)
+    policy.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0)
+    perturb(policy)
+    before = images_of(policy)
+    set_lora_dropout(policy.network, 0.5)
+    if checkpointing:
+        policy.enable_gradient_checkpointing()
+    latents, state = policy.initial_noise(seeded(1), copies=2), torch.get_rng_state()
+    level, conditioning = policy.levels_at(torch.tensor([300, 600])), policy.encode(PROMPTS)
+
+    def gradients(seed: int) -> torch.Tensor:
+        with lora_dropout(policy.denoiser, seed=seed):
+            policy.predict(latents, level, conditioning, guidance_scale=1.0).noise.square().mean().backward()
+        found = torch.cat([weight.grad.flatten() for weight in policy.trainable.values() if weight.grad is not None])
+        policy.network.zero_grad()
+        return found
+
+    first = gradients(1)
+    assert_close(gradients(1), first, rtol=0, atol=0)
+    assert (gradients(2) - first).abs().max() > 0
+    assert_close(images_of(policy), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -123,7 +123,7 @@ class DiffusionPolicy(ABC):
 
     def set_trainable(
         self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool, seed: int,
-        lora_targets: str | None = None, lora_dropout: float = 0.0, use_dora: bool = False, use_rslora: bool = False,
+        lora_targets: str | None = None, use_dora: bool = False, use_rslora: bool = False,
     ) -> None:  # fmt: skip
         """Train LoRA adapters of a rank, initialised from `seed`; if the rank is None, the full denoiser in float32.
 
@@ -135,7 +135,7 @@ class DiffusionPolicy(ABC):
                 self.network.to(self.dtype)
             targets = self.target_layers(self.network, lora_targets)
             alpha = float(lora_alpha or lora_rank)
-            lora = LoraConfiguration(lora_rank, alpha, targets, lora_dropout, use_dora, use_rslora)
+            lora = LoraConfiguration(lora_rank, alpha, targets, use_dora, use_rslora)
             add_lora(self.network, lora, seed=seed)
             return
         if keep_reference and self.reference is None:

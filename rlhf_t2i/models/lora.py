@@ -32,7 +32,6 @@ class LoraConfiguration:
     alpha: float
     targets: Sequence[str] = ATTENTION
     """Name endings of the layers that get an adapter."""
-    dropout: float = 0.0
     use_dora: bool = False
     use_rslora: bool = False
 
@@ -54,7 +53,6 @@ def add_lora(denoiser: Any, lora: LoraConfiguration, *, seed: int) -> None:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  # peft takes fractions
-        lora_dropout=lora.dropout,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights="gaussian",
@@ -120,7 +118,7 @@ def keep_lora(denoiser: Any) -> None:
     weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        denoiser.add_adapter(replace(denoiser.peft_config[ADAPTER], lora_dropout=0.0), REFERENCE)
+        denoiser.add_adapter(replace(denoiser.peft_config[ADAPTER]), REFERENCE)
     set_peft_model_state_dict(denoiser, weights, REFERENCE)
     denoiser.set_adapter(ADAPTER)
     for name, parameter in denoiser.named_parameters():
@@ -140,6 +138,34 @@ def lora_reference(denoiser: Any) -> Iterator[None]:
     finally:
         denoiser.set_adapter(ADAPTER)
         denoiser.enable_adapters()
+
+
+def set_lora_dropout(denoiser: Any, probability: float) -> None:
+    """Give the adapters a dropout of their inputs, which is active within `lora_dropout` only."""
+    from peft.tuners.lora import LoraLayer  # takes seconds
+
+    for layer in denoiser.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_dropout[ADAPTER] = nn.Dropout(probability).eval()
+
+
+@contextmanager
+def lora_dropout(denoiser: nn.Module, *, seed: int) -> Iterator[None]:
+    """Context of a forward and backward pass in which the adapters' dropout, if they have any, is drawn from `seed`."""
+    layers = [m for name, m in denoiser.named_modules() if ".lora_dropout." in name and isinstance(m, nn.Dropout)]
+    if not layers:
+        yield
+        return
+    device = next(denoiser.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for layer in layers:
+            layer.train()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.eval()
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

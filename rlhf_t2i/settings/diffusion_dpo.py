@@ -13,7 +13,7 @@ from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.groups import DataSettings, GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.launch import shared_rule
 from rlhf_t2i.settings.lists import whole_numbers
-from rlhf_t2i.settings.ranges import Fraction, InputPaths, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlhf_t2i.settings.ranges import Decay, Fraction, InputPaths, NonNegativeFloat, PositiveFloat, PositiveInt
 
 SAMPLED = "sampled"
 """Value of pairs for those that are made in each step."""
@@ -62,6 +62,9 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
     timesteps: str = "500-999"
     """Timesteps (noise levels) to train, within the model's 0 to 999: a range such as 0-999, or a list such as
     249,499,749,999 for a turbo model."""
+    lora_dropout: Annotated[Decay, Group("model and LoRA")] = 0.0
+    """Dropout of the inputs of the LoRA in updates, in [0, 1); 0 is none. Results then depend on microbatch_size and
+    the number of processes."""
     num_inner_epochs: PositiveInt = 4
     """Optimiser steps on the pairs of each step, each with new noise."""
     learning_rate: PositiveFloat = 1.5e-4
@@ -84,6 +87,7 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
             *super().rules(),
             ("evaluation_prompts", can_hold_back, "given with pairs of your own, such as held_out.txt"),
             *([shared_rule("prompts_per_step", self.prompts_per_step)] if self.samples_pairs else []),
+            ("lora_dropout", self.lora_dropout == 0 or self.trains_lora, "0 without a LoRA"),
             ("timesteps", timesteps, "a range such as 0-999 or a list such as 249,499,749,999"),
         ]
 

@@ -35,6 +35,7 @@ def make_trainer(
     keep_reference: bool = False,
     keep_initial_weights: bool = False,
     sampling_ema: Decay | None = None,
+    lora_dropout: float = 0.0,
     extra: Sequence[Any] = (),
 ) -> Trainer:
     """Load the policy, shard it as `accelerate launch` says, and resume the run if asked to. Collective.
@@ -55,7 +56,7 @@ def make_trainer(
     _record_prompts(run, prompts)
     run.print(config.defaults_text())
     policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
-    set_start(policy, config, run, keep_reference=keep_reference)
+    set_start(policy, config, run, keep_reference=keep_reference, lora_dropout=lora_dropout)
     if config.offload_text_encoders:
         policy.offload_text_encoders()
     if config.gradient_checkpointing:

@@ -10,14 +10,14 @@ from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.run import Run
 
 
-def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: bool) -> None:
+def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: bool, lora_dropout: float) -> None:
     """Load init_weights and init_lora into a policy, choose what is trained, and keep the reference model if asked to.
 
     The LoRA that a run starts from is copied into its folder, where a resumed run finds it. Raises FileNotFoundError or
     ValueError for weights that do not fit the model.
     """
     from rlhf_t2i.models.export import check_kohya  # takes seconds
-    from rlhf_t2i.models.lora import uses_dora
+    from rlhf_t2i.models.lora import set_lora_dropout, uses_dora
     from rlhf_t2i.models.warm_start import start_from_lora, start_from_weights
 
     is_base = config.reference_model == "base"
@@ -41,6 +41,8 @@ def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: b
         if run.is_main and run.resumed_from is None:
             policy.export(copy, policy.trainable)
         run.print(f"start     LoRA {config.init_lora} (rank {rank}, alpha {alpha:g})")
+    if lora_dropout:
+        set_lora_dropout(policy.network, lora_dropout)
     if config.export_format == "both":
         check_kohya(policy)
     if uses_dora(policy.network) and (run.mode in ("zero3", "fsdp2") or config.lora_scale != 1):
