@@ -39,6 +39,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 def clean_state() -> Iterator[None]:
     """Use one thread, since the last bit of a sum depends on their number; reset accelerate after each test."""
     yield
+    sys.modules.pop("my_rewards", None)  # the file of rewards of the pages, which each test writes anew
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
     if state := sys.modules.get("accelerate.state"):

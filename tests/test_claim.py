@@ -99,6 +99,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(folder: Path) -> Non
     claimed(folder, resume=True)
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_does_not_block(folder: Path) -> None:
     finished(folder)
     code = (

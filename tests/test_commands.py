@@ -114,7 +114,7 @@ def test_weights_are_compared_on_the_same_images_and_a_run_is_published_as_shown
     compared = f"base,{first},{first / 'checkpoints' / 'step_000001'}"
     small = {"num_evaluation_images": 8, "num_evaluation_steps": 4, "run_folder": evaluation}
     output = run(["recipes/evaluate_policy.py", *flags(weights=compared, **small)])
-    lines = [line for line in output.splitlines() if "oracle_pass" in line]
+    lines = [line for line in output.splitlines() if "oracle_pass" in line and "±" in line]
     assert len(lines) == 3
     base, exported, checkpoint = (line.partition(": ")[2] for line in lines)
     assert exported == checkpoint != base
@@ -130,6 +130,7 @@ def test_weights_are_compared_on_the_same_images_and_a_run_is_published_as_shown
     assert (tmp_path / "comparison.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["draft", "diffusion_dpo", "diffusion_nft", "flow_grpo", "best_of_n", "fk_steering"])
 def test_each_other_recipe_runs_without_settings(name: str, tmp_path: Path) -> None:
     """On the toy world; only the amount of work is given."""
@@ -178,6 +179,7 @@ def preference_rows(folder: Path, prompts: list[str]) -> list[dict[str, str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_trained_evaluated_and_used_as_shown(tmp_path: Path) -> None:
     """With the published settings for Qwen2.5-VL, on a tiny one."""
     rows = preference_rows(tmp_path, [scene.prompt for scene in all_scenes("one", "training")[:8]])
@@ -196,6 +198,7 @@ def test_a_reward_model_is_trained_evaluated_and_used_as_shown(tmp_path: Path) -
     assert "llava_reward:runs/my-reward" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("perspective", ["fidelity", "safety", "ranking"])
 def test_the_settings_for_every_perspective_train(perspective: str, tmp_path: Path) -> None:
     """On a tiny Qwen2.5-VL; alignment is trained above."""
@@ -212,6 +215,7 @@ def test_the_settings_for_every_perspective_train(perspective: str, tmp_path: Pa
     assert json.loads(config_file.read_text())["perspective"] == perspective
 
 
+@pytest.mark.slow
 def test_the_built_in_reward_model_is_trained_by_the_command_without_arguments(tmp_path: Path) -> None:
     """With fewer pairs than the recipe generates, written where it looks for them."""
     folder = tmp_path / "runs" / "shapes-pairs-0"

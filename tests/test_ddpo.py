@@ -134,6 +134,7 @@ def test_the_microbatch_size_changes_no_result(config: ddpo.Config, tmp_path: Pa
     assert rows(one, "train")[0]["reward"] == pytest.approx(rows(other, "train")[0]["reward"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_async_rewards_change_no_result(config: ddpo.Config, tmp_path: Path) -> None:
     """Nine batches of eight images, each scored while the next is sampled."""
     config = replace(config, prompts_per_step=9, images_per_prompt=8, num_steps=2)

@@ -315,6 +315,7 @@ def test_an_early_stop_exports_the_best_weights(falling: draft.Config, capsys: p
     )
 
 
+@pytest.mark.slow
 def test_an_early_stop_survives_a_resume(falling: draft.Config, tmp_path: Path) -> None:
     """Interrupted before, shortly after and long after the best evaluation."""
     uninterrupted = train(falling)

@@ -60,6 +60,7 @@ def config(tiny_sd: Path, tmp_path: Path) -> ddpo.Config:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "keys"),
     [

@@ -95,6 +95,7 @@ def test_every_file_has_the_requested_number_of_pairs(folder: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_training_has_only_training_prompts_and_the_tests_only_held_out_prompts(folder: Path) -> None:
     held_out = set(all_prompts("held-out", ("one", "count", "relation")))
     for name in ("train_drawn", "train_generated", "validation"):
@@ -104,6 +105,7 @@ def test_training_has_only_training_prompts_and_the_tests_only_held_out_prompts(
         assert {pair.winner_prompt for pair in pairs_of(folder, name)} <= held_out
 
 
+@pytest.mark.slow
 def test_training_and_test_share_no_image(folder: Path) -> None:
     used: dict[str, set[bytes]] = {}
     for name in FILES:
@@ -112,6 +114,7 @@ def test_training_and_test_share_no_image(folder: Path) -> None:
         assert not used[name] & (used["train_drawn"] | used["train_generated"])
 
 
+@pytest.mark.slow
 def test_the_winner_of_a_generated_pair_has_the_higher_oracle_score(folder: Path) -> None:
     for pair in pairs_of(folder, "test_generated"):
         images = torch.stack([to_tensor(pair.winner), to_tensor(pair.loser)])
@@ -140,6 +143,7 @@ def test_too_few_generated_images_for_the_pairs_are_refused(tmp_path: Path) -> N
         )
 
 
+@pytest.mark.slow
 def test_rows_have_only_the_fields_of_the_format(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "train_generated.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {"prompt", "winner", "loser", "rating_gap"}

@@ -142,6 +142,7 @@ def config(tiny_sd: Path, tmp_path: Path) -> ddpo.Config:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_from_a_lora_starts_where_it_is_and_resumes_exactly_without_it(
     config: ddpo.Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

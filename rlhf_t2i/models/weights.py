@@ -57,8 +57,8 @@ def _load_checkpoint(
     elif config["lora_rank"] is not None:
         lora = LoraConfiguration(
             config["lora_rank"], float(config["lora_alpha"] or config["lora_rank"]),
-            family.target_layers(network, config["lora_targets"]),
-            use_dora=config["use_dora"], use_rslora=config["use_rslora"],
+            family.target_layers(network, config.get("lora_targets")),
+            use_dora=config.get("use_dora", False), use_rslora=config.get("use_rslora", False),
         )  # fmt: skip
         add_lora(network, lora, seed=0)
     expected = {n: p for n, p in network.named_parameters() if not has_lora(network) or f".{ADAPTER}." in n}
