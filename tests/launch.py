@@ -34,13 +34,12 @@ def recipe_of(config: TrainerConfig) -> str:
 
 
 def command_line(config: TrainerConfig) -> list[str]:
-    """All settings that are not null as options."""
-    given = {name: value for name, value in asdict(config).items() if value is not None}
-    return [
-        part
-        for name, value in given.items()
-        for part in (f"--{name}", str(value).lower() if value is True or value is False else str(value))
-    ]
+    """All settings as options."""
+    return [part for name, value in asdict(config).items() for part in (f"--{name}", _text(value))]
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def start(config: TrainerConfig, *launcher: str) -> Any:

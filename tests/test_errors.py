@@ -158,6 +158,7 @@ def test_the_last_line_below_accelerate_launch_is_the_reason() -> None:
 @pytest.mark.slow
 def test_two_processes_name_the_reason_once_and_in_the_launchers_table_and_leave_no_folder(tmp_path: Path) -> None:
     command = [*LAUNCH, "accelerate_configs/ddp.yaml", "recipes/ddpo.py", "--model", "./nowhere"]
+    command += ["--prompts", "shapes", "--rewards", "oracle"]
     result = processes.run([*command, "--run_folder", str(tmp_path / "run")])
     reason = "error: There is no model folder './nowhere'."
     assert result.returncode == 1
