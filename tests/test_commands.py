@@ -107,6 +107,7 @@ def test_the_published_settings_for_preferences_on_sd15_run(tiny_sd: Path, tmp_p
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_weights_are_compared_on_the_same_images_and_a_run_is_published_as_shown(tmp_path: Path) -> None:
     """All but the upload, for which tests/test_upload.py has a Hub."""
     first, second, evaluation = (tmp_path / name for name in ("ddpo", "draft", "evaluation"))

@@ -150,6 +150,7 @@ def test_the_toy_model_learns_one_prompt(tmp_path: Path, reward: str, changes: d
     assert after[reward] > before[reward] + 3 * before[f"{reward}/standard_error"]
 
 
+@pytest.mark.slow
 def test_kl_and_l2_sp_keep_the_weights_near_their_initial_values(config: draft.Config, tmp_path: Path) -> None:
     start = load_policy(config.model, device=torch.device("cpu"))
     start.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
@@ -214,6 +215,7 @@ def test_each_method_has_its_gradient_window(config: draft.Config) -> None:
 # --- equal results ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", METHODS)
 def test_the_microbatch_size_changes_no_result(config: draft.Config, tmp_path: Path, changes: dict[str, Any]) -> None:
     config = replace(config, **changes, microbatch_size=64)
@@ -263,6 +265,7 @@ def test_bfloat16_networks_learn_and_export_float32(config: draft.Config) -> Non
 # --- checkpoints and early stopping -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"method": "alignprop"}, {"method": "draft_lv", "lora_rank": 2}])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     config: draft.Config, tmp_path: Path, changes: dict[str, Any]

@@ -86,6 +86,7 @@ def test_a_run_with_any_optimiser_and_a_schedule_resumes_exactly(
     assert_same(state(resumed, 3)[0], state(whole, 3)[0])
 
 
+@pytest.mark.slow
 def test_optimisers_differ_and_sgd_keeps_half_the_state(config: ddpo.Config, tmp_path: Path) -> None:
     sizes = {}
     for optimizer in ("adamw", "sgd"):

@@ -170,6 +170,7 @@ def test_a_run_from_a_lora_can_be_compared_with_the_base(
     assert f"reference {config.model}\n" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_weights_of_a_run_from_a_denoiser_are_loaded_with_it(
     lora_rank: int | None, config: ddpo.Config, tiny_sd: Path, tmp_path: Path
