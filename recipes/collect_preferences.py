@@ -69,11 +69,11 @@ def main(config: Config) -> Path:
     with listen(config.host, config.port) as listener:
         folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE, checkpoints=False)
         questions = read_questions(folder) or write_questions(folder, candidates(config, folder, device))
+        keep_folder(folder)
         compared = None
         if reward and config.rewards:
             scores = score_questions(reward, folder, questions, device=device, batch_size=config.microbatch_size)
             compared = config.rewards, scores
-        keep_folder(folder)
         with closing(Answers(folder, questions, seed=config.seed)) as answers:
             if answers.truncated_line:
                 log(f"Removed the incomplete last line of {answers.path}, left by a crash: {answers.truncated_line!r}")

@@ -157,6 +157,8 @@ def test_a_single_prompt_is_trained_and_evaluated_on_and_not_called_held_out(tmp
     sets = prompt_sets(tmp_path, ["a fox", "a fox"])
     assert (sets.training, sets.evaluation, sets.title) == (["a fox"] * 2, ["a fox"], "evaluation prompts")
     assert sets.text() == "1 evaluation prompts, of which 1 are also trained on"
+    sets.save(tmp_path)
+    assert json.loads((tmp_path / "evaluation_prompts.jsonl").read_text()) == {"prompt": "a fox"}
 
 
 def test_evaluation_prompts_that_are_trained_on_are_counted(tmp_path: Path) -> None:
@@ -238,6 +240,8 @@ def test_the_same_base_model_may_be_given_by_another_path(tmp_path: Path, monkey
     run = run_with(tmp_path / "run", model=model)
     monkeypatch.chdir(tmp_path)
     assert evaluate_policy.Config(weights=run, model="model", microbatch_size=2).resolution == 24
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert evaluate_policy.Config(weights="~/run", microbatch_size=2).model == model
 
 
 # --- paths and names ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ run.json            recipe, command, commit, versions, device and placement
 metrics.jsonl       one row for each training step and each evaluation
 report.html         the page made from these files
 evaluation_prompts.jsonl
-                    prompts that were held back from training for evaluation
+                    prompts chosen for evaluation, if the run was given none
 images/             image grids, scores and captions of evaluations
 checkpoints/        one folder for each checkpoint
 lora_kohya/         the LoRA of lora/ in Kohya's key layout (--export_format both)

@@ -60,7 +60,9 @@ class Settings:
     def __post_init__(self) -> None:
         options = options_of(type(self))
         unset = {option.name: value for option in options if isinstance(value := getattr(self, option.name), ByModel)}
-        given = {option.name: getattr(self, option.name) for option in options if option.name not in unset}
+        given = {o.name: o.validated(getattr(self, o.name)) for o in options if o.name not in unset}
+        for name, value in given.items():
+            self._set(name, value)
         defaults = resolve_defaults(
             unset, model=given.get("model"), run=self.run_settings(), unused=frozenset(self.unused())
         )

@@ -26,8 +26,13 @@ class PromptSets:
     training: list[str]
     """Empty if training uses preference pairs of the user's own."""
     evaluation: list[str]
-    held_back: bool
-    """True if the evaluation prompts were taken out of the training prompts."""
+    chosen_here: bool
+    """True if the evaluation prompts were chosen from the training prompts."""
+
+    @property
+    def held_back(self) -> bool:
+        """True if the evaluation prompts were taken out of the training prompts."""
+        return self.chosen_here and not self.num_shared
 
     @property
     def num_shared(self) -> int:
@@ -48,8 +53,8 @@ class PromptSets:
         return f"{distinct} evaluation prompts{trained}"
 
     def save(self, folder: Path) -> None:
-        """Write the prompts that were held back into a run folder."""
-        if self.held_back:
+        """Write the evaluation prompts into a run folder, if no file names them."""
+        if self.chosen_here:
             rows = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in self.evaluation)
             write_atomically(folder / EVALUATION_PROMPTS, rows)
 
@@ -67,14 +72,14 @@ def load_prompt_sets(config: TrainerConfig) -> PromptSets:
     """
     training = load_prompts(config.prompts) if config.prompts else []
     if config.evaluation_prompts is not None:
-        return PromptSets(training, load_prompts(config.evaluation_prompts, held_out=True), held_back=False)
+        return PromptSets(training, load_prompts(config.evaluation_prompts, held_out=True), chosen_here=False)
     distinct = list(dict.fromkeys(training))
     if len(distinct) == 1:
-        return PromptSets(training, distinct, held_back=False)
+        return PromptSets(training, distinct, chosen_here=True)
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = {distinct[i] for i in order[: min(_MOST, max(1, len(distinct) // _SHARE))]}
     return PromptSets(
         [prompt for prompt in training if prompt not in chosen],
         [prompt for prompt in distinct if prompt in chosen],
-        held_back=True,
+        chosen_here=True,
     )
