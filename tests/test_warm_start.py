@@ -213,3 +213,16 @@ def test_two_sharded_processes_train_a_lora_that_goes_on_as_one_does(tiny_sd: Pa
         folder = launch(replace(config, run_folder=str(tmp_path / mode)), f"{mode}.yaml", fork=False)
         assert_close(state(folder, 2)[0], state(one, 2)[0], rtol=0, atol=1e-5)
         assert_close([row["kl"] for row in rows(folder, "train")], [row["kl"] for row in rows(one, "train")])
+
+
+def test_a_lora_of_another_denoiser_needs_that_denoiser_too(tmp_path: Path) -> None:
+    import yaml
+
+    from rlhf_t2i.settings import ddpo as settings
+    from rlhf_t2i.training.start import _check_denoiser_of
+
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"init_weights": "runs/full"}))
+    with pytest.raises(ValueError, match="was trained on the denoiser runs/full; give --init_weights runs/full too"):
+        _check_denoiser_of(tmp_path / "lora", settings.Config(init_lora=str(tmp_path)))
+    _check_denoiser_of(tmp_path / "lora", settings.Config(init_lora=str(tmp_path), init_weights="runs/full"))

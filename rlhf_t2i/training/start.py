@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.output.run_folder import START
+from rlhf_t2i.output.run_folder import START, read_config, run_of
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.run import Run
 
@@ -34,6 +34,7 @@ def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: b
     else:
         copy = run.folder / START
         source = Path(config.init_lora) if run.resumed_from is None else copy
+        _check_denoiser_of(source, config)
         rank, alpha = start_from_lora(
             policy, source, model=config.model, rank=config.lora_rank, alpha=config.lora_alpha,
             keep_start=keep_reference and not is_base,
@@ -53,3 +54,13 @@ def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: b
     if keep_reference:
         warm = config.init_lora or config.init_weights
         run.print(f"reference {config.model}{f', started from {warm}' if warm and not is_base else ''}")
+
+
+def _check_denoiser_of(lora: Path, config: TrainerConfig) -> None:
+    """Raise ValueError if a LoRA's run trained it on other denoiser weights than this run starts from."""
+    run = run_of(lora)
+    weights = read_config(run).get("init_weights") if run is not None else None
+    if weights is not None and weights != config.init_weights:
+        raise ValueError(
+            f"The LoRA {str(lora)!r} was trained on the denoiser {weights}; give --init_weights {weights} too."
+        )
