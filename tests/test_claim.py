@@ -103,18 +103,19 @@ def test_a_folder_that_another_process_writes_to_is_refused(folder: Path) -> Non
 def test_the_lock_of_a_killed_process_does_not_block(folder: Path) -> None:
     finished(folder)
     code = (
+        f"import signal\n"
         f"from rlhf_t2i.training.claim import claim_folder\n"
         f"config = {{'run_folder': {str(folder)!r}, 'resume': True, 'learning_rate': 0.1, 'lora_rank': 4}}\n"
         f"claim_folder(config, recipe='ddpo', free_to_change=set())\n"
         f"print('claimed', flush=True)\n"
-        f"input()"
+        f"signal.pause()"
     )
-    process = processes.start([sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE)
-    assert process.stdout.readline().strip() == b"claimed"
-    with pytest.raises(BlockingIOError):
-        claimed(folder, resume=True)
-    process.kill()
-    process.communicate()
+    command = [sys.executable, "-c", code]
+    with processes.start(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as process, process.stdout:
+        assert process.stdout.readline().strip() == b"claimed"
+        with pytest.raises(BlockingIOError):
+            claimed(folder, resume=True)
+        process.kill()
     claimed(folder, resume=True)
 
 
