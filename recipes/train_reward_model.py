@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from rlhf_t2i.config import parse_config, run_command
-from rlhf_t2i.settings.train_reward_model import Config, with_defaults
+from rlhf_t2i.settings.train_reward_model import FREE_TO_CHANGE, Config, with_defaults
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
     built_in = Path(__file__).parent / "configs" / "reward_shapes.yaml"
@@ -64,10 +64,6 @@ from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 from rlhf_t2i.training.claim import claim_folder, keep_folder
 from rlhf_t2i.training.environment import restarted, set_num_threads, stop_with_launcher
 from rlhf_t2i.training.trackers import name_run
-
-_FREE_TO_CHANGE = {
-    "resume", "run_folder", "keep_checkpoints", "trackers", "num_cpu_threads", "num_workers", "test_data",
-}  # fmt: skip
 
 
 def main(config: Config) -> Path:
@@ -146,7 +142,7 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
     if PartialState().distributed_type == DistributedType.FSDP:
         raise ValueError("FSDP is not supported here; use accelerate_configs/deepspeed_zero3.yaml, or DDP.")
     folder = claim_folder(
-        {**asdict(config), "mixed_precision": precision}, recipe="reward_model", free_to_change=_FREE_TO_CHANGE
+        {**asdict(config), "mixed_precision": precision}, recipe="reward_model", free_to_change=FREE_TO_CHANGE
     )
     arguments.output_dir, arguments.run_name = str(folder / CHECKPOINTS), folder.name
     name_run(folder)

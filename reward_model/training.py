@@ -208,7 +208,8 @@ class RewardModelTrainer(RewardTrainer):
         """Train from the start or from a checkpoint; if training had ended there, only load the best weights."""
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            has_more = state.global_step == state.max_steps < self.args.max_steps
+            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"] and not has_more:
                 self.state = state
                 return self._load_best_model()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -248,6 +249,16 @@ class RewardModelTrainer(RewardTrainer):
             load_adapter_weights(
                 self.reward_model, self.reward_model.active, Path(resume_from_checkpoint) / WEIGHTS_NAME
             )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        schedule = self.lr_scheduler  # the loaded state has the learning rates of the earlier options
+        groups = schedule.optimizer.param_groups
+        schedule.base_lrs = [self.learning_rates[group["name"]] for group in groups]
+        for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(schedule.last_epoch)
 
     def _load_best_model(self) -> None:
         if not self.is_sharded:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any, TypeVar
 import yaml
 
 from rlhf_t2i.errors import exit_with, one_line_errors, show_tracebacks
-from rlhf_t2i.rewards.terms import join_terms
+from rlhf_t2i.output.run_folder import check_free, paths_start
+from rlhf_t2i.rewards.terms import join_terms, parse_terms
 from rlhf_t2i.settings.base import Option, options_of
+from rlhf_t2i.settings.groups import FolderSettings, ResumeSettings
 from rlhf_t2i.settings.help import option_parser
 
 ConfigT = TypeVar("ConfigT")
@@ -76,7 +79,16 @@ def _parsed(config_class: type[ConfigT], description: str, arguments: Sequence[s
     if print_config:
         sys.stdout.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))  # pyright: ignore[reportArgumentType]
         raise SystemExit(0)
+    _check_folder(config)
     return config
+
+
+def _check_folder(config: object) -> None:
+    """Raise FileExistsError, before anything is loaded, for a run folder that is taken."""
+    resumes = isinstance(config, ResumeSettings) and config.resume
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if isinstance(config, FolderSettings) and config.run_folder and not (resumes or is_restarted):
+        check_free(Path(config.run_folder))
 
 
 def _read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
@@ -90,6 +102,7 @@ def _read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
     if document is not None and not isinstance(document, yaml.MappingNode):
         raise ValueError(f"{path} holds no options; write one 'name: value' a line.")
     values: dict[str, Any] = {}
+    folder = paths_start(path)
     for key, node in document.value if document else []:
         where, name = f"{path}:{key.start_mark.line + 1}", str(key.value)
         if name not in options:
@@ -98,14 +111,17 @@ def _read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
             raise ValueError(f"{where}: {name} is given twice.")
         # Scalars are read as the command line's, so that `no` is no boolean and 1e-4 a number.
         try:
-            values[name] = options[name].validated(_text(node, options[name]), folder=path.parent)
+            values[name] = options[name].validated(_text(node, options[name]), folder=folder)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return values
 
 
 def _text(node: yaml.Node, option: Option) -> str:
-    """The text that the command line would have: a list of rewards becomes A,B=WEIGHT, and a mapping NAME=WEIGHT."""
+    """The text that the command line would have: a list of rewards becomes A,B=WEIGHT, and a mapping NAME=WEIGHT.
+
+    A key is a whole name, and so is an item that is not NAME or NAME=WEIGHT; quotes are added where they are needed.
+    """
     if isinstance(node, yaml.ScalarNode):
         empty = node.value in ("", "~") and node.style is None
         return "null" if empty and option.optional else str(node.value)
@@ -115,7 +131,17 @@ def _text(node: yaml.Node, option: Option) -> str:
         raise ValueError(f"{option.name} is a list or mapping; it must be {shape}.")
     if isinstance(node, yaml.MappingNode):
         return ",".join(f"{join_terms([str(name.value)])}={weight.value}" for name, weight in node.value)
-    return ",".join(str(part.value) for part in parts)
+    return ",".join(_item(str(part.value)) for part in parts)
+
+
+def _item(text: str) -> str:
+    """An item of a list of rewards, as a text that has no further comma or equals sign outside of quotes."""
+    try:
+        [(_, weight)] = parse_terms(text)
+        float(weight or 1)
+    except ValueError:
+        return join_terms([text])
+    return text
 
 
 def _suggestion(word: str, known: Mapping[str, Any]) -> str:

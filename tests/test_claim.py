@@ -6,14 +6,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 from filelock import FileLock
 
-from recipes import evaluate_reward_model
+from recipes import evaluate_reward_model, train_reward_model
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.output.run_folder import check_free, read_run_info
+from rlhf_t2i.settings import ddpo, evaluate_policy
 from rlhf_t2i.training import claim
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder, remove_failed_starts
 from rlhf_t2i.training.run import FREE_TO_CHANGE
@@ -78,6 +83,39 @@ def test_a_process_may_start_again_in_the_folder_of_its_failed_start(folder: Pat
     assert yaml.safe_load((folder / "config.yaml").read_text())["lora_rank"] == 8
     remove_failed_starts()
     assert not folder.exists()
+
+
+def test_the_folder_of_a_start_that_was_killed_is_free(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    claimed(folder)
+    (folder / "start").mkdir()
+    release_folder(folder)  # as the system does for a process that is killed
+    check_free(folder)
+    claimed(folder, lora_rank=8)
+    assert not (folder / "start").exists()
+    keep_folder(folder)
+    assert {path.name for path in folder.iterdir()} >= {"notes.txt", "config.yaml", "run.json"}
+    release_folder(folder)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        check_free(folder)
+
+
+def test_a_killed_start_may_be_resumed_which_begins_anew(folder: Path) -> None:
+    claimed(folder)
+    release_folder(folder)
+    claimed(folder, resume=True, lora_rank=8)
+    remove_failed_starts()
+    assert not folder.exists()
+
+
+def test_a_taken_folder_is_refused_before_anything_is_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(folder)
+    for config_class in (ddpo.Config, evaluate_policy.Config):
+        with pytest.raises(SystemExit):
+            parse_config(config_class, arguments=["--run_folder", str(folder)])
+        assert capsys.readouterr().err.startswith(f"error: {folder} already holds a run. Continue it with --resume")
+    assert parse_config(ddpo.Config, arguments=["--run_folder", str(folder), "--resume"]).resume
 
 
 def test_an_evaluation_without_its_data_leaves_no_run_folder(folder: Path) -> None:
@@ -160,6 +198,44 @@ def test_a_setting_that_may_change_is_reported_with_both_values(
     assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 0.5
 
 
+def test_the_same_file_may_be_given_from_another_working_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    finished(folder, prompts="p.txt", rewards="clip:r,oracle")
+    monkeypatch.chdir("/")
+    claimed(folder, resume=True, prompts=f"{folder.parent}/p.txt", rewards=f"clip:{folder.parent}/r,oracle")
+    with pytest.raises(ValueError, match=r"config: prompts was '.*/p\.txt' and is now '/p\.txt'\.$"):
+        claimed(folder, resume=True, prompts="/p.txt", rewards="clip:r,oracle")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "main", "variables", "command"),
+    [
+        (["recipes/ddpo.py", "--x", "a b"], {"__file__": "ddpo.py"}, {}, "python recipes/ddpo.py --x 'a b'"),
+        (["r.py"], {"__file__": "r.py"}, {"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch r.py"),
+        (["r.py"], {"__file__": "r.py"}, {"TORCHELASTIC_RUN_ID": "1"}, "torchrun r.py"),
+        (["/x/ddpo.py", "-y"], {"__spec__": ModuleSpec("recipes.ddpo", None)}, {}, "python -m recipes.ddpo -y"),
+        (["/x/ipykernel_launcher.py", "-f", "k.json"], {}, {}, "an interactive Python session or a notebook"),
+    ],
+    ids=["script", "accelerate", "torchrun", "module", "notebook"],
+)
+def test_a_run_records_how_it_was_started(
+    arguments: list[str], main: dict[str, Any], variables: dict[str, str], command: str, folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    module = ModuleType("__main__")
+    vars(module).update(main)
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    monkeypatch.setattr(sys, "argv", arguments)
+    claimed(folder)
+    assert read_run_info(folder)["command"] == command
+
+
 def test_any_other_changed_setting_is_refused_by_name_and_the_folder_is_left(folder: Path) -> None:
     finished(folder)
     before = (folder / "config.yaml").read_text()
@@ -180,3 +256,5 @@ def test_the_page_on_resuming_lists_what_may_change() -> None:
     page = (ROOT / "docs" / "resume.md").read_text()
     paragraph = page.split("What may change")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", paragraph)) == FREE_TO_CHANGE | {"run_folder"}
+    sentence = page.split("newest complete checkpoint; there")[1].split("may change")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == train_reward_model.FREE_TO_CHANGE

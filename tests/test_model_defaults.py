@@ -23,7 +23,7 @@ from rlhf_t2i.settings import (
     fk_steering,
     flow_grpo,
 )
-from rlhf_t2i.settings.paths import resolve_paths
+from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards, resolve_paths
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from tests.runs import REDNESS, rows
 
@@ -265,21 +265,76 @@ def test_paths_in_a_file_may_be_relative_to_it_and_those_of_the_command_line_are
     assert parse_config(ddpo.Config, arguments=["--config", "configs/c.yaml", "--prompts", "p.txt"]).prompts == "p.txt"
 
 
+SEVERAL = Inputs(several=True, names=("base", "shapes"))
+
+
 @pytest.mark.parametrize(
-    ("text", "expanded"),
+    ("text", "kind", "expanded"),
     [
-        ("~/p.txt", "HOME/p.txt"), ("a,~/b", "a,HOME/b"),
-        ("llava_reward:~/m=0.5,oracle", "llava_reward:HOME/m=0.5,oracle"),
-        ("image_reward_db/alignment:~/x", "image_reward_db/alignment:HOME/x"), ("'clip:~/a,b'", "'clip:HOME/a,b'"),
-        ("http://host/~me", "http://host/~me"), ("runs/a~b", "runs/a~b"), ("owner/name", "owner/name"),
+        ("~/p.txt", None, "HOME/p.txt"), ("~/a,~b", Inputs(), "HOME/a,~b"), ("a, ~/b", SEVERAL, "a, HOME/b"),
+        ("~/a=~/b", Prefix(), "HOME/a=HOME/b"), ("runs/a~b", SEVERAL, "runs/a~b"), ("o/n", Inputs(), "o/n"),
+        ("llava_reward:~/m=0.5,oracle", Rewards(), "llava_reward:HOME/m=0.5,oracle"),
+        ("~/r.py:f(a=1, b='~/c')=2", Rewards(), "HOME/r.py:f(a=1, b='~/c')=2"), 
+        ("'clip:~/a,b'", Rewards(), '"clip:HOME/a,b"'), ("clip:~/m", RewardName(), "clip:HOME/m"),
+        ("image_reward_db/alignment:~/x,ratings=3:~/y", SEVERAL, "image_reward_db/alignment:HOME/x,ratings=3:HOME/y"),
+        ("http://host/~me", Rewards(), "http://host/~me"), ("~nobody_at_all/x", None, "~nobody_at_all/x"),
     ],
 )  # fmt: skip
 def test_the_home_folder_is_expanded_where_a_path_begins(
-    text: str, expanded: str, monkeypatch: pytest.MonkeyPatch
+    text: str, kind: Any, expanded: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert resolve_paths(text) == expanded.replace("HOME", "/home/me")
+    assert resolve_paths(text, kind) == expanded.replace("HOME", "/home/me")
     assert ddpo.Config(run_folder="~/run").run_folder == "/home/me/run"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "expected"),
+    [
+        ("shapes", SEVERAL, "shapes"), ("./shapes", SEVERAL, "F/shapes"), ("base,f,none", SEVERAL, "base,F/f,none"),
+        ("tie:f,hf:f@f,a:b", SEVERAL, "tie:F/f,hf:f@f,F/a:b"), ("a,b", Inputs(), "F/a,b"), ("f=f", Prefix(), "f=F/f"),
+        ("oracle,clip:f,m:f=2", Rewards(), "oracle,clip:F/f,m:f=2"), ("'clip:a,b'=2", Rewards(), '"clip:F/a,b"=2'),
+        ("f.py:g(1, 'f')", Rewards(), "F/f.py:g(1, 'f')"), ("clip:a,b", RewardName(), "clip:F/a,b"), ("f", None, "f"),
+    ],
+)  # fmt: skip
+def test_a_path_may_be_relative_to_its_file_and_a_name_is_no_path(
+    text: str, kind: Any, expected: str, tmp_path: Path
+) -> None:
+    for name in ("shapes", "base", "f", "f.py", "m", "oracle", "a,b", "a:b", "clip"):
+        (tmp_path / name).touch()
+    assert resolve_paths(text, kind, folder=tmp_path) == expected.replace("F/", f"{tmp_path}/")
+
+
+def test_a_file_beside_the_options_does_not_turn_a_name_into_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("shapes", "sampled", "oracle"):
+        (tmp_path / name).mkdir()
+    texts = {"model": "shapes", "prompts": "shapes", "pairs": "sampled", "rewards": "oracle"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(texts))
+    monkeypatch.chdir(tmp_path)
+    found = vars(parse_config(diffusion_dpo.Config, arguments=["--config", "c.yaml"]))
+    assert {name: found[name] for name in texts} == texts
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(texts | {"prompts": "./shapes"}))
+    assert parse_config(diffusion_dpo.Config, arguments=["--config", "c.yaml"]).prompts == "./shapes"
+
+
+def test_the_config_of_a_run_means_the_same_files_as_its_command_line_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(run_with(tmp_path / "run", model="m", evaluation_rewards="clip:r", early_stop_reward="clip:r"))
+    pipeline(tmp_path / "m")
+    for name in ("r", "run/m", "run/r"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    (run / "run.json").write_text(json.dumps({"working_directory": str(tmp_path)}))
+    for folder, start in ((tmp_path, ""), (tmp_path / "run", f"{tmp_path}/")):
+        monkeypatch.chdir(folder)
+        arguments = ["--config", str(run / "config.yaml"), "--prompts", "p.txt", "--rewards", "oracle"]
+        config = parse_config(ddpo.Config, arguments=arguments)
+        assert (config.model, config.evaluation_rewards) == (f"{start}m", f"clip:{start}r,oracle")
+        assert config.early_stop_reward == f"clip:{start}r"
+        used = evaluate_policy.Config(weights=str(run))
+        assert (used.model, used.evaluation_rewards) == (f"{start}m", f"clip:{start}r")
 
 
 @pytest.mark.parametrize(
@@ -310,6 +365,11 @@ def test_rewards_in_a_file_may_be_a_list_or_a_mapping(tmp_path: Path, capsys: py
     config = parse_config(ddpo.Config, arguments=["--config", str(tmp_path / "c.yaml")])
     assert parse_terms(config.rewards) == [("oracle", "1"), ("clip:a=b,c", "0.5")]
     assert config.evaluation_rewards == 'oracle,oracle_pass,"clip:a=b,c"'
+    (tmp_path / "c.yaml").write_text('rewards: [oracle=2, "clip:a,b", "clip:a=b", "m:f(x=1, y=2)", "\'clip:c=1\'=3"]\n')
+    config = parse_config(ddpo.Config, arguments=["--config", str(tmp_path / "c.yaml")])
+    assert parse_terms(config.rewards) == [
+        ("oracle", "2"), ("clip:a,b", None), ("clip:a=b", None), ("m:f(x=1, y=2)", None), ("clip:c=1", "3"),
+    ]  # fmt: skip
     (tmp_path / "c.yaml").write_text("rewards:\n  oracle: {a: 1}\n")
     assert "it must be one value, a list of names, or a mapping" in refusal(
         capsys, ddpo.Config, "--config", str(tmp_path / "c.yaml")

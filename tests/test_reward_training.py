@@ -24,6 +24,7 @@ from torch.testing import assert_close
 
 from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, read_config
 from reward_model.losses import Objective
+from reward_model.model import GROUPS
 from reward_model.training import Collator, RewardModelTrainer, newest_checkpoint, seal
 from reward_model.types import LabelledImage, PreferencePair, Record
 from tests import processes
@@ -177,7 +178,7 @@ def test_an_image_that_cannot_be_read_in_training_is_named(data: Path, tmp_path:
 # --- the trainer ----------------------------------------------------------------------------------
 
 
-def trainer_of(data: Path, tmp_path: Path, **more: Any) -> RewardModelTrainer:
+def trainer_of(data: Path, tmp_path: Path, *, rates: dict[str, float] | None = None, **more: Any) -> RewardModelTrainer:
     from trl import RewardConfig
 
     args = RewardConfig(
@@ -186,7 +187,7 @@ def trainer_of(data: Path, tmp_path: Path, **more: Any) -> RewardModelTrainer:
         save_strategy="no", learning_rate=1e-2, bf16=False,
     )  # fmt: skip
     pairs = [PreferencePair(data / f"bright{i}.png", data / f"dark{i}.png", "x", "x") for i in range(8)]
-    rates = {"lora": 1e-2, "projector": 2e-3, "skip_ca": 3e-3, "head": 4e-3}
+    rates = rates or {"lora": 1e-2, "projector": 2e-3, "skip_ca": 3e-3, "head": 4e-3}
     return RewardModelTrainer(
         fresh_model("llava"), objective=Objective(), training=pairs, validation=[], args=args, learning_rates=rates,
         **more,
@@ -218,6 +219,23 @@ def test_lora_only_trains_only_the_lora(data: Path, tmp_path: Path) -> None:
     trainer.train()
     for key, tensor in adapter_tensors(trainer.reward_model, trainer.reward_model.active).items():
         assert torch.equal(tensor, before[key]) != key.startswith("lora."), key
+
+
+def test_a_resumed_training_takes_its_own_learning_rates(data: Path, tmp_path: Path) -> None:
+    """The schedule is linear over 4 steps, of which 2 are done."""
+    first = trainer_of(data, tmp_path)
+    first.create_optimizer_and_scheduler(num_training_steps=4)
+    for _ in range(2):
+        first.optimizer.step()
+        first.lr_scheduler.step()
+    first._save_optimizer_and_scheduler(str(tmp_path))
+    for rates, expected in ((None, [5e-3, 1e-3, 1.5e-3, 2e-3]), (dict.fromkeys(GROUPS, 8.0), [4.0] * 4)):
+        resumed = trainer_of(data, tmp_path, rates=rates)
+        resumed.create_optimizer_and_scheduler(num_training_steps=4)
+        resumed._load_optimizer_and_scheduler(str(tmp_path))
+        assert [group["lr"] for group in resumed.optimizer.param_groups] == expected
+        resumed.lr_scheduler.step()
+        assert [group["lr"] for group in resumed.optimizer.param_groups] == [rate / 2 for rate in expected]
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 config.yaml         settings
 .lock               locked while the run is alive
+.starting           names in the folder before a run that has no results yet
 run.json            recipe, command, commit, versions, device and placement
 metrics.jsonl       one row for each training step and each evaluation
 report.html         the page made from these files
@@ -41,6 +42,7 @@ from rlhf_t2i.output.files import write_atomically
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+STARTING = ".starting"
 RUN_INFO = "run.json"
 METRICS = "metrics.jsonl"
 REPORT = "report.html"
@@ -83,6 +85,30 @@ WEIGHT_FILES: dict[WeightKind, str] = {
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the settings of a run."""
     return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def paths_start(config: Path) -> Path | None:
+    """Return the folder that relative paths in a YAML file of options start from; None is the working directory.
+
+    It is the file's own folder, but for a run's config.yaml the working directory of the command that started the run.
+    """
+    if config.name != CONFIG or not (config.parent / RUN_INFO).is_file():
+        return config.parent
+    started_in = Path(read_run_info(config.parent).get("working_directory", "."))
+    return None if started_in.resolve() == Path.cwd() else started_in
+
+
+def holds_run(folder: Path) -> bool:
+    """Return True if a folder holds a run with results, alive or not; False for one that ended before its first."""
+    return (folder / CONFIG).is_file() and not (folder / STARTING).is_file()
+
+
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError if a folder holds a run, which a new one may not replace."""
+    if holds_run(folder):
+        raise FileExistsError(
+            f"{folder} already holds a run. Continue it with --resume, or choose another --run_folder."
+        )
 
 
 def run_of(path: Path) -> Path | None:

@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlhf_t2i.settings.by_model import ByModel, as_text, resolve_defaults
-from rlhf_t2i.settings.paths import resolve_paths
+from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards, resolve_paths
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 Rule = tuple[str, bool, str]
@@ -30,18 +30,6 @@ class Group:
     """Marker in the type of a field, `Annotated[bool, Group("reward")]`: its group in `--help`, if not its class's."""
 
     name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Marker in the type of a text, `Annotated[str, Names(("oracle", "clip:PATH"))]`: the names that its help lists."""
-
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """Marker in the type of a text: existing files or folders, comma-separated PATH or FORMAT:PATH."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +120,7 @@ class Option:
         if self.optional and (value is None or str(value).lower() in ("null", "none")):
             return None
         if isinstance(value, str) and self.base is str:
-            has_inputs = bool(self.names) or any(isinstance(part, Inputs) for part in get_args(self.type))
-            value = resolve_paths(value, folder=folder if has_inputs else None)
+            value = resolve_paths(value, self._marker(Inputs, Prefix, RewardName, Rewards), folder=folder)
         try:
             return _adapter(self.type).validate_python(value)
         except ValidationError as error:
@@ -151,7 +138,11 @@ class Option:
     @property
     def names(self) -> tuple[str, ...]:
         """The names that its help lists, empty for an option that takes any text."""
-        return next((part.names for part in get_args(self.type) if isinstance(part, Names)), ())
+        found = self._marker(RewardName, Rewards)
+        return found.names if found else ()
+
+    def _marker(self, *kinds: type) -> Any:
+        return next((part for part in get_args(self.type) if isinstance(part, kinds)), None)
 
     @property
     def kind(self) -> str:

@@ -20,7 +20,7 @@ from rlhf_t2i.settings.groups import (
     ServerSettings,
 )
 from rlhf_t2i.settings.lists import names
-from rlhf_t2i.settings.ranges import InputPaths, NonNegativeInt, PositiveInt, RewardNames
+from rlhf_t2i.settings.ranges import DataPaths, InputPaths, NonNegativeInt, PositiveInt, RewardNames, WeightsPaths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class PairSourceSettings(Settings, group="data"):
     runs: InputPaths | None = None
     """Comma-separated folders of runs that trained a diffusion model, or of recipes/evaluate_policy.py: pairs are
     images before and after training, or of two of the evaluated weights."""
-    pairs: InputPaths | None = None
+    pairs: DataPaths | None = None
     """Preference data to ask again: comma-separated files or folders, each PATH or FORMAT:PATH (docs/data.md). A
     record {"prompt", "tie"} is a pair without a preference. Existing preferences appear on the results page only."""
     num_pairs: PositiveInt | None = None
@@ -53,7 +53,7 @@ class Config(
 ):
     """Settings of an annotation page. Exactly one of runs, pairs and weights says where the images come from."""
 
-    weights: Annotated[InputPaths, Group("model and LoRA")] | None = None
+    weights: Annotated[WeightsPaths, Group("model and LoRA")] | None = None
     """Two weights to sample pairs from, comma-separated, as in recipes/evaluate_policy.py: base, and folders of runs,
     of what they exported, or of checkpoints."""
     num_evaluation_steps: Annotated[PositiveInt, Group("evaluation")] = by_model(8, family="sampling_steps")

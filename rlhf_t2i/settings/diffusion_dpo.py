@@ -13,17 +13,14 @@ from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.groups import DataSettings, GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.launch import shared_rule
 from rlhf_t2i.settings.lists import whole_numbers
-from rlhf_t2i.settings.ranges import Decay, Fraction, InputPaths, NonNegativeFloat, PositiveFloat, PositiveInt
-
-SAMPLED = "sampled"
-"""Value of pairs for those that are made in each step."""
+from rlhf_t2i.settings.ranges import SAMPLED, DataPaths, Decay, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings(Settings, group="data"):
     """Preference data to train on."""
 
-    pairs: InputPaths = SAMPLED
+    pairs: DataPaths = SAMPLED
     """Preference data: comma-separated files or folders, each PATH or FORMAT:PATH (docs/data.md); sampled makes pairs
     in each step, from images that the reward compares."""
     pairs_per_step: PositiveInt = 64

@@ -13,7 +13,7 @@ from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import (
     Decay,
     Fraction,
-    InputPaths,
+    ModelPath,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -29,7 +29,7 @@ class Config(GroupedSamplingSettings, TrainerConfig):
 
     images_per_prompt: Annotated[int, Ge(2)] = 12
     """Images sampled for each prompt in one training step (a group), all on one process."""
-    model: InputPaths = by_model(TOY_FLOW_MODEL, TOY_FLOW_MODEL)
+    model: ModelPath = by_model(TOY_FLOW_MODEL, TOY_FLOW_MODEL)
     eta: Annotated[Fraction, Group("sampling")] = 0.0
     """Noise of each denoising step; 0 is deterministic, 1 is the noise of the forward process."""
 

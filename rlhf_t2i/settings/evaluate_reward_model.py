@@ -14,7 +14,15 @@ from rlhf_t2i.settings.groups import (
     SeedSettings,
     ThreadSettings,
 )
-from rlhf_t2i.settings.ranges import InputPaths, NonNegativeFloat, NonNegativeInt, PositiveInt, Precision
+from rlhf_t2i.settings.ranges import (
+    DataPaths,
+    InputPaths,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Precision,
+    RewardModelPath,
+)
 from rlhf_t2i.shapes.names import TOY_REWARD_MODEL
 
 
@@ -22,7 +30,7 @@ from rlhf_t2i.shapes.names import TOY_REWARD_MODEL
 class TestDataSettings(Settings, group="data"):
     """Data to evaluate on."""
 
-    test_data: InputPaths | None = None
+    test_data: DataPaths | None = None
     """Comma-separated data files, each PATH or FORMAT:PATH (docs/data.md), or shapes for the pairs of the built-in
     world; null is shapes if there are no benchmarks, else none."""
     benchmarks: InputPaths = ""
@@ -42,7 +50,7 @@ class Config(
 ):
     """Settings of a reward model's evaluation."""
 
-    reward: Annotated[InputPaths, Group("reward")] = TOY_REWARD_MODEL
+    reward: Annotated[RewardModelPath, Group("reward")] = TOY_REWARD_MODEL
     """Reward model to evaluate: folder or Hub id of a LLaVA-Reward, shapes for the built-in one, or one of other
     projects as NAME:PATH (clip, clip_score, pick_score, hps, image_reward, vqa_score)."""
     tie_threshold: Annotated[NonNegativeFloat, Group("evaluation")] = 0.0

@@ -10,7 +10,7 @@ from annotated_types import Ge
 from rlhf_t2i.rewards.terms import reward_names_of
 from rlhf_t2i.settings.base import Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
-from rlhf_t2i.settings.ranges import Fraction, InputPaths, NonNegativeInt, PositiveInt, RewardNames
+from rlhf_t2i.settings.ranges import Fraction, MeasuredReward, NonNegativeInt, PositiveInt, PromptsPath, RewardNames
 from rlhf_t2i.shapes.names import TOY_PROMPTS, TOY_REWARD
 
 
@@ -18,7 +18,7 @@ from rlhf_t2i.shapes.names import TOY_PROMPTS, TOY_REWARD
 class EvaluationPromptSettings(Settings, group="evaluation"):
     """Prompts to evaluate trained weights on."""
 
-    evaluation_prompts: InputPaths = by_model(TOY_PROMPTS)
+    evaluation_prompts: PromptsPath = by_model(TOY_PROMPTS)
     """Prompts to evaluate on: a .txt file with one a line, a .jsonl, .json, .csv or .parquet file with "prompt" in each
     row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the toy world."""
 
@@ -39,7 +39,7 @@ class EvaluationSettings(EvaluationSamplingSettings, group="evaluation"):
 
     evaluate_every: NonNegativeInt = 10
     """Training steps between evaluations; 0 evaluates only before the first and after the last step."""
-    evaluation_prompts: InputPaths | None = by_model(TOY_PROMPTS, None)
+    evaluation_prompts: PromptsPath | None = by_model(TOY_PROMPTS, None)
     """Prompts to evaluate on: a .txt file with one a line, a .jsonl, .json, .csv or .parquet file with "prompt" in each
     row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the toy world; null holds
     back a tenth of the prompts, at most 64."""
@@ -50,7 +50,7 @@ class EvaluationSettings(EvaluationSamplingSettings, group="evaluation"):
     on shows reward hacking."""
     num_evaluation_steps: PositiveInt | None = by_model(None, family="sampling_steps")
     """Denoising steps for one image in evaluation; null is num_denoising_steps."""
-    early_stop_reward: str | None = None
+    early_stop_reward: MeasuredReward | None = None
     """Name of one of evaluation_rewards, best one that is not trained on: training stops when it no longer rises, and
     the weights with its highest value are exported; null trains all num_steps."""
     patience: PositiveInt = 3

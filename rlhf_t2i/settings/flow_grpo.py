@@ -10,7 +10,7 @@ from annotated_types import Ge
 from rlhf_t2i.settings.base import Rule
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
-from rlhf_t2i.settings.ranges import Fraction, InputPaths, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlhf_t2i.settings.ranges import Fraction, ModelPath, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf_t2i.shapes.names import TOY_FLOW_MODEL
 
 
@@ -22,7 +22,7 @@ class Config(GroupedSamplingSettings, TrainerConfig):
     """Images sampled for each prompt in one training step (a group), all on one process."""
     num_denoising_steps: Annotated[int, Ge(2)] = by_model(8, family="training_steps")
     """Denoising steps for one image; the last one is never noisy."""
-    model: InputPaths = by_model(TOY_FLOW_MODEL, TOY_FLOW_MODEL)
+    model: ModelPath = by_model(TOY_FLOW_MODEL, TOY_FLOW_MODEL)
     """Flow model: a diffusers pipeline folder, a Hub id, or the built-in shapes-flow."""
 
     dynamics: Literal["flow_sde", "cps"] = "flow_sde"

@@ -17,12 +17,15 @@ from rlhf_t2i.settings.launch import shared_rule, tracker_rules
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.optimizer import OptimizerSettings
 from rlhf_t2i.settings.ranges import (
-    InputPaths,
+    InputPath,
+    ModelPath,
     NonNegativeInt,
+    PathPrefix,
     Port,
     PositiveFloat,
     PositiveInt,
     Precision,
+    PromptsPath,
     RewardNames,
 )
 from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS, TOY_REWARD
@@ -32,7 +35,7 @@ from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS, TOY_REWARD
 class ModelSettings(Settings, group="model and LoRA"):
     """The diffusion model."""
 
-    model: InputPaths = by_model(TOY_MODEL, TOY_MODEL)
+    model: ModelPath = by_model(TOY_MODEL, TOY_MODEL)
     """Diffusion model: a diffusers pipeline folder, a Hub id, or a built-in model (shapes, shapes-flow)."""
     resolution: PositiveInt | None = by_model(None, None)
     """Height and width of images in pixels; null is the model's native size."""
@@ -42,10 +45,10 @@ class ModelSettings(Settings, group="model and LoRA"):
 class LoraSettings(Settings, group="model and LoRA"):
     """Adapters of the diffusion model."""
 
-    init_weights: InputPaths | None = None
+    init_weights: InputPath | None = None
     """Weights of the full denoiser to start from, in place of the model's own: a run folder, or its unet or transformer
     folder; null is the model's own."""
-    init_lora: InputPaths | None = None
+    init_lora: InputPath | None = None
     """LoRA to go on training, with its rank and alpha: a run folder, a LoRA folder or file in the key layout of
     diffusers or Kohya, or a Hub id; null starts a new one."""
     reference_model: Literal["start", "base"] = "start"
@@ -106,7 +109,7 @@ class GuidanceSettings(Settings, group="sampling"):
 class SamplingSettings(GuidanceSettings, group="sampling"):
     """Sampling, of training or of a search."""
 
-    prompts: InputPaths = by_model(TOY_PROMPTS)
+    prompts: PromptsPath = by_model(TOY_PROMPTS)
     """Prompts to train on: a .txt file with one a line, a .jsonl, .json, .csv or .parquet file with "prompt" in each
     row, hf:ID@SPLIT for a data set of the Hub, or shapes for the training prompts of the toy world."""
     num_denoising_steps: PositiveInt = by_model(8, family="training_steps")
@@ -208,10 +211,10 @@ class TrainingMemorySettings(Settings, group="system"):
 class DataSettings(Settings, group="data"):
     """Reading of preference data."""
 
-    image_root: InputPaths | None = None
+    image_root: InputPath | None = None
     """Folder that relative image paths of data files start from; null is each file's own folder. Images outside of it
     are refused."""
-    image_prefix: str | None = None
+    image_prefix: PathPrefix | None = None
     """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
     unpack_folder: str = "runs/images"
     """Folder for images that are stored inside tables and archives."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_t2i.settings.base import Rule, Settings
-from rlhf_t2i.settings.ranges import InputPaths
+from rlhf_t2i.settings.ranges import InputPath
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings, group="publication"):
     """Settings of a publication."""
 
-    run: InputPaths
+    run: InputPath
     """Folder of a finished run of ddpo, flow_grpo, diffusion_nft, draft, diffusion_dpo or train_reward_model."""
     folder: str | None = None
     """Folder to write; null is RUN/publication. It must be new, empty, or hold an earlier publication."""

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from rlhf_t2i.rewards.table import reward_names
-from rlhf_t2i.settings.base import Inputs, Names
+from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards
+from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PAIRS, TOY_PROMPTS, TOY_REWARD_MODEL
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -19,7 +20,23 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 """How much an average keeps of itself, and other numbers that must stay below 1."""
 Port = Annotated[int, Ge(0), Le(65535)]
 Precision = Literal["no", "fp16", "bf16"]
-InputPaths = Annotated[str, Inputs()]
-"""Existing files or folders: in a file of options, they may be relative to it."""
-RewardNames = Annotated[str, Names(reward_names())]
-DifferentiableRewardNames = Annotated[str, Names(reward_names(differentiable=True))]
+BASE = "base"
+"""Name of the model itself among weights."""
+SAMPLED = "sampled"
+"""Name of the pairs that Diffusion-DPO makes in each step, among preference data."""
+
+InputPath = Annotated[str, Inputs()]
+"""An existing file or folder: in a file of options, it may be relative to it. So may the others below."""
+InputPaths = Annotated[str, Inputs(several=True)]
+DataPaths = Annotated[str, Inputs(several=True, names=(TOY_PAIRS, SAMPLED))]
+WeightsPaths = Annotated[str, Inputs(several=True, names=(BASE,))]
+ModelPath = Annotated[str, Inputs(names=tuple(TOY_MODELS))]
+PromptsPath = Annotated[str, Inputs(names=(TOY_PROMPTS,))]
+BackbonePath = Annotated[str, Inputs(names=(TOY_BACKBONE,))]
+RewardModelPath = Annotated[str, Inputs(names=(TOY_REWARD_MODEL,))]
+PathPrefix = Annotated[str, Prefix()]
+RewardNames = Annotated[str, Rewards(reward_names())]
+DifferentiableRewardNames = Annotated[str, Rewards(reward_names(differentiable=True))]
+OneReward = Annotated[str, RewardName(reward_names())]
+MeasuredReward = Annotated[str, RewardName()]
+"""One of the rewards that another option names."""

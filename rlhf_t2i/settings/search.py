@@ -10,7 +10,7 @@ from rlhf_t2i.settings.base import Group
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.from_run import sampling_of_runs
 from rlhf_t2i.settings.groups import ModelSettings, ProcessSettings, ResumeSettings, RewardSettings, SamplingSettings
-from rlhf_t2i.settings.ranges import InputPaths, PositiveInt, RewardNames
+from rlhf_t2i.settings.ranges import InputPath, OneReward, PositiveInt, PromptsPath, RewardNames
 from rlhf_t2i.shapes.names import TOY_PROMPTS
 
 
@@ -30,10 +30,10 @@ class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSett
         found = sampling_of_runs([self.weights] if self.weights else [], self.model)
         return {name: found[name] for name in found if not name.startswith("evaluation_")}
 
-    weights: Annotated[InputPaths, Group("model and LoRA")] | None = None
+    weights: Annotated[InputPath, Group("model and LoRA")] | None = None
     """Trained weights to sample with: the folder of a run, of its exported lora, unet or transformer, or of a
     checkpoint; null is the model itself."""
-    prompts: InputPaths = by_model(TOY_PROMPTS)
+    prompts: PromptsPath = by_model(TOY_PROMPTS)
     """Prompts to search for: a .txt file with one a line, a .jsonl (GenEval's too), .json, .csv or .parquet file
     with "prompt" in each row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the
     toy world."""
@@ -46,7 +46,7 @@ class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSett
     """Images in one forward pass of one process, halved when memory runs out; changes memory and speed, never
     results."""
 
-    veto: Annotated[RewardNames, Group("reward")] | None = None
+    veto: Annotated[OneReward, Group("reward")] | None = None
     """Reward that excludes images, one NAME (docs/rewards.md); null excludes none."""
     veto_below: Annotated[float, Group("reward")] = 0.0
     """Score of the veto reward below which an image is excluded; it is returned only if all images of its search are

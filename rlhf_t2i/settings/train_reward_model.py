@@ -13,9 +13,10 @@ from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.groups import DataSettings, ResumeSettings, ThreadSettings
 from rlhf_t2i.settings.launch import tracker_rules
 from rlhf_t2i.settings.ranges import (
+    BackbonePath,
+    DataPaths,
     Decay,
     Fraction,
-    InputPaths,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -24,12 +25,19 @@ from rlhf_t2i.settings.ranges import (
 )
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_PAIRS
 
+FREE_TO_CHANGE = frozenset({
+    "num_steps", "learning_rate", "projector_learning_rate", "skip_ca_learning_rate", "head_learning_rate",
+    "warmup_fraction", "evaluate_every", "patience", "keep_checkpoints", "trackers", "num_cpu_threads", "num_workers",
+    "gradient_checkpointing", "test_data",
+})  # fmt: skip
+"""Settings that may differ when training is resumed; docs/resume.md lists them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSettings(Settings, group="model and LoRA"):
     """The backbone, its inputs, SkipCA and LoRA."""
 
-    backbone: InputPaths = TOY_BACKBONE
+    backbone: BackbonePath = TOY_BACKBONE
     """Multimodal LLM: folder or Hub id of a supported family (Phi-3.5-vision, LLaVA-1.5, Qwen2.5-VL, ...), or shapes
     for the small LLaVA of the toy world."""
     skip_ca: bool = True
@@ -61,15 +69,15 @@ class BackboneSettings(Settings, group="model and LoRA"):
 class RewardDataSettings(Settings, group="data"):
     """Training, validation and test data."""
 
-    train_data: InputPaths = TOY_PAIRS
+    train_data: DataPaths = TOY_PAIRS
     """Comma-separated data files to train on, each PATH or FORMAT:PATH (docs/data.md), or shapes for the pairs of the
     toy world."""
-    validation_data: InputPaths | None = None
+    validation_data: DataPaths | None = None
     """Comma-separated data files that choose the best checkpoint, each PATH or FORMAT:PATH; null holds out
     validation_fraction of the training prompts."""
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Fraction of the training prompts to hold out for validation if validation_data is null."""
-    test_data: InputPaths | None = None
+    test_data: DataPaths | None = None
     """Comma-separated data files to measure the finished reward model on, each PATH or FORMAT:PATH; null is none, or
     the toy world's with --train_data shapes."""
     exclude_test_prompts: bool = False

@@ -27,7 +27,17 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from rlhf_t2i.output.files import write_atomically
-from rlhf_t2i.output.run_folder import CHECKPOINTS, CONFIG, LOCK, RUN_INFO, read_config, read_run_info
+from rlhf_t2i.output.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    RUN_INFO,
+    STARTING,
+    check_free,
+    holds_run,
+    read_config,
+    read_run_info,
+)
 from rlhf_t2i.training.environment import restarted
 
 _PACKAGES = (
@@ -42,7 +52,8 @@ class _Claim:
     lock: FileLock | None
     """The lock of the folder; None on all but the main process."""
     before: frozenset[str] | None
-    """Names in the folder before a run that has no results yet; None once there are results to keep."""
+    """Names in the folder before a run that has no results yet; None once there are results to keep. The file STARTING
+    has them too, for a process that is killed."""
 
 
 _claims: dict[Path, _Claim] = {}
@@ -80,8 +91,10 @@ def claim_folder(config: Mapping[str, Any], *, recipe: str, free_to_change: Set[
 
 def keep_folder(folder: Path) -> None:
     """Keep a run folder whatever happens: its first results are to be written."""
-    if claim := _claims.get(folder.absolute()):
+    if (claim := _claims.get(folder.absolute())) and claim.before is not None:
         claim.before = None
+        if claim.lock:
+            (folder / STARTING).unlink(missing_ok=True)
 
 
 def release_folder(folder: Path) -> None:
@@ -99,12 +112,16 @@ def remove_failed_starts() -> None:
         if claim.before is None:
             continue
         with contextlib.suppress(OSError):
-            for path in folder.iterdir():
-                if path.is_dir() and path.name not in claim.before:
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.name not in claim.before:
-                    path.unlink(missing_ok=True)
+            _remove_all_but(claim.before, folder)
             folder.rmdir()
+
+
+def _remove_all_but(kept: Set[str], folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
 def _wait_for_file(path: Path, *, seconds: float = 60.0) -> None:
@@ -139,18 +156,16 @@ def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool, free_to_cha
     """Lock the folder and write config.yaml; return what it held before a new run. Raises as `claim_folder` does."""
     path = folder / CONFIG
     earlier = _claims.get(folder.absolute())
-    is_new = not path.is_file() or (earlier is not None and earlier.before is not None)
-    if resume and is_new:
+    if resume and not path.is_file():
         raise FileNotFoundError(f"There is no run to resume in {folder}: it has no {CONFIG}.")
-    if not is_new and not resume:
-        raise FileExistsError(
-            f"{folder} already holds a run. Continue it with --resume, or choose another --run_folder."
-        )
+    if not resume:
+        check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    before = frozenset(path.name for path in folder.iterdir()) if is_new else None
-    before = earlier.before if earlier and is_new else before
-    _claims[folder.absolute()] = _Claim(earlier.lock if earlier else _locked(folder), before)
-    if not is_new:
+    found = frozenset(path.name for path in folder.iterdir())
+    lock = earlier.lock if earlier else _locked(folder)
+    before = None if holds_run(folder) else _before_start(folder, found)
+    _claims[folder.absolute()] = _Claim(lock, before)
+    if before is None:
         try:
             _report_changes(read_config(folder), config, folder, free_to_change)
         except ValueError:
@@ -159,6 +174,17 @@ def _claim(folder: Path, config: Mapping[str, Any], *, resume: bool, free_to_cha
     stored = {name: value for name, value in config.items() if name != "resume"}
     write_atomically(path, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
     return before
+
+
+def _before_start(folder: Path, found: frozenset[str]) -> frozenset[str]:
+    """Return what a folder without a run held before anything was written, and remove what a killed start has left."""
+    marker = folder / STARTING
+    if marker.is_file():
+        found = frozenset(json.loads(marker.read_text(encoding="utf-8")))
+        _remove_all_but(found | {LOCK, STARTING}, folder)
+    else:
+        write_atomically(marker, json.dumps(sorted(found)))
+    return found
 
 
 def _locked(folder: Path) -> FileLock:
@@ -178,12 +204,26 @@ def _report_changes(
 ) -> None:
     """Print the settings that have changed; ValueError if one of them is not in `free_to_change`."""
     changed = [name for name in sorted(stored.keys() | config.keys()) if stored.get(name) != config.get(name)]
-    changed = [name for name in changed if name not in ("resume", "run_folder")]
+    start = f"{read_run_info(folder).get('working_directory', folder)}/"  # see `paths_start`
+    texts = [{name: str(values.get(name)).replace(start, "") for name in changed} for values in (stored, config)]
+    changed = [name for name in changed if name not in ("resume", "run_folder") and texts[0][name] != texts[1][name]]
     if refused := [name for name in changed if name not in free_to_change]:
         listed = "; ".join(f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}" for name in refused)
         raise ValueError(f"{folder} holds a run with another config: {listed}.")
     for name in changed:
         tqdm.write(f"Changed on resuming: {name} {stored.get(name)} -> {config.get(name)}")
+
+
+def _command() -> str:
+    """Return the command that started this process, as far as a process can know it."""
+    main = sys.modules["__main__"]
+    module, file = main.__spec__, getattr(main, "__file__", None)
+    if module is None and file is None and sys.argv[0] != "-c":
+        return "an interactive Python session or a notebook"
+    arguments = ["-m", module.name.removesuffix(".__main__"), *sys.argv[1:]] if module else sys.argv
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return f"accelerate launch {shlex.join(arguments)}"
+    return f"{'torchrun' if 'TORCHELASTIC_RUN_ID' in os.environ else 'python'} {shlex.join(arguments)}"
 
 
 def _describe(folder: Path, recipe: str, state: PartialState) -> None:
@@ -199,7 +239,8 @@ def _describe(folder: Path, recipe: str, state: PartialState) -> None:
     device = cast(torch.device, state.device)
     info = {
         "recipe": recipe,
-        "command": f"accelerate launch {shlex.join(sys.argv)}",
+        "command": _command(),
+        "working_directory": os.getcwd(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": commit,
         "versions": {"python": platform.python_version(), **versions},
