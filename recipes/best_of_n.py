@@ -33,7 +33,7 @@ def main(config: Config) -> list[SearchRecord]:
     """Generate N images of each prompt, score them, keep the best."""
     keep = halving(config.num_candidates, after=config.pruning_steps)
     check_pruning(keep, num=config.num_candidates, num_steps=config.num_denoising_steps)
-    search = start_search(config, recipe="best_of_n", eta=config.eta)
+    search = start_search(config, recipe="best_of_n", eta=config.eta, standardise=config.standardise_rewards)
     for tasks in search.batches():
         prompts, seeds = (
             [task.text for task in tasks],

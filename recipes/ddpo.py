@@ -24,6 +24,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
     config = parse_config(Config, __doc__)
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,16 +45,20 @@ from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
 from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
+from rlhf_t2i.training.several_rewards import combined_advantages
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Sampler, Trajectory
 
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute advantages, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards), training_prompts(config)
-    history = PerPromptHistory(size=config.history_size, min_count=config.history_min_count)
+    reward, prompts = load_rewards(config.scored_rewards), training_prompts(config)
+    histories = [
+        PerPromptHistory(size=config.history_size, min_count=config.history_min_count)
+        for _ in (reward.terms if config.combine_rewards == "gdpo" else ["the sum"])
+    ]
     trainer = make_trainer(
-        config, recipe="ddpo", report=write_report, keep_reference=config.kl_weight > 0, extra=[history]
+        config, recipe="ddpo", report=write_report, keep_reference=config.kl_weight > 0, extra=histories
     )
     policy, sampler = trainer.policy, trainer.sampler(eta=config.eta)
     shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
@@ -73,7 +78,9 @@ def main(config: Config) -> Path:
                 else:
                     rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
-        advantages = advantages_of(all_prompts, groups, history=history, config=config).to(trainer.device)
+        methods = [partial(advantages_of, all_prompts, history=history, config=config) for history in histories]
+        advantages = combined_advantages(trainer, groups, scores, reward=reward, methods=methods, config=config)
+        advantages = advantages.clamp(-config.max_advantage, config.max_advantage).to(trainer.device)
         with trainer.timed("update"):
             metrics = update(
                 trainer, trajectory, advantages[shard.start : shard.stop].flatten(),
@@ -93,15 +100,14 @@ def advantages_of(
     history: PerPromptHistory,
     config: Config,
 ) -> Float[Tensor, "P K"]:
-    """Return the clipped advantage of each of a prompt's K images."""
+    """Return the advantage of each of a prompt's K images by one reward, or by the sum of all."""
     match config.advantages:
         case "per_prompt_history":
-            advantages = history(prompts, rewards)
+            return history(prompts, rewards)
         case "group_relative":
-            advantages = group_relative_advantages(rewards)
+            return group_relative_advantages(rewards)
         case "whole_batch":
-            advantages = whole_batch_advantages(rewards)
-    return advantages.clamp(-config.max_advantage, config.max_advantage)
+            return whole_batch_advantages(rewards)
 
 
 def update(

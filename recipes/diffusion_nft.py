@@ -48,6 +48,7 @@ from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.metrics import mean_update_metrics
 from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
+from rlhf_t2i.training.several_rewards import combined_advantages
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Conditioning, Level, Policy, Prediction
 
@@ -56,7 +57,7 @@ METRICS: Sequence[str] = ("loss", "sampling_gap", "reference_gap")
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute optimality, noise them, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards), training_prompts(config)
+    reward, prompts = load_rewards(config.scored_rewards), training_prompts(config)
     sampling_ema = rising_decay(
         start=config.sampling_ema_start, rise=config.sampling_ema_rise, most=config.sampling_ema_max
     )
@@ -78,7 +79,9 @@ def main(config: Config) -> Path:
             rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
-        advantages = scaled(groups)[shard.start : shard.stop].flatten().to(trainer.device)
+        methods = [scaled] * len(reward.terms)
+        advantages = combined_advantages(trainer, groups, scores, reward=reward, methods=methods, config=config)
+        advantages = advantages[shard.start : shard.stop].flatten().to(trainer.device)
         optimality = (0.5 + advantages / (2 * config.max_advantage)).clamp(0, 1)
         with trainer.timed("update"):
             metrics = update(trainer, clean, own_prompts, optimality, shard=shard, step=step, config=config)

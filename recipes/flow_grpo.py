@@ -48,13 +48,14 @@ from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
 from rlhf_t2i.training.prompt_sets import training_prompts
 from rlhf_t2i.training.setup import make_trainer
+from rlhf_t2i.training.several_rewards import combined_advantages
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
 
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute advantages, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards), training_prompts(config)
+    reward, prompts = load_rewards(config.scored_rewards), training_prompts(config)
     trainer = make_trainer(config, recipe="flow_grpo", report=write_report, keep_reference=config.kl_weight > 0)
     policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
     dynamics = noisy_step(schedule, config)
@@ -74,7 +75,9 @@ def main(config: Config) -> Path:
             rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
-        advantages = scaled(groups).clamp(-config.max_advantage, config.max_advantage).to(trainer.device)
+        methods = [scaled] * len(reward.terms)
+        advantages = combined_advantages(trainer, groups, scores, reward=reward, methods=methods, config=config)
+        advantages = advantages.clamp(-config.max_advantage, config.max_advantage).to(trainer.device)
         noise = None
         if config.ratio_normalisation:
             noise = noise_of_rollout(policy, trajectory, generators=generators_for(config.seed, SAMPLE, step, shard))

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 _MIN_STD = 1e-6
@@ -36,6 +36,53 @@ def globally_scaled_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "
     std = _std(rewards.flatten()[None], dim=1)[0]
     scaled = _standardise(rewards, rewards.double().mean(dim=1, keepdim=True), std)
     return torch.where(_std(rewards, dim=1) > _MIN_STD, scaled, 0.0)
+
+
+def standardised_sum(rewards: Float[Tensor, "R P K"], weights: Sequence[float]) -> Float[Tensor, "P K"]:
+    """Return the weighted sum of R rewards, each first reduced to its distance from its mean, in standard deviations.
+
+        sum_i weight_i * (reward_i - mean_i) / std_i            mean_i, std_i: over all images of the step
+
+    The weights then say what each reward counts, whatever its unit is.
+    """
+    return _weighted_sum(torch.stack([whole_batch_advantages(reward) for reward in rewards]), weights)
+
+
+def standardised_sum_of_groups(rewards: Float[Tensor, "R P N"], weights: Sequence[float]) -> Float[Tensor, "P N"]:
+    """Return `standardised_sum` with mean and standard deviation of each group of N images, to order them by.
+
+    GDPO's advantages have the same order. An image with a score that is not finite counts in no mean and gets NaN.
+    """
+    finite = rewards.isfinite().all(dim=0)
+    count = finite.sum(dim=1, keepdim=True).clamp_min(1)
+    mean = torch.where(finite, rewards.double(), 0.0).sum(dim=2, keepdim=True) / count
+    centred = torch.where(finite, rewards - mean, 0.0)
+    std = (centred.square().sum(dim=2, keepdim=True) / count).sqrt()
+    total = _weighted_sum(_standardise(centred, torch.zeros_like(mean), std).to(rewards.dtype), weights)
+    return torch.where(finite, total, torch.nan)
+
+
+def decoupled_advantages(advantages: Float[Tensor, "R P K"], weights: Sequence[float]) -> Float[Tensor, "P K"]:
+    """Return the weighted sum of the advantages of R rewards, normalised over all images of the step (GDPO).
+
+        A_sum = sum_i weight_i * A_i            A_i: the advantages of reward i alone, within its groups
+        A     = (A_sum - mean(A_sum)) / std(A_sum)
+
+    No reward drowns another one, whatever its unit is; nor do two images with other rewards but the same sum count as
+    equal (arXiv:2601.05242).
+    """
+    return whole_batch_advantages(_weighted_sum(advantages, weights))
+
+
+def vetoed_advantages(advantages: Float[Tensor, "P K"], passed: Bool[Tensor, "P K"]) -> Float[Tensor, "P K"]:
+    """Return advantages that never prefer an image that failed a veto.
+
+        A = min(-1, the lowest of the group)        for an image that failed
+
+    A group of which all images failed has nothing to prefer and gets exact zeros.
+    """
+    lowest = advantages.amin(dim=1, keepdim=True).clamp_max(-1.0)
+    return torch.where(passed.any(dim=1, keepdim=True), torch.where(passed, advantages, lowest), 0.0)
 
 
 def num_degenerate_groups(rewards: Float[Tensor, "P K"]) -> int:
@@ -76,6 +123,10 @@ class PerPromptHistory:
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.rewards = {p: deque(rewards, maxlen=self.size) for p, rewards in state.items()}
+
+
+def _weighted_sum(values: Float[Tensor, "R P K"], weights: Sequence[float]) -> Float[Tensor, "P K"]:
+    return torch.einsum("r,rpk->pk", values.new_tensor(list(weights)), values)
 
 
 def _std(rewards: Float[Tensor, "P K"], *, dim: int) -> Float[Tensor, "P 1"]:

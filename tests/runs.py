@@ -32,6 +32,11 @@ def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
 
+def channel(images: Tensor, prompts: Sequence[str], *, index: int, scale: float = 1.0) -> Tensor:
+    """The mean of one colour channel."""
+    return scale * images[:, index].mean(dim=(1, 2))
+
+
 def flat(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The same reward for every image."""
     return images.new_full((len(images),), 0.1)

@@ -44,18 +44,22 @@ def best_of_n(  # noqa: PLR0913  # one keyword for each setting, as there is no 
     guidance_scale: float = 7.5,
     microbatch_size: int = 8,
     veto: Veto | None = None,
+    standardise: bool = False,
     seed: int = 0,
 ) -> Candidates:
     """Generate `num_candidates` images of each prompt; `best` of the result is the one with the highest reward.
 
     The worse half of the candidates is dropped after each number of denoising steps in `prune_after`: (10, 20) of 50
     costs 45 % of the denoiser calls. Image i of prompt p equals the image that diffusers' DDIM generates with the seed
-    `seed + p * num_candidates + i`. `microbatch_size` is the number of images in one forward pass.
+    `seed + p * num_candidates + i`. `microbatch_size` is the number of images in one forward pass. With `standardise`
+    each of several rewards is divided by its standard deviation among the images of a prompt before they are summed.
     """
     if num_candidates < 1:
         raise ValueError(f"num_candidates is {num_candidates}; it must be at least 1.")
     sampler = _sampler(model := as_diffusion_model(model), num_denoising_steps, eta=eta, guidance_scale=guidance_scale)
-    context = SearchContext(model, as_reward(reward), sampler=sampler, microbatch_size=microbatch_size, veto=veto)
+    context = SearchContext(
+        model, as_reward(reward), sampler=sampler, microbatch_size=microbatch_size, veto=veto, standardise=standardise
+    )
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts) * num_candidates)]
     if not prune_after:
         return candidates.best_of_n(context, prompts, generators=generators)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf_t2i.advantages import standardised_sum_of_groups
 from rlhf_t2i.diffusion.gaussian import sample
 from rlhf_t2i.rewards.load import WeightedSum, as_checked, as_weighted_sum
 from rlhf_t2i.types import Conditioning, DiffusionModel, Prediction, Reward, Sampler
@@ -56,10 +57,12 @@ class CandidateScores:
     """Scores of N images for each of P prompts."""
 
     by_name: dict[str, Float[Tensor, "P N"]]
-    """`reward`, by which images are selected; the score of each reward if there are several; and `veto` if there is
+    """`reward`, the weighted sum; the score of each reward if there are several; and `veto` if there is
     one. A score may be NaN or infinite."""
     vetoed: Bool[Tensor, "P N"]
     """True for images that the veto forbids."""
+    selection: Float[Tensor, "P N"] | None = None
+    """Numbers that images are ordered by in place of `reward`."""
 
     @property
     def reward(self) -> Float[Tensor, "P N"]:
@@ -72,7 +75,8 @@ class CandidateScores:
         Images whose reward is not finite come after all images with a finite reward. Vetoed images come last, ordered
         by the score of the veto.
         """
-        key = torch.where(self.vetoed, self.by_name.get("veto", self.reward), self.reward)
+        selection = self.reward if self.selection is None else self.selection
+        key = torch.where(self.vetoed, self.by_name.get("veto", selection), selection)
         by_key = key.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argsort(dim=1, descending=True, stable=True)
         by_veto = self.vetoed.gather(1, by_key).int().argsort(dim=1, stable=True)
         return by_key.gather(1, by_veto)
@@ -116,17 +120,19 @@ class SearchContext:
         sampler: Sampler,
         microbatch_size: int = 64,
         veto: Veto | None = None,
+        standardise: bool = False,
     ) -> None:
         """Use at most `microbatch_size` images in one forward pass. It is halved whenever memory runs out.
 
-        A score of a plain function may be NaN or infinite.
+        With `standardise` images are ordered by the weighted sum of standardised rewards, each divided by its standard
+        deviation among the images of one prompt. A score of a plain function may be NaN or infinite.
         """
         if microbatch_size < 1:
             raise ValueError(f"microbatch_size is {microbatch_size}; it must be at least 1.")
         self.model, self.sampler = model, sampler
         self.reward = as_weighted_sum(reward, finite=False)
         self.veto = replace(veto, reward=as_checked(veto.reward, finite=False)) if veto else None
-        self.microbatch_size = microbatch_size
+        self.microbatch_size, self.standardise = microbatch_size, standardise
         self.denoiser_calls = self.reward_calls = 0
 
     @property
@@ -217,7 +223,11 @@ class SearchContext:
         vetoed = (
             ~(scores["veto"] >= active_veto.threshold) if active_veto else torch.zeros_like(scores["reward"]).bool()
         )
-        return images, CandidateScores(scores, vetoed)
+        selection = None
+        if self.standardise and len(self.reward.terms) > 1:
+            by_term = torch.stack([scores[term.name] for term in self.reward.rewards])
+            selection = standardised_sum_of_groups(by_term, [weight for _, weight in self.reward.terms])
+        return images, CandidateScores(scores, vetoed, selection)
 
     # --- memory ---
 

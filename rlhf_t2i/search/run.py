@@ -195,8 +195,8 @@ class SearchRun:
         return search_record(self._folder(task.prompt), task.search)
 
 
-def start_search(config: SearchConfig, *, recipe: str, eta: float) -> SearchRun:
-    """Start the run and load the model, rewards and prompts.
+def start_search(config: SearchConfig, *, recipe: str, eta: float, standardise: bool = False) -> SearchRun:
+    """Start the run and load the model, rewards and prompts; `standardise` is that of `SearchContext`.
 
     Raises what `load_rewards`, `load_prompts`, `start_run` and `load_policy` raise.
     """
@@ -221,7 +221,9 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float) -> SearchRun:
     )
     schedule = policy.schedule(config.num_denoising_steps)
     sampler = Sampler(schedule, stochastic(schedule, eta=eta), config.guidance_scale)
-    context = SearchContext(policy, rewards, sampler=sampler, microbatch_size=config.microbatch_size, veto=veto)
+    context = SearchContext(
+        policy, rewards, sampler=sampler, microbatch_size=config.microbatch_size, veto=veto, standardise=standardise
+    )
     return SearchRun(config, run, context, evaluation_rewards, prompts, metadata)
 
 

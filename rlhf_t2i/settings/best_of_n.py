@@ -19,6 +19,9 @@ class Config(SearchConfig):
     """Images sampled in one search (N), of which the best is returned."""
     eta: Annotated[Fraction, Group("sampling")] = 0.0
     """Noise of each denoising step; 0 is deterministic, 1 is the noise of the forward process."""
+    standardise_rewards: Annotated[bool, Group("reward")] = False
+    """Order images by a weighted sum of rewards each of which is divided by its standard deviation among the candidates
+    of the search, so that none drowns the others."""
     prune_after: str = ""
     """Comma-separated numbers of denoising steps after each of which the worse half of the candidates is dropped; empty
     finishes all. Each is below num_denoising_steps."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from rlhf_t2i.settings.base import Group, Rule
-from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
+from rlhf_t2i.settings.groups import GroupedSamplingSettings, SeveralRewardsSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupedSamplingSettings, TrainerConfig):
+class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     """DDPO settings. `microbatch_size` counts images in sampling and (image, step) pairs in the update."""
 
     eta: Annotated[PositiveFraction, Group("sampling")] = 1.0

@@ -9,7 +9,7 @@ from annotated_types import Ge
 
 from rlhf_t2i.settings.base import Group, Rule
 from rlhf_t2i.settings.by_model import by_model
-from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
+from rlhf_t2i.settings.groups import GroupedSamplingSettings, SeveralRewardsSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import (
     Decay,
     Fraction,
@@ -24,7 +24,7 @@ from rlhf_t2i.shapes.names import TOY_FLOW_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupedSamplingSettings, TrainerConfig):
+class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     """DiffusionNFT settings. `microbatch_size` counts images in sampling and noised images in the update."""
 
     images_per_prompt: Annotated[int, Ge(2)] = 12

@@ -9,13 +9,13 @@ from annotated_types import Ge
 
 from rlhf_t2i.settings.base import Rule
 from rlhf_t2i.settings.by_model import by_model
-from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
+from rlhf_t2i.settings.groups import GroupedSamplingSettings, SeveralRewardsSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import Fraction, ModelPath, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf_t2i.shapes.names import TOY_FLOW_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupedSamplingSettings, TrainerConfig):
+class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     """Flow-GRPO settings. `microbatch_size` counts images in sampling and (image, step) pairs in the update."""
 
     images_per_prompt: Annotated[int, Ge(2)] = 12
