@@ -87,6 +87,7 @@ def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) ->
     """Train as the `main` of recipes/diffusion_dpo.py does, with a recorder; also measure filling the cache."""
     from recipes.diffusion_dpo import Config, load_pairs, update
     from rlhf_t2i.report import write_report
+    from rlhf_t2i.training.prompt_sets import load_prompt_sets
     from rlhf_t2i.training.setup import make_trainer
 
     with TemporaryDirectory() as run_folder:
@@ -97,7 +98,9 @@ def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) ->
             evaluation_rewards="oracle", num_evaluation_images=2, evaluate_every=0, checkpoint_every=0,
             num_cpu_threads=torch.get_num_threads(),
         )  # fmt: skip
-        trainer = make_trainer(config, recipe="diffusion_dpo", report=write_report, keep_reference=True)
+        trainer = make_trainer(
+            config, load_prompt_sets(config), recipe="diffusion_dpo", report=write_report, keep_reference=True
+        )
         before = time.process_time(), time.monotonic()
         image_pairs = load_pairs(trainer, config)
         filled = {"cpu": time.process_time() - before[0], "wall": time.monotonic() - before[1]}

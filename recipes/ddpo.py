@@ -43,7 +43,7 @@ from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
-from rlhf_t2i.training.prompt_sets import training_prompts
+from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.several_rewards import combined_advantages
 from rlhf_t2i.training.trainer import Trainer
@@ -52,18 +52,18 @@ from rlhf_t2i.types import Sampler, Trajectory
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute advantages, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.scored_rewards), training_prompts(config)
+    reward, prompts = load_rewards(config.scored_rewards), load_prompt_sets(config)
     histories = [
         PerPromptHistory(size=config.history_size, min_count=config.history_min_count)
         for _ in (reward.terms if config.combine_rewards == "gdpo" else ["the sum"])
     ]
     trainer = make_trainer(
-        config, recipe="ddpo", report=write_report, keep_reference=config.kl_weight > 0, extra=histories
+        config, prompts, recipe="ddpo", report=write_report, keep_reference=config.kl_weight > 0, extra=histories
     )
     policy, sampler = trainer.policy, trainer.sampler(eta=config.eta)
     shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
     for step in trainer.steps():
-        all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+        all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
         with AsyncReward(reward, batch_size=config.microbatch_size) as async_reward:
             with trainer.timed("rollout"), trainer.sampling():

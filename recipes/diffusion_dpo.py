@@ -54,7 +54,7 @@ from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.settings.lists import names, whole_numbers
 from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.prompt_sets import training_prompts
+from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy
@@ -66,9 +66,9 @@ METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
 
 def main(config: Config) -> Path:
     """Load or sample preference pairs, noise them, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards) if config.samples_pairs else None, training_prompts(config)
+    reward, prompts = load_rewards(config.rewards) if config.samples_pairs else None, load_prompt_sets(config)
     trainer = make_trainer(
-        config, recipe="diffusion_dpo", report=write_report, keep_reference=config.loss == "dpo",
+        config, prompts, recipe="diffusion_dpo", report=write_report, keep_reference=config.loss == "dpo",
         lora_dropout=config.lora_dropout,
     )  # fmt: skip
     timesteps = torch.tensor(whole_numbers(config.timesteps))
@@ -76,7 +76,7 @@ def main(config: Config) -> Path:
     pairs = None if config.samples_pairs else load_pairs(trainer, config)
     for step in trainer.steps():
         if reward is not None:
-            all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+            all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
             load, row = sample_pairs(trainer, all_prompts, reward, step=step, config=config)
         else:
             assert pairs is not None

@@ -46,7 +46,7 @@ from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.ema import rising_decay
 from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.metrics import mean_update_metrics
-from rlhf_t2i.training.prompt_sets import training_prompts
+from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.several_rewards import combined_advantages
 from rlhf_t2i.training.trainer import Trainer
@@ -57,18 +57,18 @@ METRICS: Sequence[str] = ("loss", "sampling_gap", "reference_gap")
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute optimality, noise them, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.scored_rewards), training_prompts(config)
+    reward, prompts = load_rewards(config.scored_rewards), load_prompt_sets(config)
     sampling_ema = rising_decay(
         start=config.sampling_ema_start, rise=config.sampling_ema_rise, most=config.sampling_ema_max
     )
     trainer = make_trainer(
-        config, recipe="diffusion_nft", report=write_report, keep_reference=config.kl_weight > 0,
+        config, prompts, recipe="diffusion_nft", report=write_report, keep_reference=config.kl_weight > 0,
         sampling_ema=sampling_ema,
     )  # fmt: skip
     policy, sampler = trainer.policy, trainer.sampler(eta=config.eta)
     shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
     for step in trainer.steps():
-        all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+        all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
         with trainer.timed("rollout"), trainer.sampling(average="sampling"):
             images, clean = generate(

@@ -43,7 +43,7 @@ from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.backprop import DifferentiableSamples, GradientWindow, sample_with_gradient
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.from_python import from_python
-from rlhf_t2i.training.prompt_sets import training_prompts
+from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Sampler
@@ -51,10 +51,10 @@ from rlhf_t2i.types import Sampler
 
 def main(config: Config) -> Path:
     """Sample images, backpropagate their rewards, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards), training_prompts(config)
-    require_gradient(reward, prompt=prompts[0])
+    reward, prompts = load_rewards(config.rewards), load_prompt_sets(config)
+    require_gradient(reward, prompt=prompts.training[0])
     trainer = make_trainer(
-        config, recipe="draft", report=write_report, keep_reference=config.kl_weight > 0,
+        config, prompts, recipe="draft", report=write_report, keep_reference=config.kl_weight > 0,
         keep_initial_weights=config.l2_sp_weight > 0,
     )  # fmt: skip
     if config.l2_sp_weight and trainer.is_sharded:
@@ -65,7 +65,7 @@ def main(config: Config) -> Path:
     sampler = trainer.sampler(eta=config.eta)
     shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
     for step in trainer.steps():
-        all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+        all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
         metrics = update(trainer, reward, all_prompts, step=step, shard=shard, sampler=sampler, config=config)
         trainer.finish_step(step, images=config.prompts_per_step, **metrics)
     return trainer.finish()

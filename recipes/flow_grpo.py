@@ -46,7 +46,7 @@ from rlhf_t2i.seeds import SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.batching import minibatches, window_of_step
 from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
-from rlhf_t2i.training.prompt_sets import training_prompts
+from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.several_rewards import combined_advantages
 from rlhf_t2i.training.trainer import Trainer
@@ -55,13 +55,15 @@ from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute advantages, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.scored_rewards), training_prompts(config)
-    trainer = make_trainer(config, recipe="flow_grpo", report=write_report, keep_reference=config.kl_weight > 0)
+    reward, prompts = load_rewards(config.scored_rewards), load_prompt_sets(config)
+    trainer = make_trainer(
+        config, prompts, recipe="flow_grpo", report=write_report, keep_reference=config.kl_weight > 0
+    )
     policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
     dynamics = noisy_step(schedule, config)
     shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
     for step in trainer.steps():
-        all_prompts = prompts_of_step(prompts, step, num_prompts=config.prompts_per_step, seed=config.seed)
+        all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
         window = noisy_window(config, step)
         first, end = (float(schedule.sigma[index]) for index in window)

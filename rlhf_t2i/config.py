@@ -20,11 +20,11 @@ import yaml
 from rlhf_t2i.errors import exit_with, one_line_errors, show_tracebacks
 from rlhf_t2i.output.run_folder import check_free, paths_start
 from rlhf_t2i.rewards.terms import join_terms, parse_terms
-from rlhf_t2i.settings.base import Option, options_of
+from rlhf_t2i.settings.base import Option, Settings, options_of
 from rlhf_t2i.settings.groups import FolderSettings, ResumeSettings
 from rlhf_t2i.settings.help import option_parser
 
-ConfigT = TypeVar("ConfigT")
+ConfigT = TypeVar("ConfigT", bound=Settings)
 
 
 def parse_config(
@@ -76,6 +76,7 @@ def _parsed(config_class: type[ConfigT], description: str, arguments: Sequence[s
         if name not in values and option.default is dataclasses.MISSING:
             raise ValueError(f"the option --{name} is required.")
     config = config_class(**values)
+    config.check_complete()
     if print_config:
         sys.stdout.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))  # pyright: ignore[reportArgumentType]
         raise SystemExit(0)

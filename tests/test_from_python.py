@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rlhf_t2i import ddpo, diffusion_dpo, draft
 from rlhf_t2i.output.run_folder import read_config
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.training.from_python import PROMPTS
-from tests.runs import lora_weights, redness, unet_weights
+from tests.runs import REDNESS, lora_weights, redness, state, unet_weights
 
 FOXES = ["a fox", "a red fox", "a small fox"]
 SMALL: dict[str, Any] = {
@@ -37,6 +38,11 @@ def greenness(factor: float) -> Any:
         return [factor * image[1].mean() for image in images]
 
     return green
+
+
+def renamed(function: Any, name: str) -> Any:
+    function.__name__ = name
+    return function
 
 
 @pytest.fixture
@@ -82,11 +88,10 @@ def test_all_weights_of_a_pipeline_that_was_never_saved_are_those_of_the_export(
 def test_without_a_pipeline_the_configs_model_is_loaded_and_names_of_rewards_work(
     tiny_sd: Path, small: dict[str, Any]
 ) -> None:
-    config = diffusion_dpo.Config(**small, model=str(tiny_sd), prompts="shapes", rewards="oracle", images_per_prompt=2)
-    result = diffusion_dpo.train(config, prompts=FOXES, reward="tests.runs:redness=2")
+    config = diffusion_dpo.Config(**small, model=str(tiny_sd), images_per_prompt=2)
+    result = diffusion_dpo.train(config, prompts=FOXES, reward=f"{REDNESS}=2")
     assert type(result.pipeline) is StableDiffusionPipeline
-    assert "tests.runs:redness" in result.evaluations[0]
-    assert "oracle" not in result.evaluations[0]
+    assert REDNESS in result.evaluations[0]
     assert result.report.is_file()
 
 
@@ -95,22 +100,76 @@ def test_a_sum_and_a_function_that_can_be_imported_have_the_names_of_the_command
 ) -> None:
     from rlhf_t2i.training.from_python import _named
 
-    given: dict[str, Any] = {"pipeline": None, "prompts": FOXES}
-    config = ddpo.Config()
-    named, objects = _named(config, reward=redness, **given)
-    assert named.rewards == "tests.runs:redness"
+    names, objects = _named(None, FOXES, redness)
+    assert names["rewards"] == "tests.runs:redness"
     reward = load_rewards("jpeg_compressibility=0.1,tests.runs:redness")
-    named, objects = _named(config, reward=reward, **given)
-    assert named.rewards == "jpeg_compressibility=0.1,tests.runs:redness=1.0"
-    assert objects["jpeg_compressibility"] is reward.rewards[0]
+    names, objects = _named(None, FOXES, reward)
+    assert names["rewards"] == "jpeg_compressibility=0.1,tests.runs:redness=1.0"
+    assert objects.rewards["jpeg_compressibility"] is reward.rewards[0]
 
 
 def test_a_result_is_shown_in_one_short_line(tiny_sd: Path, small: dict[str, Any]) -> None:
     config = ddpo.Config(**small, images_per_prompt=2)
-    result = ddpo.train(config, pipeline=pipeline_of(tiny_sd), prompts=FOXES, reward=greenness(1))
+    result = ddpo.train(config, pipeline=str(tiny_sd), prompts=FOXES, reward=greenness(1))
     assert repr(result).startswith("TrainingResult(2 steps, green 0.")
     assert repr(result).endswith(f"StableDiffusionPipeline, {small['run_folder']})")
     assert len(repr(result)) < 150 + len(small["run_folder"])
+
+
+def test_ctrl_c_leaves_the_averaged_weights_and_the_run_goes_on_with_the_same_prompts_and_reward_only(
+    tiny_sd: Path, small: dict[str, Any]
+) -> None:
+    calls: list[int] = []
+
+    def green(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        calls.append(len(images))
+        if len(calls) == 3:  # after the trial and the first evaluation
+            signal.raise_signal(signal.SIGINT)
+        return images[:, 1].mean((1, 2))
+
+    config = ddpo.Config(**small, images_per_prompt=2, ema_decay=0.5, lora_rank=2)
+    stopped = ddpo.train(config, pipeline=(pipeline := pipeline_of(tiny_sd)), prompts=FOXES, reward=green)
+    assert not stopped.is_complete
+    assert repr(stopped).startswith("TrainingResult(stopped after 1 step, green 0.")
+    averages = {n.removeprefix("ema/"): t for n, t in state(stopped.folder, 1)[0].items() if n.startswith("ema/")}
+    weights = dict(pipeline.unet.named_parameters())
+    assert averages
+    assert all(torch.equal(weights[name], average) for name, average in averages.items())
+
+    again = config.with_options(resume=True)
+    for changed in ({"prompts": [*FOXES, "a hen"]}, {"reward": renamed(greenness(1), "green")}):
+        with pytest.raises(ValueError, match=f"began with other content of .*{next(iter(changed))[:6]}.*; resume it"):
+            ddpo.train(again, **{"pipeline": pipeline_of(tiny_sd), "prompts": FOXES, "reward": green, **changed})
+    result = ddpo.train(again, pipeline=pipeline_of(tiny_sd), prompts=FOXES, reward=green)
+    assert result.is_complete
+    assert [row["step"] for row in result.metrics] == [1, 2]
+
+
+def test_a_training_that_fails_leaves_the_pipeline_as_it_was_and_its_folder_free(
+    tiny_sd: Path, small: dict[str, Any]
+) -> None:
+    pipeline, handler = pipeline_of(tiny_sd).to(torch.bfloat16), signal.getsignal(signal.SIGINT)
+    before = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
+
+    def fails(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if torch.is_grad_enabled() or len(images) == 4:  # not in the trial and the evaluation
+            raise ZeroDivisionError("a bug of the reward")
+        return images.mean((1, 2, 3))
+
+    config = ddpo.Config(**small, images_per_prompt=2, lora_rank=2)
+    with pytest.raises(ZeroDivisionError, match="a bug of the reward"):
+        ddpo.train(config, pipeline=pipeline, prompts=FOXES, reward=fails)
+    after = pipeline.unet.state_dict()
+    assert after.keys() == before.keys()
+    assert all(
+        after[name].dtype == weight.dtype and torch.equal(after[name], weight) for name, weight in before.items()
+    )
+    assert signal.getsignal(signal.SIGINT) is handler
+    pipeline("a fox", num_inference_steps=2, output_type="pt")
+
+    changed = config.with_options(resume=True, num_steps=1)
+    with pytest.raises(ZeroDivisionError, match="a bug of the reward"):
+        ddpo.train(changed, pipeline=pipeline, prompts=FOXES, reward=fails)
 
 
 @pytest.mark.parametrize("name", ["ddpo", "diffusion_dpo", "diffusion_nft", "draft", "flow_grpo"])
@@ -126,6 +185,13 @@ def test_each_algorithm_has_a_config_and_a_documented_train(name: str) -> None:
     [
         ({"prompts": "a fox"}, r"prompts is 'a fox'; it must be a list of texts, such as \['a fox'\]"),
         ({"prompts": []}, r"prompts is \[\]; it must be a list of texts"),
+        ({"prompts": ["a fox", " "]}, r"prompts is \['a fox', ' '\]; it must be a list of texts"),
+        (
+            {"pipeline": torch.nn.Linear(1, 1)},
+            "pipeline is a Linear; it must be a diffusers pipeline, or the folder or",
+        ),
+        ({"pipeline": "a/b"}, r"a/b is not a built-in one, so prompts and rewards must be given to train, as in train"),
+        ({"pipeline": "a/b", "prompts": FOXES}, r"so rewards must be given to train, as in .*, reward=my_reward\)"),
         ({"prompts": FOXES, "reward": dict}, r"'dict' is a class; give an instance of it"),
         ({"prompts": FOXES, "reward": lambda images: images}, "cannot be called with"),
     ],
@@ -145,7 +211,10 @@ def test_a_pipeline_that_has_a_lora_is_refused_with_what_to_do(tiny_sd: Path, sm
         ddpo.train(again, pipeline=pipeline, prompts=FOXES, reward=redness)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
+    again = again.with_options(mixed_precision="bf16")
     ddpo.train(again, pipeline=pipeline, prompts=FOXES, reward=redness)
+    assert {part.dtype for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae)} == {torch.float32}
+    pipeline("a fox", num_inference_steps=2, output_type="pt")
 
 
 def test_several_processes_are_for_the_launcher(monkeypatch: pytest.MonkeyPatch, small: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from rlhf_t2i.data.prompt_files import read_rows
-from rlhf_t2i.given import given
+from rlhf_t2i.passed import passed
 from rlhf_t2i.shapes.names import TOY_PROMPTS
 
 
@@ -15,13 +15,13 @@ def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
     """Return the prompts of a source, in its order.
 
     `shapes` stands for the training prompts of the toy world, or with `held_out` for its held-out ones. Any other
-    source, unless a caller in Python gave it, is a file or a data set, and raises what `prompt_files.read_rows` does.
+    source, unless a caller in Python passed it, is a file or a data set, and raises what `prompt_files.read_rows` does.
     """
     if source == TOY_PROMPTS:
         from rlhf_t2i.shapes.scenes import all_prompts
 
         return all_prompts("held-out" if held_out else "training")
-    if (prompts := given(source)) is not None:
+    if (prompts := passed().prompts.get(source)) is not None:
         return list(prompts)
     return [row.prompt for row in read_rows(source)]
 

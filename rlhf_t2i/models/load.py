@@ -12,7 +12,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
-from rlhf_t2i.given import given
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.pipeline_parts import (
     LOADING_ERRORS,
@@ -24,6 +23,7 @@ from rlhf_t2i.models.pipeline_parts import (
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.table import FAMILIES, family_entry
 from rlhf_t2i.models.weights import load_weights
+from rlhf_t2i.passed import passed
 from rlhf_t2i.shapes.names import TOY_MODELS, default_resolution
 
 
@@ -55,11 +55,11 @@ def load_policy(
     """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder, a Hub id or a single-file checkpoint.
 
     `weights` are trained ones to load into it, as in `load_weights`. Images are squares of `resolution` pixels; None is
-    the model's own size. A pipeline that a caller in Python gave under the name is not loaded again. Raises
+    the model's own size. A pipeline that a caller in Python passed under the name is not loaded again. Raises
     FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, and for weights that are
     missing or do not fit.
     """
-    pipeline = given(model)
+    pipeline = passed().pipelines.get(model)
     if pipeline is None:
         pipeline = load_stock_pipeline(model)
     family = family_of(type(pipeline).__name__)

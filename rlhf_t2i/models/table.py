@@ -1,6 +1,6 @@
 """The table of model families: every diffusers pipeline class that can be trained, its module, and its usual settings.
 
-Light: it imports only the standard library, so that options can be answered before torch is imported.
+Light: it imports no library that takes seconds, so that options can be answered before torch is imported.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_t2i.passed import passed
 from rlhf_t2i.shapes.names import TOY_MODELS
 
 INDEX = "model_index.json"
@@ -99,10 +100,12 @@ def family_entry(pipeline_class: str) -> FamilyEntry:
 
 
 def pipeline_class_of(model: str) -> str:
-    """Return the name of the diffusers pipeline class of a model: a name of the table, a folder or a Hub id.
+    """Return the name of the diffusers pipeline class of a model: a passed pipeline, a class, a folder or a Hub id.
 
     Raises FileNotFoundError or ValueError for a path that is not a pipeline.
     """
+    if (pipeline := passed().pipelines.get(model)) is not None:
+        return type(pipeline).__name__
     if model in FAMILIES:
         return model
     index = TOY_MODELS.get(model, Path(model)) / INDEX

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.given import given
+from rlhf_t2i.passed import passed
 from rlhf_t2i.rewards.imported import as_callable
 from rlhf_t2i.rewards.scores import as_scores
 from rlhf_t2i.rewards.table import find_reward, reward_names
@@ -115,8 +115,8 @@ def as_checked(reward: Reward, *, finite: bool = True) -> CheckedReward:
 
 
 def load_reward(name: str, *, finite: bool = True) -> CheckedReward:
-    """Load one reward by its name; rewards/table.py lists the names, and a caller in Python may have given others."""
-    if (reward := given(name)) is not None:
+    """Load one reward by its name; rewards/table.py lists the names, and a caller in Python may have passed others."""
+    if (reward := passed().rewards.get(name)) is not None:
         return replace(as_checked(reward), name=name, finite=finite)
     entry, argument = find_reward(name)
     return CheckedReward(name, entry.load(argument, finite), finite, entry.differentiable)

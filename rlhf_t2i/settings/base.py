@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from rlhf_t2i.settings.by_model import ByModel, as_text, resolve_defaults
+from rlhf_t2i.settings.by_model import ByModel, as_text, missing_text, resolve_defaults
 from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards, resolve_paths
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
@@ -37,7 +37,8 @@ class Settings:
     """Base class of all options; a subclass names the group of its fields by `class X(Settings, group="reward")`.
 
     Creating one raises ValueError, "NAME is VALUE; it must be RULE.", for a value outside the type and range of its
-    field, or one that `rules` refuses.
+    field, or one that `rules` refuses. While options are `missing`, those that depend on the model's family have no
+    value, and `rules` is not asked.
     """
 
     group: ClassVar[str] = "algorithm"
@@ -51,14 +52,20 @@ class Settings:
         given = {o.name: o.validated(getattr(self, o.name)) for o in options if o.name not in unset}
         for name, value in given.items():
             self._set(name, value)
-        defaults = resolve_defaults(
+        defaults, missing = resolve_defaults(
             unset, model=given.get("model"), run=self.run_settings(), unused=frozenset(self.unused())
         )
         self._set("_given", given)
         self._set("_model_defaults", defaults)
-        values = {option.name: option.validated((given | defaults)[option.name]) for option in options}
+        self._set("_missing", missing)
+        known = given | defaults
+        values = {option.name: option.validated(known[option.name]) for option in options if option.name in known}
         for name, value in values.items():
             self._set(name, value)
+        if set(missing) - set(self.given_later()):
+            self.check_complete()
+        if missing:
+            return
         for name, value in self.derived().items():
             self._set(name, value)
         for name, works, rule in self.rules():
@@ -72,6 +79,16 @@ class Settings:
     def model_defaults(self) -> dict[str, Any]:
         """The options that were not given and whose value depends on the model, with their values."""
         return dict(vars(self)["_model_defaults"])
+
+    @property
+    def missing(self) -> list[str]:
+        """The options that this model needs and that were not given; `with_options` adds them."""
+        return list(vars(self)["_missing"])
+
+    def check_complete(self) -> None:
+        """Raise ValueError, with a line to copy, if options are missing."""
+        if self.missing:
+            raise ValueError(missing_text(vars(self)["_given"]["model"], self.missing))
 
     def defaults_text(self) -> str:
         """Return one line that says which options were chosen for the model, for a log."""
@@ -88,6 +105,10 @@ class Settings:
 
     def unused(self) -> Collection[str]:
         """Return the options that have no effect with these settings, and need not be given."""
+        return ()
+
+    def given_later(self) -> Collection[str]:
+        """Return the options that may be missing for a while, since a caller in Python gives them to `train`."""
         return ()
 
     def derived(self) -> Mapping[str, Any]:

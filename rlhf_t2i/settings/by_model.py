@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -51,13 +51,13 @@ def by_model(toy: Any, other: Any = REQUIRED, *, family: str = "") -> Any:
 
 def resolve_defaults(
     unset: Mapping[str, ByModel], *, model: str | None, run: Mapping[str, Any], unused: frozenset[str]
-) -> dict[str, Any]:
-    """Return a value for each option that was not given.
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a value for each option that was not given, and the names of those that must be given for this model.
 
     A value of `run`, the settings of the run whose weights are used, comes first. `model` None is the run's model, or
-    the built-in one. Options in `unused` have no effect and get an empty text, or null if that can be. Raises
-    ValueError for a model that is not built-in if an option that it needs was not given, with all of these in one line,
-    and for a model of an unsupported family.
+    the built-in one. Options in `unused` have no effect and get an empty text, or null if that can be. Options that
+    must be given are empty too; until they are given, the values of the model's family are left out, and nothing is
+    read. Raises ValueError for a model of an unsupported family.
     """
     values = {name: run[name] for name in unset if name in run}
     if model is None:
@@ -66,14 +66,17 @@ def resolve_defaults(
     values |= {name: None if default.toy is None else "" for name, default in rest.items() if name in unused}
     rest = {name: default for name, default in rest.items() if name not in values}
     if model in TOY_MODELS:
-        return values | {name: default.toy for name, default in rest.items()}
-    if missing := [name for name, default in rest.items() if default.other == REQUIRED and not default.family]:
-        options = " ".join(f"--{name} {_EXAMPLES.get(name, name.upper())}" for name in missing)
-        raise ValueError(
-            f"the model {model} is not a built-in one, so {' and '.join(missing)} must be given, for example: {options}"
-        )
-    values |= {name: default.other for name, default in rest.items() if not default.family}
-    if fields := {name: default.family for name, default in rest.items() if default.family}:
+        return values | {name: default.toy for name, default in rest.items()}, []
+    missing = [name for name, default in rest.items() if default.other == REQUIRED and not default.family]
+    values |= {name: default.other for name, default in rest.items() if not default.family} | dict.fromkeys(missing, "")
+    fields = {name: default.family for name, default in rest.items() if default.family}
+    if fields and not missing:
         entry = family_entry(pipeline_class_of(model))
         values |= {name: getattr(entry, field) for name, field in fields.items()}
-    return values
+    return values, missing
+
+
+def missing_text(model: str, missing: Sequence[str]) -> str:
+    """Return one line that asks for options, with an example of each."""
+    options = " ".join(f"--{name} {_EXAMPLES.get(name, name.upper())}" for name in missing)
+    return f"the model {model} is not a built-in one, so {' and '.join(missing)} must be given, for example: {options}"

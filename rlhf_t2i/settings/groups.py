@@ -277,6 +277,9 @@ class TrainerConfig(
 ):
     """Options of every recipe that trains a diffusion model."""
 
+    def given_later(self) -> Collection[str]:
+        return ("prompts", "rewards")
+
     @property
     def images_per_optimizer_step(self) -> int | None:
         """Images whose gradients one optimiser step adds up, over all processes; None if that is not a fixed number."""

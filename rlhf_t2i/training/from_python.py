@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import extract_model_from_parallel
+from torch import nn
 
-from rlhf_t2i.given import standing_for
 from rlhf_t2i.output.run_folder import REPORT
+from rlhf_t2i.passed import PassedObjects, passing
 from rlhf_t2i.rewards.load import WeightedSum, as_checked
 from rlhf_t2i.rewards.table import reward_names
 from rlhf_t2i.rewards.terms import join_terms
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.shapes.names import TOY_MODELS
+from rlhf_t2i.training.claim import remove_failed_starts
 from rlhf_t2i.training.metrics import Row, by_step, read_metrics, trained_rewards
 from rlhf_t2i.types import Reward
 
@@ -28,16 +32,25 @@ PROMPTS = "prompts given in Python"
 
 @dataclass(frozen=True, repr=False)
 class TrainingResult:
-    """A finished training: the tuned pipeline and what was measured."""
+    """A training that has ended: the tuned pipeline and what was measured."""
 
     folder: Path
-    """Run folder, with the exported weights and report.html."""
+    """Run folder, with report.html and, if training is complete, the exported weights."""
     pipeline: Any
-    """The diffusers pipeline with the exported weights; after LoRA training with the adapters in place."""
+    """The diffusers pipeline with the weights that are exported (averaged, with ema_decay), in the precision in which
+    it was given; after LoRA training with the adapters in place."""
     metrics: list[Row]
     """One row for each training step, in order: reward, loss, seconds and others by name."""
     evaluations: list[Row]
     """One row for each evaluation, the first before training: the mean of each reward by its name, and others."""
+
+    @property
+    def is_complete(self) -> bool:
+        """False if Ctrl-C stopped training, before the evaluation that ends it.
+
+        The run goes on by `train(config.with_options(resume=True, run_folder=str(result.folder)), ...)`.
+        """
+        return self.evaluations[-1]["step"] == self.metrics[-1]["step"]
 
     @property
     def report(self) -> Path:
@@ -48,8 +61,9 @@ class TrainingResult:
         names = trained_rewards(self.metrics)
         first, last = self.evaluations[0], self.evaluations[-1]
         changes = [f"{name} {first[name]:.3g} -> {last[name]:.3g}" for name in names if name in first]
-        kind = type(self.pipeline).__name__
-        return f"TrainingResult({', '.join([f'{len(self.metrics)} steps', *changes, kind, str(self.folder)])})"
+        count = len(self.metrics)
+        steps = f"{'' if self.is_complete else 'stopped after '}{count} step{'s' * (count != 1)}"
+        return f"TrainingResult({', '.join([steps, *changes, type(self.pipeline).__name__, str(self.folder)])})"
 
 
 @runtime_checkable
@@ -78,23 +92,30 @@ def from_python(main: Callable[[ConfigT], Path]) -> Train[ConfigT]:
     ) -> TrainingResult:
         """Train a diffusion model in this process; return its metrics and the tuned pipeline.
 
-        `pipeline` is a loaded diffusers pipeline, whose denoiser is trained in place; without it `config.model` is
-        loaded. `prompts` are texts to train on, of which a part is held back for evaluation unless the config (or a
-        built-in model) has evaluation_prompts. `reward` is a function of images and prompts, a sum that `load_rewards`
-        returned, or names. They precede the options model, prompts and rewards of `config`, and options that were not
-        given get the defaults of the pipeline's family. Raises ValueError for what cannot work, before anything is
-        sampled.
+        `pipeline` is a loaded diffusers pipeline, whose denoiser is trained in place, or the folder or Hub id of one;
+        without it `config.model` is loaded. `prompts` are texts to train on, of which a part is held back for
+        evaluation unless the config (or a built-in model) has evaluation_prompts. `reward` is a function of images and
+        prompts, a sum that `load_rewards` returned, or names. They precede the options model, prompts and rewards of
+        `config`, and options that were not given get the defaults of the pipeline's family. Raises ValueError for what
+        cannot work, before anything is sampled.
+
+        An error, or a second Ctrl-C, leaves the pipeline without a LoRA; all weights of a denoiser, if these are
+        trained, are then those of the last step. The first Ctrl-C ends training after the current step.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("train() is for one process; for several start the recipe by accelerate launch.")
-        config, objects = _named(config, pipeline=pipeline, prompts=prompts, reward=reward)
-        if pipeline is None:
-            from rlhf_t2i.models.load import load_stock_pipeline  # takes seconds
+        names, objects = _named(pipeline, prompts, reward)
+        with passing(objects):
+            config = config.with_options(**names)
+            if config.missing:
+                raise ValueError(_missing_text(config))
+            pipeline = objects.pipelines.get(config.model)
+            if pipeline is None:
+                from rlhf_t2i.models.load import load_stock_pipeline  # takes seconds
 
-            pipeline = load_stock_pipeline(config.model)
-        with standing_for({**objects, config.model: pipeline}):
-            folder = main(config)
-        _release(pipeline)
+                pipeline = load_stock_pipeline(config.model)
+            with passing(replace(objects, pipelines={config.model: pipeline})), _in_training(pipeline):
+                folder = main(config)
         rows = read_metrics(folder)
         return TrainingResult(folder, pipeline, by_step(rows, "train"), by_step(rows, "evaluation"))
 
@@ -103,31 +124,56 @@ def from_python(main: Callable[[ConfigT], Path]) -> Train[ConfigT]:
     return train
 
 
+def _missing_text(config: TrainerConfig) -> str:
+    """Return one line that asks for what a model other than a built-in one needs."""
+    arguments = {"prompts": "prompts=['a fox', 'a pear']", "rewards": "reward=my_reward"}
+    examples = ", ".join(arguments[name] for name in config.missing)
+    return (
+        f"the model {config.model} is not a built-in one, so {' and '.join(config.missing)} must be given to train, as "
+        f"in train(config, {examples}), or in the config."
+    )
+
+
 def _named(
-    config: ConfigT, *, pipeline: Any, prompts: Sequence[str] | None, reward: Reward | WeightedSum | str | None
-) -> tuple[ConfigT, dict[str, Any]]:
-    """Return the config with names for the objects, and the objects by these names."""
+    pipeline: Any, prompts: Sequence[str] | None, reward: Reward | WeightedSum | str | None
+) -> tuple[dict[str, str], PassedObjects]:
+    """Return values of the options model, prompts and rewards, and the objects that these name."""
     names: dict[str, str] = {}
-    objects: dict[str, Any] = {}
-    if pipeline is not None:
+    pipelines: dict[str, Any] = {}
+    if isinstance(pipeline, str | Path):
+        names["model"] = str(pipeline)
+    elif pipeline is not None:
         names["model"] = _model_name(pipeline)
+        pipelines[names["model"]] = pipeline
+    texts: dict[str, Sequence[str]] = {}
     if prompts is not None:
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts) or not prompts:
-            raise ValueError(f"prompts is {prompts!r}; it must be a list of texts, such as ['a fox'].")
-        names["prompts"], objects[PROMPTS] = PROMPTS, list(prompts)
+        names["prompts"], texts[PROMPTS] = PROMPTS, _checked_prompts(prompts)
+    rewards: dict[str, Reward] = {}
     if isinstance(reward, str):
         names["rewards"] = reward
     elif isinstance(reward, WeightedSum):
         names["rewards"] = ",".join(f"{join_terms([term.name])}={weight!r}" for term, weight in reward.terms)
-        objects |= {term.name: term for term in reward.rewards}
+        rewards = {term.name: term for term in reward.rewards}
     elif reward is not None:
         name = _reward_name(reward)
-        names["rewards"], objects[name] = join_terms([name]), reward
-    return config.with_options(**names), objects
+        names["rewards"], rewards[name] = join_terms([name]), reward
+    return names, PassedObjects(pipelines, texts, rewards)
+
+
+def _checked_prompts(prompts: Sequence[str]) -> list[str]:
+    """Return prompts as a list, without surrounding blanks; ValueError for anything but texts."""
+    found = [] if isinstance(prompts, str) else list(prompts)
+    if not found or not all(isinstance(prompt, str) and prompt.strip() for prompt in found):
+        raise ValueError(f"prompts is {prompts!r}; it must be a list of texts, such as ['a fox'].")
+    return [prompt.strip() for prompt in found]
 
 
 def _model_name(pipeline: Any) -> str:
     """Return where a pipeline was loaded from, or its class if it was not loaded."""
+    if not isinstance(getattr(pipeline, "components", None), dict):
+        raise ValueError(
+            f"pipeline is a {type(pipeline).__name__}; it must be a diffusers pipeline, or the folder or Hub id of one."
+        )
     component = "unet" if hasattr(pipeline, "unet") else "transformer"
     if getattr(getattr(pipeline, component, None), "peft_config", None):
         raise ValueError(
@@ -147,9 +193,24 @@ def _reward_name(reward: Reward) -> str:
     return f"python:{name}" if name in reward_names() else name
 
 
-def _release(pipeline: Any) -> None:
-    """Undo what training does to the denoiser besides changing its weights."""
-    for name in ("unet", "transformer"):
-        if (network := getattr(pipeline, name, None)) is not None:
-            extract_model_from_parallel(network, keep_fp32_wrapper=False)
-            network.requires_grad_(False).eval()
+@contextmanager
+def _in_training(pipeline: Any) -> Iterator[None]:
+    """Context of a training in this process, after which the pipeline is one to sample with, and others may start."""
+    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    precisions = {parameter: parameter.dtype for part in modules for parameter in part.parameters()}
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    is_first = not is_initialized()
+    try:
+        yield
+    except BaseException:
+        denoiser.unload_lora()
+        remove_failed_starts()
+        raise
+    finally:
+        extract_model_from_parallel(denoiser, keep_fp32_wrapper=False)  # undoes what accelerate does to `forward`
+        denoiser.requires_grad_(False).eval()
+        for parameter, precision in precisions.items():
+            parameter.data = parameter.data.to(precision)
+        if is_first:  # or the next training could have no other mixed_precision
+            AcceleratorState._reset_state()
+            GradientState._reset_state()

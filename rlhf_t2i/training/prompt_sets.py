@@ -59,17 +59,13 @@ class PromptSets:
             write_atomically(folder / EVALUATION_PROMPTS, rows)
 
 
-def training_prompts(config: TrainerConfig) -> list[str]:
-    """Return the prompts to train on, without those that are held back for evaluation."""
-    return load_prompt_sets(config).training
-
-
 def load_prompt_sets(config: TrainerConfig) -> PromptSets:
     """Load both sets of prompts. Without evaluation_prompts, a tenth of the distinct prompts is held back, at most 64.
 
     The choice depends on the prompts alone, so that runs with other seeds are evaluated on the same ones. A single
     prompt is trained and evaluated on. Raises what `load_prompts` raises.
     """
+    config.check_complete()
     training = load_prompts(config.prompts) if config.prompts else []
     if config.evaluation_prompts is not None:
         return PromptSets(training, load_prompts(config.evaluation_prompts, held_out=True), chosen_here=False)

@@ -20,7 +20,8 @@ from rlhf_t2i.training.checkpoint import Checkpoints
 from rlhf_t2i.training.early_stop import EarlyStop
 from rlhf_t2i.training.ema import Decay, MovingAverage, decay_after_a_start
 from rlhf_t2i.training.evaluation import evaluation_set
-from rlhf_t2i.training.prompt_sets import PromptSets, load_prompt_sets
+from rlhf_t2i.training.fingerprints import record_fingerprints
+from rlhf_t2i.training.prompt_sets import PromptSets
 from rlhf_t2i.training.run import Run, start_run
 from rlhf_t2i.training.start import set_start
 from rlhf_t2i.training.trainer import Trainer
@@ -29,6 +30,7 @@ from rlhf_t2i.types import Policy
 
 def make_trainer(
     config: TrainerConfig,
+    prompts: PromptSets,
     *,
     recipe: str,
     report: Callable[[Path], Path],
@@ -41,18 +43,18 @@ def make_trainer(
     """Load the policy, shard it as `accelerate launch` says, and resume the run if asked to. Collective.
 
     `keep_reference` keeps what `policy.as_reference` needs; `sampling_ema` adds the average "sampling". Checkpoints
-    also hold the state_dict of each of `extra`. Raises what `load_rewards`, `load_prompts`, `start_run`,
-    `load_policy` and `set_start` do.
+    also hold the state_dict of each of `extra`. Raises what `load_rewards`, `start_run`,
+    `record_fingerprints`, `load_policy` and `set_start` do.
     """
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
     rewards = load_rewards(config.evaluation_rewards)
-    prompts = load_prompt_sets(config)
     evaluation = evaluation_set(
         prompts.evaluation, num_images=config.num_evaluation_images, seed=config.evaluation_seed
     )
     try_rewards(rewards, prompts.evaluation)  # those that are trained on are among them
     run = start_run(asdict(config), recipe=recipe)
+    record_fingerprints(run, prompts)
     _record_prompts(run, prompts)
     run.print(config.defaults_text())
     policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)

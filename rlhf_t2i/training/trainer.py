@@ -283,10 +283,10 @@ class Trainer:
                 self.record(self._evaluate())
             with lora_at_scale(self.engine.weights, self.config.lora_scale):
                 weights = gather_weights(self.engine, keep=self.run.is_main)
+        if self.run.is_main and not self.is_sharded:  # for a caller in Python who goes on with the pipeline
+            copy_weights(weights, into=self.engine.weights)
         if self.run.is_main and is_complete:
             export = self.policy.export(self.folder, weights, kohya=self.config.export_format == "both")
-            if not self.is_sharded:  # for a caller in Python who goes on with the pipeline
-                copy_weights(weights, into=self.engine.weights)
             report = self.report(self.folder)
             self.print(before_after(read_metrics(self.folder)))
             self.print(f"report    {report}\nimages    {self.folder / IMAGES}\nweights   {export}")
