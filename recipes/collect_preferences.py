@@ -50,6 +50,7 @@ from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.seeds import ANNOTATE, generator_for
 from rlhf_t2i.settings.lists import names
+from rlhf_t2i.settings.ranges import BASE
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder
 
 _FREE_TO_CHANGE = {"run_folder", "resume", "rewards", "microbatch_size", "host", "port"}
@@ -139,7 +140,7 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
     first, second = names(config.weights or "")
     for name in (first, second):
         log(f"sampling  {len(prompts)} images with {name}")
-        weights = None if name == "base" else Path(name)
+        weights = None if name == BASE else Path(name)
         policy = load_policy(config.model, device=device, weights=weights, resolution=config.resolution)
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)

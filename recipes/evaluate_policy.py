@@ -25,6 +25,7 @@ from rlhf_t2i.output.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.settings.lists import names
+from rlhf_t2i.settings.ranges import BASE
 from rlhf_t2i.training.evaluation import evaluate, evaluation_set
 from rlhf_t2i.training.run import start_run
 from rlhf_t2i.types import Sampler
@@ -49,7 +50,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
             config.model,
             device=run.device,
             dtype=run.dtype,
-            weights=None if name == "base" else Path(name),
+            weights=None if name == BASE else Path(name),
             resolution=config.resolution,
         )
         schedule = policy.schedule(config.num_evaluation_steps)

@@ -24,6 +24,7 @@ from rlhf_t2i.settings import (
     flow_grpo,
 )
 from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards, resolve_paths
+from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from tests.runs import REDNESS, rows
 
@@ -235,11 +236,35 @@ def test_another_base_model_than_the_runs_is_refused_and_both_are_named(tmp_path
         assert first in str(raised.value)
 
 
+def test_weights_of_runs_that_differ_in_an_option_need_that_option(tmp_path: Path) -> None:
+    held_back = {"evaluation_prompts": None, "evaluation_rewards": "oracle,a:b"}
+    first = run_with(tmp_path / "first", **held_back)
+    second = run_with(tmp_path / "second", **held_back | {"evaluation_rewards": "a:b,oracle", "guidance_scale": 7.5})
+    for run in (first, second):
+        Path(run, "evaluation_prompts.jsonl").write_text('{"prompt": "a fox"}')
+    differ = (
+        "the runs of the weights differ in guidance_scale: .*first has 3.0, .*second has 7.5. Give --guidance_scale"
+    )
+    with pytest.raises(ValueError, match=differ):
+        collect_preferences.Config(weights=f"{first},{second}", microbatch_size=2)
+    weights: dict[str, Any] = {"weights": f"{first},base,{second}", "microbatch_size": 2}
+    with pytest.raises(ValueError, match=differ):
+        evaluate_policy.Config(**weights)
+    weights["guidance_scale"] = 5.0
+    assert evaluate_policy.Config(**weights).evaluation_prompts == str(Path(first, "evaluation_prompts.jsonl"))
+    Path(second, "evaluation_prompts.jsonl").write_text('{"prompt": "a hen"}')
+    with pytest.raises(ValueError, match=r"differ in evaluation_prompts: .*first.*jsonl, .*second.*jsonl. Give --"):
+        evaluate_policy.Config(**weights)
+    assert evaluate_policy.Config(**weights, evaluation_prompts="p.txt").evaluation_prompts == "p.txt"
+
+
 def test_the_same_base_model_may_be_given_by_another_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pipeline(tmp_path / "model")
     run = run_with(tmp_path / "run", model=model)
     monkeypatch.chdir(tmp_path)
     assert evaluate_policy.Config(weights=run, model="model", microbatch_size=2).resolution == 24
+    toy = run_with(tmp_path / "toy", model="shapes")
+    assert evaluate_policy.Config(weights=toy, model=str(TOY_MODEL_FOLDER), microbatch_size=2).resolution == 24
     monkeypatch.setenv("HOME", str(tmp_path))
     assert evaluate_policy.Config(weights="~/run", microbatch_size=2).model == model
 

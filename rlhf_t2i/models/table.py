@@ -99,6 +99,15 @@ def family_entry(pipeline_class: str) -> FamilyEntry:
     return FAMILIES[pipeline_class]
 
 
+def same_model(one: str, other: str) -> bool:
+    """Return True if two values of the option model name one model: the same name or Hub id, or paths of one folder."""
+    return _location(one) == _location(other)
+
+
+def _location(model: str) -> Path:
+    return TOY_MODELS.get(model, Path(model).expanduser()).resolve()
+
+
 def pipeline_class_of(model: str) -> str:
     """Return the name of the diffusers pipeline class of a model: a passed pipeline, a class, a folder or a Hub id.
 

@@ -14,8 +14,8 @@ from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import ADAPTER, LoraConfiguration, add_lora, has_lora
 from rlhf_t2i.models.lora_files import find_lora, load_lora, load_text_encoder_loras, read_lora
+from rlhf_t2i.models.table import same_model
 from rlhf_t2i.output.run_folder import CONFIG, LORA_WEIGHTS, START, read_config, run_of
-from rlhf_t2i.shapes.names import TOY_MODELS
 
 
 def load_weights(pipeline: Any, family: type[DiffusionPolicy], path: Path, *, model: str) -> None:
@@ -83,15 +83,11 @@ def check_run(folder: Path, *, model: str) -> None:
     if not (folder / CONFIG).is_file():
         return
     trained = read_config(folder).get("model")
-    if trained is not None and _location(trained) != _location(model):
+    if trained is not None and not same_model(trained, model):
         raise ValueError(
             f"The run {str(folder)!r} trained the model {trained!r}, not {model!r}: give that model. The folder of its "
             f"exported weights can be loaded into another model that they fit."
         )
-
-
-def _location(model: str) -> Path:
-    return TOY_MODELS.get(model, Path(model).expanduser()).resolve()
 
 
 def denoiser_folder(path: Path, component: str) -> Path | None:

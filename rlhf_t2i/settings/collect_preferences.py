@@ -65,7 +65,7 @@ class Config(
     """Seed of the order and the sides in which each annotator sees the pairs."""
 
     def run_settings(self) -> Mapping[str, Any]:
-        return sampling_of_runs(names(self.weights or ""), self.model)
+        return sampling_of_runs(names(self.weights or ""), vars(self))
 
     def unused(self) -> Collection[str]:
         return () if self.weights else ("evaluation_prompts",)

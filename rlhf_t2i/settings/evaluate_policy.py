@@ -19,7 +19,7 @@ from rlhf_t2i.settings.groups import (
     ThreadSettings,
 )
 from rlhf_t2i.settings.lists import names
-from rlhf_t2i.settings.ranges import PositiveInt, RewardNames, WeightsPaths
+from rlhf_t2i.settings.ranges import BASE, PositiveInt, RewardNames, WeightsPaths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Config(
     """Settings of an evaluation. Defaults of model, resolution, steps, guidance, prompts and rewards are those of the
     run whose weights are evaluated."""
 
-    weights: Annotated[WeightsPaths, Group("model and LoRA")] = "base"
+    weights: Annotated[WeightsPaths, Group("model and LoRA")] = BASE
     """Weights to evaluate, comma-separated: base (the model itself), and folders of runs, of what they exported, or of
     checkpoints. A run's own weights are its EMA if it kept one (ema_decay), a checkpoint's the last ones."""
     num_evaluation_images: Annotated[PositiveInt, Group("evaluation")] = by_model(408, 64)
@@ -47,7 +47,7 @@ class Config(
     """Rewards to measure, comma-separated NAME (docs/rewards.md)."""
 
     def run_settings(self) -> Mapping[str, Any]:
-        return sampling_of_runs(names(self.weights), self.model)
+        return sampling_of_runs(names(self.weights), vars(self))
 
     def rules(self) -> list[Rule]:
         return [*super().rules(), ("weights", bool(names(self.weights)), "base or at least one folder")]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i.models.table import same_model
 from rlhf_t2i.output.run_folder import CONFIG, EVALUATION_PROMPTS, paths_start, read_config, run_of
-from rlhf_t2i.settings.by_model import ByModel
+from rlhf_t2i.rewards.terms import reward_names_of
+from rlhf_t2i.settings.by_model import ByModel, as_text
 from rlhf_t2i.settings.paths import Inputs, Rewards, resolve_paths
 from rlhf_t2i.settings.ranges import BASE
 from rlhf_t2i.shapes.names import TOY_MODELS, TOY_PROMPTS
@@ -20,21 +23,36 @@ _PATHS = {
 """Settings with paths that are read from runs, and the kinds of text they are."""
 
 
-def sampling_of_runs(weights: Sequence[str], model: str | ByModel) -> Mapping[str, Any]:
+def sampling_of_runs(weights: Sequence[str], options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the model, resolution, steps, guidance and evaluation of the runs that `weights` are from; {} without one.
 
-    `weights` are folders of runs, or of what they wrote. Raises ValueError if they are from runs of two models, or
-    `model` was given and is another one.
+    `weights` are folders of runs, or of what they wrote; `options` are those of the command, with a `ByModel` for each
+    that was not given. Raises ValueError for weights of different models, and if the runs differ in an option that was
+    not given.
     """
     runs = [run for run in (run_of(Path(name)) for name in weights if name != BASE) if run is not None]
-    found = {run: config for run in runs if "model" in (config := _settings_of(run))}
-    bases = {str(run): str(config["model"]) for run, config in found.items()}
-    if isinstance(model, str):
-        bases["--model"] = model
-    if len({_identity(name) for name in bases.values()}) > 1:
-        named = ", ".join(f"{where} is {name}" for where, name in bases.items())
+    found = {str(run): _sampling(run, config) for run in runs if "model" in (config := _settings_of(run))}
+    models = {run: str(sampling["model"]) for run, sampling in found.items()}
+    if isinstance(options["model"], str):
+        models["--model"] = options["model"]
+    if not all(same_model(model, other) for model, other in pairwise(models.values())):
+        named = ", ".join(f"{where} is {name}" for where, name in models.items())
         raise ValueError(f"weights of different models cannot be used together: {named}.")
-    return _sampling(*next(iter(found.items()))) if found else {}
+    first = next(iter(found.values()), {})
+    for name in first:
+        values = {run: sampling[name] for run, sampling in found.items()}
+        is_open = name != "model" and isinstance(options.get(name), ByModel)
+        if is_open and len({_content(name, value) for value in values.values()}) > 1:
+            named = ", ".join(f"{run} has {as_text(value)}" for run, value in values.items())
+            raise ValueError(f"the runs of the weights differ in {name}: {named}. Give --{name} for all of them.")
+    return first
+
+
+def _content(name: str, value: Any) -> Any:
+    """Return what is equal for equal settings: the content of a file of prompts, rewards in any order, or the value."""
+    if name == "evaluation_prompts" and Path(value).is_file():
+        return Path(value).read_bytes()
+    return frozenset(reward_names_of(value)) if name == "evaluation_rewards" else value
 
 
 def _settings_of(run: Path) -> dict[str, Any]:
@@ -42,11 +60,6 @@ def _settings_of(run: Path) -> dict[str, Any]:
     config, folder = read_config(run), paths_start(run / CONFIG)
     given = {name: kind for name, kind in _PATHS.items() if config.get(name)}
     return config | {name: resolve_paths(config[name], kind, folder=folder) for name, kind in given.items()}
-
-
-def _identity(model: str) -> str:
-    """The absolute path of a folder, so that it may be given in several ways."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _sampling(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:

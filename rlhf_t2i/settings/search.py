@@ -27,7 +27,7 @@ class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSett
     used."""
 
     def run_settings(self) -> Mapping[str, Any]:
-        found = sampling_of_runs([self.weights] if self.weights else [], self.model)
+        found = sampling_of_runs([self.weights] if self.weights else [], vars(self))
         return {name: found[name] for name in found if not name.startswith("evaluation_")}
 
     weights: Annotated[InputPath, Group("model and LoRA")] | None = None

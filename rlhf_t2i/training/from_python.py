@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from rlhf_t2i.models.table import same_model
 from rlhf_t2i.output.run_folder import REPORT
 from rlhf_t2i.passed import PassedObjects, passing
 from rlhf_t2i.rewards.load import WeightedSum, as_checked
@@ -180,8 +181,7 @@ def _model_name(pipeline: Any) -> str:
             "The pipeline has a LoRA already; keep it by pipeline.fuse_lora() and then pipeline.unload_lora_weights()."
         )
     source = str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
-    toys = (name for name, folder in TOY_MODELS.items() if Path(source).resolve() == folder.resolve())
-    return next(toys, source)
+    return next((name for name in TOY_MODELS if same_model(name, source)), source)
 
 
 def _reward_name(reward: Reward) -> str:
