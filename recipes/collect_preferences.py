@@ -47,6 +47,7 @@ from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.output.run_folder import COLLECTED_PAIRS
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.rows import check_prompts
 from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.seeds import ANNOTATE, generator_for
 from rlhf_t2i.settings.lists import names
@@ -63,9 +64,11 @@ _UNDECIDED = ("no preference in the file", "no preference in the file")
 
 def main(config: Config) -> Path:
     """Collect the questions, load earlier answers, serve the page until Ctrl-C or SIGTERM; return the run folder."""
+    prompts = load_prompts(config.evaluation_prompts, held_out=True) if config.evaluation_prompts else []
+    check_prompts(config.rewards or "", prompts)
     reward = load_rewards(config.rewards) if config.rewards else None
-    if reward and config.evaluation_prompts:
-        try_rewards(reward, load_prompts(config.evaluation_prompts, held_out=True))
+    if reward and prompts:
+        try_rewards(reward, prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with listen(config.host, config.port) as listener:
         folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE, checkpoints=False)

@@ -52,7 +52,7 @@ from rlhf_t2i.types import Sampler, Trajectory
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute advantages, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.scored_rewards), load_prompt_sets(config)
+    prompts, reward = load_prompt_sets(config), load_rewards(config.scored_rewards)
     histories = [
         PerPromptHistory(size=config.history_size, min_count=config.history_min_count)
         for _ in (reward.terms if config.combine_rewards == "gdpo" else ["the sum"])

@@ -66,7 +66,7 @@ METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
 
 def main(config: Config) -> Path:
     """Load or sample preference pairs, noise them, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards) if config.samples_pairs else None, load_prompt_sets(config)
+    prompts, reward = load_prompt_sets(config), load_rewards(config.rewards) if config.samples_pairs else None
     trainer = make_trainer(
         config, prompts, recipe="diffusion_dpo", report=write_report, keep_reference=config.loss == "dpo",
         lora_dropout=config.lora_dropout,

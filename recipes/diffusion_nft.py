@@ -57,7 +57,7 @@ METRICS: Sequence[str] = ("loss", "sampling_gap", "reference_gap")
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute optimality, noise them, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.scored_rewards), load_prompt_sets(config)
+    prompts, reward = load_prompt_sets(config), load_rewards(config.scored_rewards)
     sampling_ema = rising_decay(
         start=config.sampling_ema_start, rise=config.sampling_ema_rise, most=config.sampling_ema_max
     )

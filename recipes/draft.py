@@ -51,7 +51,7 @@ from rlhf_t2i.types import Sampler
 
 def main(config: Config) -> Path:
     """Sample images, backpropagate their rewards, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.rewards), load_prompt_sets(config)
+    prompts, reward = load_prompt_sets(config), load_rewards(config.rewards)
     require_gradient(reward, prompt=prompts.training[0])
     trainer = make_trainer(
         config, prompts, recipe="draft", report=write_report, keep_reference=config.kl_weight > 0,

@@ -23,6 +23,7 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.output.image_grids import save_captions, save_image_grid
 from rlhf_t2i.output.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.rows import check_prompts
 from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import BASE
@@ -35,12 +36,10 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
     """Sample and score the same images with each of the weights; print, write and return a table of mean rewards."""
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
+    available = load_prompts(config.evaluation_prompts, held_out=True)
+    check_prompts(config.evaluation_rewards, available)
     reward = load_rewards(config.evaluation_rewards)
-    prompts, seeds = evaluation_set(
-        load_prompts(config.evaluation_prompts, held_out=True),
-        num_images=config.num_evaluation_images,
-        seed=config.evaluation_seed,
-    )
+    prompts, seeds = evaluation_set(available, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
     try_rewards(reward, prompts)
     run = start_run({**asdict(config), "resume": False, "trackers": ""}, recipe="evaluation")
     run.print(config.defaults_text())

@@ -55,7 +55,7 @@ from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
 
 def main(config: Config) -> Path:
     """Sample images, score them, compute advantages, update the policy; return the run folder."""
-    reward, prompts = load_rewards(config.scored_rewards), load_prompt_sets(config)
+    prompts, reward = load_prompt_sets(config), load_rewards(config.scored_rewards)
     trainer = make_trainer(
         config, prompts, recipe="flow_grpo", report=write_report, keep_reference=config.kl_weight > 0
     )

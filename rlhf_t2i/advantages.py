@@ -119,7 +119,8 @@ class PerPromptHistory:
         return advantages
 
     def state_dict(self) -> dict[str, list[float]]:
-        return {prompt: list(rewards) for prompt, rewards in self.rewards.items()}
+        # Plain texts: a checkpoint is read without unpickling classes of ours.
+        return {str(prompt): list(rewards) for prompt, rewards in self.rewards.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.rewards = {p: deque(rewards, maxlen=self.size) for p, rewards in state.items()}

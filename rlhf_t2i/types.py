@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -241,3 +241,12 @@ class Reward(Protocol):
     """Score of each image for its prompt, higher is better; any callable of this shape is a reward."""
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]: ...
+
+
+@runtime_checkable
+class MetadataReward(Protocol):
+    """A reward that also takes the row of each prompt."""
+
+    def __call__(
+        self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], metadata: list[dict[str, Any]]
+    ) -> Float[Tensor, " B"]: ...

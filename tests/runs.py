@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 REDNESS = "tests.runs:redness"
+REDNESS_OF_ROWS = "tests.runs:RednessOfRows()"
 FLAT = "tests.runs:flat"
 
 
@@ -35,6 +36,22 @@ def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 def channel(images: Tensor, prompts: Sequence[str], *, index: int, scale: float = 1.0) -> Tensor:
     """The mean of one colour channel."""
     return scale * images[:, index].mean(dim=(1, 2))
+
+
+class RednessOfRows:
+    """`redness`, of prompts whose rows have reached the reward: each has its prompt in capitals as `text`."""
+
+    required_fields = ("text",)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: list[dict[str, Any]]) -> Tensor:
+        assert [row["text"] for row in metadata] == [prompt.upper() for prompt in prompts]
+        return redness(images, prompts)
+
+
+def write_rows(path: Path, prompts: Sequence[str]) -> Path:
+    """Write a .jsonl file of prompts that `RednessOfRows` can score."""
+    path.write_text("".join(json.dumps({"prompt": prompt, "text": prompt.upper()}) + "\n" for prompt in prompts))
+    return path
 
 
 def flat(images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -183,9 +183,9 @@ def test_each_algorithm_has_a_config_and_a_documented_train(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompts": "a fox"}, r"prompts is 'a fox'; it must be a list of texts, such as \['a fox'\]"),
-        ({"prompts": []}, r"prompts is \[\]; it must be a list of texts"),
-        ({"prompts": ["a fox", " "]}, r"prompts is \['a fox', ' '\]; it must be a list of texts"),
+        ({"prompts": "a fox"}, r"prompts is 'a fox'; it must be a list of texts or rows, such as \['a fox'\]"),
+        ({"prompts": []}, r"prompts is \[\]; it must be a list of texts or rows"),
+        ({"prompts": ["a fox", " "]}, r"prompt 1 is ' '; it must be a text"),
         (
             {"pipeline": torch.nn.Linear(1, 1)},
             "pipeline is a Linear; it must be a diffusers pipeline, or the folder or",

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_t2i.search.geneval import ObjectCondition, load_geneval, metadata_of, write_metadata
+from rlhf_t2i.data.prompts import load_prompts
+from rlhf_t2i.search.geneval import ObjectCondition, load_geneval, rows_to_write, write_metadata
 from tests.geneval_files import LINES, write_prompts
 
 
@@ -21,8 +22,7 @@ def test_every_kind_of_prompt_is_read(tmp_path: Path) -> None:
 
 
 def test_metadata_is_the_unchanged_line(tmp_path: Path) -> None:
-    path = write_prompts(tmp_path, LINES)
-    rows = metadata_of(str(path), [line["prompt"] for line in LINES])
+    rows = rows_to_write(load_prompts(str(write_prompts(tmp_path, LINES))))
     write_metadata(tmp_path / "00002", rows[2])
     assert json.loads((tmp_path / "00002" / "metadata.jsonl").read_text()) == LINES[2]
     assert (tmp_path / "00002" / "samples").is_dir()
@@ -30,8 +30,8 @@ def test_metadata_is_the_unchanged_line(tmp_path: Path) -> None:
 
 def test_other_prompts_have_only_their_text_as_metadata(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a fox\n")
-    assert metadata_of(str(tmp_path / "prompts.txt"), ["a fox"]) == [{"prompt": "a fox"}]
-    assert metadata_of("shapes", ["a red circle"]) == [{"prompt": "a red circle"}]
+    assert rows_to_write(load_prompts(str(tmp_path / "prompts.txt"))) == [{"prompt": "a fox"}]
+    assert rows_to_write(["a red circle"]) == [{"prompt": "a red circle"}]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import family_of
 from rlhf_t2i.sampling.rollout import generate
 from tests.policies import pipeline_of, policy_of, sampler_of
-from tests.runs import REDNESS, as_for_toy_models, rows
+from tests.runs import REDNESS_OF_ROWS, as_for_toy_models, rows, write_rows
 from tests.toys import seeded
 
 ROOT = Path(__file__).parent.parent
@@ -48,18 +48,19 @@ SIZES = {
 
 
 def training_config(recipe: str, model: Path, folder: Path) -> Any:
+    prompts = write_rows(folder.with_name("prompts.jsonl"), ["a fox", "a red circle", "a blue square"])
     options = as_for_toy_models(
-        model=str(model), resolution=16, lora_rank=2, num_denoising_steps=4, rewards=REDNESS, num_steps=1,
-        evaluation_rewards=REDNESS, num_evaluation_images=2, checkpoint_every=1, evaluate_every=0, microbatch_size=8,
-        run_folder=str(folder), num_cpu_threads=1, **SIZES[recipe],
-    )  # fmt: skip
+        model=str(model), resolution=16, lora_rank=2, num_denoising_steps=4, rewards=REDNESS_OF_ROWS, num_steps=1,
+        evaluation_rewards=REDNESS_OF_ROWS, num_evaluation_images=2, checkpoint_every=1, evaluate_every=0,
+        microbatch_size=8, run_folder=str(folder), num_cpu_threads=1, prompts=str(prompts), **SIZES[recipe],
+    ) | {"evaluation_prompts": None}  # fmt: skip
     return TRAINING[recipe].Config(**options)
 
 
 def search_config(recipe: str, model: Path, prompts: Path, folder: Path) -> Any:
     return SEARCH[recipe].Config(
         model=str(model), resolution=16, prompts=str(prompts), images_per_prompt=1, num_denoising_steps=4,
-        rewards=REDNESS, guidance_scale=1.0, run_folder=str(folder), num_cpu_threads=1, **SIZES[recipe],
+        rewards=REDNESS_OF_ROWS, guidance_scale=1.0, run_folder=str(folder), num_cpu_threads=1, **SIZES[recipe],
     )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def search_config(recipe: str, model: Path, prompts: Path, folder: Path) -> Any:
 def test_a_run_trains_resumes_and_exports_to_plain_diffusers(
     recipe: str, model: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """With the exported LoRA plain diffusers generates the images of the policy."""
+    """Rows of prompts reach the reward; with the exported LoRA plain diffusers generates the images of the policy."""
     folder = request.getfixturevalue(model)
     config, main = training_config(recipe, folder, tmp_path / "run"), TRAINING[recipe].main
     if recommended := REFUSED.get((recipe, model)):
@@ -101,8 +102,7 @@ def image_of(policy: DiffusionPolicy) -> torch.Tensor:
 def test_a_search_selects_the_image_with_the_highest_reward(
     recipe: str, model: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red circle\n")
+    prompts = write_rows(tmp_path / "prompts.jsonl", ["a red circle"])
     config = search_config(recipe, request.getfixturevalue(model), prompts, tmp_path / "run")
     (found,) = SEARCH[recipe].main(config)
     scores = found.row["searched"]["scores"]["reward"]

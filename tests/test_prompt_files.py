@@ -91,7 +91,7 @@ def test_only_a_line_feed_ends_a_line_of_jsonl(folder: Path, character: str) -> 
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
 def test_a_json_file_is_one_list_of_texts_or_objects(folder: Path, mark: str) -> None:
     path = write(folder / "prompts.json", mark + json.dumps([FOX, {"prompt": CAFE, "tag": "place"}], indent=1))
-    assert [dict(row.fields) for row in read_rows(path)] == [{"prompt": FOX}, {"prompt": CAFE, "tag": "place"}]
+    assert [dict(row.metadata) for row in read_rows(path)] == [{"prompt": FOX}, {"prompt": CAFE, "tag": "place"}]
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"], ids=["unix", "windows"])
@@ -99,15 +99,15 @@ def test_a_json_file_is_one_list_of_texts_or_objects(folder: Path, mark: str) ->
 def test_a_csv_file_has_named_columns_and_quoted_cells(folder: Path, mark: str, ending: str) -> None:
     lines = ["id, prompt,tag", f'1,"{CAFE}",place', "", f"2, {FOX} ,", '3,"a sign that says ""OPEN""",text']
     rows = read_rows(write(folder / "prompts.csv", mark + ending.join(lines) + ending))
-    assert [row.prompt for row in rows] == [CAFE, FOX, 'a sign that says "OPEN"']
-    assert [row.fields["tag"] for row in rows] == ["place", "", "text"]
+    assert rows == [CAFE, FOX, 'a sign that says "OPEN"']
+    assert [row.metadata["tag"] for row in rows] == ["place", "", "text"]
     assert rows[1].where.endswith("prompts.csv:4")
 
 
 def test_columns_of_images_are_left_out_of_a_table(folder: Path) -> None:
     image = [{"bytes": b"x" * 1000, "path": None}]
     path = write_table(folder / "prompts.parquet", prompt=[FOX], jpg=[b"x" * 1000], image=image, score=[0.5])
-    assert [dict(row.fields) for row in read_rows(path)] == [{"prompt": FOX, "score": 0.5}]
+    assert [dict(row.metadata) for row in read_rows(path)] == [{"prompt": FOX, "score": 0.5}]
 
 
 def test_a_data_set_of_the_hub_is_loaded_through_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_a_data_set_of_the_hub_is_loaded_through_datasets(folder: Path, monkeypa
 def test_prompts_of_geneval_keep_their_fields(folder: Path) -> None:
     path = write_prompts(folder, LINES)
     assert load_prompts(str(path)) == [line["prompt"] for line in LINES]
-    assert [dict(row.fields) for row in read_rows(str(path))] == LINES
+    assert [dict(row.metadata) for row in read_rows(str(path))] == LINES
     assert [dict(row.line) for row in load_geneval(path)] == LINES
 
 

@@ -38,6 +38,7 @@ from torch import Tensor
 from recipes import ddpo
 from rlhf_t2i.access import TOKEN_VARIABLE, listen
 from rlhf_t2i.config import parse_config
+from rlhf_t2i.prompts import as_prompts
 from rlhf_t2i.reward_server.batcher import Batcher
 from rlhf_t2i.reward_server.server import Config, Service, create_app
 from rlhf_t2i.rewards.gradient import require_gradient
@@ -45,7 +46,7 @@ from rlhf_t2i.rewards.load import CheckedReward, WeightedSum, load_reward, load_
 from rlhf_t2i.rewards.remote import RemoteReward
 from rlhf_t2i.rewards.wire_format import JSON, SAFETENSORS, pack
 from tests import processes
-from tests.runs import as_for_toy_models, redness, rows, state
+from tests.runs import RednessOfRows, as_for_toy_models, redness, rows, state
 from tests.servers import free_port, running, scores_response, scripted, until
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +152,14 @@ def test_the_built_in_reward_model_gives_the_same_bits_locally_and_remotely() ->
     reward = load_reward("llava_reward")
     with serving(reward.function) as server, torch.no_grad():
         assert torch.equal(RemoteReward(server.address)(images, prompts), reward(images, prompts))
+
+
+def test_the_rows_of_prompts_reach_a_remote_reward_that_needs_them() -> None:
+    known = as_prompts([{"prompt": prompt, "text": prompt.upper()} for prompt in PROMPTS])
+    with serving(RednessOfRows()) as server:
+        assert torch.equal(RemoteReward(server.address, part_size=3)(IMAGES, known), redness(IMAGES, PROMPTS))
+        with pytest.raises(RuntimeError, match=r"returned 422 for 7 images: prompt 1 has no 'text', which the reward"):
+            RemoteReward(server.address)(IMAGES, [known[0], *PROMPTS[1:]])
 
 
 def test_a_response_has_the_unweighted_scores_of_each_reward() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_image_grid
 from rlhf_t2i.output.run_folder import IMAGES, QUESTIONS
+from rlhf_t2i.prompts import Prompt
 from rlhf_t2i.report.comparison import shared_cells, side_by_side
 from rlhf_t2i.rewards.load import WeightedSum
 from rlhf_t2i.training.metrics import Row
@@ -64,7 +65,7 @@ def write_questions(folder: Path, candidates: Iterable[Candidate]) -> list[Quest
             questions.append(Question(candidate.prompt, (first, second), candidate.sources))
     if not questions:
         raise ValueError(f"There are no questions: {num_same} pairs were found, each of two identical images.")
-    lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions]
+    lines = [json.dumps(_row(question), ensure_ascii=False) + "\n" for question in questions]
     write_atomically(folder / QUESTIONS, "".join(lines))
     return questions
 
@@ -79,10 +80,16 @@ def read_questions(folder: Path) -> list[Question] | None:
         try:
             row = json.loads(line)
             (first, second), (one, other) = row["images"], row["sources"]
-            questions.append(Question(row["prompt"], (first, second), (one, other)))
+            prompt = Prompt(row["prompt"], row.get("metadata"))
+            questions.append(Question(prompt, (first, second), (one, other)))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number} is no question: {error}. Restore the file as it was written.") from error
     return questions
+
+
+def _row(question: Question) -> Row:
+    metadata = {"metadata": question.prompt.metadata} if isinstance(question.prompt, Prompt) else {}
+    return {**asdict(question), **metadata}
 
 
 def _save(folder: Path, image: Float[Tensor, "3 _ _"]) -> str:

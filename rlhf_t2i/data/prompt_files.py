@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.parquet import read_hub_dataset, read_parquet
 from reward_model.datasets.raw_records import RawRecord, parse_object, parse_value, read_json_lines, read_json_list
+from rlhf_t2i.prompts import Prompt
 
 HUB_PREFIX = "hf:"
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
@@ -28,22 +30,13 @@ _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]|\r(?!\n)"
 """Control characters, halves of a surrogate pair, and a carriage return that no line feed follows."""
 
 
-class PromptRow(NamedTuple):
-    """One row of a prompt source."""
-
-    prompt: str
-    """The text under "prompt", without surrounding blanks."""
-    fields: Mapping[str, Any]
-    """All fields of the row, as they are stored; columns of bytes and images are left out."""
-    where: str
-    """FILE:LINE, FILE:RECORD n or FILE:ROW n, for messages."""
-
-
-def read_rows(source: str) -> list[PromptRow]:
+def read_rows(source: str) -> list[Prompt]:
     """Return the rows of a file, whose suffix decides its format, or of a data set `hf:ID@SPLIT`.
 
-    Raises FileNotFoundError, or ValueError, with file and line, for an unknown suffix, a row without a prompt, a prompt
-    with characters that are no text, and a source that is empty, broken or not UTF-8.
+    A prompt is the text under "prompt" without surrounding blanks. Its metadata are all fields as they are stored;
+    columns of bytes and images are left out, and what JSON does not have, such as a date, becomes text. Raises
+    FileNotFoundError, or ValueError, with file and line, for an unknown suffix, a row without a prompt, a prompt with
+    characters that are no text, and a source that is empty, broken or not UTF-8.
     """
     if source.startswith(HUB_PREFIX):
         raw: Iterator[RawRecord] = read_hub_dataset(source.removeprefix(HUB_PREFIX), skip_columns=(), with_bytes=False)
@@ -127,9 +120,9 @@ def _decoded(path: Path) -> str:
         ) from error
 
 
-def _row(record: RawRecord) -> PromptRow:
+def _row(record: RawRecord) -> Prompt:
     try:
-        fields = parse_object(record.source) if isinstance(record.source, bytes) else record.source
+        fields = parse_object(record.source) if isinstance(record.source, bytes) else _as_json(record.source)
     except BadRecordError as error:
         raise ValueError(f"{record.where}: {error}") from error
     if "prompt" not in fields:
@@ -143,7 +136,12 @@ def _row(record: RawRecord) -> PromptRow:
             f"{record.where}: character {found.start() + 1} of the prompt {shortened(prompt)} is "
             f"U+{ord(found[0]):04X}, {_named(found[0])}. Remove it."
         )
-    return PromptRow(prompt, fields, record.where)
+    return Prompt(prompt, fields, record.where)
+
+
+def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row of a table, with texts for values that JSON does not have."""
+    return json.loads(json.dumps(dict(row), default=str))
 
 
 def _named(character: str) -> str:

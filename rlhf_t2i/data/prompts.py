@@ -12,7 +12,7 @@ from rlhf_t2i.shapes.names import TOY_PROMPTS
 
 
 def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
-    """Return the prompts of a source, in its order.
+    """Return the prompts of a source, in its order; those of a file or a data set are rows (`rlhf_t2i.prompts`).
 
     `shapes` stands for the training prompts of the toy world, or with `held_out` for its held-out ones. Any other
     source, unless a caller in Python passed it, is a file or a data set, and raises what `prompt_files.read_rows` does.
@@ -23,7 +23,7 @@ def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
         return all_prompts("held-out" if held_out else "training")
     if (prompts := passed().prompts.get(source)) is not None:
         return list(prompts)
-    return [row.prompt for row in read_rows(source)]
+    return list[str](read_rows(source))
 
 
 def prompts_of_step(prompts: Sequence[str], step: int, *, num_prompts: int, seed: int) -> list[str]:

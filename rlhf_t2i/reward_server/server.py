@@ -17,7 +17,7 @@ from rlhf_t2i.access import TOKEN_VARIABLE, listen, token
 from rlhf_t2i.reward_server.batcher import Batcher, ScoreResponse
 from rlhf_t2i.reward_server.metrics import CONTENT_TYPE
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.rewards.wire_format import TooLargeError, unpack
+from rlhf_t2i.rewards.wire_format import MAX_METADATA_BYTES, TooLargeError, unpack
 from rlhf_t2i.settings.reward_server import Config
 
 try:
@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 _LOG = logging.getLogger("uvicorn.error")
 _SILENT_SECONDS = 30.0
 """A client that sends nothing for so long has given up."""
-_HEADER_BYTES = 2**20
+_HEADER_BYTES = 2**20 + MAX_METADATA_BYTES
 """Allowance for the part of a body that is not pixels."""
 
 

@@ -26,6 +26,26 @@ def import_reward(reward: str) -> Callable[..., Any]:
     there is no such callable or it does not take the arguments; an import or a constructor that fails raises its own
     error.
     """
+    found, name, arguments = _find(reward)
+    if arguments is None:
+        return as_callable(found, reward)
+    positional, named = _literals(arguments, reward)
+    if inspect.isclass(found):
+        _check_arguments(found, reward, *positional, **named)
+        return as_callable(_instance(found, arguments), reward)
+    if positional:
+        raise ValueError(f"The reward {reward!r} is no class, so its arguments need names, as in {name}(scale=2).")
+    _check_arguments(found, reward, "images", "prompts", **(named | _metadata(found)))
+    return partial(found, **named)
+
+
+def find_callable(reward: str) -> Callable[..., Any]:
+    """Import the function or class that a text as of `import_reward` names, without instantiating the class."""
+    return _find(reward)[0]
+
+
+def _find(reward: str) -> tuple[Any, str, str | None]:
+    """Return a callable, its name and the text of its arguments, None without parentheses."""
     parts = _FORM.fullmatch(reward)
     if not parts or not (_is_file(parts["place"]) or all(parts["place"].split("."))):
         raise ValueError(
@@ -37,26 +57,32 @@ def import_reward(reward: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if not callable(found):
         raise ValueError(f"The module {place!r} has no callable {name!r}.")
-    if parts["arguments"] is None:
-        return as_callable(found, reward)
-    positional, named = _literals(parts["arguments"], reward)
-    if inspect.isclass(found):
-        _check_arguments(found, reward, *positional, **named)
-        return as_callable(_instance(found, parts["arguments"]), reward)
-    if positional:
-        raise ValueError(f"The reward {reward!r} is no class, so its arguments need names, as in {name}(scale=2).")
-    _check_arguments(found, reward, "images", "prompts", **named)
-    return partial(found, **named)
+    return found, name, parts["arguments"]
 
 
 def as_callable(function: Any, reward: str) -> Callable[..., Any]:
-    """Return what can be called with images and prompts; ValueError, naming the reward, for any other object."""
+    """Return what can be called with images and prompts, and perhaps metadata; ValueError, naming the reward, if not.
+
+    A third parameter must have the name `metadata`.
+    """
     if inspect.isclass(function):
         raise ValueError(f"The reward {reward!r} is a class; give an instance of it, as in {function.__name__}().")
     if not callable(function):
         raise ValueError(f"The reward {reward!r} is a {type(function).__name__}, which cannot be called.")
-    _check_arguments(function, reward, "images", "prompts")
+    _check_arguments(function, reward, "images", "prompts", **_metadata(function))
     return function
+
+
+def takes_metadata(function: Callable[..., Any]) -> bool:
+    """Return True for a reward that has a parameter `metadata`, for the rows of the prompts."""
+    try:
+        return "metadata" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some callables of C libraries have none
+        return False
+
+
+def _metadata(function: Callable[..., Any]) -> dict[str, str]:
+    return {"metadata": "metadata"} if takes_metadata(function) else {}
 
 
 @cache
@@ -76,7 +102,8 @@ def _check_arguments(function: Any, reward: str, *positional: Any, **named: Any)
         signature.bind(*positional, **named)
     except TypeError as error:
         called = ", ".join([*map(str, positional), *(f"{name}={value!r}" for name, value in named.items())])
-        raise ValueError(f"The reward {reward!r} cannot be called with ({called}): {error}.") from error
+        hint = " A third parameter, for the rows of the prompts, is named metadata." if "prompts" in positional else ""
+        raise ValueError(f"The reward {reward!r} cannot be called with ({called}): {error}.{hint}") from error
 
 
 def _literals(arguments: str, reward: str) -> tuple[list[Any], dict[str, Any]]:

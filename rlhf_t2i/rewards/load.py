@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.passed import passed
-from rlhf_t2i.rewards.imported import as_callable
+from rlhf_t2i.prompts import metadata_of
+from rlhf_t2i.rewards.imported import as_callable, takes_metadata
+from rlhf_t2i.rewards.rows import check_rows
 from rlhf_t2i.rewards.scores import as_scores
 from rlhf_t2i.rewards.table import find_reward, reward_names
 from rlhf_t2i.rewards.terms import parse_terms
-from rlhf_t2i.types import Reward
+from rlhf_t2i.types import MetadataReward, Reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,8 @@ class CheckedReward:
     """A reward with a name, which checks the type, shape and values of every result."""
 
     name: str
-    function: Reward
+    function: Callable[..., Any]
+    """Takes images and prompts, and the row of each prompt if it has a parameter `metadata`."""
     finite: bool = True
     """True if a score that is not finite is an error; a search ranks such an image last instead."""
     differentiable: bool | None = None
@@ -34,10 +38,12 @@ class CheckedReward:
         """Return float32 scores on the device of the images, which stay as they are whatever the reward does.
 
         Raises TypeError or ValueError, naming the reward and the prompt, for a result that is not one finite number per
-        image.
+        image, and ValueError for a prompt without what the reward needs (`check_rows`).
         """
+        check_rows(self.name, self.function, prompts)
         # Copies: a reward may write into what it is given, and the images are also scored by others, saved and shown.
-        result = self.function(images.clone(), list(prompts))
+        rows = {"metadata": metadata_of(prompts)} if takes_metadata(self.function) else {}
+        result = self.function(images.clone(), list(prompts), **rows)
         try:
             scores = as_scores(result, count=len(images), device=images.device)
         except (TypeError, ValueError) as error:
@@ -99,12 +105,12 @@ def load_rewards(specification: str, *, finite: bool = True) -> WeightedSum:
     return WeightedSum(tuple(terms))
 
 
-def as_weighted_sum(reward: Reward | WeightedSum, *, finite: bool = True) -> WeightedSum:
+def as_weighted_sum(reward: Reward | MetadataReward | WeightedSum, *, finite: bool = True) -> WeightedSum:
     """Return any callable of images and prompts as a sum with one term, and a sum unchanged."""
     return reward if isinstance(reward, WeightedSum) else WeightedSum(((as_checked(reward, finite=finite), 1.0),))
 
 
-def as_checked(reward: Reward, *, finite: bool = True) -> CheckedReward:
+def as_checked(reward: Reward | MetadataReward, *, finite: bool = True) -> CheckedReward:
     """Return any callable of images and prompts as a checked reward, which has the callable's own name."""
     if isinstance(reward, CheckedReward):
         return reward

@@ -27,6 +27,9 @@ class RewardEntry:
     """True if the gradient reaches the pixels; None if that is tested on a random image when a recipe needs it."""
     help: str
     """One line: what a score is, and its range or unit."""
+    declares: Callable[[str], Any] = lambda _: None
+    """Argument of the loader -> the function or class of the reward, which is not loaded by it; it may declare the
+    fields of prompt rows that it needs (`rows`)."""
 
     @property
     def takes_path(self) -> bool:
@@ -69,6 +72,12 @@ def _imported(name: str, _: bool) -> Any:
     return import_reward(name)
 
 
+def _import_only(name: str) -> Any:
+    from rlhf_t2i.rewards.imported import find_callable
+
+    return find_callable(name)
+
+
 def _remote(addresses: str, finite: bool) -> Any:
     from rlhf_t2i.rewards.remote import RemoteReward
 
@@ -78,7 +87,11 @@ def _remote(addresses: str, finite: bool) -> Any:
 # --- the table ------------------------------------------------------------------------------------
 
 IMPORTED = RewardEntry(
-    "module:function", _imported, None, "a Python callable of your own, perhaps with arguments, or file.py:function"
+    "module:function",
+    _imported,
+    None,
+    "a Python callable of your own, perhaps with arguments, or file.py:function",
+    _import_only,
 )
 REMOTE = RewardEntry("http://HOST:PORT", _remote, False, "a reward that `python -m rlhf_t2i.reward_server` serves")
 

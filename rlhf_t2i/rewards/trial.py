@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.rewards.load import WeightedSum
+from rlhf_t2i.rewards.rows import check_rows
 
 TRIAL_SIZE = 64
 """Height and width of the images in pixels."""
@@ -19,12 +20,14 @@ TRIAL_SIZE = 64
 def try_rewards(reward: WeightedSum, prompts: Sequence[str]) -> None:
     """Call each of a user's own rewards (`module:function`) once, on two random images of the first prompts.
 
-    Raises what `CheckedReward` does for a result that cannot be used, and passes an exception of the reward on, with a
-    note. A score that is not finite is no error, as such images are no real ones.
+    Raises ValueError for a prompt without what a reward needs (`check_rows`), what `CheckedReward` does for a result
+    that cannot be used, and passes an exception of the reward on, with a note. A score that is not finite is no error,
+    as such images are no real ones.
     """
     images = trial_images(2)
     texts = [prompts[0], prompts[min(1, len(prompts) - 1)]]
     for term in reward.rewards:
+        check_rows(term.name, term.function, prompts)
         if term.differentiable is None:
             try:
                 with torch.no_grad():

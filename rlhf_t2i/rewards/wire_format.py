@@ -3,8 +3,10 @@
 `POST /score` takes images in one of two forms, chosen by its Content-Type:
 
     application/x-safetensors   a safetensors file with the tensor `images`, B 3 Y X, float32 or float16 in [0, 1] or
-                                uint8 in 0..255, and in its metadata `prompts`: a JSON list of B strings
-    application/json            {"prompts": ["a fox"], "images": ["PNG in base64"]}, images of one size, RGB or gray
+                                uint8 in 0..255, and in its metadata `prompts`: a JSON list of B strings; if rewards
+                                need it also `metadata`: a JSON list of B objects, the row of each prompt
+    application/json            {"prompts": ["a fox"], "images": ["PNG in base64"]}, images of one size, RGB or gray;
+                                if rewards need it also "metadata": [{"prompt": "a fox", "text": "FOX"}]
 
 and returns {"total": [0.5], "scores": {"llava_reward": [0.5]}}: the weighted sum and the unweighted scores of each
 reward, one number per image. A number that JSON cannot hold is the string "nan", "inf" or "-inf". An error is
@@ -31,9 +33,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rlhf_t2i.prompts import Prompt
+
 SAFETENSORS, JSON = "application/x-safetensors", "application/json"
 PIXELS = (torch.float32, torch.float16, torch.uint8)
 """Storage types of pixels; float32 is lossless."""
+MAX_METADATA_BYTES = 2**20
+"""Largest size of the rows of a request, as JSON."""
 
 
 class TooLargeError(ValueError):
@@ -41,27 +47,35 @@ class TooLargeError(ValueError):
 
 
 def pack(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], *, pixels: torch.dtype = torch.float32) -> bytes:
-    """Return the body of a request of type SAFETENSORS; images are stored as `pixels`, one of PIXELS."""
+    """Return the body of a request of type SAFETENSORS; images are stored as `pixels`, one of PIXELS.
+
+    Rows are sent if a prompt has more than its text. Raises TooLargeError if they exceed MAX_METADATA_BYTES as JSON.
+    """
     images = images.detach()
     if pixels == torch.uint8:
         images = (images.float().clamp(0, 1) * 255).round()
     stored = images.to("cpu", pixels).contiguous()
-    return save({"images": stored}, metadata={"prompts": json.dumps(list(prompts))})
+    metadata = {"prompts": json.dumps(list(prompts))}
+    rows = [prompt.metadata if isinstance(prompt, Prompt) else {"prompt": prompt} for prompt in prompts]
+    if any(row.keys() - {"prompt"} for row in rows):
+        metadata["metadata"] = json.dumps(rows)
+        _check_metadata_bytes(len(metadata["metadata"]))
+    return save({"images": stored}, metadata=metadata)
 
 
 def unpack(
     body: bytes, content_type: str, *, max_images: int, max_bytes: int
 ) -> tuple[Float[Tensor, "B 3 Y X"], list[str]]:
-    """Return the images of a request, float32, and their prompts.
+    """Return the images of a request, float32, and their prompts, with their rows if it has some.
 
-    Raises TooLargeError for more than `max_images` images or more than `max_bytes` bytes of them as float32, and
-    ValueError for a body that breaks the format.
+    Raises TooLargeError for more than `max_images` images, more than `max_bytes` bytes of them as float32 or rows of
+    more than MAX_METADATA_BYTES, and ValueError for a body that breaks the format.
     """
     match content_type.partition(";")[0].strip().lower():
         case "application/x-safetensors":
-            images, prompts = _from_safetensors(body)
+            images, prompts, rows = _from_safetensors(body)
         case "application/json":
-            images, prompts = _from_json(body)
+            images, prompts, rows = _from_json(body)
         case other:
             raise ValueError(f"The content type is {other!r}; it must be {SAFETENSORS} or {JSON}.")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -70,6 +84,8 @@ def unpack(
         raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts; each image needs its own.")
     if len(images) > max_images:
         raise TooLargeError(f"There are {len(images)} images; a request may have at most {max_images} (--max_images).")
+    if rows is not None:
+        prompts = _with_metadata(prompts, rows)
     if isinstance(images, Tensor):
         _check_bytes(images.numel(), max_bytes)
         return (images.float() / 255 if images.dtype == torch.uint8 else images.float()), prompts
@@ -92,11 +108,35 @@ def totals(response: str) -> Float[Tensor, " B"]:
     raise ValueError("The response is no JSON with a list of numbers as `total`.")
 
 
-def _from_safetensors(body: bytes) -> tuple[Tensor, Any]:
+def _with_metadata(prompts: list[str], rows: Any) -> list[str]:
+    """Return prompts with their rows; ValueError unless there is one JSON object for each."""
+    if not isinstance(rows, list) or len(rows) != len(prompts):
+        raise ValueError(f"The metadata must be a JSON list of {len(prompts)} objects, one for each prompt.")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"The metadata of prompt {index} is a {type(row).__name__}; it must be a JSON object with named fields."
+            )
+    return [Prompt(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _check_metadata_bytes(count: int) -> None:
+    if count > MAX_METADATA_BYTES:
+        raise TooLargeError(
+            f"The metadata of the prompts has {count / 2**20:.1f} MB as JSON; a request may have at most "
+            f"{MAX_METADATA_BYTES / 2**20:g} MB. Leave out fields that no reward needs, or send fewer images at once."
+        )
+
+
+def _from_safetensors(body: bytes) -> tuple[Tensor, Any, Any]:
     try:
         tensors = load(body)
         header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
-        prompts = json.loads(header["__metadata__"]["prompts"])
+        metadata = header["__metadata__"]
+        _check_metadata_bytes(len(metadata.get("metadata", "")))
+        prompts, rows = json.loads(metadata["prompts"]), json.loads(metadata.get("metadata", "null"))
+    except TooLargeError:
+        raise
     except (SafetensorError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The body is no safetensors file with `prompts` in its metadata: {_shown(error)}.") from error
     images = tensors.get("images")
@@ -105,13 +145,18 @@ def _from_safetensors(body: bytes) -> tuple[Tensor, Any]:
         raise ValueError(
             f"The tensor `images` must be float32, float16 or uint8 of shape (B, 3, height, width); it is {found}."
         )
-    return images, prompts
+    return images, prompts, rows
 
 
-def _from_json(body: bytes) -> tuple[list[bytes], Any]:
+def _from_json(body: bytes) -> tuple[list[bytes], Any, Any]:
     try:
         request = json.loads(body)
-        return [base64.b64decode(image, validate=True) for image in request["images"]], request["prompts"]
+        images = [base64.b64decode(image, validate=True) for image in request["images"]]
+        rows = request.get("metadata")
+        _check_metadata_bytes(len(json.dumps(rows)))
+        return images, request["prompts"], rows
+    except TooLargeError:
+        raise
     except (RecursionError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The body is no JSON with `prompts` and `images` in base64: {_shown(error)}.") from error
 

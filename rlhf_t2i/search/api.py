@@ -7,13 +7,14 @@
     to_pil(candidates.best[0]).save("fox.png")
 
 The reward is a name as the recipes take it (`llava_reward:FOLDER`, `module:function`) or a function of images in [0, 1]
-and prompts. The result holds all images, their scores and the cost of the search.
+and prompts. A prompt is a text, or a row with the text under "prompt" and what the reward needs. The result holds all
+images, their scores and the cost of the search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlhf_t2i.diffusion.transitions import stochastic
+from rlhf_t2i.prompts import as_prompts
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.search import candidates, steering
 from rlhf_t2i.search.context import Candidates, RewardFunction, SearchContext, Veto
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 def best_of_n(  # noqa: PLR0913  # one keyword for each setting, as there is no config
     model: DiffusionModel | DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Mapping[str, Any]],
     reward: RewardFunction | str,
     *,
     num_candidates: int = 16,
@@ -56,20 +58,21 @@ def best_of_n(  # noqa: PLR0913  # one keyword for each setting, as there is no 
     """
     if num_candidates < 1:
         raise ValueError(f"num_candidates is {num_candidates}; it must be at least 1.")
+    texts = as_prompts(prompts)
     sampler = _sampler(model := as_diffusion_model(model), num_denoising_steps, eta=eta, guidance_scale=guidance_scale)
     context = SearchContext(
         model, as_reward(reward), sampler=sampler, microbatch_size=microbatch_size, veto=veto, standardise=standardise
     )
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts) * num_candidates)]
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts) * num_candidates)]
     if not prune_after:
-        return candidates.best_of_n(context, prompts, generators=generators)
+        return candidates.best_of_n(context, texts, generators=generators)
     keep = candidates.halving(num_candidates, after=prune_after)
-    return candidates.pruned_best_of_n(context, prompts, keep=keep, generators=generators).candidates
+    return candidates.pruned_best_of_n(context, texts, keep=keep, generators=generators).candidates
 
 
 def fk_steering(  # noqa: PLR0913
     model: DiffusionModel | DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Mapping[str, Any]],
     reward: RewardFunction | str,
     *,
     num_particles: int = 4,
@@ -93,29 +96,30 @@ def fk_steering(  # noqa: PLR0913
     """
     if num_particles < 1:
         raise ValueError(f"num_particles is {num_particles}; it must be at least 1.")
+    texts = as_prompts(prompts)
     sampler = _sampler(model := as_diffusion_model(model), num_denoising_steps, eta=eta, guidance_scale=guidance_scale)
     context = SearchContext(model, as_reward(reward), sampler=sampler, microbatch_size=microbatch_size, veto=veto)
-    count = len(prompts) * num_particles
+    count = len(texts) * num_particles
     if resample_after is None:
         resample_after = steering.evenly_spaced(num_denoising_steps)
     # Before reward_std is measured, so that settings that cannot work are refused without sampling an image.
     steering.check_steering(context, resample_after, reward_std=reward_std or 1.0, ess_threshold=ess_threshold)
     if reward_std is None:
-        calibration_prompts = prompts[: steering.NUM_CALIBRATION_PROMPTS]
-        first = seed + count + len(prompts)
+        calibration_prompts = texts[: steering.NUM_CALIBRATION_PROMPTS]
+        first = seed + count + len(texts)
         num_calibration = steering.NUM_CALIBRATION_IMAGES * len(calibration_prompts)
         calibration = [torch.Generator().manual_seed(first + i) for i in range(num_calibration)]
         reward_std = steering.measure_reward_std(context, calibration_prompts, generators=calibration)
     return steering.fk_steering(
         context,
-        prompts,
+        texts,
         strength=strength,
         reward_std=reward_std,
         potential=potential,
         resample_after=resample_after,
         ess_threshold=ess_threshold,
         generators=[torch.Generator().manual_seed(seed + i) for i in range(count)],
-        resampling=[torch.Generator().manual_seed(seed + count + p) for p in range(len(prompts))],
+        resampling=[torch.Generator().manual_seed(seed + count + p) for p in range(len(texts))],
     )
 
 

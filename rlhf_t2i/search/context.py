@@ -15,12 +15,12 @@ from torch import Tensor
 from rlhf_t2i.advantages import standardised_sum_of_groups
 from rlhf_t2i.diffusion.gaussian import sample
 from rlhf_t2i.rewards.load import WeightedSum, as_checked, as_weighted_sum
-from rlhf_t2i.types import Conditioning, DiffusionModel, Prediction, Reward, Sampler
+from rlhf_t2i.types import Conditioning, DiffusionModel, MetadataReward, Prediction, Reward, Sampler
 
 ResultT = TypeVar("ResultT")
 
 
-RewardFunction = Reward | WeightedSum
+RewardFunction = Reward | MetadataReward | WeightedSum
 """A reward, or a weighted sum of rewards that also returns each of them by name."""
 
 
@@ -28,7 +28,7 @@ RewardFunction = Reward | WeightedSum
 class Veto:
     """A reward and a threshold: an image with a lower score is selected only if all images of its prompt are vetoed."""
 
-    reward: Reward
+    reward: Reward | MetadataReward
     threshold: float
 
 
@@ -209,7 +209,7 @@ class SearchContext:
             images, texts = self.model.decode(latents[rows]).clamp(0, 1), [row_prompts[int(i)] for i in rows]
             scores = call_reward(self.reward, images, texts)
             if active_veto is not None:
-                scores["veto"] = active_veto.reward(images, texts)
+                scores["veto"] = as_checked(active_veto.reward)(images, texts)
             return images.cpu(), {name: values.float().cpu() for name, values in scores.items()}
 
         parts = self.in_batches(len(latents), work)

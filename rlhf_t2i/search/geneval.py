@@ -12,7 +12,7 @@ prompt:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from rlhf_t2i.data.prompt_files import read_rows
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import PROMPT_METADATA, SEARCH_SAMPLES
+from rlhf_t2i.prompts import Prompt, metadata_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,19 @@ class GenevalPrompt:
 
 def load_geneval(path: Path) -> list[GenevalPrompt]:
     """Read a GenEval prompt file; ValueError, with the line number, for a line that its scorer could not use."""
-    return [_prompt(row.fields, row.where) for row in read_rows(str(path))]
+    return [_prompt(row.metadata, row.where) for row in read_rows(str(path))]
 
 
-def metadata_of(source: str, prompts: list[str]) -> list[dict[str, Any]]:
-    """Return the metadata to write beside the images of each prompt: its GenEval line if there is one, or its text."""
-    path = Path(source)
-    if path.suffix == ".jsonl" and '"include"' in path.read_text(encoding="utf-8"):
-        return [dict(row.line) for row in load_geneval(path)]
-    return [{"prompt": prompt} for prompt in prompts]
+def rows_to_write(prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the metadata to write beside the images of each prompt, its row.
+
+    Raises ValueError, with its place, for a row with `include` that GenEval's scorer could not use.
+    """
+    rows = metadata_of(prompts)
+    for prompt, row in zip(prompts, rows, strict=True):
+        if "include" in row:
+            _prompt(row, prompt.where if isinstance(prompt, Prompt) else repr(prompt))
+    return rows
 
 
 def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:

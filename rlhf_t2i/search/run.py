@@ -33,9 +33,11 @@ from rlhf_t2i.output.run_folder import (
     search_record,
 )
 from rlhf_t2i.rewards.load import WeightedSum, as_weighted_sum, load_reward, load_rewards
+from rlhf_t2i.rewards.rows import check_prompts
+from rlhf_t2i.rewards.terms import join_terms
 from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.search.context import Candidates, Cost, SearchContext, Veto
-from rlhf_t2i.search.geneval import metadata_of, write_metadata
+from rlhf_t2i.search.geneval import rows_to_write, write_metadata
 from rlhf_t2i.search.records import SearchRecord, read_records, summary
 from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PROMPTS, measure_reward_std
 from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for, seed_for
@@ -202,11 +204,13 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float, standardise: 
     """
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
+    prompts = load_prompts(config.prompts, held_out=True)
+    for names_of_rewards in (config.rewards, config.veto and join_terms([config.veto]), config.evaluation_rewards):
+        check_prompts(names_of_rewards or "", prompts)
+    metadata = rows_to_write(prompts)
     rewards = load_rewards(config.rewards, finite=False)
     veto = Veto(load_reward(config.veto, finite=False), config.veto_below) if config.veto else None
     evaluation_rewards = load_rewards(config.evaluation_rewards) if names(config.evaluation_rewards) else None
-    prompts = load_prompts(config.prompts, held_out=True)
-    metadata = metadata_of(config.prompts, prompts)
     for each in (rewards, evaluation_rewards, veto and as_weighted_sum(veto.reward)):
         if each is not None:
             try_rewards(each, prompts)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf_t2i.output.run_folder import read_run_info, update_run_info
 from rlhf_t2i.passed import passed
+from rlhf_t2i.prompts import metadata_of
 from rlhf_t2i.rewards.load import CheckedReward
 from rlhf_t2i.training.prompt_sets import PromptSets
 from rlhf_t2i.training.run import Run
@@ -25,8 +26,8 @@ def record_fingerprints(run: Run, prompts: PromptSets) -> None:
     Raises ValueError, naming what has changed, if a checkpoint is resumed and they are not those of its run.
     """
     found = {
-        "prompts": _digest(json.dumps(prompts.training)),
-        "evaluation_prompts": _digest(json.dumps(prompts.evaluation)),
+        "prompts": _digest(json.dumps(metadata_of(prompts.training))),
+        "evaluation_prompts": _digest(json.dumps(metadata_of(prompts.evaluation))),
         **{f"the reward {name}": reward_fingerprint(reward) for name, reward in passed().rewards.items()},
     }
     if run.resumed_from is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 from rlhf_t2i.models.table import same_model
 from rlhf_t2i.output.run_folder import REPORT
 from rlhf_t2i.passed import PassedObjects, passing
+from rlhf_t2i.prompts import as_prompts
 from rlhf_t2i.rewards.load import WeightedSum, as_checked
 from rlhf_t2i.rewards.table import reward_names
 from rlhf_t2i.rewards.terms import join_terms
@@ -24,7 +25,7 @@ from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.shapes.names import TOY_MODELS
 from rlhf_t2i.training.claim import remove_failed_starts
 from rlhf_t2i.training.metrics import Row, by_step, read_metrics, trained_rewards
-from rlhf_t2i.types import Reward
+from rlhf_t2i.types import MetadataReward, Reward
 
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig, contravariant=True)
 PROMPTS = "prompts given in Python"
@@ -76,8 +77,8 @@ class Train(Protocol[ConfigT]):
         config: ConfigT,
         *,
         pipeline: Any = None,
-        prompts: Sequence[str] | None = None,
-        reward: Reward | WeightedSum | str | None = None,
+        prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        reward: Reward | MetadataReward | WeightedSum | str | None = None,
     ) -> TrainingResult: ...
 
 
@@ -88,17 +89,18 @@ def from_python(main: Callable[[ConfigT], Path]) -> Train[ConfigT]:
         config: ConfigT,
         *,
         pipeline: Any = None,
-        prompts: Sequence[str] | None = None,
-        reward: Reward | WeightedSum | str | None = None,
+        prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        reward: Reward | MetadataReward | WeightedSum | str | None = None,
     ) -> TrainingResult:
         """Train a diffusion model in this process; return its metrics and the tuned pipeline.
 
         `pipeline` is a loaded diffusers pipeline, whose denoiser is trained in place, or the folder or Hub id of one;
-        without it `config.model` is loaded. `prompts` are texts to train on, of which a part is held back for
-        evaluation unless the config (or a built-in model) has evaluation_prompts. `reward` is a function of images and
-        prompts, a sum that `load_rewards` returned, or names. They precede the options model, prompts and rewards of
-        `config`, and options that were not given get the defaults of the pipeline's family. Raises ValueError for what
-        cannot work, before anything is sampled.
+        without it `config.model` is loaded. `prompts` are texts to train on, or rows with the text under "prompt", of
+        which a part is held back for evaluation unless the config (or a built-in model) has evaluation_prompts.
+        `reward` is a function of images and prompts, perhaps also of `metadata` (the rows), a sum that `load_rewards`
+        returned, or names. They precede the options model, prompts and rewards of `config`, and options that were not
+        given get the defaults of the pipeline's family. Raises ValueError for what cannot work, before anything is
+        sampled.
 
         An error, or a second Ctrl-C, leaves the pipeline without a LoRA; all weights of a denoiser, if these are
         trained, are then those of the last step. The first Ctrl-C ends training after the current step.
@@ -136,7 +138,9 @@ def _missing_text(config: TrainerConfig) -> str:
 
 
 def _named(
-    pipeline: Any, prompts: Sequence[str] | None, reward: Reward | WeightedSum | str | None
+    pipeline: Any,
+    prompts: Sequence[str | Mapping[str, Any]] | None,
+    reward: Reward | MetadataReward | WeightedSum | str | None,
 ) -> tuple[dict[str, str], PassedObjects]:
     """Return values of the options model, prompts and rewards, and the objects that these name."""
     names: dict[str, str] = {}
@@ -148,8 +152,8 @@ def _named(
         pipelines[names["model"]] = pipeline
     texts: dict[str, Sequence[str]] = {}
     if prompts is not None:
-        names["prompts"], texts[PROMPTS] = PROMPTS, _checked_prompts(prompts)
-    rewards: dict[str, Reward] = {}
+        names["prompts"], texts[PROMPTS] = PROMPTS, as_prompts(prompts)
+    rewards: dict[str, Reward | MetadataReward] = {}
     if isinstance(reward, str):
         names["rewards"] = reward
     elif isinstance(reward, WeightedSum):
@@ -159,14 +163,6 @@ def _named(
         name = _reward_name(reward)
         names["rewards"], rewards[name] = join_terms([name]), reward
     return names, PassedObjects(pipelines, texts, rewards)
-
-
-def _checked_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts as a list, without surrounding blanks; ValueError for anything but texts."""
-    found = [] if isinstance(prompts, str) else list(prompts)
-    if not found or not all(isinstance(prompt, str) and prompt.strip() for prompt in found):
-        raise ValueError(f"prompts is {prompts!r}; it must be a list of texts, such as ['a fox'].")
-    return [prompt.strip() for prompt in found]
 
 
 def _model_name(pipeline: Any) -> str:
@@ -184,7 +180,7 @@ def _model_name(pipeline: Any) -> str:
     return next((name for name in TOY_MODELS if same_model(name, source)), source)
 
 
-def _reward_name(reward: Reward) -> str:
+def _reward_name(reward: Reward | MetadataReward) -> str:
     """Return `module:function` for a function that can be imported, so that others can resume the run, or its name."""
     module, function = getattr(reward, "__module__", None), getattr(reward, "__qualname__", "")
     if module not in (None, "__main__") and getattr(sys.modules.get(str(module)), function, None) is reward:

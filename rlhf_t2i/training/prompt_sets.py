@@ -11,6 +11,8 @@ import torch
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import EVALUATION_PROMPTS
+from rlhf_t2i.prompts import metadata_of
+from rlhf_t2i.rewards.rows import check_prompts
 from rlhf_t2i.settings.groups import TrainerConfig
 
 _SHARE = 10
@@ -55,7 +57,7 @@ class PromptSets:
     def save(self, folder: Path) -> None:
         """Write the evaluation prompts into a run folder, if no file names them."""
         if self.chosen_here:
-            rows = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in self.evaluation)
+            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in metadata_of(self.evaluation))
             write_atomically(folder / EVALUATION_PROMPTS, rows)
 
 
@@ -63,9 +65,18 @@ def load_prompt_sets(config: TrainerConfig) -> PromptSets:
     """Load both sets of prompts. Without evaluation_prompts, a tenth of the distinct prompts is held back, at most 64.
 
     The choice depends on the prompts alone, so that runs with other seeds are evaluated on the same ones. A single
-    prompt is trained and evaluated on. Raises what `load_prompts` raises.
+    prompt is trained and evaluated on. Raises what `load_prompts` raises, and ValueError, with its place, for a row
+    without what a reward that scores it needs.
     """
     config.check_complete()
+    sets = _prompt_sets(config)
+    if "rewards" not in config.unused():
+        check_prompts(config.scored_rewards, sets.training)
+    check_prompts(config.evaluation_rewards, sets.evaluation)
+    return sets
+
+
+def _prompt_sets(config: TrainerConfig) -> PromptSets:
     training = load_prompts(config.prompts) if config.prompts else []
     if config.evaluation_prompts is not None:
         return PromptSets(training, load_prompts(config.evaluation_prompts, held_out=True), chosen_here=False)
