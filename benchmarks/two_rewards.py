@@ -32,6 +32,7 @@ def change(name: Literal["sum", "gdpo"], seed: int, arguments: argparse.Namespac
         flow_grpo.Config(
             rewards=f"{QUIET},{LOUD}", evaluation_rewards="oracle_pass", prompts_per_step=8, images_per_prompt=8,
             num_steps=arguments.num_steps, evaluate_every=0, checkpoint_every=0, num_cpu_threads=1, seed=seed,
+            learning_rate=6e-4,
             num_evaluation_images=arguments.num_evaluation_images,
             run_folder=str(arguments.output_folder / f"{name}-{seed}"), combine_rewards=name,
         )
@@ -46,9 +47,9 @@ def change(name: Literal["sum", "gdpo"], seed: int, arguments: argparse.Namespac
 def main() -> None:
     """Train by each method with each seed and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--num_steps", type=int, default=20)
+    parser.add_argument("--num_steps", type=int, default=6)
     parser.add_argument("--num_seeds", type=int, default=3)
-    parser.add_argument("--num_evaluation_images", type=int, default=136)
+    parser.add_argument("--num_evaluation_images", type=int, default=68)
     parser.add_argument("--output_folder", type=Path, default=Path("runs/two_rewards"))
     arguments = parser.parse_args()
     lines = ["| combine_rewards | change of the oracle | change of minus bytes |", "|---|---|---|"]

@@ -121,11 +121,21 @@ def blip_tensors() -> dict[str, Tensor]:
     return {**draw(shapes), **unused}
 
 
+def aesthetic_tensors() -> dict[str, Tensor]:
+    """Five linear layers on the 16 numbers of a tiny CLIP's embedding."""
+    widths, shapes = (16, 12, 8, 6, 4, 1), dict[str, tuple[int, ...]]()
+    for i, number in enumerate((0, 2, 4, 6, 7)):
+        shapes |= linear(f"layers.{number}", widths[i + 1], widths[i])
+    return draw(shapes)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """clip/ in transformers' layout, hps/ in open_clip's, image_reward/ as published."""
+    """clip/ in transformers' layout, hps/ in open_clip's, image_reward/ and aesthetic/ as published."""
     root = tmp_path_factory.mktemp("scorers")
     make_clip(root / "clip")
+    shutil.copytree(root / "clip", root / "aesthetic")
+    torch.save(aesthetic_tensors(), root / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth")
     for name, file in (("hps", "HPS_v2.1_compressed.pt"), ("image_reward", "ImageReward.pt")):
         (root / name).mkdir()
         save_tokenizer(root / name)
@@ -277,6 +287,19 @@ def test_image_reward_equals_the_published_network(folder: Path, scorer: Callabl
     scores = scorer("image_reward").score(IMAGES, PROMPTS)
     assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
     assert scores.std() > 0.05
+
+
+def test_the_aesthetic_score_is_linear_in_the_normalised_embedding(
+    folder: Path, scorer: Callable[[str], PointwiseScorer]
+) -> None:
+    model = CLIPModel.from_pretrained(folder / "clip")
+    embeddings = model.get_image_features(pixel_values=clip_pixels(IMAGES)).pooler_output.double()
+    expected, head = embeddings / embeddings.square().sum(1, keepdim=True).sqrt(), Named(aesthetic_tensors())
+    for number in (0, 2, 4, 6, 7):
+        expected = head.linear(f"layers.{number}", expected)
+    scores = scorer("aesthetic").score(IMAGES, PROMPTS)
+    assert_close(scores.double(), expected[:, 0], rtol=1e-5, atol=1e-5)
+    assert scores.std() > 0.01
 
 
 def test_clip_score_is_the_clamped_cosine(scorer: Callable[[str], PointwiseScorer]) -> None:
@@ -489,6 +512,24 @@ def test_missing_weights_are_named(name: str, key: str, why: str, broken: Callab
     where = broken(name, lambda tensors: tensors.pop(key))
     with pytest.raises(ValueError, match=why):
         load_scorer(f"{name}:{where}")
+
+
+def test_the_layers_of_an_aesthetic_predictor_must_fit_the_clip_beside_them(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder / "aesthetic", tmp_path / "aesthetic"))
+    (file,) = copy.glob("*.pth")
+    whole = aesthetic_tensors()
+    for tensors, why in (
+        ({name: t for name, t in whole.items() if name != "layers.4.weight"}, "lacks 'layers.4.weight' of the aes"),
+        (whole | {"layers.0.weight": torch.zeros(12, 768)}, "take embeddings of 768 numbers, .* beside it has 16"),
+        (whole | {"layers.1.weight": torch.zeros(1)}, "has the unexpected tensor layers.1.weight"),
+    ):
+        torch.save(tensors, file)
+        file = file.rename(copy / f"{len(why)}.pth")  # another file, as a loaded one is kept
+        with pytest.raises(ValueError, match=why):
+            load_scorer(f"aesthetic:{copy}")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"needs one \.pth file of linear layers, and the files of openai/clip"):
+        load_scorer(f"aesthetic:{copy}")
 
 
 @pytest.mark.parametrize("name", ["hps", "image_reward"])

@@ -1,4 +1,4 @@
-"""Scorers of other projects (CLIP, PickScore, HPSv2, ImageReward, VQAScore), differentiable, in float32.
+"""Scorers of other projects (CLIP, PickScore, HPSv2, ImageReward, aesthetics, VQAScore), differentiable, in float32.
 
 One file a scorer, all behind `PointwiseScorer.score(images, prompts)`; `load` has the table of names.
 """

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from reward_model.scorers.pointwise import PointwiseScorer, ScoreFunction
 
-ScorerName = Literal["clip", "clip_score", "pick_score", "hps", "image_reward", "vqa_score"]
+ScorerName = Literal["clip", "clip_score", "pick_score", "hps", "image_reward", "aesthetic", "vqa_score"]
 NAMES: tuple[str, ...] = get_args(ScorerName)
 
 
@@ -40,6 +40,10 @@ def load_function(specification: str) -> ScoreFunction:
             from reward_model.scorers.image_reward import load_image_reward
 
             return load_image_reward(path)
+        case "aesthetic":
+            from reward_model.scorers.aesthetic import load_aesthetic
+
+            return load_aesthetic(path)
         case "vqa_score":
             from reward_model.scorers.vqa_score import load_vqa_score
 

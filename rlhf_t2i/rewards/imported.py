@@ -29,7 +29,7 @@ def import_reward(reward: str) -> Callable[..., Any]:
     found, name, arguments = _find(reward)
     if arguments is None:
         return as_callable(found, reward)
-    positional, named = _literals(arguments, reward)
+    positional, named = literals(arguments, reward)
     if inspect.isclass(found):
         _check_arguments(found, reward, *positional, **named)
         return as_callable(_instance(found, arguments), reward)
@@ -88,7 +88,7 @@ def _metadata(function: Callable[..., Any]) -> dict[str, str]:
 @cache
 def _instance(kind: type, arguments: str) -> Any:
     """Instantiate a class once in a process, so that training and evaluation share its memory."""
-    positional, named = _literals(arguments, kind.__name__)
+    positional, named = literals(arguments, kind.__name__)
     return kind(*positional, **named)
 
 
@@ -106,7 +106,7 @@ def _check_arguments(function: Any, reward: str, *positional: Any, **named: Any)
         raise ValueError(f"The reward {reward!r} cannot be called with ({called}): {error}.{hint}") from error
 
 
-def _literals(arguments: str, reward: str) -> tuple[list[Any], dict[str, Any]]:
+def literals(arguments: str, reward: str) -> tuple[list[Any], dict[str, Any]]:
     """Return the values of a call's arguments, which must be Python literals."""
     try:
         match ast.parse(f"f({arguments})", mode="eval").body:

@@ -1,4 +1,4 @@
-"""Scorers of other projects (CLIPScore, PickScore, HPS, ImageReward, VQAScore) as rewards.
+"""Scorers of other projects (CLIPScore, PickScore, HPS, ImageReward, aesthetics, VQAScore) as rewards.
 
 This module and `llava_reward` are the only ones under rewards/ that import `reward_model`.
 """

@@ -53,15 +53,17 @@ def _built_in_llava_reward(_: str, __: bool) -> Any:
 
 def _llava_reward(path: str, _: bool) -> Any:
     from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
+    from rlhf_t2i.rewards.placement import placed
 
-    return LlavaRewardFunction(path)
+    return placed(LlavaRewardFunction, path)
 
 
 def _scorer(name: str) -> Loader:
     def load(path: str, _: bool) -> Any:
+        from rlhf_t2i.rewards.placement import placed
         from rlhf_t2i.rewards.scorers import load_function
 
-        return load_function(f"{name}:{path}")
+        return placed(lambda path: load_function(f"{name}:{path}"), path)
 
     return load
 
@@ -127,6 +129,10 @@ REWARDS = (
     RewardEntry("pick_score:PATH", _scorer("pick_score"), True, "PickScore v1, the logit of its CLIP"),
     RewardEntry("hps:PATH", _scorer("hps"), True, "HPSv2 or HPSv2.1, a cosine in [-1, 1]"),
     RewardEntry("image_reward:PATH", _scorer("image_reward"), True, "ImageReward v1, about a standard normal"),
+    RewardEntry("aesthetic:PATH", _scorer("aesthetic"), True, "LAION's aesthetic predictor, about 1 to 10"),
+    RewardEntry(
+        "nudity", function("rlhf_t2i.rewards.nudity", "nudity"), False, "1 - the highest score of a naked part"
+    ),
     RewardEntry("vqa_score:PATH", _scorer("vqa_score"), True, "VQAScore of a multimodal LLM, a probability in [0, 1]"),
     IMPORTED,
     REMOTE,

@@ -1,0 +1,66 @@
+"""A batch size and a device of its own for a reward: `hps:PATH(batch_size=8, device="cuda:1")`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_t2i.rewards.imported import literals
+from rlhf_t2i.types import Reward
+
+_WITH_ARGUMENTS = re.compile(r"(?P<path>.+?)\((?P<arguments>[^()]*)\)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A reward that is called with at most `batch_size` images at once, on a device of its own."""
+
+    function: Reward
+    batch_size: int | None
+    """None is all images of a call."""
+    device: torch.device | None
+    """None is that of the images."""
+
+    def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """Return the scores on the device of the images, with the gradient of the reward."""
+        device, size = self.device or images.device, self.batch_size or max(len(images), 1)
+        starts = range(0, max(len(images), 1), size)
+        parts = [
+            self.function(images[start : start + size].to(device), prompts[start : start + size]) for start in starts
+        ]
+        return torch.cat(parts).to(images.device)
+
+
+def placed(load: Callable[[str], Any], argument: str) -> Any:
+    """Load the reward of PATH, or of PATH(batch_size=8, device="cuda:1"), either of which may be missing.
+
+    Raises ValueError for another argument and for a device that this machine does not have.
+    """
+    found = None if Path(argument).exists() else _WITH_ARGUMENTS.fullmatch(argument)
+    if found is None:
+        return load(argument)
+    positional, named = literals(found["arguments"], argument)
+    size, device = named.pop("batch_size", None), named.pop("device", None)
+    is_size = size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
+    if positional or named or not is_size or not isinstance(device, str | None):
+        raise ValueError(
+            f"({found['arguments']}) is no placement of a reward; write PATH(batch_size=8, device='cuda:1'), with a "
+            f"batch_size of at least 1."
+        )
+    return Placed(load(found["path"]), size, _device(device) if device is not None else None)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"The device {name!r} of a reward cannot be used: {str(error).splitlines()[0]}") from error
+    return device
