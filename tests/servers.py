@@ -70,6 +70,8 @@ class Scripted:
     responses: list[Response | None]
     times: list[float] = field(default_factory=list)
     """When each request came."""
+    requests: list[Any] = field(default_factory=list)
+    """What each POST with JSON held, and the path of each GET."""
     address: str = ""
 
 
@@ -81,7 +83,9 @@ def scripted(*responses: Response | None, port: int = 0) -> Iterator[Scripted]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             script.times.append(time.monotonic())
-            self.rfile.read(int(self.headers["Content-Length"]))
+            body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+            is_json = "json" in self.headers.get("Content-Type", "")
+            script.requests.append(json.loads(body) if is_json else self.path)
             response = script.responses[min(len(script.times), len(script.responses)) - 1]
             if response is None:
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -91,9 +95,12 @@ def scripted(*responses: Response | None, port: int = 0) -> Iterator[Scripted]:
             for name, value in headers.items():
                 self.send_header(name, value.replace("ECHO", self.headers.get("Authorization", "")))
             body = text.replace("ECHO", self.headers.get("Authorization", "")).encode()
-            self.send_header("Content-Length", str(len(body)))
+            if "Content-Length" not in headers:  # a larger one than the body's is half a response
+                self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        do_GET = do_POST  # noqa: N815
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

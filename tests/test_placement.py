@@ -58,9 +58,9 @@ def test_a_path_without_arguments_or_with_parentheses_in_its_name_stays(tmp_path
         assert placed(lambda path: path, path) == path
 
 
-@pytest.mark.parametrize("arguments", ["size=2", "batch_size=0", "batch_size='a'", "batch_size=True", "3", "device=1"])
+@pytest.mark.parametrize("arguments", ["size=2", "batch_size=0", "batch_size='a'", "batch_size=True", "device=1"])
 def test_other_arguments_are_refused(arguments: str) -> None:
-    with pytest.raises(ValueError, match=r"is no placement of a reward; write PATH\(batch_size=8"):
+    with pytest.raises(ValueError, match=r"are no placement of a reward; write PATH\(batch_size=8"):
         placed(lambda path: path, f"models/x({arguments})")
 
 

@@ -43,18 +43,31 @@ def placed(load: Callable[[str], Any], argument: str) -> Any:
 
     Raises ValueError for another argument and for a device that this machine does not have.
     """
-    found = None if Path(argument).exists() else _WITH_ARGUMENTS.fullmatch(argument)
-    if found is None:
-        return load(argument)
-    positional, named = literals(found["arguments"], argument)
+    path, named = path_and_arguments(argument)
+    if not named:
+        return load(path)
     size, device = named.pop("batch_size", None), named.pop("device", None)
     is_size = size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
-    if positional or named or not is_size or not isinstance(device, str | None):
+    if named or not is_size or not isinstance(device, str | None):
         raise ValueError(
-            f"({found['arguments']}) is no placement of a reward; write PATH(batch_size=8, device='cuda:1'), with a "
-            f"batch_size of at least 1."
+            f"{argument!r} has arguments that are no placement of a reward; write PATH(batch_size=8, device='cuda:1'), "
+            f"with a batch_size of at least 1."
         )
-    return Placed(load(found["path"]), size, _device(device) if device is not None else None)
+    return Placed(load(path), size, _device(device) if device is not None else None)
+
+
+def path_and_arguments(argument: str) -> tuple[str, dict[str, Any]]:
+    """Return the parts of PATH(name=value); a path that exists with parentheses in its name has no arguments.
+
+    Raises ValueError for arguments without names or that are no Python literals.
+    """
+    found = None if Path(argument).exists() else _WITH_ARGUMENTS.fullmatch(argument)
+    if found is None:
+        return argument, {}
+    positional, named = literals(found["arguments"], argument)
+    if positional:
+        raise ValueError(f"The arguments ({found['arguments']}) of {found['path']!r} need names, as in (batch_size=8).")
+    return found["path"], named
 
 
 def _device(name: str) -> torch.device:

@@ -90,7 +90,7 @@ class RemoteReward:
                 f"timeout ({timeout:g}) and attempt_timeout ({attempt_timeout:g}) must be positive seconds, and "
                 f"part_size ({part_size}) at least 1 image."
             )
-        self.servers = [_Server(_address(server.strip())) for server in servers.split("|")]
+        self.servers = [_Server(address(server.strip())) for server in servers.split("|")]
         self.timeout, self.attempt_timeout, self.part_size = timeout, attempt_timeout, part_size
         self.pixels, self.finite = pixels, finite
         self._certificates = ssl.create_default_context()
@@ -103,7 +103,7 @@ class RemoteReward:
         """
         if not len(images):
             return images.new_zeros(0, dtype=torch.float32)
-        return _run(self._score(images.detach().cpu(), list(prompts))).to(images.device)
+        return run(self._score(images.detach().cpu(), list(prompts))).to(images.device)
 
     async def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         parts: asyncio.Queue[range] = asyncio.Queue()
@@ -208,9 +208,10 @@ def _shown(response: httpx.Response) -> str:
     return kind + text if text else "an empty body"
 
 
-def _address(text: str) -> str:
+def address(text: str, *, key: str = TOKEN_VARIABLE) -> str:
+    """Return the address of a server without a slash at its end; ValueError if it is none."""
     if "@" in text:  # not shown, because of the password
-        raise ValueError(f"The address of a reward server takes no user or password; set {TOKEN_VARIABLE} instead.")
+        raise ValueError(f"The address of a reward server takes no user or password; set {key} instead.")
     try:
         parts = urlsplit(text)
         works = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and text.split() == [text]
@@ -221,7 +222,7 @@ def _address(text: str) -> str:
     return text.rstrip("/")
 
 
-def _run(work: Coroutine[Any, Any, Tensor]) -> Tensor:
+def run(work: Coroutine[Any, Any, Tensor]) -> Tensor:
     """Run a coroutine to its end, also inside a running event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()

@@ -21,7 +21,7 @@ class RewardEntry:
     """One row of the table."""
 
     name: str
-    """NAME, NAME:PATH, module:function or http://HOST:PORT, as written on the command line."""
+    """NAME, NAME:PATH, NAME:URL, module:function or http://HOST:PORT, as written on the command line."""
     load: Loader
     differentiable: bool | None
     """True if the gradient reaches the pixels; None if that is tested on a random image when a recipe needs it."""
@@ -33,8 +33,8 @@ class RewardEntry:
 
     @property
     def takes_path(self) -> bool:
-        """True for NAME:PATH."""
-        return self.name.endswith(":PATH")
+        """True for NAME:PATH and NAME:URL."""
+        return self.name.endswith((":PATH", ":URL"))
 
 
 # --- loaders --------------------------------------------------------------------------------------
@@ -66,6 +66,12 @@ def _scorer(name: str) -> Loader:
         return placed(lambda path: load_function(f"{name}:{path}"), path)
 
     return load
+
+
+def _vlm(argument: str, _: bool = True) -> Any:
+    from rlhf_t2i.rewards.vlm import load_vlm
+
+    return load_vlm(argument)
 
 
 def _imported(name: str, _: bool) -> Any:
@@ -134,6 +140,7 @@ REWARDS = (
         "nudity", function("rlhf_t2i.rewards.nudity", "nudity"), False, "1 - the highest score of a naked part"
     ),
     RewardEntry("vqa_score:PATH", _scorer("vqa_score"), True, "VQAScore of a multimodal LLM, a probability in [0, 1]"),
+    RewardEntry("vlm:URL", _vlm, False, "answer of a VLM at an OpenAI-compatible server, in [0, 1]", _vlm),
     IMPORTED,
     REMOTE,
 )
@@ -150,7 +157,7 @@ def find_reward(name: str) -> tuple[RewardEntry, str]:
     for entry in REWARDS:
         if not entry.takes_path and name == entry.name:
             return entry, ""
-        if colon and entry.name == f"{prefix}:PATH":
+        if colon and entry.name in (f"{prefix}:PATH", f"{prefix}:URL"):
             return entry, path
     if colon:
         return IMPORTED, name
