@@ -41,13 +41,20 @@ class VqaScore:
         return self.backbone.model
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        self.model.to(images.device)
         questions = [QUESTION.format(prompt) for prompt in prompts]
-        inputs = self.backbone.prepare(list(images.to(self.model.dtype)), questions)
-        output = self.backbone.forward({key: tensor.to(images.device) for key, tensor in inputs.items()})
-        last = last_real_token(output.hidden, output.hidden_mask)
-        logits = F.linear(last, self.model.lm_head.weight)
-        return torch.log_softmax(logits, dim=-1)[:, self.answer_id].exp()
+        return first_token_log_probs(self.backbone, images, questions)[:, self.answer_id].exp()
+
+
+def first_token_log_probs(
+    backbone: Backbone, images: Float[Tensor, "B 3 Y X"], questions: Sequence[str]
+) -> Float[Tensor, "B V"]:
+    """Return the log-probability of each token of the vocabulary as the first of the model's answer."""
+    model: Any = backbone.model
+    model.to(images.device)
+    inputs = backbone.prepare(list(images.to(model.dtype)), questions)
+    output = backbone.forward({key: tensor.to(images.device) for key, tensor in inputs.items()})
+    last = last_real_token(output.hidden, output.hidden_mask)
+    return torch.log_softmax(F.linear(last, model.lm_head.weight), dim=-1)
 
 
 @cache

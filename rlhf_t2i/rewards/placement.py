@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_t2i.rewards.imported import literals
-from rlhf_t2i.types import Reward
+from rlhf_t2i.rewards.imported import literals, takes_metadata
+from rlhf_t2i.types import MetadataReward, Reward
 
 _WITH_ARGUMENTS = re.compile(r"(?P<path>.+?)\((?P<arguments>[^()]*)\)", re.DOTALL)
 
@@ -38,14 +39,36 @@ class Placed:
         return torch.cat(parts).to(images.device)
 
 
-def placed(load: Callable[[str], Any], argument: str) -> Any:
+@dataclass(frozen=True, slots=True)
+class PlacedWithMetadata:
+    """A reward with a parameter `metadata` that is called as `Placed` is."""
+
+    function: MetadataReward
+    batch_size: int | None
+    device: torch.device | None
+
+    def __call__(
+        self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], metadata: list[dict[str, Any]]
+    ) -> Float[Tensor, " B"]:
+        """Return the scores on the device of the images, with the gradient of the reward."""
+        rows = iter(metadata)
+
+        def of_batch(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return self.function(images, prompts, list(islice(rows, len(prompts))))
+
+        return Placed(of_batch, self.batch_size, self.device)(images, prompts)
+
+
+def placed(load: Callable[..., Any], argument: str, *, options: Sequence[str] = ()) -> Any:
     """Load the reward of PATH, or of PATH(batch_size=8, device="cuda:1"), either of which may be missing.
 
-    Raises ValueError for another argument and for a device that this machine does not have.
+    Arguments that `options` names are passed to `load`. Raises ValueError for another argument and for a device that
+    this machine does not have.
     """
     path, named = path_and_arguments(argument)
+    given = {name: named.pop(name) for name in options if name in named}
     if not named:
-        return load(path)
+        return load(path, **given)
     size, device = named.pop("batch_size", None), named.pop("device", None)
     is_size = size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
     if named or not is_size or not isinstance(device, str | None):
@@ -53,7 +76,9 @@ def placed(load: Callable[[str], Any], argument: str) -> Any:
             f"{argument!r} has arguments that are no placement of a reward; write PATH(batch_size=8, device='cuda:1'), "
             f"with a batch_size of at least 1."
         )
-    return Placed(load(path), size, _device(device) if device is not None else None)
+    reward = load(path, **given)
+    kind = PlacedWithMetadata if takes_metadata(reward) else Placed
+    return kind(reward, size, _device(device) if device is not None else None)
 
 
 def path_and_arguments(argument: str) -> tuple[str, dict[str, Any]]:

@@ -6,5 +6,6 @@ This module and `llava_reward` are the only ones under rewards/ that import `rew
 from __future__ import annotations
 
 from reward_model.scorers.load import load_function
+from reward_model.scorers.soft_tifa import SoftTifa, load_soft_tifa
 
-__all__ = ["load_function"]
+__all__ = ["SoftTifa", "load_function", "load_soft_tifa"]

@@ -68,6 +68,19 @@ def _scorer(name: str) -> Loader:
     return load
 
 
+def _soft_tifa(path: str, _: bool) -> Any:
+    from rlhf_t2i.rewards.placement import placed
+    from rlhf_t2i.rewards.scorers import load_soft_tifa
+
+    return placed(load_soft_tifa, path, options=("aggregate",))
+
+
+def _soft_tifa_class(_: str) -> Any:
+    from rlhf_t2i.rewards.scorers import SoftTifa
+
+    return SoftTifa
+
+
 def _vlm(argument: str, _: bool = True) -> Any:
     from rlhf_t2i.rewards.vlm import load_vlm
 
@@ -140,6 +153,13 @@ REWARDS = (
         "nudity", function("rlhf_t2i.rewards.nudity", "nudity"), False, "1 - the highest score of a naked part"
     ),
     RewardEntry("vqa_score:PATH", _scorer("vqa_score"), True, "VQAScore of a multimodal LLM, a probability in [0, 1]"),
+    RewardEntry(
+        "soft_tifa:PATH",
+        _soft_tifa,
+        True,
+        "Soft-TIFA of GenEval 2: mean probability of the answers to the questions of a prompt, in [0, 1]",
+        _soft_tifa_class,
+    ),
     RewardEntry("vlm:URL", _vlm, False, "answer of a VLM at an OpenAI-compatible server, in [0, 1]", _vlm),
     IMPORTED,
     REMOTE,
