@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,22 @@ from typing import Any
 from rlhf_t2i.settings.ddpo import Config as DdpoConfig
 from rlhf_t2i.settings.groups import TrainerConfig
 from tests import processes
+from tests.runs import REDNESS, as_for_toy_models
 
 ROOT = Path(__file__).parent.parent
-SMALL_DDPO = DdpoConfig(
-    prompts_per_step=4, images_per_prompt=4, microbatch_size=8, num_minibatches=2, rewards="oracle",
-    lora_rank=4, kl_weight=0.1, ema_decay=0.5, num_steps=3, checkpoint_every=1, keep_checkpoints=3,
-    num_evaluation_images=8, evaluate_every=0, evaluation_rewards="oracle", num_cpu_threads=1,
-)  # fmt: skip
-"""Three steps of the toy model by oracle, in batches that two processes share."""
+
+
+def small_ddpo(model: Path, run_folder: Path) -> DdpoConfig:
+    """Three steps of a tiny model with a LoRA, a KL penalty and an EMA, in batches that two processes share."""
+    return DdpoConfig(
+        **as_for_toy_models(
+            model=str(model), prompts_per_step=4, images_per_prompt=4, microbatch_size=8, num_minibatches=2,
+            num_denoising_steps=4, rewards=REDNESS, evaluation_rewards=REDNESS, lora_rank=4, kl_weight=0.1,
+            learning_rate=1e-3, ema_decay=0.5, num_steps=3, checkpoint_every=1, keep_checkpoints=3,
+            num_evaluation_images=8, evaluate_every=0, num_cpu_threads=1, run_folder=str(run_folder),
+            adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
+        )
+    )  # fmt: skip
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -50,23 +60,31 @@ def start(config: TrainerConfig, *launcher: str) -> Any:
     )  # fmt: skip
 
 
+def launcher(accelerate_config: str, *options: str) -> list[str]:
+    """The start of a command: `accelerate launch` with one of accelerate_configs/."""
+    module = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{accelerate_config}"]
+    return [sys.executable, *module, *options]
+
+
 def launch_command(config: TrainerConfig, accelerate_config: str, *options: str) -> list[str]:
     """The `accelerate launch` of a recipe; `options` are those of the launcher."""
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{accelerate_config}",
-        *options, recipe_of(config), *command_line(config),
-    ]  # fmt: skip
+    return [*launcher(accelerate_config, *options), recipe_of(config), *command_line(config)]
 
 
-def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *options: str, fork: bool = True) -> Path:
+def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *options: str) -> Path:
     """Run a recipe by `accelerate launch` to its end; returns the run folder."""
-    command = launch_command(config, accelerate_config, *options)
-    if fork:
-        result = processes.run(command)
-    else:
-        result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    result = processes.run(launch_command(config, accelerate_config, *options))
     assert result.returncode == 0, result.stdout + result.stderr
     return Path(str(config.run_folder))
+
+
+def launch_in_turn(configs: Sequence[TrainerConfig], accelerate_config: str, folder: Path) -> None:
+    """Run recipes one after the other by one `accelerate launch`, which is not forked."""
+    path = folder / "configs.json"
+    path.write_text(json.dumps([[Path(recipe_of(config)).stem, asdict(config)] for config in configs]))
+    command = [*launcher(accelerate_config), "tests/recipes_in_turn.py", str(path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def num_train_rows(folder: Path) -> int:

@@ -201,3 +201,23 @@ def framed(data: bytes) -> bytes:
 def write_tfrecord(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     path.write_bytes(b"".join(framed(example(row)) for row in rows))
     return path
+
+
+def red_and_blue_pairs(folder: Path) -> Path:
+    """Write a preference file: red images are preferred to blue ones; each pair has another size."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for number in range(6):
+        images = torch.rand(2, 20 + number, 16, 3, generator=generator) / 3
+        images[0, ..., 0] += 0.6
+        images[1, ..., 2] += 0.6
+        for image, name in zip(images, ("winner", "loser"), strict=True):
+            pixels = (image * 255).to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / f"{name}_{number}.png")
+        prompt = ("a red circle", "a blue square", "a green star")[number % 3]
+        lines.append({"prompt": prompt, "winner": f"winner_{number}.png", "loser": f"loser_{number}.png"})
+    path = folder / "preferences.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path

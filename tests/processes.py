@@ -29,7 +29,8 @@ SERVER = "RLHF_T2I_TEST_SERVER"
 """Environment variable with the server's socket and the process that it ends with, as JSON."""
 _MAX_REQUEST = 2**20
 _PRELOADED = (
-    "accelerate.commands.launch", "deepspeed", "torch.distributed.run", "trl.trainer.reward_trainer",
+    "accelerate.commands.launch", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.run",
+    "trl.trainer.reward_trainer",
     "transformers:CLIPTextModel", "transformers:CLIPTokenizerFast", "transformers:T5EncoderModel",
     "transformers:LlavaForConditionalGeneration", "diffusers:StableDiffusionPipeline",
     "diffusers:StableDiffusionXLPipeline", "diffusers:StableDiffusion3Pipeline", "diffusers:FluxPipeline",

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from reward_model.datasets import load_records
-from rlhf_t2i.shapes.pairs import write_pairs
 from rlhf_t2i.shapes.scenes import all_scenes
 from tests import processes
 from tests.pages import ROOT, blocks, command_of, commands
@@ -132,17 +131,12 @@ def test_weights_are_compared_on_the_same_images_and_a_run_is_published_as_shown
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["draft", "diffusion_dpo", "diffusion_nft", "flow_grpo", "best_of_n", "fk_steering"])
+@pytest.mark.parametrize("name", ["draft", "diffusion_dpo", "diffusion_nft", "flow_grpo"])
 def test_each_other_recipe_runs_without_settings(name: str, tmp_path: Path) -> None:
-    """On the toy world; only the amount of work is given."""
-    searching = name in ("best_of_n", "fk_steering")
-    small = {"prompts": tmp_path / "prompts.txt", "images_per_prompt": 1} if searching else {
-        "num_steps": 1, "num_evaluation_images": 4,
-        **({"prompts_per_step": 4} if name == "draft" else {"prompts_per_step": 2, "images_per_prompt": 2}),
-    }  # fmt: skip
-    (tmp_path / "prompts.txt").write_text("a red circle on a blue background\n")
-    command = command_of("docs/search.md", f"recipes/{name}.py") if searching else [f"recipes/{name}.py"]
-    run([*command, *flags(**small, run_folder=tmp_path / "run")])
+    """On the toy world; only the amount of work is given. tests/test_search_recipes.py has those that search."""
+    small = {"prompts_per_step": 4} if name == "draft" else {"prompts_per_step": 2, "images_per_prompt": 2}
+    amount = flags(**small, num_steps=1, num_evaluation_images=4, run_folder=tmp_path / "run")
+    run([f"recipes/{name}.py", *amount])
     assert (tmp_path / "run" / "report.html").is_file()
 
 
@@ -220,14 +214,10 @@ def test_the_settings_for_every_perspective_train(perspective: str, tmp_path: Pa
 def test_the_built_in_reward_model_is_trained_by_the_command_without_arguments(tmp_path: Path) -> None:
     """With fewer pairs than the recipe generates, written where it looks for them."""
     folder = tmp_path / "runs" / "shapes-pairs-0"
-    write_pairs(
-        folder,
-        num_drawn_pairs=24,
-        num_generated_pairs=8,
-        num_generated_images=200,
-        num_validation_pairs=8,
+    write_toy_pairs(
+        folder, num_drawn_pairs=24, num_generated_pairs=8, num_generated_images=200, num_validation_pairs=8,
         num_test_pairs=8,
-    )
+    )  # fmt: skip
     run(["recipes/train_reward_model.py", *flags(num_steps=2, evaluate_every=2, run_folder="out")], cwd=tmp_path)
     measured = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"validation", "test_drawn"} <= measured.keys()

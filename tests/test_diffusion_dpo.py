@@ -22,7 +22,7 @@ from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.preferences import PairBatch
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generator_for
-from tests.launch import ROOT, launch
+from tests.launch import ROOT
 from tests.runs import FLAT, REDNESS, as_for_toy_models, assert_same, rows, unet_weights, weights
 
 
@@ -57,21 +57,7 @@ def config(tiny_sd: Path, tmp_path: Path) -> diffusion_dpo.Config:
 
 @pytest.fixture
 def preferences(tmp_path: Path) -> Path:
-    """A preference file: red images are preferred to blue ones; each pair has another size."""
-    generator = torch.Generator().manual_seed(0)
-    lines = []
-    for number in range(6):
-        images = torch.rand(2, 20 + number, 16, 3, generator=generator) / 3
-        images[0, ..., 0] += 0.6
-        images[1, ..., 2] += 0.6
-        for image, name in zip(images, ("winner", "loser"), strict=True):
-            pixels = (image * 255).to(torch.uint8).numpy()
-            Image.fromarray(pixels).save(tmp_path / f"{name}_{number}.png")
-        prompt = ("a red circle", "a blue square", "a green star")[number % 3]
-        lines.append({"prompt": prompt, "winner": f"winner_{number}.png", "loser": f"loser_{number}.png"})
-    path = tmp_path / "preferences.jsonl"
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return path
+    return red_and_blue_pairs(tmp_path)
 
 
 def train(config: diffusion_dpo.Config) -> Path:
@@ -208,36 +194,6 @@ def test_gradient_checkpointing_changes_no_result(config: diffusion_dpo.Config, 
     plain = train(config)
     saved = train(replace(config, gradient_checkpointing=True, run_folder=str(tmp_path / "saved")))
     assert_same(weights(plain), weights(saved), atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("source", "lora_rank"), [("sampled", None), ("file", 2)])
-def test_two_processes_give_the_update_of_one(
-    config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, lora_rank: int | None, source: str
-) -> None:
-    """The same pairs, noise and weights, on whichever process; three pairs cannot be shared equally."""
-    config = replace(config, lora_rank=lora_rank, max_gradient_norm=0.1, beta=50.0)
-    if source == "file":
-        config = replace(config, pairs=str(preferences), pairs_per_step=3, cache_folder=str(tmp_path / "cache"))
-    one = train(replace(config, run_folder=str(tmp_path / "one")))
-    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    two = launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
-    assert json.loads((two / "run.json").read_text())["processes"] == 2
-    for first, second in zip(rows(one, "train"), rows(two, "train"), strict=True):
-        for name in ("loss", "winner_error", "loser_error", "accuracy", "gradient_norm"):
-            assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-5), name
-    assert_same(weights(one), weights(two), atol=5e-5)
-    if source == "sampled":
-        for name, content in saved_pairs(one).items():
-            if name.endswith(".jsonl"):
-                assert pairs_in(content) == pairs_in(saved_pairs(two)[name])
-        assert saved_pairs(one).keys() == saved_pairs(two).keys()
-
-
-def pairs_in(content: bytes) -> list[tuple[str, str, str]]:
-    """A preference file without its scores, whose last digits may differ."""
-    found = map(json.loads, content.splitlines())
-    return [(row["prompt"], row["winner"], row["loser"]) for row in found]
 
 
 # --- resuming ---------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from rlhf_t2i.seeds import generator_for
 from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
-from tests.launch import ROOT, launch
+from tests.launch import ROOT
 from tests.runs import (
     REDNESS,
     as_for_toy_models,
@@ -133,7 +132,7 @@ def test_the_reward_rises(config: draft.Config, changes: dict[str, Any]) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward", "changes"),
-    [("llava_reward", {"learning_rate": 3e-4}), (REDNESS, {"learning_rate": 1e-2, "lora_rank": 16, "num_steps": 8})],
+    [("llava_reward", {"learning_rate": 3e-4}), (REDNESS, {"learning_rate": 1e-2, "lora_rank": 16, "num_steps": 6})],
 )
 def test_the_toy_model_learns_one_prompt(tmp_path: Path, reward: str, changes: dict[str, Any]) -> None:
     """By all of its weights and by a LoRA."""
@@ -142,8 +141,8 @@ def test_the_toy_model_learns_one_prompt(tmp_path: Path, reward: str, changes: d
     folder = train(
         draft.Config(
             prompts=prompts, evaluation_prompts=prompts, rewards=reward, evaluation_rewards=reward, warmup_steps=0,
-            ema_decay=0.0, evaluate_every=0, num_evaluation_images=102, run_folder=str(tmp_path / "run"),
-            num_cpu_threads=1, prompts_per_step=64, **{"num_steps": 20, **changes},
+            ema_decay=0.0, evaluate_every=0, num_evaluation_images=68, run_folder=str(tmp_path / "run"),
+            num_cpu_threads=1, prompts_per_step=32, **{"num_steps": 15, **changes},
         )
     )  # fmt: skip
     before, after = rows(folder, "evaluation")
@@ -233,27 +232,6 @@ def test_checkpointing_changes_no_result(config: draft.Config, tmp_path: Path, n
     plain = train(config)
     saved = train(replace(config, **{name: True}, run_folder=str(tmp_path / "saved")))
     assert_same(weights(plain), weights(saved), atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"method": "alignprop", "checkpoint_denoising_steps": True},
-        {"method": "refl", "window_start": 0.0, "lora_rank": 2, "checkpoint_denoising_steps": True},
-    ],
-)
-def test_two_processes_give_the_update_of_one(config: draft.Config, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """ddp.yaml on the CPU with two microbatches each: the same images and weights, on whichever process."""
-    config = replace(config, **changes, microbatch_size=2, max_gradient_norm=0.1)
-    train(replace(config, run_folder=str(tmp_path / "one")))
-    launch(replace(config, run_folder=str(tmp_path / "two")), "ddp.yaml")
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert json.loads((two / "run.json").read_text())["processes"] == 2
-    first, *_ = zip(rows(one, "train"), rows(two, "train"), strict=True)
-    for name in ("reward", "reward_std", "loss", "gradient_norm", "denoiser_calls"):
-        assert first[0][name] == pytest.approx(first[1][name], rel=1e-3, abs=1e-7), name
-    assert_same(weights(one), weights(two), atol=5e-5)
 
 
 def test_bfloat16_networks_learn_and_export_float32(config: draft.Config) -> None:

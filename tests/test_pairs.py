@@ -13,9 +13,11 @@ import torch
 from reward_model.datasets import load_records
 from reward_model.images import to_tensor
 from reward_model.types import PreferencePair
+from rlhf_t2i.shapes.generated import generate_images
 from rlhf_t2i.shapes.oracle import oracle_scores, recognise
-from rlhf_t2i.shapes.pairs import MIN_GAP, near_misses, random_near_miss, write_pairs
+from rlhf_t2i.shapes.pairs import MIN_GAP, near_misses, random_near_miss
 from rlhf_t2i.shapes.scenes import Scene, Thing, all_prompts, all_scenes, parse_prompt, render
+from tests.toy_pairs import write_toy_pairs
 
 SMALL = {
     "num_drawn_pairs": 60,
@@ -29,7 +31,7 @@ FILES = ("train_drawn", "train_generated", "validation", "test_drawn", "test_rel
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs", **SMALL)
+    return write_toy_pairs(tmp_path_factory.mktemp("pairs") / "pairs", **SMALL)
 
 
 def pairs_of(folder: Path, name: str) -> list[PreferencePair]:
@@ -82,7 +84,6 @@ def test_a_gray_shape_is_no_thing_of_the_grammar() -> None:
     assert recognise(gray) == [None]
 
 
-@pytest.mark.slow
 def test_every_file_has_the_requested_number_of_pairs(folder: Path) -> None:
     counts = {name: len(pairs_of(folder, name)) for name in FILES}
     assert counts == {
@@ -95,7 +96,6 @@ def test_every_file_has_the_requested_number_of_pairs(folder: Path) -> None:
     }
 
 
-@pytest.mark.slow
 def test_training_has_only_training_prompts_and_the_tests_only_held_out_prompts(folder: Path) -> None:
     held_out = set(all_prompts("held-out", ("one", "count", "relation")))
     for name in ("train_drawn", "train_generated", "validation"):
@@ -105,7 +105,6 @@ def test_training_has_only_training_prompts_and_the_tests_only_held_out_prompts(
         assert {pair.winner_prompt for pair in pairs_of(folder, name)} <= held_out
 
 
-@pytest.mark.slow
 def test_training_and_test_share_no_image(folder: Path) -> None:
     used: dict[str, set[bytes]] = {}
     for name in FILES:
@@ -114,7 +113,6 @@ def test_training_and_test_share_no_image(folder: Path) -> None:
         assert not used[name] & (used["train_drawn"] | used["train_generated"])
 
 
-@pytest.mark.slow
 def test_the_winner_of_a_generated_pair_has_the_higher_oracle_score(folder: Path) -> None:
     for pair in pairs_of(folder, "test_generated"):
         images = torch.stack([to_tensor(pair.winner), to_tensor(pair.loser)])
@@ -123,27 +121,32 @@ def test_the_winner_of_a_generated_pair_has_the_higher_oracle_score(folder: Path
         assert pair.rating_gap == pytest.approx(better - worse, abs=1e-3)
 
 
-@pytest.mark.slow
 def test_pairs_are_reproducible_and_a_finished_folder_is_left_unchanged(folder: Path, tmp_path: Path) -> None:
-    again = write_pairs(tmp_path / "pairs", **SMALL)
+    again = write_toy_pairs(tmp_path / "pairs", **SMALL)
     for name in FILES:
         assert (again / f"{name}.jsonl").read_bytes() == (folder / f"{name}.jsonl").read_bytes()
     for image in folder.glob("images/*"):
         assert image.read_bytes() == (again / "images" / image.name).read_bytes()
     before = (again / "train_drawn.jsonl").stat().st_mtime_ns
-    write_pairs(again, **{**SMALL, "num_drawn_pairs": 1})
+    write_toy_pairs(again, **{**SMALL, "num_drawn_pairs": 1})
     assert (again / "train_drawn.jsonl").stat().st_mtime_ns == before
 
 
 def test_too_few_generated_images_for_the_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="64 generated images are too few for 900 pairs"):
-        write_pairs(
+        write_toy_pairs(
             tmp_path / "pairs",
             **{**SMALL, "num_drawn_pairs": 1, "num_generated_pairs": 900, "num_generated_images": 64},
         )
 
 
-@pytest.mark.slow
+def test_generated_images_are_reproducible_and_labelled_by_the_oracle() -> None:
+    prompts = all_prompts("training")[:2]
+    one, other = (generate_images(prompts, seed=3) for _ in range(2))
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(one.graded, oracle_scores(one.images, prompts).graded)
+
+
 def test_rows_have_only_the_fields_of_the_format(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "train_generated.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {"prompt", "winner", "loser", "rating_gap"}

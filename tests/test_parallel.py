@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,97 +20,109 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recipes import ddpo, diffusion_dpo, diffusion_nft, draft
+from recipes import ddpo
 from rlhf_t2i.distributed.processes import _check_deepspeed, _wants_fsdp, start_processes
 from rlhf_t2i.distributed.replicated import Replicated
 from rlhf_t2i.distributed.state import read_state, write_state
 from rlhf_t2i.distributed.zero import fill_config
-from rlhf_t2i.rewards.builtin import oracle_graded
+from rlhf_t2i.settings.groups import TrainerConfig
 from tests import processes
-from tests.launch import ROOT, SMALL_DDPO, environment, launch, launch_command
-from tests.runs import rows, state
+from tests.launch import ROOT, environment, launch, launch_command, launch_in_turn, recipe_of
+from tests.preference_files import red_and_blue_pairs
+from tests.runs import redness, rows, state
 from tests.servers import free_port
+from tests.trainings import MODES, MODES_OF, metrics_of, trainings
 
-MODES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
+
+@dataclass
+class Runs:
+    """Finished trainings, each by one process, and by two with every strategy that it is tried with."""
+
+    folder: Path
+    inputs: Mapping[str, Path]
+    _two: dict[str, dict[str, Path]] = field(default_factory=dict)
+
+    def configs(self, name: str) -> dict[str, TrainerConfig]:
+        (folder := self.folder / name).mkdir(exist_ok=True)
+        return trainings(folder, **self.inputs, lora=self.folder / "one" / "ddpo")
+
+    @cached_property
+    def one(self) -> dict[str, Path]:
+        """The run folders of all trainings, in this process."""
+        return {
+            name: import_module(f"recipes.{Path(recipe_of(config)).stem}").main(config)
+            for name, config in self.configs("one").items()
+        }
+
+    def two(self, mode: str) -> dict[str, Path]:
+        """The run folders of a strategy's trainings, by one launch of two processes for all of them."""
+        if mode not in self._two:
+            assert self.one
+            configs = {name: config for name, config in self.configs(mode).items() if mode in MODES_OF[name]}
+            launch_in_turn(list(configs.values()), f"{mode}.yaml", self.folder / mode)
+            self._two[mode] = {name: Path(str(config.run_folder)) for name, config in configs.items()}
+        return self._two[mode]
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(replace(SMALL_DDPO, run_folder=str(tmp_path_factory.mktemp("single") / "run")), "single.yaml")
+def runs(tiny_sd: Path, tiny_sd3: Path, tiny_zimage: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    pairs = red_and_blue_pairs(folder)
+    return Runs(folder, {"sd": tiny_sd, "sd3": tiny_sd3, "zimage": tiny_zimage, "preferences": pairs})
 
 
-def assert_same_training(folder: Path, expected: Path, *, first: int = 0) -> None:
-    """Assert equal weights, optimiser state and EMA at the end, and equal metrics of the steps from `first` on."""
-    (tensors, rest), (expected_tensors, expected_rest) = state(folder), state(expected)
+def assert_same_training(folder: Path, expected: Path) -> None:
+    """Assert equal weights, optimiser state and EMA at the end, and equal metrics; a stop adds an evaluation."""
+    last = rows(expected, "train")[-1]["step"]
+    (tensors, rest), (expected_tensors, expected_rest) = state(folder, last), state(expected, last)
     assert_close(tensors, expected_tensors, rtol=0, atol=1e-5)
-    assert rest == expected_rest
-    for name in ("reward", "loss", "kl", "gradient_norm", "ratio_std"):
-        own, other = ([row[name] for row in rows(f, "train")][first:] for f in (folder, expected))
-        assert_close(own, other, rtol=1e-4, atol=1e-6)
+    assert_close(rest, expected_rest, rtol=0, atol=1e-5)
+    for kind in ("train", "evaluation"):
+        own, other = (metrics_of(rows(f, kind)) for f in (folder, expected))
+        own = [row for row in own if row["step"] in {row["step"] for row in other}]
+        assert own == [pytest.approx(row, rel=1e-3, abs=1e-6) for row in other]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_two_processes_give_the_training_of_one(one_process: Path, tmp_path: Path, mode: str) -> None:
-    folder = launch(replace(SMALL_DDPO, run_folder=str(tmp_path / "run")), f"{mode}.yaml", fork=False)
-    placement = json.loads((folder / "run.json").read_text())["placement"]
+@pytest.mark.parametrize(
+    ("mode", "name"), [(mode, name) for mode in MODES for name in MODES_OF if mode in MODES_OF[name]]
+)
+def test_two_processes_give_the_training_of_one(runs: Runs, mode: str, name: str) -> None:
+    """The same images, rewards, advantages, pairs and weights, on whichever process."""
+    one, two = runs.one[name], runs.two(mode)[name]
+    placement = json.loads((two / "run.json").read_text())["placement"]
     assert (placement["mode"], placement["processes"]) == (mode.removeprefix("deepspeed_"), 2)
-    assert_same_training(folder, one_process)
+    assert_same_training(two, one)
+    assert rows(one, "train")[-1]["gradient_norm"] > 0
+    if "NaN" in name:
+        assert [row["skipped_updates"] for row in rows(two, "train")] == [2, 0]
+    if name == "diffusion_dpo":
+        assert sampled_pairs(two) == sampled_pairs(one)
+
+
+def sampled_pairs(folder: Path) -> dict[str, list[tuple[str, str, str]]]:
+    """The pairs that a run sampled, without their scores, whose last digits may differ."""
+    return {
+        str(path.relative_to(folder)): [
+            (row["prompt"], row["winner"], row["loser"]) for row in map(json.loads, path.read_text().splitlines())
+        ]
+        for path in (folder / "pairs").rglob("*.jsonl")
+    }
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_another_strategy_and_number_of_processes(one_process: Path, tmp_path: Path) -> None:
-    config = replace(SMALL_DDPO, run_folder=str(tmp_path / "run"))
+def test_a_run_resumes_with_another_strategy_and_number_of_processes(runs: Runs, tmp_path: Path) -> None:
+    config = replace(runs.configs("one")["ddpo"], run_folder=str(tmp_path / "run"))
     launch(replace(config, num_steps=1), "deepspeed_zero3.yaml")
-    launch(replace(config, num_steps=2, resume=True), "single.yaml")
-    folder = launch(replace(config, resume=True), "fsdp2.yaml")
-    assert_same_training(folder, one_process)
-
-
-COMMON: dict[str, Any] = {
-    "adam_epsilon": 1e-3,  # or Adam amplifies gradients that are rounding errors
-    "ema_decay": 0.5, "num_steps": 2, "checkpoint_every": 1, "evaluate_every": 0, "evaluation_rewards": "oracle",
-    "num_evaluation_images": 7, "microbatch_size": 8, "num_cpu_threads": 1, "learning_rate": 1e-3, "warmup_steps": 0,
-}  # fmt: skip
-OTHERS = {  # with a frozen copy as the reference, and 7 evaluation images, which two processes cannot share equally
-    "full denoiser, gathered layer by layer": replace(
-        SMALL_DDPO, **{**COMMON, "gather_for_sampling": False}, lora_rank=None, async_reward=True
-    ),
-    "draft": draft.Config(**COMMON, method="draft", backprop_steps=2, prompts_per_step=16, kl_weight=0.1),
-    "diffusion_dpo": diffusion_dpo.Config(
-        **COMMON, rewards="oracle", prompts_per_step=4, images_per_prompt=4, num_inner_epochs=2
-    ),
-    "diffusion_nft": diffusion_nft.Config(
-        **COMMON, rewards="oracle", prompts_per_step=4, images_per_prompt=4, sampling_ema_rise=0.5
-    ),
-}
-RECIPES = {
-    ddpo.Config: ddpo,
-    draft.Config: draft,
-    diffusion_dpo.Config: diffusion_dpo,
-    diffusion_nft.Config: diffusion_nft,
-}
+    ddpo.main(replace(config, num_steps=2, resume=True))
+    launch(replace(config, resume=True), "fsdp2.yaml")
+    assert_same_training(tmp_path / "run", runs.one["ddpo"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_recipes_and_full_denoisers_train_equally_when_sharded(tmp_path: Path, name: str) -> None:
-    config = OTHERS[name]
-    single = RECIPES[type(config)].main(replace(config, run_folder=str(tmp_path / "single")))
-    expected, _ = state(single, 2)
-    for mode in MODES[3:]:
-        folder = launch(replace(config, run_folder=str(tmp_path / mode)), f"{mode}.yaml")
-        tensors, _ = state(folder, 2)
-        assert_close(tensors, expected, rtol=0, atol=1e-5, msg=lambda text, mode=mode: f"{mode}: {text}")
-        for kind, score in (("evaluation", "oracle"), ("train", "loss")):
-            own, other = ([row[score] for row in rows(f, kind)] for f in (folder, single))
-            assert own == pytest.approx(other, rel=1e-3, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_two_machines_give_the_training_of_one(one_process: Path, tmp_path: Path) -> None:
+def test_two_machines_give_the_training_of_one(runs: Runs, tmp_path: Path) -> None:
     """Two launchers on this machine that connect at one port, each with one process."""
-    config = replace(SMALL_DDPO, run_folder=str(tmp_path / "run"))
+    config = replace(runs.configs("one")["ddpo"], run_folder=str(tmp_path / "run"))
     rendezvous = ["--num_processes", "2", "--main_process_port", str(free_port())]
     machines = [
         processes.start(
@@ -121,36 +134,31 @@ def test_two_machines_give_the_training_of_one(one_process: Path, tmp_path: Path
     for machine in machines:
         _, problem = machine.communicate(timeout=300)
         assert machine.returncode == 0, problem
-    assert_same_training(tmp_path / "run", one_process)
+    assert_same_training(tmp_path / "run", runs.one["ddpo"])
 
 
 CALLS = count(1)
 
 
 def killing_a_process(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The oracle, which once kills the second process in its second call."""
+    """Redness, which once kills the second process in its second call."""
     died = Path(os.environ["DIED"])
     if os.environ["RANK"] == "1" and next(CALLS) == 2 and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return oracle_graded(images, prompts)
+    return redness(images, prompts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "deepspeed_zero2"])
-def test_a_restarted_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_a_restarted_run_ends_with_the_same_weights(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     monkeypatch.setenv("DIED", str(tmp_path / "died"))
-    config = replace(
-        SMALL_DDPO,
-        rewards="tests.test_parallel:killing_a_process",
-        microbatch_size=16,
-        run_folder=str(tmp_path / "restarted"),
-    )
-    folder = launch(config, f"{mode}.yaml", "--max_restarts", "1")
+    config = replace(runs.configs(mode)["ddpo"], rewards="tests.test_parallel:killing_a_process")
+    folder = launch(replace(config, run_folder=str(tmp_path / "run")), f"{mode}.yaml", "--max_restarts", "1")
     assert (tmp_path / "died").exists()
-    uninterrupted = launch(replace(config, run_folder=str(tmp_path / "uninterrupted")), f"{mode}.yaml")
-    (tensors, _), (expected, _) = state(folder), state(uninterrupted)
-    assert_close(tensors, expected, rtol=0, atol=0)
+    assert_close(state(folder)[0], state(runs.two(mode)["ddpo"])[0], rtol=0, atol=0)
     assert [row["step"] for row in rows(folder, "train")] == [1, 2, 3]
 
 

@@ -25,6 +25,7 @@ from rlhf_t2i.search.records import curve, point, read_records, reward_names, sc
 from rlhf_t2i.settings.search import SearchConfig
 from tests import processes
 from tests.geneval_files import LINES, write_prompts
+from tests.pages import command_of
 from tests.reward_models import reward_model_folder
 from tests.runs import REDNESS, redness
 
@@ -211,14 +212,15 @@ def test_a_report_can_be_written_before_the_first_result(tiny_sd: Path, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["recipes/best_of_n.py"], ["recipes/fk_steering.py"]])
-def test_the_default_settings_improve_the_built_in_model(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_page_s_command_improves_the_built_in_model(name: str, tmp_path: Path) -> None:
     """With one image per prompt, the oracle, an evaluation reward, passes more of the selected images."""
     few = ["--images_per_prompt", "1", "--run_folder", str(tmp_path / "run"), "--num_cpu_threads", "1"]
-    output = launch([*arguments, *few])
+    output = launch([*command_of("docs/search.md", f"recipes/{name}.py"), *few])
     assert "best of 16" in output
     records = read_records(tmp_path / "run")
     assert point(records, "oracle_pass", "seconds")[1] > curve(records, "oracle_pass", "seconds")[0][1] + 0.2
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 @pytest.mark.slow
@@ -261,8 +263,8 @@ def test_kill_9_loses_nothing(tiny_sd: Path, tmp_path: Path) -> None:
     The code that is killed and resumed, `search/run.py`, is shared by the recipes.
     """
     name = "best_of_n"
-    settings = config(name, tiny_sd, tmp_path, images_per_prompt=20, microbatch_size=1)
-    launch(command(name, settings))
+    settings = config(name, tiny_sd, tmp_path, images_per_prompt=12, microbatch_size=1)
+    best_of_n.main(settings)
     folder = tmp_path / "killed"
     rng, finished = random.Random(0), dict[Path, int]()
     for attempt in range(2):
@@ -280,8 +282,8 @@ def test_kill_9_loses_nothing(tiny_sd: Path, tmp_path: Path) -> None:
         records = {path: path.stat().st_mtime_ns for path in folder.glob("images/*/search_*.json")}
         assert finished.items() <= records.items()
         finished = records
-    assert 0 < len(finished) < 40
-    launch(command(name, replace(settings, run_folder=str(folder), resume=True)))
+    assert 0 < len(finished) < 24
+    best_of_n.main(replace(settings, run_folder=str(folder), resume=True))
     assert results(folder) == results(tmp_path / "run")
     assert images(folder) == images(tmp_path / "run")
     assert all(path.stat().st_mtime_ns == then for path, then in finished.items())
@@ -291,7 +293,7 @@ def test_kill_9_loses_nothing(tiny_sd: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_two_processes_give_the_results_of_one(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     settings = config(name, tiny_sd, tmp_path)
-    launch(command(name, settings), "single.yaml")
+    RECIPES[name].main(settings)
     launch(command(name, replace(settings, run_folder=str(tmp_path / "two"))), "ddp.yaml")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     one, two = results(tmp_path / "run"), results(tmp_path / "two")

@@ -14,7 +14,6 @@ from torch.testing import assert_close
 from recipes import ddpo, diffusion_dpo
 from rlhf_t2i.models.packaging import save_trained_pipeline
 from rlhf_t2i.models.warm_start import start_from_lora, start_from_weights
-from tests.launch import SMALL_DDPO, launch
 from tests.policies import images_of, perturb, pipeline_of, policy_of, stock_images
 from tests.runs import REDNESS, assert_same, lora_weights, rows, state
 from tests.trained_weights import denoiser_of, describe_run, in_kohyas_layout, lora_of
@@ -201,18 +200,6 @@ def test_every_recipe_that_trains_starts_from_a_lora(config: ddpo.Config, tiny_s
         )
     )  # fmt: skip
     assert rows(folder, "train")[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
-
-
-@pytest.mark.slow
-def test_two_sharded_processes_train_a_lora_that_goes_on_as_one_does(tiny_sd: Path, tmp_path: Path) -> None:
-    """The reference model is a LoRA as well, whose shards every process must gather in turn."""
-    first = launch(replace(SMALL_DDPO, num_steps=1, run_folder=str(tmp_path / "first")))
-    config = replace(SMALL_DDPO, lora_rank=None, init_lora=str(first), num_steps=2, ema_decay=0.0)
-    one = launch(replace(config, run_folder=str(tmp_path / "one")))
-    for mode in ("fsdp2", "deepspeed_zero3"):
-        folder = launch(replace(config, run_folder=str(tmp_path / mode)), f"{mode}.yaml", fork=False)
-        assert_close(state(folder, 2)[0], state(one, 2)[0], rtol=0, atol=1e-5)
-        assert_close([row["kl"] for row in rows(folder, "train")], [row["kl"] for row in rows(one, "train")])
 
 
 def test_a_lora_of_another_denoiser_needs_that_denoiser_too(tmp_path: Path) -> None:

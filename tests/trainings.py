@@ -1,0 +1,105 @@
+"""Short trainings by every recipe that two processes share, and the distribution strategies under which they run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipes import diffusion_dpo, diffusion_nft, draft, flow_grpo
+from rlhf_t2i.settings.groups import TrainerConfig
+from tests.launch import small_ddpo
+from tests.runs import as_for_toy_models, redness
+
+MODES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
+_SHARDED = ("deepspeed_zero3", "fsdp2")
+MODES_OF: dict[str, Sequence[str]] = {
+    "ddpo": MODES,
+    "ddpo, full denoiser": ("ddp",),
+    "ddpo, full denoiser gathered layer by layer": _SHARDED,
+    "ddpo from a LoRA": _SHARDED,
+    "ddpo with NaN gradients on one process": ("ddp", "deepspeed_zero2", *_SHARDED),  # ZeRO-1 skips as ZeRO-2 does
+    "draft": _SHARDED,
+    "alignprop": ("ddp",),
+    "refl": ("ddp",),
+    "diffusion_dpo": ("ddp", *_SHARDED),
+    "diffusion_dpo of a file": ("ddp",),
+    "diffusion_nft": _SHARDED,
+    "flow_grpo": _SHARDED,
+}
+"""The strategies that each training is tried with."""
+
+
+def trainings(
+    folder: Path, *, sd: Path, sd3: Path, zimage: Path, preferences: Path, lora: Path
+) -> dict[str, TrainerConfig]:
+    """Return the trainings of `MODES_OF`, with run folders in `folder`; `lora` is a finished run of "ddpo"."""
+    ddpo = small_ddpo(sd, folder)
+    full = replace(ddpo, lora_rank=None, num_steps=2, max_gradient_norm=0.1)
+    common: dict[str, Any] = {
+        **as_for_toy_models(model=str(sd)), "rewards": ddpo.rewards, "evaluation_rewards": ddpo.rewards,
+        "learning_rate": 1e-3, "adam_epsilon": ddpo.adam_epsilon, "ema_decay": 0.5, "num_steps": 2,
+        "microbatch_size": 8, "num_denoising_steps": 4, "evaluate_every": 0, "max_gradient_norm": 0.1,
+        "num_cpu_threads": 1, "num_evaluation_images": 7,  # which two processes cannot share equally
+    }  # fmt: skip
+    few = {**common, "prompts_per_step": 6, "warmup_steps": 0}
+    groups = {**common, "prompts_per_step": 4, "images_per_prompt": 4}
+    flow = {"guidance_scale": 1.0, "lora_rank": 2}
+    pairs = {"beta": 50.0, "num_inner_epochs": 2}
+    found: dict[str, TrainerConfig] = {
+        "ddpo": ddpo,
+        "ddpo, full denoiser": full,
+        "ddpo, full denoiser gathered layer by layer": replace(full, gather_for_sampling=False, async_reward=True),
+        "ddpo from a LoRA": replace(ddpo, lora_rank=None, init_lora=str(lora), num_steps=2, ema_decay=0.0),
+        "ddpo with NaN gradients on one process": replace(
+            ddpo, rewards="tests.trainings:with_nan_gradients", num_steps=2, microbatch_size=16
+        ),
+        "draft": draft.Config(**few, method="draft", backprop_steps=2, kl_weight=0.1, eta=0.5),
+        "alignprop": draft.Config(**few, method="alignprop", checkpoint_denoising_steps=True, l2_sp_weight=0.1),
+        "refl": draft.Config(
+            **{**few, "lora_rank": 2}, method="refl", window_start=0.0, checkpoint_denoising_steps=True
+        ),
+        "diffusion_dpo": diffusion_dpo.Config(**groups, **pairs, dpop_weight=0.5),
+        "diffusion_dpo of a file": diffusion_dpo.Config(
+            **{**common, "lora_rank": 2}, **pairs, pairs=str(preferences), pairs_per_step=3,
+            cache_folder=str(folder / "cache"),
+        ),
+        "diffusion_nft": diffusion_nft.Config(
+            **{**groups, **flow, "model": str(zimage)}, resolution=16, sampling_ema_rise=0.5
+        ),
+        "flow_grpo": flow_grpo.Config(**{**groups, **flow, "model": str(sd3)}, kl_weight=0.004, clip_range=1e-4),
+    }  # fmt: skip
+    return {name: replace(config, run_folder=str(folder / name.replace(" ", "_"))) for name, config in found.items()}
+
+
+_CALLS = count(1)
+_FIRST_STEP, _SECOND_STEP = 3, 4
+"""Calls of a reward in training, after the one by which it is tried and that of the evaluation before training."""
+
+
+def with_nan_gradients(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Redness; on the last process all gradients of the first step are NaN."""
+
+    def make_nan(module: nn.Module, inputs: Any, output: Any) -> None:
+        if type(module).__name__.endswith("UNet2DConditionModel") and output[0].requires_grad:
+            output[0].register_hook(lambda gradient: gradient * torch.nan)
+
+    if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        call = next(_CALLS)
+        if call == _FIRST_STEP:
+            with_nan_gradients.hook = nn.modules.module.register_module_forward_hook(make_nan)  # type: ignore[attr-defined]
+        elif call == _SECOND_STEP:
+            with_nan_gradients.hook.remove()  # type: ignore[attr-defined]
+    return redness(images, prompts)
+
+
+def metrics_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Return what a training logged, without times and calls: sharded processes make equally many calls."""
+    without = ("seconds/", "elapsed", "denoiser_calls", "kind")
+    return [{name: value for name, value in row.items() if not name.startswith(without)} for row in rows]
