@@ -17,6 +17,7 @@ from rlhf_t2i.shapes.scenes import all_scenes
 from tests import processes
 from tests.pages import ROOT, blocks, command_of, commands
 from tests.reward_models import backbone_folder
+from tests.toy_pairs import write_toy_pairs
 
 TINY = {
     "num_steps": 1, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 4,

@@ -48,10 +48,10 @@ def trainings(
         "microbatch_size": 8, "num_denoising_steps": 4, "evaluate_every": 0, "max_gradient_norm": 0.1,
         "num_cpu_threads": 1, "num_evaluation_images": 7,  # which two processes cannot share equally
     }  # fmt: skip
-    few = {**common, "prompts_per_step": 6, "warmup_steps": 0}
-    groups = {**common, "prompts_per_step": 4, "images_per_prompt": 4}
-    flow = {"guidance_scale": 1.0, "lora_rank": 2}
-    pairs = {"beta": 50.0, "num_inner_epochs": 2}
+    few: dict[str, Any] = {**common, "prompts_per_step": 6, "warmup_steps": 0}
+    groups: dict[str, Any] = {**common, "prompts_per_step": 4, "images_per_prompt": 4}
+    flow: dict[str, Any] = {"guidance_scale": 1.0, "lora_rank": 2}
+    pairs: dict[str, Any] = {"beta": 50.0, "num_inner_epochs": 2}
     found: dict[str, TrainerConfig] = {
         "ddpo": ddpo,
         "ddpo, full denoiser": full,
