@@ -226,7 +226,7 @@ def _save_qwen(folder: Path) -> None:
     model = Qwen2_5_VLForConditionalGeneration(config)
     _randomise(model, seed=2)
     model.save_pretrained(folder)
-    _save_qwen_preprocessors(folder, QWEN_TEMPLATE, patch_size=14)
+    save_qwen_preprocessors(folder, QWEN_TEMPLATE, patch_size=14)
 
 
 def _save_qwen3(folder: Path) -> None:
@@ -264,10 +264,10 @@ def _save_qwen3(folder: Path) -> None:
     model = Qwen3VLForConditionalGeneration(config)
     _randomise(model, seed=16)
     model.save_pretrained(folder)
-    _save_qwen_preprocessors(folder, QWEN3_TEMPLATE, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    save_qwen_preprocessors(folder, QWEN3_TEMPLATE, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
-def _save_qwen_preprocessors(folder: Path, template: str, *, patch_size: int, **settings: Any) -> None:
+def save_qwen_preprocessors(folder: Path, template: str, *, patch_size: int, **settings: Any) -> None:
     """Images become 4 to 16 tokens."""
     tokenizer = _tokenizer(
         QWEN_TOKENS, starts_with=None, eos_token="<|im_end|>", unk_token="unknown", pad_token="<|endoftext|>",

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from reward_model.scorers.pointwise import PointwiseScorer, ScoreFunction
 
-ScorerName = Literal["clip", "clip_score", "pick_score", "hps", "image_reward", "aesthetic", "vqa_score"]
+ScorerName = Literal["clip", "clip_score", "pick_score", "hps", "hps_v3", "image_reward", "aesthetic", "vqa_score"]
 NAMES: tuple[str, ...] = get_args(ScorerName)
 
 
@@ -36,6 +36,10 @@ def load_function(specification: str) -> ScoreFunction:
             from reward_model.scorers.hps import load_hps
 
             return load_hps(path)
+        case "hps_v3":
+            from reward_model.scorers.hps_v3 import load_hps_v3
+
+            return load_hps_v3(path)
         case "image_reward":
             from reward_model.scorers.image_reward import load_image_reward
 

@@ -147,6 +147,7 @@ REWARDS = (
     RewardEntry("clip_score:PATH", _scorer("clip_score"), True, "CLIPScore of a CLIP, 2.5 * max(cosine, 0)"),
     RewardEntry("pick_score:PATH", _scorer("pick_score"), True, "PickScore v1, the logit of its CLIP"),
     RewardEntry("hps:PATH", _scorer("hps"), True, "HPSv2 or HPSv2.1, a cosine in [-1, 1]"),
+    RewardEntry("hps_v3:PATH", _scorer("hps_v3"), True, "HPSv3, the mean of a normal distribution, unbounded"),
     RewardEntry("image_reward:PATH", _scorer("image_reward"), True, "ImageReward v1, about a standard normal"),
     RewardEntry("aesthetic:PATH", _scorer("aesthetic"), True, "LAION's aesthetic predictor, about 1 to 10"),
     RewardEntry(
