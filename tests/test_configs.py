@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from recipes import (
 )
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.prompts import load_prompts
+from rlhf_t2i.rewards import geneval, ocr
 from rlhf_t2i.rewards.table import find_reward
 from rlhf_t2i.settings.lists import names
+from tests.geneval_files import make_geneval_models
 from tests.runs import REDNESS, rows
 
 ROOT = Path(__file__).parent.parent
@@ -118,17 +121,42 @@ def test_diffusion_dpo_states_its_forward_passes_and_has_the_published_rate_for_
 # --- on tiny models -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [*FLOW_GRPO, config_file("diffusion_nft_sd35m")], ids=lambda path: path.stem)
+TINY_FLOW = {
+    "resolution": 8, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 3, "num_evaluation_steps": 4,
+    "num_steps": 1, "num_evaluation_images": 2, "num_cpu_threads": 1,
+}  # fmt: skip
+OWN_REWARDS = [config_file("flow_grpo_sd35m_ocr"), config_file("flow_grpo_sd35m_geneval")]
+"""Configs whose rewards and prompts need nothing of a user."""
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*FLOW_GRPO, config_file("diffusion_nft_sd35m")} - {*OWN_REWARDS}), ids=lambda path: path.stem
+)
 def test_recipes_of_flow_models_run(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     model = request.getfixturevalue("tiny_flux" if "flux" in path.stem else "tiny_sd3")
-    small = {
-        "model": model, "resolution": 8, "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 3,
-        "num_evaluation_steps": 4, "num_steps": 1, "num_evaluation_images": 2, "rewards": REDNESS,
-        "evaluation_rewards": REDNESS, "run_folder": tmp_path / "run", "num_cpu_threads": 1,
-    }  # fmt: skip
+    small = {**TINY_FLOW, "model": model, "run_folder": tmp_path / "run"}
     recipe, _ = command_of(path)
-    (row,) = rows(recipe.main(read(recipe, path, **small)), "train")
+    config = read(recipe, path, rewards=REDNESS, evaluation_rewards=REDNESS, **small)
+    (row,) = rows(recipe.main(config), "train")
     assert row["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("path", OWN_REWARDS, ids=lambda path: path.stem)
+def test_flow_grpo_runs_with_ocr_and_with_geneval_as_they_are(
+    path: Path, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real OCR, of few pixels; GenEval by random models."""
+    if path.stem.endswith("ocr"):
+        pytest.importorskip("rapidocr", reason="the extra ocr is not installed")
+        monkeypatch.setattr(ocr, "OcrReward", partial(ocr.OcrReward, min_side=32))
+    else:
+        make_geneval_models(tmp_path)
+        monkeypatch.setattr(geneval, "DETECTOR", str(tmp_path / "detector"))
+        monkeypatch.setattr(geneval, "CLIP", str(tmp_path / "clip"))
+    config = read(flow_grpo, path, model=tiny_sd3, run_folder=tmp_path / "run", **TINY_FLOW)
+    run_folder = flow_grpo.main(config)
+    (row,), measured = rows(run_folder, "train"), rows(run_folder, "evaluation")[-1]
+    assert all(0 <= score <= 1 for score in (row["reward"], measured[config.evaluation_rewards.partition(",")[0]]))
 
 
 def test_ddpo_on_sdxl_runs(tiny_sdxl: Path, tmp_path: Path) -> None:

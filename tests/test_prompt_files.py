@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_t2i.data.prompt_files import read_rows
 from rlhf_t2i.data.prompts import load_prompts
-from rlhf_t2i.search.geneval import load_geneval
+from rlhf_t2i.search.geneval import rows_to_write
 from tests.geneval_files import LINES, write_prompts
 
 FOX, CAFE = "a fox in the snow", "un caf\u00e9 \u00e0 Z\u00fcrich, \u6771\u4eac"
@@ -125,7 +125,7 @@ def test_prompts_of_geneval_keep_their_fields(folder: Path) -> None:
     path = write_prompts(folder, LINES)
     assert load_prompts(str(path)) == [line["prompt"] for line in LINES]
     assert [dict(row.metadata) for row in read_rows(str(path))] == LINES
-    assert [dict(row.line) for row in load_geneval(path)] == LINES
+    assert rows_to_write(load_prompts(str(path))) == LINES
 
 
 # --- what is refused ------------------------------------------------------------------------------

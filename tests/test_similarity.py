@@ -30,14 +30,14 @@ PIXELS = torch.stack([bytes_of(SIZE, SIZE, seed=seed) for seed in range(4)])
 IMAGES = PIXELS.float() / 255
 
 
-def make_clip(folder: Path) -> Path:
+def make_clip(folder: Path, *, num_tokens: int = 12) -> Path:
     """Save a random CLIP of 16 x 16 pixels in its standard format, with weights large enough for words to matter."""
     tokenizer = make_tokenizer()
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {
         **small,
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": 12,
+        "max_position_embeddings": num_tokens,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -34,9 +34,9 @@ def read_rows(source: str) -> list[Prompt]:
     """Return the rows of a file, whose suffix decides its format, or of a data set `hf:ID@SPLIT`.
 
     A prompt is the text under "prompt" without surrounding blanks. Its metadata are all fields as they are stored;
-    columns of bytes and images are left out, and what JSON does not have, such as a date, becomes text. Raises
-    FileNotFoundError, or ValueError, with file and line, for an unknown suffix, a row without a prompt, a prompt with
-    characters that are no text, and a source that is empty, broken or not UTF-8.
+    columns of bytes and images are left out, what JSON does not have, such as a date, becomes text, and a null of a
+    table is a missing field. Raises FileNotFoundError, or ValueError, with file and line, for an unknown suffix, a row
+    without a prompt, a prompt with characters that are no text, and a source that is empty, broken or not UTF-8.
     """
     if source.startswith(HUB_PREFIX):
         raw: Iterator[RawRecord] = read_hub_dataset(source.removeprefix(HUB_PREFIX), skip_columns=(), with_bytes=False)
@@ -140,8 +140,15 @@ def _row(record: RawRecord) -> Prompt:
 
 
 def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a row of a table, with texts for values that JSON does not have."""
-    return json.loads(json.dumps(dict(row), default=str))
+    """Return the fields of a row of a table, with texts for values that JSON does not have and without nulls.
+
+    Tables have nulls, at any depth, where a JSON object has no such field.
+    """
+    return json.loads(json.dumps(dict(row), default=str), object_hook=_without_nulls)
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _named(character: str) -> str:

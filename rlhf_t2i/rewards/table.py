@@ -45,6 +45,11 @@ def function(module: str, name: str) -> Loader:
     return lambda _, __: getattr(import_module(module), name)
 
 
+def class_of(module: str, name: str) -> Callable[[str], Any]:
+    """Return what imports a class of this project, which may declare what a row must have, without instantiating it."""
+    return lambda _: getattr(import_module(module), name)
+
+
 def _built_in_llava_reward(_: str, __: bool) -> Any:
     from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
 
@@ -85,6 +90,21 @@ def _vlm(argument: str, _: bool = True) -> Any:
     from rlhf_t2i.rewards.vlm import load_vlm
 
     return load_vlm(argument)
+
+
+def _geneval(graded: bool) -> Loader:
+    def load(_: str, __: bool) -> Any:
+        from rlhf_t2i.rewards.geneval import GenevalReward
+
+        return GenevalReward(graded=graded)
+
+    return load
+
+
+def _ocr(_: str, __: bool) -> Any:
+    from rlhf_t2i.rewards.ocr import OcrReward
+
+    return OcrReward()
 
 
 def _imported(name: str, _: bool) -> Any:
@@ -162,6 +182,27 @@ REWARDS = (
         _soft_tifa_class,
     ),
     RewardEntry("vlm:URL", _vlm, False, "answer of a VLM at an OpenAI-compatible server, in [0, 1]", _vlm),
+    RewardEntry(
+        "ocr",
+        _ocr,
+        False,
+        "share of the text in the prompt's quotation, or in its field text, that PP-OCR reads, in [0, 1]",
+        class_of("rlhf_t2i.rewards.ocr", "OcrReward"),
+    ),
+    RewardEntry(
+        "geneval",
+        _geneval(False),
+        False,
+        "1 if a detector finds the objects, colours and positions of a GenEval row, else 0",
+        class_of("rlhf_t2i.rewards.geneval", "GenevalReward"),
+    ),
+    RewardEntry(
+        "geneval:graded",
+        _geneval(True),
+        False,
+        "mean over the conditions of a GenEval row, in [0, 1]",
+        class_of("rlhf_t2i.rewards.geneval", "GenevalReward"),
+    ),
     IMPORTED,
     REMOTE,
 )

@@ -117,7 +117,7 @@ def _with_metadata(prompts: list[str], rows: Any) -> list[str]:
             raise ValueError(
                 f"The metadata of prompt {index} is a {type(row).__name__}; it must be a JSON object with named fields."
             )
-    return [Prompt(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+    return [Prompt(prompt, {"prompt": prompt, **row}) for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def _check_metadata_bytes(count: int) -> None:
