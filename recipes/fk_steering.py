@@ -28,6 +28,7 @@ from rlhf_t2i.settings.fk_steering import Config
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
     config = parse_config(Config, __doc__)
 
+import math
 
 from rlhf_t2i.report.search import write_report
 from rlhf_t2i.search.candidates import best_of_n
@@ -49,6 +50,7 @@ def main(config: Config) -> list[SearchRecord]:
             baseline = best_of_n(search.context, prompts, generators=search.generators(tasks, config.num_particles))
         steered = fk_steering(
             search.context, prompts, strength=config.strength, reward_std=reward_std, potential=config.potential,
+            initial_max=-math.inf if config.initial_max is None else config.initial_max,
             resample_after=config.resampling_steps, ess_threshold=config.ess_threshold,
             generators=search.generators(tasks, config.num_particles), resampling=search.resampling_generators(tasks),
         )  # fmt: skip

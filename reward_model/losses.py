@@ -59,7 +59,7 @@ class Objective:
     """The training loss of a batch: bradley_terry and general_preference compare pairs, cross_entropy labels images.
 
     cross_entropy treats a pair as two labels, the winner good and the loser bad:
-    -(log sigmoid(winner) + log(1 - sigmoid(loser))) / 2.
+    -log sigmoid(winner) - log(1 - sigmoid(loser)).
     """
 
     loss: LossName = "bradley_terry"
@@ -88,7 +88,7 @@ class Objective:
         logits = preference_logits(winners, losers, kind=self.head, temperature=self.temperature)
         if self.loss == "cross_entropy":
             pair_losses = label_losses(winners[:, 0], torch.ones_like(gap))
-            pair_losses = (pair_losses + label_losses(losers[:, 0], torch.zeros_like(gap))) / 2
+            pair_losses = pair_losses + label_losses(losers[:, 0], torch.zeros_like(gap))
         else:
             pair_losses = preference_losses(logits, tie, margin=self.margin_per_rating * gap, tie_width=self.tie_width)
         loss = torch.cat([pair_losses, label_losses(labelled[:, 0], label)]).mean()

@@ -33,7 +33,6 @@ from tests.runs import redness, rows, state
 from tests.servers import free_port
 from tests.trainings import MODES, MODES_OF, metrics_of, trainings
 
-
 together = pytest.mark.xdist_group("runs")
 """For tests that share `runs`: in one worker, so that nothing is trained twice."""
 

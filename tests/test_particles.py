@@ -42,6 +42,12 @@ def test_every_potential_against_the_reference(potential: PotentialName, shift: 
         assert torch.stack(log_potentials)[:, 0, k].tolist() == pytest.approx(expected)
 
 
+def test_the_published_maximum_begins_at_zero() -> None:
+    particles = new_particles(1, 3, potential="max", initial_max=0.0)
+    weights = reweight(particles, torch.tensor([[-2.0, 0.0, 0.5]]), potential="max", strength=2.0).log_weights
+    assert weights.tolist() == [[0.0, 0.0, 1.0]]
+
+
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_the_potentials_of_a_path_multiply_to_the_weight_of_the_final_reward(potential: PotentialName) -> None:
     """exp(strength * last reward), whatever the intermediate rewards were."""

@@ -7,6 +7,7 @@ last potential corrects the earlier estimates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -30,10 +31,16 @@ class Particles:
     """Statistic of the rewards along the path that the potential needs: the last, the highest, or the sum."""
 
 
-def new_particles(num_prompts: int, num_particles: int, *, potential: PotentialName) -> Particles:
-    """Return particles with equal weights, before any reward."""
+def new_particles(
+    num_prompts: int, num_particles: int, *, potential: PotentialName, initial_max: float = -math.inf
+) -> Particles:
+    """Return particles with equal weights, before any reward.
+
+    `initial_max` is what the potential "max" compares the first reward with. The paper defines the highest reward so
+    far, as -inf gives it; the authors' code begins at 0, so that negative rewards do not matter.
+    """
     zeros = torch.zeros(num_prompts, num_particles, dtype=torch.float64)
-    return Particles(zeros, zeros, torch.full_like(zeros, -torch.inf) if potential == "max" else zeros)
+    return Particles(zeros, zeros, torch.full_like(zeros, initial_max) if potential == "max" else zeros)
 
 
 def reweight(

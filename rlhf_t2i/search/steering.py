@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,13 +40,14 @@ class SteeringResult:
 
 
 @torch.no_grad()
-def fk_steering(
+def fk_steering(  # noqa: PLR0913
     context: SearchContext,
     prompts: Sequence[str],
     *,
     strength: float,
     reward_std: float,
     potential: PotentialName = "difference",
+    initial_max: float = -math.inf,
     resample_after: Sequence[int],
     ess_threshold: float = 1.0,
     generators: Sequence[torch.Generator],
@@ -76,7 +78,7 @@ def fk_steering(
     start = context.cost_so_far()
     conditioning = repeat_rows(context.model.encode(prompts), len(generators))
     latents = context.model.initial_noise(generators, copies=1)
-    particles = new_particles(len(prompts), num, potential=potential)
+    particles = new_particles(len(prompts), num, potential=potential, initial_max=initial_max)
     sample_sizes: dict[int, Tensor] = {}
     resampled: dict[int, Tensor] = {}
     for step in range(context.num_steps):

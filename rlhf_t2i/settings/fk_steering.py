@@ -28,6 +28,9 @@ class Config(SearchConfig):
     potential: Literal["difference", "max", "sum"] = "difference"
     """Potential that log-weights add up: lambda times the reward's change since the last resampling step, its highest
     value so far, or its sum so far."""
+    initial_max: float | None = None
+    """Reward that the potential max begins with: rewards below it count as this much. 0 is the published code's; null
+    is none, the paper's."""
     resample_after: str | None = None
     """Comma-separated numbers of denoising steps after which particles are scored and may be resampled; each from 1 to
     num_denoising_steps - 1. Null is after 1/4, 3/8, 1/2 and 3/4 of num_denoising_steps."""
