@@ -99,6 +99,7 @@ def test_flow_grpo_has_the_published_settings(path: Path) -> None:
     config = read(flow_grpo, path)
     assert (config.prompts_per_step, config.images_per_prompt, config.num_minibatches) == (48, 24, 2)
     assert (config.lora_rank, config.lora_alpha, config.clip_range, config.noise_scale) == (32, 64, 1e-4, 0.7)
+    assert config.ema_decay == 0.948
     assert flow_grpo.noisy_window(config, 0) == (0, 9)
 
 
@@ -107,6 +108,12 @@ def test_diffusion_nft_has_the_published_settings() -> None:
     assert (config.prompts_per_step, config.images_per_prompt, config.num_minibatches) == (48, 24, 1)
     assert (config.beta, config.kl_weight, config.max_advantage, config.guidance_scale) == (1.0, 1e-4, 5.0, 1.0)
     assert (config.sampling_ema_start, config.sampling_ema_rise, config.sampling_ema_max) == (0, 1e-3, 0.5)
+    assert (config.ema_decay, config.timestep_fraction) == (0.9, 0.9)
+
+
+def test_fk_steering_has_the_published_guidance_and_maximum() -> None:
+    configs = [read(fk_steering, config_file(name)) for name in ("fk_sd15", "fk_sdxl_geneval")]
+    assert [(config.guidance_scale, config.initial_max) for config in configs] == [(7.5, 0.0), (5.0, 0.0)]
 
 
 @pytest.mark.parametrize("name", ["diffusion_dpo_sd15", "diffusion_dpo_sdxl"])
