@@ -31,8 +31,8 @@ from rlhf_t2i.rewards.load import load_reward, load_rewards
 from tests.reward_models import backbone_folder, bytes_of
 from tests.test_similarity import make_clip
 
-HERE = [name for name in NAMES if name != "hps_v3"]
-"""Scorers that this file tests; tests/test_hps_v3.py tests the other one."""
+HERE = [name for name in NAMES if name not in ("hps_v3", "unified_reward")]
+"""Scorers that this file tests; the others have files of their own."""
 SIZE = 16
 PROMPTS = ["a red fox", "two blue cats on a red mat", "a red fox", "cat"]
 PIXELS = torch.stack([bytes_of(SIZE, SIZE, seed=seed) for seed in range(4)])

@@ -6,7 +6,9 @@ from typing import Literal, get_args
 
 from reward_model.scorers.pointwise import PointwiseScorer, ScoreFunction
 
-ScorerName = Literal["clip", "clip_score", "pick_score", "hps", "hps_v3", "image_reward", "aesthetic", "vqa_score"]
+ScorerName = Literal[
+    "clip", "clip_score", "pick_score", "hps", "hps_v3", "image_reward", "aesthetic", "vqa_score", "unified_reward"
+]
 NAMES: tuple[str, ...] = get_args(ScorerName)
 
 
@@ -52,6 +54,10 @@ def load_function(specification: str) -> ScoreFunction:
             from reward_model.scorers.vqa_score import load_vqa_score
 
             return load_vqa_score(path)
+        case "unified_reward":
+            from reward_model.scorers.unified_reward import load_unified_reward
+
+            return load_unified_reward(path)
         case _:
             raise ValueError(
                 f"There is no scorer {specification!r}; write NAME:PATH, with NAME one of {', '.join(NAMES)}."

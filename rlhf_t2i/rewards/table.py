@@ -175,6 +175,12 @@ REWARDS = (
     ),
     RewardEntry("vqa_score:PATH", _scorer("vqa_score"), True, "VQAScore of a multimodal LLM, a probability in [0, 1]"),
     RewardEntry(
+        "unified_reward:PATH",
+        _scorer("unified_reward"),
+        False,
+        "UnifiedReward 2.0: mean of the ratings of alignment, coherence and style, in [0, 1]",
+    ),
+    RewardEntry(
         "soft_tifa:PATH",
         _soft_tifa,
         True,
