@@ -76,9 +76,10 @@ def placed(load: Callable[..., Any], argument: str, *, options: Sequence[str] = 
             f"{argument!r} has arguments that are no placement of a reward; write PATH(batch_size=8, device='cuda:1'), "
             f"with a batch_size of at least 1."
         )
+    place = _device(device) if device is not None else None  # before the reward, which may take minutes to load
     reward = load(path, **given)
     kind = PlacedWithMetadata if takes_metadata(reward) else Placed
-    return kind(reward, size, _device(device) if device is not None else None)
+    return kind(reward, size, place)
 
 
 def path_and_arguments(argument: str) -> tuple[str, dict[str, Any]]:
