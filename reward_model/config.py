@@ -45,7 +45,8 @@ class RewardModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the backbone in training, and the default of inference."""
     template: Literal["family", "published"] = "family"
-    """Chat template of the prompt: the backbone's own, or that of the published LLaVA-Reward code."""
+    """Chat template of the prompt: the backbone's own, or that of the published LLaVA-Reward code, with the sizes to
+    which that resizes the images of Qwen2.5-VL."""
     min_pixels: int | None = None
     max_pixels: int | None = None
     num_crops: int | None = None

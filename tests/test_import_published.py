@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import yaml
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from reward_model.backbones.patches import PatchPreprocessor
+from reward_model.backbones.qwen2_5_vl import PUBLISHED_FIRST_BOUNDS
 from reward_model.checkpoint import read_config
 from reward_model.import_published.__main__ import main
 from reward_model.import_published.importer import import_published
@@ -122,6 +126,19 @@ def imported(folder: Path, family: str, **options: Any) -> tuple[LlavaReward, li
     given: dict[str, Any] = {"perspective": "fidelity", "dtype": "float32", **options}
     made = import_published(folder, str(backbone_folder(family)), output, **given)
     return LlavaReward.from_pretrained(output), made.notes, made.parts
+
+
+def test_images_of_qwen2_5_vl_are_resized_twice_as_published() -> None:
+    """By the bounds of the published code's helper, then by those of its processor."""
+    processor = SimpleNamespace(patch_size=14, merge_size=2)
+    twice = PatchPreprocessor(processor, 256 * 784, 1280 * 784, PUBLISHED_FIRST_BOUNDS)
+    sizes = [(512, 512), (768, 768), (1024, 1024), (1344, 768), (768, 1344), (200, 300), (64, 64)]
+    tokens = [324, 729, 1225, 47 * 26, 26 * 47, 13 * 21, 256]
+    assert [twice.num_tokens(*size) for size in sizes] == tokens
+    once = replace(twice, first_bounds=None)
+    assert once.num_tokens(1344, 768) == 47 * 27
+    assert fresh_backbone("qwen2_5_vl", template="published").preprocessor.first_bounds == PUBLISHED_FIRST_BOUNDS
+    assert fresh_backbone("qwen2_5_vl").preprocessor.first_bounds is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,6 +26,8 @@ PUBLISHED_TEMPLATE = (
     "{% endfor %}<|im_end|>{% endfor %}"
 )
 """The user turn of the published LLaVA-Reward code: the family's own without its system turn."""
+PUBLISHED_FIRST_BOUNDS = (4 * 28**2, 16384 * 28**2)
+"""Bounds of the number of pixels to which that code resizes an image before the processor resizes it again."""
 
 
 @dataclass(slots=True)
@@ -92,5 +94,6 @@ class Qwen25VL:
 
 def adapt(model: Any, source: str, settings: BackboneSettings) -> Qwen25VL:
     """Return the backbone of a loaded model."""
-    preprocessor = load_patch_preprocessor(source, settings.min_pixels, settings.max_pixels)
+    first = PUBLISHED_FIRST_BOUNDS if settings.template == "published" else None
+    preprocessor = load_patch_preprocessor(source, settings.min_pixels, settings.max_pixels, first_bounds=first)
     return Qwen25VL(model, prompt_tokenizer(model, source, settings, published=PUBLISHED_TEMPLATE), preprocessor)

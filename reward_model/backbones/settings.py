@@ -19,7 +19,8 @@ class BackboneSettings:
     """How images and prompts are given to a model; a family says in its `OPTIONS` which of the bounds it has."""
 
     template: Template = "family"
-    """The model's own chat template, or that of the published LLaVA-Reward code."""
+    """The model's own chat template, or that of the published LLaVA-Reward code, with the sizes to which that resizes
+    the images of Qwen2.5-VL."""
     min_pixels: int | None = None
     max_pixels: int | None = None
     """Bounds of the resized image of families that keep its aspect ratio; None is the model's own."""
