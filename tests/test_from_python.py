@@ -137,7 +137,8 @@ def test_ctrl_c_leaves_the_averaged_weights_and_the_run_goes_on_with_the_same_pr
     assert all(torch.equal(weights[name], average) for name, average in averages.items())
 
     again = config.with_options(resume=True)
-    for changed in ({"prompts": [*FOXES, "a hen"]}, {"reward": renamed(greenness(1), "green")}):
+    rows = [{"prompt": fox, "text": "FOX"} for fox in FOXES]
+    for changed in ({"prompts": [*FOXES, "a hen"]}, {"prompts": rows}, {"reward": renamed(greenness(1), "green")}):
         with pytest.raises(ValueError, match=f"began with other content of .*{next(iter(changed))[:6]}.*; resume it"):
             ddpo.train(again, **{"pipeline": pipeline_of(tiny_sd), "prompts": FOXES, "reward": green, **changed})
     result = ddpo.train(again, pipeline=pipeline_of(tiny_sd), prompts=FOXES, reward=green)
