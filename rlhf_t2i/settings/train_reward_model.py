@@ -45,8 +45,8 @@ class BackboneSettings(Settings, group="model and LoRA"):
     skip_ca_heads: PositiveInt = 1
     """Attention heads of SkipCA."""
     template: Literal["family", "published"] = "family"
-    """Format of prompts: the backbone's own chat template, or that of the published LLaVA-Reward code, with the sizes to
-    which that resizes the images of Qwen2.5-VL."""
+    """Format of prompts: the backbone's own chat template, or that of the published LLaVA-Reward code, with the sizes
+    to which that resizes the images of Qwen2.5-VL."""
     min_pixels: PositiveInt | None = None
     """Pixels that images are enlarged to at least (Qwen's models); null is the model's own number."""
     max_pixels: PositiveInt | None = None
