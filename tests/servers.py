@@ -59,6 +59,18 @@ def handling(handler: type[BaseHTTPRequestHandler], *, port: int = 0) -> Iterato
             thread.join()
 
 
+@contextmanager
+def served(reward: Any) -> Iterator[str]:
+    """Serve a weighted sum of rewards over HTTP in a thread of this process; yields its address."""
+    from rlhf_t2i.reward_server.batcher import Batcher
+    from rlhf_t2i.reward_server.server import Service, create_app
+
+    batcher = Batcher(reward, device="cpu", batch_size=64, max_wait=0.005)
+    service = Service(batcher, max_requests=8, max_images=64, max_bytes=2**24, secret=None)
+    with running(create_app(service)) as address:
+        yield address
+
+
 Response = tuple[int, dict[str, str], str]
 """Status, headers and body."""
 

@@ -19,8 +19,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from reward_model.scorers import load_scorer
 from reward_model.scorers.hps_v3 import load_hps_v3
 from reward_model.scorers.hps_v3_rubric import BEFORE, BEHIND
-from rlhf_t2i.rewards.load import load_reward
+from rlhf_t2i.rewards.load import load_reward, load_rewards
 from tests.reward_models import QWEN_TEMPLATE, QWEN_TOKENS, WIDTH, bytes_of, save_qwen_preprocessors
+from tests.servers import served
 
 SIZE = 448
 """Height and width with exactly the pixels that HPSv3 resizes to."""
@@ -98,6 +99,8 @@ def test_a_score_equals_the_published_maths_in_float64(folder: Path) -> None:
     scores = load_scorer(f"hps_v3:{folder}").score(IMAGES, PROMPTS)
     assert_close(scores.double(), torch.stack(expected), rtol=1e-4, atol=1e-5)
     assert abs(scores[0] - scores[1]) > 1e-2
+    with served(load_rewards(f"hps_v3:{folder}")) as address:
+        assert torch.equal(load_reward(address)(IMAGES, PROMPTS), scores)
     reward = load_reward(f"hps_v3:{folder / 'HPSv3.safetensors'}(batch_size=1)")
     assert_close(reward(IMAGES, PROMPTS), scores, rtol=1e-5, atol=1e-5)
 

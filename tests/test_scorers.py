@@ -29,6 +29,7 @@ from reward_model.scorers.weights import read_weights
 from reward_model.types import PreferencePair
 from rlhf_t2i.rewards.load import load_reward, load_rewards
 from tests.reward_models import backbone_folder, bytes_of
+from tests.servers import served
 from tests.test_similarity import make_clip
 
 HERE = [name for name in NAMES if name not in ("hps_v3", "unified_reward")]
@@ -419,7 +420,7 @@ def test_the_gradient_to_the_pixels_equals_finite_differences(
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_each_scorer_is_a_reward_of_the_same_name(
+def test_each_scorer_is_a_reward_of_the_same_name_here_and_over_http(
     name: str, folder: Path, scorer: Callable[[str], PointwiseScorer]
 ) -> None:
     if name == "vqa_score":  # the tiny tokenizers have no "Yes"
@@ -427,7 +428,10 @@ def test_each_scorer_is_a_reward_of_the_same_name(
             load_reward(f"vqa_score:{backbone_folder('llava')}")
         return
     where = folder / {"clip_score": "clip", "pick_score": "clip"}.get(name, name)
-    total, _ = load_rewards(f"{name}:{where}=0.5")(IMAGES, PROMPTS)
+    reward = load_rewards(f"{name}:{where}=0.5")
+    total, _ = reward(IMAGES, PROMPTS)
+    with served(reward) as address:
+        assert torch.equal(load_reward(address)(IMAGES, PROMPTS), total)
     assert_close(total, 0.5 * scorer(name).score(IMAGES, PROMPTS))
 
 

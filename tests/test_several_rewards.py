@@ -105,8 +105,8 @@ def trained(recipe: Any, model: Path, folder: Path, rewards: str, **options: Any
     ("recipe", "model", "options"),
     [
         (ddpo, "tiny_sd", {"history_size": 4, "history_min_count": 4}),
-        (flow_grpo, "tiny_sd3", {"resolution": 16}),
-        (diffusion_nft, "tiny_zimage", {"resolution": 16}),
+        pytest.param(flow_grpo, "tiny_sd3", {"resolution": 16}, marks=pytest.mark.slow),
+        pytest.param(diffusion_nft, "tiny_zimage", {"resolution": 16}, marks=pytest.mark.slow),
     ],
 )
 def test_with_gdpo_the_unit_of_a_reward_changes_no_weight(

@@ -13,9 +13,10 @@ from torch.testing import assert_close
 from reward_model.scorers.soft_tifa import answer_ids, load_soft_tifa
 from reward_model.scorers.vqa_score import first_token_log_probs
 from rlhf_t2i.prompts import Prompt
-from rlhf_t2i.rewards.load import load_reward
+from rlhf_t2i.rewards.load import load_reward, load_rewards
 from rlhf_t2i.rewards.rows import check_prompts
 from tests.reward_models import backbone_folder, bytes_of
+from tests.servers import served
 
 IMAGES = torch.stack([bytes_of(28, 28, seed=seed) for seed in range(2)]).float() / 255
 QUESTIONS = [[["a red fox", "red"], ["How many cat", "fox"]], [["a blue cat", "a"]]]
@@ -71,9 +72,11 @@ def test_the_score_is_the_mean_of_the_summed_probabilities(aggregate: str, first
     assert_close(reward(IMAGES[1:], ROWS[1:]), scores[1:], rtol=1e-4, atol=1e-7)
 
 
-def test_a_batch_size_of_its_own_and_small_batches_of_questions_change_no_score() -> None:
+def test_batches_of_images_and_of_questions_and_a_server_change_no_score() -> None:
     source = backbone_folder("qwen3_vl")
     together = load_reward(f"soft_tifa:{source}")(IMAGES, ROWS)
+    with served(load_rewards(f"soft_tifa:{source}")) as address:
+        assert torch.equal(load_reward(address)(IMAGES, ROWS), together)
     assert_close(load_reward(f"soft_tifa:{source}(batch_size=1)")(IMAGES, ROWS), together, rtol=1e-4, atol=1e-7)
     one_by_one = replace(load_soft_tifa(source), batch_size=1)
     rows = [row.metadata for row in ROWS]
