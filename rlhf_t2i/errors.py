@@ -8,11 +8,11 @@ its traceback.
 from __future__ import annotations
 
 import json
-import opcode
 import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,19 +20,15 @@ from types import FrameType
 from typing import NoReturn
 
 _OWN_PACKAGES = ("rlhf_t2i", "reward_model", "recipes", "__main__")
+_LAUNCHERS = ("accelerate", "accelerate-launch", "deepspeed")
+"""Programs and packages that start recipes."""
 _REPEAT = """
-import os, select, sys, time
-launcher, line = int(sys.argv[1]), sys.argv[2]
-try:
-    select.select([os.pidfd_open(launcher)], [], [], 60)
-except (AttributeError, OSError):
-    for _ in range(600):
-        try:
-            os.kill(launcher, 0)
-        except OSError:
-            break
+import contextlib, psutil, sys, time
+with contextlib.suppress(psutil.Error):
+    launcher, end = psutil.Process(int(sys.argv[1])), time.monotonic() + 60
+    while launcher.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
         time.sleep(0.1)
-sys.stderr.write(line)
+sys.stderr.write(sys.argv[2])
 """
 """Program that writes a line once a process has ended."""
 _tracebacks = False
@@ -57,16 +53,12 @@ def one_line_errors() -> Iterator[None]:
 
 def is_for_user(error: BaseException) -> bool:
     """Return True for an error that a `raise` of this project made, and for an OSError of what this project called."""
-    traceback = error.__traceback__
-    callers: list[FrameType] = []
-    while traceback is not None:
-        if _is_own(traceback.tb_frame) or not _is_library(traceback.tb_frame):
-            callers.append(traceback.tb_frame)
-        frame, instruction, traceback = traceback.tb_frame, traceback.tb_lasti, traceback.tb_next
-        if traceback is None and not isinstance(error, OSError):
-            is_raise = frame.f_code.co_code[instruction] == opcode.opmap["RAISE_VARARGS"]
-            return is_raise and _is_own(frame) and not isinstance(error, AssertionError)
-    return bool(callers) and _is_own(callers[-1])
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, OSError):
+        callers = [frame for frame in frames if _is_own(frame) or not _is_library(frame)]
+        return bool(callers) and _is_own(callers[-1])
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return bool(last) and _is_own(frames[-1]) and (last[0].line or "").startswith("raise")
 
 
 def exit_with(error: BaseException | str) -> NoReturn:
@@ -81,8 +73,7 @@ def exit_with(error: BaseException | str) -> NoReturn:
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if record is None:
         sys.stderr.write(line)
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:
-            _repeat_after_launcher(line)
+        _repeat_after_launcher(line)
     elif _is_first(Path(record)):
         sys.stderr.write(line)
         with suppress(OSError):
@@ -132,9 +123,13 @@ def _is_first(record: Path) -> bool:
 
 
 def _repeat_after_launcher(line: str) -> None:
-    """Start a process that writes the line again once the parent of this process has written its traceback."""
-    with suppress(OSError):
-        subprocess.Popen(
-            [sys.executable, "-S", "-c", _REPEAT, str(os.getppid()), line],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+    """If a launcher started this process, start another that writes the line again after the launcher's traceback."""
+    import psutil
+
+    with suppress(OSError, psutil.Error):
+        launcher = psutil.Process(os.getppid())
+        if any(Path(word).name.split(".")[0] in _LAUNCHERS for word in launcher.cmdline()):
+            subprocess.Popen(
+                [sys.executable, "-c", _REPEAT, str(launcher.pid), line],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            )  # fmt: skip

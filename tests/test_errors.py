@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import linecache
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,14 +32,20 @@ class Config(Settings):
 def failing(code: str, *, module: str) -> Exception:
     """The exception of a piece of code in a module of that name."""
     try:
-        exec(compile(code, "<code>", "exec"), {"__name__": module})
+        execute(code, module=module)
     except Exception as error:
         return error
     raise AssertionError("nothing was raised")
 
 
+def execute(code: str, *, module: str) -> None:
+    """Execute code as that of a module, whose lines a traceback can show."""
+    linecache.cache["<code>"] = (len(code), None, code.splitlines(keepends=True), "<code>")
+    exec(compile(code, "<code>", "exec"), {"__name__": module})
+
+
 def recipe(config: Config) -> None:
-    exec(compile(config.code, "<code>", "exec"), {"__name__": "recipes.ddpo"})
+    execute(config.code, module="recipes.ddpo")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +161,19 @@ def test_the_last_line_below_accelerate_launch_is_the_reason() -> None:
     lines = result.stderr.splitlines()
     assert lines[-1].startswith("error: lora_rank is 0; it must be ")
     assert "CalledProcessError" in lines[-2]
+
+
+def test_a_process_that_no_launcher_started_reports_once_whatever_its_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr("rlhf_t2i.errors.os.getppid", os.getpid)
+    started: list[Any] = []
+    monkeypatch.setattr("rlhf_t2i.errors.subprocess.Popen", lambda command, **options: started.append(command))
+    with pytest.raises(SystemExit):
+        exit_with("rank is 0")
+    assert capsys.readouterr().err == "error: rank is 0\n"
+    assert not started
 
 
 @pytest.mark.slow
