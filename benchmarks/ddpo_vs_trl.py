@@ -38,7 +38,7 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
     """Print the largest differences of log-probabilities and gradients of one trajectory of eight images."""
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy(TOY_MODEL, device=torch.device("cpu"))
-    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, keep_reference=False, seed=0)
     sampler = Sampler(policy.schedule(8), partial(ddim, eta=1.0), GUIDANCE)
     prompts = all_prompts("training")[:8]
     generators = [torch.Generator().manual_seed(i) for i in range(8)]

@@ -58,7 +58,7 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy(TOY_MODEL, device=torch.device("cpu"))
-    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, keep_reference=False, seed=0)
     sampler, prompts = Sampler(policy.schedule(8), partial(ddim, eta=0.0), GUIDANCE), all_prompts("training")[:8]
     reward = load_rewards("timed_reward:reward")
     noise = policy.initial_noise([torch.Generator().manual_seed(i) for i in range(8)], copies=1)

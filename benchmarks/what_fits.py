@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf_t2i.distributed.memory import Layout, Memory, gathered_by_fsdp, memory_of, peak_bytes
-from rlhf_t2i.models.lora import LoraConfiguration, add_lora
+from rlhf_t2i.models.lora import ATTENTION, LoraConfiguration, add_lora
 
 GPUS = {"1 x 24 GB": (1, 24), "1 x 80 GB": (1, 80), "8 x 80 GB": (8, 80)}
 SPARE = 0.9
@@ -172,7 +172,7 @@ def count_activations(model: Model, *, adapters: bool, batch: int) -> tuple[nn.M
     with torch.device("meta"):
         network = model.build()
         if adapters:
-            add_lora(network, LoraConfiguration(RANK, RANK), seed=0)
+            add_lora(network, LoraConfiguration(RANK), ATTENTION, seed=0)
     with FakeTensorMode():
         network = on_fake_tensors(network, frozen=torch.bfloat16)
         network.enable_gradient_checkpointing()

@@ -37,7 +37,7 @@ class ExactDiffusion(StableDiffusion):
 def exact_policy(model: Path) -> ExactDiffusion:
     """Return a policy whose weights differ a little from its reference."""
     policy = policy_of(model)
-    policy.set_trainable(None, lora_alpha=None, keep_reference=True, seed=0)
+    policy.set_trainable(None, keep_reference=True, seed=0)
     policy.__class__ = ExactDiffusion
     assert isinstance(policy, ExactDiffusion)
     for module in (policy.network, policy.autoencoder.vae, policy.reference):

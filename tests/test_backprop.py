@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_t2i.models.base import DiffusionPolicy
+from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.sampling.backprop import DifferentiableSamples, GradientWindow, sample_with_gradient
 from rlhf_t2i.sampling.rollout import rollout
 from tests.exact_policy import (
@@ -112,7 +113,7 @@ def test_checkpointing_does_not_change_the_gradient(policy: ExactDiffusion, meth
 
 def test_checkpointing_recomputes_the_policy_with_adapters_and_the_reference_without(tiny_sd: Path) -> None:
     policy = policy_of(tiny_sd)
-    policy.set_trainable(2, lora_alpha=None, keep_reference=True, seed=0)
+    policy.set_trainable(LoraConfiguration(2), keep_reference=True, seed=0)
     shift_weights(policy, random_direction(policy, seed=3), 0.1)
     found: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):
@@ -139,7 +140,7 @@ def test_the_reference_gap_is_zero_if_it_is_not_requested(policy: ExactDiffusion
 @pytest.mark.parametrize("method", ["draft-1", "draft", "draft-lv", "alignprop"])
 def test_the_images_are_those_of_a_rollout(tiny_sd: Path, method: str, eta: float) -> None:
     policy = policy_of(tiny_sd)
-    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, keep_reference=False, seed=0)
     sampler = sampler_of(policy, eta=eta)
     samples = sample_with_gradient(policy, PROMPTS, sampler=sampler, window=WINDOWS[method], generators=generators())
     images, _ = rollout(policy, PROMPTS, sampler=sampler, generators=generators(), microbatch_size=3)

@@ -577,7 +577,7 @@ def test_two_weights_sample_the_same_prompts_from_the_same_seeds(tiny_sd: Path, 
 
     cpu = torch.device("cpu")
     policy = load_policy(str(tiny_sd), device=cpu)
-    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, keep_reference=False, seed=0)
     policy.export(tmp_path, {name: 1.05 * tensor for name, tensor in policy.network.state_dict().items()})
     (tmp_path / "prompts.txt").write_text("a fox\na hen\n")
     options: Any = {

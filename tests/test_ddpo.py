@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from recipes import ddpo
+from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
@@ -92,7 +93,7 @@ def test_trainable_weights_change_and_frozen_ones_do_not(
 
     monkeypatch.setattr(load, "load_policy", remember)
     before = original(config.model, device=torch.device("cpu"))
-    before.set_trainable(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
+    before.set_trainable(LoraConfiguration(lora_rank) if lora_rank else None, keep_reference=False, seed=0)
     frozen = {
         **{f"unet.{n}": p for n, p in before.network.named_parameters() if not p.requires_grad},
         **{f"vae.{n}": p for n, p in before.autoencoder.vae.named_parameters()},

@@ -125,7 +125,7 @@ def test_winner_and_loser_get_equal_noise_and_each_pair_its_own_generator(
     model: str, config: diffusion_dpo.Config, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = load_policy(str(request.getfixturevalue(model)), device=torch.device("cpu"))
-    policy.set_trainable(None, lora_alpha=None, keep_reference=True, seed=0)
+    policy.set_trainable(None, keep_reference=True, seed=0)
     winner, loser = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pairs = PairBatch(winner, loser, policy.encode(["a fox", "a cat", "a dog"]))
     inputs: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from rlhf_t2i.models.lora import lora_dropout, set_lora_dropout, uses_dora
+from rlhf_t2i.models.lora import LoraConfiguration, lora_dropout, set_lora_dropout, uses_dora
 from rlhf_t2i.output.run_folder import KOHYA_LORA
 from rlhf_t2i.settings.ddpo import Config
 from tests.policies import PROMPTS, images_of, perturb, pipeline_of, policy_of, stock_images
@@ -28,8 +28,8 @@ def test_an_exported_lora_of_more_layers_gives_the_same_images_in_diffusers(
     model = request.getfixturevalue(name)
     policy, attention = policy_of(model), policy_of(model)
     endings = policy.target_layers(policy.network, targets)
-    attention.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0)
-    policy.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0, lora_targets=targets)
+    attention.set_trainable(LoraConfiguration(2), keep_reference=False, seed=0)
+    policy.set_trainable(LoraConfiguration(2, targets=targets), keep_reference=False, seed=0)
     assert attention.trainable.keys() < policy.trainable.keys()
     for ending in endings:
         assert any(f"{ending}.lora_A.default.weight" in trained for trained in policy.trainable), ending
@@ -41,15 +41,13 @@ def test_an_exported_lora_of_more_layers_gives_the_same_images_in_diffusers(
 
 def test_layers_are_chosen_by_the_endings_of_their_names(tiny_sd: Path) -> None:
     policy = policy_of(tiny_sd)
-    policy.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0, lora_targets="attn2.to_k, to_v")
+    policy.set_trainable(LoraConfiguration(2, targets="attn2.to_k, to_v"), keep_reference=False, seed=0)
     layers = {name.partition(".lora_")[0] for name in policy.trainable}
     assert {name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in layers} == {
         "attn2.to_k", "attn1.to_v", "attn2.to_v",
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"No layer of the denoiser ends with to_w; it has, for example, conv_in"):
-        policy_of(tiny_sd).set_trainable(
-            2, lora_alpha=None, keep_reference=False, seed=0, lora_targets="to_k,to_w"
-        )  # fmt: skip
+        policy_of(tiny_sd).set_trainable(LoraConfiguration(2, targets="to_k,to_w"), keep_reference=False, seed=0)
 
 
 @pytest.mark.parametrize("kind", ["use_dora", "use_rslora"])
@@ -59,7 +57,7 @@ def test_an_exported_dora_or_rslora_gives_the_same_images_in_diffusers_and_when_
 ) -> None:
     model = request.getfixturevalue(name)
     policy = policy_of(model)
-    policy.set_trainable(4, lora_alpha=6.0, keep_reference=False, seed=0, **{kind: True})
+    policy.set_trainable(LoraConfiguration(4, 6.0, **{kind: True}), keep_reference=False, seed=0)
     base = images_of(policy)
     perturb(policy)
     assert uses_dora(policy.network) == (kind == "use_dora")
@@ -83,7 +81,7 @@ def test_an_rslora_is_scaled_by_the_root_of_its_rank(tiny_sd: Path) -> None:
     scales = []
     for use_rslora in (False, True):
         policy = policy_of(tiny_sd)
-        policy.set_trainable(4, lora_alpha=6.0, keep_reference=False, seed=0, use_rslora=use_rslora)
+        policy.set_trainable(LoraConfiguration(4, 6.0, use_rslora=use_rslora), keep_reference=False, seed=0)
         layer = next(module for module in policy.network.modules() if hasattr(module, "scaling"))
         scales.append(layer.scaling["default"])
     assert scales == [6 / 4, 6 / 2]
@@ -99,7 +97,7 @@ def test_a_lora_exported_in_kohyas_layout_gives_the_same_images_in_diffusers(
     policy = policy_of(model)
     layers = [name for name, part in policy.network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
     policy.set_trainable(
-        4, lora_alpha=6.0, keep_reference=False, seed=0, lora_targets=",".join(layers), use_rslora=use_rslora
+        LoraConfiguration(4, 6.0, targets=",".join(layers), use_rslora=use_rslora), keep_reference=False, seed=0
     )
     perturb(policy)
     policy.export(tmp_path, policy.trainable, kohya=True)
@@ -112,7 +110,7 @@ def test_a_lora_exported_in_kohyas_layout_gives_the_same_images_in_diffusers(
 def test_kohyas_layout_is_refused_where_it_does_not_exist(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     for model, options in ((tiny_sd3, {}), (tiny_sd, {"use_dora": True})):
         policy = policy_of(model)
-        policy.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0, **options)
+        policy.set_trainable(LoraConfiguration(2, **options), keep_reference=False, seed=0)
         with pytest.raises(ValueError, match="export_format is both"):
             policy.export(tmp_path, policy.trainable, kohya=True)
 
@@ -142,7 +140,7 @@ def test_the_rank_of_a_lora_that_goes_on_is_its_own_whatever_the_familys_is() ->
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_acts_in_updates_only_and_is_drawn_from_a_seed(checkpointing: bool, tiny_sd: Path) -> None:
     policy = policy_of(tiny_sd)
-    policy.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(LoraConfiguration(2), keep_reference=False, seed=0)
     perturb(policy)
     before = images_of(policy)
     set_lora_dropout(policy.network, 0.5)

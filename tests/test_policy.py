@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.models.load import as_policy
+from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.sampling.rollout import generate, rollout, transition_at
 from tests.policies import (
     DIFFUSION,
@@ -76,7 +77,7 @@ def test_replaying_a_fresh_rollout_gives_ratio_one(
 ) -> None:
     """An unchanged policy reproduces the log-probabilities it recorded, even where a batch mixes denoising steps."""
     policy = policy_of(model, dtype)
-    policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(LoraConfiguration(lora_rank) if lora_rank else None, keep_reference=False, seed=0)
     sampler = sampler_of(policy, eta=1.0, guidance_scale=guidance_scale)
     _, trajectory = rollout(policy, PROMPTS * 2, sampler=sampler, generators=seeded(1, 2), microbatch_size=4)
     image, step = (grid.flatten() for grid in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
@@ -162,7 +163,7 @@ def test_the_reference_is_the_model_before_training(model: Path) -> None:
     for lora_rank in (None, 2):
         policy = policy_of(model)
         before = images_of(policy)
-        policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=True, seed=0)
+        policy.set_trainable(LoraConfiguration(lora_rank) if lora_rank else None, keep_reference=True, seed=0)
         perturb(policy)
         after = images_of(policy)
         with policy.as_reference():
@@ -174,7 +175,7 @@ def test_the_reference_is_the_model_before_training(model: Path) -> None:
 @pytest.mark.parametrize("model", MODELS, indirect=True)
 def test_an_exported_lora_gives_the_same_images_in_diffusers_and_when_loaded(model: Path, tmp_path: Path) -> None:
     policy = policy_of(model)
-    policy.set_trainable(2, lora_alpha=6.0, keep_reference=False, seed=0)
+    policy.set_trainable(LoraConfiguration(2, 6.0), keep_reference=False, seed=0)
     assert all(
         any(name.endswith(f"{target}.lora_A.default.weight") for name in policy.trainable)
         for target in policy.lora_targets
@@ -190,7 +191,7 @@ def test_an_exported_lora_gives_the_same_images_in_diffusers_and_when_loaded(mod
 @pytest.mark.parametrize("model", MODELS, indirect=True)
 def test_an_exported_denoiser_gives_the_same_images_in_diffusers_and_when_loaded(model: Path, tmp_path: Path) -> None:
     policy = policy_of(model)
-    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, keep_reference=False, seed=0)
     perturb(policy)
     component = policy.export(tmp_path, policy.trainable).name
     pipeline = pipeline_of(model)

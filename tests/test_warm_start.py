@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from recipes import ddpo, diffusion_dpo
+from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.models.packaging import save_trained_pipeline
 from rlhf_t2i.models.warm_start import start_from_lora, start_from_weights
 from tests.policies import images_of, perturb, pipeline_of, policy_of, stock_images
@@ -112,7 +113,7 @@ def test_training_starts_from_a_denoiser_and_is_compared_with_it_or_with_the_bas
     policy = policy_of(tiny_sd)
     base, expected = images_of(policy), images_of(policy_of(tiny_sd, weights=folder))
     start_from_weights(policy, tmp_path, model=str(tiny_sd), keep_base=keep_base)
-    policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=True, seed=0)
+    policy.set_trainable(LoraConfiguration(lora_rank) if lora_rank else None, keep_reference=True, seed=0)
     assert_close(images_of(policy), expected, rtol=0, atol=0)
     perturb(policy)
     with torch.no_grad(), policy.as_reference():
@@ -178,7 +179,7 @@ def test_weights_of_a_run_from_a_denoiser_are_loaded_with_it(
     folder = ddpo.main(replace(config, init_weights=str(source), lora_rank=lora_rank, num_steps=1))
     trained = policy_of(tiny_sd)
     start_from_weights(trained, source, model=str(tiny_sd), keep_base=False)
-    trained.set_trainable(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
+    trained.set_trainable(LoraConfiguration(lora_rank) if lora_rank else None, keep_reference=False, seed=0)
     weights = {name.removeprefix("weight/"): w for name, w in state(folder, 1)[0].items() if name.startswith("weight/")}
     trained.network.load_state_dict(weights, strict=False)
     places = [folder, folder / ("lora" if lora_rank else "unet"), folder / "checkpoints" / "step_000001"]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from rlhf_t2i.models.lora import LoraConfiguration
 from tests.policies import images_of, perturb, pipeline_of, policy_of, stock_images
 from tests.trained_weights import checkpoint_of, denoiser_of, in_kohyas_layout, lora_of
 
@@ -156,7 +157,7 @@ def test_a_denoiser_of_another_class_is_refused(tiny_sd: Path, tiny_sd3: Path, t
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_a_checkpoint_that_does_not_fit_is_refused(lora_rank: int | None, tiny_sd: Path, tmp_path: Path) -> None:
     policy = policy_of(tiny_sd)
-    policy.set_trainable(lora_rank, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(LoraConfiguration(lora_rank) if lora_rank else None, keep_reference=False, seed=0)
     perturb(policy)
     weights = {name: weight.detach() for name, weight in policy.trainable.items()}
     config = {"model": str(tiny_sd), "lora_rank": lora_rank, "lora_alpha": None}

@@ -13,6 +13,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_t2i.models.lora import LoraConfiguration
 from tests.policies import perturb, policy_of
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -21,7 +22,7 @@ LORA = "pytorch_lora_weights.safetensors"
 def lora_of(model: Path, folder: Path, *, rank: int = 2, alpha: float | None = None) -> Path:
     """Write a LoRA of a model into `folder/lora`, as a run does; return its file."""
     policy = policy_of(model)
-    policy.set_trainable(rank, lora_alpha=alpha, keep_reference=False, seed=0)
+    policy.set_trainable(LoraConfiguration(rank, alpha), keep_reference=False, seed=0)
     perturb(policy)
     return policy.export(folder, policy.trainable) / LORA
 
@@ -36,7 +37,7 @@ def in_kohyas_layout(lora: Path, file: Path, *, alphas: Sequence[float]) -> Path
 def denoiser_of(model: Path, folder: Path) -> Path:
     """Write the full denoiser of a model into a folder, as a run does; return its folder."""
     policy = policy_of(model)
-    policy.set_trainable(None, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(None, keep_reference=False, seed=0)
     perturb(policy)
     return policy.export(folder, policy.trainable)
 

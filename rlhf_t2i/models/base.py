@@ -121,22 +121,16 @@ class DiffusionPolicy(ABC):
 
     # --- training ---
 
-    def set_trainable(
-        self, lora_rank: int | None, *, lora_alpha: float | None, keep_reference: bool, seed: int,
-        lora_targets: str | None = None, use_dora: bool = False, use_rslora: bool = False,
-    ) -> None:  # fmt: skip
-        """Train LoRA adapters of a rank, initialised from `seed`; if the rank is None, the full denoiser in float32.
+    def set_trainable(self, lora: LoraConfiguration | None, *, keep_reference: bool, seed: int) -> None:
+        """Train LoRA adapters, initialised from `seed`; None trains the full denoiser in float32.
 
-        `lora_targets` is as in `target_layers`. With `keep_reference` a frozen copy of the full denoiser is kept for
-        `as_reference`, unless there is one from before; adapters need none.
+        With `keep_reference` a frozen copy of the full denoiser is kept for `as_reference`, unless there is one from
+        before; adapters need none.
         """
-        if lora_rank is not None:
+        if lora is not None:
             with only_errors():
                 self.network.to(self.dtype)
-            targets = self.target_layers(self.network, lora_targets)
-            alpha = float(lora_alpha or lora_rank)
-            lora = LoraConfiguration(lora_rank, alpha, targets, use_dora, use_rslora)
-            add_lora(self.network, lora, seed=seed)
+            add_lora(self.network, lora, self.target_layers(self.network, lora.targets), seed=seed)
             return
         if keep_reference and self.reference is None:
             self.keep_reference()

@@ -29,22 +29,31 @@ class LoraConfiguration:
     """Form of the adapters: x + scale * B A x with scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
 
     rank: int
-    alpha: float
-    targets: Sequence[str] = ATTENTION
-    """Name endings of the layers that get an adapter."""
+    alpha: float | None = None
+    """None is the rank."""
+    targets: str | None = None
+    """Layers that get an adapter, as in `target_layers`."""
     use_dora: bool = False
     use_rslora: bool = False
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> LoraConfiguration | None:
+        """Return the LoRA that options describe, which in older runs were fewer; None without lora_rank."""
+        if options["lora_rank"] is None:
+            return None
+        kinds = {name: options[name] for name in ("use_dora", "use_rslora") if name in options}
+        return cls(options["lora_rank"], options["lora_alpha"], options.get("lora_targets"), **kinds)
 
-def add_lora(denoiser: Any, lora: LoraConfiguration, *, seed: int) -> None:
-    """Freeze a denoiser and add trainable float32 adapters to its layers, initialised from `seed`.
 
-    Raises ValueError, with some names of layers, if no layer's name ends with one of the targets.
+def add_lora(denoiser: Any, lora: LoraConfiguration, targets: Sequence[str], *, seed: int) -> None:
+    """Freeze a denoiser and add trainable float32 adapters, initialised from `seed`, to layers by their name endings.
+
+    Raises ValueError, with some names of layers, if no layer's name ends with one of `targets`.
     """
     from peft import LoraConfig  # takes seconds
 
     layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    for target in lora.targets:
+    for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             raise ValueError(
                 f"No layer of the denoiser ends with {target}; it has, for example, {', '.join(layers[:5])}."
@@ -52,11 +61,11 @@ def add_lora(denoiser: Any, lora: LoraConfiguration, *, seed: int) -> None:
     denoiser.requires_grad_(False)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  # peft takes fractions
+        lora_alpha=float(lora.alpha or lora.rank),  # pyright: ignore[reportArgumentType]  # peft takes fractions
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         init_lora_weights="gaussian",
-        target_modules=list(lora.targets),
+        target_modules=list(targets),
     )
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         torch.manual_seed(seed)

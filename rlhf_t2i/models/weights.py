@@ -50,17 +50,13 @@ def _load_checkpoint(
     run = path.parent.parent
     check_run(run, model=model)
     config = read_config(run)
-    if config.get("init_lora") or config["lora_rank"] is not None:
+    lora = LoraConfiguration.from_options(config)
+    if config.get("init_lora") or lora is not None:
         _load_run_start(network, family, path, model=model)
     if config.get("init_lora"):
         load_lora(read_lora(run / START / "lora" / LORA_WEIGHTS, family, network), network, model=model)
-    elif config["lora_rank"] is not None:
-        lora = LoraConfiguration(
-            config["lora_rank"], float(config["lora_alpha"] or config["lora_rank"]),
-            family.target_layers(network, config.get("lora_targets")),
-            use_dora=config.get("use_dora", False), use_rslora=config.get("use_rslora", False),
-        )  # fmt: skip
-        add_lora(network, lora, seed=0)
+    elif lora is not None:
+        add_lora(network, lora, family.target_layers(network, lora.targets), seed=0)
     expected = {n: p for n, p in network.named_parameters() if not has_lora(network) or f".{ADAPTER}." in n}
     _check_fit(stored, expected, f"The checkpoint {str(path)!r}", model)
     network.load_state_dict(stored, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: b
     ValueError for weights that do not fit the model.
     """
     from rlhf_t2i.models.export import check_kohya  # takes seconds
-    from rlhf_t2i.models.lora import set_lora_dropout, uses_dora
+    from rlhf_t2i.models.lora import LoraConfiguration, set_lora_dropout, uses_dora
     from rlhf_t2i.models.warm_start import start_from_lora, start_from_weights
 
     is_base = config.reference_model == "base"
@@ -26,11 +27,8 @@ def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: b
         start_from_weights(policy, Path(config.init_weights), model=config.model, keep_base=keep_base)
         run.print(f"start     denoiser of {config.init_weights}")
     if config.init_lora is None:
-        policy.set_trainable(
-            config.lora_rank, lora_alpha=config.lora_alpha, keep_reference=keep_reference, seed=config.seed,
-            lora_targets=config.lora_targets, use_dora=config.use_dora,
-            use_rslora=config.use_rslora,
-        )  # fmt: skip
+        lora = LoraConfiguration.from_options(asdict(config))
+        policy.set_trainable(lora, keep_reference=keep_reference, seed=config.seed)
     else:
         copy = run.folder / START
         source = Path(config.init_lora) if run.resumed_from is None else copy
