@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from rlhf_t2i.settings.base import Group, Rule
-from rlhf_t2i.settings.groups import GroupedSamplingSettings, SeveralRewardsSettings, TrainerConfig
+from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt
+from rlhf_t2i.settings.several_rewards import SeveralRewardsSettings
 
 
 @dataclass(frozen=True, kw_only=True)

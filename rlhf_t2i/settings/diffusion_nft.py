@@ -9,7 +9,7 @@ from annotated_types import Ge
 
 from rlhf_t2i.settings.base import Group, Rule
 from rlhf_t2i.settings.by_model import by_model
-from rlhf_t2i.settings.groups import GroupedSamplingSettings, SeveralRewardsSettings, TrainerConfig
+from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import (
     Decay,
     Fraction,
@@ -20,6 +20,7 @@ from rlhf_t2i.settings.ranges import (
     PositiveFraction,
     PositiveInt,
 )
+from rlhf_t2i.settings.several_rewards import SeveralRewardsSettings
 from rlhf_t2i.shapes.names import TOY_FLOW_MODEL
 
 

@@ -9,8 +9,9 @@ from annotated_types import Ge
 
 from rlhf_t2i.settings.base import Rule
 from rlhf_t2i.settings.by_model import by_model
-from rlhf_t2i.settings.groups import GroupedSamplingSettings, SeveralRewardsSettings, TrainerConfig
+from rlhf_t2i.settings.groups import GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.ranges import Fraction, ModelPath, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlhf_t2i.settings.several_rewards import SeveralRewardsSettings
 from rlhf_t2i.shapes.names import TOY_FLOW_MODEL
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_t2i.advantages import decoupled_advantages, standardised_sum, vetoed_advantages
 from rlhf_t2i.rewards.load import WeightedSum
-from rlhf_t2i.settings.groups import SeveralRewardsSettings
+from rlhf_t2i.settings.several_rewards import SeveralRewardsSettings
 from rlhf_t2i.types import ProcessGroup
 
 Method = Callable[[Float[Tensor, "P K"]], Float[Tensor, "P K"]]
