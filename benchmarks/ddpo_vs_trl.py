@@ -46,14 +46,14 @@ def agreement(python: Path, model: Path, folder: Path) -> None:
     advantages = torch.linspace(-1, 1, 8)
     given = {
         "latents": trajectory.latents, "log_probs": trajectory.log_probs, "advantages": advantages,
-        "conditioning": trajectory.conditioning.states,
+        "conditioning": trajectory.conditioning[:].states,
     }  # fmt: skip
     torch.save(given, folder / "trajectory.pt")
     run([str(python), "benchmarks/trl_side.py", "replay", "--model", str(model), "--folder", str(folder)], 1)
     theirs = torch.load(folder / "replayed.pt", weights_only=True)
     for step in range(8):
         transition = transition_at(
-            policy, trajectory.latents[:, step], torch.full((8,), step), trajectory.conditioning, sampler=sampler
+            policy, trajectory.latents[:, step], torch.full((8,), step), trajectory.conditioning[:], sampler=sampler
         )
         log_prob = mean_log_prob(transition, trajectory.latents[:, step + 1])
         (clipped_surrogate_loss(log_prob, trajectory.log_probs[:, step], advantages, clip_range=5e-4) / 8).backward()

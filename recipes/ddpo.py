@@ -42,7 +42,7 @@ from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.from_python import from_python
-from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
+from rlhf_t2i.training.policy_gradient import UpdateWarnings, update_metrics
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.several_rewards import combined_advantages
@@ -61,7 +61,7 @@ def main(config: Config) -> Path:
         config, prompts, recipe="ddpo", report=write_report, keep_reference=config.kl_weight > 0, extra=histories
     )
     policy, sampler = trainer.policy, trainer.sampler(eta=config.eta)
-    shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
+    shard, warn = trainer.shard(config.prompts_per_step, name="prompts_per_step"), UpdateWarnings(trainer.print)
     for step in trainer.steps():
         all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
@@ -77,6 +77,7 @@ def main(config: Config) -> Path:
                     rewards, scores = async_reward.results()
                 else:
                     rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+        del images  # as the trajectory below: neither update nor next rollout should need memory for it
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         methods = [partial(advantages_of, all_prompts, history=history, config=config) for history in histories]
         advantages = combined_advantages(trainer, groups, scores, reward=reward, methods=methods, config=config)
@@ -86,9 +87,8 @@ def main(config: Config) -> Path:
                 trainer, trajectory, advantages[shard.start : shard.stop].flatten(),
                 generators=generators_for(config.seed, UPDATE, step, shard), sampler=sampler, config=config,
             )  # fmt: skip
-        if step == 0:
-            for warning in first_update_warnings(metrics):
-                trainer.print(warning)
+        del trajectory
+        warn(step, metrics)
         trainer.finish_step(step, **trainer.rollout_metrics(groups, scores), **metrics)
     return trainer.finish()
 
@@ -123,7 +123,7 @@ def update(
 
     `replay_error` is the largest change of a log-probability before the first optimiser step; it should be 0.
     """
-    policy = trainer.policy
+    policy, num_rows = trainer.policy, trajectory.num_rows
     clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
     samples: list[Tensor] = []
     steps: list[dict[str, float]] = []
@@ -136,14 +136,14 @@ def update(
         num_minibatches=config.num_minibatches,
         num_epochs=config.num_inner_epochs,
     ):
-        microbatches = list(zip(image.split(config.microbatch_size), step.split(config.microbatch_size), strict=True))
+        microbatches = list(zip(image.split(num_rows), step.split(num_rows), strict=True))
         for i, t in trainer.accumulate(microbatches):
             inputs = trajectory.latents[i, t], t, trajectory.conditioning[i]
             kl, reference = torch.zeros(len(i), device=trainer.device), None
             if config.kl_weight:
                 with torch.no_grad(), policy.as_reference():
-                    reference = transition_at(policy, *inputs, sampler=sampler)
-            transition = transition_at(policy, *inputs, sampler=sampler)
+                    reference = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
+            transition = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
             if reference is not None:
                 kl = mean_kl(transition, reference)
             log_prob = mean_log_prob(transition, trajectory.latents[i, t + 1])

@@ -40,7 +40,7 @@ from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import denoising_mse, negative_aware_loss
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import load_rewards
-from rlhf_t2i.sampling.rollout import generate
+from rlhf_t2i.sampling.rollout import encode_distinct, generate
 from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.ema import rising_decay
@@ -77,6 +77,7 @@ def main(config: Config) -> Path:
             )  # fmt: skip
         with trainer.timed("reward"), torch.no_grad():
             rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+        del images  # neither update nor next sampling should need memory for it
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
         methods = [scaled] * len(reward.terms)
@@ -85,6 +86,7 @@ def main(config: Config) -> Path:
         optimality = (0.5 + advantages / (2 * config.max_advantage)).clamp(0, 1)
         with trainer.timed("update"):
             metrics = update(trainer, clean, own_prompts, optimality, shard=shard, step=step, config=config)
+        del clean
         trainer.finish_step(
             step,
             **trainer.rollout_metrics(groups, scores),
@@ -110,7 +112,7 @@ def update(
     `reference_gap` that of the model's outputs from those before training.
     """
     policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
-    conditioning = policy.encode(prompts)
+    conditioning = encode_distinct(policy, prompts)
     predict = partial(predict_noised, policy, guidance_scale=config.guidance_scale)
     noise_generators = generators_for(config.seed, NOISE, step, shard)
     samples, steps = list[Tensor](), list[dict[str, float]]()

@@ -45,7 +45,7 @@ from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.batching import minibatches, window_of_step
 from rlhf_t2i.training.from_python import from_python
-from rlhf_t2i.training.policy_gradient import first_update_warnings, update_metrics
+from rlhf_t2i.training.policy_gradient import UpdateWarnings, update_metrics
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.several_rewards import combined_advantages
@@ -61,7 +61,7 @@ def main(config: Config) -> Path:
     )
     policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
     dynamics = noisy_step(schedule, config)
-    shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
+    shard, warn = trainer.shard(config.prompts_per_step, name="prompts_per_step"), UpdateWarnings(trainer.print)
     for step in trainer.steps():
         all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
@@ -75,6 +75,7 @@ def main(config: Config) -> Path:
             )  # fmt: skip
         with trainer.timed("reward"), torch.no_grad():
             rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+        del images  # as the trajectory below: neither update nor next rollout should need memory for it
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
         methods = [scaled] * len(reward.terms)
@@ -88,9 +89,8 @@ def main(config: Config) -> Path:
                 trainer, trajectory, advantages[shard.start : shard.stop].flatten(), noise=noise, window=window,
                 generators=generators_for(config.seed, UPDATE, step, shard), sampler=sampler, config=config,
             )  # fmt: skip
-        if step == 0:
-            for warning in first_update_warnings(metrics):
-                trainer.print(warning)
+        del trajectory, noise
+        warn(step, metrics)
         trainer.finish_step(
             step,
             **trainer.rollout_metrics(groups, scores),
@@ -139,7 +139,7 @@ def update(
     `noise` is that of the rollout, needed to normalise ratios. `replay_error` is the largest change of a
     log-probability before the first optimiser step; it should be 0.
     """
-    policy, sigma = trainer.policy, sampler.schedule.sigma
+    policy, num_rows, sigma = trainer.policy, trajectory.num_rows, sampler.schedule.sigma
     clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
     samples: list[Tensor] = []
     steps: list[dict[str, float]] = []
@@ -148,14 +148,14 @@ def update(
         generators=generators, images_per_prompt=config.images_per_prompt, window=window, fraction=1.0,
         num_minibatches=config.num_minibatches, num_epochs=config.num_inner_epochs,
     ):  # fmt: skip
-        microbatches = list(zip(image.split(config.microbatch_size), step.split(config.microbatch_size), strict=True))
+        microbatches = list(zip(image.split(num_rows), step.split(num_rows), strict=True))
         for i, t in trainer.accumulate(microbatches):
             inputs = trajectory.latents[i, t], t, trajectory.conditioning[i]
             kl, reference = torch.zeros(len(i), device=trainer.device), None
             if config.kl_weight:
                 with torch.no_grad(), policy.as_reference():
-                    reference = transition_at(policy, *inputs, sampler=sampler)
-            transition = transition_at(policy, *inputs, sampler=sampler)
+                    reference = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
+            transition = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
             if reference is not None:
                 kl = mean_kl(transition, reference)
             log_ratio = mean_log_prob(transition, trajectory.latents[i, t + 1]) - trajectory.log_probs[i, t]

@@ -62,7 +62,7 @@ from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_BACKBONE_FOLDER, TOY_PAIRS, toy_pairs_folder
 from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 from rlhf_t2i.training.claim import claim_folder, keep_folder
-from rlhf_t2i.training.environment import restarted, set_num_threads, stop_with_launcher
+from rlhf_t2i.training.environment import prepare_torch, restarted, stop_with_launcher
 from rlhf_t2i.training.trackers import name_run
 
 
@@ -135,8 +135,7 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
     stop_with_launcher()
     if config.backbone != TOY_BACKBONE:
         backbone_family(config.backbone)  # raises before data are read
-    if not torch.cuda.is_available():
-        set_num_threads(config.num_cpu_threads)
+    prepare_torch(attention=config.attention, num_cpu_threads=config.num_cpu_threads)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     arguments = trainer_arguments(config, precision=precision)
     if PartialState().distributed_type == DistributedType.FSDP:

@@ -108,13 +108,31 @@ class Conditioning:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedPrompts:
+    """Conditioning of a batch that holds each distinct prompt once."""
+
+    distinct: Conditioning
+    index: Int[Tensor, " B"]
+    """Row of `distinct` of each prompt of the batch."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: slice | Int[Tensor, " N"]) -> Conditioning:
+        """Return the conditioning of some rows of the batch."""
+        return self.distinct[self.index[rows]]
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """Sampling record of a batch of images, in float32, from which an update replays every denoising step."""
 
-    conditioning: Conditioning
+    conditioning: EncodedPrompts
     log_probs: Float[Tensor, "B T"]
     """Log-probability of each step, averaged over latent dimensions (`diffusion.gaussian.mean_log_prob`)."""
     latents: Float[Tensor, "B T+1 C H W"]
+    num_rows: int
+    """Images in each forward pass of the rollout; a replay is exact in half precision only with as many."""
 
 
 @runtime_checkable

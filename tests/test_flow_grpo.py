@@ -207,7 +207,7 @@ def test_a_rollout_has_log_probabilities_in_its_window_only_and_its_noise_can_be
     for t in (1, 2):
         level, after = (schedule.at(torch.full((4,), t + i)) for i in (0, 1))
         latents = trajectory.latents[:, t]
-        prediction = policy.predict(latents, level, trajectory.conditioning, guidance_scale=1.0)
+        prediction = policy.predict(latents, level, trajectory.conditioning[:], guidance_scale=1.0)
         transition = step(latents, prediction, level, after)
         old_mean = trajectory.latents[:, t + 1] - per_image(transition.std) * noise[:, t]
         assert_close(old_mean, transition.mean, rtol=0, atol=1e-5)

@@ -32,7 +32,7 @@ def run_cell(source: str, namespace: dict[str, Any]) -> Any:
 @pytest.mark.slow
 def test_the_notebook_samples_scores_searches_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rlhf_t2i.training.run.set_num_threads", lambda count: None)
+    monkeypatch.setattr("rlhf_t2i.training.environment.set_num_threads", lambda count: None)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     shown = [run_cell(source, namespace) for source in cells("code")]
     before, scores, found, result, rewards, after, own = (value for value in shown if value is not None)

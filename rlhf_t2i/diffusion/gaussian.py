@@ -25,8 +25,10 @@ def randn(shape: Sequence[int], *, generators: Sequence[torch.Generator], device
     """
     if shape[0] % len(generators):
         raise ValueError(f"{len(generators)} generators cannot share {shape[0]} images equally.")
-    share = (shape[0] // len(generators), *shape[1:])
-    return torch.cat([torch.randn(share, generator=g) for g in generators]).to(device)
+    noise = torch.empty(*shape)
+    for share, generator in zip(noise.chunk(len(generators)), generators, strict=True):
+        share.normal_(generator=generator)
+    return noise.to(device)
 
 
 def sample(transition: Transition, *, generators: Sequence[torch.Generator]) -> Float[Tensor, "B C H W"]:

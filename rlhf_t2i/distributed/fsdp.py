@@ -64,6 +64,10 @@ class FullySharded:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def gradients(self) -> dict[str, Tensor | None]:
+        gradients = {name: cast(DTensor | None, parameter.grad) for name, parameter in self._parameters.items()}
+        return {name: None if gradient is None else gradient.to_local() for name, gradient in gradients.items()}
+
     def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate

@@ -47,6 +47,9 @@ class Replicated:
         with self._accelerator.no_sync(self.network):
             self._accelerator.backward(loss)
 
+    def gradients(self) -> dict[str, Tensor | None]:
+        return {name: parameter.grad for name, parameter in self._parameters.items()}
+
     def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
         _set_learning_rate(self._optimizer, learning_rate)
         norm = float(self._accelerator.clip_grad_norm_(self._parameters.values(), self._max_norm) or 0)

@@ -48,6 +48,10 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
+    def gradients(self) -> Mapping[str, Tensor | None]:
+        """Return the gradient of each trained weight before an optimiser step, as far as this process has it."""
+        ...
+
     def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
         """Take one step of the optimiser with the gradients averaged over processes, clipped to the maximum norm.
 

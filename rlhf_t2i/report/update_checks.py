@@ -37,14 +37,10 @@ def check_ratios(rows: Sequence[Row], config: Config) -> Finding:
         return Finding(
             "Ratios do not start at 1", "warning",
             f"Replaying the unchanged policy changed its log-probabilities by up to {error:.1g} (update "
-            f"{worst['step']}), with a clip range of {clip_range:.2g}.",
+            f"{worst['step']}), {_times(error / clip_range)} the clip range ({clip_range:.2g}).",
             "Sampling and update compute different log-probabilities, mostly because of a coarse number format: noise "
             "decides which ratios are clipped.",
-            suggest(
-                config,
-                *([("mixed_precision", "--mixed_precision no")] if is_coarse else []),
-                ("microbatch_size", "the same --microbatch_size on another device"),
-            ),
+            suggest(config, *([("mixed_precision", "--mixed_precision no")] if is_coarse else [])),
         )  # fmt: skip
     first, moved = train[0], number(train[0], "ratio_std") / number(train[0], "clip_range")
     exact = f"Replay is exact{f' to {error:.1g}' if error else ''}"

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf_t2i.diffusion.gaussian import mean_log_prob, randn, sample
-from rlhf_t2i.types import Conditioning, DiffusionModel, Sampler, Trajectory, Transition
+from rlhf_t2i.diffusion.gaussian import mean_log_prob, per_image, randn
+from rlhf_t2i.types import (
+    Conditioning,
+    DiffusionModel,
+    EncodedPrompts,
+    Prediction,
+    Sampler,
+    Trajectory,
+    Transition,
+)
 
 
 @torch.no_grad()
@@ -26,51 +34,52 @@ def rollout(
     """Sample one image per prompt and return the images, clamped to [0, 1], with the record of their denoising steps.
 
     Each generator serves an equal share of the prompts, in order; ValueError if there is none. `microbatch_size` is the
-    number of images in one forward pass; it changes memory, not images. With `on_images` the prompts are sampled in
-    groups of about `microbatch_size`, never splitting a generator's share, and it is called with the images and prompts
-    of each group while the next groups are still to be sampled.
+    most images in one forward pass; it changes memory, not images. With `on_images` the prompts are sampled in groups
+    of about `microbatch_size`, never splitting a generator's share, and it is called with the images and prompts of
+    each group while the next groups are still to be sampled.
+
+    Every forward pass has the trajectory's `num_rows` images: the last one of a group is filled up.
     """
-    copies = _copies(prompts, generators)
-    conditioning = model.encode(prompts)
-    num_groups = 1 if on_images is None else min(len(generators), math.ceil(len(prompts) / microbatch_size))
-    groups: list[tuple[Tensor, Tensor, Tensor]] = []
-    for members in torch.arange(len(generators)).tensor_split(num_groups):
-        start, end = int(members[0]), int(members[-1]) + 1
-        rows = slice(copies * start, copies * end)
-        group = _rollout_group(
-            model, conditioning[rows], sampler=sampler, microbatch_size=microbatch_size, copies=copies,
-            generators=generators[start:end],
+    copies, num_images = _copies(prompts, generators), len(prompts)
+    num_groups = 1 if on_images is None else min(len(generators), math.ceil(num_images / microbatch_size))
+    groups = torch.arange(len(generators)).tensor_split(num_groups)
+    num_rows = _even_rows(copies * len(groups[0]), microbatch_size)
+    conditioning, shape = encode_distinct(model, prompts), (num_images, sampler.schedule.num_steps + 1)
+    images = latents = log_probs = torch.empty(0)
+    for members in groups:
+        own = [generators[int(i)] for i in members]
+        rows = slice(copies * int(members[0]), copies * int(members[-1] + 1))
+        noise = model.initial_noise(own, copies=copies)
+        if not len(latents):
+            latents, log_probs = noise.new_empty(*shape, *noise.shape[1:]), noise.new_empty(num_images, shape[1] - 1)
+        latents[rows, 0] = noise
+        _denoise(
+            model, log_probs[rows], latents[rows], EncodedPrompts(conditioning.distinct, conditioning.index[rows]),
+            sampler=sampler, generators=own, num_rows=num_rows,
         )  # fmt: skip
+        images = _decode(model, latents[:, -1], rows, into=images, num_rows=num_rows)
         if on_images is not None:
-            on_images(group[0], prompts[rows])
-        groups.append(group)
-    images, log_probs, latents = (torch.cat(each) for each in zip(*groups, strict=True))
-    return images, Trajectory(conditioning, log_probs, latents)
+            on_images(images[rows], prompts[rows])
+    return images, Trajectory(conditioning, log_probs, latents, num_rows)
 
 
-def _rollout_group(
+def _denoise(
     model: DiffusionModel,
-    conditioning: Conditioning,
+    log_probs: Float[Tensor, "B T"],
+    latents: Float[Tensor, "B T+1 C H W"],
+    conditioning: EncodedPrompts,
     *,
     sampler: Sampler,
     generators: Sequence[torch.Generator],
-    copies: int,
-    microbatch_size: int,
-) -> tuple[Float[Tensor, "B 3 Y X"], Float[Tensor, "B T"], Float[Tensor, "B T+1 C H W"]]:
-    """Return images, log-probabilities and latents of a group."""
-    latents = [model.initial_noise(generators, copies=copies)]
-    log_probs: list[Tensor] = []
-    for step in range(sampler.schedule.num_steps):
-        transition = _next(model, latents[-1], step, conditioning, sampler=sampler, microbatch_size=microbatch_size)
-        # The float32 sample is stored as it was drawn: the log-probability is of the very bits that an update reads.
-        x_next = sample(transition, generators=generators)
-        log_probs.append(mean_log_prob(transition, x_next))
-        latents.append(x_next)
-    return (
-        _decode(model, latents[-1], microbatch_size=microbatch_size),
-        torch.stack(log_probs, dim=1),
-        torch.stack(latents, dim=1),
-    )
+    num_rows: int,
+) -> None:
+    """Fill in the latents after each step, and their log-probabilities; those at index 0 are given."""
+    for step in range(log_probs.shape[1]):
+        for rows, transition, x_next in _next_latents(
+            model, latents[:, step], step, conditioning, sampler=sampler, generators=generators, num_rows=num_rows
+        ):
+            # The float32 sample is stored as it was drawn: the log-probability is of the very bits an update reads.
+            latents[rows, step + 1], log_probs[rows, step] = x_next, mean_log_prob(transition, x_next)
 
 
 @torch.no_grad()
@@ -83,12 +92,20 @@ def generate(
     microbatch_size: int,
 ) -> tuple[Float[Tensor, "B 3 Y X"], Float[Tensor, "B C H W"]]:
     """Return the images of a `rollout` and their clean latents, without a record of the denoising steps."""
-    conditioning = model.encode(prompts)
+    conditioning, num_rows = encode_distinct(model, prompts), _even_rows(len(prompts), microbatch_size)
     latents = model.initial_noise(generators, copies=_copies(prompts, generators))
     for step in range(sampler.schedule.num_steps):
-        transition = _next(model, latents, step, conditioning, sampler=sampler, microbatch_size=microbatch_size)
-        latents = sample(transition, generators=generators)
-    return _decode(model, latents, microbatch_size=microbatch_size), latents
+        for rows, _, x_next in _next_latents(
+            model, latents, step, conditioning, sampler=sampler, generators=generators, num_rows=num_rows
+        ):
+            latents[rows] = x_next
+    return _decode(model, latents, slice(None), into=torch.empty(0), num_rows=num_rows), latents
+
+
+def encode_distinct(model: DiffusionModel, prompts: Sequence[str]) -> EncodedPrompts:
+    """Encode prompts, holding each distinct one once."""
+    row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return EncodedPrompts(model.encode(list(row)), torch.tensor([row[prompt] for prompt in prompts]))
 
 
 def _copies(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> int:
@@ -99,28 +116,39 @@ def _copies(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> in
     return copies
 
 
-def _next(
+def _even_rows(count: int, most: int) -> int:
+    """Return the size of the fewest batches of equal size, at most `most`, for `count` rows."""
+    return math.ceil(count / math.ceil(count / most))
+
+
+def _next_latents(
     model: DiffusionModel,
     latents: Float[Tensor, "B C H W"],
     step: int,
-    conditioning: Conditioning,
+    conditioning: EncodedPrompts,
     *,
     sampler: Sampler,
-    microbatch_size: int,
-) -> Transition:
-    """Return the transition of latents that have all taken `step` steps."""
-    steps = torch.full((len(latents),), step)
-    parts = [
-        transition_at(model, latents[rows], steps[rows], conditioning[rows], sampler=sampler)
-        for rows in torch.arange(len(latents)).split(microbatch_size)
-    ]
-    return Transition(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
+    generators: Sequence[torch.Generator],
+    num_rows: int,
+) -> Iterator[tuple[Int[Tensor, " N"], Transition, Float[Tensor, "N C H W"]]]:
+    """Yield (rows, transition, next latents) for batches of latents that have all taken `step` steps."""
+    noise, steps = randn(latents.shape, generators=generators, device=latents.device), torch.full((len(latents),), step)
+    for rows in torch.arange(len(latents)).split(num_rows):
+        transition = transition_at(
+            model, latents[rows], steps[rows], conditioning[rows], sampler=sampler, num_rows=num_rows
+        )
+        yield rows, transition, transition.mean + per_image(transition.std) * noise[rows]
 
 
 def _decode(
-    model: DiffusionModel, latents: Float[Tensor, "B C H W"], *, microbatch_size: int
+    model: DiffusionModel, latents: Float[Tensor, "B C H W"], rows: slice, *, into: Tensor, num_rows: int
 ) -> Float[Tensor, "B 3 Y X"]:
-    return torch.cat([model.decode(part) for part in latents.split(microbatch_size)]).clamp(0, 1)
+    """Write the images of some rows into `into`, which is allocated if it is empty; return it."""
+    for part in torch.arange(len(latents))[rows].split(num_rows):
+        decoded = model.decode(latents[part]).clamp(0, 1)
+        into = into if len(into) else decoded.new_empty(len(latents), *decoded.shape[1:])
+        into[part] = decoded
+    return into
 
 
 def noise_of_rollout(
@@ -132,8 +160,10 @@ def noise_of_rollout(
     """
     num_images, num_steps = trajectory.log_probs.shape
     model.initial_noise(generators, copies=num_images // len(generators))
-    shape, device = trajectory.latents[:, 0].shape, trajectory.latents.device
-    return torch.stack([randn(shape, generators=generators, device=device) for _ in range(num_steps)], dim=1)
+    noise = torch.empty_like(trajectory.latents[:, 1:])
+    for step in range(num_steps):
+        noise[:, step] = randn(noise[:, 0].shape, generators=generators, device=noise.device)
+    return noise
 
 
 def transition_at(
@@ -143,8 +173,19 @@ def transition_at(
     conditioning: Conditioning,
     *,
     sampler: Sampler,
+    num_rows: int | None = None,
 ) -> Transition:
-    """Return the transition of latents that have taken `steps` denoising steps, one number per image."""
+    """Return the transition of latents that have taken `steps` denoising steps, one number per image.
+
+    With `num_rows` the last image is repeated until the forward pass has that many, since the rounding of half
+    precision on a GPU depends on their number.
+    """
     level, next_level = sampler.schedule.at(steps), sampler.schedule.at(steps + 1)
-    prediction = model.predict(latents, level, conditioning, guidance_scale=sampler.guidance_scale)
+    count = len(latents)
+    inputs = latents, level, conditioning
+    if num_rows is not None and count < num_rows:
+        rows = torch.arange(num_rows).clamp_max(count - 1)
+        inputs = latents[rows], sampler.schedule.at(steps[rows]), conditioning[rows]
+    prediction = model.predict(*inputs, guidance_scale=sampler.guidance_scale)
+    prediction = Prediction(prediction.clean[:count], prediction.noise[:count])
     return sampler.dynamics(latents, prediction, level, next_level)

@@ -15,6 +15,7 @@ from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.evaluation import EvaluationSettings
 from rlhf_t2i.settings.launch import shared_rule, tracker_rules
 from rlhf_t2i.settings.lists import names
+from rlhf_t2i.settings.memory import AttentionSettings, TrainingMemorySettings
 from rlhf_t2i.settings.optimizer import OptimizerSettings
 from rlhf_t2i.settings.ranges import (
     InputPath,
@@ -178,7 +179,7 @@ class MicrobatchSettings(Settings, group="system"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionSettings(Settings, group="system"):
+class PrecisionSettings(AttentionSettings, group="system"):
     """Numerical precision."""
 
     mixed_precision: Precision | None = None
@@ -197,19 +198,6 @@ class ThreadSettings(Settings, group="system"):
 @dataclass(frozen=True, kw_only=True)
 class ProcessSettings(ThreadSettings, PrecisionSettings, MicrobatchSettings, SeedSettings, group="system"):
     """Precision, memory, randomness and threads of the processes that `accelerate launch` starts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingMemorySettings(Settings, group="system"):
-    """Trades of speed for memory in training."""
-
-    gradient_checkpointing: bool = by_model(False, family="gradient_checkpointing")
-    """Recompute activations in the backward pass instead of storing them: less memory, about a third slower."""
-    offload_text_encoders: bool = False
-    """Keep the text encoders in main memory except while they encode new prompts."""
-    gather_for_sampling: bool = True
-    """Under ZeRO-3 and FSDP2: gather all weights once for sampling, which is fast; false gathers them layer by layer in
-    every forward pass, in less memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

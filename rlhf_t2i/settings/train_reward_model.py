@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Lt
 from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.groups import DataSettings, ResumeSettings, ThreadSettings
 from rlhf_t2i.settings.launch import tracker_rules
+from rlhf_t2i.settings.memory import AttentionSettings
 from rlhf_t2i.settings.ranges import (
     BackbonePath,
     DataPaths,
@@ -28,7 +29,7 @@ from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_PAIRS
 FREE_TO_CHANGE = frozenset({
     "num_steps", "learning_rate", "projector_learning_rate", "skip_ca_learning_rate", "head_learning_rate",
     "warmup_fraction", "evaluate_every", "patience", "keep_checkpoints", "trackers", "num_cpu_threads", "num_workers",
-    "gradient_checkpointing", "test_data",
+    "gradient_checkpointing", "test_data", "attention",
 })  # fmt: skip
 """Settings that may differ when training is resumed; docs/resume.md lists them."""
 
@@ -131,7 +132,7 @@ class RewardOptimizerSettings(Settings, group="optimiser"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSystemSettings(ThreadSettings, group="system"):
+class RewardSystemSettings(ThreadSettings, AttentionSettings, group="system"):
     """Precision, memory, randomness and processes."""
 
     mixed_precision: Precision | None = None

@@ -1,4 +1,4 @@
-"""Environment of a process: CPU threads and signals of the launcher."""
+"""Environment of a process: CPU threads, attention and signals of the launcher."""
 
 from __future__ import annotations
 
@@ -18,6 +18,19 @@ def set_num_threads(num_cpu_threads: int) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, prints a warning
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(num_cpu_threads or max(1, _num_cores() // local))
+
+
+def prepare_torch(*, attention: str, num_cpu_threads: int) -> None:
+    """Choose the backends of torch's attention, as the option `attention` says, and without a GPU the CPU threads."""
+    import torch
+    from torch.backends import cuda
+
+    cuda.enable_flash_sdp(attention in ("auto", "flash"))
+    cuda.enable_mem_efficient_sdp(attention in ("auto", "efficient"))
+    cuda.enable_cudnn_sdp(attention == "cudnn")
+    cuda.enable_math_sdp(True)
+    if not torch.cuda.is_available():
+        set_num_threads(num_cpu_threads)
 
 
 def _num_cores() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -38,25 +38,32 @@ def update_metrics(
     }
 
 
-def first_update_warnings(metrics: Mapping[str, float]) -> list[str]:
-    """Return a warning for each of replay_error and ratio_std that will slow or spoil training."""
-    error, ratio_std, clip_range = metrics["replay_error"], metrics["ratio_std"], metrics["clip_range"]
-    warnings: list[str] = []
-    if error > REPLAY_NOISE * clip_range:
-        warnings.append(
-            f"WARNING: replaying the unchanged policy changes its log-probabilities by {error:.1e}, which is noise "
-            f"compared with a clip_range of {clip_range:.1e}. Try the same microbatch_size on another device, or "
-            f"mixed_precision: no."
-        )
-    if 0 < ratio_std < SLOW * clip_range:
-        warnings.append(
-            f"WARNING: the first update moved the ratio by {ratio_std:.1e} with a clip_range of {clip_range:.1e}; "
-            f"training will be slow. Raise learning_rate."
-        )
-    if ratio_std > FAST * clip_range:
-        warnings.append(
-            f"WARNING: the first update moved the ratio by {ratio_std:.1e}, far beyond a clip_range of "
-            f"{clip_range:.1e}; most denoising steps are clipped and have no gradient. Lower learning_rate or "
-            f"num_inner_epochs."
-        )
-    return warnings
+class UpdateWarnings:
+    """Prints what will slow or spoil training: ratios that do not start at 1, and a first update of a wrong size."""
+
+    def __init__(self, print: Callable[[str], None]) -> None:
+        self._print, self._largest = print, 0.0
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Check the update of a step; a replay_error is told again only if it has grown tenfold."""
+        error, ratio_std, clip_range = metrics["replay_error"], metrics["ratio_std"], metrics["clip_range"]
+        if not error <= max(REPLAY_NOISE * clip_range, 10 * self._largest):
+            self._largest = error
+            self._print(
+                f"WARNING: in step {step + 1} replaying the unchanged policy changed its log-probabilities by "
+                f"{error:.1e}, {error / clip_range:.2g} times the clip_range ({clip_range:.1e}): noise decides which "
+                f"ratios are clipped. Set mixed_precision to no (docs/troubleshooting.md)."
+            )
+        if step > 0:
+            return
+        if 0 < ratio_std < SLOW * clip_range:
+            self._print(
+                f"WARNING: the first update moved the ratio by {ratio_std:.1e} with a clip_range of {clip_range:.1e}; "
+                f"training will be slow. Raise learning_rate."
+            )
+        if ratio_std > FAST * clip_range:
+            self._print(
+                f"WARNING: the first update moved the ratio by {ratio_std:.1e}, far beyond a clip_range of "
+                f"{clip_range:.1e}; most denoising steps are clipped and have no gradient. Lower learning_rate or "
+                f"num_inner_epochs."
+            )

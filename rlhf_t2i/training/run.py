@@ -19,14 +19,14 @@ from rlhf_t2i.output.run_folder import CHECKPOINTS
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder
-from rlhf_t2i.training.environment import restarted, set_num_threads, stop_with_launcher
+from rlhf_t2i.training.environment import prepare_torch, restarted, stop_with_launcher
 from rlhf_t2i.training.metrics import MetricsFile
 from rlhf_t2i.training.trackers import Trackers
 
 FREE_TO_CHANGE = frozenset({
     "num_steps", "learning_rate", "warmup_steps", "max_skipped_updates", "evaluate_every", "patience",
     "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads", "microbatch_size", "searches_per_batch",
-    "async_reward", "gradient_checkpointing", "offload_text_encoders", "gather_for_sampling",
+    "async_reward", "attention", "gradient_checkpointing", "offload_text_encoders", "gather_for_sampling",
 })  # fmt: skip
 """Settings that may differ when a run is resumed; docs/resume.md lists them."""
 
@@ -121,16 +121,15 @@ class Run:
 def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = True) -> Run:
     """Start the processes, claim the run folder, and find the checkpoint to resume from.
 
-    `config` is written to the run folder; of its fields this reads run_folder, resume, mixed_precision, trackers and
-    num_cpu_threads. `checkpoints=False` is for runs that write none. Raises ValueError for a run folder that holds
-    another config, and FileExistsError for one that holds a run if `resume` is false.
+    `config` is written to the run folder; of its fields this reads run_folder, resume, mixed_precision, attention,
+    trackers and num_cpu_threads. `checkpoints=False` is for runs that write none. Raises ValueError for a run folder
+    that holds another config, and FileExistsError for one that holds a run if `resume` is false.
     """
     resume = config["resume"] or restarted()
     stop_with_launcher()
     accelerator, mode = start_processes(config["mixed_precision"])
     config = {**config, "mixed_precision": accelerator.mixed_precision}
-    if accelerator.device.type == "cpu":
-        set_num_threads(config["num_cpu_threads"])
+    prepare_torch(attention=config["attention"], num_cpu_threads=config["num_cpu_threads"])
     folder = claim_folder(config, recipe=recipe, free_to_change=FREE_TO_CHANGE, checkpoints=checkpoints)
     resumed_from = None
     if resume and checkpoints:

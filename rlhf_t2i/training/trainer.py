@@ -30,6 +30,7 @@ from rlhf_t2i.training.evaluation import Evaluation, evaluate, save_evaluation
 from rlhf_t2i.training.learning_rate import learning_rates
 from rlhf_t2i.training.metrics import rate_text, read_metrics
 from rlhf_t2i.training.run import Run
+from rlhf_t2i.training.updates import Updates
 from rlhf_t2i.types import Policy, Sampler
 
 Batch = TypeVar("Batch")
@@ -63,13 +64,16 @@ class Trainer:
     step: int
     """Training steps finished."""
     _seconds: dict[str, float] = field(default_factory=dict)
-    _num_skipped: int = 0  # in a row
     _is_stopping: bool = False  # agreed among all processes
 
     def __post_init__(self) -> None:
-        """Count signals in the loop."""
+        """Count signals in the loop, and updates that are skipped."""
         self._learning_rate = learning_rates(self.config)
         self._stop_requests = StopRequests(print=self.print)
+        self._updates = Updates(
+            self.engine, max_skipped=self.config.max_skipped_updates, has_scaler=self.run.dtype == torch.float16,
+            gather=self.gather, print=self.print,
+        )  # fmt: skip
 
     # --- processes ---
 
@@ -220,20 +224,8 @@ class Trainer:
         self.engine.backward(loss)
 
     def optimizer_step(self) -> dict[str, float]:
-        """Take one optimiser step; return `gradient_norm` before clipping and `skipped_updates`, 0 or 1. Collective.
-
-        An update whose gradient is not finite is skipped on all processes. Raises RuntimeError after
-        max_skipped_updates of these in a row.
-        """
-        norm, skipped = self.engine.optimizer_step(self._learning_rate(self.step))
-        most = self.config.max_skipped_updates
-        self._num_skipped = self._num_skipped + 1 if skipped else 0
-        if skipped:
-            self.print(f"WARNING: the gradient of step {self.step + 1} is not finite; the update was skipped.")
-        if self._num_skipped >= most:
-            last = f"The last {most} updates, up to step {self.step + 1}, had gradients that are not finite."
-            raise RuntimeError(f"{last} Try a lower learning_rate, or mixed_precision: no.")
-        return {"gradient_norm": norm if math.isfinite(norm) else 0.0, "skipped_updates": float(skipped)}
+        """Take one optimiser step; return its metrics, and raise, as `Updates.take` does. Collective."""
+        return self._updates.take(self._learning_rate(self.step), step=self.step)
 
     # --- evaluation and export ---
 

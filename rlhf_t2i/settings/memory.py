@@ -1,0 +1,32 @@
+"""Options of attention and of memory in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_t2i.settings.base import Settings
+from rlhf_t2i.settings.by_model import by_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings(Settings, group="system"):
+    """Attention backend."""
+
+    attention: Literal["auto", "flash", "efficient", "math", "cudnn"] = "auto"
+    """Backend of torch's scaled-dot-product attention: auto is flash, efficient or math, whichever torch prefers for
+    the inputs; another is used where it can be, and math elsewhere. cuDNN's, whose backward pass can give gradients
+    that are not finite (seen with FLUX.1), is used only on request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemorySettings(Settings, group="system"):
+    """Trades of speed for memory in training."""
+
+    gradient_checkpointing: bool = by_model(False, family="gradient_checkpointing")
+    """Recompute activations in the backward pass instead of storing them: less memory, about a third slower."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders in main memory except while they encode new prompts."""
+    gather_for_sampling: bool = True
+    """Under ZeRO-3 and FSDP2: gather all weights once for sampling, which is fast; false gathers them layer by layer in
+    every forward pass, in less memory."""
