@@ -22,6 +22,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
     config = parse_config(Config, __doc__)
     require("fastapi", "uvicorn", extra="serve")
 
+import gc
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -150,6 +151,8 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
         images.append(
             evaluate(policy, prompts, seeds, [], sampler=sampler, microbatch_size=config.microbatch_size).images
         )
+        del policy  # or it would be in memory beside the next one
+        gc.collect()
     return from_images(prompts, images[0], images[1], sources=(first, second))
 
 

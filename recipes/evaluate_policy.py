@@ -14,6 +14,7 @@ from rlhf_t2i.settings.evaluate_policy import Config
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
     config = parse_config(Config, __doc__)
 
+import gc
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -63,6 +64,8 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
             microbatch_size=config.microbatch_size,
             processes=run,
         )
+        del policy  # or it would be in memory beside the next one
+        gc.collect()
         run.keep_folder()
         table[name] = evaluation.summary()
         run.print(f"{name}: {evaluation.text()}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ from rlhf_t2i.models.export import export_denoiser, export_lora
 from rlhf_t2i.models.levels import Levels
 from rlhf_t2i.models.lora import LoraConfiguration, add_lora, has_lora, lora_reference, target_layers, trainable
 from rlhf_t2i.models.quiet import only_errors
+from rlhf_t2i.models.reference import frozen_copy
 from rlhf_t2i.models.text_encoders import PromptCache, TextEncoder, TruncationWarnings
 from rlhf_t2i.types import Conditioning, Level, Prediction, Schedule
 
@@ -57,12 +57,14 @@ class DiffusionPolicy(ABC):
     """Channels, height and width of the latents of one image."""
 
     def __init__(
-        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
-    ) -> None:
+        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None,
+        offload_text_encoders: bool = False,
+    ) -> None:  # fmt: skip
         """Take a loaded pipeline's parts; compute, and hold frozen weights, in `dtype`.
 
-        `resolution` is the side of generated images in pixels; None is the model's own. Raises ValueError for a
-        pipeline that cannot be trained.
+        `resolution` is the side of generated images in pixels; None is the model's own. With `offload_text_encoders`
+        these are on the device only while they encode new prompts. Raises ValueError for a pipeline that cannot be
+        trained.
         """
         self.device, self.dtype = device, dtype
         self.network: Any = getattr(pipeline, self.component).requires_grad_(False).to(device).eval()
@@ -70,10 +72,14 @@ class DiffusionPolicy(ABC):
         self.reference: nn.Module | None = None
         self.network_class = type(self.network)
         self._cache, self._truncation = PromptCache(), TruncationWarnings()
-        self._offloads_text_encoders = False
         self.load_parts(pipeline, resolution)
-        with torch.no_grad():
-            self.unconditional = None if self.embeds_guidance else self.encode_unconditional()
+        self._offloads_text_encoders = offload_text_encoders
+        if not offload_text_encoders:
+            self._place_text_encoders(device)
+        self.unconditional = None
+        if not self.embeds_guidance:
+            with torch.no_grad(), self._encoding():
+                self.unconditional = self.encode_unconditional()
 
     # --- what a family defines ---
 
@@ -143,15 +149,20 @@ class DiffusionPolicy(ABC):
 
     def keep_reference(self) -> None:
         """Keep a frozen copy of the denoiser as it is now for `as_reference`."""
-        self.reference = copy.deepcopy(self.network)
+        self.reference = frozen_copy(self.network, dtype=self.dtype)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of storing them."""
         self.network.enable_gradient_checkpointing()
 
-    def offload_text_encoders(self) -> None:
-        """Keep the text encoders in main memory from now on, except while they encode new prompts."""
-        self._offloads_text_encoders = True
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Context in which the text encoders are on the device."""
+        if not self._offloads_text_encoders:
+            yield
+            return
+        self._place_text_encoders(self.device)
+        yield
         self._place_text_encoders(torch.device("cpu"))
 
     def _place_text_encoders(self, device: torch.device) -> None:
@@ -200,12 +211,8 @@ class DiffusionPolicy(ABC):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts, each distinct one once; warn once of each prompt that is truncated."""
         self._truncation.warn(prompts, self.text_encoders)
-        if self._offloads_text_encoders and not self._cache.has(prompts):
-            self._place_text_encoders(self.device)
-            conditioning = self._cache.encode(prompts, self.encode_prompts)
-            self._place_text_encoders(torch.device("cpu"))
-            return conditioning.to(self.device)
-        return self._cache.encode(prompts, self.encode_prompts).to(self.device)
+        with nullcontext() if self._cache.has(prompts) else self._encoding():
+            return self._cache.encode(prompts, self.encode_prompts).to(self.device)
 
     def predict(
         self,

@@ -51,31 +51,45 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     weights: Path | None = None,
     resolution: int | None = None,
+    whole: bool = False,
+    offload_text_encoders: bool = False,
 ) -> DiffusionPolicy:
     """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder, a Hub id or a single-file checkpoint.
 
-    `weights` are trained ones to load into it, as in `load_weights`. Images are squares of `resolution` pixels; None is
-    the model's own size. A pipeline that a caller in Python passed under the name is not loaded again. Raises
-    FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, and for weights that are
-    missing or do not fit.
+    All networks are loaded in `dtype`, but with `whole`, for training all weights, the denoiser is float32. `weights`
+    are trained ones to load into it, as in `load_weights`. Images are squares of `resolution` pixels; None is the
+    model's own size. `offload_text_encoders` is as in `DiffusionPolicy`. A pipeline that a caller in Python passed
+    under the name is not loaded again. Raises FileNotFoundError or ValueError for a path that is not a pipeline of a
+    supported family, and for weights that are missing or do not fit.
     """
     pipeline = passed().pipelines.get(model)
     if pipeline is None:
-        pipeline = load_stock_pipeline(model)
+        pipeline = load_stock_pipeline(model, dtype=dtype, denoiser_dtype=torch.float32 if whole else dtype)
     family = family_of(type(pipeline).__name__)
     with only_errors():
         if weights is not None:
             load_weights(pipeline, family, weights, model=model)
         resolution = resolution or default_resolution(model)
-        return family(pipeline, device=device, dtype=dtype, resolution=resolution)
+        return family(
+            pipeline, device=device, dtype=dtype, resolution=resolution, offload_text_encoders=offload_text_encoders
+        )
 
 
-def load_stock_pipeline(model: str) -> Any:
-    """Return the diffusers pipeline of a model, in float32 and without unused parts; raises what `load_policy` does."""
+def load_stock_pipeline(
+    model: str, *, dtype: torch.dtype = torch.float32, denoiser_dtype: torch.dtype = torch.float32
+) -> Any:
+    """Return the diffusers pipeline of a model, without unused parts; raises what `load_policy` does.
+
+    Text encoders are in `dtype`; the autoencoder, which some families compute in another precision, is float32.
+    """
     source, index = pipeline_index(model)
+    family = family_of(index["_class_name"])
+    dtypes = {name: dtype for name in index if name.startswith("text_encoder")} | {family.component: denoiser_dtype}
     with only_errors():
         try:
-            return load_pipeline(family_of(index["_class_name"]).pipeline_class, source, index)
+            pipeline = load_pipeline(family.pipeline_class, source, index, dtypes=dtypes)
+            getattr(pipeline, family.component).to(denoiser_dtype)  # of a single file
+            return pipeline
         except OSError as error:
             raise _not_loaded(model, error) from error
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rlhf_t2i.models.base import DiffusionPolicy
-from rlhf_t2i.models.lora import ADAPTER
+from rlhf_t2i.models.lora import ADAPTER, set_lora_weights
 from rlhf_t2i.models.pipeline_parts import first_line
 from rlhf_t2i.output.run_folder import LORA_WEIGHTS
 
@@ -117,7 +117,7 @@ def read_lora(file: Path, family: type[DiffusionPolicy], network: Any) -> LoraFi
 
 
 def load_lora(lora: LoraFile, network: Any, *, model: str) -> None:
-    """Load a LoRA's weights of the denoiser into it, as the adapter "default".
+    """Load a LoRA's weights of the denoiser into it, as the adapter "default", in float32 as it is trained.
 
     Raises ValueError, naming the file, some of its weights and the model, unless every weight finds a layer of its
     shape.
@@ -134,6 +134,10 @@ def load_lora(lora: LoraFile, network: Any, *, model: str) -> None:
     network.load_lora_adapter(
         lora.weights, prefix=lora.component, adapter_name=ADAPTER, network_alphas=lora.alphas, metadata=lora.metadata
     )
+    for name, parameter in network.named_parameters():
+        if f".{ADAPTER}." in name:
+            parameter.data = parameter.data.float()
+    set_lora_weights(network, weights)  # again, because loading rounded them to the denoiser's precision
 
 
 def load_text_encoder_loras(lora: LoraFile, pipeline: Any, *, model: str) -> None:

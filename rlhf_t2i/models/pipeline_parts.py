@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 SINGLE_FILES = (".safetensors", ".ckpt")
 """Suffixes of a checkpoint that holds a whole pipeline in one file."""
+_PIECE = 32
+"""Weights that are read and converted at a time; those of 12 billion parameters are under 1 GB in float32."""
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that no family uses."""
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -28,9 +32,11 @@ def load_pipeline(
     *,
     given: Mapping[str, Any] | None = None,
     whole: bool = False,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Any:
-    """Load a pipeline in float32, with the parts in `given` in place of its own.
+    """Load a pipeline, with the parts in `given` in place of its own; networks are float32 unless in `dtypes`, by name.
 
+    The networks of a folder are loaded one after another, the largest one last. Those of a single file are float32.
     Parts that no family uses are left out, or with `whole` only where they are missing. `source` is a folder, a Hub id
     or a single file with `config_folder` beside it. Raises OSError or ValueError, naming the part, for one that is
     missing, damaged or incomplete.
@@ -48,10 +54,10 @@ def load_pipeline(
     for name in listed:
         if not (folder / name).is_dir():
             raise ValueError(f"{source!r} has no folder {name!r}, which its model_index.json lists.")
-    for name, (library, class_name) in listed.items():
+    for name, (library, class_name) in sorted(listed.items(), key=lambda item: _num_bytes(folder / item[0])):
         kind = getattr(import_module(library), class_name, None) if library in ("diffusers", "transformers") else None
         if isinstance(kind, type) and issubclass(kind, nn.Module):
-            parts[name] = _load_part(kind, folder / name)
+            parts[name] = _load_part(kind, folder / name, (dtypes or {}).get(name, torch.float32))
     return pipeline_class.from_pretrained(folder, dtype=torch.float32, **parts)
 
 
@@ -65,12 +71,16 @@ def config_folder(file: Path) -> Path:
     return file.with_suffix("")
 
 
-def _load_part(kind: Any, folder: Path) -> Any:
-    """Load a network in float32, from the files of a variant such as fp16 if there are no others."""
+def _num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Load a network, from the files of a variant such as fp16 if there are no others."""
     try:
-        part, report = kind.from_pretrained(
-            folder, dtype=torch.float32, variant=variant_of(folder), output_loading_info=True
-        )
+        if dtype != torch.float32 and (part := load_in_pieces(kind, folder, dtype)) is not None:
+            return part
+        part, report = kind.from_pretrained(folder, dtype=dtype, variant=variant_of(folder), output_loading_info=True)
     except LOADING_ERRORS as error:
         raise ValueError(f"The {folder.name} in {str(folder)!r} could not be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
@@ -83,9 +93,38 @@ def _load_part(kind: Any, folder: Path) -> Any:
 
 def variant_of(folder: Path) -> str | None:
     """Return the variant of a network's files, such as fp16; None if there are files without one."""
-    stems = [file.name.removesuffix(".safetensors") for file in sorted(folder.glob("*.safetensors"))]
-    variants = [stem.partition(".")[2].partition("-")[0] or None for stem in stems]
+    variants = [_variant(file) for file in sorted(folder.glob("*.safetensors"))]
     return None if None in variants or not variants else variants[0]
+
+
+def _variant(file: Path) -> str | None:
+    return file.name.removesuffix(".safetensors").partition(".")[2].partition("-")[0] or None
+
+
+def load_in_pieces(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Load a network of diffusers in `dtype` while little of its files is in memory; None for one that has no such way.
+
+    diffusers maps a whole file, whose pages stay in memory until the last weight has been converted.
+    """
+    files = [file for file in folder.glob("*.safetensors") if _variant(file) == variant_of(folder)]
+    if not issubclass(kind, ModelMixin) or kind._keep_in_fp32_modules or not files:
+        return None
+    with init_empty_weights():
+        network = kind.from_config(kind.load_config(folder), _name_or_path=str(folder))
+    missing = set(network.state_dict())
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            names = sorted(opened.keys())
+        for piece in (names[start : start + _PIECE] for start in range(0, len(names), _PIECE)):
+            with safe_open(file, "pt") as opened:  # again, so that the pages of the piece before are let go
+                weights = {name: _converted(opened.get_tensor(name), dtype) for name in piece if name in missing}
+            network.load_state_dict(weights, strict=False, assign=True)
+            missing -= weights.keys()
+    return None if missing else network.eval()
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _downloaded(pipeline_class: Any, source: str, parts: Mapping[str, Any]) -> Path:

@@ -29,10 +29,11 @@ class TextEncoder:
     ) -> None:
         """Pad or truncate prompts to `max_length` tokens; None is the tokenizer's own maximum.
 
-        `template` is applied to a prompt before tokenization, for example a chat template.
+        `template` is applied to a prompt before tokenization, for example a chat template. The network stays where it
+        is until the policy moves it to `device`.
         """
         self.tokenizer = tokenizer
-        self.model: Any = _in_precision(model.requires_grad_(False).to(device).eval(), dtype)
+        self.model: Any = _in_precision(model.requires_grad_(False).eval(), dtype)
         self.device = device
         self.max_length: int = max_length or tokenizer.model_max_length
         self._template = template

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_t2i.models.base import DiffusionPolicy
-from rlhf_t2i.models.lora import ADAPTER, keep_lora, set_lora_weights, trainable
+from rlhf_t2i.models.lora import ADAPTER, keep_lora
 from rlhf_t2i.models.lora_files import LoraFile, find_lora, load_lora, read_lora
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.weights import check_run, denoiser_folder, load_denoiser
@@ -59,12 +59,9 @@ def start_from_lora(
 
 
 def _load_trainable(policy: DiffusionPolicy, lora: LoraFile, *, model: str) -> None:
-    """Freeze the denoiser and load a LoRA into it in float32, whatever the precision of the denoiser."""
+    """Freeze the denoiser and load a LoRA into it, to be trained."""
     network = policy.network.requires_grad_(False)
     with only_errors():
         network.to(policy.dtype)
         load_lora(lora, network, model=model)
     network.set_adapter(ADAPTER)
-    for parameter in trainable(network).values():
-        parameter.data = parameter.data.float()
-    set_lora_weights(network, lora.of_denoiser)  # again, because loading rounded them to the denoiser's precision

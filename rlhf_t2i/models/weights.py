@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf_t2i.distributed.state import stored_weights
@@ -100,7 +99,7 @@ def load_denoiser(network: Any, folder: Path, *, model: str) -> None:
         raise ValueError(
             f"The denoiser {str(folder)!r} does not fit the model {model!r}: it is a {found}, not a {kind.__name__}."
         )
-    trained = kind.from_pretrained(folder, dtype=torch.float32).state_dict()
+    trained = kind.from_pretrained(folder, dtype=network.dtype).state_dict()
     _check_fit(trained, network.state_dict(), f"The denoiser {str(folder)!r}", model)
     network.load_state_dict(trained)
 

@@ -57,10 +57,11 @@ def make_trainer(
     record_fingerprints(run, prompts)
     _record_prompts(run, prompts)
     run.print(config.defaults_text())
-    policy = load_policy(config.model, device=run.device, dtype=run.dtype, resolution=config.resolution)
+    policy = load_policy(
+        config.model, device=run.device, dtype=run.dtype, resolution=config.resolution, whole=not config.trains_lora,
+        offload_text_encoders=config.offload_text_encoders,
+    )  # fmt: skip
     set_start(policy, config, run, keep_reference=keep_reference, lora_dropout=lora_dropout)
-    if config.offload_text_encoders:
-        policy.offload_text_encoders()
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     num_averages = (config.ema_decay > 0) + (sampling_ema is not None)
