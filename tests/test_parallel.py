@@ -99,7 +99,7 @@ def test_two_processes_give_the_training_of_one(runs: Runs, mode: str, name: str
     assert_same_training(two, one)
     assert rows(one, "train")[-1]["gradient_norm"] > 0
     if "NaN" in name:
-        assert [row["skipped_updates"] for row in rows(two, "train")] == [2, 0]
+        assert [row["skipped_updates"] for row in rows(two, "train")] == [0, 2, 0]
     if name == "diffusion_dpo":
         assert sampled_pairs(two) == sampled_pairs(one)
 

@@ -58,7 +58,7 @@ def trainings(
         "ddpo, full denoiser gathered layer by layer": replace(full, gather_for_sampling=False, async_reward=True),
         "ddpo from a LoRA": replace(ddpo, lora_rank=None, init_lora=str(lora), num_steps=2, ema_decay=0.0),
         "ddpo with NaN gradients on one process": replace(
-            ddpo, rewards="tests.trainings:with_nan_gradients", num_steps=2, microbatch_size=16
+            ddpo, rewards="tests.trainings:with_nan_gradients", num_steps=3, microbatch_size=16
         ),
         "draft": draft.Config(**few, method="draft", backprop_steps=2, kl_weight=0.1, eta=0.5),
         "alignprop": draft.Config(**few, method="alignprop", checkpoint_denoising_steps=True, l2_sp_weight=0.1),
@@ -79,12 +79,12 @@ def trainings(
 
 
 _CALLS = count(1)
-_FIRST_STEP, _SECOND_STEP = 3, 4
+_SECOND_STEP, _THIRD_STEP = 4, 5
 """Calls of a reward in training, after the one by which it is tried and that of the evaluation before training."""
 
 
 def with_nan_gradients(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Redness; on the last process all gradients of the first step are NaN."""
+    """Redness; on the last process all gradients of the second step are NaN."""
 
     def make_nan(module: nn.Module, inputs: Any, output: Any) -> None:
         if type(module).__name__.endswith("UNet2DConditionModel") and output[0].requires_grad:
@@ -92,9 +92,9 @@ def with_nan_gradients(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
     if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         call = next(_CALLS)
-        if call == _FIRST_STEP:
+        if call == _SECOND_STEP:
             with_nan_gradients.hook = nn.modules.module.register_module_forward_hook(make_nan)  # type: ignore[attr-defined]
-        elif call == _SECOND_STEP:
+        elif call == _THIRD_STEP:
             with_nan_gradients.hook.remove()  # type: ignore[attr-defined]
     return redness(images, prompts)
 

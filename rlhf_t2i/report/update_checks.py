@@ -40,7 +40,9 @@ def check_ratios(rows: Sequence[Row], config: Config) -> Finding:
             f"{worst['step']}), {_times(error / clip_range)} the clip range ({clip_range:.2g}).",
             "Sampling and update compute different log-probabilities, mostly because of a coarse number format: noise "
             "decides which ratios are clipped.",
-            suggest(config, *([("mixed_precision", "--mixed_precision no")] if is_coarse else [])),
+            suggest(
+                config, ("mixed_precision", "--mixed_precision no") if is_coarse else ("attention", "--attention math")
+            ),
         )  # fmt: skip
     first, moved = train[0], number(train[0], "ratio_std") / number(train[0], "clip_range")
     exact = f"Replay is exact{f' to {error:.1g}' if error else ''}"
