@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from rlhf_t2i.distributed.meta import without_weights
 
 SINGLE_FILES = (".safetensors", ".ckpt")
 """Suffixes of a checkpoint that holds a whole pipeline in one file."""
@@ -109,8 +110,9 @@ def load_in_pieces(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     files = [file for file in folder.glob("*.safetensors") if _variant(file) == variant_of(folder)]
     if not issubclass(kind, ModelMixin) or kind._keep_in_fp32_modules or not files:
         return None
-    with init_empty_weights():
-        network = kind.from_config(kind.load_config(folder), _name_or_path=str(folder))
+    family: Any = kind  # untyped again
+    with without_weights():
+        network = family.from_config(family.load_config(folder), _name_or_path=str(folder))
     missing = set(network.state_dict())
     for file in files:
         with safe_open(file, "pt") as opened:
