@@ -23,6 +23,7 @@ from rlhf_t2i.data.preferences import PairBatch
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generator_for
 from tests.launch import ROOT
+from tests.preference_files import red_and_blue_pairs
 from tests.runs import FLAT, REDNESS, as_for_toy_models, assert_same, rows, unet_weights, weights
 
 
