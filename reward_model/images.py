@@ -19,6 +19,9 @@ from torch import Tensor
 
 from reward_model.image_files import MAX_PIXELS, open_image, upright
 
+MAX_ASPECT_RATIO = 200
+"""Long side over short side of an image that is resized by its short side; it is also the limit of Qwen's models."""
+
 ImageInput = Image.Image | np.ndarray | Tensor | str | Path
 """A PIL image, an array (Y, X, 3) or (Y, X), a tensor (3, Y, X), or the path of a file."""
 
@@ -147,7 +150,7 @@ def normalise(
 def preprocess_as_clip(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float[Tensor, "B 3 _ _"]:
     """Preprocess as a CLIP image processor with these settings, without rounding resized images to 8 bits.
 
-    Clamped values keep their gradient.
+    Clamped values keep their gradient. Raises what `size_as_clip` does.
     """
     if settings.do_resize:
         images = resize(images, *_resized(images.shape[-2], images.shape[-1], settings.size))
@@ -157,10 +160,13 @@ def preprocess_as_clip(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float
 
 
 def size_as_clip(height: int, width: int, settings: Any) -> tuple[int, int]:
-    """Return the height and width of an image after `preprocess_as_clip`."""
-    if settings.do_center_crop:
-        return settings.crop_size["height"], settings.crop_size["width"]
-    return _resized(height, width, settings.size) if settings.do_resize else (height, width)
+    """Return the height and width of an image after `preprocess_as_clip`.
+
+    Raises ValueError for an image that is too narrow to be resized by its short side.
+    """
+    if settings.do_resize:
+        height, width = _resized(height, width, settings.size)
+    return (settings.crop_size["height"], settings.crop_size["width"]) if settings.do_center_crop else (height, width)
 
 
 def _resized(height: int, width: int, size: Any) -> tuple[int, int]:
@@ -168,4 +174,9 @@ def _resized(height: int, width: int, size: Any) -> tuple[int, int]:
     if size.get("height"):
         return size["height"], size["width"]
     short = size["shortest_edge"]
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"its short side is resized to {short} pixels, and its long side would take gigabytes; it may be at most "
+            f"{MAX_ASPECT_RATIO} times as long."
+        )
     return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)

@@ -38,6 +38,19 @@ def test_a_path_becomes_its_last_part_and_names_stay(text: str, public: str | No
     assert LocalPaths([text]).hidden(text) == (text if public is None else public)
 
 
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("<code>/code</code> and/code /code-2", "<code>code</code> and/code /code-2"),
+        ("/coded /code.py /code/x.py", "/coded /code.py code/x.py"),
+        ("in /code. '/code' |/code| &quot;/code&quot; \\n/code", "in code. 'code' |code| &quot;code&quot; \\ncode"),
+        ("/home/ada2 /home/ada/run2 /home/ada /code/../code", "/home/ada2 ada/run2 ada code/../code"),
+    ],
+)  # fmt: skip
+def test_only_whole_paths_are_replaced(text: str, public: str) -> None:
+    assert LocalPaths(["--x /code --y /home/ada"]).hidden(text) == public
+
+
 def test_two_paths_with_one_name_stay_different() -> None:
     """Otherwise two rewards of one run would become one. A name of the toy world is never used."""
     paths = LocalPaths(["/a/reward_model", "/b/reward_model", "/models/shapes", "/a/reward_model/"])

@@ -26,7 +26,10 @@ from rlhf_t2i.settings import (
 from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards, resolve_paths
 from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
+from tests.launch import ROOT
 from tests.runs import REDNESS, rows
+
+PAGE = ROOT / "docs" / "rewards.md"
 
 TRAINING = {m.__name__.split(".")[-1]: m for m in (ddpo, flow_grpo, diffusion_nft, draft, diffusion_dpo)}
 SEARCH = {m.__name__.split(".")[-1]: m for m in (best_of_n, fk_steering)}
@@ -394,6 +397,11 @@ def test_rewards_in_a_file_may_be_a_list_or_a_mapping(tmp_path: Path, capsys: py
     config = parse_config(ddpo.Config, arguments=["--config", str(tmp_path / "c.yaml")])
     assert parse_terms(config.rewards) == [
         ("oracle", "2"), ("clip:a,b", None), ("clip:a=b", None), ("m:f(x=1, y=2)", None), ("clip:c=1", "3"),
+    ]  # fmt: skip
+    (tmp_path / "c.yaml").write_text(PAGE.read_text().split("```yaml\n")[1].split("```")[0])
+    config = parse_config(ddpo.Config, arguments=["--config", str(tmp_path / "c.yaml")])
+    assert parse_terms(config.rewards) == [
+        ("my_rewards:Sharpness(scale=2, weights='sharp.pt')", "0.5"), ("llava_reward:runs/lr=1e-4,b", "1"),
     ]  # fmt: skip
     (tmp_path / "c.yaml").write_text("rewards:\n  oracle: {a: 1}\n")
     assert "it must be one value, a list of names, or a mapping" in refusal(

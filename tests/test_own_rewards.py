@@ -25,6 +25,7 @@ from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.training.evaluation import evaluate
 from rlhf_t2i.types import Sampler
 from tests.runs import redness
+from tests.servers import free_port, scripted
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a fox", "a pear", "a boat"]
@@ -332,5 +333,23 @@ def test_a_score_of_the_trial_may_be_nan(own: Path) -> None:
     try_rewards(load_rewards("own:nan"), PROMPTS)
 
 
-def test_rewards_of_the_table_and_servers_are_not_tried() -> None:
-    try_rewards(load_rewards("oracle,http://127.0.0.1:1"), PROMPTS)
+def test_rewards_of_the_table_are_not_tried_and_servers_are_asked_only_whether_they_are_there() -> None:
+    with scripted(None) as server:  # which answers nothing but POST, as a server of one's own may
+        try_rewards(load_rewards(f"oracle,http://127.0.0.1:1|{server.address}"), PROMPTS)
+        assert server.times == []
+
+
+def test_a_server_that_is_not_there_is_said_at_once_and_ends_the_start_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RLHF_T2I_SERVER_WAIT", "0.05")
+    refused = rf"responded within 0\.05 s: {dead} \(.*refused\)\. Start it, .* variable RLHF_T2I_SERVER_WAIT\.$"
+    with pytest.raises(ConnectionError, match=refused):
+        try_rewards(load_rewards(dead), PROMPTS)
+    assert [record.getMessage().partition(dead)[0] for record in caplog.records] == [
+        "Waiting up to 0.05 s (RLHF_T2I_SERVER_WAIT) for "
+    ]
+    monkeypatch.setenv("RLHF_T2I_SERVER_WAIT", "soon")
+    with pytest.raises(ValueError, match="RLHF_T2I_SERVER_WAIT is 'soon'; it must be seconds, at least 0"):
+        try_rewards(load_rewards(dead), PROMPTS)

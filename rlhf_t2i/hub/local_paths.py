@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from rlhf_t2i.training.finished_run import FinishedRun
 
 _PATH = re.compile(r"(?<![^\s'\"=,:(\[])(?:~[\w.-]*|\.\.|[A-Za-z]:)?(?:[/\\][^/\\\s'\",:=()\[\]]+)+[/\\]?")
 """An absolute path, or one from a home folder or the parent folder, within an option; relative ones are kept."""
+_BEFORE = r"(?:(?<![\w/\\.~<-])|(?<=\\[nrt]))"
+_AFTER = r"(?![\w-]|\.\w)"
+"""Around a whole path: no part of a word, of a longer name or of a tag of HTML. JSON writes a line break as \\n."""
 _TEXT_FILES = {".md", ".json", ".jsonl", ".yaml", ".html", ".svg"}
 
 
@@ -38,9 +41,7 @@ class LocalPaths:
         """Return a text, or the lists and dictionaries of texts, with every path replaced."""
         match value:
             case str():
-                for path in sorted(self.names, key=len, reverse=True):
-                    value = value.replace(path, self.names[path])
-                return value
+                return _replaced(value, self.names)
             case list():
                 return [self.hidden(one) for one in value]
             case dict():
@@ -52,10 +53,8 @@ class LocalPaths:
         """Replace the paths in the text files of a folder, also as JSON or HTML write them."""
         forms = {form: name for path, name in self.names.items() for form in _written_forms(path)}
         for file in (path for path in folder.rglob("*") if path.suffix in _TEXT_FILES):
-            text = before = file.read_text(encoding="utf-8")
-            for form in sorted(forms, key=len, reverse=True):
-                text = text.replace(form, forms[form])
-            if text != before:
+            before = file.read_text(encoding="utf-8")
+            if (text := _replaced(before, forms)) != before:
                 file.write_text(text, encoding="utf-8")
 
 
@@ -68,6 +67,14 @@ def without_paths(run: FinishedRun, paths: LocalPaths) -> FinishedRun:
     """Return the run with every path in its settings, commands and names replaced; its folder is the same."""
     found = {name: paths.hidden(getattr(run, name)) for name in ("info", "config", "rows", "reward_metrics", "history")}
     return replace(run, **found)
+
+
+def _replaced(text: str, names: Mapping[str, str]) -> str:
+    """Return a text with the name of each whole path in its place, of the longest where several begin."""
+    if not names:
+        return text
+    paths = "|".join(re.escape(path) for path in sorted(names, key=len, reverse=True))
+    return re.sub(f"{_BEFORE}(?:{paths}){_AFTER}", lambda found: names[found[0]], text)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import random
 import ssl
 import time
@@ -25,6 +27,8 @@ _LOG = logging.getLogger(__name__)
 _JITTER = random.Random()  # apart from the global generator, whose numbers must not change
 _RETRY_STATUSES = (429, 502, 503, 504)
 _CONNECT_SECONDS = 10.0
+WAIT_VARIABLE = "RLHF_T2I_SERVER_WAIT"
+"""Environment variable with the seconds that a server may take to start; 60 without it."""
 _MAX_BACKOFF_SECONDS = 15.0
 _MAX_PART_BYTES = 256 * 2**20
 
@@ -105,6 +109,27 @@ class RemoteReward:
             return images.new_zeros(0, dtype=torch.float32)
         return run(self._score(images.detach().cpu(), list(prompts))).to(images.device)
 
+    def wait_until_reachable(self) -> None:
+        """Return as soon as one of the servers responds; no images are sent.
+
+        Raises ConnectionError if none does within the seconds of the environment variable RLHF_T2I_SERVER_WAIT, by
+        default 60. A line says at once that they are waited for.
+        """
+        seconds = _wait_seconds()
+        deadline, is_first = time.monotonic() + seconds, True
+        with httpx.Client(timeout=_CONNECT_SECONDS, trust_env=False, verify=self._certificates) as client:
+            while not any(_responds(client, server) for server in self.servers):
+                states = ", ".join(f"{server.address} ({server.state})" for server in self.servers)
+                if time.monotonic() >= deadline:
+                    raise ConnectionError(
+                        f"No reward server responded within {seconds:g} s: {states}. Start it, correct its address, or "
+                        f"wait longer by the environment variable {WAIT_VARIABLE}."
+                    )
+                if is_first and os.environ.get("RANK", "0") == "0":
+                    _LOG.warning("Waiting up to %g s (%s) for %s to start.", seconds, WAIT_VARIABLE, states)
+                is_first = False
+                time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+
     async def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         parts: asyncio.Queue[range] = asyncio.Queue()
         size = min(
@@ -168,6 +193,29 @@ class RemoteReward:
                 f"rewards must be finite."
             )
         return scores
+
+
+def _wait_seconds() -> float:
+    text = os.environ.get(WAIT_VARIABLE, "60")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"The environment variable {WAIT_VARIABLE} is {text!r}; it must be seconds, at least 0.")
+    return seconds
+
+
+def _responds(client: httpx.Client, server: _Server) -> bool:
+    """Return True if a server responds to a request, whatever the response is, or accepts it and is busy."""
+    try:
+        client.get(f"{server.address}/health")
+    except (httpx.ReadTimeout, httpx.WriteTimeout):
+        return True
+    except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
+        server.state = str(error) or type(error).__name__
+        return False
+    return True
 
 
 def _scores(response: httpx.Response, server: str, *, num_images: int) -> Float[Tensor, " B"]:

@@ -1,10 +1,11 @@
-"""One call of a user's own rewards before a model is loaded, so that mistakes in them are found within seconds."""
+"""Rewards are tried before a model is loaded, so that mistakes in them are found within seconds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,18 +18,28 @@ TRIAL_SIZE = 64
 """Height and width of the images in pixels."""
 
 
+@runtime_checkable
+class _Servers(Protocol):
+    """A reward on other machines; see `RemoteReward`."""
+
+    def wait_until_reachable(self) -> None: ...
+
+
 def try_rewards(reward: WeightedSum, prompts: Sequence[str]) -> None:
     """Call each of a user's own rewards (`module:function`) once, on two random images of the first prompts.
 
-    Raises ValueError for a prompt without what a reward needs (`check_rows`), what `CheckedReward` does for a result
-    that cannot be used, and passes an exception of the reward on, with a note. A score that is not finite is no error,
+    Servers are asked whether they are there, and get no images. Raises ValueError for a prompt without what a reward
+    needs (`check_rows`), ConnectionError if no server of a reward responds, and what `CheckedReward` does for a result
+    that cannot be used; an exception of the reward is passed on, with a note. A score that is not finite is no error,
     as such images are no real ones.
     """
     images = trial_images(2)
     texts = [prompts[0], prompts[min(1, len(prompts) - 1)]]
     for term in reward.rewards:
         check_rows(term.name, term.function, prompts)
-        if term.differentiable is None:
+        if isinstance(term.function, _Servers):
+            term.function.wait_until_reachable()
+        elif term.differentiable is None:
             try:
                 with torch.no_grad():
                     replace(term, finite=False)(images, texts)
