@@ -5,13 +5,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 History = list[dict[str, Any]]
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Hide transformers' progress bar of loading weights within the context."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 class Progress(TrainerCallback):

@@ -143,15 +143,19 @@ def test_a_template_without_an_image_is_refused() -> None:
         tokenizer.ids("a red fox", 4)
 
 
-def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_is_an_error(tmp_path: Path) -> None:
-    """Older models keep theirs in `chat_template.json`."""
+def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Older models keep theirs in `chat_template.json`. Loading shows no progress bar."""
     folder = tmp_path / "model"
     shutil.copytree(backbone_folder("llava"), folder)
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=rf"{folder}' has no chat template"):
         load_backbone(str(folder))
+    capsys.readouterr()
     load_backbone(str(folder), template="published")  # which brings its own
+    assert "Loading weights" not in capsys.readouterr().err
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert load_backbone(str(folder)).prompt_tokenizer.ids("a fox", 4) == backbone_of("llava").prompt_tokenizer.ids(
         "a fox", 4

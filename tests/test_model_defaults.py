@@ -11,6 +11,7 @@ import yaml
 
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.models.table import FAMILIES
+from rlhf_t2i.models.weights import check_run
 from rlhf_t2i.rewards.terms import join_terms, parse_terms
 from rlhf_t2i.settings import (
     best_of_n,
@@ -120,13 +121,17 @@ def test_own_pairs_need_neither_prompts_nor_rewards_but_something_to_evaluate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ["--model", pipeline(tmp_path / "m"), "--pairs", "pairs.jsonl"]
-    assert "evaluation_prompts is None; it must be given" in refusal(
-        capsys, diffusion_dpo.Config, *model, "--evaluation_rewards", "oracle"
+    assert "evaluation_prompts and evaluation_rewards must be given, for example: --evaluation_prompts " in refusal(
+        capsys, diffusion_dpo.Config, *model
     )
+    for given in ("evaluation_rewards", "rewards"):
+        assert "one, so evaluation_prompts must be given, for example:" in refusal(
+            capsys, diffusion_dpo.Config, *model, f"--{given}", "oracle"
+        )
     evaluated = [*model, "--evaluation_prompts", "p.txt", "--evaluation_rewards", "oracle"]
     config = parse_config(diffusion_dpo.Config, arguments=evaluated)
     assert (config.prompts, config.rewards) == ("", "")
-    assert "evaluation_rewards is ; it must be at least one reward" in refusal(
+    assert "one, so evaluation_rewards must be given, for example:" in refusal(
         capsys, diffusion_dpo.Config, *evaluated[:-2]
     )
 
@@ -363,6 +368,7 @@ def test_the_config_of_a_run_means_the_same_files_as_its_command_line_in_any_fol
         assert config.early_stop_reward == f"clip:{start}r"
         used = evaluate_policy.Config(weights=str(run))
         assert (used.model, used.evaluation_rewards) == (f"{start}m", f"clip:{start}r")
+        check_run(run, model=str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(

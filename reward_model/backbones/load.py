@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from reward_model.backbones.prompts import PaddingSide
 from reward_model.backbones.settings import BackboneSettings, Template
+from reward_model.progress import no_loading_bar
 from reward_model.types import Backbone
 
 FAMILIES = {
@@ -49,6 +50,7 @@ def backbone_family(source: str) -> str:
     return kind
 
 
+@no_loading_bar()
 def load_backbone(
     source: str,
     *,

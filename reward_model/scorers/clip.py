@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from reward_model.images import preprocess_as_clip
+from reward_model.progress import no_loading_bar
 
 Form = Literal["logit", "clip_score", "cosine"]
 
@@ -98,6 +99,7 @@ def load_clip(source: str | Path, *, form: Form = "logit", batch_size: int = 64)
 
 
 @cache
+@no_loading_bar()
 def _loaded(source: str) -> tuple[Any, Any, Any]:
     """Load model (frozen, float32), tokenizer and image processor, once per source."""
     config = _config(source)

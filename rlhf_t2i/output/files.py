@@ -33,3 +33,15 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def path_from(folder: Path, text: str) -> str | None:
+    """Return a relative path, taken from `folder`, without needless parts; None if nothing exists there."""
+    path = Path(text.strip())
+    try:
+        if not text.strip() or path.is_absolute() or not (folder / path).exists():
+            return None
+        short = os.path.normpath(folder / path)
+        return short if os.path.exists(short) and os.path.samefile(short, folder / path) else str(folder / path)
+    except (OSError, ValueError):  # too long, or with a NUL
+        return None

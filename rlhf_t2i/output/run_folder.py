@@ -38,7 +38,8 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf_t2i.output.files import write_atomically
+from rlhf_t2i.output.files import path_from, write_atomically
+from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPTS
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -69,6 +70,10 @@ PROMPT_METADATA = "metadata.jsonl"
 SEARCH_SAMPLES = "samples"
 SEARCH_BASELINE = "baseline"
 
+_PATHS = ("model", "init_weights", "init_lora", "prompts", "evaluation_prompts", "backbone")
+"""Settings that are one path each."""
+_NAMES = {*TOY_MODELS, TOY_PROMPTS, TOY_BACKBONE}
+
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 DENOISER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -83,8 +88,13 @@ WEIGHT_FILES: dict[WeightKind, str] = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of a run."""
-    return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    """Return the settings of a run; relative paths of files and folders are those of the working directory."""
+    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    start = paths_start(folder / CONFIG) if (folder / RUN_INFO).is_file() else None
+    if start is None or not isinstance(config, dict):
+        return config
+    texts = {name: config[name] for name in _PATHS if isinstance(config.get(name), str)}
+    return config | {name: path_from(start, text) or text for name, text in texts.items() if text not in _NAMES}
 
 
 def paths_start(config: Path) -> Path | None:

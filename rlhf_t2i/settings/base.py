@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from rlhf_t2i.settings.by_model import ByModel, as_text, missing_text, resolve_defaults
+from rlhf_t2i.settings.by_model import REQUIRED, ByModel, as_text, missing_text, resolve_defaults
 from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards, resolve_paths
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
@@ -52,6 +52,7 @@ class Settings:
         given = {o.name: o.validated(getattr(self, o.name)) for o in options if o.name not in unset}
         for name, value in given.items():
             self._set(name, value)
+        unset |= {name: replace(unset[name], other=REQUIRED) for name in self.needed() if name in unset}
         defaults, missing = resolve_defaults(
             unset, model=given.get("model"), run=self.run_settings(), unused=frozenset(self.unused())
         )
@@ -105,6 +106,10 @@ class Settings:
 
     def unused(self) -> Collection[str]:
         """Return the options that have no effect with these settings, and need not be given."""
+        return ()
+
+    def needed(self) -> Collection[str]:
+        """Return the options that must be given with these settings unless the model is a built-in one."""
         return ()
 
     def given_later(self) -> Collection[str]:

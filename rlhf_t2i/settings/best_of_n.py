@@ -16,7 +16,7 @@ class Config(SearchConfig):
     """Best-of-N settings."""
 
     num_candidates: PositiveInt = 16
-    """Images sampled in one search (N), of which the best is returned."""
+    """Number of images sampled in one search (N), of which the best is returned."""
     eta: Annotated[Fraction, Group("sampling")] = 0.0
     """Noise of each denoising step; 0 is deterministic, 1 is the noise of the forward process."""
     standardise_rewards: Annotated[bool, Group("reward")] = False

@@ -17,10 +17,10 @@ from rlhf_t2i.settings.groups import (
     ModelSettings,
     ResumeSettings,
     SeedSettings,
-    ServerSettings,
 )
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import DataPaths, InputPaths, NonNegativeInt, PositiveInt, RewardNames, WeightsPaths
+from rlhf_t2i.settings.server import ServerSettings
 
 
 @dataclass(frozen=True, kw_only=True)

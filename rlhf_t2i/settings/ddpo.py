@@ -22,12 +22,12 @@ class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     """Score each microbatch while the next one is being sampled; for a reward on another machine or device."""
 
     advantages: Literal["per_prompt_history", "group_relative", "whole_batch"] = "per_prompt_history"
-    """Mean and standard deviation that rewards are normalised by: of the prompt's recent rewards, of the prompt's
-    images in this step, or of all images in this step."""
+    """Mean and standard deviation that rewards are normalised by: of the prompt's recent rewards (per_prompt_history),
+    of the prompt's images in this step (group_relative), or of all images in this step (whole_batch)."""
     history_size: PositiveInt = 32
-    """Rewards of each prompt that per_prompt_history keeps."""
+    """Number of the latest rewards of each prompt that per_prompt_history keeps."""
     history_min_count: PositiveInt = 16
-    """Rewards that per_prompt_history needs of a prompt; with fewer, all images in this step are used."""
+    """Number of rewards of a prompt that per_prompt_history needs; with fewer, all images in this step are used."""
     max_advantage: PositiveFloat = 5.0
     """Absolute value that advantages are clipped to."""
 
@@ -45,9 +45,9 @@ class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     """Weight of the KL divergence from the model before training, averaged over latent numbers; 0 keeps no reference
     model."""
     num_inner_epochs: PositiveInt = 1
-    """Passes over the images of each step."""
+    """Number of passes over the images of each step."""
     num_minibatches: PositiveInt = 2
-    """Optimiser steps in one inner epoch; divides images_per_prompt."""
+    """Number of optimiser steps in one inner epoch; divides images_per_prompt."""
 
     def rules(self) -> list[Rule]:
         first, end = self.trained_window

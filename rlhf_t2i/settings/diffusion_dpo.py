@@ -44,7 +44,8 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
     """Scale of classifier-free guidance in sampling and evaluation; 1 is no guidance and halves their cost. The update
     uses none."""
     pair_selection: Literal["best_worst", "all", "random"] = "best_worst"
-    """Pairs among a prompt's images with --pairs sampled: the best against the worst, every two, or one random two."""
+    """Pairs among a prompt's images with --pairs sampled: best_worst takes the best against the worst, all every two,
+    random one random two."""
     save_pairs: Annotated[bool, Group("checkpoints and logging")] = True
     """Write sampled pairs to RUN_FOLDER/pairs, a folder that --pairs reads."""
 
@@ -60,14 +61,15 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
     """Timesteps (noise levels) to train, within the model's 0 to 999: a range such as 0-999, or a list such as
     249,499,749,999 for a turbo model."""
     lora_dropout: Annotated[Decay, Group("model and LoRA")] = 0.0
-    """Dropout of the inputs of the LoRA in updates, in [0, 1); 0 is none. Results then depend on microbatch_size and
-    the number of processes."""
+    """Fraction of the LoRA's inputs that are set to zero at random in updates; 0 is none. Results then depend on
+    microbatch_size and the number of processes."""
     num_inner_epochs: PositiveInt = 4
     """Optimiser steps on the pairs of each step, each with new noise."""
     learning_rate: PositiveFloat = 1.5e-4
     num_steps: PositiveInt = 20
     microbatch_size: Annotated[int, Ge(2)] = by_model(64, family="microbatch_size")
-    """Images in one forward pass of one process, two for each pair; changes memory and speed, never results."""
+    """Images in one forward pass of one process, two for each pair; changes memory and speed, and results by rounding
+    only, but with lora_dropout also its random masks."""
 
     @property
     def samples_pairs(self) -> bool:
@@ -76,6 +78,10 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
 
     def unused(self) -> Collection[str]:
         return [*super().unused(), *(() if self.samples_pairs else ("prompts", "rewards"))]
+
+    def needed(self) -> Collection[str]:
+        measured = isinstance(vars(self)["rewards"], str)  # it was given
+        return () if self.samples_pairs else ("evaluation_prompts", *(() if measured else ("evaluation_rewards",)))
 
     def rules(self) -> list[Rule]:
         timesteps = bool(whole_numbers(self.timesteps))

@@ -35,7 +35,8 @@ class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     """Noise of each denoising step; 0 is deterministic, 1 is the noise of the forward process."""
 
     advantages: Literal["global_std", "group_std"] = "global_std"
-    """Standard deviation that centred rewards are divided by: of all images of the step, or of each prompt's own."""
+    """Standard deviation that centred rewards are divided by: of all images of the step (global_std), or of each
+    prompt's own (group_std)."""
     max_advantage: PositiveFloat = 5.0
     """Absolute value that advantages are clipped to; such an advantage gives an optimality probability of 0 or 1."""
     timestep_fraction: PositiveFraction = 0.5

@@ -31,17 +31,18 @@ class Config(TrainerConfig):
     eta: Annotated[Fraction, Group("sampling")] = 0.0
     """Noise of each denoising step; 0 is deterministic, 1 is the noise of the forward process."""
     rewards: DifferentiableRewardNames = by_model(TOY_REWARD)
-    """Differentiable rewards to maximise, comma-separated NAME or NAME=WEIGHT, summed by weight (docs/rewards.md). An
-    ensemble is harder to hack."""
+    """Differentiable rewards to maximise, comma-separated NAME or NAME=WEIGHT, summed by weight (docs/rewards.md).
+    Several are harder to exploit than one."""
 
     method: Literal["draft", "draft_lv", "alignprop", "refl"] = "refl"
-    """Denoising steps that the gradient flows through: the last backprop_steps, the last one from several renoised
-    copies, the last K with K drawn for each image, or one random step of a window."""
+    """Denoising steps that the gradient flows through: the last backprop_steps (draft), the last one from several
+    renoised copies (draft_lv), the last K with K drawn for each image (alignprop), or one random step of a window
+    (refl)."""
     backprop_steps: PositiveInt | None = None
     """K of draft (the last K steps) and alignprop (at most K steps); null is num_denoising_steps. At most
     num_denoising_steps."""
     num_renoisings: PositiveInt = 2
-    """Renoised copies of each image (draft_lv)."""
+    """Number of renoised copies of each image with draft_lv."""
     window_start: Fraction = 0.25
     """Start of the denoising steps that refl draws from, as a fraction of sampling: 0 is pure noise, 1 the image.
     Published: 0.75."""

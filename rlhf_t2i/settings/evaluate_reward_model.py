@@ -31,11 +31,11 @@ class TestDataSettings(Settings, group="data"):
     """Data to evaluate on."""
 
     test_data: DataPaths | None = None
-    """Comma-separated data files, each PATH or FORMAT:PATH (docs/data.md), or shapes for the pairs of the built-in
+    """Data files to evaluate on, comma-separated PATH or FORMAT:PATH (docs/data.md), or shapes for the pairs of the toy
     world; null is shapes if there are no benchmarks, else none."""
     benchmarks: InputPaths = ""
-    """Comma-separated published test sets, each NAME:PATH: tifa160, mj_bench, unsafe_bench, image_reward, hpdv2, hpdv3,
-    pick_a_pic, genai_bench."""
+    """Published test sets to evaluate on, comma-separated NAME:PATH (docs/data.md): tifa160, mj_bench, unsafe_bench,
+    image_reward, hpdv2, hpdv3, pick_a_pic, genai_bench."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,6 @@ class Config(
     mixed_precision: Precision | None = None
     """Precision of a LLaVA-Reward's backbone; null is its precision in training. Scores are always float32."""
     microbatch_size: PositiveInt = 64
-    """Images (or pairs) in one forward pass."""
+    """Images or pairs in one forward pass of one process; changes memory and speed, and scores by rounding only."""
     seed: NonNegativeInt = 0
     """Seed of the toy world's pairs and of the bootstrap."""

@@ -51,8 +51,9 @@ class EvaluationSettings(EvaluationSamplingSettings, group="evaluation"):
     num_evaluation_steps: PositiveInt | None = by_model(None, family="sampling_steps")
     """Denoising steps for one image in evaluation; null is num_denoising_steps."""
     early_stop_reward: MeasuredReward | None = None
-    """Name of one of evaluation_rewards, best one that is not trained on: training stops when it no longer rises, and
-    the weights with its highest value are exported; null trains all num_steps."""
+    """Reward that may stop training, a NAME of evaluation_rewards and best one that is not trained on: once it has not
+    risen in `patience` evaluations, training ends and the weights with its highest value are exported; null trains all
+    num_steps."""
     patience: PositiveInt = 3
     """Evaluations in a row without a new highest early_stop_reward before training stops."""
 

@@ -16,7 +16,7 @@ class Config(SearchConfig):
     """FK steering settings."""
 
     num_particles: PositiveInt = 16
-    """Images (particles) sampled together in one search, of which the best is returned."""
+    """Number of images (particles) sampled together in one search, of which the best is returned."""
     eta: Annotated[PositiveFraction, Group("sampling")] = 1.0
     """Noise of each denoising step; 1 is the noise of the forward process. Not 0: copies of a particle would stay
     equal."""
@@ -26,8 +26,8 @@ class Config(SearchConfig):
     """Standard deviation of the reward among images of one prompt; null measures it on 64 calibration samples. With 1,
     strength is the paper's lambda."""
     potential: Literal["difference", "max", "sum"] = "difference"
-    """Potential that log-weights add up: lambda times the reward's change since the last resampling step, its highest
-    value so far, or its sum so far."""
+    """Potential that log-weights add up: lambda times the reward's change since the last resampling step (difference),
+    its highest value so far (max), or its sum so far (sum)."""
     initial_max: float | None = None
     """Reward that the potential max begins with: rewards below it count as this much. 0 is the published code's; null
     is none, the paper's."""

@@ -27,11 +27,12 @@ class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     """Flow model: a diffusers pipeline folder, a Hub id, or the built-in shapes-flow."""
 
     dynamics: Literal["flow_sde", "cps"] = "flow_sde"
-    """Noisy denoising step: Flow-GRPO's SDE, or coefficients-preserving sampling (arXiv:2509.05952)."""
+    """Noisy denoising step: flow_sde is Flow-GRPO's SDE, cps coefficients-preserving sampling (arXiv:2509.05952)."""
     noise_scale: PositiveFloat = 0.7
     """Noise of a noisy denoising step; published: 0.7 with flow_sde, 0.8 with cps, which allows at most 1."""
     window_size: PositiveInt | None = None
-    """Noisy denoising steps, which are the trained ones; null is all that lie between window_start and window_end."""
+    """Number of noisy denoising steps, which are the trained ones; null is all that lie between window_start and
+    window_end."""
     window_start: Fraction = 0.0
     """Start of the denoising steps that may be noisy, as a fraction of sampling: 0 is pure noise, 1 the image."""
     window_end: Fraction = 0.5
@@ -42,7 +43,8 @@ class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     the start (MixGRPO); null draws its place at random in each training step."""
 
     advantages: Literal["global_std", "group_std"] = "global_std"
-    """Standard deviation that centred rewards are divided by: of all images of the step, or of each prompt's own."""
+    """Standard deviation that centred rewards are divided by: of all images of the step (global_std), or of each
+    prompt's own (group_std)."""
     max_advantage: PositiveFloat = 5.0
     """Absolute value that advantages are clipped to."""
     clip_range: PositiveFloat | None = None
@@ -53,11 +55,11 @@ class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     length (GRPO-Guard, arXiv:2510.22319)."""
     kl_weight: NonNegativeFloat = 0.0
     """Weight of the exact KL divergence from the model before training, averaged over latent numbers; 0 keeps no
-    reference model. About ten times the authors' estimate, whose published weight is 0.04."""
+    reference model. That divergence is about ten times the authors' estimate, whose published weight is 0.04."""
     num_inner_epochs: PositiveInt = 1
-    """Passes over the images of each step."""
+    """Number of passes over the images of each step."""
     num_minibatches: PositiveInt = 2
-    """Optimiser steps in one inner epoch; divides images_per_prompt."""
+    """Number of optimiser steps in one inner epoch; divides images_per_prompt."""
 
     def rules(self) -> list[Rule]:
         first, end = self.noisy_steps

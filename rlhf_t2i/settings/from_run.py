@@ -11,16 +11,8 @@ from rlhf_t2i.models.table import same_model
 from rlhf_t2i.output.run_folder import CONFIG, EVALUATION_PROMPTS, paths_start, read_config, run_of
 from rlhf_t2i.rewards.terms import reward_names_of
 from rlhf_t2i.settings.by_model import ByModel, as_text
-from rlhf_t2i.settings.paths import Inputs, Rewards, resolve_paths
+from rlhf_t2i.settings.paths import Rewards, resolve_paths
 from rlhf_t2i.settings.ranges import BASE
-from rlhf_t2i.shapes.names import TOY_MODELS, TOY_PROMPTS
-
-_PATHS = {
-    "model": Inputs(names=tuple(TOY_MODELS)),
-    "evaluation_prompts": Inputs(names=(TOY_PROMPTS,)),
-    "evaluation_rewards": Rewards(),
-}
-"""Settings with paths that are read from runs, and the kinds of text they are."""
 
 
 def sampling_of_runs(weights: Sequence[str], options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -31,7 +23,7 @@ def sampling_of_runs(weights: Sequence[str], options: Mapping[str, Any]) -> Mapp
     not given.
     """
     runs = [run for run in (run_of(Path(name)) for name in weights if name != BASE) if run is not None]
-    found = {str(run): _sampling(run, config) for run in runs if "model" in (config := _settings_of(run))}
+    found = {str(run): _sampling(run, config) for run in runs if "model" in (config := read_config(run))}
     models = {run: str(sampling["model"]) for run, sampling in found.items()}
     if isinstance(options["model"], str):
         models["--model"] = options["model"]
@@ -55,13 +47,6 @@ def _content(name: str, value: Any) -> Any:
     return frozenset(reward_names_of(value)) if name == "evaluation_rewards" else value
 
 
-def _settings_of(run: Path) -> dict[str, Any]:
-    """The settings of a run, with its relative paths as the working directory needs them."""
-    config, folder = read_config(run), paths_start(run / CONFIG)
-    given = {name: kind for name, kind in _PATHS.items() if config.get(name)}
-    return config | {name: resolve_paths(config[name], kind, folder=folder) for name, kind in given.items()}
-
-
 def _sampling(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     steps = config.get("num_evaluation_steps") or config["num_denoising_steps"]
     prompts = config.get("evaluation_prompts") or str(run / EVALUATION_PROMPTS)
@@ -70,5 +55,5 @@ def _sampling(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "num_denoising_steps": steps,
         "num_evaluation_steps": steps,
         "evaluation_prompts": prompts,
-        "evaluation_rewards": config["evaluation_rewards"],
+        "evaluation_rewards": resolve_paths(config["evaluation_rewards"], Rewards(), folder=paths_start(run / CONFIG)),
     }

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from rlhf_t2i.access import TOKEN_VARIABLE, is_loopback, token
 from rlhf_t2i.rewards.terms import join_terms, reward_names_of
 from rlhf_t2i.settings.base import Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
@@ -22,7 +21,6 @@ from rlhf_t2i.settings.ranges import (
     ModelPath,
     NonNegativeInt,
     PathPrefix,
-    Port,
     PositiveFloat,
     PositiveInt,
     Precision,
@@ -50,13 +48,14 @@ class LoraSettings(Settings, group="model and LoRA"):
     """Weights of the full denoiser to start from, in place of the model's own: a run folder, or its unet or transformer
     folder; null is the model's own."""
     init_lora: InputPath | None = None
-    """LoRA to go on training, with its rank and alpha: a run folder, a LoRA folder or file in the key layout of
-    diffusers or Kohya, or a Hub id; null starts a new one."""
+    """LoRA to continue training, whose rank and alpha are kept: a run folder, a LoRA folder or file in the key layout
+    of diffusers or Kohya, or a Hub id; null starts a new one."""
     reference_model: Literal["start", "base"] = "start"
-    """Model that a KL penalty and the loss of Diffusion-DPO compare with: the weights that training starts from
-    (init_weights, init_lora), or the model without them."""
+    """Model that a KL penalty and the loss of Diffusion-DPO compare with: start is the weights that training starts
+    from (init_weights, init_lora), base the model without them."""
     lora_rank: PositiveInt | None = by_model(None, family="lora_rank")
-    """Rank of the trained LoRA; null trains all weights of the denoiser, or the LoRA of init_lora with its own rank."""
+    """Rank of a new LoRA; null trains all weights of the denoiser. With init_lora, null keeps the rank of that LoRA,
+    and another number is an error."""
     lora_alpha: PositiveFloat | None = None
     """LoRA scaling: adapters are multiplied by lora_alpha / lora_rank; null is lora_rank, a factor of 1."""
     lora_targets: str | None = None
@@ -65,9 +64,11 @@ class LoraSettings(Settings, group="model and LoRA"):
     use_rslora: bool = False
     """Scale the LoRA by lora_alpha / sqrt(lora_rank) in place of lora_alpha / lora_rank (rsLoRA, arXiv:2312.03732)."""
     use_dora: bool = False
-    """Train the magnitude of each output beside the LoRA, which then changes its direction (DoRA, arXiv:2402.09353)."""
+    """Train the magnitude of each output beside the LoRA, which then changes the direction alone (DoRA,
+    arXiv:2402.09353)."""
     export_format: Literal["diffusers", "both"] = "diffusers"
-    """Key layout of the exported LoRA: diffusers', or also Kohya's, which ComfyUI and A1111 read (U-Nets only)."""
+    """Key layout of the exported LoRA: diffusers is that of diffusers, both adds Kohya's, which ComfyUI and A1111 read
+    (U-Nets only)."""
     lora_scale: PositiveFloat = 1.0
     """Scale of the LoRA in evaluation and export, relative to training; below 1 moves towards the base model."""
 
@@ -135,7 +136,7 @@ class FolderSettings(Settings, group="checkpoints and logging"):
     """The run folder."""
 
     run_folder: str | None = None
-    """Folder for everything that the run writes; null makes runs/NAME-DATE."""
+    """Folder for everything that the run writes; null makes runs/RECIPE-DATE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,7 @@ class MicrobatchSettings(Settings, group="system"):
     """Memory."""
 
     microbatch_size: PositiveInt = by_model(64, family="microbatch_size")
-    """Images in one forward pass of one process; changes memory and speed, never results."""
+    """Images in one forward pass of one process; changes memory and speed, and results by rounding only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,20 +214,6 @@ class DataSettings(Settings, group="data"):
     """Folder for images that are stored inside tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
     """Treatment of a record that cannot be used: stop, or skip it and write it to skipped.jsonl in the run folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings(Settings, group="system"):
-    """The address of an HTTP server."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on; any but the loopback addresses needs a token in the environment variable RLHF_T2I_TOKEN."""
-    port: Port = 8000
-    """Port to listen on; 0 is any free port."""
-
-    def rules(self) -> list[Rule]:
-        alone = f"127.0.0.1, ::1 or localhost unless the environment variable {TOKEN_VARIABLE} has a token"
-        return [*super().rules(), ("host", is_loopback(self.host) or token() is not None, alone)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,19 +17,20 @@ class OptimizerSettings(Settings, group="optimiser"):
     """Optimiser of torch: AdamW, Adam (its weight decay is part of the gradient), or SGD with momentum adam_beta1, with
     half the state of these and not available with ZeRO."""
     learning_rate: PositiveFloat = 3e-4
-    """Learning rate after the warm-up, the highest one."""
+    """Highest learning rate, reached after warmup_steps."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up: constant, or falling to zero at num_steps along a cosine or a line."""
+    """Course of the learning rate after the warm-up: constant, or falling to zero at num_steps along a cosine or a line
+    (linear)."""
     warmup_steps: NonNegativeInt = 0
     """Training steps over which the learning rate rises linearly from zero."""
     adam_beta1: Decay = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the mean of gradients; with sgd, the momentum."""
     adam_beta2: Decay = 0.999
     """Decay of the mean of squared gradients (adamw, adam)."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Addend to the denominator (adamw, adam)."""
+    """Number that is added to the denominator of a step (adamw, adam)."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Weight decay; decoupled from the gradient with adamw."""
+    """Factor of weight decay; with adamw it is decoupled from the gradient."""
     max_gradient_norm: PositiveFloat = 1.0
     """Norm to which gradients over all trained weights are clipped."""
     max_skipped_updates: PositiveInt = 10
@@ -38,4 +39,4 @@ class OptimizerSettings(Settings, group="optimiser"):
     """Decay per step of an exponential moving average (EMA) of the weights, which is evaluated and exported in their
     place; 0 keeps no average."""
     num_steps: PositiveInt = 40
-    """Training steps, after which the weights are exported."""
+    """Number of training steps, after which the weights are exported."""

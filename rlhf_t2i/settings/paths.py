@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i.output.files import path_from
 from rlhf_t2i.rewards.table import reward_names
 from rlhf_t2i.rewards.terms import join_terms, parse_terms
 
@@ -87,7 +88,7 @@ def _reward(name: str, folder: Path | None) -> str:
 
 def _input(text: str, names: tuple[str, ...], folder: Path | None) -> str:
     form = _FORMAT.match(text)
-    before = form[0] if form and not (folder is not None and _exists(text, folder)) else ""
+    before = form[0] if form and (folder is None or path_from(folder, text) is None) else ""
     if before.strip() == "hf:":
         return text
     path = _path(text.removeprefix(before), folder)
@@ -98,12 +99,4 @@ def _path(text: str, folder: Path | None = None) -> str:
     """Return one path with `~` expanded, or taken from the folder if it exists there."""
     if text.startswith("~"):
         return os.path.expanduser(text)
-    return str(folder / text.strip()) if folder is not None and _exists(text, folder) else text
-
-
-def _exists(text: str, folder: Path) -> bool:
-    path = Path(text.strip())
-    try:
-        return bool(text.strip()) and not path.is_absolute() and (folder / path).exists()
-    except (OSError, ValueError):  # too long, or with a NUL
-        return False
+    return text if folder is None else path_from(folder, text) or text

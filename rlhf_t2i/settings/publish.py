@@ -26,7 +26,7 @@ class Config(Settings, group="publication"):
     """Write the folder for --repo and list the files, but upload nothing. Needs --repo."""
 
     merge_lora: bool = False
-    """Publish a LoRA merged into the weights of a full pipeline."""
+    """Publish a full pipeline, with the LoRA merged into its weights."""
     base: str | None = None
     """Hub id of the base model, OWNER/NAME; needed if the run was trained from a local folder."""
     license: str | None = None

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from rlhf_t2i.settings.base import Group
-from rlhf_t2i.settings.groups import MicrobatchSettings, RewardSettings, ServerSettings
+from rlhf_t2i.settings.groups import MicrobatchSettings, RewardSettings
 from rlhf_t2i.settings.ranges import NonNegativeFloat, PositiveInt, RewardNames
+from rlhf_t2i.settings.server import ServerSettings
 
 
 @dataclass(frozen=True, kw_only=True)

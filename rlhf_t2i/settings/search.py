@@ -43,8 +43,8 @@ class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSett
     """Searches that run together and are written together; a killed run loses at most these."""
     num_denoising_steps: PositiveInt = by_model(8, family="sampling_steps")
     microbatch_size: PositiveInt = by_model(64, family="microbatch_size")
-    """Images in one forward pass of one process, halved when memory runs out; changes memory and speed, never
-    results."""
+    """Images in one forward pass of one process, halved when memory runs out; changes memory and speed, and results by
+    rounding only."""
 
     veto: Annotated[OneReward, Group("reward")] | None = None
     """Reward that excludes images, one NAME (docs/rewards.md); null excludes none."""

@@ -46,13 +46,14 @@ class BackboneSettings(Settings, group="model and LoRA"):
     skip_ca_heads: PositiveInt = 1
     """Attention heads of SkipCA."""
     template: Literal["family", "published"] = "family"
-    """Format of prompts: the backbone's own chat template, or that of the published LLaVA-Reward code, with the sizes
-    to which that resizes the images of Qwen2.5-VL."""
+    """Format of prompts: family is the backbone's own chat template, published that of the published LLaVA-Reward code,
+    with the sizes to which that resizes the images of Qwen2.5-VL."""
     min_pixels: PositiveInt | None = None
-    """Pixels that images are enlarged to at least (Qwen's models); null is the model's own number."""
+    """Smallest number of pixels of an image, to which smaller ones are enlarged (Qwen's models); null is the model's
+    own number."""
     max_pixels: PositiveInt | None = None
-    """Pixels that images are reduced to at most (Qwen's models); more pixels are more visual tokens. Null is the
-    model's own number."""
+    """Largest number of pixels of an image, to which larger ones are reduced (Qwen's models); more pixels are more
+    visual tokens. Null is the model's own number."""
     num_crops: PositiveInt | None = None
     """Largest number of crops of an image, for models that crop; more crops are more visual tokens. Null is the model's
     own number."""
@@ -61,7 +62,7 @@ class BackboneSettings(Settings, group="model and LoRA"):
     lora_alpha: PositiveFloat = 256.0
     """LoRA scaling: adapters are multiplied by lora_alpha / lora_rank."""
     lora_dropout: Decay = 0.05
-    """Dropout of the LoRA's inputs in training."""
+    """Fraction of the LoRA's inputs that are set to zero at random in training; 0 is none."""
     lora_only: bool = False
     """Train the LoRA only and leave projector, SkipCA and head at their initial values, which the published code does
     by mistake."""
@@ -85,8 +86,8 @@ class RewardDataSettings(Settings, group="data"):
     exclude_test_prompts: bool = False
     """Remove the prompts of test_data from the training data; the number of shared prompts is printed in any case."""
     hard_negatives: Fraction = 0.0
-    """Hard negatives to add, as a fraction of the training pairs: the winner of a pair, under its prompt and under the
-    prompt with one error."""
+    """Hard negatives to add, as a fraction of the training pairs. Each is the winner of a pair, which under its prompt
+    should score above itself under the prompt with one error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class RewardOptimizerSettings(Settings, group="optimiser"):
     """AdamW, its learning rates and the length of training."""
 
     learning_rate: PositiveFloat = 2e-4
-    """Learning rate of AdamW after the warm-up; it falls to zero along a cosine."""
+    """Highest learning rate of AdamW, reached after the warm-up; it then falls to zero along a cosine."""
     projector_learning_rate: PositiveFloat | None = None
     """Learning rate of the projector; null is learning_rate."""
     skip_ca_learning_rate: PositiveFloat | None = None
@@ -139,7 +140,8 @@ class RewardSystemSettings(ThreadSettings, AttentionSettings, group="system"):
     """Precision of the backbone; null is that of `accelerate launch`. Scores, SkipCA, head and loss are always
     float32."""
     microbatch_size: PositiveInt = 8
-    """Records (pairs, ties or labelled images) in one forward pass of one process."""
+    """Records (pairs, ties or labelled images) in one forward pass of one process. It is a factor of the optimiser
+    step's size: see accumulation_steps."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, about a third slower."""
     num_workers: NonNegativeInt = 0
@@ -187,7 +189,8 @@ class Config(
     perspective: Annotated[str, Group("reward")] = "alignment"
     """Name of what the reward model scores: alignment, fidelity, safety, ranking, or a name of your own."""
     loss: Literal["bradley_terry", "general_preference", "cross_entropy"] = "bradley_terry"
-    """Training loss: Bradley-Terry or the general preference model for pairs, binary cross-entropy for labels."""
+    """Training loss: bradley_terry or general_preference (the general preference model) for pairs, cross_entropy
+    (binary) for labels."""
     temperature: PositiveFloat = 0.1
     """Divisor that turns differences of scores into log-odds; cross_entropy always uses 1."""
     tie_width: PositiveFloat = 0.5
