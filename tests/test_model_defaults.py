@@ -328,6 +328,7 @@ def test_the_home_folder_is_expanded_where_a_path_begins(
         ("tie:f,hf:f@f,a:b", SEVERAL, "tie:F/f,hf:f@f,F/a:b"), ("a,b", Inputs(), "F/a,b"), ("f=f", Prefix(), "f=F/f"),
         ("oracle,clip:f,m:f=2", Rewards(), "oracle,clip:F/f,m:f=2"), ("'clip:a,b'=2", Rewards(), '"clip:F/a,b"=2'),
         ("f.py:g(1, 'f')", Rewards(), "F/f.py:g(1, 'f')"), ("clip:a,b", RewardName(), "clip:F/a,b"), ("f", None, "f"),
+        ("clip:f(device='cpu')", Rewards(), "clip:F/f(device='cpu')"),
     ],
 )  # fmt: skip
 def test_a_path_may_be_relative_to_its_file_and_a_name_is_no_path(

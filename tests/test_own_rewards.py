@@ -334,9 +334,9 @@ def test_a_score_of_the_trial_may_be_nan(own: Path) -> None:
 
 
 def test_rewards_of_the_table_are_not_tried_and_servers_are_asked_only_whether_they_are_there() -> None:
-    with scripted(None) as server:  # which answers nothing but POST, as a server of one's own may
+    with scripted((404, {}, "nothing here")) as server:  # as of a server of one's own, which needs POST /score alone
         try_rewards(load_rewards(f"oracle,http://127.0.0.1:1|{server.address}"), PROMPTS)
-        assert server.times == []
+        assert server.requests == ["/health"]
 
 
 def test_a_server_that_is_not_there_is_said_at_once_and_ends_the_start_in_one_line(

@@ -79,9 +79,8 @@ def _reward(name: str, folder: Path | None) -> str:
     """Return NAME:PATH or file.py:function with its path resolved; other names stay."""
     before, colon, after = name.partition(":")
     if before + colon in _WITH_PATH:
-        path, bracket, arguments = (
-            after.partition("(") if folder is None or not _exists(after, folder) else (after, "", "")
-        )
+        is_whole = folder is not None and path_from(folder, after) is not None
+        path, bracket, arguments = (after, "", "") if is_whole else after.partition("(")
         return before + colon + _path(path, folder) + bracket + arguments
     return _path(before, folder) + colon + after if before.endswith(".py") and colon else name
 
