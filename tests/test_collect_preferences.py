@@ -58,9 +58,11 @@ from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.preferences import save_pairs
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
 from rlhf_t2i.seeds import generator_for
+from rlhf_t2i.training.claim import remove_failed_starts
 from tests import browser, processes
 from tests.report_files import CELLS, run_with_images
 from tests.servers import free_port, running
+from tests.trained_weights import denoiser_of
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "open-sesame-0123456789"
@@ -595,6 +597,23 @@ def test_two_weights_sample_the_same_prompts_from_the_same_seeds(tiny_sd: Path, 
     assert not torch.equal(found[0].images[0], found[2].images[0])  # the same prompt, another seed
     for one, other in zip(found, swapped, strict=False):
         torch.testing.assert_close(one.images, other.images[::-1])
+
+
+def test_sampled_pairs_are_kept_when_a_reward_fails_on_them(tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    check = "assert images.shape[-1] == 64, 'only as in the trial'"
+    code = f"def small(images, prompts):\n    {check}\n    return images.mean((1, 2, 3))"
+    (tmp_path / "rewards_of_a_page.py").write_text(code)
+    config = Config(
+        weights=f"base,{denoiser_of(tiny_sd, tmp_path)}", model=str(tiny_sd),
+        evaluation_prompts=str(tmp_path / "prompts.txt"), num_pairs=1, num_evaluation_steps=1,
+        guidance_scale=1.0, rewards=f"{tmp_path}/rewards_of_a_page.py:small", port=0,
+        run_folder=str(tmp_path / "page"),
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="only as in the trial"):
+        recipe.main(config)
+    remove_failed_starts()
+    assert [question.prompt for question in read_questions(tmp_path / "page")] == ["a fox"]
 
 
 # --- agreement ------------------------------------------------------------------------------------

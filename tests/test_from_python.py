@@ -15,7 +15,7 @@ from torch import Tensor
 
 import rlhf_t2i
 from rlhf_t2i import ddpo, diffusion_dpo, draft
-from rlhf_t2i.output.run_folder import read_config
+from rlhf_t2i.output.run_folder import read_captions, read_config
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.training.from_python import PROMPTS
 from tests.runs import REDNESS, lora_weights, redness, state, unet_weights
@@ -171,6 +171,17 @@ def test_a_training_that_fails_leaves_the_pipeline_as_it_was_and_its_folder_free
     changed = config.with_options(resume=True, num_steps=1)
     with pytest.raises(ZeroDivisionError, match="a bug of the reward"):
         ddpo.train(changed, pipeline=pipeline, prompts=FOXES, reward=fails)
+
+
+def test_a_run_that_was_trained_on_a_single_prompt_is_evaluated_on_it(tiny_sd: Path, small: dict[str, Any]) -> None:
+    from recipes.evaluate_policy import Config, main
+
+    config = ddpo.Config(**small | {"num_steps": 1, "prompts_per_step": 1}, images_per_prompt=2)
+    result = ddpo.train(config, pipeline=str(tiny_sd), prompts=["a fox"], reward=redness)
+    settings = Config(weights=str(result.folder), num_evaluation_images=2, run_folder=f"{result.folder}-evaluated")
+    row = main(settings)[str(result.folder)]
+    assert row[REDNESS] == pytest.approx(result.evaluations[-1][REDNESS], abs=1e-5)
+    assert read_captions(Path(f"{result.folder}-evaluated"))["prompts"] == ["a fox", "a fox"]
 
 
 @pytest.mark.parametrize("name", ["ddpo", "diffusion_dpo", "diffusion_nft", "draft", "flow_grpo"])
