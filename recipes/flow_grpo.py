@@ -36,7 +36,7 @@ from torch import Tensor
 
 from rlhf_t2i.advantages import globally_scaled_advantages, group_relative_advantages, num_degenerate_groups
 from rlhf_t2i.data.prompts import prompts_of_step
-from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_ratio, per_image
+from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_ratio, per_image, unscaled_log_ratio
 from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
 from rlhf_t2i.report import write_report
@@ -164,6 +164,8 @@ def update(
                 old_mean = trajectory.latents[i, t + 1] - per_image(transition.std) * noise[i, t]
                 log_ratio = normalised_log_ratio(log_ratio, transition, old_mean)
                 advantage = advantage / (sigma[t] - sigma[t + 1])
+            elif config.dynamics == "cps" and config.cps_log_prob == "published":
+                log_ratio = unscaled_log_ratio(log_ratio, transition)
             loss = clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), advantage, clip_range=clip_range)
             loss = loss + config.kl_weight * kl.mean()
             trainer.backward(loss * len(i) / len(image))

@@ -117,6 +117,18 @@ def test_the_first_replay_has_ratio_one_and_later_ones_move(
     assert first["kl"] > 0
 
 
+def test_cps_has_the_published_log_probability_unless_its_density_is_asked_for(
+    config: flow_grpo.Config, tmp_path: Path
+) -> None:
+    """Of the same images; the ratios of late denoising steps, with little noise, differ most."""
+    config = replace(config, dynamics="cps", num_steps=1)
+    [published] = rows(train(config), "train")
+    density = replace(config, cps_log_prob="gaussian", run_folder=str(tmp_path / "gaussian"))
+    [gaussian] = rows(train(density), "train")
+    assert published["reward"] == gaussian["reward"]
+    assert 0 < published["ratio_std"] < 0.9 * gaussian["ratio_std"]
+
+
 def test_the_microbatch_size_changes_no_result(config: flow_grpo.Config, tmp_path: Path) -> None:
     one = train(replace(config, ratio_normalisation=True))
     other = train(replace(config, ratio_normalisation=True, microbatch_size=3, run_folder=str(tmp_path / "other")))

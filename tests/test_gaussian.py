@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, per_image, randn, sample
+from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, per_image, randn, sample, unscaled_log_ratio
 from rlhf_t2i.types import Transition
 from tests import reference
 from tests.toys import CPU, seeded
@@ -25,6 +25,14 @@ def test_the_log_probability_equals_the_slow_reference() -> None:
     std = torch.tensor([0.5, 1.0, 2.0, 0.0])
     expected = reference.mean_log_prob(x.numpy(), mean.numpy(), std.tolist())
     assert_close(mean_log_prob(Transition(mean, std), x), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_the_published_log_ratio_of_cps_is_a_difference_of_squared_errors() -> None:
+    x, old, new = torch.randn(3, *SHAPE, generator=seeded(0)[0])
+    std = torch.tensor([0.1, 0.5, 2.0, 0.0])
+    gaussian = mean_log_prob(Transition(new, std), x) - mean_log_prob(Transition(old, std), x)
+    expected = ((x - old) ** 2 - (x - new) ** 2).mean(dim=(1, 2, 3)) * (std > 0)
+    assert_close(unscaled_log_ratio(gaussian, Transition(new, std)), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_log_probability_by_hand() -> None:

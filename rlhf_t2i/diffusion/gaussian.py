@@ -71,6 +71,17 @@ def normalised_log_ratio(
     return torch.where(random, transition.std * (log_ratio + bias), 0.0)
 
 
+def unscaled_log_ratio(log_ratio: Float[Tensor, " B"], transition: Transition) -> Float[Tensor, " B"]:
+    """Return a log-ratio of two steps with equal std as the published code of CPS (arXiv:2509.05952) has it.
+
+        2 std^2 log_ratio = (x - old_mean)^2 - (x - mean)^2      the squares averaged over latent dimensions
+
+    Its log-probability is -(x - mean)^2, without the density's division by 2 std^2, so that a step counts the less the
+    less noise it has. `log_ratio` is a difference of `mean_log_prob`s.
+    """
+    return 2 * transition.std**2 * log_ratio
+
+
 def mean_kl(policy: Transition, reference: Transition) -> Float[Tensor, " B"]:
     """Return KL(policy || reference) of two steps with equal std, averaged over latent dimensions.
 

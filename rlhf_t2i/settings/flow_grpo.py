@@ -30,6 +30,9 @@ class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     """Noisy denoising step: flow_sde is Flow-GRPO's SDE, cps coefficients-preserving sampling (arXiv:2509.05952)."""
     noise_scale: PositiveFloat = 0.7
     """Noise of a noisy denoising step; published: 0.7 with flow_sde, 0.8 with cps, which allows at most 1."""
+    cps_log_prob: Literal["published", "gaussian"] = "published"
+    """Log-probability of a step of cps: minus the squared distance from its mean, as in the published code, or the
+    Gaussian density, which divides that by twice the variance. Without effect with flow_sde or ratio_normalisation."""
     window_size: PositiveInt | None = None
     """Number of noisy denoising steps, which are the trained ones; null is all that lie between window_start and
     window_end."""
