@@ -574,6 +574,7 @@ def test_a_run_gives_its_images_before_and_after_training(tmp_path: Path) -> Non
         list(from_runs([tmp_path], num_pairs=None, generator=GENERATOR))
 
 
+@pytest.mark.slow
 def test_two_weights_sample_the_same_prompts_from_the_same_seeds(tiny_sd: Path, tmp_path: Path) -> None:
     from rlhf_t2i.models.load import load_policy
 

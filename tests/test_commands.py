@@ -88,12 +88,14 @@ def test_a_users_own_model_prompts_and_reward_run_as_shown(tiny_sd: Path, tmp_pa
     assert (tmp_path / "out" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_published_settings_for_ddpo_on_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
     small = {**TINY, "num_denoising_steps": 5, "model": tiny_sd, "run_folder": tmp_path / "run"}
     output = run(["recipes/ddpo.py", "--config", str(ROOT / "recipes/configs/ddpo_sd15.yaml"), *flags(**small)])
     assert "jpeg_compressibility" in output
 
 
+@pytest.mark.slow
 def test_the_published_settings_for_preferences_on_sd15_run(tiny_sd: Path, tmp_path: Path) -> None:
     for name, colour in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (24, 24), colour).save(tmp_path / f"{name}.png")

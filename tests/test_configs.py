@@ -166,6 +166,7 @@ def test_flow_grpo_runs_with_ocr_and_with_geneval_as_they_are(
     assert all(0 <= score <= 1 for score in (row["reward"], measured[config.evaluation_rewards.partition(",")[0]]))
 
 
+@pytest.mark.slow
 def test_ddpo_on_sdxl_runs(tiny_sdxl: Path, tmp_path: Path) -> None:
     small = {
         "model": tiny_sdxl, "prompts_per_step": 2, "num_denoising_steps": 4, "num_steps": 1, "num_minibatches": 1,
@@ -188,6 +189,7 @@ def test_diffusion_dpo_on_sdxl_runs(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert row["gradient_norm"] > 0
 
 
+@pytest.mark.slow
 def test_fk_steering_of_sdxl_runs_on_genevals_prompts(tiny_sdxl: Path, tmp_path: Path) -> None:
     prompt = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
     (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(prompt))

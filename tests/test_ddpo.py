@@ -230,6 +230,7 @@ def test_terminating_accelerate_launch_writes_a_checkpoint_too(config: ddpo.Conf
     assert weights(folder, done)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     config: ddpo.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,6 +110,7 @@ def test_pairs_of_a_file_are_learnt(config: diffusion_dpo.Config, preferences: P
     assert winner_error < loser_error
 
 
+@pytest.mark.slow
 def test_sft_lowers_the_winners_error(config: diffusion_dpo.Config, preferences: Path) -> None:
     config = replace(config, pairs=str(preferences), pairs_per_step=6, loss="sft", learning_rate=1e-2, num_steps=12)
     folder = train(config)
@@ -170,6 +171,7 @@ def test_only_the_given_timesteps_are_trained(config: diffusion_dpo.Config, pref
 # --- equal results ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["sampled", "file"])
 def test_the_microbatch_size_changes_no_result(
     config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, source: str
@@ -183,6 +185,7 @@ def test_the_microbatch_size_changes_no_result(
             assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_cache_changes_no_result(config: diffusion_dpo.Config, preferences: Path, tmp_path: Path) -> None:
     config = replace(config, pairs=str(preferences), pairs_per_step=4)
     plain = train(config)
@@ -191,6 +194,7 @@ def test_a_cache_changes_no_result(config: diffusion_dpo.Config, preferences: Pa
         assert_same(weights(plain), weights(cached), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_result(config: diffusion_dpo.Config, tmp_path: Path) -> None:
     plain = train(config)
     saved = train(replace(config, gradient_checkpointing=True, run_folder=str(tmp_path / "saved")))
@@ -200,6 +204,7 @@ def test_gradient_checkpointing_changes_no_result(config: diffusion_dpo.Config, 
 # --- resuming ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["sampled", "file"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, source: str
@@ -226,6 +231,7 @@ def saved_pairs(folder: Path) -> dict[str, bytes]:
 # --- sampled pairs and report -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_saved_pairs_of_a_run_train_another(config: diffusion_dpo.Config, tmp_path: Path) -> None:
     """From one file or the folder; the saved images are those that were scored."""
     first = train(config)

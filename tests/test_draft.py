@@ -227,6 +227,7 @@ def test_the_microbatch_size_changes_no_result(config: draft.Config, tmp_path: P
     assert first[0]["denoiser_calls"] == first[1]["denoiser_calls"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "checkpoint_denoising_steps"])
 def test_checkpointing_changes_no_result(config: draft.Config, tmp_path: Path, name: str) -> None:
     plain = train(config)
@@ -234,6 +235,7 @@ def test_checkpointing_changes_no_result(config: draft.Config, tmp_path: Path, n
     assert_same(weights(plain), weights(saved), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_networks_learn_and_export_float32(config: draft.Config) -> None:
     folder = train(replace(config, mixed_precision="bf16", lora_rank=2, checkpoint_denoising_steps=True))
     assert rows(folder, "train")[-1]["gradient_norm"] > 0
@@ -279,6 +281,7 @@ def peaked(images: Tensor, prompts: list[str]) -> Tensor:
     return -(redness(images, prompts) + 0.03).abs()
 
 
+@pytest.mark.slow
 def test_an_early_stop_exports_the_best_weights(falling: draft.Config, capsys: pytest.CaptureFixture[str]) -> None:
     folder = train(falling)
     evaluations = rows(folder, "evaluation")
@@ -332,6 +335,7 @@ def test_plain_diffusers_samples_the_images_of_the_last_evaluation(
     assert (last.images - first.images).abs().max() > 0.01, "the run must have changed the images"
 
 
+@pytest.mark.slow
 def test_lora_scale_applies_to_export_and_evaluation_but_not_to_training(config: draft.Config, tmp_path: Path) -> None:
     plain = replace(config, lora_rank=2, ema_decay=0.0)
     one, half = train(plain), train(replace(plain, lora_scale=0.5, run_folder=str(tmp_path / "half")))

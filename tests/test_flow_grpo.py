@@ -129,12 +129,14 @@ def test_cps_has_the_published_log_probability_unless_its_density_is_asked_for(
     assert 0 < published["ratio_std"] < 0.9 * gaussian["ratio_std"]
 
 
+@pytest.mark.slow
 def test_the_microbatch_size_changes_no_result(config: flow_grpo.Config, tmp_path: Path) -> None:
     one = train(replace(config, ratio_normalisation=True))
     other = train(replace(config, ratio_normalisation=True, microbatch_size=3, run_folder=str(tmp_path / "other")))
     assert_same(lora_weights(other), lora_weights(one), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(config: flow_grpo.Config, tmp_path: Path) -> None:
     uninterrupted = train(config)
     stopped = replace(config, run_folder=str(tmp_path / "stopped"))

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from recipes import evaluate_policy
 from rlhf_t2i.models import load
 from rlhf_t2i.models.base import DiffusionPolicy
+from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.models.pipeline_parts import load_in_pieces
 from tests.policies import MODELS, PROMPTS, images_of, perturb, pipeline_of, policy_of, sampler_of
 from tests.runs import REDNESS
@@ -52,7 +53,7 @@ def test_a_denoiser_is_read_in_pieces_and_stays_float32_if_all_its_weights_are_t
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd3"], indirect=True)
 def test_the_reference_of_a_whole_model_is_smaller_in_half_precision_and_computes_the_same_bits(model: Path) -> None:
     policy = policy_of(model, BF16, whole=True)
-    policy.set_trainable(None, lora_alpha=None, keep_reference=True, seed=0)
+    policy.set_trainable(None, keep_reference=True, seed=0)
     sizes = [sum(p.nbytes for p in network.parameters()) for network in (policy.network, policy.reference)]
     assert sizes[1] < 0.6 * sizes[0]
     assert not any(parameter.requires_grad for parameter in policy.reference.parameters())
@@ -66,7 +67,7 @@ def test_the_reference_of_a_whole_model_is_smaller_in_half_precision_and_compute
 
 def test_a_lora_is_float32_on_a_half_precision_denoiser(tiny_sd: Path, tmp_path: Path) -> None:
     policy = policy_of(tiny_sd, BF16)
-    policy.set_trainable(2, lora_alpha=None, keep_reference=False, seed=0)
+    policy.set_trainable(LoraConfiguration(2), keep_reference=False, seed=0)
     perturb(policy)
     policy.export(tmp_path, policy.trainable)
     loaded = policy_of(tiny_sd, BF16, weights=tmp_path)

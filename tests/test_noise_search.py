@@ -90,6 +90,7 @@ def test_the_last_round_records_no_graph() -> None:
     assert (model.num_with_graph, len(model.rows)) == (2 * 8, 3 * 8)
 
 
+@pytest.mark.slow
 def test_gradient_search_raises_the_reward_of_the_built_in_model() -> None:
     policy = load_policy("shapes", device=torch.device("cpu"))
     reward = load_rewards("llava_reward", finite=False)

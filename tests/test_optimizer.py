@@ -100,6 +100,7 @@ def test_optimisers_differ_and_sgd_keeps_half_the_state(config: ddpo.Config, tmp
     assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+@pytest.mark.slow
 def test_sgd_without_momentum_has_no_state_and_resumes(config: ddpo.Config) -> None:
     config = replace(config, optimizer="sgd", adam_beta1=0.0, num_steps=1)
     folder = ddpo.main(config)

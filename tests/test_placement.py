@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,8 @@ def test_a_path_with_arguments_may_be_relative_to_its_file_of_options(tmp_path: 
 @pytest.fixture
 def without_module(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The module of the reward is imported anew, and forgotten afterwards."""
-    monkeypatch.delitem(sys.modules, "rlhf_t2i.rewards.nudity", raising=False)
+    monkeypatch.setitem(sys.modules, "rlhf_t2i.rewards.nudity", ModuleType("nudity"))  # or it would stay afterwards
+    monkeypatch.delitem(sys.modules, "rlhf_t2i.rewards.nudity")
     monkeypatch.setattr("rlhf_t2i.rewards.nudity", None, raising=False)
     return monkeypatch
 

@@ -800,6 +800,7 @@ def one_pixel(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images[:, 0, 3, 3].clone()
 
 
+@pytest.mark.slow
 def test_training_with_a_remote_reward_gives_the_bits_of_training_with_the_local_one(
     tiny_sd: Path, tmp_path: Path
 ) -> None:

@@ -322,6 +322,6 @@ def test_impossible_settings_are_refused(call: Any, message: str) -> None:
 
 def test_a_string_is_refused_as_a_list_of_prompts() -> None:
     with pytest.raises(
-        TypeError, match=r"prompts is the string 'a fox'; it must be a list of strings, such as \['a fox'\]"
+        ValueError, match=r"prompts is 'a fox'; it must be a list of texts or rows, such as \['a fox'\]"
     ):
         api.best_of_n(GaussianModel(), "a fox", value, num_candidates=2)
