@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # with "AST constructor recursion depth mismatch" (python/cpython#106905). So it runs between tests only.
 gc.disable()
 _MANY_OBJECTS = 200_000
+_IN_ONE_WORKER = {
+    f"tests/test_{name}.py"
+    for name in ("built_in_reward_model", "pairs", "parallel", "publish_usage", "reward_progress", "report_images")
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +38,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Run one or two files in this process: workers would take longer to start than the tests."""
     files = {argument.partition("::")[0] for argument in config.args}
     return 0 if len(files) < 3 and all(file.endswith(".py") for file in files) else None
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give all tests of a file whose fixtures are expensive to one worker, so that nothing is trained twice."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in _IN_ONE_WORKER else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pairs")  # in one worker, so that the pairs are made once
 @pytest.mark.parametrize(("name", "bar"), [("test_drawn", 0.95), ("test_generated", 0.85)])
 def test_it_is_accurate_on_held_out_prompts(pairs: Path, name: str, bar: float) -> None:
     """The bars are of 1,500 pairs (docs/results.md); 400 may fall short of them by two standard errors."""

@@ -33,9 +33,6 @@ from tests.runs import redness, rows, state
 from tests.servers import free_port
 from tests.trainings import MODES, MODES_OF, metrics_of, trainings
 
-together = pytest.mark.xdist_group("runs")
-"""For tests that share `runs`: in one worker, so that nothing is trained twice."""
-
 
 @dataclass
 class Runs:
@@ -86,7 +83,6 @@ def assert_same_training(folder: Path, expected: Path) -> None:
         assert own == [pytest.approx(row, rel=1e-3, abs=1e-6) for row in other]
 
 
-@together
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "name"), [(mode, name) for mode in MODES for name in MODES_OF if mode in MODES_OF[name]]
@@ -114,7 +110,6 @@ def sampled_pairs(folder: Path) -> dict[str, list[tuple[str, str, str]]]:
     }
 
 
-@together
 @pytest.mark.slow
 def test_a_run_resumes_with_another_strategy_and_number_of_processes(runs: Runs, tmp_path: Path) -> None:
     config = replace(runs.configs("one")["ddpo"], run_folder=str(tmp_path / "run"))
@@ -124,7 +119,6 @@ def test_a_run_resumes_with_another_strategy_and_number_of_processes(runs: Runs,
     assert_same_training(tmp_path / "run", runs.one["ddpo"])
 
 
-@together
 @pytest.mark.slow
 def test_two_machines_give_the_training_of_one(runs: Runs, tmp_path: Path) -> None:
     """Two launchers on this machine that connect at one port, each with one process."""
@@ -155,7 +149,6 @@ def killing_a_process(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return redness(images, prompts)
 
 
-@together
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "deepspeed_zero2"])
 def test_a_restarted_run_ends_with_the_same_weights(

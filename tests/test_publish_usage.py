@@ -29,7 +29,6 @@ from tests.publications import (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("published"),  # in one worker, so that nothing is published twice
     pytest.mark.usefixtures("hub"),
     # huggingface_hub passes files to its HTTP client in a deprecated way.
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
