@@ -25,7 +25,7 @@ def small_ddpo(model: Path, run_folder: Path) -> DdpoConfig:
     return DdpoConfig(
         **as_for_toy_models(
             model=str(model), prompts_per_step=4, images_per_prompt=4, microbatch_size=8, num_minibatches=2,
-            num_denoising_steps=4, rewards=REDNESS, evaluation_rewards=REDNESS, lora_rank=4, kl_weight=0.1,
+            num_denoising_steps=3, rewards=REDNESS, evaluation_rewards=REDNESS, lora_rank=4, kl_weight=0.1,
             learning_rate=1e-3, ema_decay=0.5, num_steps=3, checkpoint_every=1, keep_checkpoints=3,
             num_evaluation_images=8, evaluate_every=0, num_cpu_threads=1, run_folder=str(run_folder),
             adam_epsilon=1e-3,  # or Adam amplifies gradients that are rounding errors
@@ -78,12 +78,15 @@ def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *optio
     return Path(str(config.run_folder))
 
 
-def launch_in_turn(configs: Sequence[TrainerConfig], accelerate_config: str, folder: Path) -> None:
-    """Run recipes one after the other by one `accelerate launch`, which is not forked."""
+def launch_in_turn(configs: Sequence[TrainerConfig], accelerate_config: str, folder: Path, *, fork: bool) -> None:
+    """Run recipes one after the other by one `accelerate launch`."""
     path = folder / "configs.json"
     path.write_text(json.dumps([[Path(recipe_of(config)).stem, asdict(config)] for config in configs]))
     command = [*launcher(accelerate_config), "tests/recipes_in_turn.py", str(path)]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    if fork:
+        result = processes.run(command)
+    else:
+        result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

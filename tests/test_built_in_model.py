@@ -40,10 +40,10 @@ def flow() -> DiffusionPolicy:
 
 
 def evaluated(policy: DiffusionPolicy, *, guidance_scale: float) -> Evaluation:
-    """Evaluate a policy by the oracle, on 204 images of held-out prompts."""
-    prompts, seeds = evaluation_set(load_prompts(TOY_PROMPTS, held_out=True), num_images=204, seed=5)
+    """Evaluate a policy by the oracle, on 102 images of held-out prompts."""
+    prompts, seeds = evaluation_set(load_prompts(TOY_PROMPTS, held_out=True), num_images=102, seed=5)
     sampler = sampler_of(policy, guidance_scale=guidance_scale, num_steps=8)
-    return evaluate(policy, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, microbatch_size=68)
+    return evaluate(policy, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, microbatch_size=51)
 
 
 def test_images_are_sharp_but_follow_prompts_poorly(base: DiffusionPolicy) -> None:

@@ -20,7 +20,7 @@ from rlhf_t2i.training.evaluation import Evaluation
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
 from tests import processes
-from tests.launch import launch, num_train_rows, start, wait_for_steps
+from tests.launch import num_train_rows, start, wait_for_steps
 from tests.runs import REDNESS, as_for_toy_models, assert_same, lora_weights, rows, sampled_by_diffusers, state, weights
 
 
@@ -179,7 +179,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: ddpo.Config, tmp_path
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(config: ddpo.Config, tmp_path: Path) -> None:
     """Killed by SIGKILL three times and resumed each time."""
     config = replace(config, num_steps=12)
-    uninterrupted = launch(replace(config, run_folder=str(tmp_path / "uninterrupted")))
+    uninterrupted = train(replace(config, run_folder=str(tmp_path / "uninterrupted")))
     folder = tmp_path / "killed"
     draw = random.Random(0)
     for attempt in range(3):
@@ -189,7 +189,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(config: ddpo.
         time.sleep(draw.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    launch(replace(config, run_folder=str(folder), resume=True))
+    train(replace(config, run_folder=str(folder), resume=True))
     assert_same(weights(uninterrupted, 12), weights(folder, 12))
     assert [row["step"] for row in rows(folder, "train")] == list(range(1, 13))
 

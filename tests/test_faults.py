@@ -55,7 +55,7 @@ def test_a_full_disk_on_one_process_ends_all_with_the_reason(
     """The main process prints the reason; the checkpoint before remains the newest complete one."""
     monkeypatch.setenv("FAULTY_RANK", "1")
     config = replace(small_ddpo(tiny_sd, tmp_path / "run"), rewards="tests.test_faults:filling_the_disk")
-    output = failed(config, "deepspeed_zero3.yaml")
+    output = failed(config, "fsdp2.yaml")
     assert "The checkpoint after step 2 could not be written" in output
     assert os.strerror(errno.EFBIG) in output
     assert f"--resume --run_folder {tmp_path / 'run'}" in output

@@ -59,7 +59,9 @@ class Runs:
         if mode not in self._two:
             assert self.one
             configs = {name: config for name, config in self.configs(mode).items() if mode in MODES_OF[name]}
-            launch_in_turn(list(configs.values()), f"{mode}.yaml", self.folder / mode)
+            # ZeRO-1 and ZeRO-2 start as ZeRO-3 does.
+            fork = mode in ("deepspeed_zero1", "deepspeed_zero2")
+            launch_in_turn(list(configs.values()), f"{mode}.yaml", self.folder / mode, fork=fork)
             self._two[mode] = {name: Path(str(config.run_folder)) for name, config in configs.items()}
         return self._two[mode]
 

@@ -23,6 +23,7 @@ from recipes import best_of_n, fk_steering
 from rlhf_t2i.report.search import headline, write_report
 from rlhf_t2i.search.records import curve, point, read_records, reward_names, scores_of
 from rlhf_t2i.settings.search import SearchConfig
+from rlhf_t2i.shapes.scenes import all_prompts
 from tests import processes
 from tests.geneval_files import LINES, write_prompts
 from tests.pages import command_of
@@ -214,8 +215,19 @@ def test_a_report_can_be_written_before_the_first_result(tiny_sd: Path, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_the_page_s_command_improves_the_built_in_model(name: str, tmp_path: Path) -> None:
-    """With one image per prompt, the oracle, an evaluation reward, passes more of the selected images."""
-    few = ["--images_per_prompt", "1", "--run_folder", str(tmp_path / "run"), "--num_cpu_threads", "1"]
+    """With one image of a dozen prompts, the oracle, an evaluation reward, passes more of the selected images."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(all_prompts("held-out")[::3][:12]))
+    few = [
+        "--prompts",
+        str(prompts),
+        "--images_per_prompt",
+        "1",
+        "--run_folder",
+        str(tmp_path / "run"),
+        "--num_cpu_threads",
+        "1",
+    ]
     output = launch([*command_of("docs/search.md", f"recipes/{name}.py"), *few])
     assert "best of 16" in output
     records = read_records(tmp_path / "run")

@@ -45,7 +45,7 @@ def trainings(
     common: dict[str, Any] = {
         **as_for_toy_models(model=str(sd)), "rewards": ddpo.rewards, "evaluation_rewards": ddpo.rewards,
         "learning_rate": 1e-3, "adam_epsilon": ddpo.adam_epsilon, "ema_decay": 0.5, "num_steps": 2,
-        "microbatch_size": 8, "num_denoising_steps": 4, "evaluate_every": 0, "max_gradient_norm": 0.1,
+        "microbatch_size": 8, "num_denoising_steps": 3, "evaluate_every": 0, "max_gradient_norm": 0.1,
         "num_cpu_threads": 1, "num_evaluation_images": 7,  # which two processes cannot share equally
     }  # fmt: skip
     few: dict[str, Any] = {**common, "prompts_per_step": 6, "warmup_steps": 0}
