@@ -100,7 +100,7 @@ def published(
     ("name", "tolerance"),
     [
         ("lora", 0), ("merged", 1), ("unet", 0), ("built_in", 0), ("sdxl_lora", 0), ("sdxl_unet", 0), ("sd3_lora", 0),
-        ("sd3_transformer", 0), ("sd3_merged", 1), ("flux_lora", 0), ("flux_transformer", 0), ("flux_merged", 1),
+        ("sd3_transformer", 0), ("sd3_merged", 1), ("flux_lora", 1), ("flux_transformer", 0), ("flux_merged", 1),
     ],
 )  # fmt: skip
 def test_the_card_repeats_the_image_of_the_run(name: str, tolerance: int, published: Path) -> None:
