@@ -25,8 +25,10 @@ gc.disable()
 _MANY_OBJECTS = 200_000
 _IN_ONE_WORKER = {
     f"tests/test_{name}.py"
-    for name in ("built_in_reward_model", "pairs", "parallel", "publish_usage", "reward_progress", "report_images")
-}
+    for name in (
+        "built_in_reward_model", "oracle", "pairs", "parallel", "publish_usage", "reward_progress", "report_images",
+    )
+}  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -143,6 +143,7 @@ def test_each_other_recipe_runs_without_settings(name: str, tmp_path: Path) -> N
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_search_in_three_lines_runs(tmp_path: Path) -> None:
     (snippet,) = blocks("docs/search.md", "python")
     run_python("-c", snippet.replace("circle.png", str(tmp_path / "circle.png")))

@@ -144,6 +144,7 @@ def test_async_rewards_change_no_result(config: ddpo.Config, tmp_path: Path) -> 
     assert rest == expected_rest
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_result(config: ddpo.Config, tmp_path: Path) -> None:
     plain = train(config)
     saved = train(replace(config, gradient_checkpointing=True, run_folder=str(tmp_path / "saved")))

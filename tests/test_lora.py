@@ -50,6 +50,7 @@ def test_layers_are_chosen_by_the_endings_of_their_names(tiny_sd: Path) -> None:
         policy_of(tiny_sd).set_trainable(LoraConfiguration(2, targets="to_k,to_w"), keep_reference=False, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["use_dora", "use_rslora"])
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl", "tiny_sd3"])
 def test_an_exported_dora_or_rslora_gives_the_same_images_in_diffusers_and_when_loaded(

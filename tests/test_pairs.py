@@ -121,6 +121,7 @@ def test_the_winner_of_a_generated_pair_has_the_higher_oracle_score(folder: Path
         assert pair.rating_gap == pytest.approx(better - worse, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_pairs_are_reproducible_and_a_finished_folder_is_left_unchanged(folder: Path, tmp_path: Path) -> None:
     again = write_toy_pairs(tmp_path / "pairs", **SMALL)
     for name in FILES:

@@ -104,7 +104,7 @@ def published(
     ],
 )  # fmt: skip
 def test_the_card_repeats_the_image_of_the_run(name: str, tolerance: int, published: Path) -> None:
-    """Up to `tolerance` of 255: a merged LoRA is rounded once more."""
+    """Up to `tolerance` of 255: a merged LoRA is rounded once more, and the run sampled its image in a batch."""
     image = np.asarray(Image.open(published / f"{name}.png")).astype(int)
     height, width, _ = image.shape
     before, after = (
