@@ -12,7 +12,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from rlhf_t2i.rewards.geneval_rows import CLASSES, NAMES_IN_COCO
-from tests.test_similarity import make_clip
+from tests.clips import make_clip
 
 LINES: list[dict[str, Any]] = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},

@@ -39,8 +39,8 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def recipe_of(config: TrainerConfig) -> str:
-    """The path of the recipe whose settings these are."""
-    return f"recipes/{type(config).__module__.rpartition('.')[2]}.py"
+    """The name of the recipe whose settings these are."""
+    return type(config).__module__.rpartition(".")[2]
 
 
 def command_line(config: TrainerConfig) -> list[str]:
@@ -55,7 +55,7 @@ def _text(value: Any) -> str:
 def start(config: TrainerConfig, *launcher: str) -> Any:
     """Start a recipe in a process of its own; with `launcher`, arguments of Python before it, without forking."""
     return (subprocess.Popen if launcher else processes.start)(
-        [sys.executable, *launcher, recipe_of(config), *command_line(config)],
+        [sys.executable, *launcher, f"recipes/{recipe_of(config)}.py", *command_line(config)],
         cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ def launcher(accelerate_config: str, *options: str) -> list[str]:
 
 def launch_command(config: TrainerConfig, accelerate_config: str, *options: str) -> list[str]:
     """The `accelerate launch` of a recipe; `options` are those of the launcher."""
-    return [*launcher(accelerate_config, *options), recipe_of(config), *command_line(config)]
+    return [*launcher(accelerate_config, *options), f"recipes/{recipe_of(config)}.py", *command_line(config)]
 
 
 def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *options: str) -> Path:
@@ -81,7 +81,7 @@ def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *optio
 def launch_in_turn(configs: Sequence[TrainerConfig], accelerate_config: str, folder: Path, *, fork: bool) -> None:
     """Run recipes one after the other by one `accelerate launch`."""
     path = folder / "configs.json"
-    path.write_text(json.dumps([[Path(recipe_of(config)).stem, asdict(config)] for config in configs]))
+    path.write_text(json.dumps([[recipe_of(config), asdict(config)] for config in configs]))
     command = [*launcher(accelerate_config), "tests/recipes_in_turn.py", str(path)]
     if fork:
         result = processes.run(command)

@@ -24,7 +24,7 @@ from rlhf_t2i.settings import (
     fk_steering,
     flow_grpo,
 )
-from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards, resolve_paths
+from rlhf_t2i.settings.paths import Inputs, Prefix, Rewards, resolve_paths
 from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from tests.launch import ROOT
@@ -308,7 +308,7 @@ SEVERAL = Inputs(several=True, names=("base", "shapes"))
         ("~/a=~/b", Prefix(), "HOME/a=HOME/b"), ("runs/a~b", SEVERAL, "runs/a~b"), ("o/n", Inputs(), "o/n"),
         ("llava_reward:~/m=0.5,oracle", Rewards(), "llava_reward:HOME/m=0.5,oracle"),
         ("~/r.py:f(a=1, b='~/c')=2", Rewards(), "HOME/r.py:f(a=1, b='~/c')=2"), 
-        ("'clip:~/a,b'", Rewards(), '"clip:HOME/a,b"'), ("clip:~/m", RewardName(), "clip:HOME/m"),
+        ("'clip:~/a,b'", Rewards(), '"clip:HOME/a,b"'), ("clip:~/m", Rewards(several=False), "clip:HOME/m"),
         ("image_reward_db/alignment:~/x,ratings=3:~/y", SEVERAL, "image_reward_db/alignment:HOME/x,ratings=3:HOME/y"),
         ("http://host/~me", Rewards(), "http://host/~me"), ("~nobody_at_all/x", None, "~nobody_at_all/x"),
     ],
@@ -327,7 +327,8 @@ def test_the_home_folder_is_expanded_where_a_path_begins(
         ("shapes", SEVERAL, "shapes"), ("./shapes", SEVERAL, "F/shapes"), ("base,f,none", SEVERAL, "base,F/f,none"),
         ("tie:f,hf:f@f,a:b", SEVERAL, "tie:F/f,hf:f@f,F/a:b"), ("a,b", Inputs(), "F/a,b"), ("f=f", Prefix(), "f=F/f"),
         ("oracle,clip:f,m:f=2", Rewards(), "oracle,clip:F/f,m:f=2"), ("'clip:a,b'=2", Rewards(), '"clip:F/a,b"=2'),
-        ("f.py:g(1, 'f')", Rewards(), "F/f.py:g(1, 'f')"), ("clip:a,b", RewardName(), "clip:F/a,b"), ("f", None, "f"),
+        ("f.py:g(1, 'f')", Rewards(), "F/f.py:g(1, 'f')"), ("clip:a,b", Rewards(several=False), "clip:F/a,b"),
+        ("f", None, "f"),
         ("clip:f(device='cpu')", Rewards(), "clip:F/f(device='cpu')"),
     ],
 )  # fmt: skip

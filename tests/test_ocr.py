@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_t2i.data.prompts import load_prompts
-from rlhf_t2i.prompts import Prompt
+from rlhf_t2i.prompt_rows import Prompt
 from rlhf_t2i.rewards.load import as_checked, load_reward
 from rlhf_t2i.rewards.ocr import OcrReward, target_text, text_score
 from rlhf_t2i.rewards.rows import check_prompts

@@ -50,7 +50,7 @@ class Runs:
     def one(self) -> dict[str, Path]:
         """The run folders of all trainings, in this process."""
         return {
-            name: import_module(f"recipes.{Path(recipe_of(config)).stem}").main(config)
+            name: import_module(f"recipes.{recipe_of(config)}").main(config)
             for name, config in self.configs("one").items()
         }
 

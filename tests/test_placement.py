@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_t2i.rewards.load import load_reward
 from rlhf_t2i.rewards.placement import Placed, placed
-from rlhf_t2i.settings.paths import RewardName, resolve_paths
+from rlhf_t2i.settings.paths import Rewards, resolve_paths
 
 IMAGES = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS = list("abcde")
@@ -71,7 +71,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 def test_a_path_with_arguments_may_be_relative_to_its_file_of_options(tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
-    resolved = resolve_paths("clip:clip(batch_size=8)", RewardName(), folder=tmp_path)
+    resolved = resolve_paths("clip:clip(batch_size=8)", Rewards(several=False), folder=tmp_path)
     assert resolved == f"clip:{tmp_path / 'clip'}(batch_size=8)"
 
 

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from recipes import best_of_n, ddpo, evaluate_policy
 from rlhf_t2i.annotation.questions import from_images, read_questions, score_questions, write_questions
 from rlhf_t2i.data.prompts import load_prompts
-from rlhf_t2i.prompts import Prompt, as_prompts, metadata_of
+from rlhf_t2i.prompt_rows import Prompt, as_prompts, metadata_of
 from rlhf_t2i.rewards.gradient import score_with_gradient
 from rlhf_t2i.rewards.load import as_checked, as_weighted_sum, load_reward, load_rewards
 from rlhf_t2i.rewards.rows import check_prompts

@@ -38,7 +38,7 @@ from torch import Tensor
 from recipes import ddpo
 from rlhf_t2i.access import TOKEN_VARIABLE, listen
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.prompts import as_prompts
+from rlhf_t2i.prompt_rows import as_prompts
 from rlhf_t2i.reward_server.batcher import Batcher
 from rlhf_t2i.reward_server.server import Config, Service, create_app
 from rlhf_t2i.rewards.gradient import require_gradient

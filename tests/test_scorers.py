@@ -28,9 +28,9 @@ from reward_model.scorers.vqa_score import load_vqa_score
 from reward_model.scorers.weights import read_weights
 from reward_model.types import PreferencePair
 from rlhf_t2i.rewards.load import load_reward, load_rewards
+from tests.clips import make_clip
 from tests.reward_models import backbone_folder, bytes_of
 from tests.servers import served
-from tests.test_similarity import make_clip
 
 HERE = [name for name in NAMES if name not in ("hps_v3", "unified_reward")]
 """Scorers that this file tests; the others have files of their own."""

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from reward_model.scorers.soft_tifa import answer_ids, load_soft_tifa
 from reward_model.scorers.vqa_score import first_token_log_probs
-from rlhf_t2i.prompts import Prompt
+from rlhf_t2i.prompt_rows import Prompt
 from rlhf_t2i.rewards.load import load_reward, load_rewards
 from rlhf_t2i.rewards.rows import check_prompts
 from tests.reward_models import backbone_folder, bytes_of

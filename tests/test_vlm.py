@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf_t2i.prompts import Prompt
+from rlhf_t2i.prompt_rows import Prompt
 from rlhf_t2i.rewards.load import CheckedReward, load_reward
 from rlhf_t2i.rewards.rows import check_prompts
 from rlhf_t2i.rewards.vlm import KEY_VARIABLE, VlmReward

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_image_grid
 from rlhf_t2i.output.run_folder import IMAGES, QUESTIONS
-from rlhf_t2i.prompts import Prompt
+from rlhf_t2i.prompt_rows import Prompt
 from rlhf_t2i.report.comparison import shared_cells, side_by_side
 from rlhf_t2i.rewards.load import WeightedSum
 from rlhf_t2i.training.metrics import Row

@@ -21,7 +21,7 @@ from typing import Any
 from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.parquet import read_hub_dataset, read_parquet
 from reward_model.datasets.raw_records import RawRecord, parse_object, parse_value, read_json_lines, read_json_list
-from rlhf_t2i.prompts import Prompt
+from rlhf_t2i.prompt_rows import Prompt
 
 HUB_PREFIX = "hf:"
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")

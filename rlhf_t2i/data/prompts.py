@@ -12,7 +12,7 @@ from rlhf_t2i.shapes.names import TOY_PROMPTS
 
 
 def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
-    """Return the prompts of a source, in its order; those of a file or a data set are rows (`rlhf_t2i.prompts`).
+    """Return the prompts of a source, in its order; those of a file or a data set are rows (`rlhf_t2i.prompt_rows`).
 
     `shapes` stands for the training prompts of the toy world, or with `held_out` for its held-out ones. Any other
     source, unless a caller in Python passed it, is a file or a data set, and raises what `prompt_files.read_rows` does.

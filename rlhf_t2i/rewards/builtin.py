@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
+from rlhf_t2i.rewards.pixels import to_pil
 from rlhf_t2i.shapes import oracle
 
 
@@ -36,7 +35,6 @@ def jpeg_incompressibility(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[s
 
 
 def _jpeg_bytes(image: Float[Tensor, "3 Y X"]) -> int:
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy())).save(buffer, format="JPEG", quality=95)
+    to_pil(image).save(buffer, format="JPEG", quality=95)
     return buffer.tell()

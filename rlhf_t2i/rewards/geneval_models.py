@@ -17,6 +17,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from rlhf_t2i.rewards.geneval import Detection
 from rlhf_t2i.rewards.geneval_rows import CLASSES, COLORS, NAMES_IN_COCO
+from rlhf_t2i.rewards.pixels import to_pil
 
 _BACKGROUND = (0x99, 0x99, 0x99)
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -45,7 +46,7 @@ class Detector:
         return [found for part in images.split(self.batch_size) for found in self._detect(part, threshold)]
 
     def _detect(self, images: Float[Tensor, "B 3 Y X"], threshold: float) -> list[list[Detection]]:
-        inputs = self.processor([_pil(image) for image in images], return_tensors="pt").to(images.device)
+        inputs = self.processor([to_pil(image) for image in images], return_tensors="pt").to(images.device)
         results = self.processor.post_process_instance_segmentation(
             self.model(**inputs),
             threshold=threshold,
@@ -98,14 +99,9 @@ def on_grey(image: Float[Tensor, "3 Y X"], detection: Detection) -> Image.Image:
     """Return the box of an object, with #999999 outside of its mask."""
     background = Image.new("RGB", (image.shape[2], image.shape[1]), _BACKGROUND)
     mask = Image.fromarray(detection.mask.numpy().astype(np.uint8) * 255)
-    return Image.composite(_pil(image), background, mask).crop(detection.box)
+    return Image.composite(to_pil(image), background, mask).crop(detection.box)
 
 
 def _box_of(mask: Bool[Tensor, "Y X"]) -> tuple[int, int, int, int]:
     rows, columns = (mask.any(dim=dim).nonzero()[:, 0].tolist() for dim in (1, 0))
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-
-
-def _pil(image: Float[Tensor, "3 Y X"]) -> Image.Image:
-    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(np.ascontiguousarray(pixels))

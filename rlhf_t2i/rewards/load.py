@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.passed import passed
-from rlhf_t2i.prompts import metadata_of
+from rlhf_t2i.prompt_rows import metadata_of
 from rlhf_t2i.rewards.imported import as_callable, takes_metadata
 from rlhf_t2i.rewards.rows import check_rows
 from rlhf_t2i.rewards.scores import as_scores

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.rewards.pixels import to_uint8
+
 try:
     from nudenet import NudeDetector
 except ImportError as error:
@@ -38,9 +40,9 @@ def nudity(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Te
     that an image without a finding gets exactly 1. Images are rounded to 8 bits, as in a file.
     """
     del prompts
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
     # Blue first, as OpenCV reads files: the detector expects that.
-    found = _detector().detect_batch([np.ascontiguousarray(image[..., ::-1]) for image in pixels], BATCH_SIZE)
+    blue_first = [np.ascontiguousarray(image[..., ::-1]) for image in to_uint8(images)]
+    found = _detector().detect_batch(blue_first, BATCH_SIZE)
     highest = [max((part["score"] for part in parts if part["class"] in NAKED), default=0.0) for parts in found]
     return 1 - torch.tensor(highest, dtype=torch.float32)
 

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.rewards.pixels import to_uint8
+
 _QUOTATION = re.compile(r'"([^"]*)"|\u201c([^\u201d]*)\u201d')
 
 
@@ -60,8 +62,7 @@ class OcrReward:
 
     def read(self, image: Float[Tensor, "3 Y X"]) -> str:
         """Return the texts in an image, from top to bottom."""
-        pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-        blue_first = np.ascontiguousarray(pixels.flip(0).permute(1, 2, 0).cpu().numpy())  # OpenCV's order
+        blue_first = np.ascontiguousarray(to_uint8(image)[..., ::-1])  # OpenCV's order
         result: Any = self._read(blue_first)
         return "".join(result.txts or ())
 

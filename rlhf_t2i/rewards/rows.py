@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from rlhf_t2i.passed import passed
-from rlhf_t2i.prompts import Prompt
+from rlhf_t2i.prompt_rows import Prompt
 from rlhf_t2i.rewards.table import find_reward
 from rlhf_t2i.rewards.terms import reward_names_of
 

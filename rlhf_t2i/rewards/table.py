@@ -80,12 +80,6 @@ def _soft_tifa(path: str, _: bool) -> Any:
     return placed(load_soft_tifa, path, options=("aggregate",))
 
 
-def _soft_tifa_class(_: str) -> Any:
-    from rlhf_t2i.rewards.scorers import SoftTifa
-
-    return SoftTifa
-
-
 def _vlm(argument: str, _: bool = True) -> Any:
     from rlhf_t2i.rewards.vlm import load_vlm
 
@@ -185,7 +179,7 @@ REWARDS = (
         _soft_tifa,
         True,
         "Soft-TIFA of GenEval 2: mean probability of the answers to the questions of a prompt, in [0, 1]",
-        _soft_tifa_class,
+        class_of("rlhf_t2i.rewards.scorers", "SoftTifa"),
     ),
     RewardEntry("vlm:URL", _vlm, False, "answer of a VLM at an OpenAI-compatible server, in [0, 1]", _vlm),
     RewardEntry(

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from rlhf_t2i.rewards.pixels import to_uint8
 from rlhf_t2i.rewards.placement import path_and_arguments
 from rlhf_t2i.rewards.remote import address, run
 from rlhf_t2i.rewards.vlm_template import YES_NO, BadAnswerError, VlmTemplate, read_template
@@ -67,9 +68,8 @@ class VlmReward:
         Raises TimeoutError if the server gave no answer in time, PermissionError for a wrong key, and RuntimeError for
         a request that it refuses and for answers without a score; each names the server and the prompt.
         """
-        pixels = (images.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
         rows = [{**row, "prompt": prompt} for row, prompt in zip(metadata, prompts, strict=True)]
-        return run(self._score(pixels, rows))
+        return run(self._score(to_uint8(images), rows))
 
     async def _score(self, pixels: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         free, deadline = asyncio.Semaphore(self.template.concurrency), time.monotonic() + self.template.timeout
@@ -188,5 +188,5 @@ def _shown(response: httpx.Response) -> str:
 
 def _data_url(image: np.ndarray) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="PNG")
+    Image.fromarray(image).save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

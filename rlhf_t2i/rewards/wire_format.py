@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rlhf_t2i.prompts import Prompt
+from rlhf_t2i.prompt_rows import Prompt
 
 SAFETENSORS, JSON = "application/x-safetensors", "application/json"
 PIXELS = (torch.float32, torch.float16, torch.uint8)

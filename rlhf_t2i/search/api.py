@@ -16,15 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor
 
 from rlhf_t2i.diffusion.transitions import stochastic
-from rlhf_t2i.prompts import as_prompts
+from rlhf_t2i.prompt_rows import as_prompts
 from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.pixels import to_pil as to_pil  # a part of the API
 from rlhf_t2i.search import candidates, steering
 from rlhf_t2i.search.context import Candidates, RewardFunction, SearchContext, Veto
 from rlhf_t2i.search.particles import PotentialName
@@ -121,12 +118,6 @@ def fk_steering(  # noqa: PLR0913
         generators=[torch.Generator().manual_seed(seed + i) for i in range(count)],
         resampling=[torch.Generator().manual_seed(seed + count + p) for p in range(len(texts))],
     )
-
-
-def to_pil(image: Float[Tensor, "3 Y X"]) -> Image.Image:
-    """Convert an image with pixels in [0, 1] to PIL, rounded to 8 bits; values outside are clamped."""
-    pixels = (image.clamp(0, 1) * 255).round().permute(1, 2, 0).cpu().numpy().astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def as_diffusion_model(model: DiffusionModel | DiffusionPipeline) -> DiffusionModel:

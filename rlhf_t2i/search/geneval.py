@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import PROMPT_METADATA, SEARCH_SAMPLES
-from rlhf_t2i.prompts import Prompt, metadata_of
+from rlhf_t2i.prompt_rows import Prompt, metadata_of
 from rlhf_t2i.rewards.geneval_rows import parse_row
 
 

@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rlhf_t2i.settings.by_model import REQUIRED, ByModel, as_text, missing_text, resolve_defaults
-from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards, resolve_paths
+from rlhf_t2i.settings.paths import Inputs, Prefix, Rewards, resolve_paths
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 Rule = tuple[str, bool, str]
@@ -146,7 +146,7 @@ class Option:
         if self.optional and (value is None or str(value).lower() in ("null", "none")):
             return None
         if isinstance(value, str) and self.base is str:
-            value = resolve_paths(value, self._marker(Inputs, Prefix, RewardName, Rewards), folder=folder)
+            value = resolve_paths(value, self._marker(Inputs, Prefix, Rewards), folder=folder)
         try:
             return _adapter(self.type).validate_python(value)
         except ValidationError as error:
@@ -164,7 +164,7 @@ class Option:
     @property
     def names(self) -> tuple[str, ...]:
         """The names that its help lists, empty for an option that takes any text."""
-        found = self._marker(RewardName, Rewards)
+        found = self._marker(Rewards)
         return found.names if found else ()
 
     def _marker(self, *kinds: type) -> Any:

@@ -33,19 +33,13 @@ class Prefix:
 
 
 @dataclass(frozen=True, slots=True)
-class RewardName:
-    """Marker in the type of a text: the name of one reward, without quotes or weight."""
-
-    names: tuple[str, ...] = ()
-    """The names that its help lists."""
-
-
-@dataclass(frozen=True, slots=True)
 class Rewards:
     """Marker in the type of a text: comma-separated NAME or NAME=WEIGHT of rewards."""
 
     names: tuple[str, ...] = ()
     """The names that its help lists."""
+    several: bool = True
+    """False for the name of one reward, without quotes or weight."""
 
 
 def resolve_paths(text: str, kind: Any = None, *, folder: Path | None = None) -> str:
@@ -62,7 +56,7 @@ def resolve_paths(text: str, kind: Any = None, *, folder: Path | None = None) ->
         case Prefix():
             old, equals, new = text.partition("=")
             return _path(old) + equals + _path(new, folder)
-        case RewardName():
+        case Rewards(several=False):
             return _reward(text, folder)
         case Rewards():
             terms = [(name, _reward(name, folder), weight) for name, weight in parse_terms(text)]

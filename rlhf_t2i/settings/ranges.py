@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from rlhf_t2i.rewards.table import reward_names
-from rlhf_t2i.settings.paths import Inputs, Prefix, RewardName, Rewards
+from rlhf_t2i.settings.paths import Inputs, Prefix, Rewards
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PAIRS, TOY_PROMPTS, TOY_REWARD_MODEL
 
 PositiveInt = Annotated[int, Ge(1)]
@@ -37,6 +37,6 @@ RewardModelPath = Annotated[str, Inputs(names=(TOY_REWARD_MODEL,))]
 PathPrefix = Annotated[str, Prefix()]
 RewardNames = Annotated[str, Rewards(reward_names())]
 DifferentiableRewardNames = Annotated[str, Rewards(reward_names(differentiable=True))]
-OneReward = Annotated[str, RewardName(reward_names())]
-MeasuredReward = Annotated[str, RewardName()]
+OneReward = Annotated[str, Rewards(reward_names(), several=False)]
+MeasuredReward = Annotated[str, Rewards(several=False)]
 """One of the rewards that another option names."""

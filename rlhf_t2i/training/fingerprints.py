@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_t2i.output.run_folder import read_run_info, update_run_info
 from rlhf_t2i.passed import passed
-from rlhf_t2i.prompts import metadata_of
+from rlhf_t2i.prompt_rows import metadata_of
 from rlhf_t2i.rewards.load import CheckedReward
 from rlhf_t2i.training.prompt_sets import PromptSets
 from rlhf_t2i.training.run import Run

@@ -17,7 +17,7 @@ from torch import nn
 from rlhf_t2i.models.table import same_model
 from rlhf_t2i.output.run_folder import REPORT
 from rlhf_t2i.passed import PassedObjects, passing
-from rlhf_t2i.prompts import as_prompts
+from rlhf_t2i.prompt_rows import as_prompts
 from rlhf_t2i.rewards.load import WeightedSum, as_checked
 from rlhf_t2i.rewards.table import reward_names
 from rlhf_t2i.rewards.terms import join_terms

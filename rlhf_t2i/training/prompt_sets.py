@@ -11,7 +11,7 @@ import torch
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import EVALUATION_PROMPTS
-from rlhf_t2i.prompts import metadata_of
+from rlhf_t2i.prompt_rows import metadata_of
 from rlhf_t2i.rewards.rows import check_prompts
 from rlhf_t2i.settings.groups import TrainerConfig
 
