@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.data.augmentation import Augmentation
 from rlhf_t2i.data.preferences import (
     ImagePairs,
     PairBatch,
@@ -81,7 +82,7 @@ def main(config: Config) -> Path:
         else:
             assert pairs is not None
             indices = pairs_of_step(len(pairs), step, num_pairs=config.pairs_per_step, seed=config.seed)
-            load, row = partial(pairs.load, indices), {"images": 2 * len(indices), "pairs": len(indices)}
+            load, row = partial(pairs.load, indices, step=step), {"images": 2 * len(indices), "pairs": len(indices)}
         with trainer.timed("update"):
             metrics = update(trainer, load, count=int(row["pairs"]), step=step, timesteps=timesteps, config=config)
         trainer.finish_step(step, **row, **metrics)
@@ -112,11 +113,16 @@ def sample_pairs(
     if config.save_pairs:
         path = trainer.folder / PAIRS / f"step_{step + 1:06d}.jsonl"
         save_pairs(path, images, prompts, groups, (winners, losers), first=shard.start * copies)
-    latents, conditioning = trainer.gather(own_latents), trainer.policy.encode(prompts)
+    latents, augmentation = trainer.gather(own_latents), augmentation_of(config)
 
     def load(rows: Sequence[int]) -> PairBatch:
         winner, loser = winners[rows], losers[rows]
-        return PairBatch(latents[winner], latents[loser], conditioning[winner // copies])
+        own = [
+            (prompts[int(i) // copies], augmentation.changes(step, row))
+            for i, row in zip(winner.tolist(), rows, strict=True)
+        ]
+        texts = ["" if changes.empty_prompt else prompt for prompt, changes in own]
+        return PairBatch(latents[winner], latents[loser], trainer.policy.encode(texts))
 
     return load, {**trainer.rollout_metrics(groups, scores), "pairs": len(winners)}
 
@@ -134,11 +140,16 @@ def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     trainer.print(f"{len(records):,} pairs of {len({pair.winner_prompt for pair in records}):,} prompts")
     pairs = ImagePairs(
         records, policy=trainer.policy, read=to_tensor, microbatch_size=config.microbatch_size,
-        cache_folder=Path(config.cache_folder) if config.cache_folder else None,
+        cache_folder=Path(config.cache_folder) if config.cache_folder else None, augmentation=augmentation_of(config),
     )  # fmt: skip
     pairs.fill_cache(rank=trainer.rank, num_processes=trainer.num_processes)
     trainer.wait_for_everyone()
     return pairs
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    """Return the random changes of pairs that options ask for."""
+    return Augmentation(config.random_flip, config.proportion_empty_prompts, config.seed)
 
 
 def update(

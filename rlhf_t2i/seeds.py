@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-SAMPLE, UPDATE, NOISE, RESAMPLE, CALIBRATE, ANNOTATE = range(6)
+SAMPLE, UPDATE, NOISE, RESAMPLE, CALIBRATE, ANNOTATE, AUGMENT = range(7)
 """Purpose of a generator: noise of sampling, order of an update, noise added to finished images, resampling of
-particles, calibration samples of a reward, and the order of an annotator's questions."""
+particles, calibration samples of a reward, the order of an annotator's questions, changes of preference pairs."""
 
 
 def seed_for(*address: int) -> int:

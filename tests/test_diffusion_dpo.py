@@ -19,9 +19,11 @@ from recipes import diffusion_dpo
 from reward_model.datasets import BadRecordError
 from reward_model.images import to_tensor
 from rlhf_t2i.config import parse_config
+from rlhf_t2i.data.augmentation import Augmentation
 from rlhf_t2i.data.preferences import PairBatch
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generator_for
+from rlhf_t2i.types import Policy
 from tests.launch import ROOT
 from tests.preference_files import red_and_blue_pairs
 from tests.runs import FLAT, REDNESS, as_for_toy_models, assert_same, rows, unet_weights, weights
@@ -209,7 +211,9 @@ def test_gradient_checkpointing_changes_no_result(config: diffusion_dpo.Config, 
 def test_a_resumed_run_equals_an_uninterrupted_one(
     config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, source: str
 ) -> None:
-    config = config if source == "sampled" else replace(config, pairs=str(preferences), pairs_per_step=5)
+    if source == "file":
+        config = replace(config, pairs=str(preferences), pairs_per_step=5, random_flip="image")
+    config = replace(config, proportion_empty_prompts=0.5)
     uninterrupted = train(config)
     stopped = replace(config, run_folder=str(tmp_path / "stopped"))
     train(replace(stopped, num_steps=1))
@@ -251,6 +255,24 @@ def test_the_saved_pairs_of_a_run_train_another(config: diffusion_dpo.Config, tm
         assert math.isfinite(rows(train(again), "train")[-1]["loss"])
 
 
+def test_sampled_pairs_are_trained_without_their_prompt(
+    config: diffusion_dpo.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    loss_of_pairs = diffusion_dpo.loss_of_pairs
+
+    def remember(policy: Policy, pairs: PairBatch, **named: Any) -> Any:
+        seen.append(pairs.conditioning.states == policy.encode([""]).states)
+        return loss_of_pairs(policy, pairs, **named)
+
+    monkeypatch.setattr(diffusion_dpo, "loss_of_pairs", remember)
+    train(replace(config, proportion_empty_prompts=0.5, num_steps=1))
+    empty = torch.cat(seen).flatten(1).all(dim=1).tolist()
+    changes = [Augmentation("none", 0.5, config.seed).changes(0, row) for row in range(4)]
+    assert empty == 2 * [change.empty_prompt for change in changes]
+    assert len(set(empty)) == 2
+
+
 def test_no_pairs_are_saved_without_save_pairs(config: diffusion_dpo.Config) -> None:
     assert not (train(replace(config, save_pairs=False, num_steps=1)) / "pairs").exists()
 
@@ -286,6 +308,8 @@ def test_the_report_shows_accuracy_and_both_errors(config: diffusion_dpo.Config)
         ({"eta": 1.5}, r"eta is 1\.5; it must be in \[0, 1\]"),
         ({"timesteps": "999-0"}, "timesteps is 999-0; it must be a range such as 0-999 or a list"),
         ({"timesteps": "often"}, "timesteps is often; it must be a range"),
+        ({"random_flip": "pair"}, "random_flip is pair; it must be none with --pairs sampled"),
+        ({"proportion_empty_prompts": 1.2}, r"proportion_empty_prompts is 1\.2; it must be in \[0, 1\]"),
         ({"num_inner_epochs": 0}, "num_inner_epochs is 0; it must be at least 1"),
         ({"microbatch_size": 1}, "microbatch_size is 1; it must be at least 2"),
     ],
@@ -339,6 +363,7 @@ def test_the_published_settings_are_read_and_their_numbers_of_passes_are_right()
     path = ROOT / "recipes" / "configs" / "diffusion_dpo_sd15.yaml"
     config = parse_config(diffusion_dpo.Config, description="", arguments=["--config", str(path)])
     assert (config.pairs_per_step, config.beta, config.timesteps) == (2048, 2000.0, "0-999")
+    assert (config.random_flip, config.proportion_empty_prompts) == ("image", 0.2)
     assert config.learning_rate == pytest.approx(1e-8 * config.pairs_per_step)
     header = path.read_text()
     for gpus in (1, 4, 8):

@@ -12,9 +12,11 @@ from torch.testing import assert_close
 
 from reward_model.images import to_tensor
 from reward_model.types import PreferencePair
+from rlhf_t2i.data.augmentation import UNCHANGED, Augmentation
 from rlhf_t2i.data.latent_cache import TensorCache
-from rlhf_t2i.data.preferences import ImagePairs
+from rlhf_t2i.data.preferences import ImagePairs, fit
 from rlhf_t2i.models.base import DiffusionPolicy
+from rlhf_t2i.types import Conditioning
 from tests.policies import policy_of
 
 
@@ -32,11 +34,19 @@ def pair_of(prompt: str, winner: Path, loser: Path) -> PreferencePair:
     return PreferencePair(winner, loser, prompt, prompt)
 
 
-def three_pairs(folder: Path, *, policy: DiffusionPolicy, cache_folder: Path | None) -> ImagePairs:
+CHANGED = Augmentation("image", 0.5, seed=9)
+"""In step 0 it flips the loser of row 0 and leaves row 2 an empty prompt."""
+
+
+def three_pairs(
+    folder: Path, *, policy: DiffusionPolicy, cache_folder: Path | None, augmentation: Augmentation = UNCHANGED
+) -> ImagePairs:
     sizes = [(16, 16), (40, 20), (16, 16), (9, 30)]
     a, b, c, d = (save_image_once(folder / f"{i}.png", i, size) for i, size in enumerate(sizes))
     pairs = [pair_of("a fox", a, b), pair_of("a red cat", c, d), pair_of("a fox", b, c)]
-    return ImagePairs(pairs, policy=policy, read=to_tensor, microbatch_size=3, cache_folder=cache_folder)
+    return ImagePairs(
+        pairs, policy=policy, read=to_tensor, microbatch_size=3, cache_folder=cache_folder, augmentation=augmentation
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,20 +58,30 @@ def three_pairs(folder: Path, *, policy: DiffusionPolicy, cache_folder: Path | N
         ("tiny_zimage", torch.float32),  # with a mask
     ],
 )
-def test_cached_pairs_equal_pairs_encoded_on_loading(
+def test_cached_pairs_equal_pairs_encoded_on_loading_also_when_flipped_or_without_prompt(
     model: str, dtype: torch.dtype, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     policy = policy_of(request.getfixturevalue(model), dtype)
-    plain = three_pairs(tmp_path, policy=policy, cache_folder=None).load([2, 0, 1], [0, 2])
+    plain = three_pairs(tmp_path, policy=policy, cache_folder=None, augmentation=CHANGED).load(
+        [2, 0, 1], [0, 2], step=0
+    )
     for rank in (1, 0):
-        cached = three_pairs(tmp_path, policy=policy, cache_folder=tmp_path / "cache")
+        cached = three_pairs(tmp_path, policy=policy, cache_folder=tmp_path / "cache", augmentation=CHANGED)
         cached.fill_cache(rank=rank, num_processes=2)
-    found = cached.load([2, 0, 1], [0, 2])
+    found = cached.load([2, 0, 1], [0, 2], step=0)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     assert_close(found.winner, plain.winner, rtol=0, atol=tolerance)
     assert_close(found.loser, plain.loser, rtol=0, atol=tolerance)
     assert_close(found.conditioning.parts, plain.conditioning.parts, rtol=0, atol=tolerance)
     assert (found.winner[0] - found.loser[0]).abs().max() > 0.01
+    unchanged = three_pairs(tmp_path, policy=policy, cache_folder=tmp_path / "cache").load([2, 0, 1], [0, 2], step=0)
+    assert torch.equal(unchanged.winner, found.winner)
+    assert torch.equal(unchanged.loser[1], found.loser[1])
+    mirrored = policy.encode_images(fit(to_tensor(tmp_path / "2.png"), *policy.image_size).flip(-1)[None])
+    assert_close(found.loser[:1], mirrored, rtol=0, atol=tolerance)
+    assert (unchanged.loser[0] - found.loser[0]).abs().max() > 0.01
+    empty = Conditioning.cat([policy.encode(["a fox"]), policy.encode([""])])
+    assert_close(found.conditioning.parts, empty.to(torch.device("cpu")).parts, rtol=0, atol=tolerance)
 
 
 def test_a_full_cache_encodes_nothing(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,17 +98,17 @@ def test_a_full_cache_encodes_nothing(tiny_sd: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(DiffusionPolicy, "encode_images", refuse)
     monkeypatch.setattr(DiffusionPolicy, "encode", refuse)
     again.fill_cache(rank=0, num_processes=1)
-    assert again.load([0], [0]).winner.shape == (1, 4, 8, 8)
+    assert again.load([0], [0], step=0).winner.shape == (1, 4, 8, 8)
 
 
 def test_a_changed_image_file_is_encoded_again(tiny_sd: Path, tmp_path: Path) -> None:
     policy = policy_of(tiny_sd)
     pairs = three_pairs(tmp_path, policy=policy, cache_folder=tmp_path / "cache")
     pairs.fill_cache(rank=0, num_processes=1)
-    before = pairs.load([0], [0])
+    before = pairs.load([0], [0], step=0)
     save_image(tmp_path / "0.png", seed=77, size=(20, 20))
     pairs.fill_cache(rank=0, num_processes=1)
-    after = pairs.load([0], [0])
+    after = pairs.load([0], [0], step=0)
     assert (after.winner - before.winner).abs().max() > 0.01
     assert torch.equal(after.loser, before.loser)
 

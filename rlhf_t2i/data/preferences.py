@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlhf_t2i.data.augmentation import UNCHANGED, Augmentation, ImageView
 from rlhf_t2i.data.latent_cache import TensorCache
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_image_grid
@@ -146,12 +147,14 @@ class ImagePairs:
         read: Callable[[Path], Float[Tensor, "3 _ _"]],
         microbatch_size: int,
         cache_folder: Path | None = None,
+        augmentation: Augmentation = UNCHANGED,
     ) -> None:
         """`read` loads an image with values in [0, 1]; `microbatch_size` images go through the autoencoder at once.
 
         Raises ValueError for a cache of another autoencoder or text encoder.
         """
         self.pairs, self.policy, self.read, self.microbatch_size = pairs, policy, read, microbatch_size
+        self.augmentation = augmentation
         self.latents_cache = self.text_cache = None
         if cache_folder is not None:
             self.latents_cache = _cache_of(policy, "autoencoder", cache_folder / "latents")
@@ -164,38 +167,45 @@ class ImagePairs:
         """Encode this process's share of what is not cached; synchronise processes before the first `load`."""
         if self.latents_cache is None or self.text_cache is None:
             return
-        files = {_key_of(path): path for pair in self.pairs for path in (pair.winner, pair.loser)}
+        views = (False,) if self.augmentation.random_flip == "none" else (False, True)
+        paths = dict.fromkeys(path for pair in self.pairs for path in (pair.winner, pair.loser))
+        images = {_key_of(view): view for path in paths for view in (ImageView(path, flipped) for flipped in views)}
         # Shares are fixed before looking into the cache: another process may be adding to it already.
-        keys = self.latents_cache.missing(list(files)[rank::num_processes])
+        keys = self.latents_cache.missing(list(images)[rank::num_processes])
         for some in _chunks(keys):
-            self.latents_cache.add(dict(zip(some, self._encode([files[key] for key in some]), strict=True)))
-        prompts = {_digest(pair.winner_prompt): pair.winner_prompt for pair in self.pairs}
+            self.latents_cache.add(dict(zip(some, self._encode([images[key] for key in some]), strict=True)))
+        empty = [""] if self.augmentation.proportion_empty_prompts else []
+        prompts = {_digest(prompt): prompt for prompt in [*(pair.winner_prompt for pair in self.pairs), *empty]}
         keys = _uncached_text(self.text_cache, list(prompts)[rank::num_processes])
         for some in _chunks(keys):
             self.text_cache.add(_text_entries(some, self.policy.encode([prompts[key] for key in some])))
 
-    def load(self, indices: Sequence[int], rows: Sequence[int]) -> PairBatch:
-        """Return the pairs `indices[row]` for each of `rows`, on the policy's device."""
-        pairs = [self.pairs[indices[row]] for row in rows]
-        files = [pair.winner for pair in pairs] + [pair.loser for pair in pairs]
-        prompts = [pair.winner_prompt for pair in pairs]
+    def load(self, indices: Sequence[int], rows: Sequence[int], *, step: int) -> PairBatch:
+        """Return the pairs `indices[row]` for each of `rows`, as changed in a step, on the policy's device."""
+        pairs = [(self.pairs[indices[row]], self.augmentation.changes(step, row)) for row in rows]
+        winners = [ImageView(pair.winner, changes.flip_winner) for pair, changes in pairs]
+        images = winners + [ImageView(pair.loser, changes.flip_loser) for pair, changes in pairs]
+        prompts = ["" if changes.empty_prompt else pair.winner_prompt for pair, changes in pairs]
         if self.latents_cache is None or self.text_cache is None:
-            latents, conditioning = self._encode(files), self.policy.encode(prompts)
+            latents, conditioning = self._encode(images), self.policy.encode(prompts)
         else:
             self.latents_cache.missing([])  # opens the files that other processes have written
-            latents = self.latents_cache.get([_key_of(path) for path in files])
+            latents = self.latents_cache.get([_key_of(image) for image in images])
             conditioning = _cached_text(self.text_cache, [_digest(prompt) for prompt in prompts])
         device = next(self.policy.denoiser.parameters()).device
         winner, loser = latents.to(device).chunk(2)
         return PairBatch(winner, loser, conditioning.to(device))
 
-    def _encode(self, files: Sequence[Path]) -> Float[Tensor, "B C H W"]:
-        height, width = self.policy.image_size
+    def _encode(self, images: Sequence[ImageView]) -> Float[Tensor, "B C H W"]:
         parts: list[Tensor] = []
-        for start in range(0, len(files), self.microbatch_size):
-            images = [fit(self.read(path), height, width) for path in files[start : start + self.microbatch_size]]
-            parts.append(self.policy.encode_images(torch.stack(images)))
+        for start in range(0, len(images), self.microbatch_size):
+            pixels = [self._read(image) for image in images[start : start + self.microbatch_size]]
+            parts.append(self.policy.encode_images(torch.stack(pixels)))
         return torch.cat(parts)
+
+    def _read(self, image: ImageView) -> Float[Tensor, "3 Y X"]:
+        pixels = fit(self.read(image.path), *self.policy.image_size)
+        return pixels.flip(-1) if image.flipped else pixels
 
 
 def fit(image: Float[Tensor, "3 _ _"], height: int, width: int) -> Float[Tensor, "3 {height} {width}"]:
@@ -238,10 +248,11 @@ def _cached_text(cache: TensorCache, keys: Sequence[str]) -> Conditioning:
     return Conditioning(**{name: cache.get([f"{key}.{name}" for key in keys]) for name in names})
 
 
-def _key_of(path: Path) -> str:
-    """Return a key of a file that changes when the file is replaced, without reading its bytes."""
-    stat = path.stat()
-    return _digest(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}")
+def _key_of(image: ImageView) -> str:
+    """Return a key of an image that changes when its file is replaced, without reading its bytes."""
+    stat = image.path.stat()
+    key = _digest(f"{image.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}")
+    return f"{key}.flipped" if image.flipped else key
 
 
 def _digest(text: str) -> str:

@@ -27,6 +27,9 @@ class PairSettings(Settings, group="data"):
     """Pairs of the preference data in one training step, over all processes. Unused with --pairs sampled."""
     cache_folder: str | None = None
     """Folder for a cache of latents and text embeddings of the preference data; null encodes them in every step."""
+    random_flip: Literal["none", "pair", "image"] = "none"
+    """Images of the preference data that are mirrored, left to right, with probability 1/2 in each step: none, both of
+    a pair together, or each image on its own (published). A cache then holds both views of every image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,9 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
     dpop_weight: NonNegativeFloat = 0.0
     """Weight of the penalty on a winner's error above the reference's (DPO-Positive, arXiv:2402.13228); 0 is plain
     DPO."""
+    proportion_empty_prompts: Fraction = 0.0
+    """Fraction of the pairs, drawn at random in each step, whose two images are trained with an empty prompt, which
+    classifier-free guidance needs (published: 0.2); 0 keeps all prompts."""
     timesteps: str = "500-999"
     """Timesteps (noise levels) to train, within the model's 0 to 999: a range such as 0-999, or a list such as
     249,499,749,999 for a turbo model."""
@@ -90,6 +96,7 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
             *super().rules(),
             ("evaluation_prompts", can_hold_back, "given with pairs of your own, such as held_out.txt"),
             *([shared_rule("prompts_per_step", self.prompts_per_step)] if self.samples_pairs else []),
+            ("random_flip", self.random_flip == "none" or not self.samples_pairs, "none with --pairs sampled"),
             ("lora_dropout", self.lora_dropout == 0 or self.trains_lora, "0 without a LoRA"),
             ("timesteps", timesteps, "a range such as 0-999 or a list such as 249,499,749,999"),
         ]
