@@ -26,15 +26,15 @@ _TURNS = {
 """What shows an image upright, by its EXIF orientation."""
 
 
-def open_image(source: Path | io.BytesIO) -> Image.Image:
-    """Open a file, or the content of one, without decoding it.
+def open_image(source: Path | io.BytesIO, *, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Open a file, or the content of one, without decoding it; `formats` are Pillow's names, by default all of ours.
 
     Raises OSError for an unknown format, and `Image.DecompressionBombError` for twice the pixels of Pillow's own limit;
     the caller compares smaller images with MAX_PIXELS.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about bombs at Pillow's own limit, and harmless metadata
-        return Image.open(source, formats=_formats())
+        return Image.open(source, formats=formats or _formats())
 
 
 def upright(image: Image.Image) -> Image.Image:

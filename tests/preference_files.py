@@ -195,7 +195,7 @@ def example(fields: Mapping[str, object], *, packed: bool = True) -> bytes:
 
 def framed(data: bytes) -> bytes:
     head = struct.pack("<Q", len(data))
-    return head + struct.pack("<I", masked_crc32c(head)) + data + struct.pack("<I", masked_crc32c(data[:64]))
+    return head + struct.pack("<I", masked_crc32c(head)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 def write_tfrecord(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:

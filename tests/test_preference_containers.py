@@ -8,10 +8,11 @@ import os
 import struct
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
+from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs, parquet
 from reward_model.datasets.formats import FORMATS, parse_source, source_name
 from reward_model.datasets.images import parse_prefix
 from reward_model.datasets.parquet import read_parquet
@@ -27,6 +28,7 @@ from tests.preference_files import (
     colour_of,
     encoded_image,
     example,
+    field,
     framed,
     pick_a_pic_rows,
     write_all_images,
@@ -299,9 +301,44 @@ def test_same_prompt_pairs_come_from_published_formats_and_exclude_labels(folder
 
 
 def test_a_length_beyond_the_end_of_the_file_is_refused_before_it_is_read(folder: Path) -> None:
-    head = struct.pack("<Q", 2**60)
-    (folder / "x.tfrecord").write_bytes(head + struct.pack("<I", masked_crc32c(head)) + b"x")
-    with pytest.raises(ValueError, match=r"RECORD 1 is not an Example .* the file ends 1 bytes after its header"):
+    path = folder / "x.tfrecord"
+    for length, message in ((9, "the file ends 1 bytes after its header"), (2**60, "its length is 1,152,921,504,606,")):
+        head = struct.pack("<Q", length)
+        path.write_bytes(head + struct.pack("<I", masked_crc32c(head)) + b"x")
+        with pytest.raises(ValueError, match=rf"RECORD 1 is not an Example .* {message}"):
+            load_records(f"unsafe_bench:{path}")
+
+
+def test_a_hole_of_a_file_is_not_read(folder: Path) -> None:
+    """A file can have a terabyte of zeros that take no disk."""
+    head = struct.pack("<Q", 10**12)
+    with (folder / "x.tfrecord").open("wb") as file:
+        file.write(head + struct.pack("<I", masked_crc32c(head)))
+        file.truncate(10**12 + 16)
+    with pytest.raises(ValueError, match=r"its length is 1,000,000,000,000 bytes; an Example may have at most 268,435"):
+        load_records("unsafe_bench:x.tfrecord")
+    member = tarfile.TarInfo("x.json")
+    member.size = 10**12
+    with (folder / "x.tar").open("wb") as file:
+        file.write(member.tobuf(tarfile.PAX_FORMAT))
+        file.truncate(file.tell() + 10**12)
+    with pytest.raises(ValueError, match=r"x\.json: the member 'x\.json' has 1,000,000,000,000 bytes; it may have at"):
+        load_records("x.tar")
+
+
+def test_a_changed_byte_of_an_example_is_detected(folder: Path) -> None:
+    content = bytearray(framed(example({"image": encoded_image("red"), "safety_label": "Safe", "text": FOX})))
+    content[-12] ^= 1  # in the text
+    (folder / "x.tfrecord").write_bytes(content)
+    with pytest.raises(ValueError, match=r"RECORD 1 is not an Example .* the checksum of its content is 0x\w+, not 0x"):
+        load_records("unsafe_bench:x.tfrecord")
+
+
+def test_an_example_of_more_than_a_million_numbers_is_refused_before_they_are_read(folder: Path) -> None:
+    """As Python objects 120 MB of numbers took 2.4 GB."""
+    entry = field(1, b"x") + field(2, field(2, field(1, bytes(4 << 20))))
+    (folder / "x.tfrecord").write_bytes(framed(field(1, field(1, entry))))
+    with pytest.raises(ValueError, match="it has more than 1,048,576 features and values"):
         load_records("unsafe_bench:x.tfrecord")
 
 
@@ -333,3 +370,36 @@ def test_a_table_that_claims_gigabytes_is_read_row_by_row(folder: Path) -> None:
     before = pa.total_allocated_bytes()
     most = max(pa.total_allocated_bytes() - before for _ in read_parquet(folder / "x.parquet", skip_columns=()))
     assert most < 16 << 20
+
+
+def test_a_table_that_takes_far_more_memory_than_its_file_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal values cost a file nothing, be they long or many."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def refused(columns: dict[str, Any], *, dictionary: bool, message: str) -> None:
+        pq.write_table(pa.table(columns), folder / "x.parquet", compression="zstd", use_dictionary=dictionary)
+        with pytest.raises(ValueError, match=rf"x\.parquet is refused, since a file of any size .* {message}"):
+            list(read_parquet(folder / "x.parquet", skip_columns=()))
+
+    many = pa.nulls(1_000_001, pa.string()).fill_null("a")
+    refused({"prompt": many}, dictionary=True, message="its column 1 has 1,000,001 values in")
+    refused({"prompt": [["a"] * 1_000_001]}, dictionary=True, message="its column 1 has 1,000,001 values in")
+    monkeypatch.setattr(parquet, "_ALWAYS_FREE", 1 << 20)
+    refused({"prompt": ["a" * 2000] * 1000}, dictionary=False, message="its columns take 2,")
+    refused({"prompt": ["a" * 2000] * 1000}, dictionary=True, message="its texts take more than 1,048,576 bytes")
+
+
+def test_a_changed_byte_of_a_page_with_a_checksum_is_detected(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / "x.parquet"
+    table = pa.table({"prompt": [FOX]})
+    pq.write_table(table, path, compression="none", write_statistics=False, write_page_checksum=True)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(FOX.encode(), b"a bed fox", 1))
+    with pytest.raises(ValueError, match=r"cannot be read as Parquet after row 0: .*CRC"):
+        list(read_parquet(path, skip_columns=()))

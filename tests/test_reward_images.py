@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from reward_model import images
+from reward_model import image_files, images
 from reward_model.images import centre_crop, clamp_keeping_gradient, normalise, resize, to_tensor
 from tests.reward_models import bytes_of, random_image
 
@@ -219,3 +219,10 @@ def test_normalising_by_hand() -> None:
     one = torch.tensor([0.2, 0.5, 1.0])[None, :, None, None]
     out = normalise(one, mean=[0.1, 0.5, 0.8], std=[0.5, 0.25, 0.1])
     assert_close(out[0, :, 0, 0], torch.tensor([0.2, 0.0, 2.0]))
+
+
+def test_every_image_file_is_opened_by_one_function_that_lists_the_formats() -> None:
+    """Pillow alone would hand PostScript, whatever its suffix, to Ghostscript."""
+    root = Path(image_files.__file__).parents[1]
+    files = [file for folder in ("reward_model", "rlhf_t2i", "recipes") for file in (root / folder).rglob("*.py")]
+    assert [file.name for file in files if "Image.open(" in file.read_text(encoding="utf-8")] == ["image_files.py"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -557,13 +558,28 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
         load_scorer(f"hps:{tmp_path}")
 
 
-def test_weights_that_claim_more_memory_than_their_file_has_are_refused(tmp_path: Path) -> None:
-    """A tensor of stride 0 claims 8 GB in a file of a kilobyte, and 16 GB in float32; tied weights are read."""
+def test_weights_that_claim_more_memory_than_their_file_has_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor of stride 0 claims 8 GB in a file of a kilobyte, and 16 GB in float32; tied weights are read.
+
+    A compressed archive, which torch reads too, is refused before it is unpacked.
+    """
     one = torch.zeros(1, dtype=torch.float16)
     torch.save({"weight": one.expand(4 << 30)}, tmp_path / "weights.pt")
     for read in (read_weights, read_tensors):
         with pytest.raises(ValueError, match=r"weights\.pt claim 8,589,934,592 bytes of memory, and the file has"):
             read(tmp_path / "weights.pt")
+    torch.save({"weight": torch.zeros(2 << 20)}, tmp_path / "plain.pt")
+    compressed = zipfile.ZipFile(tmp_path / "weights.pt", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, compressed:
+        for name in plain.namelist():
+            compressed.writestr(name, plain.read(name))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+        for read in (read_weights, read_tensors):
+            with pytest.raises(ValueError, match=r"weights\.pt claim 8,38\d,\d\d\d bytes of memory, and the file has"):
+                read(tmp_path / "weights.pt")
     tied = torch.ones(1 << 20)
     torch.save({"one": tied, "two": tied}, tmp_path / "weights.pt")
     assert read_weights(tmp_path / "weights.pt").keys() == {"one", "two"}

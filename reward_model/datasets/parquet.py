@@ -14,29 +14,55 @@ from reward_model.datasets.raw_records import RawRecord
 _TEXT_BATCH = 16
 """Rows in memory at once of a table of texts and numbers; of one with images a single row, because a file of kilobytes
 can claim gigabytes of equal bytes."""
+_MOST_INFLATED = 100
+"""Largest ratio of the bytes of a table in memory to those of its file, beyond _ALWAYS_FREE: published ones have 5."""
+_ALWAYS_FREE = 256 * 2**20
+_MAX_VALUES = 1_000_000
+"""Values of one column that any file may have; one with more has at least a byte for each."""
+
+
+class _InflatedError(ValueError):
+    """A file that takes far more memory than it has bytes."""
 
 
 def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
     """Yield the rows of a Parquet file, numbered from 1, without the columns `skip_columns`.
 
-    Without `with_bytes`, columns of bytes and images are left out too. Raises ValueError if the file is broken.
+    Without `with_bytes`, columns of bytes and images are left out too. Raises ValueError if the file is broken, or if
+    it takes far more memory than it has bytes.
     """
     import pyarrow.parquet as pq
 
-    number = 0
+    number, limit, total = 0, max(_ALWAYS_FREE, _MOST_INFLATED * path.stat().st_size), 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file:
+            _refuse_inflated(file.metadata, path.stat().st_size, limit)
             columns = _columns(file.schema_arrow, skip_columns, with_bytes=with_bytes)
             with_images = any(_has_bytes(file.schema_arrow.field(name).type) for name in columns)
             for batch in file.iter_batches(batch_size=1 if with_images else _TEXT_BATCH, columns=columns):
+                total += 0 if with_images else batch.nbytes
+                if total > limit:
+                    raise _InflatedError(f"its texts take more than {limit:,} bytes of memory")
                 for fields in batch.to_pylist():
                     number += 1
                     yield RawRecord(f"{path}:ROW {number}", fields)
+    except _InflatedError as error:
+        raise ValueError(f"{path} is refused, since a file of any size can be made so: {error}.") from error
     # Broken bytes cause a dozen exception types, not all of them Arrow's own.
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as Parquet after row {number}: {str(error)[:200]}. Download the file again."
         ) from error
+
+
+def _refuse_inflated(metadata: Any, size: int, limit: int) -> None:
+    """Raise _InflatedError if the footer of a file of `size` bytes states over `limit` bytes, or too many values."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    if (stated := sum(group.total_byte_size for group in groups)) > limit:
+        raise _InflatedError(f"its columns take {stated:,} bytes of memory, and it has {size:,}")
+    for column in range(metadata.num_columns):
+        if (count := sum(group.column(column).num_values for group in groups)) > max(_MAX_VALUES, size):
+            raise _InflatedError(f"its column {column + 1} has {count:,} values in {size:,} bytes")
 
 
 def read_hub_dataset(path: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:

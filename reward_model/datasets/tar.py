@@ -21,6 +21,8 @@ from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.raw_records import RawRecord, parse_object
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
+_MAX_BYTES = 256 * 2**20
+"""Largest member that is read. A file with holes can claim any size at no cost."""
 
 
 class TarShard:
@@ -47,12 +49,16 @@ class TarShard:
             raise ValueError(f"{path} has two members {shortened(duplicate)}; names must be unique.")
 
     def read_member(self, name: str) -> bytes:
-        """Return the bytes of a member. Raises BadRecordError if it is missing, a link, or truncated."""
+        """Return the bytes of a member. Raises BadRecordError if it is missing, a link, truncated or too large."""
         member = self.members.get(name)
         if member is None:
             raise BadRecordError(f"the image {shortened(name)} is not a member of the archive.")
         if not member.isreg():
             raise BadRecordError(f"the member {shortened(name)} is not a regular file; pack the image itself.")
+        if member.size > _MAX_BYTES:
+            raise BadRecordError(
+                f"the member {shortened(name)} has {member.size:,} bytes; it may have at most {_MAX_BYTES:,}."
+            )
         with self.path.open("rb") as file:
             file.seek(member.offset_data)
             content = file.read(member.size)
@@ -75,7 +81,10 @@ class TarShard:
 
     def _sample(self, name: str, images: dict[str, str]) -> RawRecord:
         where = f"{self.path}:{name}"
-        source = self.read_member(name)
+        try:
+            source = self.read_member(name)
+        except BadRecordError as error:
+            raise BadRecordError(f"{where}: {error}") from error
         try:
             fields = parse_object(source)
         except BadRecordError:

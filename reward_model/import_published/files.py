@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reward_model.scorers.weights import refuse_inflated
+from reward_model.scorers.weights import load_pickle, refuse_inflated
 
 _YAML_KEYS = {"general_preference_tau", "value_head_dim", "add_cross_attention", "is_general_preference"}
 _PLAIN_LORA: dict[str, Any] = {
@@ -82,8 +82,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        found = load_pickle(path)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} holds other objects than tensors, or is broken: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(f"{path} is no dictionary of named tensors.")

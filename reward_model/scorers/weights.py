@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     No code in the file is executed. Raises ValueError for a file that is broken or holds no named tensors.
     """
     try:
-        stored: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        stored: Any = load_file(file) if file.suffix == ".safetensors" else load_pickle(file)
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"The weights {file} cannot be read: {error}.") from error
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = stored["state_dict"]
@@ -61,11 +62,26 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     }
 
 
+def load_pickle(file: Path) -> Any:
+    """Return what `torch.save` wrote, on the CPU; no code in the file is executed.
+
+    Raises what `torch.load` does, and ValueError for a compressed archive that is far smaller than what it holds.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            _refuse_size(sum(member.file_size for member in archive.infolist()), file)
+    return torch.load(file, "cpu", weights_only=True)
+
+
 def refuse_inflated(tensors: Collection[Tensor], file: Path) -> None:
     """Raise ValueError for tensors that are far larger than their file: views, of stride 0 or of one another."""
-    size, total = file.stat().st_size, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if total > _MOST_INFLATED * max(size, 1 << 20):
-        raise ValueError(f"The weights {file} claim {total:,} bytes of memory, and the file has {size:,}.")
+    _refuse_size(sum(tensor.numel() * tensor.element_size() for tensor in tensors), file)
+
+
+def _refuse_size(claimed: int, file: Path) -> None:
+    size = file.stat().st_size
+    if claimed > _MOST_INFLATED * max(size, 1 << 20):
+        raise ValueError(f"The weights {file} claim {claimed:,} bytes of memory, and the file has {size:,}.")
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], *, file: Path) -> None:

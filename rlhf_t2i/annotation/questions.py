@@ -17,9 +17,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
+from reward_model.image_files import open_image
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_image_grid
 from rlhf_t2i.output.run_folder import IMAGES, QUESTIONS
@@ -161,7 +161,7 @@ def score_questions(
     of_size: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for number, question in enumerate(questions):
         for side, name in enumerate(question.images):
-            with Image.open(image_path(folder, name)) as image:
+            with open_image(image_path(folder, name)) as image:
                 of_size.setdefault(image.size, []).append((number, side))
     for places in of_size.values():
         for start in range(0, len(places), batch_size):
@@ -176,5 +176,5 @@ def score_questions(
 
 def read_image(path: Path) -> Float[Tensor, "3 _ _"]:
     """Read a PNG as an image in [0, 1]."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255

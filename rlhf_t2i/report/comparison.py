@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from reward_model.image_files import open_image
 from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     EVALUATION_TABLE,
@@ -166,7 +165,7 @@ def curves(runs: Sequence[Column], name: str) -> dict[str, Points]:
 def _embedded_grid(column: Column) -> dict[str, Any]:
     """Return an image grid as data, with the `background-position` of each prompt and seed in percent."""
     prompts, seeds, columns = (column.captions[key] for key in ("prompts", "seeds", "columns"))
-    with Image.open(column.grid) as grid:
+    with open_image(column.grid) as grid:
         width, height = grid.size
     side = width // columns
     rows = height // side

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from reward_model.image_files import open_image
 from rlhf_t2i.output.run_folder import (
     EXTREMES,
     IMAGES,
@@ -108,7 +109,7 @@ class Extremes:
 def embed_grid(path: Path, *, columns: int, num_cells: int) -> EmbeddedGrid:
     """Embed the image grid in a PNG: unchanged, or as thumbnails if its images are wider than 64 pixels."""
     rows = -(-num_cells // columns)
-    with Image.open(path) as grid:
+    with open_image(path) as grid:
         side = grid.width // columns
     if side <= LOSSLESS_SIDE:
         return EmbeddedGrid(_data_url("png", path.read_bytes()), columns, rows, side)
@@ -124,7 +125,7 @@ def _thumbnails(path: Path, *, columns: int, rows: int) -> bytes:
     cached = path.with_suffix(".webp")
     if cached.is_file() and cached.stat().st_mtime_ns >= path.stat().st_mtime_ns:
         return cached.read_bytes()
-    with Image.open(path) as opened:
+    with open_image(path) as opened:
         grid = opened.convert("RGB")
     width, height = grid.width // columns, grid.height // rows
     small_width = min(width, _THUMBNAIL_SIDE)

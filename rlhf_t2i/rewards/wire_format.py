@@ -21,7 +21,6 @@ import io
 import json
 import math
 import struct
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from reward_model.image_files import open_image
 from rlhf_t2i.prompt_rows import Prompt
 
 SAFETENSORS, JSON = "application/x-safetensors", "application/json"
@@ -164,9 +164,7 @@ def _from_json(body: bytes) -> tuple[list[bytes], Any, Any]:
 def _decoded(files: list[bytes], *, max_bytes: int) -> Float[Tensor, "B 3 Y X"]:
     """Decode PNG files to images in [0, 1], after their sizes are checked."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            opened = [Image.open(io.BytesIO(file), formats=["PNG"]) for file in files]
+        opened = [open_image(io.BytesIO(file), formats=("PNG",)) for file in files]
         if len({image.size for image in opened}) > 1 or not {image.mode for image in opened} <= {"RGB", "L"}:
             found = sorted({f"{image.mode} {image.width} x {image.height}" for image in opened})
             raise ValueError(f"they must be RGB or gray (L) and of one size, but are {', '.join(found)}")

@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, on_main_process
-from PIL import Image
 
+from reward_model.image_files import open_image
 from rlhf_t2i.training.metrics import ERROR
 
 _PROJECT = "rlhf-t2i"
@@ -49,7 +49,7 @@ class Trackers:
         """Log an image file to the trackers that show images, which are wandb and TensorBoard."""
         for tracker in self.accelerator.trackers if self.names else []:
             if tracker.name in ("wandb", "tensorboard"):
-                with Image.open(path) as image:
+                with open_image(path) as image:
                     pixels = np.asarray(image.convert("RGB"))[None]
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({key: pixels}, step=step, **options)
