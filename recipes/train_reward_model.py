@@ -36,7 +36,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback
 from trl.trainer.reward_config import RewardConfig
@@ -45,6 +44,7 @@ from reward_model.backbones.load import backbone_family, load_backbone
 from reward_model.benchmarks.evaluation import record_metrics, score_records
 from reward_model.benchmarks.metrics import to_rows, to_table
 from reward_model.checkpoint import adapter_tensors, save_adapter
+from reward_model.checkpoint_files import newest_checkpoint
 from reward_model.config import RewardModelConfig
 from reward_model.datasets import load_records
 from reward_model.datasets.formats import source_name
@@ -53,9 +53,9 @@ from reward_model.datasets.valid_inputs import with_valid_inputs
 from reward_model.losses import Objective
 from reward_model.model import RewardModel, parameter_table, visual_token_table
 from reward_model.scoring import LlavaReward
-from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer, newest_checkpoint
+from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer
 from reward_model.types import Record
-from rlhf_t2i.distributed.processes import end_processes
+from rlhf_t2i.distributed.processes import end_processes, uses_fsdp
 from rlhf_t2i.output.run_folder import CHECKPOINTS, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.report.reward_model import record_history, write_report
 from rlhf_t2i.settings.lists import names
@@ -63,6 +63,7 @@ from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_BACKBONE_FOLDER, TOY_PAIRS, 
 from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 from rlhf_t2i.training.claim import claim_folder, keep_folder
 from rlhf_t2i.training.environment import prepare_torch, restarted, stop_with_launcher
+from rlhf_t2i.training.fingerprints import record_distribution
 from rlhf_t2i.training.trackers import name_run
 
 
@@ -87,7 +88,9 @@ def main(config: Config) -> Path:
         callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else [],
         on_validation=partial(record_history, folder),
     )  # fmt: skip
-    checkpoint = newest_checkpoint(folder / CHECKPOINTS) if config.resume or restarted() else None
+    resumes, log = config.resume or restarted(), trainer.accelerator.print
+    checkpoint = newest_checkpoint(folder / CHECKPOINTS, report=log) if resumes else None
+    record_distribution(folder, trainer.strategy, is_resumed=checkpoint is not None)
     if trainer.is_world_process_zero():
         tqdm.write(f"{parameter_table(model)}\n{visual_token_table(model.backbone)}")
         tqdm.write(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning.")
@@ -131,15 +134,17 @@ def build_model(config: Config, objective: Objective, *, dtype: str) -> RewardMo
 
 
 def start(config: Config) -> tuple[RewardConfig, Path]:
-    """Set up the process and trl's arguments, and claim the run folder."""
+    """Set up the process and trl's arguments, and claim the run folder. Raises ValueError under FSDP."""
+    if uses_fsdp(os.environ):
+        raise ValueError(
+            "FSDP does not train reward models; launch with accelerate_configs/deepspeed_zero3.yaml or ddp.yaml."
+        )
     stop_with_launcher()
     if config.backbone != TOY_BACKBONE:
         backbone_family(config.backbone)  # raises before data are read
     prepare_torch(attention=config.attention, num_cpu_threads=config.num_cpu_threads)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     arguments = trainer_arguments(config, precision=precision)
-    if PartialState().distributed_type == DistributedType.FSDP:
-        raise ValueError("FSDP is not supported here; use accelerate_configs/deepspeed_zero3.yaml, or DDP.")
     folder = claim_folder(
         {**asdict(config), "mixed_precision": precision}, recipe="reward_model", free_to_change=FREE_TO_CHANGE
     )

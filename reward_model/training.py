@@ -11,10 +11,7 @@ and checkpoints that hold the adapter instead of the frozen backbone.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import RewardConfig, RewardTrainer
 
 from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, load_adapter_weights, load_reward_model, save_adapter
+from reward_model.checkpoint_files import seal
 from reward_model.images import to_tensor
 from reward_model.losses import Objective
 from reward_model.model import GROUPS, RewardModel
@@ -51,7 +49,6 @@ REQUIRED_ARGUMENTS: dict[str, Any] = {
     "greater_is_better": True,
 }
 """Arguments of trl's RewardConfig that `RewardModelTrainer` relies on."""
-_SEAL = "complete.json"
 
 # --- batches --------------------------------------------------------------------------------------
 
@@ -235,8 +232,13 @@ class RewardModelTrainer(RewardTrainer):
     @property
     def is_sharded(self) -> bool:
         """True if parameters are sharded over the processes (ZeRO-3), so that every process must run each forward."""
+        return self.strategy == "ZeRO-3"
+
+    @property
+    def strategy(self) -> str:
+        """How the processes share the weights: "DDP", also for a single one, or "ZeRO-1", "ZeRO-2", "ZeRO-3"."""
         plugin = self.args.deepspeed_plugin
-        return plugin is not None and plugin.zero_stage == 3
+        return "DDP" if plugin is None else f"ZeRO-{plugin.zero_stage}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -270,29 +272,3 @@ class RewardModelTrainer(RewardTrainer):
             return self.reward_model
         unset_hf_deepspeed_config()  # or transformers would shard this one too
         return load_reward_model(Path(self.state.best_model_checkpoint))
-
-
-def seal(folder: Path) -> None:
-    """Write the hashes of a finished checkpoint's files, last of all; a checkpoint without them is incomplete."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _SEAL)
-    part = folder / (_SEAL + ".part")
-    part.write_text(json.dumps({str(path.relative_to(folder)): _sha256(path) for path in files}, indent=1))
-    os.replace(part, folder / _SEAL)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files match their hashes; None if there is none."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.partition("-")[2]), reverse=True):
-        try:
-            sealed: dict[str, str] = json.loads((path / _SEAL).read_text())
-        except (OSError, ValueError):
-            continue
-        if all((path / name).is_file() and _sha256(path / name) == sum_ for name, sum_ in sealed.items()):
-            return path
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -128,9 +128,16 @@ def _reconnect(environment: Mapping[str, str], *, on_cpu: bool) -> None:
     )
 
 
+def uses_fsdp(environment: Mapping[str, str]) -> bool:
+    """Return True if the launcher's environment variables configure FSDP, of which `PartialState` knows nothing."""
+    return environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def _wants_fsdp(environment: Any) -> bool:
     """True if FSDP is configured; the setting is removed, because accelerate does not support it on a CPU."""
-    if environment.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    wanted = uses_fsdp(environment)
+    environment.pop("ACCELERATE_USE_FSDP", None)
+    if not wanted:
         return False
     if (version := environment.get("FSDP_VERSION", "1")) != "2":
         raise ValueError(f"fsdp_version is {version}; only version 2 is supported (accelerate_configs/fsdp2.yaml).")

@@ -1,4 +1,4 @@
-"""Fingerprints of what options only name, so that a run resumes with the prompts and rewards that it began with."""
+"""What no option says, so that a run resumes with the prompts, rewards and processes that it began with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from rlhf_t2i.output.run_folder import read_run_info, update_run_info
 from rlhf_t2i.passed import passed
 from rlhf_t2i.prompt_rows import metadata_of
@@ -18,6 +20,7 @@ from rlhf_t2i.training.prompt_sets import PromptSets
 from rlhf_t2i.training.run import Run
 
 _KEY = "fingerprints"
+_DISTRIBUTION = "distribution"
 
 
 def record_fingerprints(run: Run, prompts: PromptSets) -> None:
@@ -43,6 +46,23 @@ def _check_equal(stored: Mapping[str, str], found: Mapping[str, str], folder: Pa
             f"{folder} began with other content of {' and '.join(changed)}; resume it with the same, or start a new "
             f"run from its weights (init_lora, init_weights)."
         )
+
+
+def record_distribution(folder: Path, strategy: str, *, is_resumed: bool) -> None:
+    """Write strategy and number of processes to run.json, for training whose checkpoints fit no others.
+
+    Raises ValueError, naming both, if a checkpoint is resumed and they are not those of its run.
+    """
+    state = PartialState()
+    found = f"{strategy} on {state.num_processes} process{'es' * (state.num_processes != 1)}"
+    began = read_run_info(folder).get(_DISTRIBUTION, found) if is_resumed else found
+    if began != found:
+        raise ValueError(
+            f"{folder} began with {began} and would go on with {found}; its checkpoints fit the first only. Resume it "
+            f"with the same processes, or start a new run."
+        )
+    if state.is_main_process:
+        update_run_info(folder, {_DISTRIBUTION: found})
 
 
 def reward_fingerprint(reward: Any) -> str:
