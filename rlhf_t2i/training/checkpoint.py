@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from rlhf_t2i.distributed.state import Copies, read_state, write_state
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.output.run_folder import CHECKPOINTS
-from rlhf_t2i.training.checkpoint_files import begin, checkpoint_name, checkpoint_step, commit
+from rlhf_t2i.training.checkpoint_files import OWED_EVALUATION, begin, checkpoint_name, checkpoint_step, commit
 from rlhf_t2i.training.run import Run
 
 _EXTRA = "extra.pt"
@@ -47,9 +47,10 @@ class Checkpoints:
         self.run.print(f"Resumed after step {step} from {source}")
         return step
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, owes_evaluation: bool = False) -> None:
         """Write the checkpoint after `step` steps, complete or not at all; each process writes its share. Collective.
 
+        With `owes_evaluation` the run that resumes from it first makes the evaluation after that step.
         Raises OSError, on all processes, if one of them could not write.
         """
         folder = self.run.folder / CHECKPOINTS
@@ -61,6 +62,8 @@ class Checkpoints:
             write_state(self.engine, self.copies, part, rank=self.run.rank, num_processes=self.run.num_processes)
             if self.run.is_main:
                 torch.save([item.state_dict() for item in self.extra], part / _EXTRA)
+                if owes_evaluation:
+                    (part / OWED_EVALUATION).touch()
         with self._all_or_none(step):
             if self.run.is_main:
                 commit(part, keep=self.keep)

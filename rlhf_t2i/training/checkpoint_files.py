@@ -15,6 +15,8 @@ from pathlib import Path
 from rlhf_t2i.output.files import flush, sha256_of
 
 _MANIFEST = "manifest.json"
+OWED_EVALUATION = "owed_evaluation"
+"""Empty file in a checkpoint of which `owes_evaluation` is true."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -25,6 +27,11 @@ def checkpoint_name(step: int) -> str:
 def checkpoint_step(path: Path) -> int:
     """Return the number of training steps finished when a checkpoint was written."""
     return int(path.name.removeprefix("step_"))
+
+
+def owes_evaluation(checkpoint: Path | None) -> bool:
+    """Return True for a checkpoint that was written before the evaluation after its step."""
+    return checkpoint is not None and (checkpoint / OWED_EVALUATION).is_file()
 
 
 def begin(folder: Path, step: int) -> Path:

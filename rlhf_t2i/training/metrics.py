@@ -99,11 +99,17 @@ def total(rows: Sequence[Row], key: str) -> int:
 class MetricsFile:
     """Append rows to the metrics.jsonl of a run folder, each with its kind ("train" or "evaluation") and step."""
 
-    def __init__(self, folder: Path, *, resumed_step: int) -> None:
-        """Open the file of a run that resumes after `resumed_step` steps; later rows are removed."""
+    def __init__(self, folder: Path, *, resumed_step: int, owes_evaluation: bool = False) -> None:
+        """Open the file of a run that resumes after `resumed_step` steps; later rows are removed.
+
+        With `owes_evaluation` the evaluation after that step is made again, so its row is removed too.
+        """
         self.path = folder / METRICS
         rows = read_metrics(folder) if resumed_step else []
-        earlier = [row for row in rows if row["step"] <= resumed_step]
+        owed = resumed_step if owes_evaluation else None
+        earlier = [
+            row for row in rows if row["step"] <= resumed_step and (row["kind"], row["step"]) != ("evaluation", owed)
+        ]
         self.elapsed = max((row["elapsed"] for row in earlier), default=0.0)
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in earlier))
 

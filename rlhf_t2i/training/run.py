@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rlhf_t2i.distributed.processes import DTYPES, Mode, end_processes, start_processes
 from rlhf_t2i.output.run_folder import CHECKPOINTS
 from rlhf_t2i.settings.lists import names
-from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete
+from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete, owes_evaluation
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder
 from rlhf_t2i.training.environment import prepare_torch, restarted, stop_with_launcher
 from rlhf_t2i.training.metrics import MetricsFile
@@ -140,7 +140,7 @@ def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = Tru
     step = checkpoint_step(resumed_from) if resumed_from else 0
     metrics = None
     if accelerator.is_main_process:
-        metrics = MetricsFile(folder, resumed_step=step)
+        metrics = MetricsFile(folder, resumed_step=step, owes_evaluation=owes_evaluation(resumed_from))
     accelerator.wait_for_everyone()  # or a process that fails at once would remove the folder too early
     trackers = Trackers(accelerator, names(config["trackers"]), folder=folder, config=config)
     return Run(accelerator, mode, folder, metrics, trackers, resumed_from)

@@ -23,6 +23,7 @@ from rlhf_t2i.rewards.load import WeightedSum
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
 from rlhf_t2i.training.checkpoint import Checkpoints
+from rlhf_t2i.training.checkpoint_files import owes_evaluation
 from rlhf_t2i.training.early_stop import EarlyStop
 from rlhf_t2i.training.ema import MovingAverage, copy_weights, exchanged, lora_at_scale
 from rlhf_t2i.training.environment import StopRequests
@@ -124,9 +125,10 @@ class Trainer:
     def steps(self) -> Iterator[int]:
         """Yield the index of each remaining training step, with a progress bar.
 
-        Evaluates before the first. Ends early, after a complete step, on SIGTERM, Ctrl-C or an early stop.
+        Evaluates before the first, and first of all if the last step's evaluation is owed. Ends early, after a complete
+        step, on SIGTERM, Ctrl-C or an early stop.
         """
-        if self.step == 0:
+        if self.step == 0 or owes_evaluation(self.run.resumed_from):
             self.evaluate()
         remaining = tqdm(
             range(self.step, self.config.num_steps), initial=self.step, total=self.config.num_steps,
@@ -152,6 +154,7 @@ class Trainer:
     def finish_step(self, step: int, **metrics: float | int) -> None:
         """Update the averages and log a step's metrics; evaluate and save if it is time. Collective.
 
+        A run that is to stop saves at once; its checkpoint owes the evaluation to the process that resumes it.
         `metrics` must have "images", the number of images trained on.
         """
         for average in self.averages.values():
@@ -165,10 +168,12 @@ class Trainer:
         shown += rate_text(int(metrics["images"]), math.fsum(seconds.values()))
         self._progress.set_postfix_str(", ".join(shown))
         is_last = self.step == self.config.num_steps
-        if is_last or (self._is_due(self.config.evaluate_every) and not self._is_stopping):
+        is_evaluated = is_last or self._is_due(self.config.evaluate_every)
+        is_owed = is_evaluated and not is_last and self._is_stopping
+        if is_evaluated and not is_owed:
             self.evaluate()
         if is_last or self.stopped_early or self._is_due(self.config.checkpoint_every) or self._is_stopping:
-            self.checkpoints.save(self.step)
+            self.checkpoints.save(self.step, owes_evaluation=is_owed)
 
     def rollout_metrics(self, rewards: Float[Tensor, "P K"], scores: Mapping[str, Tensor]) -> dict[str, float]:
         """Return metrics of a rollout: `rewards` of all processes, unweighted `scores` of this one. Collective."""

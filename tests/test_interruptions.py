@@ -1,0 +1,79 @@
+"""A training that is interrupted and resumed ends as one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from recipes import draft
+from rlhf_t2i.training.trainer import Trainer
+from tests.runs import REDNESS, as_for_toy_models, assert_same, lora_weights, rows
+
+DARKNESS = "tests.test_interruptions:darkness"
+
+
+def darkness(images: Tensor, prompts: list[str]) -> Tensor:
+    """Mean darkness, whose best evaluation is that before training if the model learns redness from noise."""
+    return 1 - images.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def config(tiny_sd: Path, tmp_path: Path) -> draft.Config:
+    """Three steps, each evaluated, that stop early if darkness does not rise."""
+    return draft.Config(
+        **as_for_toy_models(
+            model=str(tiny_sd), rewards=REDNESS, evaluation_rewards=f"{REDNESS},{DARKNESS}", lora_rank=2,
+            early_stop_reward=DARKNESS, patience=2, evaluate_every=1, num_steps=3, prompts_per_step=2,
+            num_denoising_steps=2, num_evaluation_images=4, learning_rate=1e-2, run_folder=str(tmp_path / "run"),
+            num_cpu_threads=1,
+        )
+    )  # fmt: skip
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without times."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "elapsed"))} for row in found]
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have SIGTERM arrive in a training step, counted from 0."""
+    finish_step = Trainer.finish_step
+
+    def interrupted(self: Trainer, done: int, **metrics: float | int) -> None:
+        if done == step:
+            signal.raise_signal(signal.SIGTERM)
+        finish_step(self, done, **metrics)
+
+    monkeypatch.setattr(Trainer, "finish_step", interrupted)
+
+
+def test_an_evaluation_that_sigterm_put_off_is_made_when_the_run_resumes(
+    config: draft.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninterrupted = draft.main(config)
+    stopped = replace(config, run_folder=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        stop_at(1, patch)
+        folder = draft.main(stopped)
+    assert [row["step"] for row in rows(folder, "evaluation")] == [0, 1]
+    log = (folder / "metrics.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            draft.main(replace(stopped, resume=True))
+    # As if it was killed between the evaluation and the next checkpoint.
+    (folder / "metrics.jsonl").write_text(log + json.dumps({**rows(folder, "evaluation")[-1], "step": 2}) + "\n")
+    draft.main(replace(stopped, resume=True))
+    assert results(folder) == results(uninterrupted)
+    assert_same(lora_weights(folder), lora_weights(uninterrupted))
+
+
+def interrupt(trainer: Trainer) -> None:
+    raise KeyboardInterrupt
