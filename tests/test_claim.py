@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -131,10 +133,13 @@ def test_an_evaluation_without_its_data_leaves_no_run_folder(folder: Path) -> No
 
 def test_a_folder_that_another_process_writes_to_is_refused(folder: Path) -> None:
     finished(folder)
-    refused = pytest.raises(BlockingIOError, match=rf"^{folder} is in use: another process still writes to it")
-    with FileLock(folder / ".lock"), refused:
-        claimed(folder, resume=True)
+    with FileLock(folder / ".lock"):
+        for held_by, named in (("12\nnode-7\n", "process 12 on node-7"), ("", "another process")):
+            (folder / ".lock").write_text(held_by)
+            with pytest.raises(BlockingIOError, match=rf"^{folder} is in use: {named} still writes to it"):
+                claimed(folder, resume=True)
     claimed(folder, resume=True)
+    assert (folder / ".lock").read_text().split() == [str(os.getpid()), platform.node()]
 
 
 @pytest.mark.slow
@@ -151,7 +156,7 @@ def test_the_lock_of_a_killed_process_does_not_block(folder: Path) -> None:
     command = [sys.executable, "-c", code]
     with processes.start(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as process, process.stdout:
         assert process.stdout.readline().strip() == b"claimed"
-        with pytest.raises(BlockingIOError):
+        with pytest.raises(BlockingIOError, match=rf"process {process.pid} on {platform.node()} still writes to it"):
             claimed(folder, resume=True)
         process.kill()
     claimed(folder, resume=True)

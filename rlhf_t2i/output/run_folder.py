@@ -1,7 +1,7 @@
 """Layout of a run folder: the only module that knows the names of the files in it.
 
 config.yaml         settings
-.lock               locked while the run is alive
+.lock               locked while the run is alive; process id and machine of the process that holds it
 .starting           names in the folder before a run that has no results yet
 run.json            recipe, command, commit, versions, device and placement
 metrics.jsonl       one row for each training step and each evaluation

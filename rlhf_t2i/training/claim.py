@@ -188,15 +188,28 @@ def _before_start(folder: Path, found: frozenset[str]) -> frozenset[str]:
 
 
 def _locked(folder: Path) -> FileLock:
-    """Lock a folder until the process ends, which also frees it; a restarted process waits for its predecessor."""
-    lock = FileLock(folder / LOCK, thread_local=False)
+    """Lock a folder until the process ends, which also frees it; a restarted process waits for its predecessor.
+
+    The holder's process id and machine are in the file that is locked.
+    """
+    path = folder / LOCK
+    lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=60 if restarted() else 0)
     except Timeout as error:
         raise BlockingIOError(
-            f"{folder} is in use: another process still writes to it. Stop that run, or wait until it has ended."
+            f"{folder} is in use: {_holder(path)} still writes to it. Stop that run, or wait until it has ended."
         ) from error
+    path.write_text(f"{os.getpid()}\n{platform.node()}\n", encoding="utf-8")
     return lock
+
+
+def _holder(lock: Path) -> str:
+    """Return the process that holds a lock, as it has named itself in the locked file."""
+    with contextlib.suppress(OSError, ValueError):  # Windows lets nobody else read it
+        process, machine = lock.read_text(encoding="utf-8").split()
+        return f"process {int(process)} on {machine}"
+    return "another process"
 
 
 def _report_changes(
