@@ -70,6 +70,8 @@ def main(config: Config) -> Path:
     reward = load_rewards(config.rewards) if config.rewards else None
     if reward and prompts:
         try_rewards(reward, prompts)
+    if reward:
+        reward.refuse_groups("the images of a question are scored one by one")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with listen(config.host, config.port) as listener:
         folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE, checkpoints=False)

@@ -62,10 +62,11 @@ def main(config: Config) -> Path:
     )
     policy, sampler = trainer.policy, trainer.sampler(eta=config.eta)
     shard, warn = trainer.shard(config.prompts_per_step, name="prompts_per_step"), UpdateWarnings(trainer.print)
+    sizes = {"batch_size": config.microbatch_size, "group_size": config.images_per_prompt}
     for step in trainer.steps():
         all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
-        with AsyncReward(reward, batch_size=config.microbatch_size) as async_reward:
+        with AsyncReward(reward, **sizes) as async_reward:
             with trainer.timed("rollout"), trainer.sampling():
                 images, trajectory = rollout(
                     policy, own_prompts, sampler=sampler, microbatch_size=config.microbatch_size,
@@ -76,7 +77,7 @@ def main(config: Config) -> Path:
                 if config.async_reward:
                     rewards, scores = async_reward.results()
                 else:
-                    rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+                    rewards, scores = reward(images, own_prompts, **sizes)
         del images  # as the trajectory below: neither update nor next rollout should need memory for it
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         methods = [partial(advantages_of, all_prompts, history=history, config=config) for history in histories]

@@ -102,7 +102,7 @@ def sample_pairs(
             microbatch_size=config.microbatch_size, generators=generators_for(config.seed, SAMPLE, step, shard),
         )  # fmt: skip
     with trainer.timed("reward"), torch.no_grad():
-        rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+        rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size, group_size=copies)
     groups = trainer.gather(rewards.view(len(shard), copies)).cpu()
     generators = generators_for(config.seed, UPDATE, step, range(len(prompts)))
     winners, losers = choose_pairs(groups, selection=config.pair_selection, generators=generators)

@@ -39,7 +39,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
 
     available = load_prompts(config.evaluation_prompts, held_out=True)
     check_prompts(config.evaluation_rewards, available)
-    reward = load_rewards(config.evaluation_rewards)
+    reward = load_rewards(config.evaluation_rewards).without_groups()
     prompts, seeds = evaluation_set(available, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
     try_rewards(reward, prompts)
     run = start_run({**asdict(config), "resume": False, "trackers": ""}, recipe="evaluation")

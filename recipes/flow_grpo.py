@@ -74,7 +74,9 @@ def main(config: Config) -> Path:
                 generators=generators_for(config.seed, SAMPLE, step, shard),
             )  # fmt: skip
         with trainer.timed("reward"), torch.no_grad():
-            rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size)
+            rewards, scores = reward(
+                images, own_prompts, batch_size=config.microbatch_size, group_size=config.images_per_prompt
+            )
         del images  # as the trajectory below: neither update nor next rollout should need memory for it
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages

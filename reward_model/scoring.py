@@ -152,6 +152,21 @@ class LlavaReward:
         config = self.model.configs[name]
         return preference_logits(one, two, kind=config.head, temperature=config.temperature)
 
+    def preferences(
+        self,
+        images: Sequence[ImageInput] | Float[Tensor, "K 3 _ _"],
+        prompts: Sequence[str],
+        *,
+        perspective: str | None = None,
+        batch_size: int = 32,
+    ) -> Float[Tensor, "K K"]:
+        """Return the log-odds that image i is preferred to image j, for all pairs; each image is encoded once."""
+        name = self._name(perspective)
+        outputs, config = self._outputs(images, prompts, [name], batch_size)[name], self.model.configs[name]
+        first, second = (side.flatten() for side in torch.meshgrid(*[torch.arange(len(outputs))] * 2, indexing="ij"))
+        logits = preference_logits(outputs[first], outputs[second], kind=config.head, temperature=config.temperature)
+        return logits.view(len(outputs), -1)
+
     def score_statistics(self, records: Sequence[Record], *, batch_size: int = 32) -> dict[str, float]:
         """Return `score_mean` and `score_std` over the images of some records; nothing for a head without scores."""
         if self.config().head != "scalar":

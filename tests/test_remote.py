@@ -498,7 +498,7 @@ def test_requests_need_the_token_and_no_message_or_log_shows_it(
             response = server.post(pack(IMAGES, PROMPTS), Authorization=given)
             assert response.status_code == 401
             shown.append(response.text)
-        assert server.get("/health").json() == {"status": "ok"}
+        assert server.get("/health").json() == {"status": "ok", "needs_groups": False}
         assert server.get("/metrics").status_code == 401
         assert server.get("/metrics", Authorization=f"Bearer {TOKEN}").status_code == 200
         assert server.responses == {401: 7, 200: 1}

@@ -39,7 +39,10 @@ class Batcher:
     """Score requests in order of arrival, several in one forward pass, in one thread."""
 
     def __init__(self, reward: WeightedSum, *, device: str, batch_size: int, max_wait: float) -> None:
-        """Score at most `batch_size` images at once; a request waits at most `max_wait` seconds for others."""
+        """Score at most `batch_size` images at once; a request waits at most `max_wait` seconds for others.
+
+        A reward that compares the images of one prompt gets the images of one request alone.
+        """
         self.reward, self.device, self.batch_size, self.max_wait = reward, device, batch_size, max_wait
         self.metrics = Metrics()
         self._waiting: asyncio.Queue[Job] = asyncio.Queue()
@@ -77,15 +80,16 @@ class Batcher:
     async def _run(self) -> None:
         """Form batches and score them until cancelled."""
         left_over: Job | None = None
+        limit = 0 if self.reward.needs_groups else self.batch_size
         while True:
             first, left_over = left_over or await self._waiting.get(), None
             batch, num_images = [first], len(first.images)
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(first.arrived + self.max_wait):
-                    while num_images < self.batch_size:
+                    while num_images < limit:
                         job = await self._waiting.get()
                         num_images += len(job.images)
-                        if job.images.shape[1:] != first.images.shape[1:] or num_images > self.batch_size:
+                        if job.images.shape[1:] != first.images.shape[1:] or num_images > limit:
                             left_over = job
                             break
                         batch.append(job)

@@ -49,8 +49,8 @@ class Service:
         batcher.metrics.watch_queue(lambda: self.num_accepted)
 
     async def health(self) -> JSONResponse:
-        """Respond that the rewards are loaded; needs no token."""
-        return JSONResponse({"status": "ok"})
+        """Respond that the rewards are loaded, and whether one needs all images of a prompt at once; needs no token."""
+        return JSONResponse({"status": "ok", "needs_groups": self.batcher.reward.needs_groups})
 
     async def metrics(self, request: Request) -> Response:
         """Respond with the metrics."""

@@ -26,21 +26,33 @@ class AsyncReward:
     Leaving the block, also by an exception, cancels what has not started and waits for what has.
     """
 
-    def __init__(self, reward: WeightedSum, *, batch_size: int | None = None) -> None:
-        """Call each reward with at most `batch_size` images at once; None is all images of a submission."""
-        self.reward, self.batch_size = reward, batch_size
+    def __init__(self, reward: WeightedSum, *, batch_size: int | None = None, group_size: int | None = None) -> None:
+        """Call each reward with at most `batch_size` images at once; None is all images of a submission.
+
+        If a reward needs whole groups, of `group_size` images each, all submissions are scored together by `results`.
+        """
+        self.reward, self.batch_size, self.group_size = reward, batch_size, group_size
+        self._waiting: list[tuple[Tensor, list[str]]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self._submitted: list[Future[TotalAndScores]] = []
 
     def submit(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> None:
         """Queue images for scoring and return at once; they must not be changed before `results` returns."""
-        self._submitted.append(self._thread.submit(self._score, images, list(prompts)))
+        if self.reward.needs_groups:
+            self._waiting.append((images, list(prompts)))
+        else:
+            self._submitted.append(self._thread.submit(self._score, images, list(prompts)))
 
     def results(self) -> TotalAndScores:
         """Wait for all submissions since the last call and return `reward` of all their images, in order.
 
         Raises the exception of the first submission that failed, and ValueError if there was no submission.
         """
+        if self._waiting:
+            images, prompts = zip(*self._waiting, strict=True)
+            self._waiting = []
+            whole = torch.cat(images), [prompt for part in prompts for prompt in part]
+            self._submitted.append(self._thread.submit(self._score, *whole))
         submitted, self._submitted = self._submitted, []
         if not submitted:
             raise ValueError("No images were submitted, so there are no results.")
@@ -62,4 +74,4 @@ class AsyncReward:
     def _score(self, images: Tensor, prompts: list[str]) -> TotalAndScores:
         # Grad mode and the current CUDA device belong to a thread and are not inherited from the caller's.
         with torch.no_grad(), torch.cuda.device_of(images):
-            return self.reward(images, prompts, batch_size=self.batch_size)
+            return self.reward(images, prompts, batch_size=self.batch_size, group_size=self.group_size)

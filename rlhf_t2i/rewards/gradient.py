@@ -26,10 +26,11 @@ class ScoredImages:
 
 
 def require_gradient(reward: WeightedSum, *, prompt: str) -> None:
-    """Raise ValueError, naming the reward, if a reward is not differentiable with respect to the pixels.
+    """Raise ValueError, naming the reward, if a reward has no gradient with respect to the pixels of a single image.
 
     The table of rewards decides; a user's own module:function is tested on one random image with `prompt`.
     """
+    reward.refuse_groups("the gradient of each image is computed on its own")
     image = trial_images(1)
     for term in reward.rewards:
         if term.differentiable is None:

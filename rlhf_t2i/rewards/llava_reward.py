@@ -17,8 +17,8 @@ from rlhf_t2i.output.run_folder import reward_model_of
 
 
 @cache
-def _loaded(source: str) -> LlavaReward:
-    """Load each reward model once per process, so that training and evaluation share its memory."""
+def load_once(source: str) -> LlavaReward:
+    """Load a reward model once per process, so that training and evaluation share its memory."""
     return LlavaReward.from_pretrained(source, device="cpu")  # it moves to the device of the first images
 
 
@@ -30,13 +30,14 @@ class LlavaRewardFunction:
 
         Raises FileNotFoundError or ValueError if there is none, or if its head compares images without scoring them.
         """
-        self.reward_model = _loaded(reward_model_of(str(source)))
+        self.reward_model = load_once(reward_model_of(str(source)))
         self.perspective, self.batch_size = perspective, batch_size
         head = self.reward_model.config(perspective).head
         if head != "scalar":
             raise ValueError(
                 f"The reward model {str(source)!r} has a {head.replace('_', '-')} head: it compares two images but "
-                f"gives no score to one, so it cannot be a reward. Train one with loss bradley_terry or cross_entropy."
+                f"gives no score to one. Use pairwise:PATH, which counts the pairs that an image wins in its group, or "
+                f"train one with loss bradley_terry or cross_entropy."
             )
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:

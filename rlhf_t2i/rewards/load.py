@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_t2i.passed import passed
 from rlhf_t2i.prompt_rows import metadata_of
+from rlhf_t2i.rewards.groups import groups_of, needs_groups
 from rlhf_t2i.rewards.imported import as_callable, takes_metadata
 from rlhf_t2i.rewards.rows import check_rows
 from rlhf_t2i.rewards.scores import as_scores
@@ -33,6 +34,11 @@ class CheckedReward:
     """True if a score that is not finite is an error; a search ranks such an image last instead."""
     differentiable: bool | None = None
     """True if the gradient reaches the pixels; None if that must be tested."""
+
+    @property
+    def needs_groups(self) -> bool:
+        """True if the reward compares the images of one prompt (`rewards.groups`)."""
+        return needs_groups(self.function)
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """Return float32 scores on the device of the images, which stay as they are whatever the reward does.
@@ -70,18 +76,49 @@ class WeightedSum:
         """The rewards without their weights."""
         return [reward for reward, _ in self.terms]
 
+    @property
+    def needs_groups(self) -> bool:
+        """True if one of the rewards compares the images of one prompt."""
+        return any(reward.needs_groups for reward in self.rewards)
+
+    def refuse_groups(self, why: str) -> None:
+        """Raise ValueError, naming it, for a reward that compares the images of one prompt; `why` completes it."""
+        for reward in self.rewards:
+            if reward.needs_groups:
+                raise ValueError(
+                    f"The reward {reward.name!r} compares the images of one prompt with one another, but {why}. Use a "
+                    f"reward that scores one image."
+                )
+
+    def without_groups(self) -> WeightedSum:
+        """Return the rewards that score one image, for an evaluation.
+
+        The others have the same mean for every model. Raises ValueError, naming them, if none is left.
+        """
+        single = tuple(term for term in self.terms if not term[0].needs_groups)
+        if not single:
+            self.refuse_groups("an evaluation needs scores that differ between models: set evaluation_rewards")
+        return WeightedSum(single)
+
     def __call__(
-        self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], *, batch_size: int | None = None
+        self,
+        images: Float[Tensor, "B 3 Y X"],
+        prompts: Sequence[str],
+        *,
+        batch_size: int | None = None,
+        group_size: int | None = None,
     ) -> tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]:
         """Return (total, scores): the weighted sum, and the unweighted scores of each reward by its name.
 
-        A reward is called with at most `batch_size` images at once, by default with all.
+        A reward is called with at most `batch_size` images at once, by default with all; one that compares the images
+        of a prompt with a whole group at once: `group_size` images, by default each run of equal prompts.
         """
         size = batch_size or max(len(images), 1)
         chunks = [slice(start, start + size) for start in range(0, max(len(images), 1), size)]
-        scores = {
-            reward.name: torch.cat([reward(images[rows], prompts[rows]) for rows in chunks]) for reward, _ in self.terms
-        }
+        scores = dict[str, Tensor]()
+        for reward in self.rewards:
+            parts = groups_of(prompts, group_size) if reward.needs_groups else chunks
+            scores[reward.name] = torch.cat([reward(images[rows], prompts[rows]) for rows in parts])
         total = torch.stack([weight * scores[reward.name] for reward, weight in self.terms]).sum(0)
         return total, scores
 

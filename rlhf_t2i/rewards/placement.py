@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.rewards.groups import needs_groups
 from rlhf_t2i.rewards.imported import literals, takes_metadata
 from rlhf_t2i.types import MetadataReward, Reward
 
@@ -28,6 +29,11 @@ class Placed:
     """None is all images of a call."""
     device: torch.device | None
     """None is that of the images."""
+
+    @property
+    def needs_groups(self) -> bool:
+        """True if the reward compares the images of one prompt, all of which it then gets at once."""
+        return needs_groups(self.function)
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """Return the scores on the device of the images, with the gradient of the reward."""

@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +32,8 @@ WAIT_VARIABLE = "RLHF_T2I_SERVER_WAIT"
 """Environment variable with the seconds that a server may take to start; 60 without it."""
 _MAX_BACKOFF_SECONDS = 15.0
 _MAX_PART_BYTES = 256 * 2**20
+_NEED_GROUPS: set[str] = set()
+"""Addresses of the servers that have said that their rewards compare the images of one prompt."""
 
 
 class _Unavailable(Exception):  # noqa: N818
@@ -99,6 +102,14 @@ class RemoteReward:
         self.pixels, self.finite = pixels, finite
         self._certificates = ssl.create_default_context()
 
+    @property
+    def needs_groups(self) -> bool:
+        """True if a server has said, to any reward of this process, that its rewards compare the images of one prompt.
+
+        All images of a call then go to a server at once.
+        """
+        return any(server.address in _NEED_GROUPS for server in self.servers)
+
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """Return the totals of the servers, float32, in the order of the images.
 
@@ -135,6 +146,7 @@ class RemoteReward:
         size = min(
             self.part_size, -(-len(images) // len(self.servers)), _MAX_PART_BYTES // (4 * images[0].numel()) or 1
         )
+        size = len(images) if self.needs_groups else size
         for start in range(0, len(images), size):
             parts.put_nowait(range(start, min(start + size, len(images))))
         scores: dict[int, Tensor] = {}  # by the first row of a part
@@ -209,12 +221,15 @@ def _wait_seconds() -> float:
 def _responds(client: httpx.Client, server: _Server) -> bool:
     """Return True if a server responds to a request, whatever the response is, or accepts it and is busy."""
     try:
-        client.get(f"{server.address}/health")
+        response = client.get(f"{server.address}/health")
     except (httpx.ReadTimeout, httpx.WriteTimeout):
         return True
     except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
         server.state = str(error) or type(error).__name__
         return False
+    with suppress(ValueError, AttributeError):  # another server's answer
+        if response.json().get("needs_groups") is True:
+            _NEED_GROUPS.add(server.address)
     return True
 
 

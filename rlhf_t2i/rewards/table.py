@@ -63,6 +63,13 @@ def _llava_reward(path: str, _: bool) -> Any:
     return placed(LlavaRewardFunction, path)
 
 
+def _pairwise(path: str, _: bool) -> Any:
+    from rlhf_t2i.rewards.pairwise import PairwiseReward
+    from rlhf_t2i.rewards.placement import placed
+
+    return placed(PairwiseReward, path, options=("batch_size", "perspective"))
+
+
 def _scorer(name: str) -> Loader:
     def load(path: str, _: bool) -> Any:
         from rlhf_t2i.rewards.placement import placed
@@ -136,6 +143,12 @@ REWARDS = (
         "llava_reward", _built_in_llava_reward, True, "the built-in LLaVA-Reward, for prompts of the toy world"
     ),
     RewardEntry("llava_reward:PATH", _llava_reward, True, "a LLaVA-Reward of your own: folder, run folder or Hub id"),
+    RewardEntry(
+        "pairwise:PATH",
+        _pairwise,
+        False,
+        "share of the other images of its prompt that an image wins against, by a LLaVA-Reward, in [0, 1]",
+    ),
     RewardEntry(
         "oracle", function(_BUILTIN, "oracle_graded"), False, "true reward of the toy world, graded, in [0, 1]"
     ),

@@ -26,7 +26,7 @@ class _Servers(Protocol):
 
 
 def try_rewards(reward: WeightedSum, prompts: Sequence[str]) -> None:
-    """Call each of a user's own rewards (`module:function`) once, on two random images of the first prompts.
+    """Call each of a user's own rewards (`module:function`) once, on two random images of the first prompts, or of one.
 
     Servers are asked whether they are there, and get no images. Raises ValueError for a prompt without what a reward
     needs (`check_rows`), ConnectionError if no server of a reward responds, and what `CheckedReward` does for a result
@@ -34,8 +34,8 @@ def try_rewards(reward: WeightedSum, prompts: Sequence[str]) -> None:
     as such images are no real ones.
     """
     images = trial_images(2)
-    texts = [prompts[0], prompts[min(1, len(prompts) - 1)]]
     for term in reward.rewards:
+        texts = [prompts[0], prompts[0 if term.needs_groups else min(1, len(prompts) - 1)]]
         check_rows(term.name, term.function, prompts)
         if isinstance(term.function, _Servers):
             term.function.wait_until_reachable()

@@ -106,6 +106,10 @@ class Candidates:
         return self.images[torch.arange(len(self.images)), self.selected]
 
 
+PARTS_OF_GROUPS = "a search scores a part of them at a time"
+"""Why a reward that compares the images of one prompt cannot be searched with."""
+
+
 class SearchContext:
     """A model, its sampler and a reward, as used by all search algorithms.
 
@@ -132,6 +136,8 @@ class SearchContext:
         self.model, self.sampler = model, sampler
         self.reward = as_weighted_sum(reward, finite=False)
         self.veto = replace(veto, reward=as_checked(veto.reward, finite=False)) if veto else None
+        for each in (self.reward, *([as_weighted_sum(self.veto.reward)] if self.veto else [])):
+            each.refuse_groups(PARTS_OF_GROUPS)
         self.microbatch_size, self.standardise = microbatch_size, standardise
         self.denoiser_calls = self.reward_calls = 0
 

@@ -36,7 +36,7 @@ from rlhf_t2i.rewards.load import WeightedSum, as_weighted_sum, load_reward, loa
 from rlhf_t2i.rewards.rows import check_prompts
 from rlhf_t2i.rewards.terms import join_terms
 from rlhf_t2i.rewards.trial import try_rewards
-from rlhf_t2i.search.context import Candidates, Cost, SearchContext, Veto
+from rlhf_t2i.search.context import PARTS_OF_GROUPS, Candidates, Cost, SearchContext, Veto
 from rlhf_t2i.search.geneval import rows_to_write, write_metadata
 from rlhf_t2i.search.records import SearchRecord, read_records, summary
 from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PROMPTS, measure_reward_std
@@ -214,6 +214,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float, standardise: 
     for each in (rewards, evaluation_rewards, veto and as_weighted_sum(veto.reward)):
         if each is not None:
             try_rewards(each, prompts)
+            each.refuse_groups(PARTS_OF_GROUPS)
     run = start_run({**asdict(config), "trackers": ""}, recipe=recipe, checkpoints=False)
     run.print(config.defaults_text())
     policy = load_policy(

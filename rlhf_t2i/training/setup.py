@@ -53,6 +53,9 @@ def make_trainer(
         prompts.evaluation, num_images=config.num_evaluation_images, seed=config.evaluation_seed
     )
     try_rewards(rewards, prompts.evaluation)  # those that are trained on are among them
+    single = rewards.without_groups()
+    if config.early_stop_reward not in (None, *(reward.name for reward in single.rewards)):
+        rewards.refuse_groups("early_stop_reward needs scores that differ between models")
     run = start_run(asdict(config), recipe=recipe)
     record_fingerprints(run, prompts)
     _record_prompts(run, prompts)
@@ -78,7 +81,7 @@ def make_trainer(
     )  # fmt: skip
     step = checkpoints.restore()
     return Trainer(
-        config, run, policy, engine, averages, initial, checkpoints, rewards, evaluation, prompts.title, early_stop,
+        config, run, policy, engine, averages, initial, checkpoints, single, evaluation, prompts.title, early_stop,
         report, step,
     )  # fmt: skip
 
