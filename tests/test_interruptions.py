@@ -13,25 +13,25 @@ from torch import Tensor
 
 from recipes import draft
 from rlhf_t2i.training.trainer import Trainer
-from tests.runs import REDNESS, as_for_toy_models, assert_same, lora_weights, rows
+from tests.runs import REDNESS, as_for_toy_models, assert_same, lora_weights, redness, rows
 
-DARKNESS = "tests.test_interruptions:darkness"
+BLUENESS = "tests.test_interruptions:blueness"
 
 
-def darkness(images: Tensor, prompts: list[str]) -> Tensor:
-    """Mean darkness, whose best evaluation is that before training if the model learns redness from noise."""
-    return 1 - images.mean(dim=(1, 2, 3))
+def blueness(images: Tensor, prompts: list[str]) -> Tensor:
+    """Minus `redness`: best before training, if a model learns redness."""
+    return -redness(images, prompts)
 
 
 @pytest.fixture
 def config(tiny_sd: Path, tmp_path: Path) -> draft.Config:
-    """Three steps, each evaluated, that stop early if darkness does not rise."""
+    """Three steps, each evaluated, that stop early, as the reward that is held out falls."""
     return draft.Config(
         **as_for_toy_models(
-            model=str(tiny_sd), rewards=REDNESS, evaluation_rewards=f"{REDNESS},{DARKNESS}", lora_rank=2,
-            early_stop_reward=DARKNESS, patience=2, evaluate_every=1, num_steps=3, prompts_per_step=2,
-            num_denoising_steps=2, num_evaluation_images=4, learning_rate=1e-2, run_folder=str(tmp_path / "run"),
-            num_cpu_threads=1,
+            model=str(tiny_sd), rewards=REDNESS, evaluation_rewards=f"{REDNESS},{BLUENESS}", lora_rank=2,
+            early_stop_reward=BLUENESS, patience=2, evaluate_every=1, num_steps=3, prompts_per_step=2,
+            num_denoising_steps=2, num_evaluation_images=4, learning_rate=3e-2, warmup_steps=0,
+            run_folder=str(tmp_path / "run"), num_cpu_threads=1,
         )
     )  # fmt: skip
 
@@ -73,6 +73,18 @@ def test_an_evaluation_that_sigterm_put_off_is_made_when_the_run_resumes(
     draft.main(replace(stopped, resume=True))
     assert results(folder) == results(uninterrupted)
     assert_same(lora_weights(folder), lora_weights(uninterrupted))
+
+
+def test_the_evaluation_of_exported_weights_is_made_once_and_keeps_its_step(config: draft.Config) -> None:
+    """The best is that before training; neither its numbers nor its images take the place of the last step's."""
+    folder = draft.main(config)
+    assert [row["step"] for row in rows(folder, "evaluation")] == [0, 1, 2]
+    assert [row["step"] for row in rows(folder, "export")] == [0]
+    before, images = results(folder), (folder / "images" / "step_000002.png").read_bytes()
+    draft.main(replace(config, resume=True))
+    assert results(folder) == before
+    assert (folder / "images" / "step_000002.png").read_bytes() == images
+    assert "the exported weights are those before training" in (folder / "report.html").read_text()
 
 
 def interrupt(trainer: Trainer) -> None:

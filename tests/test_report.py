@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from rlhf_t2i.report import Chart, charts, draw, write_report
-from rlhf_t2i.training.changes import compare, headline, reward_hacking_gap
+from rlhf_t2i.training.changes import before_after, compare, headline, reward_changes, reward_hacking_gap
 from rlhf_t2i.training.metrics import read_metrics, time_split
 from tests.report_files import (
     COLOURS,
@@ -28,6 +28,7 @@ from tests.report_files import (
     plain,
     run_folder,
     train,
+    two_rewards,
     two_updates,
 )
 
@@ -48,6 +49,23 @@ def test_headline_has_the_numbers_computed_by_hand() -> None:
 def test_the_page_contains_the_headline(tmp_path: Path) -> None:
     rows = two_updates(before=0.4, after=0.6)
     assert f"{headline(rows)}." in plain(Page(page_of(run_folder(tmp_path, rows))).text)
+
+
+def test_a_run_that_stopped_early_is_told_by_its_exported_weights_and_checked_to_its_end(tmp_path: Path) -> None:
+    """The headline, the table and the images have the best evaluation; the fall after it is still a warning."""
+    rows = [
+        *HACKED,
+        two_rewards(30, trained=5.5, oracle=0.1),
+        {"kind": "export", "step": 10, "elapsed": 31.0},
+    ]
+    assert "rose from 1.00 ± 0.10 to 3.00 ± 0.10" in headline(rows)
+    assert [change.after for change in reward_changes(rows)] == ["3.00 ± 0.10", "0.650 ± 0.025"]
+    assert before_after(rows).endswith("400 evaluation images; 10 steps, 192 training images, 0.2 minutes")
+    add_images(run_folder(tmp_path, rows, config="evaluate_every: 10\n"), ["a red circle"], steps=(0, 10, 20, 30))
+    page = plain(page_of(tmp_path))
+    assert "From update 10 to 30 oracle went from 0.650" in page
+    assert '<output id="caption" for="step">after update 10 (exported), llava_reward 3.00' in page
+    assert 'value="1"' in page  # of the slider
 
 
 def test_a_fall_is_called_a_fall() -> None:

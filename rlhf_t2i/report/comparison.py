@@ -27,6 +27,7 @@ from rlhf_t2i.training.metrics import (
     Points,
     Row,
     by_step,
+    evaluations_to_export,
     points,
     read_metrics,
     time_split,
@@ -37,7 +38,7 @@ from rlhf_t2i.training.metrics import (
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The weights at the start or the end of a run, or evaluated by recipes/evaluate_policy.py."""
+    """The weights at the start of a run, those that it exported, or evaluated by recipes/evaluate_policy.py."""
 
     name: str
     evaluation: Row
@@ -78,14 +79,14 @@ def read_columns(folder: Path, *, name: str) -> list[Column]:
             for i, (weights, row) in enumerate(table.items())
         ]
     rows = read_metrics(folder)
-    evaluations = by_step(rows, "evaluation")
-    first, last = (image_grid(folder, evaluations[i]["step"]) for i in (0, -1))
-    counts = [{"evaluation images": f"{evaluations[i]['num_images']:,}"} for i in (0, -1)]
+    evaluations, ends = by_step(rows, "evaluation"), evaluations_to_export(rows)
+    first, last = (image_grid(folder, ends[i]["step"]) for i in (0, -1))
+    counts = [{"evaluation images": f"{ends[i]['num_images']:,}"} for i in (0, -1)]
     metadata = {**counts[1], **_metadata(folder, rows)}
     trained_on = frozenset(trained_rewards(rows))
     return [
-        Column(f"before {name}", evaluations[0], first, captions, [], counts[0], frozenset(), is_before=True),
-        Column(name, evaluations[-1], last, captions, evaluations, metadata, trained_on, is_before=False),
+        Column(f"before {name}", ends[0], first, captions, [], counts[0], frozenset(), is_before=True),
+        Column(name, ends[-1], last, captions, evaluations, metadata, trained_on, is_before=False),
     ]
 
 

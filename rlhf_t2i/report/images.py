@@ -24,7 +24,7 @@ from rlhf_t2i.output.run_folder import (
     read_captions,
 )
 from rlhf_t2i.training.changes import with_error
-from rlhf_t2i.training.metrics import ERROR, Row, by_step, number, reward_names, trained_rewards
+from rlhf_t2i.training.metrics import ERROR, Row, by_step, evaluations_to_export, number, reward_names, trained_rewards
 
 MAX_GRIDS = 24
 """Largest number of evaluations whose images a page embeds; about 6 MB of thumbnails."""
@@ -78,6 +78,8 @@ class ImageHistory:
     """Prompt and seed of each cell."""
     num_evaluations: int
     """Number of evaluations in the run folder; `evaluations` may be a selection of them."""
+    exported: int
+    """Index in `evaluations` of the images of the exported weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +152,18 @@ def image_history(folder: Path, rows: Sequence[Row]) -> ImageHistory | None:
         return None
     captions = read_captions(folder)
     cells = list(zip(captions["prompts"], captions["seeds"], strict=True))
+    spaced, last = evenly_spaced(evaluations, limit=MAX_GRIDS), evaluations_to_export(rows)[-1]
+    shown = [row for row in evaluations if row in spaced or row is last]
+    exported = max((i for i, row in enumerate(shown) if row["step"] <= last["step"]), default=0)
     embedded = [
         EvaluationImages(
             row["step"],
             embed_grid(image_grid(folder, row["step"]), columns=captions["columns"], num_cells=len(cells)),
             ", ".join(f"{n} {with_error(number(row, n), number(row, n + ERROR))}" for n in reward_names([row])),
         )
-        for row in evenly_spaced(evaluations, limit=MAX_GRIDS)
+        for row in shown
     ]
-    return ImageHistory(embedded, cells, len(evaluations))
+    return ImageHistory(embedded, cells, len(evaluations), exported)
 
 
 def evenly_spaced(rows: Sequence[Row], *, limit: int) -> list[Row]:

@@ -15,7 +15,7 @@ from rlhf_t2i.report.images import best_and_worst, image_history
 from rlhf_t2i.report.svg import draw
 from rlhf_t2i.report.templating import TEMPLATES, load_template, script_digest
 from rlhf_t2i.training.changes import diversity_change, diversity_of, headline, reward_changes, reward_hacking_gap
-from rlhf_t2i.training.metrics import by_step, read_metrics, time_split, total
+from rlhf_t2i.training.metrics import by_step, evaluations_to_export, read_metrics, time_split, total
 
 NUM_PAIRS = 12
 """Pairs of images that are visible at once; the others are in a closed section."""
@@ -35,6 +35,7 @@ def write_report(folder: Path) -> Path:
         rows=rows,
         train=by_step(rows, "train"),
         evaluations=by_step(rows, "evaluation"),
+        exported=evaluations_to_export(rows),
         findings=findings(rows, read_config(folder)),
         history=image_history(folder, rows),
         extremes=best_and_worst(folder, rows),

@@ -12,6 +12,7 @@ from rlhf_t2i.training.metrics import (
     Points,
     Row,
     by_step,
+    evaluations_to_export,
     number,
     reward_names,
     time_split,
@@ -122,28 +123,30 @@ def diversity_of(evaluation: Row) -> str:
 
 
 def diversity_change(rows: Sequence[Row]) -> tuple[str, str, str] | None:
-    """Return the diversity of the first and of the last evaluation and the change; None unless both measured it."""
-    evaluations = by_step(rows, "evaluation")
+    """Return the diversity of the first and of the exported evaluation and the change; None unless both measured it."""
+    evaluations = evaluations_to_export(rows)
     first, last = (number(evaluations[i], "diversity") for i in (0, -1))
     return None if math.isnan(last - first) else (f"{first:.3f}", f"{last:.3f}", f"{last - first:+z.3f}")
 
 
 def reward_changes(rows: Sequence[Row]) -> list[Change]:
-    """Return the change of each reward from the first to the last evaluation."""
-    evaluations = by_step(rows, "evaluation")
+    """Return the change of each reward from the first evaluation to that of the exported weights."""
+    evaluations = evaluations_to_export(rows)
     names = [name for name in reward_names(evaluations[:1]) if name in evaluations[-1]]
     return [compare(name, evaluations[0], evaluations[-1]) for name in names]
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """Return a sentence on the change of the first reward from the first to the last evaluation."""
-    evaluations, changes = by_step(rows, "evaluation"), reward_changes(rows)
+    """Return a sentence on the change of the first reward from the first to the exported evaluation."""
+    evaluations, changes = evaluations_to_export(rows), reward_changes(rows)
     if not changes:
         return "No evaluation has finished yet"
     change, last = changes[0], evaluations[-1]
     subject = f"{change.name} on the evaluation prompts"
     if len(evaluations) == 1:
-        return f"{subject} is {change.before} at update {last['step']}; there is no other evaluation yet"
+        only = len(by_step(rows, "evaluation")) == 1
+        note = "there is no other evaluation yet" if only else "the exported weights are those before training"
+        return f"{subject} is {change.before} at update {last['step']}; {note}"
     so_far = rows[: rows.index(last) + 1]
     num_updates, minutes = len(by_step(so_far, "train")), sum(time_split(so_far).values()) / 60
     return (
@@ -183,9 +186,8 @@ def _steps(count: int) -> str:
 
 
 def before_after(rows: Sequence[Row]) -> str:
-    """Return a table of the first and the last evaluation, with the change of each reward and its z."""
-    evaluations = [row for row in rows if row["kind"] == "evaluation"]
-    last = evaluations[-1]
+    """Return a table of the first and the exported evaluation, with the change of each reward and its z."""
+    last = evaluations_to_export(rows)[-1]
     table = [("", "before", "after", "change", "z")]
     table += [(one.name, one.before, one.after, one.difference, one.z_text) for one in reward_changes(rows)]
     if diversity := diversity_change(rows):
@@ -193,7 +195,7 @@ def before_after(rows: Sequence[Row]) -> str:
     lines = align(table, left={0, 4})
     if gap := reward_hacking_gap(rows):
         lines.append(gap.sentence)
-    images = sum(row["images"] for row in rows if row["kind"] == "train")
+    images = total(rows[: rows.index(last)], "images")
     lines.append(
         f"{last['num_images']} evaluation images; {_steps(last['step'])}, {images:,} training images, "
         f"{last['elapsed'] / 60:.1f} minutes"

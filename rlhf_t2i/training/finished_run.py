@@ -27,7 +27,7 @@ from rlhf_t2i.output.run_folder import (
     read_config,
 )
 from rlhf_t2i.shapes.names import default_resolution
-from rlhf_t2i.training.metrics import Row, by_step, read_metrics, trained_rewards
+from rlhf_t2i.training.metrics import Row, by_step, evaluations_to_export, read_metrics, trained_rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class FinishedRun:
     @property
     def evaluations(self) -> list[Row]:
         """Rows of the evaluations: the first is before training, the last of the exported weights."""
-        return by_step(self.rows, "evaluation")
+        return evaluations_to_export(self.rows)
 
     @property
     def trained_on(self) -> list[str]:
@@ -79,7 +79,7 @@ class FinishedRun:
 
     @property
     def grids(self) -> list[Path]:
-        """Image grids of the first and of the last evaluation."""
+        """Image grids of the first evaluation and of that of the exported weights."""
         return [image_grid(self.folder, self.evaluations[i]["step"]) for i in (0, -1)]
 
     @property
@@ -115,9 +115,10 @@ def read_run(folder: Path) -> FinishedRun:
         return FinishedRun(folder, kind, info, config, [], metrics, history)
     run = FinishedRun(folder, kind, info, config, read_metrics(folder), {}, [])
     done = max((row["step"] for row in by_step(run.rows, "train")), default=0)
-    if len(run.evaluations) < 2 or (done < config["num_steps"] and config["early_stop_reward"] is None):
+    num_evaluations = len(by_step(run.rows, "evaluation"))
+    if num_evaluations < 2 or (done < config["num_steps"] and config["early_stop_reward"] is None):
         raise FileNotFoundError(
-            f"{folder} has {done} of {config['num_steps']} steps and {len(run.evaluations)} evaluations, of which it "
+            f"{folder} has {done} of {config['num_steps']} steps and {num_evaluations} evaluations, of which it "
             f"needs at least 2: its weights are not those evaluated last. {unfinished}"
         )
     files = [str(path.relative_to(folder)) for path in run.grids]

@@ -24,7 +24,7 @@ from rlhf_t2i.rewards.terms import join_terms
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.shapes.names import TOY_MODELS
 from rlhf_t2i.training.claim import remove_failed_starts
-from rlhf_t2i.training.metrics import Row, by_step, read_metrics, trained_rewards
+from rlhf_t2i.training.metrics import Row, by_step, evaluations_to_export, read_metrics, trained_rewards
 from rlhf_t2i.types import MetadataReward, Reward
 
 ConfigT = TypeVar("ConfigT", bound=TrainerConfig, contravariant=True)
@@ -45,6 +45,8 @@ class TrainingResult:
     """One row for each training step, in order: reward, loss, seconds and others by name."""
     evaluations: list[Row]
     """One row for each evaluation, the first before training: the mean of each reward by its name, and others."""
+    exported: Row
+    """The row of the evaluation of the exported weights: the last one, or with early_stop_reward the best."""
 
     @property
     def is_complete(self) -> bool:
@@ -61,7 +63,7 @@ class TrainingResult:
 
     def __repr__(self) -> str:
         names = trained_rewards(self.metrics)
-        first, last = self.evaluations[0], self.evaluations[-1]
+        first, last = self.evaluations[0], self.exported
         changes = [f"{name} {first[name]:.3g} -> {last[name]:.3g}" for name in names if name in first]
         count = len(self.metrics)
         steps = f"{'' if self.is_complete else 'stopped after '}{count} step{'s' * (count != 1)}"
@@ -120,7 +122,8 @@ def from_python(main: Callable[[ConfigT], Path]) -> Train[ConfigT]:
             with passing(replace(objects, pipelines={config.model: pipeline})), _in_training(pipeline):
                 folder = main(config)
         rows = read_metrics(folder)
-        return TrainingResult(folder, pipeline, by_step(rows, "train"), by_step(rows, "evaluation"))
+        evaluations, exported = by_step(rows, "evaluation"), evaluations_to_export(rows)[-1]
+        return TrainingResult(folder, pipeline, by_step(rows, "train"), evaluations, exported)
 
     train.__module__ = main.__module__
     train.__qualname__ = "train"

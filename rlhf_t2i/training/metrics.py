@@ -1,4 +1,7 @@
-"""Write and read metrics.jsonl, one row for each training step and evaluation; thresholds for its warnings."""
+"""Write and read metrics.jsonl, one row for each training step and evaluation; thresholds for its warnings.
+
+A last row of the kind "export" has the step whose weights are exported, if these are not those of the last step.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,13 @@ def by_step(rows: Sequence[Row], kind: str) -> list[Row]:
     return [of_step[step] for step in sorted(of_step)]
 
 
+def evaluations_to_export(rows: Sequence[Row]) -> list[Row]:
+    """Return the evaluations by step up to that of the exported weights: the last one, or what a row "export" names."""
+    evaluations = by_step(rows, "evaluation")
+    exported = next((row["step"] for row in reversed(rows) if row["kind"] == "export"), math.inf)
+    return [row for row in evaluations if row["step"] <= exported]
+
+
 def reward_names(evaluations: Sequence[Row]) -> list[str]:
     """Return the names of the evaluated rewards, in order."""
     return list(dict.fromkeys(key.removesuffix(ERROR) for row in evaluations for key in row if key.endswith(ERROR)))
@@ -100,16 +110,14 @@ class MetricsFile:
     """Append rows to the metrics.jsonl of a run folder, each with its kind ("train" or "evaluation") and step."""
 
     def __init__(self, folder: Path, *, resumed_step: int, owes_evaluation: bool = False) -> None:
-        """Open the file of a run that resumes after `resumed_step` steps; later rows are removed.
+        """Open the file of a run that resumes after `resumed_step` steps; later rows and "export" are removed.
 
         With `owes_evaluation` the evaluation after that step is made again, so its row is removed too.
         """
         self.path = folder / METRICS
         rows = read_metrics(folder) if resumed_step else []
-        owed = resumed_step if owes_evaluation else None
-        earlier = [
-            row for row in rows if row["step"] <= resumed_step and (row["kind"], row["step"]) != ("evaluation", owed)
-        ]
+        ends = {"train": resumed_step, "evaluation": resumed_step - owes_evaluation, "export": -1}
+        earlier = [row for row in rows if row["step"] <= ends[row["kind"]]]
         self.elapsed = max((row["elapsed"] for row in earlier), default=0.0)
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in earlier))
 

@@ -108,6 +108,11 @@ class Run:
             self.metrics.write({**row, "elapsed": round(self.elapsed, 3)})
         self.trackers.log({**row, "elapsed": round(self.elapsed, 3)})
 
+    def log_export(self, step: int) -> None:
+        """Append to metrics.jsonl that the weights after `step`, earlier than the last, are exported."""
+        if self.metrics is not None:
+            self.metrics.write({"kind": "export", "step": step, "elapsed": round(self.elapsed, 3)})
+
     def keep_folder(self) -> None:
         """Keep the run folder from now on, which is removed if the start fails."""
         keep_folder(self.folder)

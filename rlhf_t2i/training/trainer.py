@@ -274,10 +274,10 @@ class Trainer:
         with exchanged(self.engine.weights, exported):
             if is_complete and best is not None and best.best_step != self.step:
                 self.print(
-                    f"{best.reward} was best after {best.best_step} of {self.step} steps ({best.best:z.3f}). Those "
-                    f"weights are exported, and evaluated once more for the report."
+                    f"{best.reward} was best after {best.best_step} of {self.step} steps ({best.best:z.3f}); those "
+                    f"weights are exported."
                 )
-                self.record(self._evaluate())
+                self.run.log_export(best.best_step)
             with lora_at_scale(self.engine.weights, self.config.lora_scale):
                 weights = gather_weights(self.engine, keep=self.run.is_main)
         if self.run.is_main and not self.is_sharded:  # for a caller in Python who goes on with the pipeline
