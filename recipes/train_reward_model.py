@@ -55,7 +55,7 @@ from reward_model.model import RewardModel, parameter_table, visual_token_table
 from reward_model.scoring import LlavaReward
 from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer
 from reward_model.types import Record
-from rlhf_t2i.distributed.processes import end_processes, uses_fsdp
+from rlhf_t2i.distributed.processes import end_processes, prepare_deepspeed, uses_fsdp
 from rlhf_t2i.output.run_folder import CHECKPOINTS, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.report.reward_model import record_history, write_report
 from rlhf_t2i.settings.lists import names
@@ -136,13 +136,12 @@ def build_model(config: Config, objective: Objective, *, dtype: str) -> RewardMo
 def start(config: Config) -> tuple[RewardConfig, Path]:
     """Set up the process and trl's arguments, and claim the run folder. Raises ValueError under FSDP."""
     if uses_fsdp(os.environ):
-        raise ValueError(
-            "FSDP does not train reward models; launch with accelerate_configs/deepspeed_zero3.yaml or ddp.yaml."
-        )
+        raise ValueError("FSDP does not train reward models; use accelerate_configs/deepspeed_zero3.yaml or ddp.yaml.")
     stop_with_launcher()
     if config.backbone != TOY_BACKBONE:
         backbone_family(config.backbone)  # raises before data are read
     prepare_torch(attention=config.attention, num_cpu_threads=config.num_cpu_threads)
+    prepare_deepspeed()
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     arguments = trainer_arguments(config, precision=precision)
     folder = claim_folder(

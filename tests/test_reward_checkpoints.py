@@ -54,7 +54,7 @@ def test_a_checkpoint_whose_best_weights_are_damaged_is_passed_over(tmp_path: Pa
 def test_fsdp_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU accelerate would silently make it DDP; on a GPU a checkpoint would hold one process's shard."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP does not train reward models; launch with accelerate_configs/deepspeed"):
+    with pytest.raises(ValueError, match="FSDP does not train reward models; use accelerate_configs/deepspeed"):
         train_reward_model.main(train_reward_model.Config(run_folder=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 

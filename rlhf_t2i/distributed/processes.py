@@ -32,10 +32,8 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     on_cpu = not torch.cuda.is_available()
     if deepspeed:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
         _check_deepspeed(os.environ)
-        if on_cpu:
-            _skip_compilation()
+        prepare_deepspeed()
     if several and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         _reconnect(os.environ, on_cpu=on_cpu)
     # Without a GPU use gloo: DeepSpeed would compile a library of its own.
@@ -64,6 +62,21 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
     if kind == DistributedType.NO:
         return accelerator, "single"
     return accelerator, "fsdp2" if sharded else "ddp"
+
+
+def prepare_deepspeed() -> None:
+    """Tell DeepSpeed, if the launcher configured it, which device it uses.
+
+    Without a GPU keep it from compiling a communication library for inference, which takes a minute.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return
+    on_cpu = not torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
+    if on_cpu:
+        import deepspeed  # takes seconds
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def end_processes(accelerator: Accelerator) -> None:
@@ -144,13 +157,6 @@ def _wants_fsdp(environment: Any) -> bool:
     if environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         raise ValueError("fsdp_offload_params is not supported; use accelerate_configs/deepspeed_zero3_offload.yaml.")
     return True
-
-
-def _skip_compilation() -> None:
-    """Keep DeepSpeed on a CPU from compiling a communication library for inference, which takes a minute."""
-    import deepspeed  # takes seconds
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _check_deepspeed(environment: Mapping[str, str]) -> None:
