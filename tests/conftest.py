@@ -31,20 +31,18 @@ _IN_ONE_WORKER = {
 }  # fmt: skip
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker more than cores, because many tests wait for processes that they started."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         processes.reserve_server()
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Run one or two files in this process: workers would take longer to start than the tests."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run one or two files in this process: workers would take longer to start than the tests.
+
+    Otherwise start one worker more than there are cores, because many tests wait for processes that they started.
+    """
     files = {argument.partition("::")[0] for argument in config.args}
-    return 0 if len(files) < 3 and all(file.endswith(".py") for file in files) else None
+    return 0 if len(files) < 3 and all(file.endswith(".py") for file in files) else (os.cpu_count() or 1) + 1
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
