@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import nn
 
 from reward_model.heads import HeadKind
 from reward_model.skip_ca import SkipCaKeys
+from reward_model.text_files import parse_json
 
 FORMAT = 1
+_MAX_WIDTH = 1 << 15
+"""Widest language model and LoRA of which the weights are allocated."""
 
 
+@with_config(ConfigDict(strict=True, allow_inf_nan=False))
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
     """One perspective of a reward model: its modules on the backbone, and the units of its scores."""
@@ -61,16 +67,19 @@ class RewardModelConfig:
             raise ValueError(
                 f"perspective is {self.perspective!r}; it must be a-z, 0-9 and _, and no attribute of nn.ModuleDict."
             )
+        bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "num_crops": self.num_crops}
         for name, valid, rule in (
             ("head", self.head in get_args(HeadKind), "scalar or general_preference"),
             ("temperature", math.isfinite(self.temperature) and self.temperature > 0, "positive"),
             ("tie_width", math.isfinite(self.tie_width) and self.tie_width >= 0, "at least 0"),
-            ("skip_ca_heads", self.skip_ca_heads >= 1, "at least 1"),
+            ("width", 1 <= self.width <= _MAX_WIDTH, f"in [1, {_MAX_WIDTH}]"),
+            ("skip_ca_heads", 1 <= self.skip_ca_heads <= self.width, "at least 1, and at most the width"),
             ("skip_ca_keys", self.skip_ca_keys in get_args(SkipCaKeys), " or ".join(get_args(SkipCaKeys))),
-            ("skip_ca_eps", self.skip_ca_eps > 0, "positive"),
-            ("lora_rank", self.lora_rank >= 1, "at least 1"),
-            ("lora_alpha", self.lora_alpha > 0, "positive"),
+            ("skip_ca_eps", 0 < self.skip_ca_eps < math.inf, "positive and finite"),
+            ("lora_rank", 1 <= self.lora_rank <= _MAX_WIDTH, f"in [1, {_MAX_WIDTH}]"),
+            ("lora_alpha", 0 < self.lora_alpha < math.inf, "positive and finite"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
+            *((name, value is None or value >= 1, "null or at least 1") for name, value in bounds.items()),
             ("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("template", self.template in ("family", "published"), "family or published"),
         ):
@@ -85,8 +94,8 @@ class RewardModelConfig:
     def from_json(text: str, *, where: str) -> RewardModelConfig:
         """Parse the output of `to_json`; ValueError, naming `where`, for another format or wrong keys."""
         try:
-            values: Any = json.loads(text)
-        except json.JSONDecodeError as error:
+            values: Any = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"{where} is not JSON: {error}.") from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ValueError(f"{where} is not a reward model config of format {FORMAT}, the one that is supported.")
@@ -95,6 +104,8 @@ class RewardModelConfig:
         if missing := {"backbone", "model_type", "width"} - values.keys():
             raise ValueError(f"{where} lacks keys: {', '.join(sorted(missing))}.")
         try:
-            return RewardModelConfig(**values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
+            return TypeAdapter(RewardModelConfig).validate_json(json.dumps(values))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            named = "".join(f"{name} is {reprlib.repr(fault['input'])}: " for name in fault["loc"])
+            raise ValueError(f"{where}: {named}{fault['msg'].removeprefix('Value error, ')}") from error

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from reward_model.text_files import compose_yaml
 from rlhf_t2i.errors import exit_with, one_line_errors, show_tracebacks
 from rlhf_t2i.output.run_folder import check_free, paths_start
 from rlhf_t2i.rewards.terms import join_terms, parse_terms
@@ -94,12 +95,7 @@ def _check_folder(config: object) -> None:
 
 def _read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
     """The options of a YAML file, in their types; ValueError, naming the line, for any that is not one."""
-    try:
-        document = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
+    document = compose_yaml(path)
     if document is not None and not isinstance(document, yaml.MappingNode):
         raise ValueError(f"{path} holds no options; write one 'name: value' a line.")
     values: dict[str, Any] = {}

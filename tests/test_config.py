@@ -144,7 +144,10 @@ def test_print_config_writes_a_file_that_gives_the_same_settings(
         (["--num_steps", "0"], "num_steps is 0; it must be at least 1."),
         (["--num_steps", "null"], "num_steps is null; it must be a whole number, at least 1."),
         (["--learning_rate", "0"], "learning_rate is 0; it must be positive."),
-        (["--learning_rate", "nan"], "learning_rate is nan; it must be positive."),
+        (["--learning_rate", "nan"], "learning_rate is nan; it must be a finite number, positive."),
+        (["--clip", "inf"], "clip is inf; it must be a finite number or null, positive."),
+        (["--num_steps", "9" * 19], "num_steps is 9999999999999999999; it must be below 2^63."),
+        (["--num_steps", "9" * 5000], f"num_steps is {'9' * 100}...; it must be a whole number, at least 1."),
         (["--eta", "1.5"], "eta is 1.5; it must be in (0, 1]."),
         (["--clip", "wide"], "clip is wide; it must be a number or null, positive."),
         (["--mode", "bf16"], "mode is bf16; it must be one of no, fp16 or null."),
@@ -168,6 +171,8 @@ def test_a_mistake_on_the_command_line_is_named(
         ("num_steps: [1, 2]\n", ":1: num_steps is a list or mapping; it must be one value."),
         ("- num_steps\n", " holds no options; write one 'name: value' a line."),
         ("num_steps: {\n", " is not YAML: "),
+        ("num_steps: " + "[" * 100_000, " is not YAML: values are nested more than 100 deep"),
+        ("a: &a [1, 1]\nb: [*a, *a]\n", " is not YAML: *a repeats a list"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_its_line(

@@ -192,7 +192,7 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch: pyte
         ("form: digits\nquestion: '{prompt}'\nscael: 4", "scael: "),
         ("form: digits\nquestion: How good?", "question has no {prompt}"),
         ("form: rubric\nquestion: '{prompt}'", "aspects belong to the form rubric"),
-        ("question: [", "is no YAML"),
+        ("question: [", "is not YAML"),
         ("just a text", "it: "),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from reward_model.text_files import read_object
 
 PaddingSide = Literal["left", "right"]
 
@@ -104,8 +105,11 @@ def find_chat_template(source: str, tokenizer: Any) -> str:
     for name in ("chat_template.jinja", "chat_template.json"):
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
         if path:
-            text = Path(path).read_text(encoding="utf-8")
-            return text if name.endswith("jinja") else json.loads(text)["chat_template"]
+            file = Path(path)
+            found = file.read_text("utf-8") if name.endswith("jinja") else read_object(file).get("chat_template")
+            if not isinstance(found, str):
+                raise ValueError(f"{file} has no text under chat_template.")
+            return found
     raise ValueError(f"The model {source!r} has no chat template.")
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from reward_model.datasets.fields import shortened
 from reward_model.scorers.weights import load_pickle, refuse_inflated
+from reward_model.text_files import read_object, read_yaml
 
 _YAML_KEYS = {"general_preference_tau", "value_head_dim", "add_cross_attention", "is_general_preference"}
 _PLAIN_LORA: dict[str, Any] = {
@@ -26,10 +27,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Return the four settings of a reward_config.yaml; ValueError for a missing, unknown or invalid one."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: this is no published LLaVA-Reward checkpoint.")
-    try:
-        found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}.") from error
+    found = read_yaml(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no settings.")
     for key in sorted(map(str, found.keys() ^ _YAML_KEYS)):
@@ -38,7 +36,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         if not isinstance(found[key], bool):
             raise ValueError(f"{path}: {key} is {found[key]!r}; it must be true or false.")
     tau = found["general_preference_tau"]
-    if isinstance(tau, bool) or not isinstance(tau, int | float) or tau <= 0:
+    if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau < math.inf:
         raise ValueError(f"{path}: general_preference_tau is {tau!r}; it must be a positive number.")
     if found["is_general_preference"] and found["value_head_dim"] != 2:
         raise ValueError(
@@ -52,17 +50,17 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}. (The published trainer writes no LoRA under ZeRO-2.)")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+    found = read_object(path)
     for key, plain in _PLAIN_LORA.items():
         if (found.get(key) or plain) != plain:
             raise ValueError(f"{path}: {key} is {found[key]!r}; only {plain!r} is supported.")
     if missing := {"r", "lora_alpha"} - found.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}.")
-    own = {"lora_rank": found["r"], "lora_alpha": float(found["lora_alpha"])}
-    return {**own, "lora_dropout": float(found.get("lora_dropout", 0.0))}
+    found = {"lora_dropout": 0.0, **found}
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if isinstance(found[key], bool) or not isinstance(found[key], int if key == "r" else int | float):
+            raise ValueError(f"{path}: {key} is {shortened(found[key])}; it must be a number.")
+    return {"lora_rank": found["r"], "lora_alpha": float(found["lora_alpha"]), "lora_dropout": found["lora_dropout"]}
 
 
 def adapter_file(folder: Path) -> Path:

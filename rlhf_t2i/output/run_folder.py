@@ -32,12 +32,16 @@ reward_std.json     standard deviation of the reward that recipes/fk_steering.py
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
+from reward_model.text_files import read_object, read_yaml
 from rlhf_t2i.output.files import path_from, write_atomically
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPTS
 
@@ -74,6 +78,27 @@ _PATHS = ("model", "init_weights", "init_lora", "prompts", "evaluation_prompts",
 """Settings that are one path each."""
 _NAMES = {*TOY_MODELS, TOY_PROMPTS, TOY_BACKBONE}
 
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class _RunInfo(TypedDict, total=False):
+    """Types of what is read from run.json."""
+
+    recipe: str
+    command: str
+    working_directory: str
+    started: str
+    device: str
+    git_commit: str | None
+    versions: dict[str, str]
+    processes: int
+    sessions: list[dict[str, Any]]
+
+
+@cache
+def _run_info() -> Any:
+    return TypeAdapter(_RunInfo)
+
+
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 DENOISER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -89,7 +114,7 @@ WEIGHT_FILES: dict[WeightKind, str] = {
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the settings of a run; relative paths of files and folders are those of the working directory."""
-    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_yaml(folder / CONFIG)
     start = paths_start(folder / CONFIG) if (folder / RUN_INFO).is_file() else None
     if start is None or not isinstance(config, dict):
         return config
@@ -132,8 +157,15 @@ def reward_model_of(source: str) -> str:
 
 
 def read_run_info(folder: Path) -> dict[str, Any]:
-    """Return the recipe, command, commit and versions of a run."""
-    return json.loads((folder / RUN_INFO).read_text(encoding="utf-8"))
+    """Return the recipe, command, commit and versions of a run; ValueError for a run.json that is not of a run."""
+    info = read_object(folder / RUN_INFO)
+    try:
+        _run_info().validate_python(info)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where, shown = ".".join(map(str, fault["loc"])), reprlib.repr(fault["input"])
+        raise ValueError(f"{folder / RUN_INFO}: {where} is {shown}; {fault['msg']}.") from error
+    return info
 
 
 def update_run_info(folder: Path, values: Mapping[str, Any]) -> None:

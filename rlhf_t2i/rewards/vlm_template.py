@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from reward_model.text_files import read_yaml
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _SPACE = " \n\t\u2581\u0120"
@@ -125,13 +126,11 @@ def read_template(file: str) -> VlmTemplate:
     if not path.is_file():
         raise FileNotFoundError(f"There is no template {file!r} of a vlm reward.")
     try:
-        return TypeAdapter(VlmTemplate).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return TypeAdapter(VlmTemplate).validate_python(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise ValueError(f"{file}: {where}: {first['msg']}; the given value is {first['input']!r}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
 
 
 def _first_token(answer: Any) -> dict[str, float]:

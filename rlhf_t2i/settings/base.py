@@ -148,13 +148,20 @@ class Option:
         if isinstance(value, str) and self.base is str:
             value = resolve_paths(value, self._marker(Inputs, Prefix, Rewards), folder=folder)
         try:
-            return _adapter(self.type).validate_python(value)
+            found = _adapter(self.type).validate_python(value)
         except ValidationError as error:
-            in_type = error.errors()[0]["type"].startswith(("greater_than", "less_than"))
-            or_null = " or null" if self.optional else ""
-            parts = [self.range + or_null] if in_type else [self.kind + or_null, self.range]
+            or_null, kind = " or null" if self.optional else "", self.kind
+            fault = error.errors()[0]["type"]
+            parts = [kind + or_null, self.range]
+            if fault.startswith(("greater_than", "less_than")):
+                parts = [self.range + or_null]
+            elif fault == "finite_number":
+                parts[0] = f"a finite number{or_null}"
             rule = ", ".join(filter(None, parts))
-            raise ValueError(f"{self.name} is {value}; it must be {rule}.") from error
+            raise ValueError(f"{self.name} is {_shown(value)}; it must be {rule}.") from error
+        if isinstance(found, int) and abs(found) >= 1 << 63:
+            raise ValueError(f"{self.name} is {_shown(value)}; it must be below 2^63.")
+        return found
 
     @property
     def base(self) -> Any:
@@ -209,7 +216,13 @@ class Option:
 
 @functools.cache
 def _adapter(kind: Any) -> Any:
-    return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True))
+    return TypeAdapter(kind, config=ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False))
+
+
+def _shown(value: Any) -> str:
+    """Return a value as text for a message, its first 100 characters."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 @functools.cache
