@@ -20,7 +20,8 @@ from reward_model.scorers import load_scorer
 from reward_model.scorers.hps_v3 import load_hps_v3
 from reward_model.scorers.hps_v3_rubric import BEFORE, BEHIND
 from rlhf_t2i.rewards.load import load_reward, load_rewards
-from tests.reward_models import QWEN_TEMPLATE, QWEN_TOKENS, WIDTH, bytes_of, save_qwen_preprocessors
+from tests.reward_models import QWEN_TOKENS, WIDTH, bytes_of
+from tests.scorer_files import published, save_hps_v3
 from tests.servers import served
 
 SIZE = 448
@@ -30,37 +31,10 @@ PIXELS = torch.stack([bytes_of(SIZE, SIZE, seed=seed) for seed in range(2)])
 IMAGES = PIXELS.float() / 255
 
 
-def published(name: str) -> str:
-    """The name of a tensor in the published file."""
-    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hps_v3")
-    config = Qwen2VLConfig(
-        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2, "patch_size": 14},
-        text_config={
-            "vocab_size": len(QWEN_TOKENS), "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
-            "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
-        },
-        image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4,
-    )  # fmt: skip
-    save_qwen_preprocessors(root, QWEN_TEMPLATE, patch_size=14)
-    config.save_pretrained(root)
-    config.text_config.vocab_size += 1  # of the reward token
-    model = Qwen2VLForConditionalGeneration(config)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        published(name): 0.3 * torch.randn(t.shape, generator=generator) + ("norm" in name or "ln_q" in name)
-        for name, t in model.state_dict().items()
-    }
-    for number, rows, columns in ((0, 12, WIDTH), (3, 6, 12), (5, 2, 6)):
-        tensors[f"rm_head.{number}.weight"] = 0.3 * torch.randn(rows, columns, generator=generator)
-        tensors[f"rm_head.{number}.bias"] = 0.3 * torch.randn(rows, generator=generator)
-    save_file(tensors, root / "HPSv3.safetensors")
+    save_hps_v3(root)
     return root
 
 
