@@ -263,6 +263,18 @@ def test_every_option_of_every_command_has_help_and_a_group(command: str) -> Non
         assert option.group in GROUPS, option.name
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_imports_refuses_code_in_every_option_that_names_rewards(command: str) -> None:
+    settings = importlib.import_module(f"rlhf_t2i.settings.{command}").Config
+    for name in [option.name for option in options_of(settings) if option.names]:
+        given = {"weights": "base,x"} if command == "collect_preferences" else {}
+        given |= {"data": "sampled"} if command == "diffusion_dpo" else {}
+        with pytest.raises(
+            ValueError, match=r"^\w+ is stranger\S*:f.*; it must be without module:function, which no_imports"
+        ):
+            settings(**given, no_imports=True, **{name: "stranger.py:f" if name == "rewards" else "stranger:f"})
+
+
 def test_one_option_has_one_type_and_group_in_all_recipes() -> None:
     found: dict[str, set[tuple[Any, str]]] = {}
     for command in COMMANDS:

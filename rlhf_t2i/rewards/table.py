@@ -239,6 +239,14 @@ def find_reward(name: str) -> tuple[RewardEntry, str]:
     raise ValueError(f"There is no reward {name!r}; choose from {', '.join(reward_names())}.")
 
 
+def is_imported(name: str) -> bool:
+    """Return True for a name of the form module:function."""
+    try:
+        return find_reward(name)[0] is IMPORTED
+    except ValueError:
+        return False
+
+
 def reward_names(*, differentiable: bool = False) -> tuple[str, ...]:
     """Return the names of the table; with `differentiable`, without rewards that have no gradient."""
     return tuple(entry.name for entry in REWARDS if not differentiable or entry.differentiable is not False)

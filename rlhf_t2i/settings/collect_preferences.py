@@ -19,6 +19,7 @@ from rlhf_t2i.settings.groups import (
     SeedSettings,
 )
 from rlhf_t2i.settings.lists import names
+from rlhf_t2i.settings.no_imports import ImportSettings
 from rlhf_t2i.settings.ranges import DataPaths, InputPaths, NonNegativeInt, PositiveInt, RewardNames, WeightsPaths
 from rlhf_t2i.settings.server import ServerSettings
 
@@ -40,6 +41,7 @@ class PairSourceSettings(Settings, group="data"):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
+    ImportSettings,
     SeedSettings,
     ServerSettings,
     MicrobatchSettings,

@@ -19,11 +19,13 @@ from rlhf_t2i.settings.groups import (
     ThreadSettings,
 )
 from rlhf_t2i.settings.lists import names
+from rlhf_t2i.settings.no_imports import ImportSettings
 from rlhf_t2i.settings.ranges import BASE, PositiveInt, RewardNames, WeightsPaths
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
+    ImportSettings,
     ThreadSettings,
     PrecisionSettings,
     MicrobatchSettings,

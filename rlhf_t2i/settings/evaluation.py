@@ -10,6 +10,7 @@ from annotated_types import Ge
 from rlhf_t2i.rewards.terms import reward_names_of
 from rlhf_t2i.settings.base import Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
+from rlhf_t2i.settings.no_imports import ImportSettings
 from rlhf_t2i.settings.ranges import Fraction, MeasuredReward, NonNegativeInt, PositiveInt, PromptsPath, RewardNames
 from rlhf_t2i.shapes.names import TOY_PROMPTS, TOY_REWARD
 
@@ -34,7 +35,7 @@ class EvaluationSamplingSettings(Settings, group="evaluation"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(EvaluationSamplingSettings, group="evaluation"):
+class EvaluationSettings(ImportSettings, EvaluationSamplingSettings, group="evaluation"):
     """Evaluation during training."""
 
     evaluate_every: NonNegativeInt = 10

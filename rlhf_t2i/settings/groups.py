@@ -15,6 +15,7 @@ from rlhf_t2i.settings.evaluation import EvaluationSettings
 from rlhf_t2i.settings.launch import shared_rule, tracker_rules
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.memory import AttentionSettings, TrainingMemorySettings
+from rlhf_t2i.settings.no_imports import ImportSettings
 from rlhf_t2i.settings.optimizer import OptimizerSettings
 from rlhf_t2i.settings.ranges import (
     InputPath,
@@ -119,7 +120,7 @@ class SamplingSettings(GuidanceSettings, group="sampling"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings(Settings, group="reward"):
+class RewardSettings(ImportSettings, group="reward"):
     """The reward that is optimised."""
 
     rewards: RewardNames = by_model(TOY_REWARD)

@@ -26,7 +26,7 @@ from rlhf_t2i.training.trackers import Trackers
 FREE_TO_CHANGE = frozenset({
     "num_steps", "learning_rate", "warmup_steps", "max_skipped_updates", "evaluate_every", "patience",
     "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads", "microbatch_size", "searches_per_batch",
-    "async_reward", "attention", "gradient_checkpointing", "offload_text_encoders", "gather_for_sampling",
+    "async_reward", "no_imports", "attention", "gradient_checkpointing", "offload_text_encoders", "gather_for_sampling",
 })  # fmt: skip
 """Settings that may differ when a run is resumed; docs/resume.md lists them."""
 
