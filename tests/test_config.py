@@ -268,10 +268,7 @@ def test_no_imports_refuses_code_in_every_option_that_names_rewards(command: str
     settings = importlib.import_module(f"rlhf_t2i.settings.{command}").Config
     for name in [option.name for option in options_of(settings) if option.names]:
         given = {"weights": "base,x"} if command == "collect_preferences" else {}
-        given |= {"data": "sampled"} if command == "diffusion_dpo" else {}
-        with pytest.raises(
-            ValueError, match=r"^\w+ is stranger\S*:f.*; it must be without module:function, which no_imports"
-        ):
+        with pytest.raises(ValueError, match=r"^\w+ is \S*stranger\S*:f\S*; it must be without module:function"):
             settings(**given, no_imports=True, **{name: "stranger.py:f" if name == "rewards" else "stranger:f"})
 
 
