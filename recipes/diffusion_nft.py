@@ -48,7 +48,7 @@ from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.metrics import mean_update_metrics
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
-from rlhf_t2i.training.several_rewards import combined_advantages
+from rlhf_t2i.training.several_rewards import any_to_learn, combined_advantages, warn_of_drowned
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Conditioning, Level, Policy, Prediction
 
@@ -83,11 +83,15 @@ def main(config: Config) -> Path:
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
         methods = [scaled] * len(reward.terms)
+        if step == 0 and config.combine_rewards == "sum":
+            warn_of_drowned(scores, reward, gather=trainer.gather, print=trainer.print)
         advantages = combined_advantages(trainer, groups, scores, reward=reward, methods=methods, config=config)
-        advantages = advantages[shard.start : shard.stop].flatten().to(trainer.device)
-        optimality = (0.5 + advantages / (2 * config.max_advantage)).clamp(0, 1)
-        with trainer.timed("update"):
-            metrics = update(trainer, clean, own_prompts, optimality, shard=shard, step=step, config=config)
+        own_advantages = advantages[shard.start : shard.stop].flatten().to(trainer.device)
+        optimality = (0.5 + own_advantages / (2 * config.max_advantage)).clamp(0, 1)
+        metrics = dict[str, float]()
+        if any_to_learn(advantages, step=step, print=trainer.print):
+            with trainer.timed("update"):
+                metrics = update(trainer, clean, own_prompts, optimality, shard=shard, step=step, config=config)
         del clean
         trainer.finish_step(
             step,

@@ -48,7 +48,7 @@ from rlhf_t2i.training.from_python import from_python
 from rlhf_t2i.training.policy_gradient import UpdateWarnings, update_metrics
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
-from rlhf_t2i.training.several_rewards import combined_advantages
+from rlhf_t2i.training.several_rewards import any_to_learn, combined_advantages, warn_of_drowned
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Dynamics, Sampler, Schedule, Trajectory
 
@@ -81,18 +81,22 @@ def main(config: Config) -> Path:
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
         methods = [scaled] * len(reward.terms)
+        if step == 0 and config.combine_rewards == "sum":
+            warn_of_drowned(scores, reward, gather=trainer.gather, print=trainer.print)
         advantages = combined_advantages(trainer, groups, scores, reward=reward, methods=methods, config=config)
         advantages = advantages.clamp(-config.max_advantage, config.max_advantage).to(trainer.device)
         noise = None
         if config.ratio_normalisation:
             noise = noise_of_rollout(policy, trajectory, generators=generators_for(config.seed, SAMPLE, step, shard))
-        with trainer.timed("update"):
-            metrics = update(
-                trainer, trajectory, advantages[shard.start : shard.stop].flatten(), noise=noise, window=window,
-                generators=generators_for(config.seed, UPDATE, step, shard), sampler=sampler, config=config,
-            )  # fmt: skip
+        metrics = dict[str, float]()
+        if any_to_learn(advantages, step=step, print=trainer.print):
+            with trainer.timed("update"):
+                metrics = update(
+                    trainer, trajectory, advantages[shard.start : shard.stop].flatten(), noise=noise, window=window,
+                    generators=generators_for(config.seed, UPDATE, step, shard), sampler=sampler, config=config,
+                )  # fmt: skip
+            warn(step, metrics)
         del trajectory, noise
-        warn(step, metrics)
         trainer.finish_step(
             step,
             **trainer.rollout_metrics(groups, scores),

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-_MIN_STD = 1e-6
-"""Rewards with a standard deviation up to this count as equal."""
+EQUAL = 1e-6
+"""Rewards count as equal up to this standard deviation or difference, in units of the largest absolute one of them: a
+few times what rounding to float32 changes."""
 
 
 def group_relative_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
@@ -35,7 +36,7 @@ def globally_scaled_advantages(rewards: Float[Tensor, "P K"]) -> Float[Tensor, "
     """
     std = _std(rewards.flatten()[None], dim=1)[0]
     scaled = _standardise(rewards, rewards.double().mean(dim=1, keepdim=True), std)
-    return torch.where(_std(rewards, dim=1) > _MIN_STD, scaled, 0.0)
+    return torch.where(_std(rewards, dim=1) > 0, scaled, 0.0)
 
 
 def standardised_sum(rewards: Float[Tensor, "R P K"], weights: Sequence[float]) -> Float[Tensor, "P K"]:
@@ -57,7 +58,8 @@ def standardised_sum_of_groups(rewards: Float[Tensor, "R P N"], weights: Sequenc
     count = finite.sum(dim=1, keepdim=True).clamp_min(1)
     mean = torch.where(finite, rewards.double(), 0.0).sum(dim=2, keepdim=True) / count
     centred = torch.where(finite, rewards - mean, 0.0)
-    std = (centred.square().sum(dim=2, keepdim=True) / count).sqrt()
+    largest = torch.where(finite, rewards, 0.0).double().abs().amax(dim=2, keepdim=True)
+    std = _without_rounding((centred.square().sum(dim=2, keepdim=True) / count).sqrt(), largest)
     total = _weighted_sum(_standardise(centred, torch.zeros_like(mean), std).to(rewards.dtype), weights)
     return torch.where(finite, total, torch.nan)
 
@@ -87,7 +89,7 @@ def vetoed_advantages(advantages: Float[Tensor, "P K"], passed: Bool[Tensor, "P 
 
 def num_degenerate_groups(rewards: Float[Tensor, "P K"]) -> int:
     """Return the number of groups whose images all have the same reward, which contribute no gradient."""
-    return int((_std(rewards, dim=1) <= _MIN_STD).sum())
+    return int((_std(rewards, dim=1) == 0).sum())
 
 
 class PerPromptHistory:
@@ -127,12 +129,22 @@ class PerPromptHistory:
 
 
 def _weighted_sum(values: Float[Tensor, "R P K"], weights: Sequence[float]) -> Float[Tensor, "P K"]:
-    return torch.einsum("r,rpk->pk", values.new_tensor(list(weights)), values)
+    """Return the weighted sum over the first dimension; 0 where its terms cancel but for rounding."""
+    scale = values.new_tensor(list(weights))
+    total = torch.einsum("r,rpk->pk", scale, values)
+    return _without_rounding(total, torch.einsum("r,rpk->pk", scale.abs(), values.abs()).max())
 
 
 def _std(rewards: Float[Tensor, "P K"], *, dim: int) -> Float[Tensor, "P 1"]:
-    return rewards.double().std(dim=dim, keepdim=True, correction=0)
+    """Return the standard deviation of rewards; 0 if they count as equal."""
+    exact = rewards.double()
+    return _without_rounding(exact.std(dim=dim, keepdim=True, correction=0), exact.abs().amax(dim=dim, keepdim=True))
+
+
+def _without_rounding(values: Tensor, largest: Tensor) -> Tensor:
+    """Return values; 0 for those that are no more than EQUAL of the `largest` number that they were computed from."""
+    return torch.where(values.abs() > EQUAL * largest, values, 0.0)
 
 
 def _standardise(rewards: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return torch.where(std > _MIN_STD, (rewards - mean) / std.clamp_min(_MIN_STD), 0.0).to(rewards.dtype)
+    return torch.where(std > 0, (rewards - mean) / torch.where(std > 0, std, 1.0), 0.0).to(rewards.dtype)

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_t2i.advantages import PerPromptHistory, group_relative_advantages, whole_batch_advantages
+from rlhf_t2i.advantages import (
+    PerPromptHistory,
+    group_relative_advantages,
+    num_degenerate_groups,
+    whole_batch_advantages,
+)
 from tests import reference
 
 
@@ -99,6 +104,19 @@ def test_equal_rewards_give_exact_zeros(method: Method, reward: float, images_pe
 def test_offset_and_scale_of_rewards_do_not_matter(method: Method) -> None:
     rewards = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
     assert_close(method(5 * rewards - 3), method(rewards), rtol=1e-4, atol=1e-4)
+
+
+@METHODS
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_equal_is_relative_to_the_size_of_rewards(method: Method, scale: float) -> None:
+    """A reward in other units teaches the same, and what rounding makes of equal rewards teaches nothing."""
+    rewards = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    assert_close(method(scale * rewards), method(rewards), rtol=1e-4, atol=1e-4)
+    equal = torch.full((4, 6), 0.3 * scale)
+    equal[:, 0] *= 1 + 2e-7
+    assert method(equal).eq(0).all()
+    assert num_degenerate_groups(scale * rewards) == 0
+    assert num_degenerate_groups(equal) == 4
 
 
 @pytest.mark.parametrize("num_good", [1, 3, 7])

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from reward_model.datasets import BadRecordError, describe, images, load_records, split_by_prompt
+from reward_model.datasets.prepare import prepare_records
 from reward_model.types import LabelledImage, PreferencePair, Record
 
 FOX, BLUE = "a red fox", "a blue fox"
@@ -736,3 +737,31 @@ def test_a_randomly_changed_record_is_refused_with_its_file_or_valid(folder: Pat
             check_records(outcome, folder)
             outcomes["valid"] += 1
     assert min(outcomes.values()) > 20, "the test proves nothing if all changed records are valid, or none"
+
+
+@pytest.mark.parametrize(
+    ("records", "warning"),
+    [
+        ([LabelledImage(Path(f"{i}.png"), f"{i}", 1) for i in range(8)], "all labels are 1, so that a model which"),
+        (
+            [PreferencePair(Path(f"{i}"), Path("b"), FOX, FOX, tie=True) for i in range(8)],
+            "all pairs are ties, so that",
+        ),
+        ([LabelledImage(Path(f"{i}.png"), f"{i}", i % 2) for i in range(8)], ""),
+    ],
+)
+def test_records_that_teach_no_order_are_warned_of(records: list[Record], warning: str) -> None:
+    log: list[str] = []
+    prepare_records(
+        records,
+        records,
+        {},
+        exclude_test_prompts=False,
+        validation_fraction=0.1,
+        hard_negatives=0.0,
+        seed=0,
+        log=log.append,
+    )
+    found = [text for text in log if text.startswith("WARNING")]
+    names = ("training", "validation") if warning else ()
+    assert all(text.startswith(f"WARNING: in the {n} data {warning}") for n, text in zip(names, found, strict=True))

@@ -20,6 +20,7 @@ from rlhf_t2i.advantages import (
 )
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
 from rlhf_t2i.search.candidates import best_of_n
+from rlhf_t2i.training.several_rewards import warn_of_drowned
 from tests.runs import as_for_toy_models, assert_same, rows, state, weights
 from tests.search_toys import generators, toy, value
 
@@ -44,6 +45,24 @@ def test_gdpo_tells_images_apart_whose_rewards_differ_but_not_their_sum() -> Non
     one[1], two[1] = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])
     parts = torch.stack([group_relative_advantages(one), group_relative_advantages(two)])
     assert_close(decoupled_advantages(parts, [1.0, 1.0])[0], 2 * decoupled_advantages(parts, [1.0, 1.0])[1])
+
+
+def test_rewards_that_cancel_leave_no_rounding_errors() -> None:
+    rewards = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    parts = torch.stack([group_relative_advantages(rewards), group_relative_advantages(7 - 3 * rewards)])
+    assert decoupled_advantages(parts, [1.0, 1.0]).eq(0).all()
+
+
+@pytest.mark.parametrize(("weight", "drowned"), [(1.0, True), (100.0, False), (0.0, False)])
+def test_a_reward_that_another_one_drowns_is_named(
+    weight: float, drowned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terms = [(CheckedReward(name, lambda images, prompts: images), w) for name, w in (("loud", 2.0), ("quiet", weight))]
+    scores = {"loud": LOUD.flatten(), "quiet": QUIET.flatten()}
+    warn_of_drowned(scores, WeightedSum(tuple(terms)), gather=torch.clone, print=print)
+    said = capsys.readouterr().out
+    assert said.startswith("WARNING: the reward quiet is drowned") == drowned
+    assert bool(said) == drowned
 
 
 def test_a_standardised_sum_by_hand() -> None:

@@ -8,7 +8,7 @@ from itertools import chain
 from reward_model.datasets.hard_negatives import hard_negatives as make_hard_negatives
 from reward_model.datasets.overlap import overlap_table, shared_prompts, without_prompts
 from reward_model.datasets.split import split_by_prompt
-from reward_model.datasets.summary import describe
+from reward_model.datasets.summary import describe, useless_records
 from reward_model.types import Record
 
 
@@ -28,7 +28,7 @@ def prepare_records(
     Prompts that the training data share with the sets in `tests` (by name) are counted, and removed from training if
     `exclude_test_prompts`. If `validation` is empty, `validation_fraction` of the training records, in (0, 1), are held
     out by prompt. Hard negatives are made for the fraction `hard_negatives`, in [0, 1], of the winners and added to the
-    training records. Tables of overlap and content are passed to `log`.
+    training records. Tables of overlap and content are passed to `log`, and warnings of records that teach no order.
 
     Raises ValueError if no training record is left.
     """
@@ -48,6 +48,9 @@ def prepare_records(
         log(f"{len(negatives):,} hard negatives are added to {len(records):,} training records")
         records += negatives
     log(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
+    for name, some in (("training", records), ("validation", held_out)):
+        for text in useless_records(some):
+            log(f"WARNING: in the {name} data {text}.")
     return records, held_out
 
 

@@ -41,6 +41,18 @@ def describe(records: Sequence[Record]) -> str:
     return "\n".join(f"{name:<{width}}  {count if isinstance(count, str) else f'{count:,}':>9}" for name, count in rows)
 
 
+def useless_records(records: Sequence[Record]) -> list[str]:
+    """Return a sentence for all labels being of one class, and one for all pairs being ties; both teach no order."""
+    pairs = [record for record in records if isinstance(record, PreferencePair)]
+    labels = {record.label for record in records if isinstance(record, LabelledImage)}
+    texts = list[str]()
+    if len(labels) == 1:
+        texts.append(f"all labels are {labels.pop()}, so that a model which always says so fits them")
+    if pairs and all(pair.tie for pair in pairs):
+        texts.append("all pairs are ties, so that equal scores fit them")
+    return texts
+
+
 def _share(name: str, count: int, total: int) -> Iterator[Row]:
     """Yield a row with a percentage; no row if the total is 0."""
     if total:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlhf_t2i.advantages import EQUAL
 from rlhf_t2i.data.augmentation import UNCHANGED, Augmentation, ImageView
 from rlhf_t2i.data.latent_cache import TensorCache
 from rlhf_t2i.output.files import write_atomically
@@ -106,7 +107,7 @@ def choose_pairs(
     """Return winners and losers among the K scored images of each prompt, as indices into the flattened scores.
 
     `selection` is the best and the worst image, all pairs, or two images drawn by the prompt's generator. Two images
-    with equal scores are not a pair.
+    with equal scores, as `EQUAL` of `rlhf_t2i.advantages` says, are not a pair.
     """
     num_prompts, copies = scores.shape
     match selection:
@@ -120,9 +121,10 @@ def choose_pairs(
             first, second = torch.stack(drawn).to(scores.device).split(1, dim=1)
     starts = copies * torch.arange(num_prompts, device=scores.device)[:, None]
     first, second = (first + starts).flatten(), (second + starts).flatten()
-    gap = scores.flatten()[first] - scores.flatten()[second]
-    winner, loser = torch.where(gap > 0, first, second), torch.where(gap > 0, second, first)
-    return winner[gap != 0], loser[gap != 0]
+    one, other = scores.flatten()[first], scores.flatten()[second]
+    differ = (one - other).abs() > EQUAL * torch.maximum(one.abs(), other.abs())
+    winner, loser = torch.where(one > other, first, second), torch.where(one > other, second, first)
+    return winner[differ], loser[differ]
 
 
 def implicit_preference(margin: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:

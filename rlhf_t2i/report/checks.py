@@ -29,7 +29,7 @@ COLLAPSE = 1 / 3
 MOSTLY_FLAT = 0.5
 """Fraction of groups without variance above which most images of a step are wasted."""
 _FLAT_REWARD = 1e-6
-"""Standard deviation of rewards that counts as 0, as in `rlhf_t2i.advantages`."""
+"""Standard deviation of rewards, in units of their mean, that counts as 0: as in `rlhf_t2i.advantages`."""
 
 
 def findings(rows: Sequence[Row], config: Config) -> list[Finding]:
@@ -134,7 +134,9 @@ def check_group_variance(rows: Sequence[Row], config: Config) -> Finding:
     title = "Rewards differ within a group"
     train = by_step(rows, "train")
     flat = _flat_fractions(train, config)
-    stds = recent([number(row, "reward_std") for row in train if "reward_std" in row])
+    measured = [row for row in train if "reward_std" in row]
+    stds = recent([number(row, "reward_std") for row in measured])
+    sizes = recent([abs(number(row, "reward")) for row in measured])
     if not flat and not stds:
         return Finding(title, "unknown", "The recipe does not compare images of a prompt, or there are too few steps.")
     if flat:
@@ -142,7 +144,7 @@ def check_group_variance(rows: Sequence[Row], config: Config) -> Finding:
         is_bad = mean_exceeds(flat, MOSTLY_FLAT)
     else:
         observed = f"In the last {len(stds)} steps the standard deviation of the rewards was {fmean(stds):.3g}."
-        is_bad = max(stds) <= _FLAT_REWARD
+        is_bad = all(std <= _FLAT_REWARD * size for std, size in zip(stds, sizes, strict=True))
     if not is_bad:
         return Finding(title, "passed", observed)
     return Finding(

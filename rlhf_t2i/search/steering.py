@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlhf_t2i.advantages import EQUAL
 from rlhf_t2i.search.candidates import best_of_n, num_candidates_of, repeat_rows
 from rlhf_t2i.search.context import Candidates, SearchContext
 from rlhf_t2i.search.particles import (
@@ -139,7 +140,7 @@ def measure_reward_std(
         reward_std = sqrt(sum over prompts of sum_i (r_i - mean r)^2 / (number of images - number of prompts))
 
     It is measured on final images of plain sampling. Differences between easy and hard prompts are left out, because
-    particles compete only with others of their own prompt.
+    particles compete only with others of their own prompt. It is 0 if the rewards differ by rounding only.
     """
     num = num_candidates_of(prompts, generators)
     if num < 2:
@@ -148,7 +149,8 @@ def measure_reward_std(
     finite = rewards.isfinite()
     mean = torch.where(finite, rewards, 0.0).sum(1, keepdim=True) / finite.sum(1, keepdim=True)
     squares = torch.where(finite, rewards - mean, 0.0).square().sum()
-    return float((squares / (finite.sum() - len(prompts)).clamp_min(1)).sqrt())
+    std = float((squares / (finite.sum() - len(prompts)).clamp_min(1)).sqrt())
+    return std if std > EQUAL * float(torch.where(finite, rewards.abs(), 0.0).max()) else 0.0
 
 
 def _checked(log_weights: Tensor, prompts: Sequence[str]) -> Tensor:
