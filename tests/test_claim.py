@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from recipes import evaluate_reward_model, train_reward_model
 from rlhf_t2i.config import parse_config
+from rlhf_t2i.errors import is_for_user
 from rlhf_t2i.output.run_folder import check_free, read_run_info
 from rlhf_t2i.settings import ddpo, evaluate_policy
 from rlhf_t2i.training import claim
@@ -249,6 +250,16 @@ def test_any_other_changed_setting_is_refused_by_name_and_the_folder_is_left(fol
     assert (folder / "config.yaml").read_text() == before
     with FileLock(folder / ".lock", timeout=0):
         pass
+
+
+@pytest.mark.parametrize("content", ["", "- a\n", "a: [", "\x00"])
+@pytest.mark.parametrize("name", ["config.yaml", "run.json"])
+def test_a_damaged_file_of_a_run_is_named_in_one_line(folder: Path, name: str, content: str) -> None:
+    finished(folder)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"^{folder / name}") as error:
+        claimed(folder, resume=True)
+    assert is_for_user(error.value)
 
 
 def test_resume_is_not_a_setting_that_is_stored(folder: Path) -> None:

@@ -87,5 +87,35 @@ def test_the_evaluation_of_exported_weights_is_made_once_and_keeps_its_step(conf
     assert "the exported weights are those before training" in (folder / "report.html").read_text()
 
 
+def test_damaged_files_of_earlier_evaluations_end_no_resumed_training(
+    config: draft.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = draft.main(replace(config, num_steps=1))
+    image, log = folder / "images" / "step_000000.png", folder / "metrics.jsonl"
+    image.write_bytes(image.read_bytes()[:-30])
+    first, *others = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(first + b'{"kind": "\xff\n' + b"".join(others) + b'{"kind": "tra')
+    capsys.readouterr()
+    draft.main(replace(config, resume=True))
+    said = capsys.readouterr().out
+    assert (
+        f'{log}:2 is not a row of a run: b\'{{"kind": "\\xff\'; metrics.jsonl.damaged keeps it, and it is left out'
+        in said
+    )
+    assert f'{log}:6 is not a row of a run: b\'{{"kind": "tra\'; cut by a crash, it is left out' in said
+    assert [row["step"] for row in rows(folder, "train")] == [1, 2]
+    assert (folder / "metrics.jsonl.damaged").is_file()
+    assert "because they are damaged: step_000000.png" in (folder / "report.html").read_text()
+
+
+def test_a_report_that_cannot_be_written_ends_no_training(
+    config: draft.Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(draft, "write_report", lambda folder: json.loads("{"))
+    folder = draft.main(replace(config, num_steps=1, early_stop_reward=None))
+    assert "WARNING: the report could not be written (JSONDecodeError: Expecting" in capsys.readouterr().out
+    assert lora_weights(folder)
+
+
 def interrupt(trainer: Trainer) -> None:
     raise KeyboardInterrupt

@@ -144,6 +144,14 @@ def test_thumbnails_are_cached_until_the_image_grid_changes(tmp_path: Path) -> N
     assert {file.name for file in tmp_path.iterdir()} == {"grid.png", "grid.webp"}
 
 
+def test_a_damaged_thumbnail_is_made_again(tmp_path: Path) -> None:
+    grid_of_large_images(tmp_path / "grid.png", step=50)
+    first = embed_grid(tmp_path / "grid.png", columns=3, num_cells=4)
+    cached = tmp_path / "grid.webp"
+    cached.write_bytes(cached.read_bytes()[:-9])
+    assert embed_grid(tmp_path / "grid.png", columns=3, num_cells=4) == first
+
+
 def test_the_best_and_worst_images_have_their_own_scores(tmp_path: Path) -> None:
     rows = evaluated_run(tmp_path)
     found = best_and_worst(tmp_path, rows)

@@ -113,10 +113,16 @@ WEIGHT_FILES: dict[WeightKind, str] = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of a run; relative paths of files and folders are those of the working directory."""
+    """Return the settings of a run; relative paths of files and folders are those of the working directory.
+
+    Raises ValueError for a file that is damaged or was not written by a run.
+    """
     config = read_yaml(folder / CONFIG)
+    if not isinstance(config, dict):
+        held = "empty" if config is None else reprlib.repr(config)
+        raise ValueError(f"{folder / CONFIG} is {held}; a run's has one setting in each line.")
     start = paths_start(folder / CONFIG) if (folder / RUN_INFO).is_file() else None
-    if start is None or not isinstance(config, dict):
+    if start is None:
         return config
     texts = {name: config[name] for name in _PATHS if isinstance(config.get(name), str)}
     return config | {name: path_from(start, text) or text for name, text in texts.items() if text not in _NAMES}

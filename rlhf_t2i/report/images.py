@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ class ImageHistory:
     """Number of evaluations in the run folder; `evaluations` may be a selection of them."""
     exported: int
     """Index in `evaluations` of the images of the exported weights."""
+    damaged: list[str]
+    """Files of image grids that are left out because they are damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,22 @@ class Extremes:
 
 
 def embed_grid(path: Path, *, columns: int, num_cells: int) -> EmbeddedGrid:
-    """Embed the image grid in a PNG: unchanged, or as thumbnails if its images are wider than 64 pixels."""
+    """Embed the image grid in a PNG: unchanged, or as thumbnails if its images are wider than 64 pixels.
+
+    Raises ValueError, naming it, for a file that is damaged.
+    """
     rows = -(-num_cells // columns)
+    try:
+        return _embedded(path, columns=columns, rows=rows)
+    except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow raises any of these
+        raise ValueError(f"The images {path} are damaged: {error}") from error
+
+
+def _embedded(path: Path, *, columns: int, rows: int) -> EmbeddedGrid:
     with open_image(path) as grid:
         side = grid.width // columns
+        if side <= LOSSLESS_SIDE:
+            grid.verify()
     if side <= LOSSLESS_SIDE:
         return EmbeddedGrid(_data_url("png", path.read_bytes()), columns, rows, side)
     data = _thumbnails(path, columns=columns, rows=rows)
@@ -125,7 +140,7 @@ def _thumbnails(path: Path, *, columns: int, rows: int) -> bytes:
     The file is cached beside the grid: otherwise each report of a run with large images would take seconds.
     """
     cached = path.with_suffix(".webp")
-    if cached.is_file() and cached.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+    if cached.is_file() and cached.stat().st_mtime_ns >= path.stat().st_mtime_ns and _is_whole(cached):
         return cached.read_bytes()
     with open_image(path) as opened:
         grid = opened.convert("RGB")
@@ -145,6 +160,12 @@ def _thumbnails(path: Path, *, columns: int, rows: int) -> bytes:
     return data.getvalue()
 
 
+def _is_whole(path: Path) -> bool:
+    """Return True for a WebP as long as its header says."""
+    data = path.read_bytes()
+    return data[:4] == b"RIFF" and len(data) == 8 + int.from_bytes(data[4:8], "little")
+
+
 def image_history(folder: Path, rows: Sequence[Row]) -> ImageHistory | None:
     """Return the image grids of the evaluations in `rows` from a run folder; None if there are none."""
     evaluations = [row for row in by_step(rows, "evaluation") if image_grid(folder, row["step"]).is_file()]
@@ -154,16 +175,18 @@ def image_history(folder: Path, rows: Sequence[Row]) -> ImageHistory | None:
     cells = list(zip(captions["prompts"], captions["seeds"], strict=True))
     spaced, last = evenly_spaced(evaluations, limit=MAX_GRIDS), evaluations_to_export(rows)[-1]
     shown = [row for row in evaluations if row in spaced or row is last]
-    exported = max((i for i, row in enumerate(shown) if row["step"] <= last["step"]), default=0)
-    embedded = [
-        EvaluationImages(
-            row["step"],
-            embed_grid(image_grid(folder, row["step"]), columns=captions["columns"], num_cells=len(cells)),
-            ", ".join(f"{n} {with_error(number(row, n), number(row, n + ERROR))}" for n in reward_names([row])),
-        )
-        for row in shown
-    ]
-    return ImageHistory(embedded, cells, len(evaluations), exported)
+    embedded, damaged = list[EvaluationImages](), list[str]()
+    for row in shown:
+        path = image_grid(folder, row["step"])
+        try:
+            grid = embed_grid(path, columns=captions["columns"], num_cells=len(cells))
+        except ValueError:
+            damaged.append(path.name)
+            continue
+        means = [f"{n} {with_error(number(row, n), number(row, n + ERROR))}" for n in reward_names([row])]
+        embedded.append(EvaluationImages(row["step"], grid, ", ".join(means)))
+    exported = max((i for i, one in enumerate(embedded) if one.step <= last["step"]), default=0)
+    return ImageHistory(embedded, cells, len(evaluations), exported, damaged) if embedded else None
 
 
 def evenly_spaced(rows: Sequence[Row], *, limit: int) -> list[Row]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import METRICS
+
+_DAMAGED = f"{METRICS}.damaged"
 
 Row = dict[str, Any]
 Points = list[tuple[float, float, float]]
@@ -38,16 +41,33 @@ def read_metrics(folder: Path) -> list[Row]:
 
     Raises ValueError for an invalid line anywhere else.
     """
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows: list[Row] = []
+    rows, faults = _read(folder / METRICS)
+    if faults and not faults[0].is_last:
+        raise ValueError(faults[0].text)
+    return rows
+
+
+class _Fault(NamedTuple):
+    """A line of metrics.jsonl that is no row."""
+
+    text: str
+    is_last: bool
+
+
+def _read(path: Path) -> tuple[list[Row], list[_Fault]]:
+    """Return the rows of metrics.jsonl, and what is wrong with its other lines."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows, faults = list[Row](), list[_Fault]()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number} is not JSON: {line[:80]}") from error
-    return rows
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and {"kind", "step", "elapsed"} <= row.keys():
+            rows.append(row)
+        else:
+            faults.append(_Fault(f"{path}:{number} is not a row of a run: {line[:80]!r}", number == len(lines)))
+    return rows, faults
 
 
 def by_step(rows: Sequence[Row], kind: str) -> list[Row]:
@@ -109,15 +129,28 @@ def total(rows: Sequence[Row], key: str) -> int:
 class MetricsFile:
     """Append rows to the metrics.jsonl of a run folder, each with its kind ("train" or "evaluation") and step."""
 
-    def __init__(self, folder: Path, *, resumed_step: int, owes_evaluation: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resumed_step: int,
+        owes_evaluation: bool = False,
+        report: Callable[[str], object] = lambda text: None,
+    ) -> None:
         """Open the file of a run that resumes after `resumed_step` steps; later rows and "export" are removed.
 
-        With `owes_evaluation` the evaluation after that step is made again, so its row is removed too.
+        With `owes_evaluation` the evaluation after that step is made again, so its row is removed too. Lines that are
+        no rows are removed, and `report` is called with each; a copy of the file keeps those that no crash has cut.
         """
         self.path = folder / METRICS
-        rows = read_metrics(folder) if resumed_step else []
+        rows, faults = _read(self.path) if resumed_step else ([], [])
+        for fault in faults:
+            cause = "cut by a crash, it is" if fault.is_last else f"{_DAMAGED} keeps it, and it is"
+            report(f"{fault.text}; {cause} left out.")
+        if any(not fault.is_last for fault in faults):
+            shutil.copyfile(self.path, folder / _DAMAGED)
         ends = {"train": resumed_step, "evaluation": resumed_step - owes_evaluation, "export": -1}
-        earlier = [row for row in rows if row["step"] <= ends[row["kind"]]]
+        earlier = [row for row in rows if row["step"] <= ends.get(row["kind"], -1)]
         self.elapsed = max((row["elapsed"] for row in earlier), default=0.0)
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in earlier))
 

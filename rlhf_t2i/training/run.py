@@ -145,7 +145,9 @@ def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = Tru
     step = checkpoint_step(resumed_from) if resumed_from else 0
     metrics = None
     if accelerator.is_main_process:
-        metrics = MetricsFile(folder, resumed_step=step, owes_evaluation=owes_evaluation(resumed_from))
+        metrics = MetricsFile(
+            folder, resumed_step=step, owes_evaluation=owes_evaluation(resumed_from), report=accelerator.print
+        )
     accelerator.wait_for_everyone()  # or a process that fails at once would remove the folder too early
     trackers = Trackers(accelerator, names(config["trackers"]), folder=folder, config=config)
     return Run(accelerator, mode, folder, metrics, trackers, resumed_from)

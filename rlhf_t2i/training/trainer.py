@@ -259,9 +259,17 @@ class Trainer:
         if self.run.is_main:
             save_evaluation(evaluation, self.folder, step=self.step)
             self.run.trackers.log_image("evaluation/images", image_grid(self.folder, self.step), step=self.step)
-            self.report(self.folder)
+            self._write_report()
             number = f"{len(evaluation.images)} images of {self.evaluation_title}"
             self.print(f"after {self.step} steps, {number}: {evaluation.text()}")
+
+    def _write_report(self) -> Path | None:
+        """Bring the report up to date; a damaged file of an earlier evaluation is said, and ends no training."""
+        try:
+            return self.report(self.folder)
+        except Exception as error:
+            self.print(f"WARNING: the report could not be written ({type(error).__name__}: {error}).")
+            return None
 
     def finish(self) -> Path:
         """Export the weights and write the last report, or say how to resume; return the run folder. Collective.
@@ -284,9 +292,9 @@ class Trainer:
             copy_weights(weights, into=self.engine.weights)
         if self.run.is_main and is_complete:
             export = self.policy.export(self.folder, weights, kohya=self.config.export_format == "both")
-            report = self.report(self.folder)
+            report = self._write_report()
             self.print(before_after(read_metrics(self.folder)))
-            self.print(f"report    {report}\nimages    {self.folder / IMAGES}\nweights   {export}")
+            self.print(f"report    {report or 'not written'}\nimages    {self.folder / IMAGES}\nweights   {export}")
         elif self.run.is_main:
             self.print(
                 f"Stopped after {self.step} of {num_steps} steps. Continue with: "
