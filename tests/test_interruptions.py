@@ -65,7 +65,7 @@ def test_an_evaluation_that_sigterm_put_off_is_made_when_the_run_resumes(
     assert [row["step"] for row in rows(folder, "evaluation")] == [0, 1]
     log = (folder / "metrics.jsonl").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_evaluate", interrupt)
+        patch.setattr(Trainer, "evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt):
             draft.main(replace(stopped, resume=True))
     # As if it was killed between the evaluation and the next checkpoint.

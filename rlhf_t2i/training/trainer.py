@@ -237,19 +237,16 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate the averaged weights on the evaluation prompts, and record that. Collective."""
         with self.averages["ema"].applied(self.engine.weights):
-            evaluation = self._evaluate()
+            with lora_at_scale(self.engine.weights, self.config.lora_scale), self.sampling():
+                evaluation = evaluate(
+                    self.policy, *self.evaluation_set, self.evaluation_rewards.rewards,
+                    sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
+                    microbatch_size=self.config.microbatch_size, processes=self,
+                )  # fmt: skip
             self.record(evaluation)
             if self.early_stop is not None:
                 value = evaluation.scores[self.early_stop.reward].mean().item()
                 self.early_stop.update(self.step, value, self.engine.weights)
-
-    def _evaluate(self) -> Evaluation:
-        with lora_at_scale(self.engine.weights, self.config.lora_scale), self.sampling():
-            return evaluate(
-                self.policy, *self.evaluation_set, self.evaluation_rewards.rewards,
-                sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
-                microbatch_size=self.config.microbatch_size, processes=self,
-            )  # fmt: skip
 
     def record(self, evaluation: Evaluation) -> None:
         """Log an evaluation, write its images and scores, and bring the report up to date."""
@@ -269,7 +266,6 @@ class Trainer:
             return self.report(self.folder)
         except Exception as error:
             self.print(f"WARNING: the report could not be written ({type(error).__name__}: {error}).")
-            return None
 
     def finish(self) -> Path:
         """Export the weights and write the last report, or say how to resume; return the run folder. Collective.
