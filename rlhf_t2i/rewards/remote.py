@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -21,9 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reward_model.text_files import parse_json
 from rlhf_t2i.access import TOKEN_VARIABLE, token
+from rlhf_t2i.rewards.answers import Answer, fetch, printable
 from rlhf_t2i.rewards.wire_format import PIXELS, SAFETENSORS, pack, totals
 
+ResultT = TypeVar("ResultT")
 _LOG = logging.getLogger(__name__)
 _JITTER = random.Random()  # apart from the global generator, whose numbers must not change
 _RETRY_STATUSES = (429, 502, 503, 504)
@@ -126,10 +129,12 @@ class RemoteReward:
         Raises ConnectionError if none does within the seconds of the environment variable RLHF_T2I_SERVER_WAIT, by
         default 60. A line says at once that they are waited for.
         """
-        seconds = _wait_seconds()
+        run(self._wait(_wait_seconds()))
+
+    async def _wait(self, seconds: float) -> None:
         deadline, is_first = time.monotonic() + seconds, True
-        with httpx.Client(timeout=_CONNECT_SECONDS, trust_env=False, verify=self._certificates) as client:
-            while not any(_responds(client, server) for server in self.servers):
+        async with httpx.AsyncClient(timeout=_CONNECT_SECONDS, trust_env=False, verify=self._certificates) as client:
+            while not any([await _responds(client, server) for server in self.servers]):
                 states = ", ".join(f"{server.address} ({server.state})" for server in self.servers)
                 if time.monotonic() >= deadline:
                     raise ConnectionError(
@@ -139,7 +144,7 @@ class RemoteReward:
                 if is_first and os.environ.get("RANK", "0") == "0":
                     _LOG.warning("Waiting up to %g s (%s) for %s to start.", seconds, WAIT_VARIABLE, states)
                 is_first = False
-                time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+                await asyncio.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 
     async def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
         parts: asyncio.Queue[range] = asyncio.Queue()
@@ -192,7 +197,9 @@ class RemoteReward:
         body = pack(images, prompts, pixels=self.pixels)
         try:
             async with asyncio.timeout(self.attempt_timeout):
-                response = await client.post(f"{server}/score", content=body, headers=headers)
+                response = await fetch(client, "POST", f"{server}/score", content=body, headers=headers)
+        except ValueError as error:
+            raise ValueError(f"The reward server {server} {error}. Is it `python -m rlhf_t2i.reward_server`?") from None
         except TimeoutError:
             raise _Unavailable(f"no response within {self.attempt_timeout:g} s") from None
         except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
@@ -218,22 +225,23 @@ def _wait_seconds() -> float:
     return seconds
 
 
-def _responds(client: httpx.Client, server: _Server) -> bool:
+async def _responds(client: httpx.AsyncClient, server: _Server) -> bool:
     """Return True if a server responds to a request, whatever the response is, or accepts it and is busy."""
     try:
-        response = client.get(f"{server.address}/health")
-    except (httpx.ReadTimeout, httpx.WriteTimeout):
+        async with asyncio.timeout(2 * _CONNECT_SECONDS):
+            answer = await fetch(client, "GET", f"{server.address}/health")
+    except (TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout, ValueError):
         return True
     except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
         server.state = str(error) or type(error).__name__
         return False
     with suppress(ValueError, AttributeError):  # another server's answer
-        if response.json().get("needs_groups") is True:
+        if parse_json(answer.text).get("needs_groups") is True:
             _NEED_GROUPS.add(server.address)
     return True
 
 
-def _scores(response: httpx.Response, server: str, *, num_images: int) -> Float[Tensor, " B"]:
+def _scores(response: Answer, server: str, *, num_images: int) -> Float[Tensor, " B"]:
     """Return the totals in a response; raises an exception that names the server if it has none."""
     if response.status_code in _RETRY_STATUSES:
         wait = response.headers.get("Retry-After", "")
@@ -260,14 +268,14 @@ def _scores(response: httpx.Response, server: str, *, num_images: int) -> Float[
     return scores
 
 
-def _shown(response: httpx.Response) -> str:
-    """Return the text of a response in one short line; a token that it echoes is masked."""
+def _shown(response: Answer) -> str:
+    """Return the text of a response in one short line of printable characters; a token that it echoes is masked."""
     kind, text = "", response.text
     try:
-        text = str(response.json()["error"])
+        text = str(parse_json(text)["error"])
     except (ValueError, KeyError, TypeError):
-        kind = f"{response.headers.get('Content-Type', 'something')} that begins with "
-    text = " ".join(text.replace(token() or "\0", "***").split())[:300]
+        kind = f"{printable(response.headers.get('Content-Type', 'something'))[:100]} that begins with "
+    text = printable(text.replace(token() or "\0", "***"))[:300]
     return kind + text if text else "an empty body"
 
 
@@ -285,7 +293,7 @@ def address(text: str, *, key: str = TOKEN_VARIABLE) -> str:
     return text.rstrip("/")
 
 
-def run(work: Coroutine[Any, Any, Tensor]) -> Tensor:
+def run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
     """Run a coroutine to its end, also inside a running event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()

@@ -19,6 +19,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from reward_model.text_files import parse_json
+from rlhf_t2i.rewards.answers import Answer, fetch, printable
 from rlhf_t2i.rewards.pixels import to_uint8
 from rlhf_t2i.rewards.placement import path_and_arguments
 from rlhf_t2i.rewards.remote import address, run
@@ -127,12 +129,14 @@ class VlmReward:
         while True:
             try:
                 async with asyncio.timeout(min(self.template.attempt_timeout, max(deadline - time.monotonic(), 0.0))):
-                    return _parsed(await client.request(method, f"{self.url}{path}", json=body), self.url)
+                    return _parsed(await fetch(client, method, f"{self.url}{path}", json=body), self.url)
             except TimeoutError:
                 reason, retry_after = "no response in time", 0.0
             except _Unavailable as error:
                 reason, retry_after = str(error), error.retry_after
-            except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.DecodingError) as error:
+            except ValueError as error:
+                raise RuntimeError(f"The VLM server {self.url} {error}.") from None
+            except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
                 reason, retry_after = str(error) or type(error).__name__, 0.0
             pause = max(wait * _JITTER.uniform(1, 1.5), retry_after)
             if time.monotonic() + pause >= deadline:
@@ -156,7 +160,7 @@ def load_vlm(argument: str) -> VlmReward:
     return VlmReward(url, YES_NO if template is None else read_template(template))
 
 
-def _parsed(response: httpx.Response, url: str) -> Any:
+def _parsed(response: Answer, url: str) -> Any:
     """Return the JSON of a response; raises _Unavailable if another attempt may succeed."""
     if response.status_code in _RETRY_STATUSES:
         wait = response.headers.get("Retry-After", "")
@@ -170,7 +174,7 @@ def _parsed(response: httpx.Response, url: str) -> Any:
     if response.status_code != 200:
         raise RuntimeError(f"The VLM server {url} refused a request with {response.status_code}: {_shown(response)}")
     try:
-        return response.json()
+        return parse_json(response.text)
     except ValueError:
         raise _Unavailable(f"no JSON, but {_shown(response)}") from None
 
@@ -180,9 +184,9 @@ def _headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _shown(response: httpx.Response) -> str:
-    """Return the beginning of a response in one line; a key that it echoes is masked."""
-    text = " ".join(response.text.replace(os.environ.get(KEY_VARIABLE, "").strip() or "\0", "***").split())[:300]
+def _shown(response: Answer) -> str:
+    """Return the beginning of a response in one line of printable characters; a key that it echoes is masked."""
+    text = printable(response.text.replace(os.environ.get(KEY_VARIABLE, "").strip() or "\0", "***"))[:300]
     return text or "an empty body"
 
 

@@ -33,6 +33,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from reward_model.image_files import open_image
+from reward_model.text_files import parse_json
 from rlhf_t2i.prompt_rows import Prompt
 
 SAFETENSORS, JSON = "application/x-safetensors", "application/json"
@@ -100,12 +101,17 @@ def numbers(scores: Float[Tensor, " B"]) -> list[float | str]:
 def totals(response: str) -> Float[Tensor, " B"]:
     """Return the totals of a response, bit for bit; raises ValueError if it has none."""
     try:
-        total = json.loads(response)["total"]
-        if isinstance(total, list):
+        total = parse_json(response)["total"]
+        if isinstance(total, list) and all(map(_is_score, total)):
             return torch.tensor([float(score) for score in total], dtype=torch.float32)
-    except (RecursionError, ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         pass
     raise ValueError("The response is no JSON with a list of numbers as `total`.")
+
+
+def _is_score(value: Any) -> bool:
+    """Return True for a number, and for the texts of those that JSON cannot hold."""
+    return value in ("nan", "inf", "-inf") if isinstance(value, str) else type(value) in (int, float)
 
 
 def _with_metadata(prompts: list[str], rows: Any) -> list[str]:
