@@ -148,7 +148,7 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
         {**asdict(config), "mixed_precision": precision}, recipe="reward_model", free_to_change=FREE_TO_CHANGE
     )
     arguments.output_dir, arguments.run_name = str(folder / CHECKPOINTS), folder.name
-    name_run(folder)
+    name_run(folder, names(config.trackers), goes_on=config.resume or restarted())
     return arguments, folder
 
 

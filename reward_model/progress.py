@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import logging
 
 History = list[dict[str, Any]]
@@ -26,6 +27,15 @@ def no_loading_bar() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
+
+
+def continue_tensorboard(callbacks: Iterable[TrainerCallback], *, step: int) -> None:
+    """Have transformers' TensorBoard, if it is a callback, drop what an earlier process logged after `step`."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            from torch.utils.tensorboard import SummaryWriter  # an extra
+
+            callback.tb_writer = SummaryWriter(callback.logging_dir, purge_step=step + 1)
 
 
 class Progress(TrainerCallback):

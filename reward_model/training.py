@@ -33,7 +33,7 @@ from reward_model.checkpoint_files import seal
 from reward_model.images import to_tensor
 from reward_model.losses import Objective
 from reward_model.model import GROUPS, RewardModel
-from reward_model.progress import History, Progress
+from reward_model.progress import History, Progress, continue_tensorboard
 from reward_model.types import Inputs, LabelledImage, PreferencePair, Record
 
 REQUIRED_ARGUMENTS: dict[str, Any] = {
@@ -209,6 +209,8 @@ class RewardModelTrainer(RewardTrainer):
             if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"] and not has_more:
                 self.state = state
                 return self._load_best_model()
+            if self.is_world_process_zero():
+                continue_tensorboard(self.callback_handler.callbacks, step=state.global_step)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

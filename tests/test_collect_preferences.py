@@ -398,6 +398,22 @@ def test_on_a_full_disk_nothing_is_recorded_and_the_answer_can_be_repeated(
         assert len(lines_of(tmp_path / "answers.jsonl")) == 1
 
 
+def test_an_answer_on_disk_is_confirmed_though_pairs_cannot_be_written_until_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full_disk(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    with collecting(tmp_path, write_pairs(tmp_path)) as answers:
+        with monkeypatch.context() as patched:
+            patched.setattr(answers_module, "write_atomically", full_disk)
+            answers.record("ann", shown=answers.open_pair("ann").token, key="left")
+        assert len(answers.current()["ann"]) == 1
+        assert "pairs.jsonl could not be written ([Errno 28]" in caplog.text
+        assert not lines_of(tmp_path / "pairs.jsonl")
+    assert len(lines_of(tmp_path / "pairs.jsonl")) == 1
+
+
 # --- what a browser can get -----------------------------------------------------------------------
 
 

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from reward_model import progress
-from reward_model.progress import Progress
+from reward_model.progress import Progress, continue_tensorboard
 from rlhf_t2i.distributed.processes import start_processes
 from rlhf_t2i.report.reward_model import headline, history_charts, record_history, write_report
 from tests.report_files import RUN_INFO, Page, run_folder
@@ -107,3 +110,19 @@ def test_a_slower_kernel_of_torch_is_no_warning() -> None:
         F.rms_norm(torch.ones(2, 8, dtype=torch.bfloat16), (8,), torch.ones(8))
     finally:
         torch.set_warn_always(False)
+
+
+def test_tensorboard_drops_the_steps_that_a_resumed_training_makes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    for resumed_step, losses in ((None, {1: 0.1, 2: 0.2, 3: 0.3}), (1, {2: 0.4})):
+        callback = TensorBoardCallback()
+        if resumed_step is not None:
+            continue_tensorboard([callback], step=resumed_step)
+        callback.on_train_begin(TrainingArguments(), TrainerState(), TrainerControl())
+        for step, loss in losses.items():
+            callback.on_log(TrainingArguments(), TrainerState(global_step=step), TrainerControl(), {"loss": loss})
+        callback.on_train_end(TrainingArguments(), TrainerState(), TrainerControl())
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, round(event.value, 3)) for event in events.Scalars("train/loss")] == [(1, 0.1), (2, 0.4)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlhf_t2i.settings.ddpo import Config
 from rlhf_t2i.settings.launch import TRACKERS
-from rlhf_t2i.training.trackers import Trackers, tracker_key
+from rlhf_t2i.training.trackers import Trackers, name_run, tracker_key
 
 ROW = {"kind": "evaluation", "step": 10, "oracle": 0.5, "oracle/standard_error": 0.1}
 
@@ -55,8 +57,11 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     return Recorded.made
 
 
-def trackers(names: list[str], folder: Path) -> Trackers:
-    return Trackers(Accelerator(cpu=True), names, folder=folder, config={"seed": 3, "lora_rank": None})
+def trackers(names: list[str], folder: Path, *, resumed_step: int = 0) -> Trackers:
+    if not (folder / "run.json").exists():
+        (folder / "run.json").write_text("{}")
+    config = {"seed": 3, "lora_rank": None}
+    return Trackers(Accelerator(cpu=True), names, folder=folder, config=config, resumed_step=resumed_step)
 
 
 def grid(folder: Path) -> Path:
@@ -69,7 +74,8 @@ def test_wandb_gets_the_name_of_the_run_its_settings_numbers_and_images(wandb: l
     made.log(ROW)
     made.log_image("evaluation/images", grid(tmp_path), step=10)
     (run,) = wandb
-    assert (run.project, run.options) == ("rlhf-t2i", {"dir": str(tmp_path), "name": tmp_path.name})
+    options = {"dir": str(tmp_path), "name": tmp_path.name, "id": run.options["id"], "resume": "allow"}
+    assert (run.project, run.options) == ("rlhf-t2i", options)
     assert run.config == {"seed": 3, "lora_rank": "None"}
     (numbers, step), (images, image_step) = run.logged
     assert numbers == {"evaluation/oracle": 0.5, "evaluation/oracle/standard_error": 0.1}
@@ -77,10 +83,35 @@ def test_wandb_gets_the_name_of_the_run_its_settings_numbers_and_images(wandb: l
     assert [image.shape for image in images["evaluation/images"]] == [(8, 16, 3)]
 
 
+def test_a_resumed_run_goes_on_in_wandb_and_one_that_begins_anew_does_not(
+    wandb: list[Recorded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for resumed_step in (0, 8, 0):
+        trackers(["wandb"], tmp_path, resumed_step=resumed_step).log(ROW)
+    first, resumed, anew = (run.options["id"] for run in wandb)
+    assert first == resumed != anew
+    monkeypatch.setattr("rlhf_t2i.training.trackers.os.environ", {**os.environ, "WANDB_RUN_ID": "mine"})
+    name_run(tmp_path, ["wandb"], goes_on=True)
+    assert json.loads((tmp_path / "run.json").read_text())["wandb_id"] == "mine"
+
+
+def test_tensorboard_drops_the_steps_that_a_resumed_run_makes_again(tmp_path: Path) -> None:
+    for resumed_step, scores in ((0, {10: 0.1, 20: 0.2, 30: 0.3}), (10, {20: 0.4})):
+        made = trackers(["tensorboard"], tmp_path, resumed_step=resumed_step)
+        for step, score in scores.items():
+            made.log({"kind": "evaluation", "step": step, "oracle": score})
+        made.accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, round(event.value, 3)) for event in events.Scalars("evaluation/oracle")] == [
+        (10, 0.1),
+        (20, 0.4),
+    ]
+
+
 def test_a_run_without_a_row_leaves_nothing_in_a_tracker(wandb: list[Recorded], tmp_path: Path) -> None:
     trackers(["wandb", "tensorboard"], tmp_path)
     assert not wandb
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_tensorboard_shows_one_run_with_numbers_images_and_settings(tmp_path: Path) -> None:

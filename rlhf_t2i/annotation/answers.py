@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 import unicodedata
@@ -24,6 +25,8 @@ from rlhf_t2i.annotation.questions import Question
 from rlhf_t2i.output.files import flush, write_atomically
 from rlhf_t2i.output.run_folder import ANSWERS, COLLECTED_PAIRS, IMAGES
 from rlhf_t2i.seeds import ANNOTATE, seed_for
+
+_LOG = logging.getLogger(__name__)
 
 Key = Literal["left", "right", "tie", "bad", "undo"]
 """An annotator's key press; `bad` means that both images are bad."""
@@ -98,8 +101,10 @@ class Answers:
         self._write_pairs()
 
     def close(self) -> None:
-        """Close the file of answers."""
+        """Close the file of answers; raises OSError if pairs.jsonl lacks some and still cannot be written."""
         os.close(self._file)
+        if not self._has_all_pairs:
+            self._write_pairs()
 
     # --- questions ---
 
@@ -138,8 +143,10 @@ class Answers:
         """Write an answer to the open pair, or an undo of the previous answer; it is on disk when this returns.
 
         `shown` is the token of the open pair. Repeating a recorded answer (a double click, a request repeated after a
-        lost response) changes nothing. Raises StaleError for another answer to a pair that is no longer open,
-        ValueError if there is nothing to answer or to undo, and OSError, with nothing recorded, if writing fails.
+        lost response) changes nothing. If only pairs.jsonl cannot be written, a warning is logged.
+
+        Raises StaleError for another answer to a pair that is no longer open, ValueError if there is nothing to answer
+        or to undo, and OSError, with nothing recorded, if writing fails.
         """
         with self._lock:
             pair = self.open_pair(annotator)
@@ -165,7 +172,13 @@ class Answers:
             }
             self._append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             self._apply(row)
-            self._write_pairs()
+            try:
+                self._write_pairs()
+            except OSError as error:  # the answer is on disk already
+                _LOG.warning(
+                    "%s could not be written (%s); the answers are in %s, and the next one writes both.",
+                    self.folder / COLLECTED_PAIRS, error, self.path,
+                )  # fmt: skip
 
     def _append(self, line: bytes) -> None:
         """Write a line to disk; if that fails, the file is as before."""
@@ -212,8 +225,10 @@ class Answers:
             return {annotator: list(own) for annotator, own in self._current.items()}
 
     def _write_pairs(self) -> None:
+        self._has_all_pairs = False
         text = "".join(line for lines in self._lines.values() for line in lines)
         write_atomically(self.folder / COLLECTED_PAIRS, text)
+        self._has_all_pairs = True
 
 
 def preference_record(question: Question, answer: Answer, *, annotator: str) -> dict[str, object] | None:

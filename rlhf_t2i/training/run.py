@@ -149,5 +149,5 @@ def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = Tru
             folder, resumed_step=step, owes_evaluation=owes_evaluation(resumed_from), report=accelerator.print
         )
     accelerator.wait_for_everyone()  # or a process that fails at once would remove the folder too early
-    trackers = Trackers(accelerator, names(config["trackers"]), folder=folder, config=config)
+    trackers = Trackers(accelerator, names(config["trackers"]), folder=folder, config=config, resumed_step=step)
     return Run(accelerator, mode, folder, metrics, trackers, resumed_from)

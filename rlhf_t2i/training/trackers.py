@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, on_main_process
 
 from reward_model.image_files import open_image
+from rlhf_t2i.output.run_folder import read_run_info, update_run_info
 from rlhf_t2i.training.metrics import ERROR
 
 _PROJECT = "rlhf-t2i"
+_WANDB_ID = "wandb_id"
+"""Key of run.json."""
 
 
 class _TensorBoard(TensorBoardTracker):
@@ -31,9 +35,14 @@ class Trackers:
     """The trackers of one run. The first row starts them, so that a start that fails leaves nothing in them."""
 
     def __init__(
-        self, accelerator: Accelerator, names: Sequence[str], *, folder: Path, config: Mapping[str, Any]
-    ) -> None:
-        """Log to the trackers of these names, as the run `folder.name` of the project rlhf-t2i."""
+        self, accelerator: Accelerator, names: Sequence[str], *, folder: Path, config: Mapping[str, Any],
+        resumed_step: int = 0,
+    ) -> None:  # fmt: skip
+        """Log to the trackers of these names, as the run `folder.name` of the project rlhf-t2i.
+
+        A run that resumes after `resumed_step` steps goes on in wandb and TensorBoard, which drops later steps.
+        """
+        self.resumed_step = resumed_step
         self.accelerator, self.names, self.folder, self.config = accelerator, list(names), folder, config
         self.is_started = False
 
@@ -60,17 +69,22 @@ class Trackers:
         self.is_started = True
         _never_ask_for_a_login()
         self.accelerator.project_configuration.set_directories(str(self.folder))
-        board = _TensorBoard("tensorboard", self.folder) if "tensorboard" in self.names else None
+        purge: dict[str, Any] = {"purge_step": self.resumed_step + 1} if self.resumed_step else {}
+        board = _TensorBoard("tensorboard", self.folder, **purge) if "tensorboard" in self.names else None
         chosen: list[str | GeneralTracker] = [name for name in self.names if name != "tensorboard"]
         self.accelerator.log_with = [*chosen, *([board] if board else [])]  # pyright: ignore[reportAttributeAccessIssue]
         config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.config.items()}
-        self.accelerator.init_trackers(
-            os.environ.get("WANDB_PROJECT", _PROJECT), config=config, init_kwargs=_options(self.folder)
-        )
+        options = _options(self.folder)
+        if "wandb" in self.names and self.accelerator.is_main_process:
+            options["wandb"] |= {"id": _wandb_id(self.folder, goes_on=self.resumed_step > 0), "resume": "allow"}
+        self.accelerator.init_trackers(os.environ.get("WANDB_PROJECT", _PROJECT), config=config, init_kwargs=options)
 
 
-def name_run(folder: Path) -> None:
+def name_run(folder: Path, names: Sequence[str], *, goes_on: bool) -> None:
     """Set the environment variables by which transformers' trainer finds the project and folder of wandb and others."""
+    if "wandb" in names and PartialState().is_main_process:
+        os.environ.setdefault("WANDB_RUN_ID", _wandb_id(folder, goes_on=goes_on))
+        os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     os.environ.setdefault("WANDB_DIR", str(folder))
     os.environ.setdefault("WANDB_PROJECT", _PROJECT)
@@ -94,6 +108,14 @@ def _options(folder: Path) -> dict[str, dict[str, str]]:
         "clearml": {"task_name": folder.name},
         "swanlab": {"experiment_name": folder.name},
     }
+
+
+def _wandb_id(folder: Path, *, goes_on: bool) -> str:
+    """Return the id of a run in wandb: the user's, that of the run that goes on, or a new one, kept in run.json."""
+    earlier = read_run_info(folder).get(_WANDB_ID) if goes_on else None
+    found = os.environ.get("WANDB_RUN_ID") or earlier or secrets.token_hex(8)
+    update_run_info(folder, {_WANDB_ID: found})
+    return found
 
 
 def _never_ask_for_a_login() -> None:
