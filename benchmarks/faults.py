@@ -1,122 +1,103 @@
-"""Test that a run survives the death of a process at any moment: `python benchmarks/faults.py --kills 20`.
+"""Attack runs, files and servers in every way that the system can fail: `python benchmarks/faults.py --folder faults`.
 
-Each time two processes train the toy model with a random distribution strategy, one of them is killed (SIGKILL) at a
-random moment after the first step, and `accelerate launch --max_restarts 1` resumes the run. Its last checkpoint must
-then have equal bits to that of an uninterrupted run. Prints Markdown; exits with status 1 if a run was lost or differs.
+Each try is one fault: a process killed, a bit flipped, a disk that is full, a clock that jumps, a broken request or
+file, a connection that stays half open. Prints Markdown with the tries that were survived and that failed; exits with
+status 1 if one failed. A folder keeps the outcome of every try, so that the command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import random
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from safetensors.torch import load_file
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ROOT = Path(__file__).parent.parent
-MODES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
-NUM_STEPS = 5
-OPTIONS = {
-    "rewards": "oracle", "evaluation_rewards": "oracle", "prompts_per_step": "4", "images_per_prompt": "8",
-    "microbatch_size": "16", "lora_rank": "4", "kl_weight": "0.1", "ema_decay": "0.5", "num_steps": str(NUM_STEPS),
-    "checkpoint_every": "1", "evaluate_every": "0", "num_evaluation_images": "8", "num_cpu_threads": "1",
-}  # fmt: skip
+from attacks import files, runs, servers, two_processes
+from attacks.children import Outcome
+
+Attempt = Callable[[Path, int, random.Random], Outcome]
+"""(folder for files, number of the try, its random numbers) -> what came of it."""
+
+
 say = partial(print, flush=True)
 
 
-def start(mode: str, folder: Path, log: Path, port: int) -> subprocess.Popen[bytes]:
-    """Start the launcher of a run."""
-    options = [part for name, value in OPTIONS.items() for part in (f"--{name}", value)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    return subprocess.Popen(
-        [
-            *launcher, "--config_file", f"accelerate_configs/{mode}.yaml", "--max_restarts", "1",
-            "recipes/ddpo.py", *options, "--run_folder", str(folder),
-        ],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log.open("wb"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+class Part(NamedTuple):
+    """One kind of attack."""
+
+    title: str
+    attempt: Attempt
+    tries: int
+    """Default number of tries."""
+    size: int = 1
+    """Faults in one try."""
 
 
-def process_of(rank: int, folder: Path) -> int | None:
-    """Return the id of the process of this rank that trains into `folder`, or None if there is none."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = ((path / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
-        except OSError:  # it has ended
-            continue
-        trains = str(folder).encode() in command and f"RANK={rank}".encode() in environment
-        if trains and b"accelerate.commands.launch" not in command:
-            return int(path.name)
-    return None
+PARTS = {
+    "kills": Part("SIGKILL in a run of each recipe that resumes, then resume", runs.kill, 96),
+    "two_processes": Part("SIGKILL of one of two processes, then restart", two_processes.kill, 10),
+    "bits": Part("one flipped bit in any file of a run, then resume", runs.flip_bit, 501),
+    "disk": Part("full disk in a run, then resume with room", runs.fill_disk, 40),
+    "clock": Part("clock that jumps by up to a year", runs.move_clock, 16),
+    "requests": Part("mutated requests to a reward server", servers.mutated_requests, 100, servers.REQUESTS),
+    "half_open": Part("connections that send half a request and stay", servers.half_open, 5, servers.CONNECTIONS),
+    "files": Part("mutated prompt files, preference data, configs and records", files.mutated_files, 20, files.FILES),
+}
 
 
-def wait_for(folder: Path, launcher: subprocess.Popen[bytes], *, num_steps: int) -> None:
-    """Wait until `num_steps` steps are logged or the run has ended."""
-    rows = folder / "metrics.jsonl"
-    while launcher.poll() is None and not (rows.is_file() and rows.read_text().count('"train"') >= num_steps):
-        time.sleep(0.02)
+def attack(name: str, folder: Path, *, tries: int, seed: int, say: Callable[[str], None]) -> None:
+    """Make the tries of a part that are not in the folder's record yet."""
+    part, record = PARTS[name], folder / f"{name}.jsonl"
+    done = len(record.read_text().splitlines()) if record.exists() else 0
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "pairs.jsonl").exists():
+        runs.write_inputs(work)
+    for index in range(done, tries):
+        outcome = part.attempt(work, index, random.Random(f"{seed} {name} {index}"))
+        with record.open("a") as file:
+            file.write(json.dumps({"try": index, **outcome._asdict()}) + "\n")
+        if not outcome.survived:
+            say(f"FAILED {name} {index}: {outcome.what}")
 
 
-def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    """Return weights, optimiser state and averages."""
-    files = sorted((folder / "checkpoints" / f"step_{NUM_STEPS:06d}").glob("weights-*"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """True if the tensors have equal names and bits, and there are any."""
-    return bool(one) and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def table(folder: Path) -> str:
+    """Return the outcomes in a folder as Markdown."""
+    lines = ["| attack | tries | survived | failed |", "|---|---|---|---|"]
+    for name, part in PARTS.items():
+        if (record := folder / f"{name}.jsonl").exists():
+            outcomes = [json.loads(line)["survived"] for line in record.read_text().splitlines()]
+            failed = outcomes.count(False)
+            unit = f"{len(outcomes):,}" if part.size == 1 else f"{len(outcomes):,} x {part.size}"
+            lines.append(f"| {part.title} | {unit} | {len(outcomes) - failed:,} | {failed:,} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Kill processes and compare the checkpoints of their runs."""
+    """Attack, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--part", action="append", choices=PARTS, help="one kind of attack; all by default")
+    parser.add_argument("--tries", type=int, help="number of tries of each part; by default its own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--port", type=int, default=29600)
+    parser.add_argument("--folder", type=Path, help="where outcomes are kept; by default nowhere")
     arguments = parser.parse_args()
-    rng, failures = random.Random(arguments.seed), 0
+    runs.preload()
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-
-        @cache
-        def uninterrupted_run(mode: str) -> tuple[Path, float]:
-            """Return the folder of an uninterrupted run, and the seconds after its first step."""
-            folder = root / mode
-            launcher = start(mode, folder, root / f"{mode}.log", arguments.port)
-            wait_for(folder, launcher, num_steps=1)
-            first = time.monotonic()
-            if launcher.wait():
-                raise SystemExit((root / f"{mode}.log").read_text()[-3000:])
-            return folder, time.monotonic() - first
-
-        say("| mode | killed | seconds after its first step | exit status | equal bits |\n|---|---|---|---|---|")
-        for number in range(arguments.kills):
-            mode, rank = rng.choice(arguments.modes), rng.randrange(2)
-            uninterrupted, seconds = uninterrupted_run(mode)
-            folder, moment = root / f"kill-{number}", rng.uniform(0, seconds)
-            launcher = start(mode, folder, log := root / f"kill-{number}.log", arguments.port)
-            wait_for(folder, launcher, num_steps=1)
-            time.sleep(moment)
-            if (victim := process_of(rank, folder)) is not None:
-                os.kill(victim, signal.SIGKILL)
-            status = launcher.wait()
-            equal = not status and equal_bits(last_checkpoint(folder), last_checkpoint(uninterrupted))
-            failures += not equal
-            killed = f"process {rank}" if victim is not None else "none, the run had ended"
-            say(f"| {mode} | {killed} | {moment:.1f} | {status} | {'yes' if equal else 'NO'} |")
-            if not equal:
-                sys.stderr.write(log.read_text()[-3000:])
-    raise SystemExit(1 if failures else 0)
+        folder = arguments.folder or Path(name)
+        for part in arguments.part or PARTS:
+            tries = PARTS[part].tries if arguments.tries is None else arguments.tries
+            attack(part, folder.resolve(), tries=tries, seed=arguments.seed, say=say)
+        text = table(folder)
+    say(text)
+    raise SystemExit(1 if any(not line.endswith("| 0 |") for line in text.splitlines()[2:]) else 0)
 
 
 if __name__ == "__main__":
