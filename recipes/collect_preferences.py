@@ -31,7 +31,6 @@ from pathlib import Path
 from socket import socket
 
 import torch
-import uvicorn
 
 from rlhf_t2i.access import TOKEN_VARIABLE, listen, token
 from rlhf_t2i.annotation.answers import Answers
@@ -46,6 +45,7 @@ from rlhf_t2i.annotation.questions import (
 )
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.data.prompts import load_prompts
+from rlhf_t2i.http_server import listens_on_loopback, make_server
 from rlhf_t2i.output.run_folder import COLLECTED_PAIRS
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.rows import check_prompts
@@ -55,7 +55,7 @@ from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import BASE
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder
 
-_FREE_TO_CHANGE = {"run_folder", "resume", "rewards", "microbatch_size", "host", "port"}
+_FREE_TO_CHANGE = {"run_folder", "resume", "rewards", "microbatch_size", "host", "port", "require_token", "no_imports"}
 log = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once
 _NUM_SAMPLED = 100
 """Default number of pairs to sample."""
@@ -98,9 +98,9 @@ def serve(service: Service, listener: socket) -> None:
         f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {folder / COLLECTED_PAIRS}\n"
         f"page      {address}{needs}\nresults   {address}/results"
     )
-    settings = uvicorn.Config(create_app(service), access_log=False, ws="none", log_level="warning")
+    app = create_app(service, loopback=listens_on_loopback(listener))
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(settings).run(sockets=[listener])
+        make_server(app, log_level="warning").run(sockets=[listener])
 
 
 def candidates(config: Config, folder: Path, device: torch.device) -> Iterator[Candidate]:

@@ -71,15 +71,22 @@ class Browser:
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
-    """A new browser, closed at the end; needs CHROMIUM and DRIVER."""
+def chromium(*arguments: str) -> Iterator[Browser]:
+    """A new browser with further arguments, closed at the end; needs CHROMIUM and DRIVER."""
     assert CHROMIUM
     assert DRIVER
     number = free_port()
     driver = subprocess.Popen([DRIVER, f"--port={number}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     options = {
         "binary": CHROMIUM,
-        "args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-proxy-server"],
+        "args": [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--disable-gpu",
+            "--no-proxy-server",
+            *arguments,
+        ],
     }
     wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
     try:

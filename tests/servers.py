@@ -30,12 +30,11 @@ def until(condition: Callable[[], object]) -> None:
 @contextmanager
 def running(app: Any, *, port: int = 0) -> Iterator[str]:
     """Serve an ASGI application with uvicorn in a thread; yields its address."""
-    import uvicorn
-
     from rlhf_t2i.access import listen
+    from rlhf_t2i.http_server import make_server
 
     listener = listen("127.0.0.1", port)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="auto"))
+    server = make_server(app, log_config=None, lifespan="auto")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

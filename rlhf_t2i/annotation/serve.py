@@ -31,12 +31,15 @@ try:
     from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
     from pydantic import BaseModel, ConfigDict
     from starlette.exceptions import HTTPException
+
+    from rlhf_t2i.http_server import Guard
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; the annotation page needs: pip install 'rlhf-t2i[serve]'") from error
 
 _LOG = logging.getLogger("uvicorn.error")
 _HERE = Path(__file__).parent
 _COOKIE = "token"
+_MAX_BODY_BYTES = 2**16
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "style-src 'unsafe-inline'; frame-ancestors 'none'",
@@ -158,10 +161,11 @@ class Service:
         return self.secret is not None and hmac.compare_digest(given.encode(), self.secret.encode())
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the server as an ASGI application."""
+def create_app(service: Service, *, loopback: bool = True) -> FastAPI:
+    """Return the server as an ASGI application; with `loopback` it answers to the names of its own machine only."""
     kinds = (HTTPException, RequestValidationError, ValueError, OSError)
     app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(kinds, _refuse))
+    app.add_middleware(Guard, loopback=loopback, max_body_bytes=_MAX_BODY_BYTES)
     app.add_api_route("/", service.page, response_model=None)
     app.add_api_route("/page.js", service.script, response_model=None)
     app.add_api_route("/enter", service.enter, methods=["POST"], response_model=None)

@@ -21,17 +21,16 @@ from rlhf_t2i.rewards.wire_format import MAX_METADATA_BYTES, TooLargeError, unpa
 from rlhf_t2i.settings.reward_server import Config
 
 try:
-    import uvicorn
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
+
+    from rlhf_t2i.http_server import Guard, listens_on_loopback, make_server
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; the reward server needs: pip install 'rlhf-t2i[serve]'") from error
 
 _LOG = logging.getLogger("uvicorn.error")
-_SILENT_SECONDS = 30.0
-"""A client that sends nothing for so long has given up."""
 _HEADER_BYTES = 2**20 + MAX_METADATA_BYTES
 """Allowance for the part of a body that is not pixels."""
 
@@ -74,7 +73,7 @@ class Service:
             raise HTTPException(503, message, headers={"Retry-After": "1"})
         self.num_accepted += 1
         try:
-            body = await _read(request, max_bytes=self.max_bytes)
+            body = await request.body()
             images, prompts = await asyncio.to_thread(
                 unpack, body, request.headers.get("Content-Type", ""),
                 max_images=self.max_images, max_bytes=self.max_bytes,
@@ -91,8 +90,8 @@ class Service:
             raise HTTPException(401, message, headers={"WWW-Authenticate": "Bearer"})
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the server as an ASGI application."""
+def create_app(service: Service, *, loopback: bool = True) -> FastAPI:
+    """Return the server as an ASGI application; with `loopback` it answers to the names of its own machine only."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -103,25 +102,13 @@ def create_app(service: Service) -> FastAPI:
         return _error_response(error)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, exception_handlers={HTTPException: refuse})
+    app.add_middleware(
+        Guard, loopback=loopback, max_body_bytes=service.max_bytes + _HEADER_BYTES, hint=" (--max_body_mb)"
+    )
     app.add_api_route("/health", service.health, response_model=None)
     app.add_api_route("/metrics", service.metrics, response_model=None)
     app.add_api_route("/score", service.score, methods=["POST"], response_model=None)
     return app
-
-
-async def _read(request: Request, *, max_bytes: int) -> bytes:
-    """Return the body of a request; neither starlette nor uvicorn limits its size or its time."""
-    body, loop = bytearray(), asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(_SILENT_SECONDS) as timeout:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > max_bytes + _HEADER_BYTES:
-                    raise TooLargeError(f"The body has more than {max_bytes / 2**20:g} MB (--max_body_mb).")
-                timeout.reschedule(loop.time() + _SILENT_SECONDS)
-    except TimeoutError:
-        raise HTTPException(408, f"No data arrived for {_SILENT_SECONDS:g} s.") from None
-    return bytes(body)
 
 
 def _error_response(error: Exception) -> JSONResponse:
@@ -162,7 +149,7 @@ def main(config: Config) -> None:
         max_bytes=config.max_body_mb * 2**20,
         secret=token(),
     )
-    server = uvicorn.Server(uvicorn.Config(create_app(service), access_log=False, ws="none", lifespan="on"))
+    server = make_server(create_app(service, loopback=listens_on_loopback(listener)), lifespan="on")
     host, port = listener.getsockname()[:2]
     _LOG.info("Serving %s at http://%s:%d", config.rewards, f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])

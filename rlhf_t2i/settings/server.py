@@ -18,6 +18,15 @@ class ServerSettings(Settings, group="system"):
     port: Port = 8000
     """Port to listen on; 0 is any free port."""
 
+    require_token: bool = False
+    """Serve only with a token in RLHF_T2I_TOKEN, on loopback addresses too, to which other users of the machine may
+    connect."""
+
     def rules(self) -> list[Rule]:
         alone = f"127.0.0.1, ::1 or localhost unless the environment variable {TOKEN_VARIABLE} has a token"
-        return [*super().rules(), ("host", is_loopback(self.host) or token() is not None, alone)]
+        needs = f"false unless the environment variable {TOKEN_VARIABLE} has a token"
+        return [
+            *super().rules(),
+            ("require_token", not self.require_token or token() is not None, needs),
+            ("host", is_loopback(self.host) or token() is not None, alone),
+        ]
