@@ -77,13 +77,17 @@ def test_an_evaluation_that_sigterm_put_off_is_made_when_the_run_resumes(
 
 def test_the_evaluation_of_exported_weights_is_made_once_and_keeps_its_step(config: draft.Config) -> None:
     """The best is that before training; neither its numbers nor its images take the place of the last step's."""
+    config = replace(config, patience=3, max_image_grids=3)
     folder = draft.main(config)
-    assert [row["step"] for row in rows(folder, "evaluation")] == [0, 1, 2]
+    assert [row["step"] for row in rows(folder, "evaluation")] == [0, 1, 2, 3]
     assert [row["step"] for row in rows(folder, "export")] == [0]
-    before, images = results(folder), (folder / "images" / "step_000002.png").read_bytes()
+    grids = {path.name: path.read_bytes() for path in (folder / "images").glob("step_*.png")}
+    assert len(grids) == 3
+    assert grids.keys() > {"step_000000.png", "step_000003.png"}
+    before = results(folder)
     draft.main(replace(config, resume=True))
     assert results(folder) == before
-    assert (folder / "images" / "step_000002.png").read_bytes() == images
+    assert {path.name: path.read_bytes() for path in (folder / "images").glob("step_*.png")} == grids
     assert "the exported weights are those before training" in (folder / "report.html").read_text()
 
 

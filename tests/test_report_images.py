@@ -19,7 +19,7 @@ from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.images import MAX_GRIDS, best_and_worst, embed_grid, evenly_spaced, image_history
 from rlhf_t2i.report.page import flags, typeset, write_report
 from rlhf_t2i.report.svg import draw, ticks
-from rlhf_t2i.training.evaluation import Evaluation, diversity, extremes, save_evaluation
+from rlhf_t2i.training.evaluation import Evaluation, diversity, extremes, prune_image_grids, save_evaluation
 from tests import browser
 from tests.report_files import Page, Row, add_images, evaluation, plain, run_folder, train, two_updates
 
@@ -88,6 +88,21 @@ def test_diversity_and_its_error_by_hand() -> None:
 
 
 # --- the page -------------------------------------------------------------------------------------
+
+
+def test_of_many_image_grids_evenly_spaced_ones_are_kept_with_the_first_the_best_and_the_last(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for step in range(0, 1000, 10):
+        for name in (f"step_{step:06d}.png", f"step_{step:06d}.webp", f"step_{step:06d}.json"):
+            (folder / name).touch()
+        prune_image_grids(tmp_path, most=12, kept=[130])
+    kept = [int(path.stem[5:]) for path in sorted(folder.glob("*.png"))]
+    assert (len(kept), kept[0], kept[-1]) == (12, 0, 990)
+    assert 130 in kept
+    assert max(b - a for a, b in pairwise(kept)) <= 2 * 990 / 11
+    assert [path.stem for path in sorted(folder.glob("*.webp"))] == [path.stem for path in sorted(folder.glob("*.png"))]
+    assert len(list(folder.glob("*.json"))) == 100
 
 
 def test_of_many_evaluations_an_evenly_spaced_selection_is_shown() -> None:

@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -17,15 +18,17 @@ from torch import nn
 
 from rlhf_t2i.distributed.replicated import Replicated
 from rlhf_t2i.distributed.types import Engine
+from rlhf_t2i.distributed.watch import Watch, end_job
 
 Mode = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
+def start_processes(mixed_precision: str | None, *, timeout: float = 0.0) -> tuple[Accelerator, Mode]:
     """Return accelerate's processes and the distribution strategy, from the launcher's environment variables.
 
-    Raises ValueError for a strategy or precision that is not supported.
+    `timeout` is that of their collective calls in seconds; 0 is torch's. Raises ValueError for a
+    strategy or precision that is not supported.
     """
     sharded = _wants_fsdp(os.environ)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -35,14 +38,15 @@ def start_processes(mixed_precision: str | None) -> tuple[Accelerator, Mode]:
         _check_deepspeed(os.environ)
         prepare_deepspeed()
     if several and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        _reconnect(os.environ, on_cpu=on_cpu)
+        _reconnect(os.environ, on_cpu=on_cpu, timeout=_limit(timeout))
     # Without a GPU use gloo: DeepSpeed would compile a library of its own.
-    gloo: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and (several or deepspeed) else []
+    backend = "gloo" if on_cpu and (several or deepspeed) else None
+    group: list[Any] = [InitProcessGroupKwargs(backend=backend, timeout=_limit(timeout))] if several or backend else []
     # Trained weights are float32 beside activations in half precision, for which torch has no fused norm.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
     # With cpu=True accelerate ignores DeepSpeed, which uses the CPU anyway if there is no GPU.
     use_cpu = on_cpu and several and not deepspeed
-    accelerator = Accelerator(cpu=use_cpu, mixed_precision=mixed_precision, kwargs_handlers=gloo)
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision=mixed_precision, kwargs_handlers=group)
     if accelerator.mixed_precision not in DTYPES:
         raise ValueError(f"mixed_precision {accelerator.mixed_precision} is not supported; use {', '.join(DTYPES)}.")
     kind = accelerator.distributed_type
@@ -123,19 +127,41 @@ def make_engine(
     return Zero(accelerator, network, optimizer)
 
 
-def _reconnect(environment: Mapping[str, str], *, on_cpu: bool) -> None:
+def watch_processes(accelerator: Accelerator, *, seconds: float) -> Watch | None:
+    """Start to watch over the processes of a job, and return the watch; None for a single one, or if `seconds` is 0."""
+    if accelerator.num_processes == 1 or not seconds:
+        return None
+    watch = Watch(
+        _store(os.environ, "watch"), rank=accelerator.process_index, num_processes=accelerator.num_processes,
+        seconds=seconds, end=end_job,
+    )  # fmt: skip
+    watch.start()
+    return watch
+
+
+def _limit(seconds: float) -> timedelta | None:
+    return timedelta(seconds=seconds) if seconds else None
+
+
+def _store(environment: Mapping[str, str], name: str) -> Any:
+    """Return a connection to the store of a job's processes, with names of its own for each restart."""
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    prefix = f"{name}_{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(prefix, store)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _reconnect(environment: Mapping[str, str], *, on_cpu: bool, timeout: timedelta | None) -> None:
     """Connect processes that the launcher restarted.
 
     Its store still has the addresses of the processes before the restart, so the new ones use another prefix.
     """
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
     if not on_cpu:
         torch.cuda.set_device(int(environment["LOCAL_RANK"]))
-    prefix = f"restart_{environment['TORCHELASTIC_RESTART_COUNT']}"
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
-        store=dist.PrefixStore(prefix, store),  # pyright: ignore[reportPrivateImportUsage]
+        store=_store(environment, "restart"),
+        timeout=timeout,
         rank=int(environment["RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
     )

@@ -51,6 +51,9 @@ class EvaluationSettings(ImportSettings, EvaluationSamplingSettings, group="eval
     on shows reward hacking."""
     num_evaluation_steps: PositiveInt | None = by_model(None, family="sampling_steps")
     """Denoising steps for one image in evaluation; null is num_denoising_steps."""
+    max_image_grids: Annotated[int, Ge(3)] = 100
+    """Evaluations whose images are kept, about evenly spaced, with the first, the best by early_stop_reward and the
+    last; the images of others are deleted, and their scores stay."""
     early_stop_reward: MeasuredReward | None = None
     """Reward that may stop training, a NAME of evaluation_rewards and best one that is not trained on: once it has not
     risen in `patience` evaluations, training ends and the weights with its highest value are exported; null trains all

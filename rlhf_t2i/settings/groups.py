@@ -20,6 +20,7 @@ from rlhf_t2i.settings.optimizer import OptimizerSettings
 from rlhf_t2i.settings.ranges import (
     InputPath,
     ModelPath,
+    NonNegativeFloat,
     NonNegativeInt,
     PathPrefix,
     PositiveFloat,
@@ -156,6 +157,9 @@ class CheckpointSettings(ResumeSettings, group="checkpoints and logging"):
     """Training steps between checkpoints; 0 writes one only at the end or when the run is stopped."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep; older ones are deleted."""
+    stall_timeout: NonNegativeFloat = 1800.0
+    """Seconds without a sign of work after which a process of several counts as standing still, which ends the job with
+    its rank; 0 waits without end. Longer than the slowest call of a reward and the writing of a checkpoint."""
     trackers: str = ""
     """Experiment trackers to log to, comma-separated: wandb, tensorboard, aim, clearml, comet_ml, dvclive, mlflow,
     swanlab, trackio. metrics.jsonl is always written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,6 +151,19 @@ def save_evaluation(evaluation: Evaluation, folder: Path, *, step: int) -> None:
     record = {"prompts": evaluation.prompts, "seeds": evaluation.seeds, "scores": scores}
     write_atomically(evaluation_scores(folder, step), json.dumps(record))
     _save_extremes(evaluation, folder, step=step)
+
+
+def prune_image_grids(folder: Path, *, most: int, kept: Collection[int]) -> None:
+    """Delete image grids until `most` are left: always that without which the largest gap of steps is the smallest.
+
+    Those after the first and the last evaluation and after the steps `kept` stay.
+    """
+    steps = sorted(int(path.stem.removeprefix("step_")) for path in (folder / IMAGES).glob("step_*.png"))
+    while len(steps) > most:
+        inner = [i for i in range(1, len(steps) - 1) if steps[i] not in kept]
+        step = steps.pop(min(inner, key=lambda i: steps[i + 1] - steps[i - 1]))
+        image_grid(folder, step).unlink()
+        image_grid(folder, step).with_suffix(".webp").unlink(missing_ok=True)
 
 
 def _save_extremes(evaluation: Evaluation, folder: Path, *, step: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlhf_t2i.distributed.processes import DTYPES, Mode, end_processes, start_processes
+from rlhf_t2i.distributed.watch import Watch
 from rlhf_t2i.output.run_folder import CHECKPOINTS
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete, owes_evaluation
@@ -25,8 +26,9 @@ from rlhf_t2i.training.trackers import Trackers
 
 FREE_TO_CHANGE = frozenset({
     "num_steps", "learning_rate", "warmup_steps", "max_skipped_updates", "evaluate_every", "patience",
-    "checkpoint_every", "keep_checkpoints", "trackers", "num_cpu_threads", "microbatch_size", "searches_per_batch",
-    "async_reward", "no_imports", "attention", "gradient_checkpointing", "offload_text_encoders", "gather_for_sampling",
+    "checkpoint_every", "keep_checkpoints", "max_image_grids", "stall_timeout", "trackers", "num_cpu_threads",
+    "microbatch_size", "searches_per_batch", "async_reward", "no_imports", "attention", "gradient_checkpointing",
+    "offload_text_encoders", "gather_for_sampling",
 })  # fmt: skip
 """Settings that may differ when a run is resumed; docs/resume.md lists them."""
 
@@ -44,6 +46,8 @@ class Run:
     trackers: Trackers
     resumed_from: Path | None
     """Checkpoint from which the run resumes."""
+    watch: Watch | None = None
+    """Ends the job if one of its processes stands still."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -93,13 +97,20 @@ class Run:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the rows of all processes, in the order of their ranks. Collective."""
+        self.tick()
         return cast(Tensor, self.accelerator.gather(tensor))
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return each number averaged over processes. Collective."""
+        self.tick()
         numbers = torch.tensor(list(values.values()), device=self.device)
         means = cast(Tensor, self.accelerator.reduce(numbers, reduction="mean"))
         return dict(zip(values, means.tolist(), strict=True))
+
+    def tick(self) -> None:
+        """Tell the other processes that this one works."""
+        if self.watch is not None:
+            self.watch.tick()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row, with its kind and step, to metrics.jsonl and send it to the trackers."""
@@ -119,20 +130,25 @@ class Run:
 
     def close(self) -> None:
         """Close trackers and processes, and let others write to the run folder; nothing may follow."""
+        if self.watch is not None:
+            self.watch.stop()
         end_processes(self.accelerator)
         release_folder(self.folder)
 
 
-def start_run(config: Mapping[str, Any], *, recipe: str, checkpoints: bool = True) -> Run:
+def start_run(
+    config: Mapping[str, Any], *, recipe: str, checkpoints: bool = True, collective_timeout: float = 0.0
+) -> Run:
     """Start the processes, claim the run folder, and find the checkpoint to resume from.
 
     `config` is written to the run folder; of its fields this reads run_folder, resume, mixed_precision, attention,
-    trackers and num_cpu_threads. `checkpoints=False` is for runs that write none. Raises ValueError for a run folder
+    trackers and num_cpu_threads. `checkpoints=False` is for runs that write none, `collective_timeout` that of
+    `start_processes`. Raises ValueError for a run folder
     that holds another config, and FileExistsError for one that holds a run if `resume` is false.
     """
     resume = config["resume"] or restarted()
     stop_with_launcher()
-    accelerator, mode = start_processes(config["mixed_precision"])
+    accelerator, mode = start_processes(config["mixed_precision"], timeout=collective_timeout)
     config = {**config, "mixed_precision": accelerator.mixed_precision}
     prepare_torch(attention=config["attention"], num_cpu_threads=config["num_cpu_threads"])
     folder = claim_folder(config, recipe=recipe, free_to_change=FREE_TO_CHANGE, checkpoints=checkpoints)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf_t2i.distributed.placement import layout_of, placement_config, placement_table
-from rlhf_t2i.distributed.processes import make_engine
+from rlhf_t2i.distributed.processes import make_engine, watch_processes
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.output.run_folder import update_run_info
 from rlhf_t2i.rewards.load import load_rewards
@@ -56,7 +56,8 @@ def make_trainer(
     single = rewards.without_groups()
     if config.early_stop_reward not in (None, *(reward.name for reward in single.rewards)):
         rewards.refuse_groups("early_stop_reward needs scores that differ between models")
-    run = start_run(asdict(config), recipe=recipe)
+    # Twice as long, so that who stands still is named before its partners' collective calls fail.
+    run = start_run(asdict(config), recipe=recipe, collective_timeout=2 * config.stall_timeout)
     record_fingerprints(run, prompts)
     _record_prompts(run, prompts)
     run.print(config.defaults_text())
@@ -80,6 +81,7 @@ def make_trainer(
         extra=[*averages.values(), *extra, *([early_stop] if early_stop else [])],
     )  # fmt: skip
     step = checkpoints.restore()
+    run.watch = watch_processes(run.accelerator, seconds=config.stall_timeout)
     return Trainer(
         config, run, policy, engine, averages, initial, checkpoints, single, evaluation, prompts.title, early_stop,
         report, step,

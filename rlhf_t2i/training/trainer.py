@@ -27,7 +27,7 @@ from rlhf_t2i.training.checkpoint_files import owes_evaluation
 from rlhf_t2i.training.early_stop import EarlyStop
 from rlhf_t2i.training.ema import MovingAverage, copy_weights, exchanged, lora_at_scale
 from rlhf_t2i.training.environment import StopRequests
-from rlhf_t2i.training.evaluation import Evaluation, evaluate, save_evaluation
+from rlhf_t2i.training.evaluation import Evaluation, evaluate, prune_image_grids, save_evaluation
 from rlhf_t2i.training.learning_rate import learning_rates
 from rlhf_t2i.training.metrics import rate_text, read_metrics
 from rlhf_t2i.training.run import Run
@@ -84,7 +84,6 @@ class Trainer:
 
     @property
     def folder(self) -> Path:
-        """Run folder."""
         return self.run.folder
 
     @property
@@ -145,6 +144,7 @@ class Trainer:
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Context whose seconds are added to `seconds/PART` in this step's metrics."""
+        self.run.tick()
         start = time.monotonic()
         try:
             yield
@@ -161,8 +161,7 @@ class Trainer:
             average.update(self.engine.weights)
         self.step = step + 1
         self._is_stopping = bool(self.gather(torch.tensor([self._stop_requests.count], device=self.device)).any())
-        seconds = {f"seconds/{part}": round(value, 3) for part, value in self._seconds.items()}
-        self._seconds.clear()
+        seconds = {f"seconds/{part}": round(self._seconds.pop(part), 3) for part in list(self._seconds)}
         self.run.log({"kind": "train", "step": self.step, **metrics, **seconds})
         shown = [f"{name} {metrics[name]:z.3f}" for name in ("reward", "accuracy", "loss") if name in metrics][:1]
         shown += rate_text(int(metrics["images"]), math.fsum(seconds.values()))
@@ -216,11 +215,10 @@ class Trainer:
                 stack.callback(setattr, self.policy, "denoiser", self.engine.network)
             yield
 
-    # --- optimiser steps ---
-
     def accumulate(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """Yield each batch of one optimiser step; gradients accumulate, and are exchanged after the last one."""
         for index, batch in enumerate(batches):
+            self.run.tick()
             with self.engine.accumulating(last=index == len(batches) - 1):
                 yield batch
 
@@ -255,10 +253,12 @@ class Trainer:
         self.run.log(row)
         if self.run.is_main:
             save_evaluation(evaluation, self.folder, step=self.step)
+            kept = [self.early_stop.best_step] if self.early_stop else []
+            prune_image_grids(self.folder, most=self.config.max_image_grids, kept=kept)
             self.run.trackers.log_image("evaluation/images", image_grid(self.folder, self.step), step=self.step)
             self._write_report()
-            number = f"{len(evaluation.images)} images of {self.evaluation_title}"
-            self.print(f"after {self.step} steps, {number}: {evaluation.text()}")
+            images = f"{len(evaluation.images)} images of {self.evaluation_title}"
+            self.print(f"after {self.step} steps, {images}: {evaluation.text()}")
 
     def _write_report(self) -> Path | None:
         """Bring the report up to date; a damaged file of an earlier evaluation is said, and ends no training."""
@@ -288,9 +288,9 @@ class Trainer:
             copy_weights(weights, into=self.engine.weights)
         if self.run.is_main and is_complete:
             export = self.policy.export(self.folder, weights, kohya=self.config.export_format == "both")
-            report = self._write_report()
             self.print(before_after(read_metrics(self.folder)))
-            self.print(f"report    {report or 'not written'}\nimages    {self.folder / IMAGES}\nweights   {export}")
+            report = self._write_report() or "not written"
+            self.print(f"report    {report}\nimages    {self.folder / IMAGES}\nweights   {export}")
         elif self.run.is_main:
             self.print(
                 f"Stopped after {self.step} of {num_steps} steps. Continue with: "
