@@ -36,6 +36,8 @@ from tests.servers import running, served
 TOY = ["a red circle on a blue background", "a green square on a white background"]
 FLAT = {"nudity", "geneval", "geneval:graded"}
 """Rewards whose tiny or real detectors find nothing in images of noise."""
+SLOW = {"llava_reward", "ocr", "nudity", "geneval", "geneval:graded", "hps_v3:PATH"}
+"""Rewards with networks that are not tiny, or many of them."""
 EXTRAS = {"nudity": ("nudenet",), "ocr": ("rapidfuzz", "rapidocr")}
 PLACES = {
     "llava_reward": lambda: reward_model_folder("llava"),
@@ -128,7 +130,10 @@ def written(name: str, root: Path, servers: ExitStack) -> str:
             return f"{kind}:{PLACES[kind]() if kind in PLACES else root / kind}" if path == "PATH" else name
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in REWARDS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(e.name, marks=[pytest.mark.slow] if e.name in SLOW else []) for e in REWARDS],
+)
 def test_an_image_scores_the_same_alone_in_a_batch_and_over_http(
     name: str, root: Path, servers: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:

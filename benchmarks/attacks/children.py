@@ -19,7 +19,7 @@ import torch
 
 CHANGING_FILES = ("checkpoints", "logs", "claims")
 """Folders of a run that hold no results."""
-TIMEOUT_S = 300.0
+TIMEOUT_S = 1200.0
 
 
 class Outcome(NamedTuple):

@@ -44,7 +44,7 @@ RESUMABLE: dict[str, dict[str, Any]] = {
     "best_of_n": {**_SEARCH, "num_candidates": 2, "searches_per_batch": 1},
     "fk_steering": {**_SEARCH, "num_particles": 2, "searches_per_batch": 1, "reward_std": 0.2},
     "train_reward_model": {
-        "num_steps": 3, "microbatch_size": 2, "accumulation_steps": 1, "evaluate_every": 1, "lora_rank": 2,
+        "num_steps": 2, "microbatch_size": 2, "accumulation_steps": 1, "evaluate_every": 1, "lora_rank": 2,
         "lora_alpha": 4.0,
     },
 }  # fmt: skip
