@@ -39,9 +39,10 @@ from rlhf_t2i.training.finished_run import read_run
 
 def main(config: Config) -> Path:
     """Read the run, write the publication, upload it; returns the folder of the publication."""
-    from rlhf_t2i.hub.licence import find_licence  # imports huggingface_hub
+    from rlhf_t2i.hub.contents import check_kinds, check_no_keys  # imports huggingface_hub, as the others do
+    from rlhf_t2i.hub.licence import find_licence
     from rlhf_t2i.hub.model_card import write_card
-    from rlhf_t2i.hub.upload import check_no_tokens, check_repo_id, hub_api, upload
+    from rlhf_t2i.hub.upload import check_repo_id, hub_api, upload
 
     for repo in (config.repo, config.base):
         if repo is not None:
@@ -62,8 +63,11 @@ def main(config: Config) -> Path:
             curves=write_training_record(public, folder), datasets=names(config.datasets),
         )  # fmt: skip
         paths.hide_in_files(folder)
-        check_no_tokens(folder)
+        check_kinds(folder)
+        check_no_keys(folder)
         write_checksums(folder)
+    if paths.names:
+        tqdm.write(f"shortened {', '.join(f'{path} to {name}' for path, name in paths.names.items())}")
     for name in list_files(target):
         tqdm.write(f"{(target / name).stat().st_size:>13,}  {name}")
     tqdm.write(f"folder    {target}")

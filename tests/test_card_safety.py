@@ -104,6 +104,19 @@ def test_the_publication_of_a_reward_model_names_no_path_of_this_machine(
     assert {"report.html", "training/history.json", "training/metrics.json"} <= set(list_files(folder))
 
 
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("--rewards http://10.0.0.5:8000|http://10.0.0.6:8000", "--rewards http://host:8000|http://host-2:8000"),
+        ("http://gpu1:8000 http://node.lan/x me@vault.lan", "http://host:8000 http://host-2/x me@host-3"),
+        ("http://[fd00::1]:80 192.168.1.7", "http://host:80 host-2"),
+        ("http://127.0.0.1:8000 http://localhost https://huggingface.co/x 8.8.8.8 torch 2.13.0.1", None),
+    ],
+)
+def test_private_hosts_are_hidden_and_public_ones_are_not(text: str, hidden: str | None) -> None:
+    assert LocalPaths([text]).hidden(text) == (text if hidden is None else hidden)
+
+
 # --- texts of a run in the card -------------------------------------------------------------------
 
 EVIL = "accelerate launch x\n```\n<script>alert(1)</script>\n```"

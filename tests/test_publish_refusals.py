@@ -9,10 +9,13 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from recipes import publish as recipe
 from rlhf_t2i.hub.base import find_base
+from rlhf_t2i.hub.contents import check_kinds, check_no_keys
 from rlhf_t2i.training.finished_run import read_run
 from tests.hub import TOKEN, Commit, FakeHub, Repository
 from tests.publications import BASE, file_contents, shard_weights, two_evaluations
@@ -166,7 +169,51 @@ def test_a_token_in_a_run_is_not_published(secret: str, run_copy: Path) -> None:
     """Neither the user's own nor someone else's."""
     info = json.loads((run_copy / "run.json").read_text())
     (run_copy / "run.json").write_text(json.dumps({**info, "command": f"HF_TOKEN={secret} {info['command']}"}))
-    with pytest.raises(ValueError, match="contains an access token of the Hub") as refusal:
+    with pytest.raises(ValueError, match=r"README\.md:\d+ contains an? (access )?token of") as refusal:
         recipe.main(recipe.Config(run=str(run_copy), base=BASE))
     assert secret not in str(refusal.value)
     assert not (run_copy / "publication").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("sk-ant-api03-" + "a1B-" * 10, "a key of Anthropic"),
+        ("sk-proj-" + "a1B_" * 10, "a key of OpenAI"),
+        (f"WANDB_API_KEY={'0123456789abcdef' * 2}01234567", "a key of Weights & Biases"),
+        ("AKIA" + "A1B2C3D4" * 2, "a key of AWS"),
+        ("ghp_" + "a1B" * 12, "a token of GitHub"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----", "a private key"),
+    ],
+)
+def test_a_key_anywhere_in_a_publication_is_found_with_file_and_line(text: str, kind: str, tmp_path: Path) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    (tmp_path / "a.txt").write_text(f"{commit}\nrisk-free task-based\n{text}\n")
+    with pytest.raises(ValueError, match=rf"^a\.txt:3 contains {kind}, ") as refusal:
+        check_no_keys(tmp_path)
+    assert text not in str(refusal.value)
+    (tmp_path / "a.txt").unlink()
+    save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors", metadata={"note": text})
+    with pytest.raises(ValueError, match=rf"^b\.safetensors:1 contains {kind}, "):
+        check_no_keys(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["report.html", "metrics.jsonl", "lora/pytorch_lora_weights.safetensors"])
+def test_no_link_out_of_the_run_folder_is_followed(name: str, run_copy: Path, tmp_path: Path) -> None:
+    """Whoever made the run could so have any file of the publishing machine published."""
+    outside = tmp_path / "outside"
+    (run_copy / name).rename(outside)
+    (run_copy / name).symlink_to(outside)
+    with pytest.raises(ValueError, match=rf"{name} is a link to {outside}, outside of {run_copy}; it is not published"):
+        recipe.main(recipe.Config(run=str(run_copy), base=BASE))
+    assert not (run_copy / "publication").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.png", b"GIF89a"), ("a.json", b"{"), ("a.jsonl", b"{}\nx\n"), ("a.yaml", b"["), ("a.html", b"\xff\xfe")],
+)
+def test_a_file_that_is_not_what_its_suffix_says_is_not_published(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{name} is no {name[2:]} file, so it is not published"):
+        check_kinds(tmp_path)

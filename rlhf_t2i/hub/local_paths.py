@@ -1,7 +1,8 @@
-"""Replacement of this machine's paths in what is published by the names of the files and folders."""
+"""Replacement of this machine's paths, and of hosts that are not public, in what is published by short names."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from markupsafe import escape
 
+from rlhf_t2i.access import is_loopback
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPTS
 from rlhf_t2i.training.finished_run import FinishedRun
 
@@ -19,6 +21,11 @@ _PATH = re.compile(r"(?<![^\s'\"=,:(\[])(?:~[\w.-]*|\.\.|[A-Za-z]:)?(?:[/\\][^/\
 _BEFORE = r"(?:(?<![\w/\\.~<-])|(?<=\\[nrt]))"
 _AFTER = r"(?![\w-]|\.\w)"
 """Around a whole path: no part of a word, of a longer name or of a tag of HTML. JSON writes a line break as \\n."""
+_HOST = re.compile(
+    r"(?<=://)(?:\[[0-9a-fA-F:.]+\]|[\w.-]+)|(?<=@)[\w-]+(?:\.[\w-]+)+|(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])"
+)
+"""The host of a URL or of user@host, and a number that may be one."""
+_PRIVATE_NAMES = (".local", ".localdomain", ".lan", ".internal", ".intranet", ".corp", ".home.arpa")
 _TEXT_FILES = {".md", ".json", ".jsonl", ".yaml", ".html", ".svg"}
 
 
@@ -30,7 +37,7 @@ class LocalPaths:
         self.names: dict[str, str] = {}
         used = {*TOY_MODELS, TOY_BACKBONE, TOY_PROMPTS}  # names that mean something else
         for path in dict.fromkeys(path for text in texts for path in _paths_in(text)):
-            name = base = re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "folder"
+            name = base = re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "folder" if _is_path(path) else "host"
             number = 2
             while name in used:
                 name, number = f"{base}-{number}", number + 1
@@ -73,8 +80,25 @@ def _replaced(text: str, names: Mapping[str, str]) -> str:
     """Return a text with the name of each whole path in its place, of the longest where several begin."""
     if not names:
         return text
-    paths = "|".join(re.escape(path) for path in sorted(names, key=len, reverse=True))
-    return re.sub(f"{_BEFORE}(?:{paths}){_AFTER}", lambda found: names[found[0]], text)
+    paths = "|".join(
+        (_BEFORE if _is_path(path) else r"(?<![\w.-])") + re.escape(path) + _AFTER
+        for path in sorted(names, key=len, reverse=True)
+    )
+    return re.sub(paths, lambda found: names[found[0]], text)
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or "\\" in text
+
+
+def _is_private(host: str) -> bool:
+    """Return True for a host that is not of the public internet; this machine's own names say nothing."""
+    if is_loopback(host.strip("[]")):
+        return False
+    try:
+        return not ipaddress.ip_address(host.strip("[]")).is_global
+    except ValueError:
+        return host.lower().endswith(_PRIVATE_NAMES) or "." not in host
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -91,6 +115,7 @@ def _paths_in(text: str) -> Iterator[str]:
     if text.startswith(("/", "~")) and Path(text).expanduser().exists():
         yield text  # the whole of it, with its blanks and commas
     yield from (found[0] for found in _PATH.finditer(text))
+    yield from (found[0] for found in _HOST.finditer(text) if _is_private(found[0]))
 
 
 def _written_forms(path: str) -> set[str]:

@@ -71,9 +71,9 @@ def write_weights(run: FinishedRun, base: Base, folder: Path, *, merge_lora: boo
             f"the Hub (--base OWNER/NAME), or publish a full pipeline (--merge_lora)."
         )
     else:
-        _copy(run.weights / LORA_WEIGHTS, folder)
+        _copy(run.weights / LORA_WEIGHTS, folder, within=run.folder)
         if (run.folder / KOHYA_LORA).is_file():
-            _copy(run.folder / KOHYA_LORA, folder)
+            _copy(run.folder / KOHYA_LORA, folder, within=run.folder)
 
 
 def _write_reward_model(run: FinishedRun, base: Base, folder: Path) -> None:
@@ -91,7 +91,7 @@ def _write_reward_model(run: FinishedRun, base: Base, folder: Path) -> None:
             )
         for path in weights:
             check_safetensors(path)
-    _copy(run.weights / WEIGHTS_NAME, folder)
+    _copy(run.weights / WEIGHTS_NAME, folder, within=run.folder)
     config = replace(read_config(run.weights), backbone=backbone)
     (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
 
@@ -100,13 +100,13 @@ def write_training_record(run: FinishedRun, folder: Path) -> list[tuple[str, Cha
     """Write settings, metrics, report, images and curves of a run; returns the file and the chart of each curve."""
     metrics = [REWARD_METRICS, REWARD_HISTORY] if run.kind == "reward_model" else [METRICS]
     for name in [CONFIG, RUN_INFO, *metrics]:
-        _copy(run.folder / name, folder / "training")
+        _copy(run.folder / name, folder / "training", within=run.folder)
     if (run.folder / REPORT).is_file():
-        _copy(run.folder / REPORT, folder)
+        _copy(run.folder / REPORT, folder, within=run.folder)
     if run.kind != "reward_model":
-        _copy(run.folder / IMAGES / CAPTIONS, folder / IMAGES)
+        _copy(run.folder / IMAGES / CAPTIONS, folder / IMAGES, within=run.folder)
         for name, grid in zip(("before.png", "after.png"), run.grids, strict=True):
-            shutil.copyfile(grid, folder / IMAGES / name)
+            _copy(grid, folder / IMAGES, within=run.folder, name=name)
     curves: list[tuple[str, Chart]] = []
     for chart in history_charts(run.history) if run.kind == "reward_model" else charts(run.rows):
         name = f"curves/{re.sub('[^a-z0-9]+', '-', chart.title.lower()).strip('-')}.svg"
@@ -164,6 +164,9 @@ def is_publication(folder: Path) -> bool:
     return sorted(listed) == present and all(sha256_of(folder / name) == listed[name] for name in present)
 
 
-def _copy(path: Path, folder: Path) -> None:
+def _copy(path: Path, folder: Path, *, within: Path | None = None, name: str | None = None) -> None:
+    """Copy a file into a folder; ValueError for one that a symbolic link takes from outside of `within`."""
+    if within is not None and not path.resolve().is_relative_to(within.resolve()):
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside of {within}; it is not published.")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(path, folder / (name or path.name))

@@ -5,7 +5,6 @@ The token is HF_TOKEN or that of `hf auth login`. No function takes a token, and
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,19 +39,6 @@ def check_repo_id(repo: str) -> None:
         raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME. {error}") from error
     if repo.count("/") != 1:
         raise ValueError(f"repo is {repo!r}; it must be OWNER/NAME.")
-
-
-def check_no_tokens(folder: Path) -> None:
-    """Raise ValueError, naming the file, if a text file of a publication contains an access token of the Hub."""
-    own = get_token()
-    for name in list_files(folder):
-        if not name.endswith((".safetensors", ".png")):
-            text = (folder / name).read_text(encoding="utf-8", errors="ignore")
-            if (own and own in text) or re.search(r"\bhf_[A-Za-z0-9]{30,}", text):
-                raise ValueError(
-                    f"{name} contains an access token of the Hub, from the command or config of the run. Remove it "
-                    f"from the run folder."
-                )
 
 
 def upload(
