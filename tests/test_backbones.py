@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -20,6 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reward_model import bounded_steps
 from reward_model.backbones.load import load_backbone
 from reward_model.images import to_tensor
 from reward_model.types import Inputs
@@ -141,6 +143,17 @@ def test_a_template_without_an_image_is_refused() -> None:
     tokenizer = replace(backbone_of("llava").prompt_tokenizer, chat_template="{{ messages[0]['content'][1]['text'] }}")
     with pytest.raises(ValueError, match="has 0 placeholders for one image; rendered: 'a red fox'"):
         tokenizer.ids("a red fox", 4)
+
+
+def test_a_chat_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jinja's sandbox bounds one loop by 100,000 rounds, and two of them take an hour."""
+    monkeypatch.setattr(bounded_steps, "MAX_STEPS", 200_000)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = replace(backbone_of("llava").prompt_tokenizer, chat_template=loops)
+    before = sys.gettrace()
+    with pytest.raises(ValueError, match=r"The chat template of this model does not end within 200,000 steps"):
+        tokenizer.text("a fox")
+    assert sys.gettrace() is before
 
 
 def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_is_an_error(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from reward_model.bounded_steps import bounded_steps
 from reward_model.text_files import read_object
 
 PaddingSide = Literal["left", "right"]
@@ -81,12 +82,13 @@ class PromptTokenizer:
         content: Any = [{"type": "image"}, {"type": "text", "text": prompt}]
         if self.image_text is not None:
             content = f"{self.image_text}\n{prompt}"
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=self.answering,
-        )
+        with bounded_steps("The chat template of this model"):
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=self.answering,
+            )
         return text if self.answering else text.rstrip()
 
     @property

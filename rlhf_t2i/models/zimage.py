@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import ZImagePipeline
 from torch import Tensor
 
+from reward_model.bounded_steps import bounded_steps
 from rlhf_t2i.models.autoencoder import Autoencoder, latent_size
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import FlowLevels, shift_for
@@ -79,4 +80,7 @@ class ZImage(DiffusionPolicy):
 def as_chat(tokenizer: Any, prompt: str) -> str:
     """Return the language model's input: the prompt as a user's message, and the opening of a reply."""
     message = {"role": "user", "content": prompt}
-    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    with bounded_steps("The chat template of this model"):
+        return tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
