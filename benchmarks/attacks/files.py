@@ -17,7 +17,7 @@ from attacks.mutations import mutated
 FILES = 250
 """Mutated files in one try."""
 _SECONDS = 10
-"""Time that one file may take."""
+"""Processor time that one file may take."""
 _EXTRA_BYTES = 2**31
 """Memory that a try may take beside what is loaded before."""
 Read = Callable[[Path], Any]
@@ -111,14 +111,14 @@ def _read_all(folder: Path, rng: random.Random) -> None:
         content, read = contents[name]
         path = folder / name
         path.write_bytes(mutated(content, rng))
-        signal.alarm(_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
         try:
             read(path)
         except Exception as error:
             if not is_for_user(error):
                 failures.setdefault(f"{name}: {type(error).__name__}", str(error)[:100])
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     if failures:
         raise AssertionError("; ".join(f"{name} {text}" for name, text in sorted(failures.items())))
 
