@@ -186,6 +186,19 @@ def count_activations(model: Model, *, adapters: bool, batch: int) -> tuple[nn.M
         return network, peak_bytes(network, step)
 
 
+def print_weights(models: list[str]) -> None:
+    """Print the GB of each denoiser's frozen weights under a LoRA, plain and quantised as by `models.quantization`."""
+    say("| GB of the denoiser | bfloat16 | int8 | nf4 |\n|---|---|---|---|")
+    for name in models:
+        with torch.device("meta"):
+            network = MODELS[name].build()
+        total = sum(p.numel() for p in network.parameters())
+        layers = [module.weight.shape for module in network.modules() if type(module) is nn.Linear]
+        linear, rows = sum(layer.numel() for layer in layers), sum(layer[0] for layer in layers)
+        sizes = [2 * total, *(2 * (total - linear) + size for size in (linear + 3 * rows, linear * (1 / 2 + 4 / 64)))]
+        say(f"| {name} | {' | '.join(f'{size / BILLION:.1f}' for size in sizes)} |")
+
+
 def decoding(model: Model) -> int:
     """Return the activation bytes of decoding an image in bfloat16, forward and backward, for DRaFT."""
     from diffusers import AutoencoderKL
@@ -237,8 +250,12 @@ def main() -> None:
     parser.add_argument("--reward_model", choices=[*REWARD_MODELS, "elsewhere"], default="Qwen2.5-VL-3B")
     parser.add_argument("--offload_text_encoders", action="store_true")
     parser.add_argument("--only_adapters", action="store_true")
+    parser.add_argument("--weights", action="store_true", help="print the size of the denoisers' weights only")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if arguments.weights:
+        print_weights(arguments.models)
+        return
     say(
         f"Reward model: {arguments.reward_model}; text encoders: "
         f"{'offloaded' if arguments.offload_text_encoders else 'on the GPU'}.\n"

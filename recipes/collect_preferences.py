@@ -147,7 +147,9 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
     for name in (first, second):
         log(f"sampling  {len(prompts)} images with {name}")
         weights = None if name == BASE else Path(name)
-        policy = load_policy(config.model, device=device, weights=weights, resolution=config.resolution)
+        policy = load_policy(
+            config.model, device=device, weights=weights, resolution=config.resolution, quantization=config.quantization
+        )
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)
         images.append(

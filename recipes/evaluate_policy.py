@@ -52,6 +52,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
             dtype=run.dtype,
             weights=None if name == BASE else Path(name),
             resolution=config.resolution,
+            quantization=config.quantization,
         )
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)

@@ -21,6 +21,7 @@ MODES = ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"
 _SHARDED = ("deepspeed_zero3", "fsdp2")
 MODES_OF: dict[str, Sequence[str]] = {
     "ddpo": MODES,
+    "ddpo on weights in 8 bits": ("ddp",),
     "ddpo, full denoiser": ("ddp",),
     "ddpo, full denoiser gathered layer by layer": _SHARDED,
     "ddpo from a LoRA": _SHARDED,
@@ -54,6 +55,7 @@ def trainings(
     pairs: dict[str, Any] = {"beta": 50.0, "num_inner_epochs": 2}
     found: dict[str, TrainerConfig] = {
         "ddpo": ddpo,
+        "ddpo on weights in 8 bits": replace(ddpo, quantization="int8", optimizer="adamw_8bit", num_steps=2),
         "ddpo, full denoiser": full,
         "ddpo, full denoiser gathered layer by layer": replace(full, gather_for_sampling=False, async_reward=True),
         "ddpo from a LoRA": replace(ddpo, lora_rank=None, init_lora=str(lora), num_steps=2, ema_decay=0.0),

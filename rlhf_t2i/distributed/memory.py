@@ -31,16 +31,16 @@ class Layout:
     """Trained parameters. They, their gradients and the optimiser's state are float32."""
     frozen: int = 0
     """Other parameters of the same network, such as those under LoRA adapters."""
-    frozen_width: int = FLOAT32
-    """Bytes of each frozen parameter."""
+    frozen_width: int | float = FLOAT32
+    """Bytes of each frozen parameter, on average."""
     block: int = 0
     """Elements that FSDP2 has gathered at once: `gathered_by_fsdp`."""
     offload: bool = False
     """ZeRO-3 with float32 weights, gradients and moments in main memory (deepspeed_zero3_offload.yaml)."""
     num_averages: int = 0
     """Moving averages of the trained weights."""
-    num_moments: int = 2
-    """Optimiser state of each trained parameter: two numbers for Adam, one for SGD with momentum."""
+    num_moments: int | float = 2
+    """Optimiser state of each trained parameter in float32 numbers: two for Adam, one for SGD with momentum."""
     reference: bool = False
     """A frozen copy of the full network in float32."""
     accumulates: bool = True
@@ -105,6 +105,22 @@ class Memory:
     def peak(self) -> float:
         """Maximum over all phases, in bytes."""
         return max(self.sampling, self.backward, self.optimizer_step)
+
+
+def num_elements(parameter: Tensor) -> int:
+    """Return the number of weights in a parameter, of which bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def num_bytes(parameter: Tensor) -> int:
+    """Return the bytes of a parameter; the scales of a quantised one are part of it."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:  # of bitsandbytes
+        return parameter.nbytes + state.absmax.nbytes
+    if hasattr(parameter, "__tensor_flatten__"):  # of torchao
+        names, _ = parameter.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+        return sum(getattr(parameter, name).nbytes for name in names)
+    return parameter.nbytes
 
 
 def memory_of(

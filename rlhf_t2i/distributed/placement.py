@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from rlhf_t2i.distributed.memory import Layout, Memory, gathered_by_fsdp, memory_of
+from rlhf_t2i.distributed.memory import Layout, Memory, gathered_by_fsdp, memory_of, num_bytes, num_elements
 from rlhf_t2i.distributed.processes import Mode
 
 _NAMES = {
@@ -22,17 +22,18 @@ def layout_of(
     processes: int,
     num_averages: int = 0,
     reference: bool = False,
-    num_moments: int = 2,
+    num_moments: int | float = 2,
 ) -> Layout:
     """Return how a network that is not yet distributed will be held."""
     frozen = [p for p in network.parameters() if not p.requires_grad]
+    num_frozen = sum(map(num_elements, frozen))
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     return Layout(
         mode=mode,
         processes=processes,
         trainable=trainable,
-        frozen=sum(p.numel() for p in frozen),
-        frozen_width=max((p.element_size() for p in frozen), default=4),
+        frozen=num_frozen,
+        frozen_width=sum(map(num_bytes, frozen)) / num_frozen if frozen else 4,
         block=gathered_by_fsdp(network) if mode == "fsdp2" else 0,
         num_averages=num_averages,
         reference=reference,

@@ -27,6 +27,9 @@ class Replicated:
         max_gradient_norm: float,
     ) -> None:
         self._accelerator, self._module, self._max_norm = accelerator, network, max_gradient_norm
+        # DDP would broadcast quantised weights as plain tensors; each process has loaded the same ones.
+        quantized = [name for name, p in network.named_parameters() if type(p) is not nn.Parameter]
+        network._ddp_params_and_buffers_to_ignore = quantized  # pyright: ignore[reportArgumentType]
         self.network, self._optimizer = accelerator.prepare(network, optimizer)
         self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.weights: Mapping[str, Tensor] = {name: p.data for name, p in self._parameters.items()}

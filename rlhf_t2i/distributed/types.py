@@ -6,22 +6,29 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's moments of each weight; its state also has the number of steps."""
 STEP = "step"
-"""Key of the number of steps in an optimiser's state of a weight; the other keys are tensors of the weight's shape."""
+"""Key of the number of steps in an optimiser's state of a weight; the other keys of torch's have the weight's shape."""
 
 
-def tensors_of(state: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+def tensors_of(state: Mapping[str, Tensor | int | None]) -> dict[str, Tensor]:
     """Return the part of an optimiser's state of a weight that exists: SGD without momentum has None."""
-    return {key: value for key, value in state.items() if value is not None}
+    return {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
 
 
-def step_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a copy of the number of steps in an optimiser's state, which SGD does not count."""
-    return {STEP: state[STEP].clone()} if STEP in state else {}
+def step_of(state: Mapping[str, Tensor]) -> dict[str, Tensor | int]:
+    """Return a copy of the number of steps in an optimiser's state, which SGD does not count.
+
+    torch's optimisers count in a float32 tensor, those of bitsandbytes in an integer.
+    """
+    if STEP not in state:
+        return {}
+    step = state[STEP]
+    return {STEP: step.clone() if step.is_floating_point() else int(step)}
 
 
 @runtime_checkable

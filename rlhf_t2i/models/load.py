@@ -20,6 +20,7 @@ from rlhf_t2i.models.pipeline_parts import (
     first_line,
     load_pipeline,
 )
+from rlhf_t2i.models.quantization import Quantization, quantize, require
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.table import FAMILIES, family_entry
 from rlhf_t2i.models.weights import load_weights
@@ -53,22 +54,34 @@ def load_policy(
     resolution: int | None = None,
     whole: bool = False,
     offload_text_encoders: bool = False,
+    quantization: Quantization | None = None,
 ) -> DiffusionPolicy:
     """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder, a Hub id or a single-file checkpoint.
 
     All networks are loaded in `dtype`, but with `whole`, for training all weights, the denoiser is float32. `weights`
     are trained ones to load into it, as in `load_weights`. Images are squares of `resolution` pixels; None is the
-    model's own size. `offload_text_encoders` is as in `DiffusionPolicy`. A pipeline that a caller in Python passed
-    under the name is not loaded again. Raises FileNotFoundError or ValueError for a path that is not a pipeline of a
-    supported family, and for weights that are missing or do not fit.
+    model's own size. `offload_text_encoders` is as in `DiffusionPolicy`; `quantization`, of denoiser and text encoders,
+    as in `quantize`. A pipeline that a caller in Python passed under the name is not loaded again, and not quantised.
+    Raises FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, and for weights that
+    are missing or do not fit.
     """
     pipeline = passed().pipelines.get(model)
+    if pipeline is not None and quantization:
+        raise ValueError(
+            f"quantization is {quantization}; it must be null for a pipeline of the caller, which it would change."
+        )
+    if quantization:
+        require(quantization)  # before minutes of loading
     if pipeline is None:
         pipeline = load_stock_pipeline(model, dtype=dtype, denoiser_dtype=torch.float32 if whole else dtype)
     family = family_of(type(pipeline).__name__)
     with only_errors():
         if weights is not None:
             load_weights(pipeline, family, weights, model=model)
+        if quantization:
+            for name in (family.component, *(name for name in pipeline.components if name.startswith("text_encoder"))):
+                if (network := getattr(pipeline, name)) is not None:
+                    quantize(network, quantization, device=device, dtype=dtype)
         resolution = resolution or default_resolution(model)
         return family(
             pipeline, device=device, dtype=dtype, resolution=resolution, offload_text_encoders=offload_text_encoders

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_t2i.models.quiet import only_errors
+
 ADAPTER = "default"
 """peft's name of the adapter that is trained or loaded."""
 REFERENCE = "reference"
@@ -67,7 +69,7 @@ def add_lora(denoiser: Any, lora: LoraConfiguration, targets: Sequence[str], *, 
         init_lora_weights="gaussian",
         target_modules=list(targets),
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+    with only_errors(), torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         torch.manual_seed(seed)
         denoiser.add_adapter(config)
     for parameter in denoiser.parameters():
@@ -125,7 +127,7 @@ def keep_lora(denoiser: Any) -> None:
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict  # takes seconds
 
     weights = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+    with only_errors(), torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         denoiser.add_adapter(replace(denoiser.peft_config[ADAPTER]), REFERENCE)
     set_peft_model_state_dict(denoiser, weights, REFERENCE)

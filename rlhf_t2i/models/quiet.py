@@ -20,6 +20,8 @@ def only_errors() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"The `local_dir_use_symlinks`")  # for diffusers
+            # peft cannot merge into quantised weights; publication merges into plain ones.
+            warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")
             yield
     finally:
         diffusers_logging.set_verbosity(verbosity)

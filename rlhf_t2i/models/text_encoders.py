@@ -60,7 +60,9 @@ def _in_precision(model: Any, dtype: torch.dtype) -> Any:
     """Convert a network to `dtype`, except for layers declared to overflow in float16 (T5's)."""
     in_float32 = (getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if {*in_float32} & {*name.split(".")} else dtype)
+        wanted = torch.float32 if {*in_float32} & {*name.split(".")} else dtype
+        if parameter.is_floating_point() and parameter.dtype != wanted:  # weights in 4 bits are bytes
+            parameter.data = parameter.data.to(wanted)
     return model
 
 

@@ -223,6 +223,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float, standardise: 
         dtype=run.dtype,
         weights=Path(config.weights) if config.weights else None,
         resolution=config.resolution,
+        quantization=config.quantization,
     )
     schedule = policy.schedule(config.num_denoising_steps)
     sampler = Sampler(schedule, stochastic(schedule, eta=eta), config.guidance_scale)

@@ -40,6 +40,9 @@ class ModelSettings(Settings, group="model and LoRA"):
     """Diffusion model: a diffusers pipeline folder, a Hub id, or a built-in model (shapes, shapes-flow)."""
     resolution: PositiveInt | None = by_model(None, None)
     """Height and width of images in pixels; null is the model's native size."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Storage of the linear layers' frozen weights, in denoiser and text encoders: int8 (8 bits, torchao), nf4 (4 bits,
+    bitsandbytes), or null, the precision of the networks. Training needs a LoRA, on one process or under DDP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +251,14 @@ class TrainerConfig(
         return {"evaluation_rewards": join_terms(dict.fromkeys(measured))}
 
     def rules(self) -> list[Rule]:
-        return [*super().rules(), ("evaluation_rewards", bool(self.evaluation_rewards), "at least one reward")]
+        plain = self.quantization is None
+        return [
+            *super().rules(),
+            ("evaluation_rewards", bool(self.evaluation_rewards), "at least one reward"),
+            ("quantization", plain or self.trains_lora, "null without a LoRA (lora_rank, init_lora are null)"),
+            ("quantization", plain or not self.use_dora, "null with use_dora, which needs the weights' magnitudes"),
+            ("quantization", plain or not self.init_weights, "null with init_weights; publish these and train on them"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

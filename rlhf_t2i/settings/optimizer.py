@@ -13,9 +13,10 @@ from rlhf_t2i.settings.ranges import Decay, NonNegativeFloat, NonNegativeInt, Po
 class OptimizerSettings(Settings, group="optimiser"):
     """The optimiser and its learning rate."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """Optimiser of torch: AdamW, Adam (its weight decay is part of the gradient), or SGD with momentum adam_beta1, with
-    half the state of these and not available with ZeRO."""
+    optimizer: Literal["adamw", "adam", "sgd", "adamw_8bit"] = "adamw"
+    """Optimiser: AdamW, Adam (its weight decay is part of the gradient), SGD with momentum adam_beta1 (half the state),
+    or AdamW with its state in 8 bits (a quarter, for weights of 4,096 elements or more; bitsandbytes). sgd is not
+    available with ZeRO, adamw_8bit with ZeRO and FSDP2."""
     learning_rate: PositiveFloat = 3e-4
     """Highest learning rate, reached after warmup_steps."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"

@@ -27,6 +27,9 @@ from rlhf_t2i.training.start import set_start
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy
 
+_NUM_MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adamw_8bit": 0.5}
+"""Optimiser state of a weight, in float32 numbers."""
+
 
 def make_trainer(
     config: TrainerConfig,
@@ -46,8 +49,6 @@ def make_trainer(
     also hold the state_dict of each of `extra`. Raises what `load_rewards`, `start_run`,
     `record_fingerprints`, `load_policy` and `set_start` do.
     """
-    from rlhf_t2i.models.load import load_policy  # takes seconds
-
     rewards = load_rewards(config.evaluation_rewards)
     evaluation = evaluation_set(
         prompts.evaluation, num_images=config.num_evaluation_images, seed=config.evaluation_seed
@@ -61,10 +62,7 @@ def make_trainer(
     record_fingerprints(run, prompts)
     _record_prompts(run, prompts)
     run.print(config.defaults_text())
-    policy = load_policy(
-        config.model, device=run.device, dtype=run.dtype, resolution=config.resolution, whole=not config.trains_lora,
-        offload_text_encoders=config.offload_text_encoders,
-    )  # fmt: skip
+    policy = _load(config, run)
     set_start(policy, config, run, keep_reference=keep_reference, lora_dropout=lora_dropout)
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
@@ -88,6 +86,21 @@ def make_trainer(
     )  # fmt: skip
 
 
+def _load(config: TrainerConfig, run: Run) -> Any:
+    """Load the model; ValueError for quantised weights with a strategy that cannot exchange them."""
+    from rlhf_t2i.models.load import load_policy  # takes seconds
+
+    if config.quantization and run.mode not in ("single", "ddp"):
+        raise ValueError(
+            f"quantization is {config.quantization}; with {run.mode}, which exchanges plain weights, it must be null. "
+            f"Train quantised models on one process or under DDP: what a LoRA's optimiser holds is small."
+        )
+    return load_policy(
+        config.model, device=run.device, dtype=run.dtype, resolution=config.resolution, whole=not config.trains_lora,
+        offload_text_encoders=config.offload_text_encoders, quantization=config.quantization,
+    )  # fmt: skip
+
+
 def _record_prompts(run: Run, prompts: PromptSets) -> None:
     """Print which prompts are used for what, and record it in the run folder."""
     run.print(f"prompts   {prompts.text()}")
@@ -105,7 +118,7 @@ def _engine(policy: Policy, run: Run, config: TrainerConfig, *, num_averages: in
     optimizer = _optimizer(policy, run, config)
     layout = layout_of(
         policy.denoiser, run.mode, processes=run.num_processes, num_averages=num_averages,
-        reference=policy.reference is not None, num_moments=1 if config.optimizer == "sgd" else 2,
+        reference=policy.reference is not None, num_moments=_NUM_MOMENTS[config.optimizer],
     )  # fmt: skip
     precision, microbatch_size = run.accelerator.mixed_precision, config.microbatch_size
     run.print(placement_table(layout, precision=precision, microbatch_size=microbatch_size))
@@ -137,3 +150,15 @@ def _optimizer(policy: Policy, run: Run, config: TrainerConfig) -> torch.optim.O
             if run.mode.startswith("zero"):
                 raise ValueError("optimizer is sgd; with ZeRO it must be adamw or adam, whose state DeepSpeed shards.")
             return torch.optim.SGD(weights, momentum=config.adam_beta1, weight_decay=decay)
+        case "adamw_8bit":
+            if run.mode not in ("single", "ddp"):
+                raise ValueError(f"optimizer is adamw_8bit; with {run.mode}, which shards its state, it must be adamw.")
+            return _adamw_in_8_bits()(weights, betas=betas, eps=epsilon, weight_decay=decay)
+
+
+def _adamw_in_8_bits() -> Any:
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; the optimizer adamw_8bit needs: pip install 'rlhf-t2i[quant]'") from error
+    return AdamW8bit
