@@ -17,6 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+Resolution = int | tuple[int, int]
+"""Size of images in pixels: the side of squares, or height and width."""
+
 
 @dataclass(frozen=True, slots=True)
 class Level:

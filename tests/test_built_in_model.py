@@ -21,9 +21,14 @@ from rlhf_t2i.shapes.names import (
     TOY_MODEL_FOLDER,
     TOY_PROMPTS,
     TOY_REWARD_MODEL_FOLDER,
+    TOY_SIGN_MODEL,
+    TOY_SIGN_MODEL_FOLDER,
+    TOY_SIGN_PROMPTS,
 )
 from rlhf_t2i.shapes.oracle import oracle_scores, shows_something
 from rlhf_t2i.shapes.scenes import all_scenes, render
+from rlhf_t2i.shapes.sign_oracle import MIN_FIT, read_signs
+from rlhf_t2i.shapes.signs import parse_sign
 from rlhf_t2i.training.evaluation import Evaluation, evaluate, evaluation_set
 from tests.policies import sampler_of
 from tests.toys import CPU
@@ -52,6 +57,19 @@ def test_images_are_sharp_but_follow_prompts_poorly(base: DiffusionPolicy) -> No
     assert 0.25 <= evaluation.scores["oracle_pass"].mean() <= 0.5
 
 
+def test_the_model_of_words_writes_legible_signs_in_the_right_colours_and_misspells_many() -> None:
+    policy = load_policy(TOY_SIGN_MODEL, device=CPU)
+    prompts, seeds = evaluation_set(load_prompts(TOY_SIGN_PROMPTS, held_out=True), num_images=44, seed=5)
+    sampler = sampler_of(policy, guidance_scale=1.0, num_steps=8)
+    found = evaluate(policy, prompts, seeds, load_rewards("oracle_pass").rewards, sampler=sampler, microbatch_size=44)
+    assert found.images.shape[2:] == (24, 80)
+    assert 0.2 <= found.scores["oracle_pass"].mean() <= 0.6
+    readings, asked = read_signs(found.images), [parse_sign(prompt) for prompt in prompts]
+    assert np.mean([reading.fit >= MIN_FIT for reading in readings]) >= 0.8
+    ink = [(r.sign.colour, r.sign.background) == (a.colour, a.background) for r, a in zip(readings, asked, strict=True)]
+    assert np.mean(ink) >= 0.95
+
+
 @pytest.mark.slow
 def test_guidance_improves_prompt_following(base: DiffusionPolicy) -> None:
     """So the model does represent the prompt, and training can improve on it."""
@@ -77,11 +95,12 @@ def test_the_autoencoder_preserves_what_the_oracle_scores(base: DiffusionPolicy)
 
 
 def test_the_model_folders_are_small_and_hold_weights_and_configs_only() -> None:
-    others = {TOY_REWARD_MODEL_FOLDER, TOY_FLOW_MODEL_FOLDER}
+    others = {TOY_REWARD_MODEL_FOLDER, TOY_FLOW_MODEL_FOLDER, TOY_SIGN_MODEL_FOLDER}
     files = [path for path in TOY_MODEL_FOLDER.rglob("*") if path.is_file() and others.isdisjoint(path.parents)]
     assert sum(path.stat().st_size for path in files) <= 8_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in TOY_FLOW_MODEL_FOLDER.rglob("*") if path.is_file()) <= 6_000_000
+    assert sum(path.stat().st_size for path in TOY_SIGN_MODEL_FOLDER.rglob("*") if path.is_file()) <= 4_000_000
     weights = [tensor for path in files if path.suffix == ".safetensors" for tensor in load_file(path).values()]
     assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} == {torch.float16}
 

@@ -36,7 +36,9 @@ RECIPES = {
     "best_of_n": best_of_n, "ddpo": ddpo, "diffusion_dpo": diffusion_dpo, "diffusion_nft": diffusion_nft,
     "draft": draft, "fk_steering": fk_steering, "flow_grpo": flow_grpo, "train_reward_model": train_reward_model,
 }  # fmt: skip
-FLOW_GRPO = [path for path in CONFIGS if path.stem.startswith("flow_grpo")]
+WORDS = {ROOT / "recipes" / "configs" / f"{recipe}_words.yaml" for recipe in ("flow_grpo", "diffusion_nft")}
+"""Configs of the built-in model of words, whose commands run as they are."""
+FLOW_GRPO = [path for path in CONFIGS if path.stem.startswith("flow_grpo") and path not in WORDS]
 
 
 def config_file(name: str) -> Path:
@@ -137,7 +139,9 @@ OWN_REWARDS = [config_file("flow_grpo_sd35m_ocr"), config_file("flow_grpo_sd35m_
 
 
 @pytest.mark.parametrize(
-    "path", sorted({*FLOW_GRPO, config_file("diffusion_nft_sd35m")} - {*OWN_REWARDS}), ids=lambda path: path.stem
+    "path",
+    sorted({*FLOW_GRPO, *WORDS, config_file("diffusion_nft_sd35m")} - {*OWN_REWARDS}),
+    ids=lambda path: path.stem,
 )
 def test_recipes_of_flow_models_run(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     model = request.getfixturevalue("tiny_flux" if "flux" in path.stem else "tiny_sd3")

@@ -54,7 +54,7 @@ def _read_file(source: str) -> Iterator[RawRecord]:
         raise FileNotFoundError(
             f"There is no prompt file {source!r}. Give the path of a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file "
             f"(.txt: one prompt a line; the others: a text under 'prompt'), hf:ID@SPLIT for a data set of the Hub, or "
-            f"'shapes' for the toy world."
+            f"'shapes' or 'words' for the toy world."
         )
     match path.suffix.lower():
         case ".txt":

@@ -8,19 +8,23 @@ import torch
 
 from rlhf_t2i.data.prompt_files import read_rows
 from rlhf_t2i.passed import passed
-from rlhf_t2i.shapes.names import TOY_PROMPTS
+from rlhf_t2i.shapes.names import TOY_PROMPTS, TOY_SIGN_PROMPTS
 
 
 def load_prompts(source: str, *, held_out: bool = False) -> list[str]:
     """Return the prompts of a source, in its order; those of a file or a data set are rows (`rlhf_t2i.prompt_rows`).
 
-    `shapes` stands for the training prompts of the toy world, or with `held_out` for its held-out ones. Any other
+    `shapes` and `words` stand for training prompts of the toy world, or with `held_out` for held-out ones. Any other
     source, unless a caller in Python passed it, is a file or a data set, and raises what `prompt_files.read_rows` does.
     """
     if source == TOY_PROMPTS:
         from rlhf_t2i.shapes.scenes import all_prompts
 
         return all_prompts("held-out" if held_out else "training")
+    if source == TOY_SIGN_PROMPTS:
+        from rlhf_t2i.shapes.signs import sign_prompts
+
+        return sign_prompts("held-out" if held_out else "training")
     if (prompts := passed().prompts.get(source)) is not None:
         return list(prompts)
     return list[str](read_rows(source))

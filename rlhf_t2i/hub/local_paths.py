@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import escape
 
 from rlhf_t2i.access import is_loopback
-from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPTS
+from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPT_SETS
 from rlhf_t2i.training.finished_run import FinishedRun
 
 _PATH = re.compile(r"(?<![^\s'\"=,:(\[])(?:~[\w.-]*|\.\.|[A-Za-z]:)?(?:[/\\][^/\\\s'\",:=()\[\]]+)+[/\\]?")
@@ -35,7 +35,7 @@ class LocalPaths:
     def __init__(self, texts: Iterable[str]) -> None:
         """Find the paths; two that end in the same name get different short names."""
         self.names: dict[str, str] = {}
-        used = {*TOY_MODELS, TOY_BACKBONE, TOY_PROMPTS}  # names that mean something else
+        used = {*TOY_MODELS, TOY_BACKBONE, *TOY_PROMPT_SETS}  # names that mean something else
         for path in dict.fromkeys(path for text in texts for path in _paths_in(text)):
             name = base = re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "folder" if _is_path(path) else "host"
             number = 2

@@ -17,7 +17,7 @@ from rlhf_t2i.hub.base import Base
 from rlhf_t2i.hub.licence import Licence
 from rlhf_t2i.hub.usage import TEMPLATES, diffusers_usage, reward_model_usage
 from rlhf_t2i.report import Chart
-from rlhf_t2i.shapes.names import TOY_PROMPTS
+from rlhf_t2i.shapes.names import TOY_PROMPT_SETS
 from rlhf_t2i.training.changes import diversity_change, headline, reward_changes, reward_hacking_gap
 from rlhf_t2i.training.finished_run import FinishedRun
 from rlhf_t2i.training.metrics import ERROR, Row, number, reward_names
@@ -81,7 +81,7 @@ def policy_results(run: FinishedRun) -> list[EvalResult]:
         EvalResult(
             task_type="text-to-image",
             dataset_type="prompts",
-            dataset_name="built-in held-out prompts" if prompts == TOY_PROMPTS else shown,
+            dataset_name="built-in held-out prompts" if prompts in TOY_PROMPT_SETS else shown,
             metric_type=name,
             metric_name=f"{name} ({'trained on' if name in run.trained_on else 'held out'})",
             metric_value=last[name],

@@ -44,7 +44,7 @@ def diffusers_usage(
         "seed": run.captions["seeds"][0],
         "num_steps": run.num_evaluation_steps,
         "guidance_scale": run.config["guidance_scale"] - 1 + base.family.guidance_when_off,
-        "resolution": run.resolution,
+        "image_size": run.image_size,
         "eta": run.config["evaluation_eta"],
     }
     usage, first_image = (TEMPLATES.get_template(file) for file in ("use_pipeline.py.jinja", "first_image.py.jinja"))

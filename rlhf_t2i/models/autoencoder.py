@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.diffusion.gaussian import randn
+from rlhf_t2i.types import Resolution
 
 
 class Autoencoder:
@@ -67,14 +68,17 @@ def _scale_and_shift(config: Any, *, device: torch.device) -> tuple[float | Tens
     return config.scaling_factor / std, mean
 
 
-def latent_size(resolution: int | None, own: int | Sequence[int], *, scale: int, patch: int = 1) -> tuple[int, int]:
-    """Return height and width of the latents of square images of `resolution` pixels; None is the model's `own` size.
+def latent_size(
+    resolution: Resolution | None, own: int | Sequence[int], *, scale: int, patch: int = 1
+) -> tuple[int, int]:
+    """Return height and width of the latents of images of `resolution` pixels; None is the model's `own` latent size.
 
     `scale` is pixels per latent, `patch` latents per token. Raises ValueError for a resolution that is not a multiple
     of scale * patch.
     """
     if resolution is None:
         return (own, own) if isinstance(own, int) else (own[0], own[1])
-    if resolution < 1 or resolution % (scale * patch):
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if any(side < 1 or side % (scale * patch) for side in (height, width)):
         raise ValueError(f"resolution is {resolution}; for this model it must be a multiple of {scale * patch}.")
-    return resolution // scale, resolution // scale
+    return height // scale, width // scale

@@ -22,7 +22,7 @@ from rlhf_t2i.models.lora import LoraConfiguration, add_lora, has_lora, lora_ref
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.reference import frozen_copy
 from rlhf_t2i.models.text_encoders import PromptCache, TextEncoder, TruncationWarnings
-from rlhf_t2i.types import Conditioning, Level, Prediction, Schedule
+from rlhf_t2i.types import Conditioning, Level, Prediction, Resolution, Schedule
 
 
 class DiffusionPolicy(ABC):
@@ -57,12 +57,12 @@ class DiffusionPolicy(ABC):
     """Channels, height and width of the latents of one image."""
 
     def __init__(
-        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None,
+        self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: Resolution | None = None,
         offload_text_encoders: bool = False,
     ) -> None:  # fmt: skip
         """Take a loaded pipeline's parts; compute, and hold frozen weights, in `dtype`.
 
-        `resolution` is the side of generated images in pixels; None is the model's own. With `offload_text_encoders`
+        `resolution` is that of generated images; None is the model's own. With `offload_text_encoders`
         these are on the device only while they encode new prompts. Raises ValueError for a pipeline that cannot be
         trained.
         """
@@ -84,7 +84,7 @@ class DiffusionPolicy(ABC):
     # --- what a family defines ---
 
     @abstractmethod
-    def load_parts(self, pipeline: Any, resolution: int | None) -> None:
+    def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set `text_encoders`, `autoencoder`, `levels` and `latent_shape`; ValueError for an unsupported pipeline."""
 
     @abstractmethod

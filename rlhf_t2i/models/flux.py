@@ -17,7 +17,7 @@ from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import FlowLevels, shift_for
 from rlhf_t2i.models.lora import JOINT_ATTENTION
 from rlhf_t2i.models.text_encoders import TextEncoder
-from rlhf_t2i.types import Conditioning
+from rlhf_t2i.types import Conditioning, Resolution
 
 T5_TOKENS, PATCH = 512, 2
 """Length of T5's input in the stock pipeline, and the side in latents of the square that is one token."""
@@ -40,7 +40,7 @@ class Flux(DiffusionPolicy):
     mlp_targets = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
     embeds_guidance = True
 
-    def load_parts(self, pipeline: Any, resolution: int | None) -> None:
+    def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts; ValueError for a scheduler that `FlowLevels` does not support."""
         scale, scheduler = pipeline.vae_scale_factor, pipeline.scheduler.config
         height, width = latent_size(resolution, OWN_SIZE, scale=scale, patch=PATCH)

@@ -26,6 +26,7 @@ from rlhf_t2i.models.table import FAMILIES, family_entry
 from rlhf_t2i.models.weights import load_weights
 from rlhf_t2i.passed import passed
 from rlhf_t2i.shapes.names import TOY_MODELS, default_resolution
+from rlhf_t2i.types import Resolution
 
 
 def family_of(pipeline_class: str) -> type[DiffusionPolicy]:
@@ -34,10 +35,10 @@ def family_of(pipeline_class: str) -> type[DiffusionPolicy]:
     return getattr(import_module(f"rlhf_t2i.models.{entry.module}"), entry.name)
 
 
-def as_policy(pipeline: Any, *, resolution: int | None = None) -> DiffusionPolicy:
+def as_policy(pipeline: Any, *, resolution: Resolution | None = None) -> DiffusionPolicy:
     """Wrap a loaded diffusers pipeline, on its device and in its precision; its networks are shared, not copied.
 
-    Images are squares of `resolution` pixels; None is the model's own size. Raises ValueError for a pipeline of an
+    Images are of `resolution` pixels; None is the model's own size. Raises ValueError for a pipeline of an
     unsupported family.
     """
     family = family_of(type(pipeline).__name__)
@@ -51,7 +52,7 @@ def load_policy(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     weights: Path | None = None,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     whole: bool = False,
     offload_text_encoders: bool = False,
     quantization: Quantization | None = None,
@@ -59,7 +60,7 @@ def load_policy(
     """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder, a Hub id or a single-file checkpoint.
 
     All networks are loaded in `dtype`, but with `whole`, for training all weights, the denoiser is float32. `weights`
-    are trained ones to load into it, as in `load_weights`. Images are squares of `resolution` pixels; None is the
+    are trained ones to load into it, as in `load_weights`. Images are of `resolution` pixels; None is the
     model's own size. `offload_text_encoders` is as in `DiffusionPolicy`; `quantization`, of denoiser and text encoders,
     as in `quantize`. A pipeline that a caller in Python passed under the name is not loaded again, and not quantised.
     Raises FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, and for weights that

@@ -18,7 +18,7 @@ from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import FlowLevels, shift_for
 from rlhf_t2i.models.lora import JOINT_ATTENTION
 from rlhf_t2i.models.text_encoders import TextEncoder
-from rlhf_t2i.types import Conditioning
+from rlhf_t2i.types import Conditioning, Resolution
 
 T5_TOKENS = 256
 """Length of T5's input in the stock pipeline; the encoder itself takes more."""
@@ -35,7 +35,7 @@ class StableDiffusion3(DiffusionPolicy):
     lora_targets = JOINT_ATTENTION
     mlp_targets = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
-    def load_parts(self, pipeline: Any, resolution: int | None) -> None:
+    def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts; ValueError for a scheduler that `FlowLevels` does not support."""
         config, scheduler = self.network.config, pipeline.scheduler.config
         height, width = latent_size(

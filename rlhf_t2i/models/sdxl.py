@@ -17,7 +17,7 @@ from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import DiffusionLevels
 from rlhf_t2i.models.lora import ATTENTION
 from rlhf_t2i.models.text_encoders import TextEncoder
-from rlhf_t2i.types import Conditioning
+from rlhf_t2i.types import Conditioning, Resolution
 
 
 class StableDiffusionXL(DiffusionPolicy):
@@ -30,7 +30,7 @@ class StableDiffusionXL(DiffusionPolicy):
     component = "unet"
     lora_targets = ATTENTION
 
-    def load_parts(self, pipeline: Any, resolution: int | None) -> None:
+    def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts; in float16 the autoencoder stays float32 if its config has `force_upcast`, as in diffusers.
 
         Raises ValueError for a scheduler that `DiffusionLevels` does not support, for a refiner (one text encoder) and

@@ -15,7 +15,7 @@ from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import DiffusionLevels
 from rlhf_t2i.models.lora import ATTENTION
 from rlhf_t2i.models.text_encoders import TextEncoder
-from rlhf_t2i.types import Conditioning
+from rlhf_t2i.types import Conditioning, Resolution
 
 
 class StableDiffusion(DiffusionPolicy):
@@ -28,7 +28,7 @@ class StableDiffusion(DiffusionPolicy):
     component = "unet"
     lora_targets = ATTENTION
 
-    def load_parts(self, pipeline: Any, resolution: int | None) -> None:
+    def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts; ValueError for a scheduler that `DiffusionLevels` does not support."""
         self.levels = DiffusionLevels(pipeline.scheduler.config, device=self.device)
         encoder = TextEncoder(pipeline.tokenizer, pipeline.text_encoder, device=self.device, dtype=self.dtype)

@@ -19,7 +19,7 @@ from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import FlowLevels, shift_for
 from rlhf_t2i.models.lora import ATTENTION
 from rlhf_t2i.models.text_encoders import TextEncoder
-from rlhf_t2i.types import Conditioning
+from rlhf_t2i.types import Conditioning, Resolution
 
 MAX_TOKENS, PATCH = 512, 2
 """Longest prompt of the stock pipeline in tokens, and the side in latents of the square that is one token."""
@@ -42,7 +42,7 @@ class ZImage(DiffusionPolicy):
     mlp_targets = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     guidance_when_off = 0.0
 
-    def load_parts(self, pipeline: Any, resolution: int | None) -> None:
+    def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts; ValueError for a scheduler that `FlowLevels` does not support."""
         scale, scheduler = pipeline.vae_scale_factor, pipeline.scheduler.config
         height, width = latent_size(resolution or OWN_PIXELS, 0, scale=scale, patch=PATCH)

@@ -43,7 +43,7 @@ from typing_extensions import TypedDict
 
 from reward_model.text_files import read_object, read_yaml
 from rlhf_t2i.output.files import path_from, write_atomically
-from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPTS
+from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPT_SETS
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -76,7 +76,7 @@ SEARCH_BASELINE = "baseline"
 
 _PATHS = ("model", "init_weights", "init_lora", "prompts", "evaluation_prompts", "backbone")
 """Settings that are one path each."""
-_NAMES = {*TOY_MODELS, TOY_PROMPTS, TOY_BACKBONE}
+_NAMES = {*TOY_MODELS, *TOY_PROMPT_SETS, TOY_BACKBONE}
 
 
 @with_config(ConfigDict(extra="allow", strict=True))

@@ -11,16 +11,24 @@ from torch import Tensor
 
 from rlhf_t2i.rewards.pixels import to_pil
 from rlhf_t2i.shapes import oracle
+from rlhf_t2i.shapes.sign_oracle import sign_scores
+from rlhf_t2i.shapes.signs import is_sign_prompt
 
 
 def oracle_graded(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
     """Return the oracle's graded score in [0, 1]; raises ValueError for a prompt outside the toy world."""
-    return oracle.oracle_scores(images, prompts).graded
+    return _scores(images, prompts).graded
 
 
 def oracle_pass(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
     """Return 1 for an image that meets every condition of its prompt, else 0; raises ValueError as `oracle_graded`."""
-    return oracle.oracle_scores(images, prompts).passed.float()
+    return _scores(images, prompts).passed.float()
+
+
+def _scores(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> oracle.OracleScores:
+    """Return the scores of the oracle of signs if all prompts are about signs, else of that of shapes."""
+    signs = bool(prompts) and all(is_sign_prompt(prompt) for prompt in prompts)
+    return sign_scores(images, prompts) if signs else oracle.oracle_scores(images, prompts)
 
 
 def jpeg_compressibility(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:

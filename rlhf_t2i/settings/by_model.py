@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rlhf_t2i.models.table import family_entry, pipeline_class_of
-from rlhf_t2i.shapes.names import TOY_MODEL, TOY_MODELS
+from rlhf_t2i.shapes.names import TOY_MODEL, TOY_MODELS, TOY_SIGN_MODEL
 
 REQUIRED: Final = "required"
 _EXAMPLES = {
@@ -28,13 +28,20 @@ class ByModel:
     """Value for other models; REQUIRED if there is none."""
     family: str = ""
     """Field of the model's row in `FAMILIES` that has the value for other models."""
+    signs: Any = None
+    """Value for the built-in model of words; None is that of the other built-in models."""
+
+    def built_in(self, model: str) -> Any:
+        """Return the value for a built-in model."""
+        return self.signs if model == TOY_SIGN_MODEL and self.signs is not None else self.toy
 
     def __str__(self) -> str:
         """Describe the default in option help."""
-        toy = f"{as_text(self.toy)} for built-in models, else"
+        signs = f" ({as_text(self.signs)} for {TOY_SIGN_MODEL})" if self.signs is not None else ""
+        toy = f"{as_text(self.toy)}{signs} for built-in models, else"
         if self.family:
             return f"{toy} the model family's"
-        return as_text(self.toy) if self.other == self.toy else f"{toy} {as_text(self.other)}"
+        return as_text(self.toy) + signs if self.other == self.toy else f"{toy} {as_text(self.other)}"
 
 
 def as_text(value: Any) -> str:
@@ -44,9 +51,9 @@ def as_text(value: Any) -> str:
     return "empty" if value == "" else str(value)
 
 
-def by_model(toy: Any, other: Any = REQUIRED, *, family: str = "") -> Any:
+def by_model(toy: Any, other: Any = REQUIRED, *, family: str = "", signs: Any = None) -> Any:
     """Return a default that depends on the model, for a field of settings: see `ByModel`."""
-    return ByModel(toy, other, family)
+    return ByModel(toy, other, family, signs)
 
 
 def resolve_defaults(
@@ -66,7 +73,7 @@ def resolve_defaults(
     values |= {name: None if default.toy is None else "" for name, default in rest.items() if name in unused}
     rest = {name: default for name, default in rest.items() if name not in values}
     if model in TOY_MODELS:
-        return values | {name: default.toy for name, default in rest.items()}, []
+        return values | {name: default.built_in(model) for name, default in rest.items()}, []
     missing = [name for name, default in rest.items() if default.other == REQUIRED and not default.family]
     values |= {name: default.other for name, default in rest.items() if not default.family} | dict.fromkeys(missing, "")
     fields = {name: default.family for name, default in rest.items() if default.family}

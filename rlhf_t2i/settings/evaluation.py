@@ -12,16 +12,17 @@ from rlhf_t2i.settings.base import Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.no_imports import ImportSettings
 from rlhf_t2i.settings.ranges import Fraction, MeasuredReward, NonNegativeInt, PositiveInt, PromptsPath, RewardNames
-from rlhf_t2i.shapes.names import TOY_PROMPTS, TOY_REWARD
+from rlhf_t2i.shapes.names import TOY_PROMPTS, TOY_REWARD, TOY_SIGN_PROMPTS
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPromptSettings(Settings, group="evaluation"):
     """Prompts to evaluate trained weights on."""
 
-    evaluation_prompts: PromptsPath = by_model(TOY_PROMPTS)
+    evaluation_prompts: PromptsPath = by_model(TOY_PROMPTS, signs=TOY_SIGN_PROMPTS)
     """Prompts to evaluate on: a .txt file with one a line, a .jsonl, .json, .csv or .parquet file with "prompt" in each
-    row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the toy world."""
+    row, hf:ID@SPLIT for a data set of the Hub, or shapes or words for the held-out prompts of the toy
+    world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,13 @@ class EvaluationSettings(ImportSettings, EvaluationSamplingSettings, group="eval
 
     evaluate_every: NonNegativeInt = 10
     """Training steps between evaluations; 0 evaluates only before the first and after the last step."""
-    evaluation_prompts: PromptsPath | None = by_model(TOY_PROMPTS, None)
+    evaluation_prompts: PromptsPath | None = by_model(TOY_PROMPTS, None, signs=TOY_SIGN_PROMPTS)
     """Prompts to evaluate on: a .txt file with one a line, a .jsonl, .json, .csv or .parquet file with "prompt" in each
-    row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the toy world; null holds
-    back a tenth of the prompts, at most 64."""
+    row, hf:ID@SPLIT for a data set of the Hub, or shapes or words for the held-out prompts of the toy
+    world; null holds back a tenth of the prompts, at most 64."""
     num_evaluation_images: Annotated[int, Ge(2)] = by_model(408, 64)
     """Images in one evaluation, over all processes; the prompts are used in turn."""
-    evaluation_rewards: RewardNames = by_model(f"oracle,oracle_pass,{TOY_REWARD}", "")
+    evaluation_rewards: RewardNames = by_model(f"oracle,oracle_pass,{TOY_REWARD}", "", signs="oracle,oracle_pass")
     """Rewards to measure in evaluations beside those that are trained on, comma-separated NAME. One that is not trained
     on shows reward hacking."""
     num_evaluation_steps: PositiveInt | None = by_model(None, family="sampling_steps")

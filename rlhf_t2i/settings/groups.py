@@ -29,7 +29,7 @@ from rlhf_t2i.settings.ranges import (
     PromptsPath,
     RewardNames,
 )
-from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS, TOY_REWARD
+from rlhf_t2i.shapes.names import TOY_MODEL, TOY_PROMPTS, TOY_REWARD, TOY_SIGN_PROMPTS, TOY_SIGN_REWARD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +116,10 @@ class GuidanceSettings(Settings, group="sampling"):
 class SamplingSettings(GuidanceSettings, group="sampling"):
     """Sampling, of training or of a search."""
 
-    prompts: PromptsPath = by_model(TOY_PROMPTS)
+    prompts: PromptsPath = by_model(TOY_PROMPTS, signs=TOY_SIGN_PROMPTS)
     """Prompts to train on: a .txt file with one a line, a .jsonl, .json, .csv or .parquet file with "prompt" in each
-    row, hf:ID@SPLIT for a data set of the Hub, or shapes for the training prompts of the toy world."""
+    row, hf:ID@SPLIT for a data set of the Hub, shapes or words for the training prompts of the toy
+    world."""
     num_denoising_steps: PositiveInt = by_model(8, family="training_steps")
     """Denoising steps for one image."""
 
@@ -127,7 +128,7 @@ class SamplingSettings(GuidanceSettings, group="sampling"):
 class RewardSettings(ImportSettings, group="reward"):
     """The reward that is optimised."""
 
-    rewards: RewardNames = by_model(TOY_REWARD)
+    rewards: RewardNames = by_model(TOY_REWARD, signs=TOY_SIGN_REWARD)
     """Rewards to optimise, comma-separated NAME or NAME=WEIGHT, summed by weight (docs/rewards.md)."""
 
     @property

@@ -11,7 +11,7 @@ from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.from_run import sampling_of_runs
 from rlhf_t2i.settings.groups import ModelSettings, ProcessSettings, ResumeSettings, RewardSettings, SamplingSettings
 from rlhf_t2i.settings.ranges import InputPath, OneReward, PositiveInt, PromptsPath, RewardNames
-from rlhf_t2i.shapes.names import TOY_PROMPTS
+from rlhf_t2i.shapes.names import TOY_PROMPTS, TOY_SIGN_PROMPTS
 
 
 def steps_rule(num_denoising_steps: int) -> str:
@@ -33,9 +33,9 @@ class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSett
     weights: Annotated[InputPath, Group("model and LoRA")] | None = None
     """Trained weights to sample with: the folder of a run, of its exported lora, unet or transformer, or of a
     checkpoint; null is the model itself."""
-    prompts: PromptsPath = by_model(TOY_PROMPTS)
+    prompts: PromptsPath = by_model(TOY_PROMPTS, signs=TOY_SIGN_PROMPTS)
     """Prompts to search for: a .txt file with one a line, a .jsonl (GenEval's too), .json, .csv or .parquet file
-    with "prompt" in each row, hf:ID@SPLIT for a data set of the Hub, or shapes for the held-out prompts of the
+    with "prompt" in each row, hf:ID@SPLIT for a data set of the Hub, or shapes or words for the held-out prompts of the
     toy world."""
     images_per_prompt: Annotated[PositiveInt, Group("sampling")] = 4
     """Images to return for each prompt, each from a search of its own."""

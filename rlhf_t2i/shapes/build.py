@@ -64,38 +64,28 @@ class Config(Settings):
     """Seed of all random numbers."""
 
 
-def train_autoencoder(*, num_updates: int, num_images: int, folder: Path, seed: int) -> AutoencoderTiny:
-    """Train the autoencoder to reconstruct images from normalised latents with a little noise.
+def train_autoencoder(
+    vae: AutoencoderTiny, sample: Callable[[torch.Generator], Tensor], *, name: str, num_updates: int, folder: Path,
+    seed: int,
+) -> AutoencoderTiny:  # fmt: skip
+    """Train an autoencoder to reconstruct images from normalised latents with a little noise.
 
-    The noise makes the decoder robust to small errors of the denoiser. Latents are normalised per batch in training;
-    the running mean and standard deviation are then folded into the last convolution of the encoder, so that the
-    finished autoencoder needs no scaling factor.
+    `sample` returns a batch of images in [-1, 1]. The noise makes the decoder robust to small errors of the denoiser.
+    Latents are normalised per batch in training; the running mean and standard deviation are then folded into the last
+    convolution of the encoder, so that the finished autoencoder needs no scaling factor.
     """
-    torch.manual_seed(seed)
-    vae = make_autoencoder()
     normalise = nn.BatchNorm2d(vae.config.latent_channels, affine=False, eps=1e-8, momentum=0.02)
-    rng = np.random.default_rng(seed)
-    scenes = random_scenes(num_images, rng, shares={"one": 0.7, "count": 0.15, "relation": 0.15})
-    images = render(scenes, rng=rng) * 2 - 1
 
     def loss_at(update: int) -> Tensor:
         generator = update_generator(seed, update)
-        batch = images[torch.randint(len(images), (32,), generator=generator)]
+        batch = sample(generator)
         latents = normalise(vae.encoder(batch))
         latents = latents + 0.1 * torch.randn(latents.shape, generator=generator)
         decoded = vae.decoder(latents)
         return F.mse_loss(decoded, batch) + 0.2 * F.l1_loss(decoded, batch)
 
     modules = nn.ModuleDict({"vae": vae, "normalise": normalise})
-    train(
-        "autoencoder",
-        modules,
-        loss_at,
-        num_updates=num_updates,
-        learning_rate=2e-3,
-        decay=True,
-        folder=folder,
-    )
+    train(name, modules, loss_at, num_updates=num_updates, learning_rate=2e-3, decay=True, folder=folder)
     last = vae.encoder.layers[-1]
     std = (normalise.running_var + normalise.eps).sqrt()
     with torch.no_grad():
@@ -147,7 +137,14 @@ def build(
     """Train all stages and write a `StableDiffusionPipeline` folder in half precision."""
     work = output_folder.with_name(output_folder.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    vae = train_autoencoder(num_updates=num_autoencoder_updates, num_images=num_images, folder=work, seed=seed)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    scenes = random_scenes(num_images, rng, shares={"one": 0.7, "count": 0.15, "relation": 0.15})
+    images = render(scenes, rng=rng) * 2 - 1
+    vae = train_autoencoder(
+        make_autoencoder(), lambda generator: images[torch.randint(len(images), (32,), generator=generator)],
+        name="autoencoder", num_updates=num_autoencoder_updates, folder=work, seed=seed,
+    )  # fmt: skip
 
     rng = np.random.default_rng(seed + 1)
     scenes = random_scenes(num_images, rng, shares={"one": 1.0})
@@ -193,10 +190,11 @@ def build(
 def save_half_precision(pipeline: Any, folder: Path) -> None:
     """Write a pipeline in half precision."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    # diffusers writes a key into the config of the autoencoder about which it warns when loading.
+    # diffusers writes a key into the config of the autoencoder about which it warns when loading, and a local path.
     path = folder / "vae" / "config.json"
     config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
+    for key in ("block_out_channels", "_name_or_path"):
+        config.pop(key, None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -109,6 +109,7 @@ def flow_matching_loss(
     captions: Sequence[Sequence[str]],
     *,
     seed: int,
+    batch_size: int = 64,
 ) -> Callable[[int], Tensor]:
     """Return the loss of an update: the squared error in the velocity at a random noise level, as in `denoising_loss`.
 
@@ -120,8 +121,8 @@ def flow_matching_loss(
 
     def loss_at(update: int) -> Tensor:
         generator = update_generator(seed, update)
-        batch, words = sample_batch(rows, generator=generator)
-        sigma = torch.sigmoid(0.4 + torch.randn(64, generator=generator))
+        batch, words = sample_batch(rows, generator=generator, size=batch_size)
+        sigma = torch.sigmoid(0.4 + torch.randn(batch_size, generator=generator))
         clean = latents[batch]
         noise = torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])

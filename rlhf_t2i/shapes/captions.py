@@ -63,10 +63,10 @@ def index_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor
     return vocabulary, torch.tensor([[index[caption] for caption in row] for row in captions])
 
 
-def sample_batch(rows: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the indices of 64 images and of a caption of each, with probability 0.1 the empty caption."""
-    batch = torch.randint(len(rows), (64,), generator=generator)
-    column = torch.randint(rows.shape[1], (64,), generator=generator)
+def sample_batch(rows: Tensor, *, generator: torch.Generator, size: int = 64) -> tuple[Tensor, Tensor]:
+    """Return the indices of `size` images and of a caption of each, with probability 0.1 the empty caption."""
+    batch = torch.randint(len(rows), (size,), generator=generator)
+    column = torch.randint(rows.shape[1], (size,), generator=generator)
     words = rows[batch, column]
-    words[torch.rand(64, generator=generator) < 0.1] = 0
+    words[torch.rand(size, generator=generator) < 0.1] = 0
     return batch, words

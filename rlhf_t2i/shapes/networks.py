@@ -71,10 +71,13 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return encoder
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """Return a byte-pair tokenizer that makes each word of the grammar one token and splits other text into letters."""
+def make_tokenizer(words: Sequence[str] = ()) -> CLIPTokenizer:
+    """Return a byte-pair tokenizer that makes each word of the grammar one token and splits other text into letters.
+
+    `words` are further words that are one token each.
+    """
     text = [*COLOURS, *BACKGROUNDS, *COUNTS, *" ".join(RELATIONS).split(), "a", "thing", "on", "background"]
-    text += [shape + ending for shape in SHAPES for ending in ("", "s")]
+    text += [shape + ending for shape in SHAPES for ending in ("", "s")] + list(words)
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters)])
     merges: dict[str, None] = {}

@@ -62,10 +62,11 @@ class FinishedRun:
         return self.config.get("num_evaluation_steps") or self.config["num_denoising_steps"]
 
     @property
-    def resolution(self) -> int | None:
+    def image_size(self) -> tuple[int, int] | None:
         """Height and width of images in pixels; None is the model's default. Older runs have no setting for it."""
         chosen = self.config.get("resolution")
-        return default_resolution(self.config["model"]) if chosen is None else chosen
+        size = default_resolution(self.config["model"]) if chosen is None else chosen
+        return (size, size) if isinstance(size, int) else size
 
     @property
     def evaluations(self) -> list[Row]:
