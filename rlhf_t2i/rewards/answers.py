@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
+ResultT = TypeVar("ResultT")
 MAX_ANSWER_BYTES = 16 * 2**20
 """Largest body that is read."""
 
@@ -42,3 +45,13 @@ async def fetch(client: httpx.AsyncClient, method: str, url: str, **request: Any
 def printable(text: str) -> str:
     """Return a text in one line, with a question mark for each character that a terminal might obey."""
     return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
+def run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """Run a coroutine to its end, also inside a running event loop, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()

@@ -9,11 +9,9 @@ import os
 import random
 import ssl
 import time
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,10 +21,9 @@ from torch import Tensor
 
 from reward_model.text_files import parse_json
 from rlhf_t2i.access import TOKEN_VARIABLE, token
-from rlhf_t2i.rewards.answers import Answer, fetch, printable
+from rlhf_t2i.rewards.answers import Answer, fetch, printable, run
 from rlhf_t2i.rewards.wire_format import PIXELS, SAFETENSORS, pack, totals
 
-ResultT = TypeVar("ResultT")
 _LOG = logging.getLogger(__name__)
 _JITTER = random.Random()  # apart from the global generator, whose numbers must not change
 _RETRY_STATUSES = (429, 502, 503, 504)
@@ -291,13 +288,3 @@ def address(text: str, *, key: str = TOKEN_VARIABLE) -> str:
     if not works or "?" in text or "#" in text:
         raise ValueError(f"The reward server {text!r} is not of the form http://host:port.")
     return text.rstrip("/")
-
-
-def run(work: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """Run a coroutine to its end, also inside a running event loop, as in a notebook."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()

@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from reward_model.text_files import parse_json
-from rlhf_t2i.rewards.answers import Answer, fetch, printable
+from rlhf_t2i.rewards.answers import Answer, fetch, printable, run
 from rlhf_t2i.rewards.pixels import to_uint8
 from rlhf_t2i.rewards.placement import path_and_arguments
-from rlhf_t2i.rewards.remote import address, run
+from rlhf_t2i.rewards.remote import address
 from rlhf_t2i.rewards.vlm_template import YES_NO, BadAnswerError, VlmTemplate, read_template
 
 KEY_VARIABLE = "OPENAI_API_KEY"
