@@ -48,7 +48,7 @@ from reward_model.checkpoint_files import newest_checkpoint
 from reward_model.config import RewardModelConfig
 from reward_model.datasets import load_records
 from reward_model.datasets.formats import source_name
-from reward_model.datasets.prepare import prepare_records
+from reward_model.datasets.prepare import draw_records, prepare_records
 from reward_model.datasets.valid_inputs import with_valid_inputs
 from reward_model.losses import Objective
 from reward_model.model import RewardModel, parameter_table, visual_token_table
@@ -83,7 +83,8 @@ def main(config: Config) -> Path:
     for records in (training, validation, *tests.values()):
         records[:] = with_valid_inputs(records, model.backbone, skipped=skip_log(config, folder))
     trainer = RewardModelTrainer(
-        model, objective=objective, training=training, validation=validation, args=arguments,
+        model, objective=objective, training=training, args=arguments,
+        validation=draw_records(validation, config.max_validation_records, seed=config.seed),
         learning_rates=config.learning_rates, lora_only=config.lora_only,
         callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else [],
         on_validation=partial(record_history, folder),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from recipes import train_reward_model
 from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, read_config
 from reward_model.checkpoint_files import newest_checkpoint
 from reward_model.losses import Objective
@@ -93,6 +95,34 @@ def run(arguments: list[str], *, fails: bool = False) -> str:
 
 def trained_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "reward_model" / WEIGHTS_NAME)
+
+
+# --- validation -------------------------------------------------------------------------------
+
+
+def test_training_is_interrupted_for_a_sample_of_the_validation_records(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn once, so that the validations of a run, and of its resume, are comparable."""
+    drawn: list[list[str]] = []
+
+    def stop(*_: Any, validation: Sequence[Record], **__: Any) -> None:
+        drawn.append([record.where for record in validation])
+        raise InterruptedError
+
+    monkeypatch.setattr(train_reward_model, "RewardModelTrainer", stop)
+    pairs = str(data / "pairs.jsonl")
+    for name, most in (("a", 5), ("b", 5), ("all", 24)):
+        config = train_reward_model.Config(
+            backbone=str(backbone_folder("llava")), train_data=pairs, validation_data=pairs,
+            max_validation_records=most, num_cpu_threads=1, run_folder=str(tmp_path / name),
+        )  # fmt: skip
+        with pytest.raises(InterruptedError):
+            train_reward_model.main(config)
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 5
+    assert [where for where in drawn[2] if where in drawn[0]] == drawn[0]
+    assert len(drawn[2]) == 24
 
 
 # --- the objective ----------------------------------------------------------------------------

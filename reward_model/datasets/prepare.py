@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
@@ -10,6 +11,13 @@ from reward_model.datasets.overlap import overlap_table, shared_prompts, without
 from reward_model.datasets.split import split_by_prompt
 from reward_model.datasets.summary import describe, useless_records
 from reward_model.types import Record
+
+
+def draw_records(records: Sequence[Record], most: int, *, seed: int) -> Sequence[Record]:
+    """Return at most so many records, drawn at random and in their order."""
+    if len(records) <= most:
+        return records
+    return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), most))]
 
 
 def prepare_records(

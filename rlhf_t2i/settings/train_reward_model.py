@@ -156,6 +156,9 @@ class ValidationSettings(Settings, group="evaluation"):
 
     evaluate_every: PositiveInt = 100
     """Optimiser steps between validations; each writes a checkpoint."""
+    max_validation_records: PositiveInt = 1000
+    """Validation records that training is interrupted for, drawn once at random if there are more. The finished reward
+    model is measured on all."""
     patience: NonNegativeInt = 5
     """Validations in a row without a new highest accuracy before training stops; 0 never stops early."""
 
