@@ -506,7 +506,7 @@ def broken(tmp_path: Path, *, seed: int = 0, **changes: Any) -> Path:
         ({"head": "vector"}, "'vector'"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
         ({"tie_width": -0.1}, "tie_width is -0.1; it must be at least 0"),
-        ({"lora_rank": 0}, "lora_rank is 0; it must be at least 1"),
+        ({"lora_rank": 0}, "lora_rank is 0; it must be in"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it must be in"),
         ({"template": "mine"}, "'mine'"),
         ({"skip_ca_keys": "text"}, "'text'"),

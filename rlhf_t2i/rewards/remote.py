@@ -200,7 +200,7 @@ class RemoteReward:
         except TimeoutError:
             raise _Unavailable(f"no response within {self.attempt_timeout:g} s") from None
         except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
-            raise _Unavailable(str(error) or type(error).__name__) from error
+            raise _Unavailable(_reason(error)) from error
         scores = _scores(response, server, num_images=len(images))
         if self.finite and not (finite := scores.isfinite()).all():
             worst = int((~finite).nonzero()[0])
@@ -209,6 +209,14 @@ class RemoteReward:
                 f"rewards must be finite."
             )
         return scores
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first cause of an error, such as "Connection refused", which httpx does not quote."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    number = error.errno if isinstance(error, ConnectionError) else None
+    return os.strerror(number) if number else str(error) or type(error).__name__
 
 
 def _wait_seconds() -> float:
@@ -230,7 +238,7 @@ async def _responds(client: httpx.AsyncClient, server: _Server) -> bool:
     except (TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout, ValueError):
         return True
     except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
-        server.state = str(error) or type(error).__name__
+        server.state = _reason(error)
         return False
     with suppress(ValueError, AttributeError):  # another server's answer
         if parse_json(answer.text).get("needs_groups") is True:
