@@ -212,11 +212,11 @@ class RemoteReward:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first cause of an error, such as "Connection refused", which httpx does not quote."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    number = error.errno if isinstance(error, ConnectionError) else None
-    return os.strerror(number) if number else str(error) or type(error).__name__
+    """Return the system's error behind one of httpx, such as "Connection refused", or else its own text."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, ConnectionError) and cause.errno):
+        cause = cause.__cause__ or cause.__context__
+    return os.strerror(cause.errno) if cause and cause.errno else str(error) or type(error).__name__
 
 
 def _wait_seconds() -> float:
