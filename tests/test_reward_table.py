@@ -27,6 +27,7 @@ from rlhf_t2i.rewards.load import load_reward, load_rewards
 from rlhf_t2i.rewards.table import REWARDS
 from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.shapes.scenes import parse_prompt, render
+from rlhf_t2i.shapes.signs import Sign, render_signs
 from tests.geneval_files import LINES, make_geneval_models
 from tests.reward_models import backbone_folder, bytes_of, reward_model_folder
 from tests.runs import REDNESS
@@ -66,6 +67,9 @@ def images_and_prompts(name: str) -> tuple[Tensor, list[str]]:
             ]
         case "geneval" | "geneval:graded":
             return images, [Prompt(row["prompt"], row) for row in LINES[:2]]
+        case "oracle_word":
+            drawn = render_signs([Sign("FOX", "red", "white")] * 2, rng=np.random.default_rng(0))
+            return drawn, [Sign(word, "red", "white").prompt for word in ("FOX", "CAB")]
         case "ocr":
             return torch.stack([sign("FOX"), sign("CAB")]), ['a sign that says "FOX"'] * 2
         case _:

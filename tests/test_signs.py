@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_t2i.data.prompts import load_prompts
-from rlhf_t2i.rewards.builtin import oracle_graded, oracle_pass
+from rlhf_t2i.rewards.builtin import oracle_graded, oracle_pass, oracle_word
 from rlhf_t2i.rewards.ocr import OcrReward
 from rlhf_t2i.settings import flow_grpo
 from rlhf_t2i.shapes.build_words import misspelt, random_signs
@@ -96,6 +96,13 @@ def test_one_letter_that_is_half_covered_is_not_legible_whatever_the_others_are(
     assert not sign_scores(images, prompts).passed.any()
 
 
+def test_a_word_is_read_in_other_colours_and_scored_apart_from_them() -> None:
+    images, asked = drawn([Sign("HOUSE", "red", "white")]), Sign("HOUSE", "blue", "white").prompt
+    other = Sign("HORSE", "red", "white").prompt
+    assert (oracle_word(images, [asked]).item(), oracle_pass(images, [asked]).item()) == (1, 0)
+    assert oracle_word(images, [other]).item() == 0
+
+
 def test_ocr_and_oracle_agree_about_drawings() -> None:
     signs = [sign for sign in HELD_OUT if sign.background in ("white", "black", "yellow")][:12]
     images, prompts = drawn(signs), [sign.prompt for sign in signs]
@@ -106,5 +113,5 @@ def test_ocr_and_oracle_agree_about_drawings() -> None:
 def test_options_of_the_model_of_words_are_about_words_by_default() -> None:
     config = flow_grpo.Config(model="words-flow")
     assert (config.prompts, config.evaluation_prompts, config.rewards) == ("words", "words", TOY_SIGN_REWARD)
-    assert config.evaluation_rewards == f"oracle,oracle_pass,{TOY_SIGN_REWARD}"
+    assert config.evaluation_rewards == f"oracle,oracle_pass,oracle_word,{TOY_SIGN_REWARD}"
     assert flow_grpo.Config().prompts == "shapes"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rlhf_t2i.rewards.pixels import to_pil
 from rlhf_t2i.shapes import oracle
-from rlhf_t2i.shapes.sign_oracle import sign_scores
-from rlhf_t2i.shapes.signs import is_sign_prompt
+from rlhf_t2i.shapes.sign_oracle import read_signs, sign_scores
+from rlhf_t2i.shapes.signs import is_sign_prompt, parse_sign
 
 
 def oracle_graded(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
@@ -23,6 +23,15 @@ def oracle_graded(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> F
 def oracle_pass(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
     """Return 1 for an image that meets every condition of its prompt, else 0; raises ValueError as `oracle_graded`."""
     return _scores(images, prompts).passed.float()
+
+
+def oracle_word(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
+    """Return 1 for an image of a sign on which the oracle reads the word of the prompt, else 0.
+
+    Colours and legibility do not count. Raises ValueError for a prompt that is not about a sign.
+    """
+    asked = [parse_sign(prompt).word for prompt in prompts]
+    return torch.tensor([float(r.sign.word == word) for r, word in zip(read_signs(images), asked, strict=True)])
 
 
 def _scores(images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> oracle.OracleScores:

@@ -159,6 +159,12 @@ REWARDS = (
         "1 if an image meets every condition of its toy prompt, else 0",
     ),
     RewardEntry(
+        "oracle_word",
+        function(_BUILTIN, "oracle_word"),
+        False,
+        "1 if the oracle reads the word of a toy prompt about a sign, in any colour, else 0",
+    ),
+    RewardEntry(
         "jpeg_compressibility",
         function(_BUILTIN, "jpeg_compressibility"),
         False,

@@ -47,7 +47,9 @@ class EvaluationSettings(ImportSettings, EvaluationSamplingSettings, group="eval
     world; null holds back a tenth of the prompts, at most 64."""
     num_evaluation_images: Annotated[int, Ge(2)] = by_model(408, 64)
     """Images in one evaluation, over all processes; the prompts are used in turn."""
-    evaluation_rewards: RewardNames = by_model(f"oracle,oracle_pass,{TOY_REWARD}", "", signs="oracle,oracle_pass")
+    evaluation_rewards: RewardNames = by_model(
+        f"oracle,oracle_pass,{TOY_REWARD}", "", signs="oracle,oracle_pass,oracle_word"
+    )
     """Rewards to measure in evaluations beside those that are trained on, comma-separated NAME. One that is not trained
     on shows reward hacking."""
     num_evaluation_steps: PositiveInt | None = by_model(None, family="sampling_steps")
