@@ -11,7 +11,6 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import logging
 
 History = list[dict[str, Any]]
@@ -31,6 +30,8 @@ def no_loading_bar() -> Iterator[None]:
 
 def continue_tensorboard(callbacks: Iterable[TrainerCallback], *, step: int) -> None:
     """Have transformers' TensorBoard, if it is a callback, drop what an earlier process logged after `step`."""
+    from transformers.integrations.integration_utils import TensorBoardCallback  # prints when WANDB_MODE is offline
+
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
             from torch.utils.tensorboard import SummaryWriter  # an extra
