@@ -145,9 +145,9 @@ def test_sharded_weights_are_read_and_a_missing_shard_is_named(unet_run: Path, t
 def test_an_older_run_was_evaluated_with_the_settings_of_training() -> None:
     """Its config has no resolution and no num_evaluation_steps."""
     run = replace(two_evaluations(trained=0.3, held_out=0.0), config={"model": BASE, "num_denoising_steps": 8})
-    assert (run.num_evaluation_steps, run.resolution) == (8, None)
+    assert (run.num_evaluation_steps, run.image_size) == (8, None)
     newer = replace(run, config={"num_denoising_steps": 8, "num_evaluation_steps": 40, "resolution": 512})
-    assert (newer.num_evaluation_steps, newer.resolution) == (40, 512)
+    assert (newer.num_evaluation_steps, newer.image_size) == (40, (512, 512))
 
 
 def test_merge_lora_is_refused_for_other_runs(unet_run: Path, reward_model_run: Path) -> None:
