@@ -20,7 +20,7 @@ from rlhf_t2i.models.pipeline_parts import (
     first_line,
     load_pipeline,
 )
-from rlhf_t2i.models.quantization import Quantization, quantize, require
+from rlhf_t2i.models.quantization import Quantization, check_installed, quantize
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.table import FAMILIES, family_entry
 from rlhf_t2i.models.weights import load_weights
@@ -72,7 +72,7 @@ def load_policy(
             f"quantization is {quantization}; it must be null for a pipeline of the caller, which it would change."
         )
     if quantization:
-        require(quantization)  # before minutes of loading
+        check_installed(quantization)  # before minutes of loading
     if pipeline is None:
         pipeline = load_stock_pipeline(model, dtype=dtype, denoiser_dtype=torch.float32 if whole else dtype)
     family = family_of(type(pipeline).__name__)

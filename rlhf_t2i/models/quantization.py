@@ -24,7 +24,7 @@ def quantize(network: Any, kind: Quantization, *, device: torch.device, dtype: t
     as they are: convolutions, embeddings, LoRA adapters, and layers that the network declares to need float32 (T5's
     `wo`). Raises ModuleNotFoundError without the extra `quant`.
     """
-    require(kind)
+    check_installed(kind)
     exact = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     chosen = [
         name
@@ -41,7 +41,7 @@ def quantize(network: Any, kind: Quantization, *, device: torch.device, dtype: t
     network.is_loaded_in_4bit = True  # by this peft knows how to adapt the layers
 
 
-def require(kind: Quantization) -> None:
+def check_installed(kind: Quantization) -> None:
     """Raise ModuleNotFoundError, with the command that installs it, if the library of a format is missing."""
     try:
         with _quiet_import():

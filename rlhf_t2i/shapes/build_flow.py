@@ -54,17 +54,18 @@ class Config(Settings):
     """Seed of all random numbers."""
 
 
-def make_transformer() -> ZImageTransformer2DModel:
-    """Return a single-stream transformer over 16 patches of latents and the text tokens; 2 million parameters."""
+def make_transformer(*, dim: int = 128, num_layers: int = 4) -> ZImageTransformer2DModel:
+    """Return a single-stream transformer over patches of latents and the text tokens, by default of 2 million weights."""
+    axis = (dim // 4 - 8) // 2
     return ZImageTransformer2DModel(
         in_channels=8,
-        dim=128,
-        n_layers=4,
+        dim=dim,
+        n_layers=num_layers,
         n_refiner_layers=1,
         n_heads=4,
         n_kv_heads=4,
         cap_feat_dim=WIDTH,
-        axes_dims=[8, 12, 12],
+        axes_dims=[8, axis, axis],
         axes_lens=[128, 32, 32],
     )
 
@@ -90,9 +91,9 @@ def make_flow_text_encoder(tokenizer: CLIPTokenizer) -> Qwen3Model:
     return encoder
 
 
-def make_chat_tokenizer() -> CLIPTokenizer:
-    """Return the toy tokenizer with a chat template that is the user's message alone."""
-    tokenizer = make_tokenizer()
+def make_chat_tokenizer(words: Sequence[str] = ()) -> CLIPTokenizer:
+    """Return the toy tokenizer with further words and a chat template that is the user's message alone."""
+    tokenizer = make_tokenizer(words)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     return tokenizer
 

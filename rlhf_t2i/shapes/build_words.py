@@ -23,23 +23,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import AutoencoderTiny, ZImagePipeline
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.settings.base import Settings
 from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 from rlhf_t2i.shapes.build import save_half_precision, train_autoencoder
-from rlhf_t2i.shapes.build_flow import flow_matching_loss, make_flow_scheduler
+from rlhf_t2i.shapes.build_flow import flow_matching_loss, make_chat_tokenizer, make_flow_scheduler, make_transformer
 from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER, TOY_SIGN_MODEL
-from rlhf_t2i.shapes.networks import MAX_TOKENS, make_tokenizer
+from rlhf_t2i.shapes.networks import make_text_encoder
 from rlhf_t2i.shapes.signs import GROUNDS, LENGTHS, LETTERS, Sign, render_signs, words
 from rlhf_t2i.shapes.train import train
 
-TEXT_WIDTH = 96
-"""Width of the hidden states of the text encoder."""
 WRONG_LETTER = 0.15
 """Probability that a letter of a caption of the last stage is replaced by one at random."""
 
@@ -92,54 +89,6 @@ def sample_crops(images: Float[Tensor, "B 3 Y X"], *, generator: torch.Generator
     return crops.contiguous(memory_format=torch.channels_last)
 
 
-def make_sign_tokenizer() -> CLIPTokenizer:
-    """Return the toy tokenizer with the words of prompts of signs, and a chat template that is the message alone."""
-    tokenizer = make_tokenizer(("sign", "that", "says", "in"))
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    return tokenizer
-
-
-def make_sign_transformer() -> ZImageTransformer2DModel:
-    """Return a single-stream transformer over 30 patches of latents and the text tokens; 0.9 million parameters."""
-    return ZImageTransformer2DModel(
-        in_channels=8,
-        dim=96,
-        n_layers=3,
-        n_refiner_layers=1,
-        n_heads=4,
-        n_kv_heads=4,
-        cap_feat_dim=TEXT_WIDTH,
-        axes_dims=[8, 8, 8],
-        axes_lens=[128, 32, 32],
-    )
-
-
-def make_sign_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return a CLIP of two layers, whose hidden states before the last one the pipeline uses.
-
-    Its tokens know their place in the prompt, unlike those of a Qwen3; large embeddings make letters and places
-    distinct from the first update on.
-    """
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=192,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    for name, parameter in encoder.named_parameters():
-        if "embedding" in name:
-            nn.init.normal_(parameter, std=1.0)
-    return encoder
-
-
 def hidden_matrices(modules: nn.ModuleDict) -> list[nn.Parameter]:
     """Return the weights of attention and feed-forward layers, which Muon trains in fewer updates than AdamW."""
     layers = (".attention.", ".self_attn.", ".feed_forward.", ".mlp.fc")
@@ -171,8 +120,10 @@ def build_words(
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk).latents for chunk in images.split(500)])
     torch.manual_seed(seed)
-    tokenizer = make_sign_tokenizer()
-    modules = nn.ModuleDict({"transformer": make_sign_transformer(), "text_encoder": make_sign_text_encoder(tokenizer)})
+    tokenizer = make_chat_tokenizer(("sign", "that", "says", "in"))
+    # CLIP's tokens know their place in the prompt; with large embeddings letters and places differ from the start.
+    text_encoder = make_text_encoder(tokenizer, position_std=1.0)
+    modules = nn.ModuleDict({"transformer": make_transformer(dim=96, num_layers=3), "text_encoder": text_encoder})
     for name, captions, updates, rate in (
         ("words", [[sign.prompt] for sign in signs], num_word_updates, 3e-3),
         (

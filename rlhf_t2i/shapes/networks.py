@@ -44,8 +44,8 @@ def make_denoiser() -> UNet2DConditionModel:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return a CLIP text encoder of two layers of width 96.
+def make_text_encoder(tokenizer: CLIPTokenizer, *, position_std: float = 0.3) -> CLIPTextModel:
+    """Return a CLIP text encoder of two layers of width 96; `position_std` is that of its position embeddings.
 
     Token embeddings with a large standard deviation make the words distinct from the first update on.
     """
@@ -67,7 +67,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     nn.init.normal_(embeddings.weight, std=1.0)
     for name, parameter in encoder.named_parameters():
         if "position_embedding" in name:
-            nn.init.normal_(parameter, std=0.3)
+            nn.init.normal_(parameter, std=position_std)
     return encoder
 
 

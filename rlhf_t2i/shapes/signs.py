@@ -32,7 +32,7 @@ LENGTHS = (3, 4, 5)
 SIZE = 17
 """Size of the font in pixels."""
 WEIGHTS = (2, 4)
-"""Weights of the letters, in eighths of a pixel added to all sides of a stroke."""
+"""Weights of the letters, in eighths of a pixel added around the lines of a letter."""
 SHIFTS = (-1, 0, 1)
 """Offsets downwards, in pixels, at which a word is drawn."""
 _OVERSAMPLING = 8
