@@ -55,7 +55,7 @@ class Config(Settings):
 
 
 def make_transformer(*, dim: int = 128, num_layers: int = 4) -> ZImageTransformer2DModel:
-    """Return a single-stream transformer over patches of latents and the text tokens, by default of 2 million weights."""
+    """Return a single-stream transformer over latents and text tokens; by default of 2 million weights."""
     axis = (dim // 4 - 8) // 2
     return ZImageTransformer2DModel(
         in_channels=8,
