@@ -51,7 +51,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
             device=run.device,
             dtype=run.dtype,
             weights=None if name == BASE else Path(name),
-            resolution=config.resolution,
+            resolution=config.image_size,
             quantization=config.quantization,
         )
         schedule = policy.schedule(config.num_evaluation_steps)

@@ -16,7 +16,7 @@ from rlhf_t2i.models.load import as_policy, family_of, load_policy
 from rlhf_t2i.models.table import FAMILIES
 from rlhf_t2i.models.text_encoders import PromptCache
 from rlhf_t2i.sampling.rollout import transition_at
-from rlhf_t2i.types import Conditioning, Sampler
+from rlhf_t2i.types import Conditioning, Resolution, Sampler
 from tests.policies import PROMPTS, edit_json, images_of, pipeline_of, policy_of, stock_images
 from tests.toys import CPU, seeded
 
@@ -133,12 +133,21 @@ def test_guidance_is_refused_by_a_model_without_it(tiny_schnell: Path) -> None:
         images_of(policy_of(tiny_schnell), guidance_scale=4.0)
 
 
-@pytest.mark.parametrize(("name", "multiple"), [("tiny_sdxl", 2), ("tiny_sd3", 4)])
-def test_a_resolution_that_latents_cannot_have_is_refused(
-    name: str, multiple: int, request: pytest.FixtureRequest
+@pytest.mark.parametrize(
+    ("name", "resolution", "message"),
+    [
+        ("tiny_sdxl", 9, "resolution is 9; .* must be a multiple of 2, such as 8"),
+        ("tiny_sd3", (16, 22), "height x width is 16 x 22; .* must be a multiple of 4, at most 48, such as 16 x 24"),
+        ("tiny_sd3", (52, 16), "height x width is 52 x 16; .* must be a multiple of 4, at most 48, such as 48 x 16"),
+        ("tiny_flux", (18, 1), "height x width is 18 x 1; .* must be a multiple of 4, such as 16 x 4"),
+        ("tiny_zimage", 260, "resolution is 260; .* must be a multiple of 4, at most 256, such as 256"),
+    ],
+)
+def test_a_size_that_the_model_cannot_cut_is_refused_with_one_that_it_can(
+    name: str, resolution: Resolution, message: str, request: pytest.FixtureRequest
 ) -> None:
-    with pytest.raises(ValueError, match=f"resolution is 9; for this model it must be a multiple of {multiple}"):
-        policy_of(request.getfixturevalue(name), resolution=9)
+    with pytest.raises(ValueError, match=message):
+        policy_of(request.getfixturevalue(name), resolution=resolution)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])

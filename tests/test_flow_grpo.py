@@ -271,6 +271,13 @@ def test_log_ratios_are_biased_and_normalised_ones_are_not() -> None:
         ({"window_moves_every": 0}, "window_moves_every is 0"),
         ({"num_minibatches": 3}, r"a divisor of images_per_prompt \(4\)"),
         ({"resolution": 0}, "resolution is 0; it must be at least 1"),
+        ({"width": 0}, "width is 0; it must be at least 1"),
+        ({"height": 64}, "height is 64 and width is null; give both, or resolution alone"),
+        ({"width": 64}, "width is 64 and height is null; give both, or resolution alone"),
+        (
+            {"resolution": 32, "height": 32, "width": 64},
+            "resolution is 32, height 32 and width 64; give resolution for square images, or height and width",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(config: flow_grpo.Config, changes: dict[str, Any], message: str) -> None:

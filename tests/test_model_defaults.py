@@ -236,6 +236,24 @@ def test_search_and_annotation_sample_as_the_run_whose_weights_they_use(tmp_path
     assert page.evaluation_prompts == "e.txt"
 
 
+def test_one_option_of_the_image_size_replaces_the_size_of_the_run(tmp_path: Path) -> None:
+    square = run_with(tmp_path / "square")
+    wide = run_with(tmp_path / "wide", resolution=None, height=16, width=40)
+    for run, options, size in (
+        (square, {}, 24),
+        (square, {"height": 8, "width": 16}, (8, 16)),
+        (wide, {}, (16, 40)),
+        (wide, {"resolution": 32}, 32),
+        (wide, {"height": 40, "width": 16}, (40, 16)),
+        (f"{square},{wide}", {"resolution": 32}, 32),
+    ):
+        assert evaluate_policy.Config(weights=run, microbatch_size=2, **options).image_size == size
+    with pytest.raises(ValueError, match="width is 16 and height is null; give both"):
+        evaluate_policy.Config(weights=wide, microbatch_size=2, width=16)
+    with pytest.raises(ValueError, match=r"differ in resolution: .*square has 24, .*wide has null. Give --resolution"):
+        evaluate_policy.Config(weights=f"{square},{wide}", microbatch_size=2)
+
+
 def test_another_base_model_than_the_runs_is_refused_and_both_are_named(tmp_path: Path) -> None:
     first, second = run_with(tmp_path / "first"), run_with(tmp_path / "second", model="c/d")
     for given in ({"weights": first, "model": "c/d"}, {"weights": f"{first},{second}"}):

@@ -53,11 +53,12 @@ def test_images_of_stochastic_ddim_equal_those_of_the_stock_pipeline(
     assert_close(images_of(policy_of(model), guidance_scale=guidance_scale, eta=eta), images, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("model", MODELS, indirect=True)
-def test_images_of_another_size_equal_those_of_the_stock_pipeline(model: Path) -> None:
-    policy = policy_of(model, resolution=8)
-    assert policy.image_size == (8, 8)
-    assert_close(images_of(policy), stock_images(pipeline_of(model), height=8, width=8), rtol=0, atol=2e-5)
+@pytest.mark.parametrize(("model", "guidance_scale"), GUIDED, indirect=["model"])
+def test_images_that_are_not_square_equal_those_of_the_stock_pipeline(model: Path, guidance_scale: float) -> None:
+    policy = policy_of(model, resolution=(8, 24))
+    assert policy.image_size == (8, 24)
+    images = stock_images(pipeline_of(model), guidance_scale=guidance_scale, height=8, width=24)
+    assert_close(images_of(policy, guidance_scale=guidance_scale), images, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("model", MODELS, indirect=True)

@@ -49,7 +49,8 @@ def family_runs(
     flow = {**few, "num_evaluation_steps": 3, "resolution": 16}
     runs = {
         "sdxl_lora": finished_run(
-            folder / "sdxl_lora", ddpo, model=str(tiny_sdxl), lora_rank=2, resolution=24, evaluation_eta=1.0, **few
+            folder / "sdxl_lora", ddpo, model=str(tiny_sdxl), lora_rank=2, height=16, width=24, evaluation_eta=1.0,
+            **few,
         ),
         "sdxl_unet": finished_run(folder / "sdxl_unet", ddpo, model=str(tiny_sdxl), guidance_scale=2.0, **few),
         "sd3_lora": finished_run(
@@ -107,6 +108,7 @@ def test_the_card_repeats_the_image_of_the_run(name: str, tolerance: int, publis
     """Up to `tolerance` of 255: a merged LoRA is rounded once more, and the run sampled its image in a batch."""
     image = np.asarray(Image.open(published / f"{name}.png")).astype(int)
     height, width, _ = image.shape
+    assert (width > height) == (name == "sdxl_lora")
     before, after = (
         np.asarray(Image.open(published / name / "images" / f"{end}.png")).astype(int)[:height, :width]
         for end in ("before", "after")

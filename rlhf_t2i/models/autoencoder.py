@@ -69,16 +69,26 @@ def _scale_and_shift(config: Any, *, device: torch.device) -> tuple[float | Tens
 
 
 def latent_size(
-    resolution: Resolution | None, own: int | Sequence[int], *, scale: int, patch: int = 1
-) -> tuple[int, int]:
+    resolution: Resolution | None, own: int | Sequence[int], *, scale: int, patch: int = 1,
+    max_patches: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
     """Return height and width of the latents of images of `resolution` pixels; None is the model's `own` latent size.
 
-    `scale` is pixels per latent, `patch` latents per token. Raises ValueError for a resolution that is not a multiple
-    of scale * patch.
+    `scale` is pixels per latent, `patch` latents per token, `max_patches` the most tokens along a side; None is no
+    limit. Raises ValueError, naming a near size that works, for sides that are not multiples of scale * patch or above
+    the limit.
     """
     if resolution is None:
         return (own, own) if isinstance(own, int) else (own[0], own[1])
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    if any(side < 1 or side % (scale * patch) for side in (height, width)):
-        raise ValueError(f"resolution is {resolution}; for this model it must be a multiple of {scale * patch}.")
+    unit = scale * patch
+    counts = [max(1, round(side / unit)) for side in (height, width)]
+    near = [unit * min(count, max_patches or count) for count in counts]
+    if near != [height, width]:
+        square, limit = isinstance(resolution, int), f", at most {max_patches * unit}" if max_patches else ""
+        raise ValueError(
+            f"{'resolution' if square else 'height x width'} is {resolution if square else f'{height} x {width}'}; "
+            f"for this model it must be a multiple of {unit}{limit}, such as "
+            f"{near[0] if square else f'{near[0]} x {near[1]}'}."
+        )
     return height // scale, width // scale

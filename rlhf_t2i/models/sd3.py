@@ -39,8 +39,9 @@ class StableDiffusion3(DiffusionPolicy):
         """Set the parts; ValueError for a scheduler that `FlowLevels` does not support."""
         config, scheduler = self.network.config, pipeline.scheduler.config
         height, width = latent_size(
-            resolution, config.sample_size, scale=pipeline.vae_scale_factor, patch=config.patch_size
-        )
+            resolution, config.sample_size, scale=pipeline.vae_scale_factor, patch=config.patch_size,
+            max_patches=config.pos_embed_max_size,
+        )  # fmt: skip
         self.latent_shape = (config.in_channels, height, width)
         num_patches = (height // config.patch_size) * (width // config.patch_size)
         self.levels = FlowLevels(scheduler, device=self.device, shift=shift_for(num_patches, scheduler))

@@ -45,7 +45,8 @@ class ZImage(DiffusionPolicy):
     def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts; ValueError for a scheduler that `FlowLevels` does not support."""
         scale, scheduler = pipeline.vae_scale_factor, pipeline.scheduler.config
-        height, width = latent_size(resolution or OWN_PIXELS, 0, scale=scale, patch=PATCH)
+        longest = min(self.network.config.axes_lens[1:])
+        height, width = latent_size(resolution or OWN_PIXELS, 0, scale=scale, patch=PATCH, max_patches=longest)
         self.latent_shape = (self.network.config.in_channels, height, width)
         num_patches = (height // PATCH) * (width // PATCH)
         self.levels = FlowLevels(scheduler, device=self.device, shift=shift_for(num_patches, scheduler), even=True)

@@ -222,7 +222,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float, standardise: 
         device=run.device,
         dtype=run.dtype,
         weights=Path(config.weights) if config.weights else None,
-        resolution=config.resolution,
+        resolution=config.image_size,
         quantization=config.quantization,
     )
     schedule = policy.schedule(config.num_denoising_steps)

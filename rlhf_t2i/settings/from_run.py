@@ -11,16 +11,17 @@ from rlhf_t2i.models.table import same_model
 from rlhf_t2i.output.run_folder import CONFIG, EVALUATION_PROMPTS, paths_start, read_config, run_of
 from rlhf_t2i.rewards.terms import reward_names_of
 from rlhf_t2i.settings.by_model import ByModel, as_text
+from rlhf_t2i.settings.image_size import SIZE_OPTIONS
 from rlhf_t2i.settings.paths import Rewards, resolve_paths
 from rlhf_t2i.settings.ranges import BASE
 
 
 def sampling_of_runs(weights: Sequence[str], options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the model, resolution, steps, guidance and evaluation of the runs that `weights` are from; {} without one.
+    """Return the model, image size, steps, guidance and evaluation of the runs that `weights` are from; {} without one.
 
     `weights` are folders of runs, or of what they wrote; `options` are those of the command, with a `ByModel` for each
-    that was not given. Raises ValueError for weights of different models, and if the runs differ in an option that was
-    not given.
+    that was not given. One option of the image size replaces the whole size of the runs. Raises ValueError for weights
+    of different models, and if the runs differ in an option that was not given.
     """
     runs = [run for run in (run_of(Path(name)) for name in weights if name != BASE) if run is not None]
     found = {str(run): _sampling(run, config) for run in runs if "model" in (config := read_config(run))}
@@ -30,6 +31,8 @@ def sampling_of_runs(weights: Sequence[str], options: Mapping[str, Any]) -> Mapp
     if not all(same_model(model, other) for model, other in pairwise(models.values())):
         named = ", ".join(f"{where} is {name}" for where, name in models.items())
         raise ValueError(f"weights of different models cannot be used together: {named}.")
+    if not all(isinstance(options[name], ByModel) for name in SIZE_OPTIONS):
+        found = {run: {n: v for n, v in sampling.items() if n not in SIZE_OPTIONS} for run, sampling in found.items()}
     first = next(iter(found.values()), {})
     for name in first:
         values = {run: sampling[name] for run, sampling in found.items()}
@@ -51,7 +54,8 @@ def _sampling(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     steps = config.get("num_evaluation_steps") or config["num_denoising_steps"]
     prompts = config.get("evaluation_prompts") or str(run / EVALUATION_PROMPTS)
     return {
-        **{name: config[name] for name in ("model", "resolution", "guidance_scale")},
+        **{name: config[name] for name in ("model", "guidance_scale")},
+        **{name: config.get(name) for name in SIZE_OPTIONS},
         "num_denoising_steps": steps,
         "num_evaluation_steps": steps,
         "evaluation_prompts": prompts,

@@ -12,6 +12,7 @@ from rlhf_t2i.rewards.terms import join_terms, reward_names_of
 from rlhf_t2i.settings.base import Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.evaluation import EvaluationSettings
+from rlhf_t2i.settings.image_size import image_size
 from rlhf_t2i.settings.launch import shared_rule, tracker_rules
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.memory import AttentionSettings, TrainingMemorySettings
@@ -39,10 +40,23 @@ class ModelSettings(Settings, group="model and LoRA"):
     model: ModelPath = by_model(TOY_MODEL, TOY_MODEL)
     """Diffusion model: a diffusers pipeline folder, a Hub id, or a built-in model (shapes, shapes-flow)."""
     resolution: PositiveInt | None = by_model(None, None)
-    """Height and width of images in pixels; null is the model's native size."""
+    """Side of square images in pixels; null is the size of height and width, or without them the model's native one."""
+    height: PositiveInt | None = by_model(None, None)
+    """Height of images in pixels, given together with width and without resolution; null is that of resolution."""
+    width: PositiveInt | None = by_model(None, None)
+    """Width of images in pixels, given together with height and without resolution; null is that of resolution."""
     quantization: Literal["int8", "nf4"] | None = None
     """Storage of the linear layers' frozen weights, in denoiser and text encoders: int8 (8 bits, torchao), nf4 (4 bits,
     bitsandbytes), or null, the precision of the networks. Training needs a LoRA, on one process or under DDP."""
+
+    @property
+    def image_size(self) -> int | tuple[int, int] | None:
+        """Side of square images in pixels, or their height and width; None is the model's native size."""
+        return image_size(vars(self))
+
+    def rules(self) -> list[Rule]:
+        image_size(vars(self))  # or it raises
+        return super().rules()
 
 
 @dataclass(frozen=True, kw_only=True)

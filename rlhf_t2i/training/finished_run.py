@@ -26,6 +26,7 @@ from rlhf_t2i.output.run_folder import (
     read_captions,
     read_config,
 )
+from rlhf_t2i.settings.image_size import image_size
 from rlhf_t2i.shapes.names import default_resolution
 from rlhf_t2i.training.metrics import Row, by_step, evaluations_to_export, read_metrics, trained_rewards
 
@@ -64,7 +65,7 @@ class FinishedRun:
     @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of images in pixels; None is the model's default. Older runs have no setting for it."""
-        chosen = self.config.get("resolution")
+        chosen = image_size(self.config)
         size = default_resolution(self.config["model"]) if chosen is None else chosen
         return (size, size) if isinstance(size, int) else size
 

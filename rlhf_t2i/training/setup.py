@@ -96,7 +96,7 @@ def _load(config: TrainerConfig, run: Run) -> Any:
             f"Train quantised models on one process or under DDP: what a LoRA's optimiser holds is small."
         )
     return load_policy(
-        config.model, device=run.device, dtype=run.dtype, resolution=config.resolution, whole=not config.trains_lora,
+        config.model, device=run.device, dtype=run.dtype, resolution=config.image_size, whole=not config.trains_lora,
         offload_text_encoders=config.offload_text_encoders, quantization=config.quantization,
     )  # fmt: skip
 
