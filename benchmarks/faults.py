@@ -20,7 +20,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from attacks import files, runs, servers, two_processes
+from attacks import annotators, files, runs, servers, single_starts, two_processes
 from attacks.children import Outcome
 
 Attempt = Callable[[Path, int, random.Random], Outcome]
@@ -43,6 +43,9 @@ class Part(NamedTuple):
 
 PARTS = {
     "kills": Part("SIGKILL in a run of each recipe that resumes, then resume", runs.kill, 96),
+    "single_kills": Part("SIGKILL in a recipe that does not resume, then start again", single_starts.kill, 40),
+    "single_disk": Part("full disk in a recipe that does not resume, then room", single_starts.fill_disk, 20),
+    "annotation": Part("SIGKILL or a full disk while an annotator answers", annotators.disturb, 40),
     "two_processes": Part("SIGKILL of one of two processes, then restart", two_processes.kill, 10),
     "bits": Part("one flipped bit in any file of a run, then resume", runs.flip_bit, 501),
     "disk": Part("full disk in a run, then resume with room", runs.fill_disk, 40),

@@ -91,6 +91,8 @@ def main(config: Config) -> Path:
 
 def serve(service: Service, listener: socket) -> None:
     """Print the address of the page, and serve it."""
+    app = create_app(service, loopback=listens_on_loopback(listener))
+    listener.listen()  # whoever reads the address may connect at once
     folder, (host, port) = service.answers.folder, listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     needs = f" (it requires the token in {TOKEN_VARIABLE})" if service.secret else ""
@@ -98,7 +100,6 @@ def serve(service: Service, listener: socket) -> None:
         f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {folder / COLLECTED_PAIRS}\n"
         f"page      {address}{needs}\nresults   {address}/results"
     )
-    app = create_app(service, loopback=listens_on_loopback(listener))
     with suppress(KeyboardInterrupt):
         make_server(app, log_level="warning").run(sockets=[listener])
 

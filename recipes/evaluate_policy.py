@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.diffusion.transitions import stochastic
+from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_captions, save_image_grid
 from rlhf_t2i.output.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES
 from rlhf_t2i.rewards.load import load_rewards
@@ -73,7 +74,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
         if run.is_main:
             save_image_grid(run.folder / IMAGES / f"{index}.png", evaluation.images)
             save_captions(run.folder / IMAGES / CAPTIONS, prompts, seeds)
-            (run.folder / EVALUATION_TABLE).write_text(json.dumps(table, indent=1))
+            write_atomically(run.folder / EVALUATION_TABLE, json.dumps(table, indent=1))
     run.print(f"table     {run.folder / EVALUATION_TABLE}\nimages    {run.folder / IMAGES}")
     run.close()
     return table

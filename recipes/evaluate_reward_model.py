@@ -34,6 +34,7 @@ from reward_model.datasets.valid_inputs import with_valid_inputs
 from reward_model.scorers import PointwiseScorer, is_known, load_scorer
 from reward_model.scoring import LlavaReward
 from reward_model.types import Record
+from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import BENCHMARK_RESULTS, BENCHMARK_TABLES, REPORT, reward_model_of
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_PAIRS, TOY_REWARD_MODEL, TOY_REWARD_MODEL_FOLDER, toy_pairs_folder
@@ -81,9 +82,9 @@ def evaluate_on_data(reward: LlavaReward | PointwiseScorer, config: Config, fold
         scores = score_records(reward, records, batch_size=config.microbatch_size)
         metrics[name], mistakes[name] = record_metrics(scores), worst_mistakes(scores, count=config.num_shown)
         keep_folder(folder)
-        (folder / f"{name}.csv").write_text(to_csv(metrics[name]))
+        write_atomically(folder / f"{name}.csv", to_csv(metrics[name]))
         tqdm.write(f"{name}\n{to_table(metrics[name])}\n")
-    (folder / REPORT).write_text(render_report(config.reward, metrics, mistakes), encoding="utf-8")
+    write_atomically(folder / REPORT, render_report(config.reward, metrics, mistakes))
     tqdm.write(f"tables    {folder}/*.csv\nreport    {folder / REPORT}")
     return metrics
 
@@ -104,8 +105,8 @@ def evaluate_on_benchmarks(reward: LlavaReward | PointwiseScorer, config: Config
         )  # fmt: skip
         results.append(result)
         tqdm.write(f"{benchmark.name}\n{to_table(result.metrics)}\n")
-    (folder / BENCHMARK_TABLES).write_text(to_markdown(config.reward, results), encoding="utf-8")
-    (folder / BENCHMARK_RESULTS).write_text(to_json(config.reward, results, settings=asdict(config)), encoding="utf-8")
+    write_atomically(folder / BENCHMARK_TABLES, to_markdown(config.reward, results))
+    write_atomically(folder / BENCHMARK_RESULTS, to_json(config.reward, results, settings=asdict(config)))
     tqdm.write(f"benchmarks    {folder / BENCHMARK_TABLES}, {BENCHMARK_RESULTS}")
     return results
 

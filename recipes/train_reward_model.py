@@ -56,6 +56,7 @@ from reward_model.scoring import LlavaReward
 from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer
 from reward_model.types import Record
 from rlhf_t2i.distributed.processes import end_processes, prepare_deepspeed, uses_fsdp
+from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import CHECKPOINTS, REWARD_METRICS, REWARD_MODEL
 from rlhf_t2i.report.reward_model import record_history, write_report
 from rlhf_t2i.settings.lists import names
@@ -237,13 +238,11 @@ def skip_log(config: Config, folder: Path) -> Path | None:
 
 def evaluate(model: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, batch_size: int) -> None:
     """Print and write accuracy, calibration and other metrics on each set."""
-    metrics = {
-        name: record_metrics(score_records(model, records, batch_size=batch_size)) for name, records in sets.items()
-    }
+    metrics = {name: record_metrics(score_records(model, one, batch_size=batch_size)) for name, one in sets.items()}
     for name, found in metrics.items():
         tqdm.write(f"\n{name}\n{to_table(found)}")
     rows = {name: to_rows(found) for name, found in metrics.items()}
-    (folder / REWARD_METRICS).write_text(json.dumps(rows, indent=1))
+    write_atomically(folder / REWARD_METRICS, json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _check_folder(config: object) -> None:
     resumes = isinstance(config, ResumeSettings) and config.resume
     is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if isinstance(config, FolderSettings) and config.run_folder and not (resumes or is_restarted):
-        check_free(Path(config.run_folder))
+        check_free(Path(config.run_folder), resumable=isinstance(config, ResumeSettings))
 
 
 def _read_yaml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:

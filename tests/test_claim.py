@@ -114,10 +114,13 @@ def test_a_killed_start_may_be_resumed_which_begins_anew(folder: Path) -> None:
 
 def test_a_taken_folder_is_refused_before_anything_is_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished(folder)
-    for config_class in (ddpo.Config, evaluate_policy.Config):
+    for config_class, choice in (
+        (ddpo.Config, "Continue it with --resume"),
+        (evaluate_policy.Config, "Choose another"),
+    ):
         with pytest.raises(SystemExit):
             parse_config(config_class, arguments=["--run_folder", str(folder)])
-        assert capsys.readouterr().err.startswith(f"error: {folder} already holds a run. Continue it with --resume")
+        assert capsys.readouterr().err.startswith(f"error: {folder} already holds a run. {choice}")
     assert parse_config(ddpo.Config, arguments=["--run_folder", str(folder), "--resume"]).resume
 
 

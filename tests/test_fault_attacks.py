@@ -45,7 +45,8 @@ def test_a_try_is_made_once_and_a_failure_is_counted_and_named(
 
 @pytest.mark.slow
 def test_one_try_of_each_quick_kind_is_survived() -> None:
-    parts = [option for name in ("kills", "bits", "requests", "half_open") for option in ("--part", name)]
+    names = ("kills", "single_kills", "single_disk", "annotation", "bits", "requests", "half_open")
+    parts = [option for name in names for option in ("--part", name)]
     result = processes.run([sys.executable, "benchmarks/faults.py", *parts, "--tries", "1"])
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("| 1 | 0 |") == 4, result.stdout
+    assert result.stdout.count("| 1 | 0 |") == len(names), result.stdout

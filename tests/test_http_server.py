@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
@@ -14,10 +16,16 @@ import pytest
 import torch
 from fastapi import FastAPI, Request
 
+from recipes import collect_preferences
 from rlhf_t2i import http_server
+from rlhf_t2i.access import listen
+from rlhf_t2i.annotation.answers import Answers
+from rlhf_t2i.annotation.serve import Service
 from rlhf_t2i.http_server import Guard, listens_on_loopback
+from rlhf_t2i.reward_server import server
 from rlhf_t2i.rewards.load import as_weighted_sum
 from rlhf_t2i.rewards.remote import RemoteReward
+from rlhf_t2i.settings.reward_server import Config as ServerConfig
 from tests import browser
 from tests.servers import handling, running, served
 
@@ -126,6 +134,27 @@ def test_a_socket_of_all_addresses_is_not_one_of_this_machine() -> None:
         with socket.socket() as listener:
             listener.bind((host, 0))
             assert listens_on_loopback(listener) is expected
+
+
+@pytest.mark.parametrize("command", ["reward server", "annotation page"])
+def test_whoever_reads_the_printed_address_can_connect_at_once(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections = list[socket.socket]()
+
+    def run(sockets: list[socket.socket]) -> None:
+        connections.append(socket.create_connection(sockets[0].getsockname()))
+        sockets[0].close()
+
+    for module in (server, collect_preferences):
+        monkeypatch.setattr(module, "make_server", lambda *_, **__: SimpleNamespace(run=run))
+    if command == "reward server":
+        monkeypatch.setattr(server.signal, "signal", lambda *_: None)
+        server.main(ServerConfig(rewards="jpeg_compressibility", port=0, device="cpu"))
+    else:
+        with closing(Answers(tmp_path, [], seed=0)) as answers:
+            collect_preferences.serve(Service(answers, secret=None), listen("127.0.0.1", 0))
+    connections[0].close()
 
 
 @pytest.mark.slow

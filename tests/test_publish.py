@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,8 +18,9 @@ from huggingface_hub import ModelCard
 from recipes import publish as recipe
 from rlhf_t2i.hub.local_paths import paths_of, without_paths
 from rlhf_t2i.hub.model_card import held_out_summary, reward_rows
-from rlhf_t2i.hub.publication import list_files
+from rlhf_t2i.hub.publication import list_files, new_publication
 from rlhf_t2i.training.finished_run import read_run
+from tests import processes
 from tests.hub import FakeHub, Repository
 from tests.publications import BASE, file_contents, two_evaluations
 
@@ -67,6 +69,20 @@ def test_a_publication_is_overwritten_only_while_unchanged(lora_run: Path, tmp_p
         recipe.main(config)
     assert card.read_text().endswith("My own words.\n")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+
+
+def test_what_a_killed_publication_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    code = "import os; from pathlib import Path; from rlhf_t2i.hub.publication import new_publication as new\n"
+    end = "with new(Path('out')) as folder: (folder / 'weights').touch(); os._exit(9)"
+    assert processes.run([sys.executable, "-c", code + end], cwd=tmp_path).returncode == 9
+    assert list(tmp_path.iterdir())
+    with new_publication(tmp_path / "out") as folder:
+        assert list(folder.iterdir()) == []
+        with pytest.raises(BlockingIOError, match="in use by another process"), new_publication(tmp_path / "out"):
+            pass
+        (folder / "card").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["card"]
 
 
 def test_curves_are_svg_files_that_stand_alone(publication: Path) -> None:

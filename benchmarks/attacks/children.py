@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -45,24 +46,42 @@ class End(NamedTuple):
 
 def run_recipe(recipe: str, options: dict[str, Any], log: Path, *, first: Callable[[], Any] | None = None) -> End:
     """Run a recipe in a forked process, as its command would; call `first` in the process before."""
-    return run_child(lambda: _run(recipe, options), log, first=first)
+    return wait_for_child(start_recipe(recipe, options, log, first=first), log)
+
+
+def start_recipe(recipe: str, options: dict[str, Any], log: Path, *, first: Callable[[], Any] | None = None) -> int:
+    """Start a recipe in a forked process, as its command would, and return the process id."""
+    return start_child(lambda: _run(recipe, options), log, first=first)
 
 
 def run_child(work: Callable[[], Any], log: Path, *, first: Callable[[], Any] | None = None) -> End:
     """Run a function in a forked process with its output in a file."""
+    return wait_for_child(start_child(work, log, first=first), log)
+
+
+def start_child(work: Callable[[], Any], log: Path, *, first: Callable[[], Any] | None = None) -> int:
+    """Start a function in a forked process with its output in a file, and return the process id."""
+    log.unlink(missing_ok=True)
     pid = os.fork()
     if not pid:
         _child(work, log, first)
+    return pid
+
+
+def has_ended(pid: int) -> bool:
+    """True if a child has ended, whose status still waits for `wait_for_child`."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def wait_for_child(pid: int, log: Path) -> End:
+    """Wait until a child has ended; it is killed if it takes too long."""
     deadline, late = time.monotonic() + TIMEOUT_S, False
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            break
+    while not has_ended(pid):
         if late := time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
             break
         time.sleep(0.01)
+    _, status = os.waitpid(pid, 0)
     code = -signal.SIGALRM if late else os.waitstatus_to_exitcode(status)
     return End(code, log.read_text(errors="replace"))
 
@@ -111,6 +130,12 @@ def kill_at_event(number: int, folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def limit_files(size: int) -> None:
+    """Let no file of this process grow beyond `size` bytes: writing fails, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def count_events(folder: Path, result: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
 import signal
 import time
@@ -23,6 +22,7 @@ from attacks.children import (
     Outcome,
     count_events,
     kill_at_event,
+    limit_files,
     results,
     run_recipe,
 )
@@ -49,6 +49,13 @@ RESUMABLE: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """The recipes whose runs go on, with options for a run of seconds."""
+_PRELOADED = (
+    *(f"recipes.{recipe}" for recipe in RESUMABLE),
+    *(f"recipes.{name}" for name in ("collect_preferences", "compare", "evaluate_policy", "evaluate_reward_model")),
+    "recipes.publish", "rlhf_t2i.hub.contents", "rlhf_t2i.hub.model_card", "rlhf_t2i.hub.upload", "uvicorn",
+    "rlhf_t2i.models.load", "rlhf_t2i.training.trainer", "rlhf_t2i.search.run", "rlhf_t2i.rewards.llava_reward",
+    "rlhf_t2i.data.prompt_files", "reward_model.datasets", "pyarrow.parquet",
+)  # fmt: skip
 
 
 def write_inputs(work: Path) -> None:
@@ -136,7 +143,7 @@ def kill(work: Path, index: int, rng: random.Random) -> Outcome:
     end = go_on(recipe, work, folder, log) if killed.status else killed
     survived, what = verdict(end, folder, expected)
     survived &= not end.refused  # a kill is nothing that a user could mend
-    return _finished(folder, log, Outcome(survived, f"{recipe} killed {moment}: {what}"))
+    return finished(folder, log, Outcome(survived, f"{recipe} killed {moment}: {what}"))
 
 
 def flip_bit(work: Path, index: int, rng: random.Random) -> Outcome:
@@ -159,7 +166,7 @@ def flip_bit(work: Path, index: int, rng: random.Random) -> Outcome:
     victim.write_bytes(content)
     end = go_on(recipe, work, folder, log)
     survived, what = verdict(end, folder, expected, weights_only=True)
-    return _finished(folder, log, Outcome(survived, f"{recipe}, bit {bit} of {victim.relative_to(folder)}: {what}"))
+    return finished(folder, log, Outcome(survived, f"{recipe}, bit {bit} of {victim.relative_to(folder)}: {what}"))
 
 
 def fill_disk(work: Path, index: int, rng: random.Random) -> Outcome:
@@ -170,17 +177,13 @@ def fill_disk(work: Path, index: int, rng: random.Random) -> Outcome:
     largest = max(path.stat().st_size for path in expected.rglob("*") if path.is_file())
     limit = int(largest ** rng.random())
 
-    def first() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    stopped = run_recipe(recipe, options_of(recipe, work, folder), log, first=first)
+    stopped = run_recipe(recipe, options_of(recipe, work, folder), log, first=partial(limit_files, limit))
     what = f"{recipe} with files of at most {limit} bytes: "
     if stopped.status and "Traceback" in stopped.output and limit > len(stopped.output) + 4096:
-        return _finished(folder, log, Outcome(False, f"{what}{' '.join(stopped.output.split())[-300:]}"))
+        return finished(folder, log, Outcome(False, f"{what}{' '.join(stopped.output.split())[-300:]}"))
     end = go_on(recipe, work, folder, log) if stopped.status else stopped
     survived, found = verdict(end, folder, expected)
-    return _finished(folder, log, Outcome(survived, what + found))
+    return finished(folder, log, Outcome(survived, what + found))
 
 
 def move_clock(work: Path, index: int, rng: random.Random) -> Outcome:
@@ -195,10 +198,10 @@ def move_clock(work: Path, index: int, rng: random.Random) -> Outcome:
 
     end = run_recipe(recipe, options_of(recipe, work, folder), log, first=first)
     survived, what = verdict(end, folder, expected)
-    return _finished(folder, log, Outcome(survived and not end.refused, f"{recipe}: {what}"))
+    return finished(folder, log, Outcome(survived and not end.refused, f"{recipe}: {what}"))
 
 
-def _finished(folder: Path, log: Path, outcome: Outcome) -> Outcome:
+def finished(folder: Path, log: Path, outcome: Outcome) -> Outcome:
     """Remove what a try has left, unless it failed."""
     if outcome.survived:
         shutil.rmtree(folder, ignore_errors=True)
@@ -211,7 +214,5 @@ def preload() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in ("models.load", "training.trainer", "search.run", "rewards.llava_reward", "data.prompt_files"):
-        import_module(f"rlhf_t2i.{name}")
-    for name in (*(f"recipes.{recipe}" for recipe in RESUMABLE), "reward_model.datasets", "pyarrow.parquet"):
+    for name in _PRELOADED:
         import_module(name)

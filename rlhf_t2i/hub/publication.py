@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from rlhf_t2i.hub.base import Base
-from rlhf_t2i.output.files import sha256_of, write_atomically
+from rlhf_t2i.output.files import remove_all_but, sha256_of, write_atomically
 from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     CONFIG,
     IMAGES,
     KOHYA_LORA,
+    LOCK,
     LORA_WEIGHTS,
     METRICS,
     REPORT,
@@ -133,14 +135,33 @@ def new_publication(target: Path) -> Iterator[Path]:
         raise FileExistsError(
             f"{target} is not empty and not an unchanged earlier publication. Choose another --folder, or remove it."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        part = Path(scratch) / target.name
+    with _scratch(target.parent / f".{target.name}.part") as scratch:
+        part = scratch / target.name
         part.mkdir()
         yield part
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(scratch / "before")
         part.rename(target)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, which is removed in the end; BlockingIOError if another process uses it.
+
+    What a killed process has left in it is removed first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(f"{folder} is in use by another process, which publishes to the same folder.") from error
+    try:
+        remove_all_but({LOCK}, folder)
+        yield folder
+    finally:
+        lock.release()
+        shutil.rmtree(folder)
 
 
 def list_files(folder: Path) -> list[str]:

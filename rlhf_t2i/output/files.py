@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 _IS_WINDOWS = sys.platform == "win32"
@@ -33,6 +35,15 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove_all_but(kept: Set[str], folder: Path) -> None:
+    """Remove what a folder holds, except for some names in it."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
 def path_from(folder: Path, text: str) -> str | None:

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from rlhf_t2i.output.files import write_atomically
+
 NUM_COLUMNS = 8
 """Images in each row of a grid."""
 
@@ -32,4 +34,4 @@ def save_captions(path: Path, prompts: Sequence[str], seeds: Sequence[int]) -> N
     """Write the prompt and seed of each cell of the grids beside it, and the number of columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     captions = {"prompts": list(prompts), "seeds": list(seeds), "columns": NUM_COLUMNS}
-    path.write_text(json.dumps(captions, indent=1))
+    write_atomically(path, json.dumps(captions, indent=1))

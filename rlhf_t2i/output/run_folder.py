@@ -144,12 +144,11 @@ def holds_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / STARTING).is_file()
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: Path, *, resumable: bool = True) -> None:
     """Raise FileExistsError if a folder holds a run, which a new one may not replace."""
     if holds_run(folder):
-        raise FileExistsError(
-            f"{folder} already holds a run. Continue it with --resume, or choose another --run_folder."
-        )
+        choices = "Continue it with --resume, or choose" if resumable else "Choose"
+        raise FileExistsError(f"{folder} already holds a run. {choices} another --run_folder.")
 
 
 def run_of(path: Path) -> Path | None:

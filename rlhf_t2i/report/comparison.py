@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_model.image_files import open_image
+from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     EVALUATION_TABLE,
@@ -145,7 +146,7 @@ def write_comparison(columns: Sequence[Column], path: Path) -> None:
         runs=[one for one in columns if one.evaluations],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
 
 
 def cell_text(column: Column, first: Column, name: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
+from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import CONFIG, REPORT, RUN_INFO, read_config, read_run_info
 from rlhf_t2i.report.charts import charts, grouped
 from rlhf_t2i.report.checks import findings
@@ -44,7 +45,7 @@ def write_report(folder: Path) -> Path:
         script=Markup(_SCRIPT),  # a file of this package
         script_digest=script_digest(_SCRIPT),
     )
-    (folder / REPORT).write_text(page, encoding="utf-8")
+    write_atomically(folder / REPORT, page)
     return folder / REPORT
 
 

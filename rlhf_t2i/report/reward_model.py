@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import CONFIG, REPORT, REWARD_HISTORY, REWARD_METRICS, read_run_info
 from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.svg import draw
@@ -38,7 +39,7 @@ def headline(history: Sequence[Row]) -> str:
 
 def record_history(folder: Path, history: Sequence[dict[str, Any]]) -> None:
     """Write the training log to the run folder and bring the report up to date."""
-    (folder / REWARD_HISTORY).write_text(json.dumps(list(history), indent=1), encoding="utf-8")
+    write_atomically(folder / REWARD_HISTORY, json.dumps(list(history), indent=1))
     write_report(folder)
 
 
@@ -53,7 +54,7 @@ def write_report(folder: Path) -> Path:
         metrics=_read(folder / REWARD_METRICS, {}),
         config=(folder / CONFIG).read_text(encoding="utf-8"),
     )
-    (folder / REPORT).write_text(page, encoding="utf-8")
+    write_atomically(folder / REPORT, page)
     return folder / REPORT
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import CONFIG, REPORT, SEARCH_BASELINE, SEARCH_SAMPLES, read_run_info, search_image
 from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.svg import draw
@@ -101,7 +102,7 @@ def write_report(folder: Path) -> Path:
         config=(folder / CONFIG).read_text(encoding="utf-8"),
         costs=COSTS,
     )
-    (folder / REPORT).write_text(page, encoding="utf-8")
+    write_atomically(folder / REPORT, page)
     return folder / REPORT
 
 

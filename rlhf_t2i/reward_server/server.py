@@ -151,5 +151,6 @@ def main(config: Config) -> None:
     )
     server = make_server(create_app(service, loopback=listens_on_loopback(listener)), lifespan="on")
     host, port = listener.getsockname()[:2]
+    listener.listen()  # whoever reads the address may connect at once
     _LOG.info("Serving %s at http://%s:%d", config.rewards, f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from rlhf_t2i.output.files import write_atomically
+from rlhf_t2i.output.files import remove_all_but, write_atomically
 from rlhf_t2i.output.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -112,16 +111,8 @@ def remove_failed_starts() -> None:
         if claim.before is None:
             continue
         with contextlib.suppress(OSError):
-            _remove_all_but(claim.before, folder)
+            remove_all_but(claim.before, folder)
             folder.rmdir()
-
-
-def _remove_all_but(kept: Set[str], folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in kept:
-            path.unlink(missing_ok=True)
 
 
 def _wait_for_file(path: Path, *, seconds: float = 60.0) -> None:
@@ -181,7 +172,7 @@ def _before_start(folder: Path, found: frozenset[str]) -> frozenset[str]:
     marker = folder / STARTING
     if marker.is_file():
         found = frozenset(json.loads(marker.read_text(encoding="utf-8")))
-        _remove_all_but(found | {LOCK, STARTING}, folder)
+        remove_all_but(found | {LOCK, STARTING}, folder)
     else:
         write_atomically(marker, json.dumps(sorted(found)))
     return found
