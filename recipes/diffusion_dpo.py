@@ -33,6 +33,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.data.augmentation import Augmentation
+from rlhf_t2i.data.buckets import aspect_buckets
+from rlhf_t2i.data.pair_shards import shard_pairs
 from rlhf_t2i.data.preferences import (
     ImagePairs,
     PairBatch,
@@ -40,7 +42,6 @@ from rlhf_t2i.data.preferences import (
     implicit_preference,
     pairs_of_step,
     save_pairs,
-    shard_pairs,
 )  # fmt: skip
 from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.diffusion.gaussian import randn
@@ -61,7 +62,7 @@ from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy
 
 LoadPairs = Callable[[Sequence[int]], PairBatch]
-"""Returns pairs of a step by their rows, as in `PairShard.rows`."""
+"""Returns pairs of a step by their rows, which are of one group of `PairShard`."""
 METRICS: Sequence[str] = ("loss", "winner_error", "loser_error", "accuracy")
 
 
@@ -79,12 +80,14 @@ def main(config: Config) -> Path:
         if reward is not None:
             all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
             load, row = sample_pairs(trainer, all_prompts, reward, step=step, config=config)
+            groups: list[Sequence[int]] = [range(int(row["pairs"]))]
         else:
             assert pairs is not None
             indices = pairs_of_step(len(pairs), step, num_pairs=config.pairs_per_step, seed=config.seed)
             load, row = partial(pairs.load, indices, step=step), {"images": 2 * len(indices), "pairs": len(indices)}
+            groups = [*pairs.groups(indices)]
         with trainer.timed("update"):
-            metrics = update(trainer, load, count=int(row["pairs"]), step=step, timesteps=timesteps, config=config)
+            metrics = update(trainer, load, groups, step=step, timesteps=timesteps, config=config)
         trainer.finish_step(step, **row, **metrics)
     return trainer.finish()
 
@@ -138,10 +141,17 @@ def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
         image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
     )  # fmt: skip
     trainer.print(f"{len(records):,} pairs of {len({pair.winner_prompt for pair in records}):,} prompts")
+    sizes = list[tuple[int, int]]()
+    if config.aspect_bucket_step:
+        policy = trainer.policy
+        sizes = aspect_buckets(policy.image_size, config.aspect_bucket_step, unit=policy.size_unit)
     pairs = ImagePairs(
         records, policy=trainer.policy, read=to_tensor, microbatch_size=config.microbatch_size,
         cache_folder=Path(config.cache_folder) if config.cache_folder else None, augmentation=augmentation_of(config),
+        bucket_sizes=sizes,
     )  # fmt: skip
+    for group in pairs.groups(range(len(records))) if sizes else ():
+        trainer.print(f"bucket    {'{} x {}'.format(*pairs.size_of(records[group[0]]))}: {len(group):,} pairs")
     pairs.fill_cache(rank=trainer.rank, num_processes=trainer.num_processes)
     trainer.wait_for_everyone()
     return pairs
@@ -153,26 +163,26 @@ def augmentation_of(config: Config) -> Augmentation:
 
 
 def update(
-    trainer: Trainer, load: LoadPairs, *, count: int, step: int, timesteps: Tensor, config: Config
+    trainer: Trainer, load: LoadPairs, groups: Sequence[Sequence[int]], *, step: int, timesteps: Tensor, config: Config
 ) -> dict[str, float]:
-    """Take num_inner_epochs optimiser steps on `count` pairs; return metrics over all processes.
+    """Take num_inner_epochs optimiser steps on the rows of all groups; return metrics over all processes.
 
     `winner_error` and `loser_error` are relative to the reference. Both above 0 is a known failure of DPO, which
     dpop_weight counteracts.
     """
-    if not count:
+    if not any(map(len, groups)):
         return {}
     policy = trainer.policy
-    shard = shard_pairs(count, rank=trainer.rank, num_processes=trainer.num_processes)
-    batch = load(shard.rows)
+    shard = shard_pairs(groups, rank=trainer.rank, num_processes=trainer.num_processes)
+    batches = [load(rows) for rows in shard.groups]
     microbatches = shard.microbatches(config.microbatch_size // 2)
     samples, steps = list[Tensor](), list[dict[str, float]]()
     for epoch in range(config.num_inner_epochs):
-        for own, weight in trainer.accumulate(microbatches):
-            generators = [generator_for(config.seed, NOISE, step, epoch, shard.rows[int(i)]) for i in own]
+        for group, own, weight in trainer.accumulate(microbatches):
+            generators = [generator_for(config.seed, NOISE, step, epoch, shard.groups[group][int(i)]) for i in own]
             with lora_dropout(policy.denoiser, seed=generators[0].initial_seed()):
                 loss, sample = loss_of_pairs(
-                    policy, batch.at(own), timesteps=timesteps, config=config, generators=generators
+                    policy, batches[group].at(own), timesteps=timesteps, config=config, generators=generators
                 )
                 trainer.backward(loss * weight)
             samples.append(sample * weight / len(own))

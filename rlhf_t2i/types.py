@@ -210,6 +210,11 @@ class Policy(DiffusionModel, Protocol):
         """Height and width of generated images, in pixels."""
         ...
 
+    @property
+    def size_unit(self) -> int:
+        """Pixels that the sides of images must be multiples of."""
+        ...
+
     def encode_images(
         self, images: Float[Tensor, "B 3 Y X"], *, generators: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B C H W"]:

@@ -101,8 +101,12 @@ def test_the_policy_equals_its_reference_in_the_first_step(
     assert second["loss"] != first["loss"]
 
 
-def test_pairs_of_a_file_are_learnt(config: diffusion_dpo.Config, preferences: Path) -> None:
-    config = replace(config, pairs=str(preferences), pairs_per_step=6, learning_rate=1e-2, dpop_weight=0.0)
+def test_pairs_of_a_file_are_learnt_in_buckets_of_two_sizes(
+    config: diffusion_dpo.Config, preferences: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(
+        config, pairs=str(preferences), pairs_per_step=6, learning_rate=1e-2, dpop_weight=0.0, aspect_bucket_step=2
+    )
     later = rows(train(replace(config, num_inner_epochs=1, num_steps=12)), "train")[-4:]
     loss, accuracy, winner_error, loser_error = (
         sum(row[name] for row in later) / 4 for name in ("loss", "accuracy", "winner_error", "loser_error")
@@ -110,6 +114,8 @@ def test_pairs_of_a_file_are_learnt(config: diffusion_dpo.Config, preferences: P
     assert loss < 0.6
     assert accuracy > 0.75
     assert winner_error < loser_error
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bucket")]
+    assert printed == ["bucket    18 x 14: 4 pairs", "bucket    20 x 12: 2 pairs"]
 
 
 @pytest.mark.slow
@@ -174,11 +180,13 @@ def test_only_the_given_timesteps_are_trained(config: diffusion_dpo.Config, pref
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["sampled", "file"])
+@pytest.mark.parametrize("source", ["sampled", "file", "buckets"])
 def test_the_microbatch_size_changes_no_result(
     config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, source: str
 ) -> None:
-    config = config if source == "sampled" else replace(config, pairs=str(preferences), pairs_per_step=5)
+    if source != "sampled":
+        step = 2 if source == "buckets" else None
+        config = replace(config, pairs=str(preferences), pairs_per_step=5, aspect_bucket_step=step)
     one = train(config)
     other = train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "other")))
     assert_same(weights(one), weights(other), atol=1e-4)
@@ -212,7 +220,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, source: str
 ) -> None:
     if source == "file":
-        config = replace(config, pairs=str(preferences), pairs_per_step=5, random_flip="image")
+        config = replace(config, pairs=str(preferences), pairs_per_step=5, random_flip="image", aspect_bucket_step=2)
     config = replace(config, proportion_empty_prompts=0.5)
     uninterrupted = train(config)
     stopped = replace(config, run_folder=str(tmp_path / "stopped"))
@@ -309,6 +317,7 @@ def test_the_report_shows_accuracy_and_both_errors(config: diffusion_dpo.Config)
         ({"timesteps": "999-0"}, "timesteps is 999-0; it must be a range such as 0-999 or a list"),
         ({"timesteps": "often"}, "timesteps is often; it must be a range"),
         ({"random_flip": "pair"}, "random_flip is pair; it must be none with --pairs sampled"),
+        ({"aspect_bucket_step": 8}, "aspect_bucket_step is 8; it must be null with --pairs sampled"),
         ({"proportion_empty_prompts": 1.2}, r"proportion_empty_prompts is 1\.2; it must be in \[0, 1\]"),
         ({"num_inner_epochs": 0}, "num_inner_epochs is 0; it must be at least 1"),
         ({"microbatch_size": 1}, "microbatch_size is 1; it must be at least 2"),
@@ -335,6 +344,11 @@ def test_a_bad_record_stops_the_run_or_is_logged(config: diffusion_dpo.Config, p
     folder = train(replace(config, on_bad_record="skip", run_folder=f"{config.run_folder}-skip"))
     (skipped,) = (folder / "skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["where"].endswith("preferences.jsonl:3")
+
+
+def test_a_bucket_step_that_the_model_cannot_cut_is_refused(config: diffusion_dpo.Config, preferences: Path) -> None:
+    with pytest.raises(ValueError, match="aspect_bucket_step is 3; for this model it must be a multiple of 2"):
+        train(replace(config, pairs=str(preferences), aspect_bucket_step=3))
 
 
 def test_a_missing_preference_file_is_named(config: diffusion_dpo.Config) -> None:

@@ -84,6 +84,26 @@ def test_cached_pairs_equal_pairs_encoded_on_loading_also_when_flipped_or_withou
     assert_close(found.conditioning.parts, empty.to(torch.device("cpu")).parts, rtol=0, atol=tolerance)
 
 
+def test_an_image_in_pairs_of_several_buckets_is_cached_in_each_of_their_sizes(tiny_sdxl: Path, tmp_path: Path) -> None:
+    policy = policy_of(tiny_sdxl)
+    tall, wide = save_image(tmp_path / "tall.png", 0, (40, 24)), save_image(tmp_path / "wide.png", 1, (24, 40))
+    pairs = [pair_of("a fox", tall, wide), pair_of("a fox", tall, tall), pair_of("a cat", wide, wide)]
+    plain, cached = (
+        ImagePairs(
+            pairs, policy=policy, read=to_tensor, microbatch_size=2, cache_folder=folder,
+            bucket_sizes=[(16, 16), (12, 20), (20, 12)],
+        )
+        for folder in (None, tmp_path / "cache")
+    )  # fmt: skip
+    cached.fill_cache(rank=0, num_processes=1)
+    assert plain.groups([2, 0, 1, 0]) == cached.groups([2, 0, 1, 0]) == [[1, 3], [0], [2]]
+    for rows, size in (([1, 3], (8, 8)), ([0], (6, 10)), ([2], (10, 6))):
+        found, expected = (each.load([2, 0, 1, 0], rows, step=0) for each in (cached, plain))
+        assert found.winner.shape == (len(rows), 4, *size)
+        assert_close(found.winner, expected.winner, rtol=0, atol=1e-5)
+        assert_close(found.loser, expected.loser, rtol=0, atol=1e-5)
+
+
 def test_a_full_cache_encodes_nothing(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(tiny_sd)
     three_pairs(tmp_path, policy=policy, cache_folder=tmp_path / "cache").fill_cache(rank=0, num_processes=1)

@@ -62,6 +62,18 @@ def test_images_that_are_not_square_equal_those_of_the_stock_pipeline(model: Pat
 
 
 @pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_a_prediction_depends_on_the_size_of_its_latents_and_not_on_that_of_the_policy(model: Path) -> None:
+    policy, other = policy_of(model, resolution=(8, 24)), policy_of(model)
+    latents, level = policy.initial_noise(seeded(0), copies=2), policy.levels_at(torch.tensor([300, 800]))
+    with torch.no_grad():
+        found, expected = (
+            each.predict(latents, level, each.encode(PROMPTS), guidance_scale=1.0).noise for each in (other, policy)
+        )
+    assert_close(found, expected, rtol=0, atol=0)
+    assert policy.size_unit == (4 if policy.component == "transformer" else 2)
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
 def test_a_loaded_pipeline_gives_the_same_images(model: Path) -> None:
     pipeline = pipeline_of(model)
     policy = as_policy(pipeline, resolution=16)

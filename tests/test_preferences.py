@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,13 @@ from torch.testing import assert_close
 
 from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
 from reward_model.images import to_tensor
+from rlhf_t2i.data.pair_shards import shard_pairs
 from rlhf_t2i.data.preferences import (
     choose_pairs,
     fit,
     implicit_preference,
     pairs_of_step,
     save_pairs,
-    shard_pairs,
 )
 from rlhf_t2i.seeds import generators_for
 from rlhf_t2i.settings.lists import whole_numbers
@@ -62,13 +63,27 @@ def test_a_margin_of_zero_counts_as_half_an_agreement() -> None:
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
-@pytest.mark.parametrize("count", [1, 2, 7, 12])
-def test_shards_cover_all_pairs_once_and_weigh_them_equally(count: int, num_processes: int) -> None:
+@pytest.mark.parametrize(
+    "groups", [[range(1)], [range(2)], [range(7)], [range(12)], [[1], [3, 0, 4, 5, 7, 9], [2, 6, 8]], [[2], [0], [1]]]
+)
+def test_shards_cover_all_pairs_once_weigh_them_equally_and_have_equally_many_forward_passes(
+    groups: list[Sequence[int]], num_processes: int
+) -> None:
+    count = sum(map(len, groups))
     values = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    shards = [shard_pairs(count, rank=rank, num_processes=num_processes) for rank in range(num_processes)]
-    rows = [row for shard in shards if shard.weight for row in shard.rows]
+    shards = [shard_pairs(groups, rank=rank, num_processes=num_processes) for rank in range(num_processes)]
+    sizes = [sum(map(len, shard.groups)) for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+    rows, mean = list[int](), torch.zeros(())
+    for shard in shards:
+        passes = shard.microbatches(2)
+        assert len(passes) == len(shards[0].microbatches(2))
+        for group, own, weight in passes:
+            taken = [shard.groups[group][int(i)] for i in own]
+            assert any({*taken} <= {*whole} for whole in groups)
+            rows += taken if weight else []
+            mean += weight * values[taken].mean() / num_processes
     assert sorted(rows) == list(range(count))
-    mean = sum(shard.weight * values[list(shard.rows)].mean() for shard in shards) / num_processes
     assert_close(mean, values.mean())
 
 

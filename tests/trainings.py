@@ -70,7 +70,7 @@ def trainings(
         "diffusion_dpo": diffusion_dpo.Config(**groups, **pairs, dpop_weight=0.5),
         "diffusion_dpo of a file": diffusion_dpo.Config(
             **{**common, "lora_rank": 2}, **pairs, pairs=str(preferences), pairs_per_step=3,
-            cache_folder=str(folder / "cache"),
+            cache_folder=str(folder / "cache"), aspect_bucket_step=2,
         ),
         "diffusion_nft": diffusion_nft.Config(
             **{**groups, **flow, "model": str(zimage)}, resolution=16, sampling_ema_rise=0.5

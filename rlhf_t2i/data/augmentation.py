@@ -17,6 +17,8 @@ class ImageView(NamedTuple):
     path: Path
     flipped: bool
     """True if it is mirrored, left to right, before the autoencoder, whose latents of both are no mirror images."""
+    size: tuple[int, int]
+    """Height and width in pixels that it is cropped to."""
 
 
 class PairChanges(NamedTuple):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_t2i.advantages import EQUAL
 from rlhf_t2i.data.augmentation import UNCHANGED, Augmentation, ImageView
+from rlhf_t2i.data.buckets import Buckets
 from rlhf_t2i.data.latent_cache import TensorCache
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_image_grid
@@ -50,38 +51,7 @@ class ImagePair(Protocol):
     def loser(self) -> Path: ...
 
 
-class PairShard(NamedTuple):
-    """The pairs of an optimiser step that one process computes."""
-
-    rows: range
-    """Rows of this process among the pairs of the step."""
-    weight: float
-    """Weight of this process's mean loss, so that the mean over processes is the mean over all pairs; 0 if all of its
-    rows are duplicates."""
-    max_rows: int
-    """Number of rows of the process with the most."""
-
-    def microbatches(self, size: int) -> list[tuple[Tensor, float]]:
-        """Return indices into `rows` and the gradient weight of each forward pass; equally many on every process.
-
-        A process with fewer rows repeats its first row with weight 0: with sharded weights every process must issue the
-        same number of forward passes.
-        """
-        parts = torch.arange(len(self.rows)).split(size)
-        own = [(part, self.weight * len(part) / len(self.rows)) for part in parts]
-        return own + [(torch.arange(1), 0.0)] * (-(-self.max_rows // size) - len(own))
-
-
 # --- selection of pairs -------------------------------------------------------------------------------
-
-
-def shard_pairs(count: int, *, rank: int, num_processes: int) -> PairShard:
-    """Return the rows among `count` pairs that one process computes; numbers of rows differ by at most one.
-
-    Every process must take part in the exchange of gradients, so one without a pair computes the first with weight 0.
-    """
-    own = range(count)[rank::num_processes]
-    return PairShard(own or range(1), num_processes * len(own) / count, -(-count // num_processes))
 
 
 def pairs_of_step(count: int, step: int, *, num_pairs: int, seed: int) -> list[int]:
@@ -150,13 +120,15 @@ class ImagePairs:
         microbatch_size: int,
         cache_folder: Path | None = None,
         augmentation: Augmentation = UNCHANGED,
+        bucket_sizes: Sequence[tuple[int, int]] = (),
     ) -> None:
         """`read` loads an image with values in [0, 1]; `microbatch_size` images go through the autoencoder at once.
 
-        Raises ValueError for a cache of another autoencoder or text encoder.
+        Images are cropped to the policy's size, or to that of their pair's bucket among `bucket_sizes`. Raises
+        ValueError for a cache of another autoencoder or text encoder.
         """
         self.pairs, self.policy, self.read, self.microbatch_size = pairs, policy, read, microbatch_size
-        self.augmentation = augmentation
+        self.augmentation, self.buckets = augmentation, Buckets(bucket_sizes or [policy.image_size])
         self.latents_cache = self.text_cache = None
         if cache_folder is not None:
             self.latents_cache = _cache_of(policy, "autoencoder", cache_folder / "latents")
@@ -170,29 +142,45 @@ class ImagePairs:
         if self.latents_cache is None or self.text_cache is None:
             return
         views = (False,) if self.augmentation.random_flip == "none" else (False, True)
-        paths = dict.fromkeys(path for pair in self.pairs for path in (pair.winner, pair.loser))
-        images = {_key_of(view): view for path in paths for view in (ImageView(path, flipped) for flipped in views)}
+        images = {
+            self._key_of(view): view
+            for pair in self.pairs
+            for path in (pair.winner, pair.loser)
+            for view in (ImageView(path, flipped, self.size_of(pair)) for flipped in views)
+        }
         # Shares are fixed before looking into the cache: another process may be adding to it already.
         keys = self.latents_cache.missing(list(images)[rank::num_processes])
-        for some in _chunks(keys):
-            self.latents_cache.add(dict(zip(some, self._encode([images[key] for key in some]), strict=True)))
+        for size in self.buckets.sizes:
+            for some in _chunks([key for key in keys if images[key].size == size]):
+                self.latents_cache.add(dict(zip(some, self._encode([images[key] for key in some]), strict=True)))
         empty = [""] if self.augmentation.proportion_empty_prompts else []
         prompts = {_digest(prompt): prompt for prompt in [*(pair.winner_prompt for pair in self.pairs), *empty]}
         keys = _uncached_text(self.text_cache, list(prompts)[rank::num_processes])
         for some in _chunks(keys):
             self.text_cache.add(_text_entries(some, self.policy.encode([prompts[key] for key in some])))
 
+    def size_of(self, pair: ImagePair) -> tuple[int, int]:
+        """Return height and width, in pixels, that both images of a pair are cropped to."""
+        return self.buckets.size_of(pair.winner, pair.loser)
+
+    def groups(self, indices: Sequence[int]) -> list[list[int]]:
+        """Return the rows of `indices` whose pairs have one size, for each size."""
+        return self.buckets.groups([(self.pairs[i].winner, self.pairs[i].loser) for i in indices])
+
     def load(self, indices: Sequence[int], rows: Sequence[int], *, step: int) -> PairBatch:
-        """Return the pairs `indices[row]` for each of `rows`, as changed in a step, on the policy's device."""
+        """Return the pairs `indices[row]` for each of `rows`, as changed in a step, on the policy's device.
+
+        These pairs have one size, as those of a group.
+        """
         pairs = [(self.pairs[indices[row]], self.augmentation.changes(step, row)) for row in rows]
-        winners = [ImageView(pair.winner, changes.flip_winner) for pair, changes in pairs]
-        images = winners + [ImageView(pair.loser, changes.flip_loser) for pair, changes in pairs]
+        winners = [ImageView(pair.winner, changes.flip_winner, self.size_of(pair)) for pair, changes in pairs]
+        images = winners + [ImageView(pair.loser, changes.flip_loser, self.size_of(pair)) for pair, changes in pairs]
         prompts = ["" if changes.empty_prompt else pair.winner_prompt for pair, changes in pairs]
         if self.latents_cache is None or self.text_cache is None:
             latents, conditioning = self._encode(images), self.policy.encode(prompts)
         else:
             self.latents_cache.missing([])  # opens the files that other processes have written
-            latents = self.latents_cache.get([_key_of(image) for image in images])
+            latents = self.latents_cache.get([self._key_of(image) for image in images])
             conditioning = _cached_text(self.text_cache, [_digest(prompt) for prompt in prompts])
         device = next(self.policy.denoiser.parameters()).device
         winner, loser = latents.to(device).chunk(2)
@@ -206,8 +194,18 @@ class ImagePairs:
         return torch.cat(parts)
 
     def _read(self, image: ImageView) -> Float[Tensor, "3 Y X"]:
-        pixels = fit(self.read(image.path), *self.policy.image_size)
+        pixels = fit(self.read(image.path), *image.size)
         return pixels.flip(-1) if image.flipped else pixels
+
+    def _key_of(self, image: ImageView) -> str:
+        """Return a key of an image that changes when its file is replaced, without reading its bytes.
+
+        The size is part of it unless it is the policy's, which is part of the autoencoder's fingerprint.
+        """
+        stat = image.path.stat()
+        key = _digest(f"{image.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}")
+        size = "" if image.size == self.policy.image_size else f".{image.size[0]}x{image.size[1]}"
+        return f"{key}{size}.flipped" if image.flipped else f"{key}{size}"
 
 
 def fit(image: Float[Tensor, "3 _ _"], height: int, width: int) -> Float[Tensor, "3 {height} {width}"]:
@@ -248,13 +246,6 @@ def _cached_text(cache: TensorCache, keys: Sequence[str]) -> Conditioning:
     """Return the conditioning of cached prompts; the entries of one model all have the same parts."""
     names = [name for name in ("states", "pooled", "mask") if not cache.missing([f"{keys[0]}.{name}"])]
     return Conditioning(**{name: cache.get([f"{key}.{name}" for key in keys]) for name in names})
-
-
-def _key_of(image: ImageView) -> str:
-    """Return a key of an image that changes when its file is replaced, without reading its bytes."""
-    stat = image.path.stat()
-    key = _digest(f"{image.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}")
-    return f"{key}.flipped" if image.flipped else key
 
 
 def _digest(text: str) -> str:

@@ -55,6 +55,8 @@ class DiffusionPolicy(ABC):
     levels: Levels
     latent_shape: tuple[int, int, int]
     """Channels, height and width of the latents of one image."""
+    patch: int = 1
+    """Side in latents of the square that is one token; 1 for a U-Net."""
 
     def __init__(
         self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: Resolution | None = None,
@@ -243,6 +245,11 @@ class DiffusionPolicy(ABC):
         """Height and width of generated images, in pixels."""
         _, height, width = self.latent_shape
         return height * self.autoencoder.pixels_per_latent, width * self.autoencoder.pixels_per_latent
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that the sides of images must be multiples of."""
+        return self.patch * self.autoencoder.pixels_per_latent
 
     @torch.no_grad()
     def encode_images(

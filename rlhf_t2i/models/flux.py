@@ -45,6 +45,7 @@ class Flux(DiffusionPolicy):
         scale, scheduler = pipeline.vae_scale_factor, pipeline.scheduler.config
         height, width = latent_size(resolution, OWN_SIZE, scale=scale, patch=PATCH)
         self.latent_shape = (self.network.config.in_channels // PATCH**2, height, width)
+        self.patch = PATCH
         num_patches = (height // PATCH) * (width // PATCH)
         self.levels = FlowLevels(scheduler, device=self.device, shift=shift_for(num_patches, scheduler), even=True)
         self._clip = TextEncoder(pipeline.tokenizer, pipeline.text_encoder, device=self.device, dtype=self.dtype)

@@ -43,6 +43,7 @@ class StableDiffusion3(DiffusionPolicy):
             max_patches=config.pos_embed_max_size,
         )  # fmt: skip
         self.latent_shape = (config.in_channels, height, width)
+        self.patch = config.patch_size
         num_patches = (height // config.patch_size) * (width // config.patch_size)
         self.levels = FlowLevels(scheduler, device=self.device, shift=shift_for(num_patches, scheduler))
         encoder_of = partial(TextEncoder, device=self.device, dtype=self.dtype)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_t2i.models.autoencoder import Autoencoder, latent_size
@@ -73,14 +72,11 @@ class StableDiffusionXL(DiffusionPolicy):
         return Conditioning(**{name: torch.zeros_like(part) for name, part in empty.parts.items()})
 
     def denoise(self, latents: Tensor, model_time: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run the U-Net; its size conditioning is that of an image of the latents' size, neither scaled nor cropped."""
         dtype, given = self.network.dtype, conditioning.to(self.network.dtype)
-        added = {"text_embeds": given.pooled, "time_ids": self._size.to(dtype).expand(len(latents), -1)}
+        height, width = (side * self.autoencoder.pixels_per_latent for side in latents.shape[2:])
+        size = latents.new_tensor([[height, width, 0, 0, height, width]], dtype=dtype).expand(len(latents), -1)
+        added = {"text_embeds": given.pooled, "time_ids": size}
         return self.denoiser(
             latents.to(dtype), model_time, given.states, added_cond_kwargs=added, return_dict=False
         )[0].float()  # fmt: skip
-
-    @property
-    def _size(self) -> Float[Tensor, "1 6"]:
-        """SDXL's size conditioning (original size, crop, target size) for an image neither scaled nor cropped."""
-        height, width = self.image_size
-        return torch.tensor([[height, width, 0.0, 0.0, height, width]], device=self.device)

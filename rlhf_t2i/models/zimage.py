@@ -48,6 +48,7 @@ class ZImage(DiffusionPolicy):
         longest = min(self.network.config.axes_lens[1:])
         height, width = latent_size(resolution or OWN_PIXELS, 0, scale=scale, patch=PATCH, max_patches=longest)
         self.latent_shape = (self.network.config.in_channels, height, width)
+        self.patch = PATCH
         num_patches = (height // PATCH) * (width // PATCH)
         self.levels = FlowLevels(scheduler, device=self.device, shift=shift_for(num_patches, scheduler), even=True)
         tokenizer = pipeline.tokenizer

@@ -30,6 +30,10 @@ class PairSettings(Settings, group="data"):
     random_flip: Literal["none", "pair", "image"] = "none"
     """Images of the preference data that are mirrored, left to right, with probability 1/2 in each step: none, both of
     a pair together, or each image on its own (published). A cache then holds both views of every image."""
+    aspect_bucket_step: PositiveInt | None = None
+    """Pixels that the sides of aspect-ratio buckets are multiples of, such as 64: each pair of the preference data is
+    cropped to the nearest of sizes with about the area of the run's image size, at most twice as long as wide; null
+    crops all pairs to the run's image size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,7 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
             ("evaluation_prompts", can_hold_back, "given with pairs of your own, such as held_out.txt"),
             *([shared_rule("prompts_per_step", self.prompts_per_step)] if self.samples_pairs else []),
             ("random_flip", self.random_flip == "none" or not self.samples_pairs, "none with --pairs sampled"),
+            ("aspect_bucket_step", not (self.aspect_bucket_step and self.samples_pairs), "null with --pairs sampled"),
             ("lora_dropout", self.lora_dropout == 0 or self.trains_lora, "0 without a LoRA"),
             ("timesteps", timesteps, "a range such as 0-999 or a list such as 249,499,749,999"),
         ]
