@@ -1,4 +1,4 @@
-"""Reading of JSON and YAML from strangers: bounded in size, depth and length of numbers, all of them finite.
+"""Reading of JSON and YAML from strangers: bounded in size, depth and length of numbers, which must be finite.
 
 Every fault is a ValueError of one line. Without the bounds a file of kilobytes can take minutes or gigabytes, or end in
 a RecursionError, here or wherever its values are used next.
@@ -31,24 +31,31 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, allow_nan: bool = False) -> Any:
     """Return the JSON value of a file; ValueError, naming the file, if it has none or is beyond the bounds."""
     try:
-        return parse_json(_text(path))
+        return parse_json(_text(path), allow_nan=allow_nan)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
-def parse_json(text: str, *, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(
+    text: str, *, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None, allow_nan: bool = False
+) -> Any:
     """Return the JSON value of a text; `make_object` gets the keys and values of each object.
 
-    Raises json.JSONDecodeError for other text, and ValueError for values beyond the bounds.
+    With `allow_nan`, NaN and infinities, as Python's json writes them, are read as what they are. Raises
+    json.JSONDecodeError for other text, and ValueError for values beyond the bounds.
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=make_object, parse_int=_whole, parse_float=_finite, parse_constant=_refuse_constant
+            text,
+            object_pairs_hook=make_object,
+            parse_int=_whole,
+            parse_float=float if allow_nan else _finite,
+            parse_constant=float if allow_nan else _refuse_constant,
         )
     except RecursionError:
         raise ValueError(f"its values are nested more than {MAX_DEPTH} deep") from None

@@ -111,5 +111,8 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         side_by_side([a, b])
     with pytest.raises(FileNotFoundError, match=r"contains no images of an evaluation.*recipes/evaluate_policy.py"):
         side_by_side([tmp_path])
+    (b / "metrics.jsonl").unlink()  # as if killed between the images and their measurements
+    with pytest.raises(FileNotFoundError, match=r"b has images and no measurements of them"):
+        side_by_side([b])
     with pytest.raises(ValueError, match="runs is ; it must be at least one folder"):
         recipe.Config(runs="")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ import pytest
 from reward_model.config import RewardModelConfig
 from reward_model.text_files import read_json, read_object, read_yaml
 from rlhf_t2i.data.prompt_files import read_rows
-from rlhf_t2i.output.run_folder import read_run_info
+from rlhf_t2i.output.run_folder import (
+    read_captions,
+    read_evaluation_table,
+    read_reward_history,
+    read_reward_metrics,
+    read_run_info,
+)
 
 DEEP, LONG = "[" * 100_000, "9" * 400
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: [*c, *c]\n"
@@ -51,6 +58,32 @@ def test_values_within_the_bounds_are_read(tmp_path: Path) -> None:
     assert read_json(written(tmp_path / "x", json.dumps(nested))) == nested
     assert read_json(written(tmp_path / "x", "9" * 300)) == int("9" * 300)
     assert read_yaml(written(tmp_path / "x", "a: &a 1\nb: *a\n")) == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("text", [DEEP, "[3]", '{"prompts": 3, "seeds": [1], "columns": 0}', '{"a": [1]}', "{"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("images/captions.json", read_captions),
+        ("table.json", read_evaluation_table),
+        ("metrics.json", read_reward_metrics),
+        ("history.json", read_reward_history),
+    ],
+)
+def test_files_of_a_stranger_s_run_of_other_types_are_refused_by_name(
+    name: str, read: Callable[[Path], Any], text: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    written(tmp_path / name, text)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}"):
+        read(tmp_path)
+
+
+def test_measurements_of_a_run_that_are_not_finite_are_read(tmp_path: Path) -> None:
+    written(tmp_path / "history.json", '[{"step": 1, "loss": NaN, "grad_norm": Infinity}]')
+    assert read_reward_history(tmp_path)[0]["grad_norm"] == math.inf
+    written(tmp_path / "table.json", '{"base": {"oracle": null, "score": 1}}')
+    assert read_evaluation_table(tmp_path) == {"base": {"oracle": None, "score": 1}}
 
 
 @pytest.mark.parametrize(

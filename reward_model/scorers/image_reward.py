@@ -9,7 +9,6 @@ other names.
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from reward_model.images import normalise, resize
 from reward_model.scorers.hps import MEAN, STD
 from reward_model.scorers.weights import fill, folder_of, read_weights, weights_of
+from reward_model.text_files import read_object
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 """Mean and standard deviation of the head's output on the authors' data: scores are about standard normal."""
@@ -143,7 +143,7 @@ def _text(tensors: dict[str, Tensor], file: Path) -> BlipTextModel:
     start = "blip.text_encoder."
     embeddings = tensors[f"{start}embeddings.word_embeddings.weight"]
     config_file = file.parent / "med_config.json"
-    settings: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    settings: dict[str, Any] = read_object(config_file) if config_file.is_file() else {}
     config = BlipTextConfig(
         vocab_size=embeddings.shape[0],
         hidden_size=embeddings.shape[1],

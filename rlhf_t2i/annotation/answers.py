@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from reward_model.text_files import parse_json
 from rlhf_t2i.annotation.questions import Question
 from rlhf_t2i.output.files import flush, write_atomically
 from rlhf_t2i.output.run_folder import ANSWERS, COLLECTED_PAIRS, IMAGES
@@ -193,7 +194,7 @@ class Answers:
 
     def _replay(self, line: bytes, *, where: str) -> None:
         try:
-            row = json.loads(line)
+            row = parse_json(line.decode())
             assert row["key"] in get_args(Key)
             assert row["question"] in range(len(self.questions))
             assert isinstance(row["first_on_left"], bool)

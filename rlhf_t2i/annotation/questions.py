@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_model.image_files import open_image
+from reward_model.text_files import parse_json
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_image_grid
 from rlhf_t2i.output.run_folder import IMAGES, QUESTIONS
@@ -78,7 +79,7 @@ def read_questions(folder: Path) -> list[Question] | None:
     questions: list[Question] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             (first, second), (one, other) = row["images"], row["sources"]
             prompt = Prompt(row["prompt"], row.get("metadata"))
             questions.append(Question(prompt, (first, second), (one, other)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from reward_model.image_files import open_image
-from reward_model.text_files import read_yaml
+from reward_model.text_files import parse_json, read_json, read_yaml
 from rlhf_t2i.access import TOKEN_VARIABLE
 from rlhf_t2i.hub.publication import list_files
 from rlhf_t2i.training.finished_run import check_safetensors
@@ -54,10 +53,10 @@ def check_kinds(folder: Path) -> None:
                     with open_image(path, formats=("PNG",)) as image:
                         image.verify()
                 case ".json":
-                    json.loads(path.read_text(encoding="utf-8"))
+                    read_json(path, allow_nan=True)
                 case ".jsonl":
                     for line in path.read_text(encoding="utf-8").splitlines():
-                        json.loads(line)
+                        parse_json(line, allow_nan=True)
                 case ".yaml":
                     read_yaml(path)
                 case ".md" | ".html" | ".svg" | ".txt" | ".jinja":

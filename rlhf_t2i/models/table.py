@@ -5,11 +5,11 @@ Light: it imports no library that takes seconds, so that options can be answered
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from reward_model.text_files import read_object
 from rlhf_t2i.passed import passed
 from rlhf_t2i.shapes.names import TOY_MODELS
 
@@ -119,8 +119,8 @@ def pipeline_class_of(model: str) -> str:
         return model
     index = TOY_MODELS.get(model, Path(model)) / INDEX
     if index.is_file():
-        with suppress(ValueError, AttributeError):  # `pipeline_index` says what is wrong with the file
-            if name := json.loads(index.read_text(encoding="utf-8")).get("_class_name"):
+        with suppress(ValueError):  # `pipeline_index` says what is wrong with the file
+            if name := read_object(index).get("_class_name"):
                 return str(name)
     from rlhf_t2i.models.load import pipeline_index  # takes seconds; asks the Hub
 

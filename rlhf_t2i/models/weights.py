@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from reward_model.text_files import read_object
 from rlhf_t2i.distributed.state import stored_weights
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import ADAPTER, LoraConfiguration, add_lora, has_lora
@@ -94,7 +94,7 @@ def denoiser_folder(path: Path, component: str) -> Path | None:
 def load_denoiser(network: Any, folder: Path, *, model: str) -> None:
     """Load a full denoiser from its folder; ValueError if it is not one of `model`."""
     kind, config = type(network), folder / "config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
+    found = read_object(config).get("_class_name") if config.is_file() else None
     if found not in (None, kind.__name__):
         raise ValueError(
             f"The denoiser {str(folder)!r} does not fit the model {model!r}: it is a {found}, not a {kind.__name__}."

@@ -34,15 +34,16 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from annotated_types import Gt
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from reward_model.text_files import read_object, read_yaml
+from reward_model.text_files import read_yaml
 from rlhf_t2i.output.files import path_from, write_atomically
+from rlhf_t2i.output.json_files import read_typed
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPT_SETS
 
 CONFIG = "config.yaml"
@@ -94,9 +95,13 @@ class _RunInfo(TypedDict, total=False):
     sessions: list[dict[str, Any]]
 
 
-@cache
-def _run_info() -> Any:
-    return TypeAdapter(_RunInfo)
+@with_config(ConfigDict(extra="allow", strict=True))
+class _Captions(TypedDict):
+    """Types of captions.json."""
+
+    prompts: list[str]
+    seeds: list[int]
+    columns: Annotated[int, Gt(0)]
 
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -163,14 +168,7 @@ def reward_model_of(source: str) -> str:
 
 def read_run_info(folder: Path) -> dict[str, Any]:
     """Return the recipe, command, commit and versions of a run; ValueError for a run.json that is not of a run."""
-    info = read_object(folder / RUN_INFO)
-    try:
-        _run_info().validate_python(info)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where, shown = ".".join(map(str, fault["loc"])), reprlib.repr(fault["input"])
-        raise ValueError(f"{folder / RUN_INFO}: {where} is {shown}; {fault['msg']}.") from error
-    return info
+    return read_typed(folder / RUN_INFO, _RunInfo)
 
 
 def update_run_info(folder: Path, values: Mapping[str, Any]) -> None:
@@ -180,7 +178,22 @@ def update_run_info(folder: Path, values: Mapping[str, Any]) -> None:
 
 def read_captions(folder: Path) -> dict[str, Any]:
     """Return {"prompts", "seeds", "columns"} of the image grids of a run."""
-    return json.loads((folder / IMAGES / CAPTIONS).read_text(encoding="utf-8"))
+    return read_typed(folder / IMAGES / CAPTIONS, _Captions)
+
+
+def read_evaluation_table(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the measurements of recipes/evaluate_policy.py, by weights."""
+    return read_typed(folder / EVALUATION_TABLE, dict[str, dict[str, float | None]], allow_nan=True)
+
+
+def read_reward_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the measurements of a reward model, by data set."""
+    return read_typed(folder / REWARD_METRICS, dict[str, list[dict[str, Any]]], allow_nan=True)
+
+
+def read_reward_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the training log of a reward model."""
+    return read_typed(folder / REWARD_HISTORY, list[dict[str, Any]], allow_nan=True)
 
 
 def image_grid(folder: Path, step: int) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rlhf_t2i.output.run_folder import (
     image_grid,
     read_captions,
     read_config,
+    read_evaluation_table,
     read_run_info,
 )
 from rlhf_t2i.report.svg import colour, draw_runs
@@ -73,14 +73,15 @@ def read_columns(folder: Path, *, name: str) -> list[Column]:
         )
     captions = read_captions(folder)
     if (folder / EVALUATION_TABLE).is_file():
-        table: dict[str, Row] = json.loads((folder / EVALUATION_TABLE).read_text(encoding="utf-8"))
         metadata = {"evaluation images": f"{len(captions['prompts']):,}"}
         return [
             Column(weights, row, folder / IMAGES / f"{i}.png", captions, [], metadata, frozenset(), is_before=False)
-            for i, (weights, row) in enumerate(table.items())
+            for i, (weights, row) in enumerate(read_evaluation_table(folder).items())
         ]
     rows = read_metrics(folder)
     evaluations, ends = by_step(rows, "evaluation"), evaluations_to_export(rows)
+    if not ends:
+        raise FileNotFoundError(f"{folder} has images and no measurements of them: it ended in its first evaluation.")
     first, last = (image_grid(folder, ends[i]["step"]) for i in (0, -1))
     counts = [{"evaluation images": f"{ends[i]['num_images']:,}"} for i in (0, -1)]
     metadata = {**counts[1], **_metadata(folder, rows)}

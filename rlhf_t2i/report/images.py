@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from reward_model.image_files import open_image
+from reward_model.text_files import read_object
 from rlhf_t2i.output.run_folder import (
     EXTREMES,
     IMAGES,
@@ -202,10 +202,10 @@ def best_and_worst(folder: Path, rows: Sequence[Row]) -> tuple[EmbeddedGrid, lis
     None if there is no evaluation, or if the run folder has no extremes of the last one.
     """
     evaluations, path = by_step(rows, "evaluation"), folder / IMAGES / EXTREMES
-    layout: Row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"step": None}
+    layout: Row = read_object(path) if path.is_file() else {"step": None}
     if not evaluations or layout["step"] != evaluations[-1]["step"]:
         return None
-    record: Row = json.loads(evaluation_scores(folder, layout["step"]).read_text(encoding="utf-8"))
+    record: Row = read_object(evaluation_scores(folder, layout["step"]))
     grid = embed_grid(extremes_grid(folder, layout["step"]), columns=layout["columns"], num_cells=len(layout["cells"]))
 
     def scored(images: Sequence[int]) -> list[ScoredImage]:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.output.files import write_atomically
-from rlhf_t2i.output.run_folder import CONFIG, REPORT, REWARD_HISTORY, REWARD_METRICS, read_run_info
+from rlhf_t2i.output.run_folder import (
+    CONFIG,
+    REPORT,
+    REWARD_HISTORY,
+    REWARD_METRICS,
+    read_reward_history,
+    read_reward_metrics,
+    read_run_info,
+)
 from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.svg import draw
 from rlhf_t2i.report.templating import TEMPLATES, load_template
@@ -45,21 +53,19 @@ def record_history(folder: Path, history: Sequence[dict[str, Any]]) -> None:
 
 def write_report(folder: Path) -> Path:
     """Write the `report.html` of a reward model's run, finished or not, and return its path."""
-    run, history = read_run_info(folder), _read(folder / REWARD_HISTORY, [])
+    run, history = read_run_info(folder), []
+    if (folder / REWARD_HISTORY).is_file():
+        history = read_reward_history(folder)
     page = _PAGE.render(
         run=run,
         started=f"{datetime.fromisoformat(run['started']):%d %B %Y, %H:%M %Z}",
         headline=headline(history),
         charts=history_charts(history),
-        metrics=_read(folder / REWARD_METRICS, {}),
+        metrics=read_reward_metrics(folder) if (folder / REWARD_METRICS).is_file() else {},
         config=(folder / CONFIG).read_text(encoding="utf-8"),
     )
     write_atomically(folder / REPORT, page)
     return folder / REPORT
-
-
-def _read(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
 
 
 _PAGE = load_template(TEMPLATES / "reward_model.html", (draw,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from reward_model.text_files import read_object
 from rlhf_t2i.output.run_folder import search_records
 from rlhf_t2i.output.text_table import align
 from rlhf_t2i.search.candidates import expected_best
@@ -62,10 +62,7 @@ def scores_of(entry: Row, name: str) -> list[float]:
 
 def read_records(folder: Path) -> list[SearchRecord]:
     """Read the records of all finished searches of a run, ordered by prompt and search."""
-    return [
-        SearchRecord(path.parent, int(path.stem[7:]), json.loads(path.read_text(encoding="utf-8")))
-        for path in search_records(folder)
-    ]
+    return [SearchRecord(path.parent, int(path.stem[7:]), read_object(path)) for path in search_records(folder)]
 
 
 def reward_names(records: Sequence[SearchRecord]) -> list[str]:

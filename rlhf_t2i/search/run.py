@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from reward_model.text_files import read_json, read_object
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.output.files import write_atomically
@@ -85,7 +86,7 @@ class SearchRun:
         todo = [task for task in tasks if not self._record(task).is_file()]
         for index, metadata in enumerate(self.metadata):
             path = self._folder(index) / PROMPT_METADATA
-            if path.is_file() and (earlier := json.loads(path.read_text(encoding="utf-8"))) != metadata:
+            if path.is_file() and (earlier := read_json(path)) != metadata:
                 raise ValueError(
                     f"Prompt {index} of {self.config.prompts} is now {metadata}, but the images in {path.parent} "
                     f"were generated for {earlier}. Restore the file, or name another --run_folder."
@@ -129,7 +130,7 @@ class SearchRun:
             write_atomically(path, json.dumps({"reward_std": reward_std, "num_images": num_images}))
             self.run.print(f"The reward's standard deviation among images of one prompt is {reward_std:.3g}.")
         self.run.accelerator.wait_for_everyone()
-        return json.loads(path.read_text())["reward_std"]
+        return read_object(path)["reward_std"]
 
     def evaluate(self, candidates: Candidates, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """Return the scores (P, N) of all images by the evaluation rewards, which do not influence the search."""

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from reward_model.text_files import read_json
 from rlhf_t2i.output.files import flush, sha256_of
 
 _MANIFEST = "manifest.json"
@@ -82,10 +83,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _fault(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
-        manifest: dict[str, str] = json.loads((path / _MANIFEST).read_text())
+        manifest: dict[str, str] = read_json(path / _MANIFEST)
     except FileNotFoundError:
         return "it has no manifest, so it is incomplete"
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except ValueError:
         return "its manifest cannot be read"
     if not isinstance(manifest, dict):
         return "its manifest cannot be read"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
+from rlhf_t2i.output.json_files import read_typed
 from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     CONFIG,
@@ -25,10 +26,19 @@ from rlhf_t2i.output.run_folder import (
     image_grid,
     read_captions,
     read_config,
+    read_reward_history,
+    read_reward_metrics,
+    read_run_info,
 )
 from rlhf_t2i.settings.image_size import image_size
 from rlhf_t2i.shapes.names import default_resolution
 from rlhf_t2i.training.metrics import Row, by_step, evaluations_to_export, read_metrics, trained_rewards
+
+
+class _Index(TypedDict):
+    """Types of the index of sharded weights."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +109,7 @@ def read_run(folder: Path) -> FinishedRun:
     for name in (RUN_INFO, CONFIG):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}.")
-    info, config = _json(folder / RUN_INFO), read_config(folder)
+    info, config = read_run_info(folder), read_config(folder)
     _check_version(folder, info)
     unfinished = f"The run is not finished: continue it with --resume --run_folder {folder}"
     kind = next((kind for kind in get_args(WeightKind) if _weight_files(folder, kind)), None)
@@ -113,8 +123,7 @@ def read_run(folder: Path) -> FinishedRun:
     _check_config(folder, config, kind)
     if kind == "reward_model":
         _check_files(folder, [REWARD_MODEL_CONFIG, REWARD_METRICS, REWARD_HISTORY], unfinished)
-        metrics, history = _json(folder / REWARD_METRICS), _json(folder / REWARD_HISTORY)
-        return FinishedRun(folder, kind, info, config, [], metrics, history)
+        return FinishedRun(folder, kind, info, config, [], read_reward_metrics(folder), read_reward_history(folder))
     run = FinishedRun(folder, kind, info, config, read_metrics(folder), {}, [])
     done = max((row["step"] for row in by_step(run.rows, "train")), default=0)
     num_evaluations = len(by_step(run.rows, "evaluation"))
@@ -133,7 +142,7 @@ def _weight_files(folder: Path, kind: WeightKind) -> list[Path]:
     path = folder / kind / WEIGHT_FILES[kind]
     index = path.with_name(f"{path.name}.index.json")
     if index.is_file():
-        return sorted({path.with_name(shard) for shard in _json(index)["weight_map"].values()})
+        return sorted({path.with_name(shard) for shard in read_typed(index, _Index)["weight_map"].values()})
     return [path] if path.is_file() else []
 
 
@@ -177,10 +186,3 @@ def _check_files(folder: Path, files: Sequence[str], hint: str) -> None:
     for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}. {hint}")
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
