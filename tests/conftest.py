@@ -111,6 +111,11 @@ def tiny_zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_flux2(tmp_path_factory.mktemp("models") / "flux2")
+
+
+@pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_flux(tmp_path_factory.mktemp("models") / "flux")
 

@@ -13,11 +13,18 @@ from torch.testing import assert_close
 from rlhf_t2i.models.lora import LoraConfiguration, lora_dropout, set_lora_dropout, uses_dora
 from rlhf_t2i.output.run_folder import KOHYA_LORA
 from rlhf_t2i.settings.ddpo import Config
-from tests.policies import PROMPTS, images_of, perturb, pipeline_of, policy_of, stock_images
+from tests.policies import LATEST, PROMPTS, images_of, perturb, pipeline_of, policy_of, stock_images
 from tests.toys import seeded
 from tests.trained_weights import checkpoint_of
 
-FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_zimage"]
+FAMILIES = [
+    "tiny_sd",
+    "tiny_sdxl",
+    "tiny_sd3",
+    "tiny_flux",
+    "tiny_zimage",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in LATEST),
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

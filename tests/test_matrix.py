@@ -17,7 +17,7 @@ from recipes import best_of_n, ddpo, diffusion_dpo, diffusion_nft, draft, fk_ste
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import family_of
 from rlhf_t2i.sampling.rollout import generate
-from tests.policies import pipeline_of, policy_of, sampler_of
+from tests.policies import LATEST, pipeline_of, policy_of, sampler_of
 from tests.runs import REDNESS_OF_ROWS, as_for_toy_models, rows, write_rows
 from tests.toys import seeded
 
@@ -28,8 +28,10 @@ MODELS = {
     "Stable Diffusion 3, 3.5": "tiny_sd3",
     "FLUX.1": "tiny_flux",
     "Z-Image": "tiny_zimage",
+    "FLUX.2 klein": "tiny_flux2",
 }
 """Title and fixture of each family."""
+CASES = [pytest.param(name, marks=pytest.mark.slow) if name in LATEST else name for name in MODELS.values()]
 TRAINING = {
     "ddpo": ddpo, "flow_grpo": flow_grpo, "diffusion_nft": diffusion_nft, "draft": draft, "diffusion_dpo": diffusion_dpo
 }  # fmt: skip
@@ -64,7 +66,7 @@ def search_config(recipe: str, model: Path, prompts: Path, folder: Path) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("model", MODELS.values())
+@pytest.mark.parametrize("model", CASES)
 @pytest.mark.parametrize("recipe", TRAINING)
 def test_a_run_trains_resumes_and_exports_to_plain_diffusers(
     recipe: str, model: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -84,8 +86,8 @@ def test_a_run_trains_resumes_and_exports_to_plain_diffusers(
     pipeline = pipeline_of(folder)
     pipeline.load_lora_weights(run_folder / "lora")
     images = pipeline(
-        ["a red circle"], num_inference_steps=4, guidance_scale=family_of(type(pipeline).__name__).guidance_when_off,
-        height=8, width=16, output_type="pt", generator=seeded(3),
+        prompt=["a red circle"], num_inference_steps=4, height=8, width=16, output_type="pt", generator=seeded(3),
+        guidance_scale=family_of(type(pipeline).__name__).guidance_when_off,
     ).images  # fmt: skip
     before, after = (image_of(policy_of(folder, weights=weights, resolution=(8, 16))) for weights in (None, run_folder))
     assert_close(after, images, rtol=0, atol=2e-5)
@@ -97,7 +99,7 @@ def image_of(policy: DiffusionPolicy) -> torch.Tensor:
     return generate(policy, ["a red circle"], sampler=sampler, generators=seeded(3), microbatch_size=1)[0]
 
 
-@pytest.mark.parametrize("model", MODELS.values())
+@pytest.mark.parametrize("model", CASES)
 @pytest.mark.parametrize("recipe", SEARCH)
 def test_a_search_selects_the_image_with_the_highest_reward(
     recipe: str, model: str, request: pytest.FixtureRequest, tmp_path: Path

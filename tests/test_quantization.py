@@ -19,7 +19,7 @@ from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.models.quantization import Quantization, quantize
 from rlhf_t2i.output.run_folder import read_run_info
 from rlhf_t2i.shapes.names import TOY_MODEL
-from tests.policies import PROMPTS, images_of, perturb, pipeline_of, policy_of, stock_images
+from tests.policies import LATEST, PROMPTS, images_of, perturb, pipeline_of, policy_of, stock_images
 from tests.runs import REDNESS, as_for_toy_models, assert_same, rows, state
 from tests.toys import CPU, seeded
 
@@ -88,7 +88,7 @@ TOLERANCE = {"int8": 0.05, "nf4": 0.5}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_zimage"])
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_zimage", *LATEST])
 def test_a_lora_on_quantised_weights_is_an_ordinary_one(
     name: str, kind: Quantization, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -158,8 +158,7 @@ def save_zimage(folder: Path) -> Path:
     from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(0)
-    tokenizer = clip_tokenizer()
-    tokenizer.chat_template = "a {{ messages[0]['content'] }}{% if add_generation_prompt %} thing{% endif %}"
+    tokenizer = chat_tokenizer()
     diffusers.ZImagePipeline(
         vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=Qwen3Model(
@@ -176,6 +175,44 @@ def save_zimage(folder: Path) -> Path:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def save_flux2(folder: Path) -> Path:
+    """Save a pipeline like FLUX.2 klein-base: a Qwen3 of which three layers are used, a batch norm of latents."""
+    import diffusers
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = chat_tokenizer()
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4, layers_per_block=1,
+    )  # fmt: skip
+    vae.bn.running_mean.uniform_(-1, 1)
+    vae.bn.running_var.uniform_(0.5, 2)
+    diffusers.Flux2KleinPipeline(
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=28, head_dim=8,
+                num_attention_heads=1, num_key_value_heads=1,
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=diffusers.Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=24, timestep_guidance_channels=16, guidance_embeds=False, axes_dims_rope=(4, 4, 4, 4),
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def chat_tokenizer() -> Any:
+    """Return the tokenizer of the toy world with a chat template."""
+    tokenizer = clip_tokenizer()
+    tokenizer.chat_template = "a {{ messages[0]['content'] }}{% if add_generation_prompt %} thing{% endif %}"
+    return tokenizer
 
 
 def t5(*, width: int) -> Any:

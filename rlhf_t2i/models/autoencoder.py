@@ -25,14 +25,14 @@ class Autoencoder:
         """Hold the weights and compute in `dtype`."""
         self.vae: Any = vae.requires_grad_(False).to(device, dtype).eval()
         self.pixels_per_latent, self.device, self.dtype = pixels_per_latent, device, dtype
-        self.scale, self.shift = _scale_and_shift(vae.config, device=device)
+        self.scale, self.shift = self.scale_and_shift()
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Return float32 images with a nominal range of [0, 1], not clamped."""
         encoded = latents / self.scale
         if self.shift is not None:
             encoded = encoded + self.shift
-        return self.vae.decode(encoded.to(self.dtype), return_dict=False)[0].float() / 2 + 0.5
+        return self.run_decoder(encoded.to(self.dtype)).float() / 2 + 0.5
 
     def encode(
         self, images: Float[Tensor, "B 3 Y X"], *, generators: Sequence[torch.Generator] | None = None
@@ -42,30 +42,43 @@ class Autoencoder:
         A Gaussian autoencoder returns its mean or, with generators that each serve an equal share of the images, a
         draw. A tiny autoencoder is deterministic.
         """
-        found = self.vae.encode((2 * images - 1).to(self.device, self.dtype), return_dict=False)[0]
-        if isinstance(found, Tensor):
-            encoded = found.float()
-        else:
-            encoded = found.mean.float()
-            if generators is not None:
-                encoded = encoded + found.std.float() * randn(encoded.shape, generators=generators, device=self.device)
+        encoded = self.run_encoder((2 * images - 1).to(self.device, self.dtype), generators)
         return (encoded if self.shift is None else encoded - self.shift) * self.scale
+
+    # --- what an autoencoder with latents of another layout overrides ---
+
+    def run_decoder(self, encoded: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
+        """Return images with a nominal range of [-1, 1]."""
+        return self.vae.decode(encoded, return_dict=False)[0]
+
+    def run_encoder(
+        self, images: Float[Tensor, "B 3 ..."], generators: Sequence[torch.Generator] | None
+    ) -> Float[Tensor, "B C ..."]:
+        """Return what the network makes of images in [-1, 1], in float32: its mean, or a draw."""
+        found = self.vae.encode(images, return_dict=False)[0]
+        if isinstance(found, Tensor):
+            return found.float()
+        if generators is None:
+            return found.mean.float()
+        return found.mean.float() + found.std.float() * randn(
+            found.mean.shape, generators=generators, device=self.device
+        )
+
+    def scale_and_shift(self) -> tuple[float | Tensor, float | Tensor | None]:
+        """Return the numbers of the config: one factor each, or from the mean and std of each channel."""
+        config = self.vae.config
+        scaling, mean, std = config.get("scaling_factor", 1.0), config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return scaling, config.get("shift_factor") or None
+        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (mean, std))
+        return scaling / std, mean
 
     @property
     def settings(self) -> list[Any]:
         """Everything besides the weights that the output depends on, for a fingerprint."""
         config = self.vae.config
-        named = ("latents_mean", "latents_std", "shift_factor")
-        return [config.scaling_factor, *([name, config[name]] for name in named if config.get(name))]
-
-
-def _scale_and_shift(config: Any, *, device: torch.device) -> tuple[float | Tensor, float | Tensor | None]:
-    """Return scale and shift of an autoencoder's config: its factors, or from the mean and std of each channel."""
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or std is None:
-        return config.scaling_factor, config.get("shift_factor") or None
-    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
-    return config.scaling_factor / std, mean
+        named = ("latents_mean", "latents_std", "shift_factor", "batch_norm_eps")
+        return [config.get("scaling_factor"), *([name, config[name]] for name in named if config.get(name))]
 
 
 def latent_size(

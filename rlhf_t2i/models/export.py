@@ -41,8 +41,8 @@ def check_kohya(policy: DiffusionPolicy) -> None:
     """Raise ValueError for a policy whose LoRA has no form in Kohya's layout."""
     if policy.component != "unet":
         raise ValueError(
-            f"export_format is both; Kohya's layout is one of U-Nets, and ComfyUI reads LoRAs of {policy.title} "
-            f"in diffusers' layout. Set it to diffusers."
+            f"export_format is both; a LoRA is written in Kohya's layout for U-Nets only, and for {policy.title} in "
+            f"diffusers' layout. Set it to diffusers."
         )
     if policy.network.peft_config[ADAPTER].use_dora:
         raise ValueError("export_format is both; it must be diffusers with a DoRA.")

@@ -5,6 +5,7 @@
 # pyright: reportReturnType=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from rlhf_t2i.diffusion.gaussian import per_image
 from rlhf_t2i.types import Level, Prediction, Schedule
+
+MANY_STEPS = 200
+"""Length of the schedule whose shift the levels of training have, where a shift depends on the number of steps."""
 
 
 @runtime_checkable
@@ -101,11 +105,14 @@ class DiffusionLevels:
 class FlowLevels:
     """Levels with alpha + sigma = 1; the output is the velocity = noise - clean (arXiv:2209.03003)."""
 
-    def __init__(self, config: Any, *, device: torch.device, shift: float, even: bool = False) -> None:
+    def __init__(
+        self, config: Any, *, device: torch.device, shift: float | Callable[[int], float], even: bool = False
+    ) -> None:
         """Take a scheduler's config.
 
-        `shift` depends on the image size, for a scheduler with dynamic shifting (`shift_for`). With `even` the levels
-        of a schedule are, before any shift, 1, 1 - 1/T, ..., 1/T; otherwise the scheduler spaces them.
+        `shift` depends on the image size, for a scheduler with dynamic shifting (`shift_for`); it may be a function of
+        the number of steps. With `even` the levels of a schedule are, before any shift, 1, 1 - 1/T, ..., 1/T; otherwise
+        the scheduler spaces them.
         Raises ValueError for a scheduler that is not one of a flow model, and for one with invert_sigmas.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler  # takes seconds
@@ -116,10 +123,13 @@ class FlowLevels:
         if config.get("invert_sigmas", False):
             raise ValueError("The model's scheduler sets invert_sigmas, which is not supported; set it to false.")
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
-        self.device, self.shift, self.even = device, shift, even
+        self.device, self.even = device, even
+        self.shift_at: Callable[[int], float] = shift if callable(shift) else lambda _: shift
         sigmas = self.scheduler.sigmas.flip(0)
         is_dynamic = self.scheduler.config.use_dynamic_shifting
-        self._trained: Tensor = self.scheduler.time_shift(shift, 1.0, sigmas) if is_dynamic else sigmas
+        self._trained: Tensor = (
+            self.scheduler.time_shift(self.shift_at(MANY_STEPS), 1.0, sigmas) if is_dynamic else sigmas
+        )
 
     def schedule(self, num_steps: int) -> Schedule:
         """Return the levels that the stock pipeline passes in `num_steps` steps, from pure noise to clean.
@@ -129,7 +139,7 @@ class FlowLevels:
         if num_steps < 1:
             raise ValueError(f"num_denoising_steps is {num_steps}; it must be at least 1.")
         even = [1 - i / num_steps for i in range(num_steps)] if self.even else None
-        self.scheduler.set_timesteps(num_steps, sigmas=even, mu=self.shift)
+        self.scheduler.set_timesteps(num_steps, sigmas=even, mu=self.shift_at(num_steps))
         sigma = self.scheduler.sigmas.to(self.device, torch.float32)
         times = self.scheduler.timesteps.to(self.device, torch.float32)
         return Schedule(1 - sigma, sigma, torch.cat([times, times.new_zeros(1)]), kind="flow")

@@ -87,6 +87,16 @@ FAMILIES = {
         microbatch_size=2,
         gradient_checkpointing=True,
     ),
+    "Flux2KleinPipeline": FamilyEntry(
+        "flux2",
+        "Flux2",
+        training_steps=10,
+        sampling_steps=50,
+        guidance_scale=4.0,
+        lora_rank=32,
+        microbatch_size=2,
+        gradient_checkpointing=True,
+    ),
 }
 """diffusers pipeline class -> its family. Steps, guidance and ranks are those of recipes/configs, as published with
 DDPO (arXiv:2305.13301) and Flow-GRPO (arXiv:2505.05470); for Z-Image those of the turbo model's card."""

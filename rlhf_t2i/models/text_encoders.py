@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reward_model.bounded_steps import bounded_steps
 from rlhf_t2i.types import Conditioning
 
 
@@ -30,8 +31,13 @@ class TextEncoder:
         """Pad or truncate prompts to `max_length` tokens; None is the tokenizer's own maximum.
 
         `template` is applied to a prompt before tokenization, for example a chat template. The network stays where it
-        is until the policy moves it to `device`.
+        is until the policy moves it to `device`. Raises ValueError for a pipeline that lacks one of the two.
         """
+        if tokenizer is None or model is None:
+            missing = "tokenizer" if tokenizer is None else "text encoder"
+            raise ValueError(
+                f"The model has no {missing}, which encodes its prompts; give a pipeline that has all parts."
+            )
         self.tokenizer = tokenizer
         self.model: Any = _in_precision(model.requires_grad_(False).eval(), dtype)
         self.device = device
@@ -54,6 +60,18 @@ class TextEncoder:
         """Return a CLIP's hidden states before the last layer, and its first output: pooled, if it has a projection."""
         found = self.model(self.tokens(prompts)[0], output_hidden_states=True)
         return found.hidden_states[-2], found[0]
+
+
+def as_chat(tokenizer: Any, prompt: str, *, thinks: bool) -> str:
+    """Return a language model's input: the prompt as a user's message, and the opening of a reply.
+
+    `thinks` is the chat template's switch for a reply that begins with reasoning.
+    """
+    message = {"role": "user", "content": prompt}
+    with bounded_steps("The chat template of this model"):
+        return tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True, enable_thinking=thinks
+        )
 
 
 def _in_precision(model: Any, dtype: torch.dtype) -> Any:

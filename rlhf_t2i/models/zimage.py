@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from diffusers import ZImagePipeline
 from torch import Tensor
 
-from reward_model.bounded_steps import bounded_steps
 from rlhf_t2i.models.autoencoder import Autoencoder, latent_size
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import FlowLevels, shift_for
 from rlhf_t2i.models.lora import ATTENTION
-from rlhf_t2i.models.text_encoders import TextEncoder
+from rlhf_t2i.models.text_encoders import TextEncoder, as_chat
 from rlhf_t2i.types import Conditioning, Resolution
 
 MAX_TOKENS, PATCH = 512, 2
@@ -54,7 +53,7 @@ class ZImage(DiffusionPolicy):
         tokenizer = pipeline.tokenizer
         encoder = TextEncoder(
             tokenizer, pipeline.text_encoder, device=self.device, dtype=self.dtype,
-            max_length=min(MAX_TOKENS, tokenizer.model_max_length), template=partial(as_chat, tokenizer),
+            max_length=min(MAX_TOKENS, tokenizer.model_max_length), template=partial(as_chat, tokenizer, thinks=True),
         )  # fmt: skip
         self.text_encoders = [encoder]
         self.autoencoder = Autoencoder(pipeline.vae, pixels_per_latent=scale, device=self.device, dtype=self.dtype)
@@ -77,12 +76,3 @@ class ZImage(DiffusionPolicy):
         images = list(latents.to(dtype).unsqueeze(2))
         output = self.denoiser(images, (1000 - model_time) / 1000, text, return_dict=False)[0]
         return -torch.stack(output).squeeze(2).float()
-
-
-def as_chat(tokenizer: Any, prompt: str) -> str:
-    """Return the language model's input: the prompt as a user's message, and the opening of a reply."""
-    message = {"role": "user", "content": prompt}
-    with bounded_steps("The chat template of this model"):
-        return tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
