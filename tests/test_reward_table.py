@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.testing import assert_close
 
-from reward_model.scorers import unified_reward
+from reward_model.scorers import text_reader, unified_reward
+from reward_model.scorers.text_reader import load_text_reader
 from rlhf_t2i.prompt_rows import Prompt
 from rlhf_t2i.rewards import geneval, ocr
 from rlhf_t2i.rewards.load import load_reward, load_rewards
@@ -39,12 +40,13 @@ FLAT = {"nudity", "geneval", "geneval:graded"}
 """Rewards whose tiny or real detectors find nothing in images of noise."""
 SLOW = {"llava_reward", "ocr", "nudity", "geneval", "geneval:graded", "hps_v3:PATH"}
 """Rewards with networks that are not tiny, or many of them."""
-EXTRAS = {"nudity": ("nudenet",), "ocr": ("rapidfuzz", "rapidocr")}
+EXTRAS = {"nudity": ("nudenet",), "ocr": ("rapidfuzz", "rapidocr"), "ocr:PATH": ("rapidfuzz",)}
 PLACES = {
     "llava_reward": lambda: reward_model_folder("llava"),
     "pairwise": lambda: reward_model_folder("llava", head="general_preference"),
     "unified_reward": lambda: backbone_folder("qwen3_vl"),
     "soft_tifa": lambda: backbone_folder("qwen3_vl"),
+    "ocr": lambda: backbone_folder("qwen2_5_vl"),
 }
 """Where the tiny models are that other tests use too."""
 
@@ -72,6 +74,9 @@ def images_and_prompts(name: str) -> tuple[Tensor, list[str]]:
             return drawn, [Sign(word, "red", "white").prompt for word in ("FOX", "CAB")]
         case "ocr":
             return torch.stack([sign("FOX"), sign("CAB")]), ['a sign that says "FOX"'] * 2
+        case "ocr:PATH":
+            first, second = load_text_reader(str(backbone_folder("qwen2_5_vl")))(images)
+            return images, [f'a sign that says "{first}"', f'a sign that says "{second}{second}"']
         case _:
             return images, ["a red fox", "a blue cat on a red fox"]
 
@@ -148,6 +153,7 @@ def test_an_image_scores_the_same_alone_in_a_batch_and_over_http(
     monkeypatch.setattr(geneval, "CLIP", str(root / "geneval" / "clip"))
     monkeypatch.setattr(ocr, "OcrReward", partial(ocr.OcrReward, min_side=96))  # or it takes seconds an image
     monkeypatch.setattr(unified_reward, "MAX_TOKENS", 4)
+    monkeypatch.setattr(text_reader, "MAX_TOKENS", 4)
     monkeypatch.setattr(unified_reward, "QUESTION", "{}")
     monkeypatch.setattr(unified_reward, "rating", lambda answer, prompt: sum(map(ord, answer)) % 101 / 100)
     images, prompts = images_and_prompts(name)

@@ -1,12 +1,10 @@
 """UnifiedReward 2.0: a multimodal LLM that was trained to rate an image in words."""
 
-# transformers has no usable types.
-# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
 
-from reward_model.backbones.load import backbone_family, load_backbone
+from reward_model.backbones.load import backbone_family
+from reward_model.scorers.greedy_answers import greedy_answers, load_answering
 from reward_model.types import Backbone
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -53,28 +51,12 @@ class UnifiedReward:
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """Return one score per image; raises ValueError, with the prompt, for an answer without three ratings."""
-        self.model.to(images.device)
-        scores: list[float] = []
-        for start in range(0, len(prompts), self.batch_size):
-            batch = list(prompts[start : start + self.batch_size])
-            answers = self.answers(images[start : start + self.batch_size], [QUESTION.format(each) for each in batch])
-            scores += [rating(answer, prompt) for answer, prompt in zip(answers, batch, strict=True)]
-        return images.new_tensor(scores, dtype=torch.float32)
-
-    @torch.no_grad()
-    def answers(self, images: Float[Tensor, "B 3 Y X"], questions: Sequence[str]) -> list[str]:
-        """Return the model's greedy answer to each question."""
-        tokens = self.backbone.prompt_tokenizer
-        inputs: Any = self.backbone.prepare(list(images.detach()), questions)
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == tokens.image_token_id).int()
-        settings = GenerationConfig(
-            do_sample=False, max_new_tokens=MAX_TOKENS, pad_token_id=tokens.padding_id,
-            eos_token_id=self.model.generation_config.eos_token_id or tokens.tokenizer.eos_token_id,
+        answers = greedy_answers(
+            self.backbone, images, [QUESTION.format(prompt) for prompt in prompts], max_tokens=MAX_TOKENS,
+            batch_size=self.batch_size,
         )  # fmt: skip
-        inputs = {name: tensor.to(images.device) for name, tensor in inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        written = self.model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
-        return tokens.tokenizer.batch_decode(written, skip_special_tokens=True)
+        scores = [rating(answer, prompt) for answer, prompt in zip(answers, prompts, strict=True)]
+        return images.new_tensor(scores, dtype=torch.float32)
 
 
 def rating(answer: str, prompt: str) -> float:
@@ -99,7 +81,4 @@ def load_unified_reward(source: str | Path) -> UnifiedReward:
         raise ValueError(
             f"{str(source)!r} is a model of type {family!r}; UnifiedReward 2.0 is one of {', '.join(FAMILIES)}."
         )
-    dtype = getattr(AutoConfig.from_pretrained(source), "dtype", None) or torch.float32
-    backbone = load_backbone(str(source), dtype=dtype, padding_side="left")
-    backbone.prompt_tokenizer = replace(backbone.prompt_tokenizer, answering=True)
-    return UnifiedReward(backbone)
+    return UnifiedReward(load_answering(str(source)))

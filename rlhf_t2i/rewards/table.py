@@ -108,6 +108,14 @@ def _ocr(_: str, __: bool) -> Any:
     return OcrReward()
 
 
+def _ocr_by_model(path: str, _: bool) -> Any:
+    from rlhf_t2i.rewards.ocr import ReaderReward
+    from rlhf_t2i.rewards.placement import placed
+    from rlhf_t2i.rewards.scorers import load_text_reader
+
+    return placed(lambda path: ReaderReward(load_text_reader(path)), path)
+
+
 def _imported(name: str, _: bool) -> Any:
     from rlhf_t2i.rewards.imported import import_reward
 
@@ -207,6 +215,13 @@ REWARDS = (
         False,
         "share of the text in the prompt's quotation, or in its field text, that PP-OCR reads, in [0, 1]",
         class_of("rlhf_t2i.rewards.ocr", "OcrReward"),
+    ),
+    RewardEntry(
+        "ocr:PATH",
+        _ocr_by_model,
+        False,
+        "share of that text that a multimodal LLM reads, in [0, 1]",
+        class_of("rlhf_t2i.rewards.ocr", "ReaderReward"),
     ),
     RewardEntry(
         "geneval",
