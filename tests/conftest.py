@@ -116,6 +116,11 @@ def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_sana(tmp_path_factory.mktemp("models") / "sana")
+
+
+@pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_flux(tmp_path_factory.mktemp("models") / "flux")
 

@@ -128,6 +128,13 @@ def test_fluxs_default_image_size_is_that_of_the_stock_pipeline(tiny_flux: Path)
     assert load_policy(str(tiny_flux), device=CPU).image_size == (size, size)
 
 
+def test_a_distilled_sana_is_refused(tiny_sana: Path) -> None:
+    pipeline = pipeline_of(tiny_sana)
+    pipeline.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(ValueError, match="takes its guidance scale as an input, as that of SANA-Sprint; give the base"):
+        as_policy(pipeline)
+
+
 def test_guidance_is_refused_by_a_model_without_it(tiny_schnell: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale is 4\.0; this model \(FLUX.1 schnell\) has no guidance"):
         images_of(policy_of(tiny_schnell), guidance_scale=4.0)

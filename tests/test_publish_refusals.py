@@ -148,6 +148,7 @@ def test_an_older_run_was_evaluated_with_the_settings_of_training() -> None:
     assert (run.num_evaluation_steps, run.image_size) == (8, None)
     newer = replace(run, config={"num_denoising_steps": 8, "num_evaluation_steps": 40, "resolution": 512})
     assert (newer.num_evaluation_steps, newer.image_size) == (40, (512, 512))
+    assert replace(run, info={**run.info, "image_size": [8, 16]}).image_size == (8, 16)
     wide = replace(run, config={**newer.config, "resolution": None, "height": 512, "width": 768})
     assert wide.image_size == (512, 768)
 

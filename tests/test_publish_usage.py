@@ -42,8 +42,9 @@ def built_in_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def family_runs(
-    tiny_sdxl: Path, tiny_sd3: Path, tiny_sd3_lean: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+    tiny_sdxl: Path, tiny_sd3: Path, tiny_sd3_lean: Path, tiny_flux: Path, tiny_sana: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:  # fmt: skip
     """A LoRA and a full denoiser of each other family, with settings that its card must repeat."""
     folder, few = tmp_path_factory.mktemp("runs"), {"num_denoising_steps": 2}
     flow = {**few, "num_evaluation_steps": 3, "resolution": 16}
@@ -62,6 +63,10 @@ def family_runs(
             folder / "flux_lora", flow_grpo, model=str(tiny_flux), lora_rank=2, guidance_scale=3.5, learning_rate=1.0,
             **flow,
         ),
+        "sana_lora": finished_run(
+            folder / "sana_lora", flow_grpo, model=str(tiny_sana), lora_rank=2, learning_rate=1.0,
+            **{**flow, "resolution": 32},
+        ),
         "flux_transformer": finished_run(folder / "flux_transformer", ddpo, model=str(tiny_flux), **flow),
     }  # fmt: skip
     shard_weights(runs["sd3_transformer"] / "transformer")
@@ -70,14 +75,15 @@ def family_runs(
 
 @pytest.fixture(scope="module")
 def published(
-    lora_run: Path, unet_run: Path, built_in_run: Path, family_runs: dict[str, Path], tiny_sd: Path, tiny_sdxl: Path,
-    tiny_sd3: Path, tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory,
+    lora_run: Path, unet_run: Path, built_in_run: Path, family_runs: dict[str, Path], request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:  # fmt: skip
     """NAME/ is the publication of each run, NAME.png the image of its card's code in a process with diffusers only."""
     out, lines = tmp_path_factory.mktemp("published"), ["import sys"]
     with only_hub(out / "login") as hub:
-        models = {BASE: tiny_sd, "some/sdxl": tiny_sdxl, "some/sd3": tiny_sd3, "some/flux": tiny_flux}
-        for base, model in models.items():
+        models = {BASE: "tiny_sd"} | {f"some/{name}": f"tiny_{name}" for name in ("sdxl", "sd3", "flux", "sana")}
+        for base, name in models.items():
+            model = request.getfixturevalue(name)
             hub.repos[base] = Repository(branches={"main": [Commit(file_contents(model))]}, card={"license": "mit"})
         for name, run, more in (
             ("lora", lora_run, {"base": BASE, "revision": "v2"}),
@@ -102,6 +108,7 @@ def published(
     [
         ("lora", 0), ("merged", 1), ("unet", 0), ("built_in", 0), ("sdxl_lora", 0), ("sdxl_unet", 0), ("sd3_lora", 0),
         ("sd3_transformer", 0), ("sd3_merged", 1), ("flux_lora", 1), ("flux_transformer", 0), ("flux_merged", 1),
+        ("sana_lora", 1),
     ],
 )  # fmt: skip
 def test_the_card_repeats_the_image_of_the_run(name: str, tolerance: int, published: Path) -> None:
@@ -138,6 +145,7 @@ def test_a_full_pipeline_differs_from_its_base_in_the_denoiser_only(tiny_sd: Pat
         ("sdxl", "StableDiffusionXLPipeline", "stable-diffusion-xl"),
         ("sd3", "StableDiffusion3Pipeline", "stable-diffusion-3"),
         ("flux", "FluxPipeline", "flux"),
+        ("sana", "SanaPipeline", "sana"),
     ],
 )
 def test_the_card_names_pipeline_and_tag_of_the_family(family: str, pipeline: str, tag: str, published: Path) -> None:

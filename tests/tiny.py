@@ -208,6 +208,45 @@ def save_flux2(folder: Path) -> Path:
     return folder
 
 
+def save_sana(folder: Path) -> Path:
+    """Save a pipeline like SANA: a Gemma 2, linear attention, a DC-AE, a multistep solver."""
+    import diffusers
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    blocks: dict[str, Any] = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (
+            ("block_types", ("ResBlock", "EfficientViTBlock")), ("block_out_channels", (8, 8)),
+            ("qkv_multiscales", ((), (5,))), ("layers_per_block", (1, 1)),
+        )
+    }  # fmt: skip
+    diffusers.SanaPipeline(
+        vae=diffusers.AutoencoderDC(
+            latent_channels=4, attention_head_dim=2, downsample_block_type="conv", upsample_block_type="interpolate",
+            scaling_factor=0.41407, **blocks,
+        ),
+        text_encoder=Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+                num_attention_heads=2, num_key_value_heads=1,
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=diffusers.SanaTransformer2DModel(
+            in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, sample_size=8,
+            num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+            timestep_scale=0.5,
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction",
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 def chat_tokenizer() -> Any:
     """Return the tokenizer of the toy world with a chat template."""
     tokenizer = clip_tokenizer()

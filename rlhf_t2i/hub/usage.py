@@ -36,6 +36,8 @@ def diffusers_usage(
         "built_in_folder": TOY_MODELS[base.source].relative_to(_PACKAGE).as_posix() if base.built_in else None,
         "pipeline": base.family.pipeline_class.__name__,
         "is_flow": base.family.is_flow,
+        "replaces_solver": base.family.replaces_solver,
+        "call_arguments": base.family.call_arguments,
         "name": name,
         "revision": revision,
         "full_pipeline": full_pipeline,

@@ -49,6 +49,10 @@ class DiffusionPolicy(ABC):
     """The stock pipeline's guidance_scale for no guidance; a scale of 1 + g here is `guidance_when_off` + g there."""
     embeds_guidance: ClassVar[bool] = False
     """True if guidance is an input of the network, False if it takes a second forward pass."""
+    call_arguments: ClassVar[Mapping[str, object]] = {}
+    """Arguments with which a call of the stock pipeline samples as the policy does."""
+    replaces_solver: ClassVar[bool] = False
+    """True if a flow model is saved with a multistep solver; the policy and its publications take Euler steps."""
 
     text_encoders: Sequence[TextEncoder]
     autoencoder: Autoencoder
@@ -104,13 +108,9 @@ class DiffusionPolicy(ABC):
         return self.encode_prompts([""])
 
     def guided(
-        self,
-        latents: Float[Tensor, "B C H W"],
-        model_time: Float[Tensor, " B"],
-        conditioning: Conditioning,
-        *,
+        self, latents: Float[Tensor, "B C H W"], model_time: Float[Tensor, " B"], conditioning: Conditioning, *,
         guidance_scale: float,
-    ) -> Float[Tensor, "B C H W"]:
+    ) -> Float[Tensor, "B C H W"]:  # fmt: skip
         """Return the network output with classifier-free guidance (arXiv:2207.12598), in float32.
 
             output = unconditional + guidance_scale * (conditional - unconditional)

@@ -97,9 +97,20 @@ FAMILIES = {
         microbatch_size=2,
         gradient_checkpointing=True,
     ),
+    "SanaPipeline": FamilyEntry(
+        "sana",
+        "Sana",
+        training_steps=10,
+        sampling_steps=20,
+        guidance_scale=4.5,
+        lora_rank=32,
+        microbatch_size=4,
+        gradient_checkpointing=True,
+    ),
 }
 """diffusers pipeline class -> its family. Steps, guidance and ranks are those of recipes/configs, as published with
-DDPO (arXiv:2305.13301) and Flow-GRPO (arXiv:2505.05470); for Z-Image those of the turbo model's card."""
+DDPO (arXiv:2305.13301) and Flow-GRPO (arXiv:2505.05470); for Z-Image those of the turbo model's card;
+for SANA guidance and sampling_steps are those of the stock pipeline, training_steps and rank those of SD 3."""
 
 
 def family_entry(pipeline_class: str) -> FamilyEntry:

@@ -74,9 +74,11 @@ class FinishedRun:
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width of images in pixels; None is the model's default. Older runs have no setting for it."""
+        """Height and width of images in pixels; None is the model's default, which older runs have not recorded."""
         chosen = image_size(self.config)
         size = default_resolution(self.config["model"]) if chosen is None else chosen
+        if size is None:
+            return tuple(self.info["image_size"]) if "image_size" in self.info else None
         return (size, size) if isinstance(size, int) else size
 
     @property

@@ -95,10 +95,13 @@ def _load(config: TrainerConfig, run: Run) -> Any:
             f"quantization is {config.quantization}; with {run.mode}, which exchanges plain weights, it must be null. "
             f"Train quantised models on one process or under DDP: what a LoRA's optimiser holds is small."
         )
-    return load_policy(
+    policy = load_policy(
         config.model, device=run.device, dtype=run.dtype, resolution=config.image_size, whole=not config.trains_lora,
         offload_text_encoders=config.offload_text_encoders, quantization=config.quantization,
     )  # fmt: skip
+    if run.is_main:
+        update_run_info(run.folder, {"image_size": list(policy.image_size)})
+    return policy
 
 
 def _record_prompts(run: Run, prompts: PromptSets) -> None:
