@@ -121,6 +121,11 @@ def tiny_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_qwen_image(tmp_path_factory.mktemp("models") / "qwen_image")
+
+
+@pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_flux(tmp_path_factory.mktemp("models") / "flux")
 

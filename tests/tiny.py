@@ -247,6 +247,39 @@ def save_sana(folder: Path) -> Path:
     return folder
 
 
+def save_qwen_image(folder: Path) -> Path:
+    """Save a pipeline like Qwen-Image: a Qwen2.5-VL, two streams, an autoencoder of videos with a mean per channel."""
+    import diffusers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    text_config = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision_config = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    diffusers.QwenImagePipeline(
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[-0.8, 0.5, -0.9, 0.1], latents_std=[2.8, 1.4, 2.3, 1.1],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config)
+        ),
+        tokenizer=tokenizer,
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 def chat_tokenizer() -> Any:
     """Return the tokenizer of the toy world with a chat template."""
     tokenizer = clip_tokenizer()

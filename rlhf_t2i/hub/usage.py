@@ -37,7 +37,6 @@ def diffusers_usage(
         "pipeline": base.family.pipeline_class.__name__,
         "is_flow": base.family.is_flow,
         "replaces_solver": base.family.replaces_solver,
-        "call_arguments": base.family.call_arguments,
         "name": name,
         "revision": revision,
         "full_pipeline": full_pipeline,
@@ -45,7 +44,7 @@ def diffusers_usage(
         "prompt": _literal(run.captions["prompts"][0]),
         "seed": run.captions["seeds"][0],
         "num_steps": run.num_evaluation_steps,
-        "guidance_scale": run.config["guidance_scale"] - 1 + base.family.guidance_when_off,
+        "arguments": {n: repr(value) for n, value in base.family.stock_arguments(run.config["guidance_scale"]).items()},
         "image_size": run.image_size,
         "eta": run.config["evaluation_eta"],
     }

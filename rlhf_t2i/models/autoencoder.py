@@ -48,7 +48,7 @@ class Autoencoder:
     # --- what an autoencoder with latents of another layout overrides ---
 
     def run_decoder(self, encoded: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 Y X"]:
-        """Return images with a nominal range of [-1, 1]."""
+        """Return images with a nominal range of [-1, 1], not clamped."""
         return self.vae.decode(encoded, return_dict=False)[0]
 
     def run_encoder(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.models.autoencoder import Autoencoder
 from rlhf_t2i.models.export import export_denoiser, export_lora
+from rlhf_t2i.models.fingerprint import fingerprint_of
 from rlhf_t2i.models.levels import Levels
 from rlhf_t2i.models.lora import LoraConfiguration, add_lora, has_lora, lora_reference, target_layers, trainable
 from rlhf_t2i.models.quiet import only_errors
@@ -45,12 +44,8 @@ class DiffusionPolicy(ABC):
     """Name endings of the attention layers that get LoRA adapters."""
     mlp_targets: ClassVar[Sequence[str]] = ("ff.net.0.proj", "ff.net.2")
     """Name endings of the layers that `attention_mlp` adds."""
-    guidance_when_off: ClassVar[float] = 1.0
-    """The stock pipeline's guidance_scale for no guidance; a scale of 1 + g here is `guidance_when_off` + g there."""
     embeds_guidance: ClassVar[bool] = False
     """True if guidance is an input of the network, False if it takes a second forward pass."""
-    call_arguments: ClassVar[Mapping[str, object]] = {}
-    """Arguments with which a call of the stock pipeline samples as the policy does."""
     replaces_solver: ClassVar[bool] = False
     """True if a flow model is saved with a multistep solver; the policy and its publications take Euler steps."""
 
@@ -125,7 +120,16 @@ class DiffusionPolicy(ABC):
             Conditioning.cat([self.unconditional.repeat(len(conditioning)), conditioning]),
         )
         unconditional, conditional = both.chunk(2)
+        return self.combined(unconditional, conditional, guidance_scale)
+
+    def combined(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+        """Return the guided output from the two halves."""
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    @classmethod
+    def stock_arguments(cls, guidance_scale: float) -> dict[str, Any]:
+        """Return the arguments with which a call of the stock pipeline samples as the policy does; scale 1 is off."""
+        return {"guidance_scale": guidance_scale}
 
     # --- training ---
 
@@ -278,12 +282,7 @@ class DiffusionPolicy(ABC):
         else:
             modules, dtype = [encoder.model for encoder in self.text_encoders], self.dtype
             settings = [part for e in self.text_encoders for part in (e.max_length, e.tokenizer.get_vocab())]
-        digest = hashlib.sha256(json.dumps([str(dtype), settings], sort_keys=True).encode())
-        for module in modules:
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint_of(modules, dtype=dtype, settings=settings)
 
     # --- export ---
 

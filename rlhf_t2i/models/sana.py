@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
@@ -39,8 +39,11 @@ class Sana(DiffusionPolicy):
     component = "transformer"
     lora_targets = ATTENTION
     mlp_targets = ("ff.conv_inverted", "ff.conv_point")
-    call_arguments: ClassVar[Mapping[str, object]] = {"use_resolution_binning": False}
     replaces_solver = True
+
+    @classmethod
+    def stock_arguments(cls, guidance_scale: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance_scale, "use_resolution_binning": False}
 
     def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts.

@@ -107,10 +107,21 @@ FAMILIES = {
         microbatch_size=4,
         gradient_checkpointing=True,
     ),
+    "QwenImagePipeline": FamilyEntry(
+        "qwen_image",
+        "QwenImage",
+        training_steps=10,
+        sampling_steps=50,
+        guidance_scale=4.0,
+        lora_rank=32,
+        microbatch_size=1,
+        gradient_checkpointing=True,
+    ),
 }
 """diffusers pipeline class -> its family. Steps, guidance and ranks are those of recipes/configs, as published with
 DDPO (arXiv:2305.13301) and Flow-GRPO (arXiv:2505.05470); for Z-Image those of the turbo model's card;
-for SANA guidance and sampling_steps are those of the stock pipeline, training_steps and rank those of SD 3."""
+for SANA guidance and sampling_steps are those of the stock pipeline, training_steps and rank those of SD 3;
+for FLUX.2 klein and Qwen-Image guidance and sampling_steps are those of the base models' cards."""
 
 
 def family_entry(pipeline_class: str) -> FamilyEntry:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -72,6 +73,16 @@ def as_chat(tokenizer: Any, prompt: str, *, thinks: bool) -> str:
         return tokenizer.apply_chat_template(
             [message], tokenize=False, add_generation_prompt=True, enable_thinking=thinks
         )
+
+
+def real_tokens(
+    states: Float[Tensor, "B L D"], mask: Int[Tensor, "B L"], *, length: int, skip: int = 0
+) -> Conditioning:
+    """Return the rows of real tokens after the first `skip` of them, and zeros up to `length` rows, masked."""
+    rows = [row[real][skip:] for row, real in zip(states, mask.bool(), strict=True)]
+    counts = torch.tensor([len(row) for row in rows], device=states.device)
+    padded = torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+    return Conditioning(padded, mask=torch.arange(length, device=states.device) < counts[:, None])
 
 
 def _in_precision(model: Any, dtype: torch.dtype) -> Any:

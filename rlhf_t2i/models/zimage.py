@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ZImagePipeline
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from rlhf_t2i.models.autoencoder import Autoencoder, latent_size
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.levels import FlowLevels, shift_for
 from rlhf_t2i.models.lora import ATTENTION
-from rlhf_t2i.models.text_encoders import TextEncoder, as_chat
+from rlhf_t2i.models.text_encoders import TextEncoder, as_chat, real_tokens
 from rlhf_t2i.types import Conditioning, Resolution
 
 MAX_TOKENS, PATCH = 512, 2
@@ -39,7 +38,6 @@ class ZImage(DiffusionPolicy):
     component = "transformer"
     lora_targets = tuple(f"attention.{name}" for name in ATTENTION)
     mlp_targets = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-    guidance_when_off = 0.0
 
     def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts; ValueError for a scheduler that `FlowLevels` does not support."""
@@ -63,10 +61,11 @@ class ZImage(DiffusionPolicy):
         [encoder] = self.text_encoders
         ids, mask = encoder.tokens(prompts)
         states = encoder.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
-        rows = [row[real] for row, real in zip(states, mask.bool(), strict=True)]
-        counts = torch.tensor([len(row) for row in rows], device=states.device)
-        padded = torch.stack([F.pad(row, (0, 0, 0, encoder.max_length - len(row))) for row in rows])
-        return Conditioning(padded, mask=torch.arange(encoder.max_length, device=states.device) < counts[:, None])
+        return real_tokens(states, mask, length=encoder.max_length)
+
+    @classmethod
+    def stock_arguments(cls, guidance_scale: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance_scale - 1}
 
     def denoise(self, latents: Tensor, model_time: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity; the network's own time and direction run from noise to image."""
