@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests import processes, tiny
-from tests.publications import hub, lora_run, publication, reward_model_run, unet_run  # noqa: F401  # fixtures
+from tests import shape_checks
+
+shape_checks.install()  # before any module of the project is imported
+
+from tests import processes, tiny  # noqa: E402
+from tests.publications import hub, lora_run, publication, reward_model_run, unet_run  # noqa: E402, F401  # fixtures
 
 # One thread for torch here and in child processes: workers with a thread for each core would wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +33,10 @@ _IN_ONE_WORKER = {
         "built_in_reward_model", "oracle", "pairs", "parallel", "publish_usage", "reward_progress", "report_images",
     )
 }  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported so far need not be looked through again and again
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -41,6 +42,11 @@ METHODS = pytest.mark.parametrize(
     "method", [group_relative_advantages, whole_batch_advantages, full_history, short_history]
 )
 Method = Callable[[Tensor], Tensor]
+
+
+def test_tests_check_the_shapes_that_annotations_state() -> None:
+    with pytest.raises(TypeCheckError, match="rewards"):
+        group_relative_advantages(torch.zeros(4))
 
 
 def test_a_group_by_hand() -> None:

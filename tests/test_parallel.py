@@ -59,8 +59,7 @@ class Runs:
         if mode not in self._two:
             assert self.one
             configs = {name: config for name, config in self.configs(mode).items() if mode in MODES_OF[name]}
-            # ZeRO-1 and ZeRO-2 start as ZeRO-3 does.
-            fork = mode in ("deepspeed_zero1", "deepspeed_zero2")
+            fork = mode != "deepspeed_zero3"  # one real start of two processes: the others start as it does
             launch_in_turn(list(configs.values()), f"{mode}.yaml", self.folder / mode, fork=fork)
             self._two[mode] = {name: Path(str(config.run_folder)) for name, config in configs.items()}
         return self._two[mode]
