@@ -86,7 +86,11 @@ def test_the_command_in_the_comment_reads_the_file(path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("path", "count"), [*((path, 5) for path in FLOW_GRPO), (config_file("diffusion_nft_sd35m"), 3)],
+    ("path", "count"),
+    [
+        *((path, 5) for path in FLOW_GRPO),
+        *((config_file(name), 3) for name in ("diffusion_nft_sd35m", "diffusion_nft_qwen_image")),
+    ],
     ids=lambda value: getattr(value, "stem", ""),
 )  # fmt: skip
 def test_every_variant_changes_the_settings(path: Path, count: int) -> None:
@@ -103,6 +107,15 @@ def test_flow_grpo_has_the_published_settings(path: Path) -> None:
     assert (config.lora_rank, config.lora_alpha, config.clip_range, config.noise_scale) == (32, 64, 1e-4, 0.7)
     assert config.ema_decay == 0.948
     assert flow_grpo.noisy_window(config, 0) == (0, 9)
+
+
+def test_flow_grpo_trains_one_of_the_early_steps_of_new_models() -> None:
+    configs = [read(flow_grpo, config_file(f"flow_grpo_{name}")) for name in ("flux2_klein", "qwen_image")]
+    assert [config.noisy_steps for config in configs] == [(1, 4), (1, 4)]
+    assert [config.clip_range for config in configs] == [1e-5, 1e-4]
+    for config in configs:
+        start, end = flow_grpo.noisy_window(config, 0)
+        assert end - start == 1
 
 
 def test_diffusion_nft_has_the_published_settings() -> None:
@@ -138,13 +151,22 @@ OWN_REWARDS = [config_file("flow_grpo_sd35m_ocr"), config_file("flow_grpo_sd35m_
 """Configs whose rewards and prompts need nothing of a user."""
 
 
+NEW_MODELS = {"flux2": "tiny_flux2", "qwen_image": "tiny_qwen_image"}
+"""Parts of a config's name, and the fixture of its model."""
+OF_NEW_MODELS = [path for path in CONFIGS if any(part in path.stem for part in NEW_MODELS)]
+
+
 @pytest.mark.parametrize(
     "path",
-    sorted({*FLOW_GRPO, *WORDS, config_file("diffusion_nft_sd35m")} - {*OWN_REWARDS}),
+    [
+        *sorted({*FLOW_GRPO, *WORDS, config_file("diffusion_nft_sd35m")} - {*OWN_REWARDS, *OF_NEW_MODELS}),
+        *(pytest.param(path, marks=pytest.mark.slow) for path in OF_NEW_MODELS),
+    ],
     ids=lambda path: path.stem,
 )
 def test_recipes_of_flow_models_run(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    model = request.getfixturevalue("tiny_flux" if "flux" in path.stem else "tiny_sd3")
+    of_new = [fixture for part, fixture in NEW_MODELS.items() if part in path.stem]
+    model = request.getfixturevalue(*of_new or ["tiny_flux" if "flux" in path.stem else "tiny_sd3"])
     small = {**TINY_FLOW, "model": model, "run_folder": tmp_path / "run"}
     recipe, _ = command_of(path)
     config = read(recipe, path, rewards=REDNESS, evaluation_rewards=REDNESS, **small)
