@@ -51,6 +51,7 @@ from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.rows import check_prompts
 from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.seeds import ANNOTATE, generator_for
+from rlhf_t2i.settings.from_run import other_bases
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import BASE
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder
@@ -145,6 +146,8 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
     prompts, seeds = evaluation_set(available, num_images=count, seed=config.evaluation_seed)
     images: list[torch.Tensor] = []
     first, second = names(config.weights or "")
+    for name, base in other_bases([first, second], config.model).items():
+        log(f"sibling   {name} was trained on {base}; its LoRA is loaded into another base, {config.model}")
     for name in (first, second):
         log(f"sampling  {len(prompts)} images with {name}")
         weights = None if name == BASE else Path(name)

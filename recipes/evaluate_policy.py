@@ -30,7 +30,7 @@ from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import BASE
 from rlhf_t2i.training.evaluation import evaluate, evaluation_set
-from rlhf_t2i.training.run import start_run
+from rlhf_t2i.training.run import record_other_bases, start_run
 from rlhf_t2i.types import Sampler
 
 
@@ -45,6 +45,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
     try_rewards(reward, prompts)
     run = start_run({**asdict(config), "resume": False, "trackers": ""}, recipe="evaluation")
     run.print(config.defaults_text())
+    record_other_bases(run, names(config.weights), config.model)
     table: dict[str, dict[str, float | None]] = {}
     for index, name in enumerate(names(config.weights)):
         policy = load_policy(

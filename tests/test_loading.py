@@ -16,9 +16,11 @@ from rlhf_t2i.models import load
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.models.pipeline_parts import load_in_pieces
+from rlhf_t2i.report.comparison import read_columns
 from tests.policies import MODELS, PROMPTS, images_of, perturb, pipeline_of, policy_of, sampler_of
 from tests.runs import REDNESS
 from tests.toys import seeded
+from tests.trained_weights import describe_run, lora_of
 
 BF16 = torch.bfloat16
 
@@ -94,3 +96,24 @@ def test_the_first_policy_is_let_go_before_the_second_is_loaded(
     options |= {"num_evaluation_steps": 2, "microbatch_size": 2, "guidance_scale": 1.0, "num_cpu_threads": 1}
     evaluate_policy.main(evaluate_policy.Config(**options))
     assert len(earlier) == 2
+
+
+def test_an_evaluation_of_a_siblings_lora_says_and_records_both_bases(
+    tiny_sd: Path, tiny_sd_v: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_of(tiny_sd, run := tmp_path / "run")
+    describe_run(
+        run, model=str(tiny_sd), resolution=16, guidance_scale=4.0, num_denoising_steps=50,
+        evaluation_prompts="shapes", evaluation_rewards=REDNESS,
+    )  # fmt: skip
+    folder = tmp_path / "evaluation"
+    config = evaluate_policy.Config(
+        model=str(tiny_sd_v), weights=f"base,{run}", run_folder=str(folder), num_evaluation_images=2,
+        num_evaluation_steps=2, microbatch_size=2, guidance_scale=1.0, num_cpu_threads=1,
+    )  # fmt: skip
+    table = evaluate_policy.main(config)
+    assert table["base"] != table[str(run)]
+    printed = capsys.readouterr().out
+    assert f"{run} was trained on {tiny_sd}; its LoRA is loaded into another base, {tiny_sd_v}" in printed
+    base, lora = read_columns(folder, name="evaluation")
+    assert lora.metadata == base.metadata | {"LoRA of": str(tiny_sd), "loaded into": str(tiny_sd_v)}

@@ -24,7 +24,9 @@ from rlhf_t2i.settings import (
     fk_steering,
     flow_grpo,
 )
+from rlhf_t2i.settings.from_run import other_bases
 from rlhf_t2i.settings.paths import Inputs, Prefix, Rewards, resolve_paths
+from rlhf_t2i.settings.ranges import BASE
 from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from tests.launch import ROOT
@@ -254,12 +256,26 @@ def test_one_option_of_the_image_size_replaces_the_size_of_the_run(tmp_path: Pat
         evaluate_policy.Config(weights=f"{square},{wide}", microbatch_size=2)
 
 
-def test_another_base_model_than_the_runs_is_refused_and_both_are_named(tmp_path: Path) -> None:
+def test_runs_of_different_base_models_are_refused_and_both_are_named(tmp_path: Path) -> None:
     first, second = run_with(tmp_path / "first"), run_with(tmp_path / "second", model="c/d")
-    for given in ({"weights": first, "model": "c/d"}, {"weights": f"{first},{second}"}):
-        with pytest.raises(ValueError, match=r"different models cannot be used together: .*a/b, .*c/d") as raised:
-            evaluate_policy.Config(**given)
-        assert first in str(raised.value)
+    with pytest.raises(ValueError, match=r"different models cannot be used together: .*a/b, .*c/d") as raised:
+        evaluate_policy.Config(weights=f"{first},{second}")
+    assert first in str(raised.value)
+
+
+def test_a_sibling_of_a_runs_base_needs_its_own_steps_and_guidance_and_has_the_runs_prompts(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run")
+    given: dict[str, Any] = {"weights": run, "model": "c/d", "microbatch_size": 2}
+    missing = r"--model is c/d, .*run is a/b\. .*: give --num_evaluation_steps and --guidance_scale too"
+    with pytest.raises(ValueError, match=missing):
+        evaluate_policy.Config(**given)
+    with pytest.raises(ValueError, match="give --num_denoising_steps too"):
+        best_of_n.Config(**given, guidance_scale=1.0, prompts="p.txt", rewards="oracle")
+    found = evaluate_policy.Config(**given, num_evaluation_steps=4, guidance_scale=1.0)
+    assert (found.model, found.num_evaluation_steps, found.guidance_scale) == ("c/d", 4, 1.0)
+    assert (found.evaluation_prompts, found.resolution) == ("e.txt", 24)
+    assert other_bases([BASE, run, f"{run}/lora"], "c/d") == {run: "a/b", f"{run}/lora": "a/b"}
+    assert other_bases([run], "a/b") == {}
 
 
 def test_weights_of_runs_that_differ_in_an_option_need_that_option(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from recipes import best_of_n, fk_steering
+from rlhf_t2i.output.run_folder import update_run_info
 from rlhf_t2i.report.search import headline, write_report
 from rlhf_t2i.search.records import curve, point, read_records, reward_names, scores_of
 from rlhf_t2i.settings.search import SearchConfig
@@ -204,11 +205,14 @@ def test_the_images_have_the_layout_of_genevals_scorer(tiny_sd: Path, tmp_path: 
         assert sorted(p.name for p in (folder / "samples").iterdir()) == ["0000.png", "0001.png", "0002.png"]
 
 
-def test_a_report_can_be_written_before_the_first_result(tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_report_can_be_written_before_the_first_result_and_names_another_base_of_the_weights(
+    tiny_sd: Path, tmp_path: Path
+) -> None:
     best_of_n.main(config("best_of_n", tiny_sd, tmp_path))
     shutil.rmtree(tmp_path / "run" / "images")
+    update_run_info(tmp_path / "run", {"other_bases": {"runs/lora": "owner/base"}})
     page = write_report(tmp_path / "run").read_text()
-    assert "finished so far:\n0." in page
+    assert "finished so far:\n0. runs/lora was trained on owner/base, another base" in page
     assert "<svg" not in page
 
 

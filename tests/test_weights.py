@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from rlhf_t2i.models.lora import LoraConfiguration
 from tests.policies import images_of, perturb, pipeline_of, policy_of, stock_images
-from tests.trained_weights import checkpoint_of, denoiser_of, in_kohyas_layout, lora_of
+from tests.trained_weights import checkpoint_of, denoiser_of, describe_run, in_kohyas_layout, lora_of
 
 # --- a LoRA that does not fit -------------------------------------------------------------------------
 
@@ -172,15 +172,35 @@ def test_a_checkpoint_that_does_not_fit_is_refused(lora_rank: int | None, tiny_s
         policy_of(tiny_sd, weights=checkpoint_of(wide, tmp_path / "wide", **config))
 
 
-def test_a_run_of_another_model_is_refused_with_both_names_and_its_exported_weights_are_not(
+def test_a_lora_of_a_run_fits_a_sibling_of_its_base_and_is_refused_by_its_layers_elsewhere(
+    tiny_sd: Path, tiny_sd_v: Path, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    policy = policy_of(tiny_sd)
+    policy.set_trainable(LoraConfiguration(2), keep_reference=False, seed=0)
+    perturb(policy)
+    file = policy.export(tmp_path, policy.trainable)
+    weights = {name: weight.detach() for name, weight in policy.trainable.items()}
+    checkpoint = checkpoint_of(weights, tmp_path, model=str(tiny_sd), lora_rank=2, lora_alpha=None)
+    pipeline = pipeline_of(tiny_sd_v)
+    pipeline.load_lora_weights(file)
+    for source in (tmp_path, checkpoint):
+        assert_close(images_of(policy_of(tiny_sd_v, weights=source)), stock_images(pipeline), rtol=0, atol=2e-5)
+        with pytest.raises(ValueError, match=r"does not fit the model .*sdxl.*attn2"):
+            policy_of(tiny_sdxl, weights=source)
+
+
+def test_all_weights_of_another_model_are_refused_with_both_names_and_a_lora_of_them_too(
     tiny_sd: Path, tiny_sd_v: Path, tmp_path: Path
 ) -> None:
-    file = lora_of(tiny_sd, tmp_path)
-    checkpoint = checkpoint_of({"x": torch.zeros(1)}, tmp_path, model=str(tiny_sd), lora_rank=2, lora_alpha=None)
-    for weights in (tmp_path, checkpoint):
+    whole, lora = tmp_path / "whole", tmp_path / "lora"
+    denoiser = denoiser_of(tiny_sd, whole)
+    stored = {"x": torch.zeros(1)}
+    checkpoint = checkpoint_of(stored, whole, model=str(tiny_sd), lora_rank=None, lora_alpha=None)
+    lora_of(tiny_sd, lora)
+    describe_run(lora, model=str(tiny_sd), init_weights=str(whole))
+    for weights in (whole, checkpoint, lora):
         with pytest.raises(ValueError, match="trained the model") as caught:
             policy_of(tiny_sd_v, weights=weights)
         assert repr(str(tiny_sd)) in str(caught.value)
         assert repr(str(tiny_sd_v)) in str(caught.value)
-    policy_of(tiny_sd_v, weights=file.parent)
-    policy_of(tiny_sd, weights=tmp_path)
+    policy_of(tiny_sd_v, weights=denoiser)

@@ -21,15 +21,16 @@ def load_weights(pipeline: Any, family: type[DiffusionPolicy], path: Path, *, mo
     """Load trained weights into the pipeline of `model`.
 
     `path` is the folder of a finished run, its exported `lora`, `unet` or `transformer`, one of its checkpoints, or a
-    LoRA as in `find_lora`. Raises FileNotFoundError for a path without weights, and ValueError for weights that do not
-    fit the model or that a run trained on another one.
+    LoRA as in `find_lora`. A LoRA may be of another model if each of its weights finds a layer of its shape. Raises
+    FileNotFoundError for a path without weights, and ValueError for weights that do not fit the model, and for a full
+    denoiser of a run that trained another one.
     """
     network = getattr(pipeline, family.component)
     if stored := stored_weights(path):
         _load_checkpoint(network, family, stored, path, model=model)
         return
-    check_run(path, model=model)
     if (folder := denoiser_folder(path, family.component)) is not None:
+        check_run(path, model=model)
         load_denoiser(network, folder, model=model)
     elif (file := find_lora(path)) is not None:
         _load_run_start(network, family, path, model=model)
@@ -47,9 +48,10 @@ def _load_checkpoint(
     network: Any, family: type[DiffusionPolicy], stored: Mapping[str, Tensor], path: Path, *, model: str
 ) -> None:
     run = path.parent.parent
-    check_run(run, model=model)
     config = read_config(run)
     lora = LoraConfiguration.from_options(config)
+    if not config.get("init_lora") and lora is None:
+        check_run(run, model=model)
     if config.get("init_lora") or lora is not None:
         _load_run_start(network, family, path, model=model)
     if config.get("init_lora"):
@@ -66,6 +68,7 @@ def _load_run_start(network: Any, family: type[DiffusionPolicy], path: Path, *, 
     run = run_of(path)
     if run is None or not (source := read_config(run).get("init_weights")):
         return
+    check_run(run, model=model)
     if (folder := denoiser_folder(Path(source), family.component)) is None:
         raise FileNotFoundError(
             f"{str(path)!r} is a LoRA of {source!r} (init_weights), where there is no denoiser now."

@@ -14,6 +14,7 @@ from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     EVALUATION_TABLE,
     IMAGES,
+    RUN_INFO,
     image_grid,
     read_captions,
     read_config,
@@ -74,9 +75,12 @@ def read_columns(folder: Path, *, name: str) -> list[Column]:
     captions = read_captions(folder)
     if (folder / EVALUATION_TABLE).is_file():
         metadata = {"evaluation images": f"{len(captions['prompts']):,}"}
+        bases = read_run_info(folder).get("other_bases", {}) if (folder / RUN_INFO).is_file() else {}
+        table, into = read_evaluation_table(folder), read_config(folder)["model"] if bases else ""
+        facts = {w: metadata | ({"LoRA of": bases[w], "loaded into": into} if w in bases else {}) for w in table}
         return [
-            Column(weights, row, folder / IMAGES / f"{i}.png", captions, [], metadata, frozenset(), is_before=False)
-            for i, (weights, row) in enumerate(read_evaluation_table(folder).items())
+            Column(name, row, folder / IMAGES / f"{i}.png", captions, [], facts[name], frozenset(), is_before=False)
+            for i, (name, row) in enumerate(table.items())
         ]
     rows = read_metrics(folder)
     evaluations, ends = by_step(rows, "evaluation"), evaluations_to_export(rows)

@@ -44,7 +44,7 @@ from rlhf_t2i.search.steering import NUM_CALIBRATION_IMAGES, NUM_CALIBRATION_PRO
 from rlhf_t2i.seeds import CALIBRATE, RESAMPLE, SAMPLE, generator_for, seed_for
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.search import SearchConfig
-from rlhf_t2i.training.run import Run, start_run
+from rlhf_t2i.training.run import Run, record_other_bases, start_run
 from rlhf_t2i.types import Sampler
 
 
@@ -218,6 +218,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float, standardise: 
             each.refuse_groups(PARTS_OF_GROUPS)
     run = start_run({**asdict(config), "trackers": ""}, recipe=recipe, checkpoints=False)
     run.print(config.defaults_text())
+    record_other_bases(run, [config.weights] if config.weights else [], config.model)
     policy = load_policy(
         config.model,
         device=run.device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from rlhf_t2i.distributed.processes import DTYPES, Mode, end_processes, start_processes
 from rlhf_t2i.distributed.watch import Watch
-from rlhf_t2i.output.run_folder import CHECKPOINTS
+from rlhf_t2i.output.run_folder import CHECKPOINTS, update_run_info
+from rlhf_t2i.settings.from_run import other_bases
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.training.checkpoint_files import checkpoint_step, newest_complete, owes_evaluation
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder
@@ -167,3 +168,12 @@ def start_run(
     accelerator.wait_for_everyone()  # or a process that fails at once would remove the folder too early
     trackers = Trackers(accelerator, names(config["trackers"]), folder=folder, config=config, resumed_step=step)
     return Run(accelerator, mode, folder, metrics, trackers, resumed_from)
+
+
+def record_other_bases(run: Run, weights: Sequence[str], model: str) -> None:
+    """Say which of `weights` are LoRAs of another base than `model`, and record their bases in run.json."""
+    found = other_bases(weights, model)
+    for name, base in found.items():
+        run.print(f"sibling   {name} was trained on {base}; its LoRA is loaded into another base, {model}")
+    if run.is_main:
+        update_run_info(run.folder, {"other_bases": found})
