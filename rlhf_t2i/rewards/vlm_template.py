@@ -140,7 +140,8 @@ def _first_token(answer: Any) -> dict[str, float]:
         pairs = [(str(token["token"]).strip(_SPACE).lower(), float(token["logprob"])) for token in tokens]
     except (KeyError, IndexError, TypeError, ValueError):
         raise BadAnswerError(
-            f"no log-probabilities (choices[0].logprobs.content[0].top_logprobs), but {json.dumps(answer)[:200]}"
+            f"no log-probabilities (choices[0].logprobs.content[0].top_logprobs), which yes_no and digits need (use a "
+            f"server that returns them or the form rubric), but {json.dumps(answer)[:200]}"
         ) from None
     chances: dict[str, float] = {}
     for text, log_prob in sorted(pairs, key=lambda pair: -pair[1]):
