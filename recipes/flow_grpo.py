@@ -72,6 +72,7 @@ def main(config: Config) -> Path:
             images, trajectory = rollout(
                 policy, own_prompts, sampler=sampler, microbatch_size=config.microbatch_size,
                 generators=generators_for(config.seed, SAMPLE, step, shard),
+                same_initial_noise=config.same_initial_noise,
             )  # fmt: skip
         with trainer.timed("reward"), torch.no_grad():
             rewards, scores = reward(
@@ -87,7 +88,10 @@ def main(config: Config) -> Path:
         advantages = advantages.clamp(-config.max_advantage, config.max_advantage).to(trainer.device)
         noise = None
         if config.ratio_normalisation:
-            noise = noise_of_rollout(policy, trajectory, generators=generators_for(config.seed, SAMPLE, step, shard))
+            noise = noise_of_rollout(
+                policy, trajectory, generators=generators_for(config.seed, SAMPLE, step, shard),
+                same_initial_noise=config.same_initial_noise,
+            )  # fmt: skip
         metrics = dict[str, float]()
         if any_to_learn(advantages, step=step, print=trainer.print):
             with trainer.timed("update"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,10 @@ def test_the_last_step_is_never_noisy(config: flow_grpo.Config) -> None:
 
 
 @torch.no_grad()
-def test_a_rollout_has_log_probabilities_in_its_window_only_and_its_noise_can_be_drawn_again(tiny_sd3: Path) -> None:
+@pytest.mark.parametrize("same", [False, True])
+def test_a_rollout_has_log_probabilities_in_its_window_only_and_its_noise_can_be_drawn_again(
+    tiny_sd3: Path, same: bool
+) -> None:
     """So the means of the old policy can be computed without having been stored."""
     policy = load_policy(str(tiny_sd3), device=CPU)
     schedule = policy.schedule(4)
@@ -217,10 +221,14 @@ def test_a_rollout_has_log_probabilities_in_its_window_only_and_its_noise_can_be
     step = partial(flow_sde, noise_scale=0.7, sigma_cap=first)
     sampler = Sampler(schedule, partial(windowed, dynamics=step, first=first, end=end))
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    _, trajectory = rollout(policy, ["a", "a", "b", "b"], sampler=sampler, generators=generators, microbatch_size=3)
+    _, trajectory = rollout(
+        policy, ["a", "a", "b", "b"], sampler=sampler, generators=generators, microbatch_size=3, same_initial_noise=same
+    )
+    equal = [[torch.equal(one, other) for one, other in pairwise(trajectory.latents[:, t])] for t in range(4)]
+    assert equal == [[same, False, same]] * 2 + [[False] * 3] * 2
     assert trajectory.log_probs.ne(0).tolist() == [[False, True, True, False]] * 4
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    noise = noise_of_rollout(policy, trajectory, generators=generators)
+    noise = noise_of_rollout(policy, trajectory, generators=generators, same_initial_noise=same)
     for t in (1, 2):
         level, after = (schedule.at(torch.full((4,), t + i)) for i in (0, 1))
         latents = trajectory.latents[:, t]

@@ -29,14 +29,16 @@ def rollout(
     sampler: Sampler,
     generators: Sequence[torch.Generator],
     microbatch_size: int,
+    same_initial_noise: bool = False,
     on_images: Callable[[Float[Tensor, "N 3 Y X"], Sequence[str]], None] | None = None,
 ) -> tuple[Float[Tensor, "B 3 Y X"], Trajectory]:
     """Sample one image per prompt and return the images, clamped to [0, 1], with the record of their denoising steps.
 
     Each generator serves an equal share of the prompts, in order; ValueError if there is none. `microbatch_size` is the
-    most images in one forward pass; it changes memory, not images. With `on_images` the prompts are sampled in groups
-    of about `microbatch_size`, never splitting a generator's share, and it is called with the images and prompts of
-    each group while the next groups are still to be sampled.
+    most images in one forward pass; it changes memory, not images. With `same_initial_noise` the images of a generator
+    start from the same noise and differ by the noise of later steps only. With `on_images` the prompts are sampled in
+    groups of about `microbatch_size`, never splitting a generator's share, and it is called with the images and prompts
+    of each group while the next groups are still to be sampled.
 
     Every forward pass has the trajectory's `num_rows` images: the last one of a group is filled up.
     """
@@ -49,7 +51,7 @@ def rollout(
     for members in groups:
         own = [generators[int(i)] for i in members]
         rows = slice(copies * int(members[0]), copies * int(members[-1] + 1))
-        noise = model.initial_noise(own, copies=copies)
+        noise = _initial_noise(model, own, copies=copies, same=same_initial_noise)
         if not len(latents):
             latents, log_probs = noise.new_empty(*shape, *noise.shape[1:]), noise.new_empty(num_images, shape[1] - 1)
         latents[rows, 0] = noise
@@ -108,6 +110,14 @@ def encode_distinct(model: DiffusionModel, prompts: Sequence[str]) -> EncodedPro
     return EncodedPrompts(model.encode(list(row)), torch.tensor([row[prompt] for prompt in prompts]))
 
 
+def _initial_noise(
+    model: DiffusionModel, generators: Sequence[torch.Generator], *, copies: int, same: bool
+) -> Float[Tensor, "B C H W"]:
+    if same:
+        return model.initial_noise(generators, copies=1).repeat_interleave(copies, dim=0)
+    return model.initial_noise(generators, copies=copies)
+
+
 def _copies(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> int:
     """Return the number of prompts that each generator serves."""
     copies, rest = divmod(len(prompts), len(generators))
@@ -152,14 +162,18 @@ def _decode(
 
 
 def noise_of_rollout(
-    model: DiffusionModel, trajectory: Trajectory, *, generators: Sequence[torch.Generator]
+    model: DiffusionModel,
+    trajectory: Trajectory,
+    *,
+    generators: Sequence[torch.Generator],
+    same_initial_noise: bool = False,
 ) -> Float[Tensor, "B T C H W"]:
     """Draw the noise of each step of a rollout again; `generators` are in the state that they had before the rollout.
 
     The mean of a step to x' with a std was x' - std * noise.
     """
     num_images, num_steps = trajectory.log_probs.shape
-    model.initial_noise(generators, copies=num_images // len(generators))
+    _initial_noise(model, generators, copies=num_images // len(generators), same=same_initial_noise)
     noise = torch.empty_like(trajectory.latents[:, 1:])
     for step in range(num_steps):
         noise[:, step] = randn(noise[:, 0].shape, generators=generators, device=noise.device)

@@ -26,6 +26,9 @@ class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     model: ModelPath = by_model(TOY_FLOW_MODEL, TOY_FLOW_MODEL)
     """Flow model: a diffusers pipeline folder, a Hub id, or the built-in shapes-flow."""
 
+    same_initial_noise: bool = False
+    """Start the images of a prompt from the same noise, so that they differ by the noise of the window only
+    (DanceGRPO, arXiv:2505.07818)."""
     dynamics: Literal["flow_sde", "cps"] = "flow_sde"
     """Noisy denoising step: flow_sde is Flow-GRPO's SDE, cps coefficients-preserving sampling (arXiv:2509.05952)."""
     noise_scale: PositiveFloat = 0.7
