@@ -109,7 +109,7 @@ def undisturbed(recipe: str, work: Path) -> tuple[Path, int, float]:
 def go_on(recipe: str, work: Path, folder: Path, log: Path) -> End:
     """Resume a run as a user would; one that has no checkpoint yet begins again."""
     end = run_recipe(recipe, options_of(recipe, work, folder, resume=True), log)
-    if end.refused and not list(folder.glob("checkpoints/step_*")):
+    if end.refused and not list(folder.glob("checkpoints/*[0-9]")):
         end = run_recipe(recipe, options_of(recipe, work, folder), log)
     return end
 
@@ -148,12 +148,12 @@ def kill(work: Path, index: int, rng: random.Random) -> Outcome:
 
 def flip_bit(work: Path, index: int, rng: random.Random) -> Outcome:
     """Flip one bit of a file of an unfinished run, and go on."""
-    recipe = ("ddpo", "train_reward_model")[index % 2]
+    recipe = ("ddpo", "ddpo", "ddpo", "train_reward_model")[index % 4]
     expected, _, _ = undisturbed(recipe, work)
     started = work / "undisturbed" / f"{recipe}-unfinished"
     if not started.exists():
         shutil.copytree(expected, started.with_suffix(".part"))
-        last = sorted(started.with_suffix(".part").glob("checkpoints/step_*"))[-1:]
+        last = sorted(started.with_suffix(".part").glob("checkpoints/*[0-9]"))[-1:]
         for checkpoint in last:  # so that there is something left to do
             shutil.rmtree(checkpoint)
         started.with_suffix(".part").rename(started)
