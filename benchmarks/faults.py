@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -47,7 +47,7 @@ PARTS = {
     "single_disk": Part("full disk in a recipe that does not resume, then room", single_starts.fill_disk, 20),
     "annotation": Part("SIGKILL or a full disk while an annotator answers", annotators.disturb, 40),
     "two_processes": Part("SIGKILL of one of two processes, then restart", two_processes.kill, 10),
-    "bits": Part("one flipped bit in any file of a run, then resume", runs.flip_bit, 501),
+    "bits": Part("one flipped bit in any file of a run, then resume", runs.flip_bit, 99),
     "disk": Part("full disk in a run, then resume with room", runs.fill_disk, 40),
     "clock": Part("clock that jumps by up to a year", runs.move_clock, 16),
     "requests": Part("mutated requests to a reward server", servers.mutated_requests, 100, servers.REQUESTS),
@@ -77,11 +77,15 @@ def table(folder: Path) -> str:
     lines = ["| attack | tries | survived | failed |", "|---|---|---|---|"]
     for name, part in PARTS.items():
         if (record := folder / f"{name}.jsonl").exists():
-            outcomes = [json.loads(line)["survived"] for line in record.read_text().splitlines()]
-            failed = outcomes.count(False)
-            unit = f"{len(outcomes):,}" if part.size == 1 else f"{len(outcomes):,} x {part.size}"
-            lines.append(f"| {part.title} | {unit} | {len(outcomes) - failed:,} | {failed:,} |")
+            rows = [json.loads(line) for line in record.read_text().splitlines()]
+            tries, failed = (sum(row.get("faults", 1) for row in some) for some in (rows, _failed(rows)))
+            unit = f"{tries:,}" if part.size == 1 else f"{tries:,} x {part.size}"
+            lines.append(f"| {part.title} | {unit} | {tries - failed:,} | {failed:,} |")
     return "\n".join(lines)
+
+
+def _failed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if not row["survived"]]
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ class Outcome(NamedTuple):
     survived: bool
     what: str
     """What was attacked and what happened, in one line."""
+    faults: int = 1
+    """Faults in this try."""
 
 
 class End(NamedTuple):

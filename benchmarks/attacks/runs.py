@@ -147,8 +147,8 @@ def kill(work: Path, index: int, rng: random.Random) -> Outcome:
 
 
 def flip_bit(work: Path, index: int, rng: random.Random) -> Outcome:
-    """Flip one bit of a file of an unfinished run, and go on."""
-    recipe = ("ddpo", "ddpo", "ddpo", "train_reward_model")[index % 4]
+    """Flip one bit of a file of an unfinished run, and go on; or of each file that a resumed run does not need."""
+    recipe = ("ddpo", "ddpo", "train_reward_model")[index % 3]
     expected, _, _ = undisturbed(recipe, work)
     started = work / "undisturbed" / f"{recipe}-unfinished"
     if not started.exists():
@@ -159,14 +159,18 @@ def flip_bit(work: Path, index: int, rng: random.Random) -> Outcome:
         started.with_suffix(".part").rename(started)
     folder, log = work / f"bit-{index}", work / f"bit-{index}.log"
     shutil.copytree(started, folder)
-    victim = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
-    content = bytearray(victim.read_bytes())
-    bit = rng.randrange(8 * len(content))
-    content[bit // 8] ^= 1 << bit % 8
-    victim.write_bytes(content)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    needed = [p for p in files if "checkpoints" in p.parts or p.name in ("config.yaml", "run.json", "metrics.jsonl")]
+    victims = [rng.choice(needed)] if index % 2 else [path for path in files if path not in needed]
+    for victim in victims:
+        content = bytearray(victim.read_bytes())
+        bit = rng.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        victim.write_bytes(content)
     end = go_on(recipe, work, folder, log)
     survived, what = verdict(end, folder, expected, weights_only=True)
-    return finished(folder, log, Outcome(survived, f"{recipe}, bit {bit} of {victim.relative_to(folder)}: {what}"))
+    names = ", ".join(str(victim.relative_to(folder)) for victim in victims)
+    return finished(folder, log, Outcome(survived, f"{recipe}, a bit of {names}: {what}", len(victims)))
 
 
 def fill_disk(work: Path, index: int, rng: random.Random) -> Outcome:
