@@ -213,17 +213,17 @@ class LlavaReward:
         batches: dict[str, list[Tensor]] = {name: [] for name in names}
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
-            pixels = [to_tensor(image) for image in images[rows]]
-            needs_gradient = torch.is_grad_enabled() and any(image.requires_grad for image in pixels)
+            some = images[rows]
+            needs_gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in some)
             with torch.set_grad_enabled(needs_gradient):
-                inputs = self.model.encode_image(self._prepared(pixels, prompts[rows]))
+                inputs = self.model.encode_image(self._prepared(some, prompts[rows]))
                 for name in names:
                     with self.model.using(name):
                         batches[name].append(self.model(**inputs))
         return {name: torch.cat(outputs) for name, outputs in batches.items()}
 
-    def _prepared(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Inputs:
-        inputs = self.model.backbone.prepare([image.to(self.device) for image in images], prompts)
+    def _prepared(self, images: Sequence[ImageInput] | Tensor, prompts: Sequence[str]) -> Inputs:
+        inputs = self.model.backbone.prepare((to_tensor(image).to(self.device) for image in images), prompts)
         return {key: tensor.to(self.device) for key, tensor in inputs.items()}
 
 

@@ -30,6 +30,7 @@ from trl import RewardConfig, RewardTrainer
 
 from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, load_adapter_weights, load_reward_model, save_adapter
 from reward_model.checkpoint_files import seal
+from reward_model.datasets.fields import BadRecordError
 from reward_model.images import to_tensor
 from reward_model.losses import Objective
 from reward_model.model import GROUPS, RewardModel
@@ -67,9 +68,11 @@ class Collator:
         rows = [(pair.winner, pair.winner_prompt, pair.where) for pair in pairs]
         rows += [(pair.loser, pair.loser_prompt, pair.where) for pair in pairs]
         rows += [(one.image, one.prompt, one.where) for one in labelled]
-        images = [_image(path, where) for path, _, where in rows]
+        images = (_image(path, where) for path, _, where in rows)
         try:
             inputs = self.model.backbone.prepare(images, [prompt for _, prompt, _ in rows])
+        except BadRecordError:
+            raise
         except ValueError as error:
             raise ValueError(f"One of {', '.join(dict.fromkeys(where for *_, where in rows))}: {error}") from error
         return {
@@ -84,7 +87,7 @@ def _image(path: Path, where: str) -> Tensor:
     try:
         return to_tensor(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise BadRecordError(f"{where}: {error}") from error
 
 
 # --- the trainer ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ these into a `BackboneOutput`; code behind that does not depend on the family of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -93,8 +93,11 @@ class Backbone(Protocol):
         """Return the number of visual tokens of an image of this size in pixels."""
         ...
 
-    def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
-        """Return the model's inputs for RGB images in [0, 1] of any size and as many prompts."""
+    def prepare(self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
+        """Return the model's inputs for RGB images in [0, 1] of any size and as many prompts.
+
+        Takes the images one by one, once, so that those of an iterator that opens files are not in memory together.
+        """
         ...
 
     def encode_image(self, inputs: Inputs) -> Inputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -154,6 +155,29 @@ def test_a_chat_template_that_does_not_end_is_refused(monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match=r"The chat template of this model does not end within 200,000 steps"):
         tokenizer.text("a fox")
     assert sys.gettrace() is before
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set n = namespace(x='ab') %}{% for i in range(45) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=1) %}{% for i in range(45) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+        "{% set n = namespace(x=['a']) %}{% for i in range(45) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set x = 'ab' * 500 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+    ],
+)
+def test_a_chat_template_that_doubles_a_text_on_each_pass_is_refused(template: str) -> None:
+    """After 45 passes it would have 70 terabytes."""
+    tokenizer = replace(backbone_of("llava").prompt_tokenizer, chat_template=template)
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            ValueError, match=r"The chat template of this model makes a text or list of more than 1,000,"
+        ):
+            tokenizer.text("a fox")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_chat_template_is_also_found_beside_the_tokenizer_and_its_absence_is_an_error(

@@ -392,6 +392,32 @@ def test_a_table_that_takes_far_more_memory_than_its_file_is_refused(
     refused({"prompt": ["a" * 2000] * 1000}, dictionary=True, message="its texts take more than 1,048,576 bytes")
 
 
+def test_a_table_whose_footer_lies_about_its_rows_or_bytes_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def as_thrift(number: int) -> bytes:
+        parts = [(2 * number) >> shift & 127 for shift in range(0, max(1, (2 * number).bit_length()), 7)]
+        return bytes([*(part | 128 for part in parts[:-1]), parts[-1]])
+
+    path, texts = folder / "x.parquet", ["a" * 2000] * 1003
+    pq.write_table(pa.table({"prompt": texts}), path, compression="zstd", use_dictionary=False)
+    content, true = path.read_bytes(), pq.read_metadata(path)
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    monkeypatch.setattr(parquet, "_ALWAYS_FREE", 1 << 20)
+    for number, stated, message in (
+        (true.num_rows, 2**40, "its column 1 has 1,099,511,627,776 values in"),
+        (true.row_group(0).total_byte_size, 100, "its texts take more than 1,048,576 bytes"),
+    ):
+        footer = content[start:-8].replace(as_thrift(number), as_thrift(stated))
+        path.write_bytes(content[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+        monkeypatch.setattr(parquet, "_MOST_INFLATED", 1 if stated == 100 else 10_000)
+        with pytest.raises(ValueError, match=rf"x\.parquet is refused, since a file of any size .* {message}"):
+            list(read_parquet(path, skip_columns=()))
+
+
 def test_a_changed_byte_of_a_page_with_a_checksum_is_detected(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from recipes import publish as recipe
 from rlhf_t2i.hub.base import find_base
 from rlhf_t2i.hub.contents import check_kinds, check_no_keys
+from rlhf_t2i.models.packaging import save_trained_pipeline
+from rlhf_t2i.output.files import check_links
+from rlhf_t2i.shapes.names import TOY_MODELS
 from rlhf_t2i.training.finished_run import read_run
 from tests.hub import TOKEN, Commit, FakeHub, Repository
 from tests.publications import BASE, file_contents, shard_weights, two_evaluations
@@ -210,6 +213,29 @@ def test_no_link_out_of_the_run_folder_is_followed(name: str, run_copy: Path, tm
     with pytest.raises(ValueError, match=rf"{name} is a link to {outside}, outside of {run_copy}; it is not published"):
         recipe.main(recipe.Config(run=str(run_copy), base=BASE))
     assert not (run_copy / "publication").exists()
+
+
+def test_no_link_out_of_a_model_or_backbone_is_followed(lora_run: Path, reward_model_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    backbone = read_run(reward_model_run).config["backbone"]
+    for original in (Path(backbone), TOY_MODELS["shapes"]):
+        folder = shutil.copytree(original, tmp_path / original.name)
+        (folder / "chat_template.json").symlink_to(tmp_path / "secret")
+    run = shutil.copytree(reward_model_run, tmp_path / "run")
+    facts = run / "reward_model" / "llava_reward.json"
+    facts.write_text(facts.read_text().replace(json.dumps(backbone), json.dumps(str(tmp_path / Path(backbone).name))))
+    with pytest.raises(
+        ValueError, match=r"chat_template.json is a link to .*/secret, outside of .*; it is not published"
+    ):
+        recipe.main(recipe.Config(run=str(run)))
+    with pytest.raises(ValueError, match=r"chat_template.json is a link to .*/secret, outside of"):
+        save_trained_pipeline(str(folder), lora_run / "lora", tmp_path / "published")
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "1").touch()
+    (snapshot := blobs.parent / "snapshots" / "2").mkdir(parents=True)
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    check_links(snapshot)
 
 
 @pytest.mark.parametrize(

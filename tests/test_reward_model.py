@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -301,6 +302,25 @@ def test_an_untrained_perspective_does_not_change_the_backbones_output(family: s
     assert torch.equal(before.visual, after.visual)
     lora = model.groups("alignment")["lora"]
     assert len(lora) == 2 * 2 * 7  # A and B in two layers of seven matrices
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_images_of_a_batch_are_not_in_memory_together(family: str) -> None:
+    """An iterator that opens files is asked for the next one when the one before the last is gone."""
+    open_images, most = list[weakref.ref[torch.Tensor]](), list[int]()
+
+    def opened() -> Iterator[torch.Tensor]:
+        for image in images_of(family) * 2:
+            open_images.append(weakref.ref(one := image.clone()))
+            yield one
+            del one
+            most.append(sum(image() is not None for image in open_images))
+
+    backbone = fresh_backbone(family)
+    inputs = backbone.prepare(opened(), PROMPTS * 2)
+    assert max(most) == 1
+    expected = backbone.prepare(images_of(family) * 2, PROMPTS * 2)
+    assert all(torch.equal(inputs[name], expected[name]) for name in inputs.keys() | expected.keys())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from reward_model.benchmarks.evaluation import record_metrics, score_records
 from reward_model.import_published.files import read_tensors
-from reward_model.scorers import NAMES, PointwiseScorer, image_reward, load_scorer
+from reward_model.scorers import NAMES, PointwiseScorer, image_reward, load_scorer, pointwise
 from reward_model.scorers.hps import fit_into_square
 from reward_model.scorers.vqa_score import load_vqa_score
 from reward_model.scorers.weights import read_weights
@@ -275,6 +275,24 @@ def test_pixels_of_hps_are_padded_with_black(
 
 
 # --- all scorers ------------------------------------------------------------------------
+
+
+def test_images_are_decoded_and_scored_within_a_number_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch size: files of 64 megapixels would take a gigabyte each."""
+    monkeypatch.setattr(pointwise, "MAX_HELD_PIXELS", 150)
+    shapes = list[tuple[int, ...]]()
+
+    class Mean:
+        model, log_odds_unit = torch.nn.Linear(1, 1), 1.0
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            shapes.append(tuple(images.shape))
+            return images.mean((1, 2, 3)) + torch.tensor([float(prompt) for prompt in prompts])
+
+    images = [torch.full((3, 8, width), i / 10) for i, width in enumerate((8, 4, 8, 8, 40, 8, 8))]
+    scores = PointwiseScorer("mean", Mean()).score(images, [str(i) for i in range(7)])
+    assert_close(scores, torch.arange(7) * 1.1)
+    assert shapes == [(1, 3, 8, 8), (1, 3, 8, 4), (2, 3, 8, 8), (1, 3, 8, 40), (2, 3, 8, 8)]
 
 
 @pytest.mark.parametrize("name", HERE)

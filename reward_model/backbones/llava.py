@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +52,11 @@ class Llava:
     def language_model(self) -> nn.Module:
         return self.model.model.language_model
 
-    def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
+    def prepare(self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         """Resize the shortest side, crop the centre and normalise, by the processor's settings."""
-        sizes = {image.shape for image in images}
-        if len(sizes) == 1:
-            pixels = preprocess_as_clip(torch.stack(list(images)), self.processor)
-        else:
-            pixels = torch.cat([preprocess_as_clip(image[None], self.processor) for image in images])
+        pixels = torch.cat([preprocess_as_clip(image[None].contiguous(), self.processor) for image in images])
         count = self._count(*pixels.shape[-2:])
-        return {**self.prompt_tokenizer(prompts, [count] * len(images)), "pixel_values": pixels}
+        return {**self.prompt_tokenizer(prompts, [count] * len(pixels)), "pixel_values": pixels}
 
     def num_visual_tokens(self, height: int, width: int) -> int:
         return self._count(*size_as_clip(height, width, self.processor))

@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,11 @@ class LlavaNext:
             columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
         return side**2 + rows * (columns + 1)
 
-    def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
+    def prepare(self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         """Return all views and crops of all images in one tensor, and the size of each image in pixels."""
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        views, sizes = zip(*((self._views(image), (image.shape[1], image.shape[2])) for image in images), strict=True)
         tokens = self.prompt_tokenizer(prompts, [self.num_visual_tokens(*size) for size in sizes])
-        views = torch.cat([self._views(image) for image in images])
-        return {**tokens, "pixel_values": views, "image_sizes": torch.tensor(sizes)}
+        return {**tokens, "pixel_values": torch.cat(views), "image_sizes": torch.tensor(sizes)}
 
     def _views(self, image: Float[Tensor, "3 _ _"]) -> Float[Tensor, "N 3 S S"]:
         """Return the image resized to a square, and its crops: at its own aspect ratio, padded with black."""

@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class PatchPreprocessor:
     """Bounds of a resize before that one, as in the published LLaVA-Reward code for Qwen2.5-VL; None for none."""
 
     def prepare(
-        self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str], prompt_tokenizer: PromptTokenizer
+        self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str], prompt_tokenizer: PromptTokenizer
     ) -> Inputs:
         """Return the flattened patches of all images in one tensor, and the grid of each image."""
         found = [self._patches(image) for image in images]

@@ -8,7 +8,7 @@ Images, tokens and prompts are made as by the published processor; the model is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ class Phi3Vision:
     def num_visual_tokens(self, height: int, width: int) -> int:
         return self._count(*hd_grid(height, width, num_crops=self.num_crops, crop=self.crop)[1])
 
-    def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
+    def prepare(self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         """Return all views and crops of all images in one tensor, and each image's grid of crops."""
         prepared = [self._views(image) for image in images]
         tokens = self.prompt_tokenizer(prompts, [self._count(*grid) for _, grid in prepared])

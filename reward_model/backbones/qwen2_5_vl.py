@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ class Qwen25VL:
     def num_visual_tokens(self, height: int, width: int) -> int:
         return self.preprocessor.num_tokens(height, width)
 
-    def prepare(self, images: Sequence[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
+    def prepare(self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         return self.preprocessor.prepare(images, prompts, self.prompt_tokenizer)
 
     def encode_image(self, inputs: Inputs) -> Inputs:

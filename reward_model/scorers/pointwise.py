@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_model.images import ImageInput, to_tensor
+
+MAX_HELD_PIXELS = 2**25
+"""Pixels of images that are decoded together, such as 32 images of 1024 x 1024."""
 
 
 @runtime_checkable
@@ -82,15 +85,26 @@ class PointwiseScorer:
 
     def _batch(self, images: Sequence[ImageInput] | Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         device = next(self.function.model.parameters()).device
-        pixels = [to_tensor(image) for image in images]
-        rows_by_size: dict[torch.Size, list[int]] = defaultdict(list)
-        for row, image in enumerate(pixels):
-            rows_by_size[image.shape].append(row)
-        needs_gradient = torch.is_grad_enabled() and any(image.requires_grad for image in pixels)
+        needs_gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in images)
+        rows, scores = list[int](), list[Tensor]()
         with torch.set_grad_enabled(needs_gradient):
-            scores = [
-                self.function(torch.stack([pixels[i] for i in rows]).to(device), [prompts[i] for i in rows])
-                for rows in rows_by_size.values()
-            ]
-        order = torch.tensor([row for rows in rows_by_size.values() for row in rows])
-        return torch.cat(scores)[order.argsort().to(device)]
+            for group in _groups_of_one_size(images):
+                scores.append(self.function(torch.stack([*group.values()]).to(device), [prompts[i] for i in group]))
+                rows += group
+        return torch.cat(scores)[torch.tensor(rows).argsort().to(device)]
+
+
+def _groups_of_one_size(images: Sequence[ImageInput] | Tensor) -> Iterator[dict[int, Tensor]]:
+    """Yield the images of one size by row, and hold at most MAX_HELD_PIXELS of them, or one image, at a time."""
+    held: dict[torch.Size, dict[int, Tensor]] = defaultdict(dict)
+    count = 0
+    for row, image in enumerate(images):
+        pixels = to_tensor(image)
+        size = pixels.shape[1] * pixels.shape[2]
+        if held and count + size > MAX_HELD_PIXELS:
+            yield from held.values()
+            held.clear()
+            count = 0
+        held[pixels.shape][row] = pixels
+        count += size
+    yield from held.values()

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_model.image_files import open_image
+from reward_model.scorers.pointwise import MAX_HELD_PIXELS
 from reward_model.text_files import parse_json
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_image_grid
@@ -157,16 +158,20 @@ def subsample(items: Sequence[ItemT], count: int | None, *, generator: torch.Gen
 def score_questions(
     reward: WeightedSum, folder: Path, questions: Sequence[Question], *, device: torch.device, batch_size: int
 ) -> Float[Tensor, "N 2"]:
-    """Return the total reward of both images of each question; images of one size share a batch."""
+    """Return the total reward of both images of each question; images of one size share a batch.
+
+    A batch has at most `batch_size` images, and at most MAX_HELD_PIXELS pixels or one image.
+    """
     scores = torch.zeros(len(questions), 2)
-    of_size: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    of_size: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for number, question in enumerate(questions):
         for side, name in enumerate(question.images):
             with open_image(image_path(folder, name)) as image:
                 of_size.setdefault(image.size, []).append((number, side))
-    for places in of_size.values():
-        for start in range(0, len(places), batch_size):
-            rows = places[start : start + batch_size]
+    for (width, height), places in of_size.items():
+        count = min(batch_size, max(1, MAX_HELD_PIXELS // (width * height)))
+        for start in range(0, len(places), count):
+            rows = places[start : start + count]
             names = [questions[number].images[side] for number, side in rows]
             images = torch.stack([read_image(image_path(folder, name)) for name in names]).to(device)
             with torch.no_grad():

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rlhf_t2i.hub.base import Base
-from rlhf_t2i.output.files import remove_all_but, sha256_of, write_atomically
+from rlhf_t2i.output.files import check_links, remove_all_but, sha256_of, write_atomically
 from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     CONFIG,
@@ -83,6 +83,7 @@ def _write_reward_model(run: FinishedRun, base: Base, folder: Path) -> None:
 
     backbone = base.hub_id or "backbone"
     if base.hub_id is None:
+        check_links(Path(base.source))
         for path in sorted(Path(base.source).iterdir()):
             if path.suffix in _BACKBONE_FILES:
                 _copy(path, folder / backbone)

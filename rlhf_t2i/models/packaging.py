@@ -13,6 +13,8 @@ from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.load import family_of, load_policy, pipeline_index
 from rlhf_t2i.models.pipeline_parts import load_pipeline, missing_parts
 from rlhf_t2i.models.quiet import only_errors
+from rlhf_t2i.output.files import check_links
+from rlhf_t2i.shapes.names import TOY_MODELS
 
 
 def family_and_missing_parts(model: str) -> tuple[type[DiffusionPolicy], list[str]]:
@@ -29,8 +31,10 @@ def save_trained_pipeline(model: str, weights: Path, folder: Path) -> None:
     """Write all of `model` with a run's LoRA (merged) or full denoiser, in float32 and as safetensors.
 
     Its scheduler is the one that the run sampled with (DDIM for a diffusion model); all other parts are the model's
-    own. Raises what `load_policy` does.
+    own. Raises what `load_policy` does, and ValueError for a link out of the model's folder or that of the weights.
     """
+    for given in (TOY_MODELS.get(model, Path(model)), weights):
+        check_links(given)
     policy = load_policy(model, device=torch.device("cpu"), weights=weights)
     (source, index), component = pipeline_index(model), policy.component
     with only_errors():

@@ -46,6 +46,18 @@ def remove_all_but(kept: Set[str], folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_links(folder: Path) -> None:
+    """Raise ValueError for a symbolic link in a folder that leads out of it, to what would be published with it.
+
+    The links of a model in the cache of the Hub lead to the blobs of the same model.
+    """
+    real = folder.resolve()
+    root = real.parent.parent if real.parent.name == "snapshots" else real
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise ValueError(f"{path} is a link to {path.resolve()}, outside of {folder}; it is not published.")
+
+
 def path_from(folder: Path, text: str) -> str | None:
     """Return a relative path, taken from `folder`, without needless parts; None if nothing exists there."""
     path = Path(text.strip())
