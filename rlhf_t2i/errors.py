@@ -1,8 +1,8 @@
 """One line instead of a traceback for what a user can mend, also below `accelerate launch`.
 
 An error is for the user if a `raise` of this project made it, or if the system or a library refused a file or a
-connection to this project (OSError). Anything else is a bug, of this project, of a library or of a reward, and keeps
-its traceback.
+connection to this project (OSError, or a failed write). Anything else is a bug, of this project, of a library or of a
+reward, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -52,13 +52,19 @@ def one_line_errors() -> Iterator[None]:
 
 
 def is_for_user(error: BaseException) -> bool:
-    """Return True for an error that a `raise` of this project made, and for an OSError of what this project called."""
+    """Return True for an error that a `raise` of this project made, and for what the system said to a call of it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or _is_failed_write(error):
         callers = [frame for frame in frames if _is_own(frame) or not _is_library(frame)]
         return bool(callers) and _is_own(callers[-1])
     last = traceback.extract_tb(error.__traceback__)[-1:]
     return bool(last) and _is_own(frames[-1]) and (last[0].line or "").startswith("raise")
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    """Return True for what safetensors and torch.save raise instead of the system's OSError, as when a disk is full."""
+    is_safetensors = type(error).__name__ == "SafetensorError" and "I/O error" in str(error)
+    return is_safetensors or (isinstance(error, RuntimeError) and "inline_container.cc" in str(error))
 
 
 def exit_with(error: BaseException | str) -> NoReturn:
@@ -95,6 +101,8 @@ def _text(error: BaseException | str) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])
+    if isinstance(error, BaseException) and _is_failed_write(error):
+        return f"A file could not be written; is the disk full, or a file too large for it? ({error})"
     return str(error)
 
 

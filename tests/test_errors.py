@@ -88,6 +88,25 @@ def test_an_os_error_of_a_library_is_for_the_user_unless_a_reward_called_it() ->
     assert not is_for_user(error_of("my_reward"))
 
 
+FULL_DISK = """
+import resource, signal, torch
+from safetensors.torch import save_file
+from rlhf_t2i.errors import is_for_user
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for save in (save_file, torch.save):
+    try:
+        save({"x": torch.zeros(10_000)}, "x")
+    except Exception as error:
+        print(type(error).__name__, is_for_user(error))
+"""
+
+
+def test_a_full_disk_is_for_the_user_whatever_the_library_raises(tmp_path: Path) -> None:
+    output = processes.run([sys.executable, "-c", FULL_DISK], cwd=tmp_path)
+    assert output.stdout == "SafetensorError True\nRuntimeError True\n", output
+
+
 @pytest.mark.parametrize(
     ("code", "line"),
     [
