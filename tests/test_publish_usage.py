@@ -43,7 +43,7 @@ def built_in_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def family_runs(
     tiny_sdxl: Path, tiny_sd3: Path, tiny_sd3_lean: Path, tiny_flux: Path, tiny_sana: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    tiny_qwen_image: Path, tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:  # fmt: skip
     """A LoRA and a full denoiser of each other family, with settings that its card must repeat."""
     folder, few = tmp_path_factory.mktemp("runs"), {"num_denoising_steps": 2}
@@ -67,6 +67,10 @@ def family_runs(
             folder / "sana_lora", flow_grpo, model=str(tiny_sana), lora_rank=2, learning_rate=1.0,
             **{**flow, "resolution": 32},
         ),
+        "qwen_lora": finished_run(
+            folder / "qwen_lora", flow_grpo, model=str(tiny_qwen_image), lora_rank=2, learning_rate=1.0,
+            guidance_scale=3.0, rewards="jpeg_compressibility", **flow,
+        ),
         "flux_transformer": finished_run(folder / "flux_transformer", ddpo, model=str(tiny_flux), **flow),
     }  # fmt: skip
     shard_weights(runs["sd3_transformer"] / "transformer")
@@ -82,6 +86,7 @@ def published(
     out, lines = tmp_path_factory.mktemp("published"), ["import sys"]
     with only_hub(out / "login") as hub:
         models = {BASE: "tiny_sd"} | {f"some/{name}": f"tiny_{name}" for name in ("sdxl", "sd3", "flux", "sana")}
+        models["some/qwen"] = "tiny_qwen_image"
         for base, name in models.items():
             model = request.getfixturevalue(name)
             hub.repos[base] = Repository(branches={"main": [Commit(file_contents(model))]}, card={"license": "mit"})
@@ -92,6 +97,7 @@ def published(
             *((name, run, {"base": f"some/{name.partition('_')[0]}"}) for name, run in family_runs.items()),
             ("sd3_merged", family_runs["sd3_lora"], {"merge_lora": True}),
             ("flux_merged", family_runs["flux_lora"], {"merge_lora": True}),
+            ("qwen_merged", family_runs["qwen_lora"], {"merge_lora": True}),
             ("built_in", built_in_run, {}),
         ):
             config = recipe.Config(run=str(run), folder=str(out / name), repo=f"me/{name}", **more)
@@ -108,7 +114,7 @@ def published(
     [
         ("lora", 0), ("merged", 1), ("unet", 0), ("built_in", 0), ("sdxl_lora", 0), ("sdxl_unet", 0), ("sd3_lora", 0),
         ("sd3_transformer", 0), ("sd3_merged", 1), ("flux_lora", 1), ("flux_transformer", 0), ("flux_merged", 1),
-        ("sana_lora", 1),
+        ("sana_lora", 1), ("qwen_lora", 1), ("qwen_merged", 1),
     ],
 )  # fmt: skip
 def test_the_card_repeats_the_image_of_the_run(name: str, tolerance: int, published: Path) -> None:
