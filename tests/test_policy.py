@@ -21,7 +21,6 @@ from tests.policies import (
     FLOW,
     GUIDED,
     GUIDED_QUICK,
-    LATEST,
     MODELS,
     PROMPTS,
     images_of,
@@ -192,7 +191,7 @@ def test_the_reference_is_the_model_before_training(model: Path) -> None:
         assert_close(images_of(policy), after, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("model", [*DIFFUSION, *FLOW, *LATEST], indirect=True)
+@pytest.mark.parametrize("model", MODELS, indirect=True)
 def test_an_exported_lora_gives_the_same_images_in_diffusers_and_when_loaded(model: Path, tmp_path: Path) -> None:
     policy = policy_of(model)
     policy.set_trainable(LoraConfiguration(2, 6.0), keep_reference=False, seed=0)
