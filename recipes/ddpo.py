@@ -35,6 +35,7 @@ from rlhf_t2i.advantages import PerPromptHistory, group_relative_advantages, who
 from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
+from rlhf_t2i.plan import or_plan
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.async_reward import AsyncReward
 from rlhf_t2i.rewards.load import load_rewards
@@ -170,4 +171,4 @@ train = from_python(main)
 
 
 if __name__ == "__main__":
-    run_command(main, config)
+    run_command(or_plan(main), config)

@@ -48,6 +48,7 @@ from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import diffusion_dpo_loss
 from rlhf_t2i.models.lora import lora_dropout
 from rlhf_t2i.output.run_folder import PAIRS
+from rlhf_t2i.plan import or_plan
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.denoising_errors import denoising_errors
@@ -224,4 +225,4 @@ train = from_python(main)
 
 
 if __name__ == "__main__":
-    run_command(main, config)
+    run_command(or_plan(main), config)

@@ -38,6 +38,7 @@ from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.diffusion.forward import noise_to
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import denoising_mse, negative_aware_loss
+from rlhf_t2i.plan import or_plan
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.rollout import encode_distinct, generate
@@ -185,4 +186,4 @@ train = from_python(main)
 
 
 if __name__ == "__main__":
-    run_command(main, config)
+    run_command(or_plan(main), config)

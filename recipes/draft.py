@@ -37,6 +37,7 @@ from torch import Tensor
 
 from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.losses import reward_loss, weight_distance
+from rlhf_t2i.plan import or_plan
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.gradient import ScoredImages, require_gradient, score_with_gradient
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
@@ -162,4 +163,4 @@ train = from_python(main)
 
 
 if __name__ == "__main__":
-    run_command(main, config)
+    run_command(or_plan(main), config)

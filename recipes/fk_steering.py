@@ -30,6 +30,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
 
 import math
 
+from rlhf_t2i.plan import or_plan
 from rlhf_t2i.report.search import write_report
 from rlhf_t2i.search.candidates import best_of_n
 from rlhf_t2i.search.records import SearchRecord
@@ -66,4 +67,4 @@ def main(config: Config) -> list[SearchRecord]:
 
 
 if __name__ == "__main__":
-    run_command(main, config)
+    run_command(or_plan(main), config)

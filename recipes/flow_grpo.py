@@ -39,6 +39,7 @@ from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob, normalised_log_ratio, per_image, unscaled_log_ratio
 from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
+from rlhf_t2i.plan import or_plan
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout, transition_at
@@ -194,4 +195,4 @@ train = from_python(main)
 
 
 if __name__ == "__main__":
-    run_command(main, config)
+    run_command(or_plan(main), config)

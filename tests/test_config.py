@@ -278,8 +278,8 @@ def test_one_option_has_one_type_and_group_in_all_recipes() -> None:
         for option in options_of(importlib.import_module(f"rlhf_t2i.settings.{command}").Config):
             found.setdefault(option.name, set()).add((option.base, option.group))
     differing = {name for name, kinds in found.items() if len(kinds) > 1}
-    # Each recipe has its own choices of these.
-    assert differing == {"advantages", "loss"}
+    # Each recipe has its own choices of these, and publish a dry run of its own.
+    assert differing == {"advantages", "dry_run", "loss"}
 
 
 def test_help_and_mistakes_are_answered_without_torch() -> None:

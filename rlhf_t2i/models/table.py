@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reward_model.text_files import read_object
+from rlhf_t2i.models.architectures import published_architecture
 from rlhf_t2i.passed import passed
 from rlhf_t2i.shapes.names import TOY_MODELS
 
@@ -149,6 +150,8 @@ def pipeline_class_of(model: str) -> str:
         return type(pipeline).__name__
     if model in FAMILIES:
         return model
+    if (published := published_architecture(model)) is not None:
+        return published["_class_name"]
     index = TOY_MODELS.get(model, Path(model)) / INDEX
     if index.is_file():
         with suppress(ValueError):  # `pipeline_index` says what is wrong with the file

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from rlhf_t2i.rewards.terms import join_terms, reward_names_of
 from rlhf_t2i.settings.base import Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
+from rlhf_t2i.settings.dry_run import DryRunSettings
 from rlhf_t2i.settings.evaluation import EvaluationSettings
 from rlhf_t2i.settings.image_size import image_size
 from rlhf_t2i.settings.launch import shared_rule, tracker_rules
@@ -241,6 +242,7 @@ class DataSettings(Settings, group="data"):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig(
+    DryRunSettings,
     ProcessSettings,
     TrainingMemorySettings,
     CheckpointSettings,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from rlhf_t2i.settings.base import Group
 from rlhf_t2i.settings.by_model import by_model
+from rlhf_t2i.settings.dry_run import DryRunSettings
 from rlhf_t2i.settings.from_run import sampling_of_runs
 from rlhf_t2i.settings.groups import ModelSettings, ProcessSettings, ResumeSettings, RewardSettings, SamplingSettings
 from rlhf_t2i.settings.ranges import InputPath, OneReward, PositiveInt, PromptsPath, RewardNames
@@ -22,7 +23,7 @@ def steps_rule(num_denoising_steps: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(ProcessSettings, ResumeSettings, RewardSettings, SamplingSettings, ModelSettings):
+class SearchConfig(DryRunSettings, ProcessSettings, ResumeSettings, RewardSettings, SamplingSettings, ModelSettings):
     """Options of every search. Defaults of model, resolution, steps and guidance are those of the run whose weights are
     used."""
 

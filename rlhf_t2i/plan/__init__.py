@@ -1,0 +1,24 @@
+"""The plan of a run before it starts: `--dry_run` runs one step of a recipe on fake tensors, and counts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def or_plan(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a recipe's `main`, which with the option dry_run prints the plan of a run in place of running it."""
+
+    def main_or_plan(config: Any) -> Any:
+        if not config.dry_run:
+            return main(config)
+        if int(os.environ.get("RANK", "0")):
+            return None
+        from rlhf_t2i.plan.dry_run import rehearse  # takes seconds
+        from rlhf_t2i.plan.text import plan_text
+
+        return sys.stdout.write(plan_text(rehearse(main, config), config))
+
+    return main_or_plan

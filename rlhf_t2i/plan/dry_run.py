@@ -1,0 +1,222 @@
+"""Run one step of a recipe without weights, and plan its memory, its cost and its hours."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rlhf_t2i.distributed.memory import Layout, memory_of, num_bytes
+from rlhf_t2i.distributed.placement import layout_of
+from rlhf_t2i.distributed.processes import Mode, uses_fsdp
+from rlhf_t2i.models.table import family_entry
+from rlhf_t2i.models.without_weights import architecture_of, build_without_weights
+from rlhf_t2i.passed import PassedObjects, passing
+from rlhf_t2i.plan.stand_ins import Rehearsal, StepFinished, stand_in_reward
+from rlhf_t2i.plan.tracker import Counts, Tracker
+from rlhf_t2i.rewards.terms import reward_names_of
+
+_LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one step of a recipe needs on each process. Sizes are bytes."""
+
+    recipe: str
+    model: str
+    module: str
+    """Module of the model's family."""
+    mode: Mode
+    processes: int
+    parts: Mapping[str, tuple[int, int, int | float]]
+    """Trained parameters, frozen parameters and bytes of each network."""
+    state: Mapping[str, int | float]
+    """What is held at all times, by its name."""
+    peaks: Mapping[str, int | float]
+    """Most bytes on the device in each phase of a step."""
+    counts: Mapping[str, Counts]
+    """FLOPs and bytes of each phase."""
+    denoiser_calls: int | float
+    images: int
+    """Images of a step, over all processes."""
+    num_steps: int
+    host: int | float
+    """Bytes of the weights in main memory while they are loaded, and of what stays there."""
+    left_out: tuple[str, ...]
+
+    @property
+    def peak(self) -> int | float:
+        return max(self.peaks.values())
+
+    @property
+    def flops(self) -> int | float:
+        """Floating-point operations of one process in a step."""
+        return sum(counts.flops for counts in self.counts.values())
+
+    @property
+    def bytes(self) -> int | float:
+        return sum(counts.bytes for counts in self.counts.values())
+
+
+def launched(environment: Mapping[str, str]) -> tuple[Mode, int]:
+    """Return the distribution strategy and the number of processes that the launcher's variables configure."""
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        stages: dict[str, Mode] = {"1": "zero1", "2": "zero2", "3": "zero3"}
+        return stages[environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")], processes
+    if uses_fsdp(environment):
+        return "fsdp2", processes
+    return ("ddp" if processes > 1 else "single"), processes
+
+
+def rehearse(main: Callable[[Any], Any], config: Any, *, fake: bool = True, on_gpu: bool = True) -> Plan:
+    """Run one step of a recipe's `main`, on fake tensors or on zeros, and return what it needs.
+
+    With `on_gpu` the optimiser steps as on a GPU. Raises ValueError for options that do not fit the model, as the
+    recipe does, and for a model whose configs are unknown.
+    """
+    mode, processes = launched(os.environ)
+    removed = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    dtype = torch.float32 if precision == "no" else torch.bfloat16
+    tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True) if fake else None)
+    rehearsal = Rehearsal(tracker, processes, config, on_gpu)
+    architecture = architecture_of(config.model)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), tracker:
+            warnings.simplefilter("ignore")
+            whole = not getattr(config, "trains_lora", True)
+            pipeline = build_without_weights(
+                architecture, dtype=dtype, denoiser_dtype=torch.float32 if whole else dtype, empty=tracker.empty
+            )
+            host = sum(_bytes_of(part) for part in pipeline.components.values() if isinstance(part, nn.Module))
+            rewards = dict.fromkeys(_rewards_of(config), stand_in_reward)
+            objects = PassedObjects({config.model: pipeline}, {}, rewards)
+            with rehearsal.replacing(), passing(objects), suppress(StepFinished):
+                main(_prepared(config, Path(folder), dtype))
+            return _planned(rehearsal, pipeline, main, mode, host=host, precision=precision)
+    finally:
+        os.environ.update(removed)
+
+
+def _prepared(config: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Return the config of the rehearsal: a folder of its own, and pairs of one image where files are missing."""
+    options: dict[str, Any] = {
+        "dry_run": False, "run_folder": str(folder / "run"), "resume": False, "quantization": None,
+        "mixed_precision": "no" if dtype == torch.float32 else "bf16",
+    }  # fmt: skip
+    given = {option: value for option, value in options.items() if hasattr(config, option)}
+    if getattr(config, "pairs", None) and not getattr(config, "samples_pairs", False):
+        given |= {"pairs": str(_one_pair(folder)), "cache_folder": None}
+    return config.with_options(**given)
+
+
+def _one_pair(folder: Path) -> Path:
+    from PIL import Image
+
+    for name in ("winner", "loser"):
+        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
+    path = folder / "pairs.jsonl"
+    path.write_text('{"prompt": "a fox", "winner": "winner.png", "loser": "loser.png"}\n', encoding="utf-8")
+    return path
+
+
+def _rewards_of(config: Any) -> list[str]:
+    named = [getattr(config, name, None) for name in ("rewards", "evaluation_rewards", "veto")]
+    return [name for text in named if text for name in reward_names_of(text)]
+
+
+def _planned(
+    rehearsal: Rehearsal, pipeline: Any, main: Callable[[Any], Any], mode: Mode, *, host: int | float, precision: str
+) -> Plan:
+    config, tracker, policy = rehearsal.config, rehearsal.tracker, rehearsal.policy
+    parts = {
+        name: (
+            sum(p.numel() for p in part.parameters() if p.requires_grad),
+            sum(p.numel() for p in part.parameters() if not p.requires_grad),
+            _bytes_of(part),
+        )
+        for name, part in pipeline.components.items()
+        if isinstance(part, nn.Module)
+    }
+    saved = {name: _saved_by(config.quantization, pipeline, name) for name in parts}
+    encoders = sum(size - saved[name] for name, (_, _, size) in parts.items() if name.startswith("text_encoder"))
+    offloads = getattr(config, "offload_text_encoders", False)
+    trainer = rehearsal.trainer
+    layout = Layout(mode="single", processes=1, trainable=0)
+    if trainer is not None:
+        layout = layout_of(
+            policy.network, mode, processes=rehearsal.processes, num_averages=_num_averages(trainer),
+            reference=policy.reference is not None, num_moments=2,
+        )  # fmt: skip
+    own, single = memory_of(layout), memory_of(replace(layout, mode="single", processes=1))
+    held = own.persistent - single.persistent - sum(saved.values())
+    more = {
+        "rollout": held + own.gathered_for_sampling,
+        "update": held + own.gradients + own.buffers - own.persistent_buffers + own.gathered - single.gradients,
+    }
+    peaks = {
+        phase: counts.peak + more.get(phase, held) - (encoders if offloads and phase != "encode" else 0)
+        for phase, counts in tracker.counts.items()
+        if counts.peak
+    }
+    return Plan(
+        recipe=Path(inspect.getfile(main)).stem, model=config.model,
+        module=family_entry(type(pipeline).__name__).module, mode=mode, processes=rehearsal.processes,
+        parts={name: (learned, frozen, size - saved[name]) for name, (learned, frozen, size) in parts.items()},
+        state=_state_of(rehearsal, own, layout), peaks=peaks, counts=dict(tracker.counts),
+        denoiser_calls=rehearsal.denoiser_calls, images=rehearsal.images, num_steps=rehearsal.num_steps,
+        host=host - sum(saved.values()), left_out=_left_out(config, precision),
+    )  # fmt: skip
+
+
+def _num_averages(trainer: Any) -> int:
+    return sum(1 for average in trainer.averages.values() if average.average is not trainer.engine.weights)
+
+
+def _state_of(rehearsal: Rehearsal, own: Any, layout: Layout) -> dict[str, int | float]:
+    if rehearsal.trainer is None:
+        return {}
+    named = {
+        "gradients": own.gradients, "optimizer": own.moments + own.master, "averages": own.averages,
+        "reference": own.reference, "buffers": own.buffers,
+    }  # fmt: skip
+    del layout
+    return {name: value for name, value in named.items() if value}
+
+
+def _left_out(config: Any, precision: str) -> tuple[str, ...]:
+    names = _rewards_of(config)
+    notes = [f"the rewards ({', '.join(dict.fromkeys(names))})"] if names else []
+    if hasattr(config, "num_evaluation_images"):
+        notes.append("evaluations")
+    if precision == "fp16":
+        notes.append("what fp16 keeps in float32 (planned as bf16)")
+    return tuple(notes)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(num_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _saved_by(quantization: str | None, pipeline: Any, name: str) -> int | float:
+    """Return the bytes that 8 or 4 bits save of a part's linear layers in half precision."""
+    if quantization is None or not (name.startswith("text_encoder") or name in ("unet", "transformer")):
+        return 0.0
+    layers = [
+        m.weight for m in getattr(pipeline, name).modules() if type(m) is nn.Linear and not m.weight.requires_grad
+    ]
+    linear, rows = sum(w.numel() for w in layers), sum(len(w) for w in layers)
+    kept = linear + 3 * rows if quantization == "int8" else linear * (1 / 2 + 4 / 64)
+    return sum(w.nbytes for w in layers) - kept

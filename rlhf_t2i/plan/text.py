@@ -1,0 +1,86 @@
+"""A plan as text: parameters, memory, cost, hours on some GPUs, and what to switch if it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_t2i.output.text_table import align
+from rlhf_t2i.plan.dry_run import Plan
+
+_GIGA, _TERA = 1e9, 1e12
+SPARE = 0.9
+"""Usable part of a GPU's memory: kernels, fragmentation and the driver take the rest."""
+ACHIEVED = 0.8
+"""Measured rate of large bfloat16 matrix products over the nominal one, on an H200."""
+SHARES = {"stable_diffusion": 0.19, "sdxl": 0.22, "sd3": 0.22, "flux": 0.40}
+"""Measured share of that matrix rate in sampling and updates by model family, on an H200; 0.2 for others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A kind of GPU: GB of memory and nominal dense bfloat16 TFLOP/s."""
+
+    name: str
+    memory: int | float
+    rate: int | float
+
+
+GPUS = (Gpu("RTX 4090", 24, 165), Gpu("A100", 80, 312), Gpu("H100", 80, 989), Gpu("H200", 141, 989))
+
+
+def hours(plan: Plan, gpu: Gpu) -> float:
+    """Return the hours of all steps on a kind of GPU, one for each process."""
+    rate = gpu.rate * _TERA * ACHIEVED * SHARES.get(plan.module, 0.2)
+    return plan.num_steps * plan.flops / rate / 3600
+
+
+def fits(plan: Plan, gpu: Gpu) -> bool:
+    """True if a device's peak is within the usable memory of a GPU."""
+    return plan.peak / _GIGA <= SPARE * gpu.memory
+
+
+def remedies(plan: Plan, config: Any) -> list[str]:
+    """Return the options that save memory and are not set, in the order in which to try them."""
+    has = {name: getattr(config, name) for name in vars(config)}
+    switches = [
+        ("--offload_text_encoders true", has.get("offload_text_encoders") is False),
+        ("--gradient_checkpointing true", has.get("gradient_checkpointing") is False),
+        (f"--microbatch_size {has['microbatch_size'] // 2}", has["microbatch_size"] > 1),
+        ("--quantization int8", has.get("quantization") is None and getattr(config, "trains_lora", True)),
+        ("--lora_rank 16", "lora_rank" in has and not config.trains_lora),
+        ("accelerate_configs/deepspeed_zero2.yaml or fsdp2.yaml", "lora_rank" in has and not config.trains_lora),
+    ]
+    return [switch for switch, helps in switches if helps]
+
+
+def plan_text(plan: Plan, config: Any) -> str:
+    """Return the plan as plain text."""
+    held = [f"{name} {size / _GIGA:.2f} GB" for name, size in plan.state.items()]
+    share, giga = SHARES.get(plan.module, 0.2), f"{plan.peak / _GIGA:.1f} GB"
+    worst = max(plan.peaks, key=lambda phase: plan.peaks[phase])
+    lines = [
+        f"Plan of {plan.recipe} with {plan.model}, {plan.mode}, processes: {plan.processes}. Nothing was run.",
+        "",
+        *align([("part", "learning", "frozen", "GB"), *(
+            (name, f"{learned:,}", f"{frozen:,}", f"{size / _GIGA:.2f}")
+            for name, (learned, frozen, size) in plan.parts.items()
+        )]),
+        "",
+        f"device memory  {giga} at its peak, in the phase {worst}; "
+        + ", ".join(f"{phase} {peak / _GIGA:.1f}" for phase, peak in plan.peaks.items()),
+        f"held always    {', '.join(['weights', *held])}",
+        f"main memory    {plan.host / _GIGA:.1f} GB a process while weights are loaded, and about 1.5 GB of libraries",
+        f"one step       {plan.images:,} images; each process: {plan.denoiser_calls:,.0f} denoiser calls, "
+        f"{plan.flops / _TERA:,.1f} TFLOP, at most {plan.bytes / _GIGA:,.0f} GB read and written by operations",
+        f"not counted    {'; '.join(plan.left_out)}",
+        "",
+        *align([("GPU", "fits", f"hours for {plan.num_steps:,} steps"), *(
+            (f"{gpu.name}, {gpu.memory:g} GB", "yes" if fits(plan, gpu) else "no", f"{hours(plan, gpu):.1f}")
+            for gpu in GPUS
+        )]),
+        f"Hours are computed at {share:g} of {ACHIEVED:g} of the nominal bfloat16 rate, shares measured on an H200.",
+    ]  # fmt: skip
+    if not all(fits(plan, gpu) for gpu in GPUS):
+        lines.append(f"If it does not fit, in this order: {', '.join(remedies(plan, config)) or 'more processes'}.")
+    return "\n".join(lines) + "\n"

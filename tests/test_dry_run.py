@@ -1,0 +1,55 @@
+"""`--dry_run`: what a plan says of a step equals what is counted when the same step runs on real tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import ddpo, diffusion_dpo, diffusion_nft, draft, fk_steering, flow_grpo
+from rlhf_t2i.plan.dry_run import rehearse
+from tests.runs import REDNESS
+
+SMALL = {
+    "prompts_per_step": 2, "images_per_prompt": 4, "num_denoising_steps": 4, "num_steps": 7, "microbatch_size": 2,
+    "num_cpu_threads": 1, "lora_rank": 4, "gradient_checkpointing": False, "rewards": REDNESS,
+    "evaluation_rewards": REDNESS,
+}  # fmt: skip
+
+
+def config_of(recipe: Any, model: Path, tmp_path: Path, **options: Any) -> Any:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\na pear\na bell\n")
+    known = {name: value for name, value in SMALL.items() if name in recipe.Config.__dataclass_fields__}
+    files = {"model": str(model), "prompts": str(prompts), "evaluation_prompts": str(prompts)}
+    return recipe.Config(
+        **known | {n: v for n, v in files.items() if n in recipe.Config.__dataclass_fields__} | options
+    )
+
+
+CASES = [
+    (ddpo, "tiny_sd", {"num_minibatches": 2}),
+    (ddpo, "tiny_sd", {"lora_rank": None, "gradient_checkpointing": True, "num_minibatches": 1}),
+    (flow_grpo, "tiny_sd3", {"num_minibatches": 1}),
+    (diffusion_nft, "tiny_flux", {}),
+    (draft, "tiny_sdxl", {"backprop_steps": 1}),
+    (diffusion_dpo, "tiny_sd", {"lora_rank": None, "pairs_per_step": 6, "pairs": "missing.jsonl", "prompts": ""}),
+    (fk_steering, "tiny_sd", {"images_per_prompt": 1, "num_particles": 2, "resample_after": "2", "reward_std": 1.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "options"),
+    [pytest.param(*case, marks=pytest.mark.slow if i else ()) for i, case in enumerate(CASES)],
+    ids=[f"{case[0].__name__}-{case[1]}-{i}" for i, case in enumerate(CASES)],
+)
+def test_a_plan_counts_what_a_real_step_does(
+    recipe: Any, model: str, options: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    config = config_of(recipe, request.getfixturevalue(model), tmp_path, **options)
+    plan, real = (rehearse(recipe.main, config, fake=fake, on_gpu=False) for fake in (True, False))
+    assert plan.flops == pytest.approx(real.flops)
+    assert plan.denoiser_calls == real.denoiser_calls
+    assert (plan.images, plan.num_steps, plan.parts) == (real.images, real.num_steps, real.parts)
+    assert plan.peak == pytest.approx(real.peak, rel=0.03)
