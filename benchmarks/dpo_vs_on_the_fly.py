@@ -109,7 +109,8 @@ def here(folder: Path, num_steps: int, *, cache: Path, num_inner_epochs: int) ->
             record()
             step_indices = pairs_of_step(len(image_pairs), step, num_pairs=PAIRS_PER_STEP, seed=0)
             load = partial(image_pairs.load, step_indices, step=step)
-            metrics = update(trainer, load, count=len(step_indices), step=step, timesteps=TIMESTEPS, config=config)
+            groups = image_pairs.groups(step_indices)
+            metrics = update(trainer, load, groups=groups, step=step, timesteps=TIMESTEPS, config=config)
             trainer.finish_step(step, images=2 * len(step_indices), **metrics)
             losses.append(metrics["loss"])
     return {"rows": record.rows, "losses": losses, "steps": num_inner_epochs, "filled": filled}
