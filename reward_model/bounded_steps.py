@@ -59,6 +59,6 @@ def _is_large(values: Iterable[Any]) -> bool:
         if type(value) in _COLLECTIONS:
             if len(value) > MAX_SIZE:
                 return True
-        elif type(value) is Namespace and _is_large(value._Namespace__attrs.values()):
+        elif issubclass(type(value), Namespace) and _is_large(value._Namespace__attrs.values()):
             return True
     return False

@@ -175,7 +175,7 @@ def _planned(
         recipe=Path(inspect.getfile(main)).stem, model=config.model,
         module=family_entry(type(pipeline).__name__).module, mode=mode, processes=rehearsal.processes,
         parts={name: (learned, frozen, size - saved[name]) for name, (learned, frozen, size) in parts.items()},
-        state=_state_of(rehearsal, own, layout), peaks=peaks, counts=dict(tracker.counts),
+        state=_state_of(rehearsal, own), peaks=peaks, counts=dict(tracker.counts),
         denoiser_calls=rehearsal.denoiser_calls, images=rehearsal.images, num_steps=rehearsal.num_steps,
         host=host - sum(saved.values()), left_out=_left_out(config, precision),
     )  # fmt: skip
@@ -185,14 +185,13 @@ def _num_averages(trainer: Any) -> int:
     return sum(1 for average in trainer.averages.values() if average.average is not trainer.engine.weights)
 
 
-def _state_of(rehearsal: Rehearsal, own: Any, layout: Layout) -> dict[str, int | float]:
+def _state_of(rehearsal: Rehearsal, own: Any) -> dict[str, int | float]:
     if rehearsal.trainer is None:
         return {}
     named = {
         "gradients": own.gradients, "optimizer": own.moments + own.master, "averages": own.averages,
         "reference": own.reference, "buffers": own.buffers,
     }  # fmt: skip
-    del layout
     return {name: value for name, value in named.items() if value}
 
 
