@@ -92,6 +92,16 @@ def test_the_report_has_metrics_curves_and_the_best_validation(tmp_path: Path) -
     assert headline(HISTORY[:2]).endswith("0.750 after 10 steps, the only validation")
 
 
+def test_a_damaged_file_of_an_earlier_evaluation_ends_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path, [], run={**RUN_INFO, "recipe": "reward_model"})
+    (folder / "metrics.json").write_text('{"validation": [{}]}')
+    record_history(folder, HISTORY)
+    assert "WARNING: the report could not be written (ValueError: " in "".join(capsys.readouterr())
+    assert json.loads((folder / "history.json").read_text()) == HISTORY
+
+
 def test_the_command_writes_the_report_of_a_reward_model(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, [], run={**RUN_INFO, "recipe": "reward_model"})
     record_history(folder, HISTORY)

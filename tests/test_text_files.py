@@ -79,6 +79,14 @@ def test_files_of_a_stranger_s_run_of_other_types_are_refused_by_name(
         read(tmp_path)
 
 
+def test_a_row_of_metrics_without_a_field_is_named(tmp_path: Path) -> None:
+    """A flipped bit may change the name of a field."""
+    row = {"naMe": "accuracy", "value": 0.5, "low": None, "high": None, "count": 4, "note": ""}
+    written(tmp_path / "metrics.json", json.dumps({"validation": [row]}))
+    with pytest.raises(ValueError, match=r"metrics\.json: validation\.0\.name is .*; Field required"):
+        read_reward_metrics(tmp_path)
+
+
 def test_measurements_of_a_run_that_are_not_finite_are_read(tmp_path: Path) -> None:
     written(tmp_path / "history.json", '[{"step": 1, "loss": NaN, "grad_norm": Infinity}]')
     assert read_reward_history(tmp_path)[0]["grad_norm"] == math.inf

@@ -104,6 +104,18 @@ class _Captions(TypedDict):
     columns: Annotated[int, Gt(0)]
 
 
+@with_config(ConfigDict(extra="allow", strict=True))
+class _Metric(TypedDict):
+    """Types of a row of a reward model's metrics.json."""
+
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    count: int
+    note: str
+
+
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 DENOISER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -188,7 +200,7 @@ def read_evaluation_table(folder: Path) -> dict[str, dict[str, Any]]:
 
 def read_reward_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the measurements of a reward model, by data set."""
-    return read_typed(folder / REWARD_METRICS, dict[str, list[dict[str, Any]]], allow_nan=True)
+    return read_typed(folder / REWARD_METRICS, dict[str, list[_Metric]], allow_nan=True)
 
 
 def read_reward_history(folder: Path) -> list[dict[str, Any]]:

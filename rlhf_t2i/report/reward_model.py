@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import (
     CONFIG,
@@ -46,9 +48,15 @@ def headline(history: Sequence[Row]) -> str:
 
 
 def record_history(folder: Path, history: Sequence[dict[str, Any]]) -> None:
-    """Write the training log to the run folder and bring the report up to date."""
+    """Write the training log to the run folder and bring the report up to date.
+
+    A damaged file of an earlier evaluation is said, and ends no training.
+    """
     write_atomically(folder / REWARD_HISTORY, json.dumps(list(history), indent=1))
-    write_report(folder)
+    try:
+        write_report(folder)
+    except Exception as error:
+        tqdm.write(f"WARNING: the report could not be written ({type(error).__name__}: {error}).")
 
 
 def write_report(folder: Path) -> Path:
