@@ -72,7 +72,7 @@ def test_option_help_lists_the_names_and_that_of_draft_only_what_may_have_a_grad
 
 def test_the_table_has_every_scorer_of_other_projects() -> None:
     paths = {entry.name.removesuffix(":PATH") for entry in REWARDS if entry.takes_path}
-    assert paths == {"llava_reward", "pairwise", "soft_tifa", "vlm:URL", *scorers.NAMES}
+    assert paths == {"llava_reward", "ocr", "pairwise", "soft_tifa", "vlm:URL", *scorers.NAMES}
 
 
 @pytest.mark.parametrize(
