@@ -49,4 +49,5 @@ def test_one_try_of_each_quick_kind_is_survived() -> None:
     parts = [option for name in names for option in ("--part", name)]
     result = processes.run([sys.executable, "benchmarks/faults.py", *parts, "--tries", "1"])
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("| 1 | 0 |") == len(names), result.stdout
+    survived = [line for line in result.stdout.splitlines() if line.endswith("| 0 |")]
+    assert len(survived) == len(names), result.stdout
