@@ -160,9 +160,9 @@ def _scratch(folder: Path) -> Iterator[Path]:
     try:
         remove_all_but({LOCK}, folder)
         yield folder
-    finally:
-        lock.release()
+    finally:  # the lock is held until nothing is left that another process could begin to use
         shutil.rmtree(folder)
+        lock.release()
 
 
 def list_files(folder: Path) -> list[str]:

@@ -20,6 +20,7 @@ from rlhf_t2i.output.run_folder import (
     read_reward_metrics,
     read_run_info,
 )
+from rlhf_t2i.output.secondary import report_or_warning
 from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.svg import draw
 from rlhf_t2i.report.templating import TEMPLATES, load_template
@@ -53,10 +54,7 @@ def record_history(folder: Path, history: Sequence[dict[str, Any]]) -> None:
     A damaged file of an earlier evaluation is said, and ends no training.
     """
     write_atomically(folder / REWARD_HISTORY, json.dumps(list(history), indent=1))
-    try:
-        write_report(folder)
-    except Exception as error:
-        tqdm.write(f"WARNING: the report could not be written ({type(error).__name__}: {error}).")
+    report_or_warning(write_report, folder, say=tqdm.write)
 
 
 def write_report(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.distributed.state import gather_weights
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.output.run_folder import CONFIG, IMAGES, image_grid
+from rlhf_t2i.output.secondary import report_or_warning
 from rlhf_t2i.rewards.load import WeightedSum
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
@@ -262,10 +263,7 @@ class Trainer:
 
     def _write_report(self) -> Path | None:
         """Bring the report up to date; a damaged file of an earlier evaluation is said, and ends no training."""
-        try:
-            return self.report(self.folder)
-        except Exception as error:
-            self.print(f"WARNING: the report could not be written ({type(error).__name__}: {error}).")
+        return report_or_warning(self.report, self.folder, say=self.print)
 
     def finish(self) -> Path:
         """Export the weights and write the last report, or say how to resume; return the run folder. Collective.
