@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,38 @@ def test_a_start_that_fails_removes_nothing_but_its_own(folder: Path) -> None:
     claimed(folder)
     remove_failed_starts()
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_removal_that_is_killed_anywhere_leaves_a_folder_to_start_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed_after(removals: int, folder: Path) -> bool:
+        left, unlink = iter(range(removals)), Path.unlink
+
+        def unlink_or_die(path: Path, **options: bool) -> None:
+            if path.is_relative_to(folder) and path.name != ".lock" and next(left, None) is None:
+                raise KeyboardInterrupt
+            unlink(path, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink_or_die)
+            try:
+                remove_failed_starts()
+            except KeyboardInterrupt:
+                release_folder(folder)
+                return True
+        return False
+
+    for removals in count():
+        folder = tmp_path / str(removals)
+        folder.mkdir()
+        (folder / "notes.txt").touch()
+        claimed(folder)
+        if not killed_after(removals, folder):
+            break
+        claimed(folder, lora_rank=8)
+        assert {path.name for path in folder.iterdir()} >= {"notes.txt", "config.yaml", "run.json", ".starting"}
+    assert removals == 3  # config.yaml, run.json, .starting
 
 
 def test_a_run_with_results_and_a_resumed_one_are_kept(folder: Path) -> None:

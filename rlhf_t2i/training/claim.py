@@ -107,12 +107,22 @@ def release_folder(folder: Path) -> None:
 def remove_failed_starts() -> None:
     """Remove the folders of runs that ended before `keep_folder`."""
     for folder, claim in list(_claims.items()):
+        if claim.before is not None:
+            with contextlib.suppress(OSError):
+                _remove_start(folder, kept=claim.before)
+                folder.rmdir()
         release_folder(folder)
-        if claim.before is None:
-            continue
-        with contextlib.suppress(OSError):
-            remove_all_but(claim.before, folder)
-            folder.rmdir()
+
+
+def _remove_start(folder: Path, *, kept: Set[str]) -> None:
+    """Remove what a start has written; wherever a kill ends this, the folder holds no run and may be claimed.
+
+    The config goes first, without which there is no run, and the list of what to keep last.
+    """
+    (folder / CONFIG).unlink(missing_ok=True)
+    remove_all_but(kept | {STARTING}, folder)
+    if STARTING not in kept:
+        (folder / STARTING).unlink(missing_ok=True)
 
 
 def _wait_for_file(path: Path, *, seconds: float = 60.0) -> None:
@@ -172,7 +182,7 @@ def _before_start(folder: Path, found: frozenset[str]) -> frozenset[str]:
     marker = folder / STARTING
     if marker.is_file():
         found = frozenset(json.loads(marker.read_text(encoding="utf-8")))
-        remove_all_but(found | {LOCK, STARTING}, folder)
+        _remove_start(folder, kept=found | {LOCK, STARTING})
     else:
         write_atomically(marker, json.dumps(sorted(found)))
     return found
