@@ -5,10 +5,12 @@
 # pyright: reportArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from reward_model.datasets.parquet_pages import ColumnPages, read_pages
 from reward_model.datasets.raw_records import RawRecord
 
 _TEXT_BATCH = 16
@@ -31,16 +33,12 @@ def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool 
     Without `with_bytes`, columns of bytes and images are left out too. Raises ValueError if the file is broken, or if
     it takes far more memory than it has bytes.
     """
-    import pyarrow.parquet as pq
-
     number, limit, total = 0, max(_ALWAYS_FREE, _MOST_INFLATED * path.stat().st_size), 0
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file:
-            _refuse_inflated(file.metadata, path.stat().st_size, limit)
-            columns = _columns(file.schema_arrow, skip_columns, with_bytes=with_bytes)
-            with_images = any(_has_bytes(file.schema_arrow.field(name).type) for name in columns)
-            for batch in file.iter_batches(batch_size=1 if with_images else _TEXT_BATCH, columns=columns):
-                total += 0 if with_images else batch.nbytes
+        with _opened(path, skip_columns, limit, with_bytes=with_bytes) as (file, columns, rows):
+            for batch in file.iter_batches(batch_size=rows, columns=columns):
+                size = sum(_num_bytes(column) for column in batch.columns)
+                total = size if rows == 1 else total + size  # images are held one by one
                 if total > limit:
                     raise _InflatedError(f"its texts take more than {limit:,} bytes of memory")
                 for fields in batch.to_pylist():
@@ -55,6 +53,27 @@ def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool 
         ) from error
 
 
+@contextmanager
+def _opened(
+    path: Path, skip_columns: Collection[str], limit: int, *, with_bytes: bool
+) -> Iterator[tuple[Any, list[str], int]]:
+    """Yield the file, the columns to read, and the rows to hold at once; _InflatedError if they may exceed `limit`."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        metadata, schema = file.metadata, file.schema_arrow
+    columns = _columns(schema, skip_columns, with_bytes=with_bytes)
+    rows = 1 if any(_has_bytes(schema.field(name).type) for name in columns) else _TEXT_BATCH
+    _refuse_inflated(metadata, path.stat().st_size, limit)
+    pages = read_pages(path, metadata, columns)
+    shared = _refuse_inflated_pages(pages, path.stat().st_size, limit, rows)
+    with pq.ParquetFile(
+        path, metadata=metadata, read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20,
+        page_checksum_verification=True,
+    ) as file:  # fmt: skip
+        yield file, columns, rows
+
+
 def _refuse_inflated(metadata: Any, size: int, limit: int) -> None:
     """Raise _InflatedError if the footer of a file of `size` bytes states over `limit` bytes, or too many values."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
@@ -63,6 +82,40 @@ def _refuse_inflated(metadata: Any, size: int, limit: int) -> None:
     for column in range(metadata.num_columns):
         if (count := sum(group.column(column).num_values for group in groups)) > max(_MAX_VALUES, size):
             raise _InflatedError(f"its column {column + 1} has {count:,} values in {size:,} bytes")
+
+
+def _refuse_inflated_pages(pages: Sequence[ColumnPages], size: int, limit: int, rows: int) -> list[str]:
+    """Return the columns whose values must go on sharing bytes in memory; _InflatedError if pages state too much.
+
+    A list of ten thousand times one text is a dictionary of that text and ten thousand numbers, in the file as in
+    memory; only `_num_bytes` tells what its rows would take.
+    """
+    if (stated := sum(column.num_bytes for column in pages)) > limit:
+        raise _InflatedError(f"its pages take {stated:,} bytes of memory, and it has {size:,}")
+    shared: list[str] = []
+    for column in pages:
+        if column.num_values > max(_MAX_VALUES, size):
+            raise _InflatedError(f"the pages of {column.path} have {column.num_values:,} values in {size:,} bytes")
+        if (most := column.largest_batch(rows)) > limit:
+            if column.kind != "BYTE_ARRAY" or column.largest_of_prefixes:
+                raise _InflatedError(f"values of {column.path} that share bytes may take {most:,} bytes of memory")
+            shared.append(column.path)
+    return shared
+
+
+def _num_bytes(array: Any) -> int:
+    """Return the bytes that the values of a column take, each for itself."""
+    import pyarrow.compute as pc
+    import pyarrow.types as types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        return pc.sum(pc.take(pc.binary_length(array.dictionary), array.indices)).as_py() or 0
+    if types.is_map(kind):
+        return _num_bytes(array.keys) + _num_bytes(array.items)
+    if types.is_struct(kind):
+        return sum(_num_bytes(field) for field in array.flatten())
+    return _num_bytes(array.flatten()) if types.is_nested(kind) else array.nbytes
 
 
 def read_hub_dataset(path: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
