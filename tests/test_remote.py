@@ -550,6 +550,14 @@ def test_a_loopback_address_needs_no_token(host: str, monkeypatch: pytest.Monkey
     assert Config(host=host).host == host
 
 
+def test_a_loopback_address_needs_a_token_if_one_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with pytest.raises(ValueError, match=f"require_token is True; it must be false unless the .* {TOKEN_VARIABLE} has"):
+        Config(require_token=True)
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    assert Config(require_token=True).host == "127.0.0.1"
+
+
 @pytest.mark.parametrize("name", ["max_body_mb", "max_images", "max_requests", "microbatch_size"])
 def test_a_limit_of_zero_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
