@@ -78,15 +78,11 @@ def launch(config: TrainerConfig, accelerate_config: str = "single.yaml", *optio
     return Path(str(config.run_folder))
 
 
-def launch_in_turn(configs: Sequence[TrainerConfig], accelerate_config: str, folder: Path, *, fork: bool) -> None:
+def launch_in_turn(configs: Sequence[TrainerConfig], accelerate_config: str, folder: Path) -> None:
     """Run recipes one after the other by one `accelerate launch`."""
     path = folder / "configs.json"
     path.write_text(json.dumps([[recipe_of(config), asdict(config)] for config in configs]))
-    command = [*launcher(accelerate_config), "tests/recipes_in_turn.py", str(path)]
-    if fork:
-        result = processes.run(command)
-    else:
-        result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    result = processes.run([*launcher(accelerate_config), "tests/recipes_in_turn.py", str(path)])
     assert result.returncode == 0, result.stdout + result.stderr
 
 

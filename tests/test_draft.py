@@ -142,7 +142,7 @@ def test_the_toy_model_learns_one_prompt(tmp_path: Path, reward: str, changes: d
         draft.Config(
             prompts=prompts, evaluation_prompts=prompts, rewards=reward, evaluation_rewards=reward, warmup_steps=0,
             ema_decay=0.0, evaluate_every=0, num_evaluation_images=68, run_folder=str(tmp_path / "run"),
-            num_cpu_threads=1, prompts_per_step=32, **{"num_steps": 15, **changes},
+            num_cpu_threads=1, prompts_per_step=32, **{"num_steps": 10, **changes},
         )
     )  # fmt: skip
     before, after = rows(folder, "evaluation")

@@ -96,7 +96,7 @@ def test_the_reward_rises(config: flow_grpo.Config, changes: dict[str, Any]) -> 
 def test_the_toy_flow_model_learns_from_the_reward_model(tmp_path: Path) -> None:
     """On held-out prompts, by the reward model and by the oracle, which is not trained on."""
     config = flow_grpo.Config(
-        prompts_per_step=8, images_per_prompt=8, num_steps=4, learning_rate=6e-4, evaluate_every=0,
+        prompts_per_step=8, images_per_prompt=8, num_steps=3, learning_rate=6e-4, evaluate_every=0,
         num_evaluation_images=68, evaluation_rewards="llava_reward,oracle", checkpoint_every=100,
         run_folder=str(tmp_path / "run"), num_cpu_threads=1,
     )  # fmt: skip

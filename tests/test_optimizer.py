@@ -54,9 +54,9 @@ def config(tiny_sd: Path, tmp_path: Path) -> ddpo.Config:
     return ddpo.Config(
         model=str(tiny_sd), prompts_per_step=2, images_per_prompt=4, num_denoising_steps=2, num_minibatches=2,
         window_end=1.0, learning_rate=1e-2, rewards=REDNESS, evaluation_rewards=REDNESS, num_steps=3, lora_rank=2,
-        evaluate_every=0, num_evaluation_images=2, checkpoint_every=1, keep_checkpoints=3, num_cpu_threads=1,
-        prompts="shapes", evaluation_prompts="shapes", microbatch_size=8, guidance_scale=1.0, resolution=16,
-        run_folder=str(tmp_path / "run"),
+        evaluate_every=0, num_evaluation_images=2, num_evaluation_steps=2, checkpoint_every=1, keep_checkpoints=3,
+        num_cpu_threads=1, prompts="shapes", evaluation_prompts="shapes", microbatch_size=8, guidance_scale=1.0,
+        resolution=16, run_folder=str(tmp_path / "run"),
     )  # fmt: skip
 
 

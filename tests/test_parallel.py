@@ -59,8 +59,7 @@ class Runs:
         if mode not in self._two:
             assert self.one
             configs = {name: config for name, config in self.configs(mode).items() if mode in MODES_OF[name]}
-            fork = mode != "deepspeed_zero3"  # one real start of two processes: the others start as it does
-            launch_in_turn(list(configs.values()), f"{mode}.yaml", self.folder / mode, fork=fork)
+            launch_in_turn(list(configs.values()), f"{mode}.yaml", self.folder / mode)
             self._two[mode] = {name: Path(str(config.run_folder)) for name, config in configs.items()}
         return self._two[mode]
 
@@ -122,7 +121,7 @@ def test_a_run_resumes_with_another_strategy_and_number_of_processes(runs: Runs,
 
 @pytest.mark.slow
 def test_two_machines_give_the_training_of_one(runs: Runs, tmp_path: Path) -> None:
-    """Two launchers on this machine that connect at one port, each with one process."""
+    """Two launchers on this machine that connect at one port, each with one process; nothing is forked here."""
     config = replace(runs.configs("one")["ddpo"], run_folder=str(tmp_path / "run"))
     rendezvous = ["--num_processes", "2", "--main_process_port", str(free_port())]
     machines = [

@@ -174,21 +174,19 @@ def test_the_card_of_a_flow_model_mentions_noise_that_its_pipeline_lacks(
     )
 
 
-@pytest.mark.parametrize("revision", [None, "v2"])
-def test_the_card_of_a_reward_model_gives_its_scores(
-    revision: str | None, reward_model_run: Path, tmp_path: Path, hub: FakeHub
-) -> None:
-    """Its backbone, which is nowhere else, is part of the publication."""
-    repo = "me/reward_model"
-    config = recipe.Config(run=str(reward_model_run), folder=str(tmp_path / "out"), repo=repo, revision=revision)
-    folder = recipe.main(config)
-    assert not list(folder.rglob("*.bin"))
-    assert json.loads((folder / "llava_reward.json").read_text())["backbone"] == "backbone"
+def test_the_card_of_a_reward_model_gives_its_scores(reward_model_run: Path, tmp_path: Path, hub: FakeHub) -> None:
+    """Its backbone, which is nowhere else, is part of the publication; from the main branch and from another."""
     Image.new("RGB", (28, 28), "red").save(tmp_path / "image.png")
-    (usage,) = code_blocks(folder)
-    usage = usage.replace("print(reward_model", "print(*reward_model").replace("])", "]).tolist()")
-    check = 'import sys\nassert not {"rlhf_t2i", "diffusers"} & set(sys.modules)'
-    printed = run_elsewhere([usage, check], hub=hub, cwd=tmp_path)
+    lines = ["import sys"]
+    for revision in (None, "v2"):
+        folder = tmp_path / f"out-{revision}"
+        config = recipe.Config(run=str(reward_model_run), folder=str(folder), repo=f"me/{revision}", revision=revision)
+        assert not list(recipe.main(config).rglob("*.bin"))
+        assert json.loads((folder / "llava_reward.json").read_text())["backbone"] == "backbone"
+        (usage,) = code_blocks(folder)
+        lines.append(usage.replace("print(reward_model", "print(*reward_model").replace("])", "]).tolist()"))
+    lines.append('assert not {"rlhf_t2i", "diffusers"} & set(sys.modules)')
+    printed = run_elsewhere(lines, hub=hub, cwd=tmp_path)
     prompt = "a red circle on a blue background"
     scores = LlavaReward.from_pretrained(reward_model_run / "reward_model").score([tmp_path / "image.png"], [prompt])
-    assert float(printed) == pytest.approx(scores.item(), abs=1e-5)
+    assert [float(score) for score in printed.split()] == pytest.approx([scores.item()] * 2, abs=1e-5)
