@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +22,7 @@ from rlhf_t2i.models.levels import Levels
 from rlhf_t2i.models.lora import LoraConfiguration, add_lora, has_lora, lora_reference, target_layers, trainable
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.reference import frozen_copy
+from rlhf_t2i.models.reference_images import encode_rows
 from rlhf_t2i.models.text_encoders import PromptCache, TextEncoder, TruncationWarnings
 from rlhf_t2i.types import Conditioning, Level, Prediction, Resolution, Schedule
 
@@ -110,15 +113,13 @@ class DiffusionPolicy(ABC):
 
             output = unconditional + guidance_scale * (conditional - unconditional)
 
-        Both are rows of one forward pass. A scale of 1 is off and needs the conditional half only.
+        Both are rows of one forward pass, with one reference image. A scale of 1 is off: only the conditional half.
         """
         if guidance_scale <= 1 or self.unconditional is None:
             return self.denoise(latents, model_time, conditioning)
-        both = self.denoise(
-            torch.cat([latents, latents]),
-            torch.cat([model_time, model_time]),
-            Conditioning.cat([self.unconditional.repeat(len(conditioning)), conditioning]),
-        )
+        without = replace(self.unconditional.repeat(len(conditioning)), image=conditioning.image)
+        inputs = torch.cat([latents, latents]), torch.cat([model_time, model_time])
+        both = self.denoise(*inputs, Conditioning.cat([without, conditioning]))
         unconditional, conditional = both.chunk(2)
         return self.combined(unconditional, conditional, guidance_scale)
 
@@ -215,10 +216,10 @@ class DiffusionPolicy(ABC):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts, each distinct one once; warn once of each prompt that is truncated."""
+        """Encode prompts and their reference images, each distinct one once; warn once of each that is truncated."""
         self._truncation.warn(prompts, self.text_encoders)
         with nullcontext() if self._cache.has(prompts) else self._encoding():
-            return self._cache.encode(prompts, self.encode_prompts).to(self.device)
+            return self._cache.encode(prompts, partial(encode_rows, self)).to(self.device)
 
     def predict(
         self,

@@ -35,6 +35,8 @@ class FamilyEntry:
     microbatch_size: int
     """Images in one forward pass, meant for 24 GB with a LoRA; not measured."""
     gradient_checkpointing: bool
+    edits_images: bool = False
+    """True if an image to be edited can be a condition beside the prompt."""
 
 
 FAMILIES = {
@@ -97,6 +99,7 @@ FAMILIES = {
         lora_rank=32,
         microbatch_size=2,
         gradient_checkpointing=True,
+        edits_images=True,
     ),
     "SanaPipeline": FamilyEntry(
         "sana",
