@@ -88,7 +88,7 @@ class LoraSettings(Settings, group="model and LoRA"):
     arXiv:2402.09353)."""
     export_format: Literal["diffusers", "both"] = "diffusers"
     """Key layout of the exported LoRA: diffusers is that of diffusers, both adds Kohya's, which ComfyUI and A1111 read
-    (U-Nets only)."""
+    (Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2 klein, Qwen-Image)."""
     lora_scale: PositiveFloat = 1.0
     """Scale of the LoRA in evaluation and export, relative to training; below 1 moves towards the base model."""
 
