@@ -135,6 +135,13 @@ def test_a_distilled_sana_is_refused(tiny_sana: Path) -> None:
         as_policy(pipeline)
 
 
+def test_a_text_encoder_of_another_width_is_refused_by_sana(tiny_sana: Path) -> None:
+    pipeline = pipeline_of(tiny_sana)
+    pipeline.text_encoder.config.hidden_size = 24
+    with pytest.raises(ValueError, match=r"text encoder has width 24; its transformer takes one of 16"):
+        as_policy(pipeline)
+
+
 def test_guidance_is_refused_by_a_model_without_it(tiny_schnell: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale is 4\.0; this model \(FLUX.1 schnell\) has no guidance"):
         images_of(policy_of(tiny_schnell), guidance_scale=4.0)
@@ -148,6 +155,9 @@ def test_guidance_is_refused_by_a_model_without_it(tiny_schnell: Path) -> None:
         ("tiny_sd3", (52, 16), "height x width is 52 x 16; .* must be a multiple of 4, at most 48, such as 48 x 16"),
         ("tiny_flux", (18, 1), "height x width is 18 x 1; .* must be a multiple of 4, such as 16 x 4"),
         ("tiny_zimage", 260, "resolution is 260; .* must be a multiple of 4, at most 256, such as 256"),
+        ("tiny_flux2", 18, "resolution is 18; .* must be a multiple of 4, such as 16"),
+        ("tiny_sana", (16, 9), "height x width is 16 x 9; .* must be a multiple of 2, such as 16 x 8"),
+        ("tiny_qwen_image", 18, "resolution is 18; .* must be a multiple of 4, such as 16"),
     ],
 )
 def test_a_size_that_the_model_cannot_cut_is_refused_with_one_that_it_can(

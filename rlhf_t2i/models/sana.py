@@ -48,8 +48,8 @@ class Sana(DiffusionPolicy):
     def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts.
 
-        Raises ValueError for a scheduler without flow levels, and for a distilled transformer, which takes the guidance
-        scale as an input.
+        Raises ValueError for a scheduler without flow levels, a text encoder of another width, and a distilled
+        transformer, which takes the guidance scale as an input.
         """
         config, scale = self.network.config, pipeline.vae_scale_factor
         if config.guidance_embeds:
@@ -70,6 +70,9 @@ class Sana(DiffusionPolicy):
         length = len(tokenizer.encode(INSTRUCTION)) + MAX_TOKENS - 2
         self._instructed = encoder_of(max_length=length, template=lambda prompt: INSTRUCTION + _as_trained(prompt))
         self._plain = encoder_of(max_length=MAX_TOKENS, template=_as_trained)
+        found, expected = self._plain.model.config.hidden_size, config.caption_channels
+        if found != expected:
+            raise ValueError(f"The model's text encoder has width {found}; its transformer takes one of {expected}.")
         self.text_encoders = [self._instructed]
         self.autoencoder = Autoencoder(pipeline.vae, pixels_per_latent=scale, device=self.device, dtype=self.dtype)
 
