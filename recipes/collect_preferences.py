@@ -155,7 +155,12 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
         log(f"sampling  {len(prompts)} images with {name}")
         weights = None if name == BASE else Path(name)
         policy = load_policy(
-            config.model, device=device, weights=weights, resolution=config.image_size, quantization=config.quantization
+            config.model,
+            device=device,
+            weights=weights,
+            resolution=config.image_size,
+            quantization=config.quantization,
+            complex_human_instruction=config.complex_human_instruction,
         )
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)

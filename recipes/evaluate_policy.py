@@ -57,6 +57,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
             weights=None if name == BASE else Path(name),
             resolution=config.image_size,
             quantization=config.quantization,
+            complex_human_instruction=config.complex_human_instruction,
         )
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)

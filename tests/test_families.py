@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from recipes import ddpo
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.models.load import as_policy, family_of, load_policy
 from rlhf_t2i.models.table import FAMILIES
@@ -133,6 +134,19 @@ def test_a_distilled_sana_is_refused(tiny_sana: Path) -> None:
     pipeline.transformer.register_to_config(guidance_embeds=True)
     with pytest.raises(ValueError, match="takes its guidance scale as an input, as that of SANA-Sprint; give the base"):
         as_policy(pipeline)
+
+
+def test_without_its_instruction_sana_gives_the_images_of_the_stock_pipeline_without_it(
+    tiny_sana: Path, tmp_path: Path
+) -> None:
+    policy = policy_of(tiny_sana, complex_human_instruction=False)
+    expected = stock_images(pipeline_of(tiny_sana), guidance_scale=4.0, complex_human_instruction=None)
+    assert_close(images_of(policy, guidance_scale=4.0), expected, rtol=0, atol=2e-5)
+    with_it = policy_of(tiny_sana)
+    assert (images_of(with_it, guidance_scale=4.0) - expected).abs().max() > 1e-3
+    assert with_it.fingerprint("text encoder") != policy.fingerprint("text encoder")
+    with pytest.raises(ValueError, match="complex_human_instruction is False; it must be true for a model without one"):
+        ddpo.Config(model="shapes", complex_human_instruction=False, run_folder=str(tmp_path))
 
 
 def test_a_text_encoder_of_another_width_is_refused_by_sana(tiny_sana: Path) -> None:

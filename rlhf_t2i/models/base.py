@@ -119,9 +119,12 @@ class DiffusionPolicy(ABC):
             return self.denoise(latents, model_time, conditioning)
         without = replace(self.unconditional.repeat(len(conditioning)), image=conditioning.image)
         inputs = torch.cat([latents, latents]), torch.cat([model_time, model_time])
-        both = self.denoise(*inputs, Conditioning.cat([without, conditioning]))
-        unconditional, conditional = both.chunk(2)
+        unconditional, conditional = self.denoise(*inputs, Conditioning.cat([without, conditioning])).chunk(2)
         return self.combined(unconditional, conditional, guidance_scale)
+
+    def leave_out_instruction(self) -> None:
+        """Encode prompts without the instruction that the stock pipeline puts before them; ValueError without one."""
+        raise ValueError(f"complex_human_instruction is False; it must be true for {self.title}, which has none.")
 
     def combined(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
         """Return the guided output from the two halves."""
@@ -222,12 +225,7 @@ class DiffusionPolicy(ABC):
             return self._cache.encode(prompts, partial(encode_rows, self)).to(self.device)
 
     def predict(
-        self,
-        latents: Float[Tensor, "B C H W"],
-        level: Level,
-        conditioning: Conditioning,
-        *,
-        guidance_scale: float,
+        self, latents: Float[Tensor, "B C H W"], level: Level, conditioning: Conditioning, *, guidance_scale: float
     ) -> Prediction:
         """Predict the clean and noise parts of noisy latents, in float32; guided if the scale is above 1."""
         autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)

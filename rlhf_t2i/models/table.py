@@ -37,6 +37,8 @@ class FamilyEntry:
     gradient_checkpointing: bool
     edits_images: bool = False
     """True if an image to be edited can be a condition beside the prompt."""
+    has_instruction: bool = False
+    """True if the stock pipeline puts an instruction before every prompt."""
 
 
 FAMILIES = {
@@ -110,6 +112,7 @@ FAMILIES = {
         lora_rank=32,
         microbatch_size=4,
         gradient_checkpointing=True,
+        has_instruction=True,
     ),
     "QwenImagePipeline": FamilyEntry(
         "qwen_image",

@@ -228,6 +228,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float, standardise: 
         weights=Path(config.weights) if config.weights else None,
         resolution=config.image_size,
         quantization=config.quantization,
+        complex_human_instruction=config.complex_human_instruction,
     )
     schedule = policy.schedule(config.num_denoising_steps)
     sampler = Sampler(schedule, stochastic(schedule, eta=eta), config.guidance_scale)
