@@ -44,7 +44,7 @@ class EditPrompt(Prompt):
 
     def __new__(cls, text: str, image: Path, metadata: Mapping[str, Any] | None = None, where: str = "") -> EditPrompt:
         image = image.expanduser().absolute()
-        prompt = super().__new__(cls, text, {"prompt": text, **(metadata or {}), IMAGE: str(image)}, where)
+        prompt: Any = super().__new__(cls, text, {"prompt": text, **(metadata or {}), IMAGE: str(image)}, where)
         prompt.image = image
         return prompt
 

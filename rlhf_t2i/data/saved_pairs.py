@@ -37,9 +37,11 @@ def save_pairs(
         return
     flat, lines = scores.flatten().tolist(), list[str]()
     for winner, loser in zip(winners, losers, strict=True):
+        index = int(winner) // scores.shape[1]
+        prompt = prompts[index]
         row = {
-            "prompt": (prompt := prompts[winner // scores.shape[1]]),
-            **_saved_reference(prompt, path.parent / path.stem / f"reference_{winner // scores.shape[1]:05d}"),
+            "prompt": prompt,
+            **_saved_reference(prompt, path.parent / path.stem / f"reference_{index:05d}"),
             "winner": f"{path.stem}/{winner:05d}.png",
             "loser": f"{path.stem}/{loser:05d}.png",
             "rating_gap": flat[winner] - flat[loser],
@@ -54,5 +56,6 @@ def _saved_reference(prompt: str, copy: Path) -> dict[str, str]:
     if not isinstance(prompt, EditPrompt):
         return {}
     copy = copy.with_suffix(prompt.image.suffix)
+    copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(prompt.image, copy)
     return {IMAGE: f"{copy.parent.name}/{copy.name}"}

@@ -106,7 +106,8 @@ class Flux2(DiffusionPolicy):
             hidden_states=torch.cat([each.to(dtype).flatten(2) for each in images], dim=2).transpose(1, 2),
             encoder_hidden_states=states,
             img_ids=torch.cat([
-                _positions(REFERENCE_TIME * i, *each.shape[2:], 1, device=device) for i, each in enumerate(images)
+                _positions(REFERENCE_TIME * i, each.shape[2], each.shape[3], 1, device=device)
+                for i, each in enumerate(images)
             ]),
             txt_ids=_positions(0, 1, 1, states.shape[1], device=device),
             timestep=model_time / 1000, return_dict=False,
