@@ -47,6 +47,7 @@ from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.http_server import listens_on_loopback, make_server
 from rlhf_t2i.output.run_folder import COLLECTED_PAIRS
+from rlhf_t2i.prompt_rows import EditPrompt
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.rows import check_prompts
 from rlhf_t2i.rewards.trial import try_rewards
@@ -67,6 +68,8 @@ _UNDECIDED = ("no preference in the file", "no preference in the file")
 def main(config: Config) -> Path:
     """Collect the questions, load earlier answers, serve the page until Ctrl-C or SIGTERM; return the run folder."""
     prompts = load_prompts(config.evaluation_prompts, held_out=True) if config.evaluation_prompts else []
+    if edits := [prompt for prompt in prompts if isinstance(prompt, EditPrompt)]:
+        raise ValueError(f"{edits[0].where} has an 'image' to edit, which the annotation page does not show.")
     check_prompts(config.rewards or "", prompts)
     reward = load_rewards(config.rewards) if config.rewards else None
     if reward and prompts:
@@ -152,7 +155,12 @@ def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:
         log(f"sampling  {len(prompts)} images with {name}")
         weights = None if name == BASE else Path(name)
         policy = load_policy(
-            config.model, device=device, weights=weights, resolution=config.image_size, quantization=config.quantization
+            config.model,
+            device=device,
+            weights=weights,
+            resolution=config.image_size,
+            quantization=config.quantization,
+            complex_human_instruction=config.complex_human_instruction,
         )
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)

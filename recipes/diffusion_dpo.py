@@ -41,14 +41,17 @@ from rlhf_t2i.data.preferences import (
     choose_pairs,
     implicit_preference,
     pairs_of_step,
-    save_pairs,
+    with_instructions,
 )  # fmt: skip
 from rlhf_t2i.data.prompts import prompts_of_step
+from rlhf_t2i.data.saved_pairs import save_pairs
 from rlhf_t2i.diffusion.gaussian import randn
 from rlhf_t2i.losses import diffusion_dpo_loss
 from rlhf_t2i.models.lora import lora_dropout
+from rlhf_t2i.models.reference_images import check_edits
 from rlhf_t2i.output.run_folder import PAIRS
 from rlhf_t2i.plan import or_plan
+from rlhf_t2i.prompt_rows import emptied
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.denoising_errors import denoising_errors
@@ -125,7 +128,7 @@ def sample_pairs(
             (prompts[int(i) // copies], augmentation.changes(step, row))
             for i, row in zip(winner.tolist(), rows, strict=True)
         ]
-        texts = ["" if changes.empty_prompt else prompt for prompt, changes in own]
+        texts = [emptied(prompt) if changes.empty_prompt else prompt for prompt, changes in own]
         return PairBatch(latents[winner], latents[loser], trainer.policy.encode(texts))
 
     return load, {**trainer.rollout_metrics(groups, scores), "pairs": len(winners)}
@@ -140,7 +143,15 @@ def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     records = load_same_prompt_pairs(
         names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, log=trainer.print,
         image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
+        with_references=True,
     )  # fmt: skip
+    records = with_instructions(records)
+    check_edits([pair.winner_prompt for pair in records], model=config.model)
+    if records[0].reference is not None and (config.random_flip != "none" or config.aspect_bucket_step):
+        raise ValueError(
+            f"random_flip is {config.random_flip} and aspect_bucket_step {config.aspect_bucket_step}; for pairs of "
+            "edits, whose reference image is neither mirrored nor cropped to a bucket, they must be none and null."
+        )
     trainer.print(f"{len(records):,} pairs of {len({pair.winner_prompt for pair in records}):,} prompts")
     sizes = list[tuple[int, int]]()
     if config.aspect_bucket_step:

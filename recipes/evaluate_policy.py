@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.diffusion.transitions import stochastic
+from rlhf_t2i.models.reference_images import check_edits
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_captions, save_image_grid
 from rlhf_t2i.output.run_folder import CAPTIONS, EVALUATION_TABLE, IMAGES
@@ -39,6 +40,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
     available = load_prompts(config.evaluation_prompts, held_out=True)
+    check_edits(available, model=config.model)
     check_prompts(config.evaluation_rewards, available)
     reward = load_rewards(config.evaluation_rewards).without_groups()
     prompts, seeds = evaluation_set(available, num_images=config.num_evaluation_images, seed=config.evaluation_seed)
@@ -55,6 +57,7 @@ def main(config: Config) -> dict[str, dict[str, float | None]]:
             weights=None if name == BASE else Path(name),
             resolution=config.image_size,
             quantization=config.quantization,
+            complex_human_instruction=config.complex_human_instruction,
         )
         schedule = policy.schedule(config.num_evaluation_steps)
         sampler = Sampler(schedule, stochastic(schedule, eta=config.evaluation_eta), config.guidance_scale)

@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rlhf_t2i.hub.base import find_base
+from rlhf_t2i.hub.evaluations import with_evaluations
 from rlhf_t2i.hub.local_paths import paths_of, without_paths
 from rlhf_t2i.hub.publication import (
     is_full_pipeline,
@@ -47,7 +48,7 @@ def main(config: Config) -> Path:
     for repo in (config.repo, config.base):
         if repo is not None:
             check_repo_id(repo)
-    run, api = read_run(Path(config.run)), hub_api()
+    run, api = with_evaluations(read_run(Path(config.run)), names(config.evaluations or "")), hub_api()
     base, full_pipeline = find_base(run, hub_id=config.base), is_full_pipeline(run, merge_lora=config.merge_lora)
     licence = find_licence(base, named=config.license, api=api)
     for warning in licence.warnings:

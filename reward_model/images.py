@@ -180,3 +180,18 @@ def _resized(height: int, width: int, size: Any) -> tuple[int, int]:
             f"{MAX_ASPECT_RATIO} times as long."
         )
     return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+
+
+def fit(image: Float[Tensor, "3 _ _"], height: int, width: int) -> Float[Tensor, "3 {height} {width}"]:
+    """Resize an image, antialiased and bicubic, so that it just covers height x width, and crop its centre.
+
+    An image of that size is returned unchanged.
+    """
+    own_height, own_width = image.shape[1:]
+    scale = max(height / own_height, width / own_width)
+    size = max(height, round(scale * own_height)), max(width, round(scale * own_width))
+    if size != (own_height, own_width):
+        resized = F.interpolate(image[None], size, mode="bicubic", antialias=True, align_corners=False)
+        image = resized[0].clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return image[:, top : top + height, left : left + width]

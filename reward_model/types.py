@@ -33,6 +33,8 @@ class PreferencePair:
     """Rating of the winner minus that of the loser, >= 0, in units of the ratings; 0 without ratings."""
     where: str = ""
     """FILE:LINE or FILE:RECORD of the source, for messages."""
+    reference: Path | None = None
+    """The image that the prompt says how to edit; winner and loser are two results."""
 
 
 @dataclass(frozen=True, slots=True)

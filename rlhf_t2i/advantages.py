@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlhf_t2i.prompt_rows import key_of
+
 EQUAL = 1e-6
 """Rewards count as equal up to this standard deviation or difference, in units of the largest absolute one of them: a
 few times what rounding to float32 changes."""
@@ -111,18 +113,19 @@ class PerPromptHistory:
 
     def __call__(self, prompts: Sequence[str], rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P K"]:
         """Add the rewards to the history and return the advantages; `prompts` are those of the P rows."""
-        for prompt, row in zip(prompts, rewards.tolist(), strict=True):
-            self.rewards.setdefault(prompt, deque(maxlen=self.size)).extend(row)
+        keys = [key_of(prompt) for prompt in prompts]
+        for key, row in zip(keys, rewards.tolist(), strict=True):
+            self.rewards.setdefault(key, deque(maxlen=self.size)).extend(row)
         advantages = whole_batch_advantages(rewards)
-        for index, prompt in enumerate(prompts):
-            if len(self.rewards[prompt]) >= self.min_count:
-                past = rewards.new_tensor(list(self.rewards[prompt]))[None]
+        for index, key in enumerate(keys):
+            if len(self.rewards[key]) >= self.min_count:
+                past = rewards.new_tensor(list(self.rewards[key]))[None]
                 advantages[index] = _standardise(rewards[index], past.double().mean(), _std(past, dim=1)[0])
         return advantages
 
     def state_dict(self) -> dict[str, list[float]]:
-        # Plain texts: a checkpoint is read without unpickling classes of ours.
-        return {str(prompt): list(rewards) for prompt, rewards in self.rewards.items()}
+        # The keys are plain texts: a checkpoint is read without unpickling classes of ours.
+        return {key: list(rewards) for key, rewards in self.rewards.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.rewards = {p: deque(rewards, maxlen=self.size) for p, rewards in state.items()}

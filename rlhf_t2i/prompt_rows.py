@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+IMAGE = "image"
+"""Field of a row with the path of its reference image, which the prompt says how to edit."""
 
 
 class Prompt(str):
@@ -25,6 +29,61 @@ class Prompt(str):
         prompt.metadata = {"prompt": str(text)} if metadata is None else metadata
         prompt.where = where
         return prompt
+
+
+class EditPrompt(Prompt):
+    """An instruction to edit an image: a row with a reference image, the condition of sampling besides the text.
+
+    It equals only an instruction with the same text and image, so that "make it red" of two images are two prompts.
+    The row has the image's absolute path under "image", where rewards find it.
+    """
+
+    __slots__ = ("image",)
+    image: Path
+    """Absolute path of the reference image."""
+
+    def __new__(cls, text: str, image: Path, metadata: Mapping[str, Any] | None = None, where: str = "") -> EditPrompt:
+        image = image.expanduser().absolute()
+        prompt: Any = super().__new__(cls, text, {"prompt": text, **(metadata or {}), IMAGE: str(image)}, where)
+        prompt.image = image
+        return prompt
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EditPrompt) and key_of(self) == key_of(other)
+
+    def __ne__(self, other: object) -> bool:  # that of str would compare texts
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(key_of(self))
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # so that copies and pickles have all parts
+        return str(self), self.image, self.metadata, self.where
+
+
+def key_of(prompt: str) -> str:
+    """Return a plain text that is equal for equal prompts only: the prompt, with the path of its reference image."""
+    return f"{prompt!s}\0{prompt.image}" if isinstance(prompt, EditPrompt) else str(prompt)
+
+
+def emptied(prompt: str) -> str:
+    """Return the empty prompt; that of an instruction keeps the reference image."""
+    return EditPrompt("", prompt.image) if isinstance(prompt, EditPrompt) else ""
+
+
+def as_row(text: str, fields: Mapping[str, Any], *, folder: Path, where: str) -> Prompt:
+    """Return the prompt of a row: an instruction if it has an image, whose path is relative to `folder`.
+
+    Raises ValueError, with its place, for an image that is no path.
+    """
+    if fields.get(IMAGE) is None:
+        return Prompt(text, fields, where)
+    if not (isinstance(fields[IMAGE], str) and fields[IMAGE].strip()):
+        raise ValueError(
+            f"{where} has the {IMAGE!r} {fields[IMAGE]!r}; it must be the path of one image, the reference that the "
+            f"prompt says how to edit."
+        )
+    return EditPrompt(text, folder / Path(fields[IMAGE]).expanduser(), fields, where)
 
 
 def metadata_of(prompts: Sequence[str]) -> list[dict[str, Any]]:
@@ -51,6 +110,7 @@ def _as_prompt(row: Any, where: str) -> str:
     if not (isinstance(row, Mapping) and isinstance(text := row.get("prompt"), str) and text.strip()):
         raise ValueError(f"{where} is {row!r}; it must be a text, or a row with a text under 'prompt'.")
     try:
-        return Prompt(text.strip(), json.loads(json.dumps(dict(row))), where)
+        fields = json.loads(json.dumps(dict(row)))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}, {text!r}, has fields that are no JSON: {error}.") from error
+    return as_row(text.strip(), fields, folder=Path(), where=where)

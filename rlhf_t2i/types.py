@@ -78,11 +78,13 @@ class Conditioning:
     """One vector per prompt, for models that take one."""
     mask: Bool[Tensor, "B L"] | None = None
     """True for real tokens, False for padding; None if the model attends to every row of `states`."""
+    image: Float[Tensor, "B C Y X"] | None = None
+    """Clean latents of the reference images that the prompts say how to edit; None for prompts without."""
 
     @property
     def parts(self) -> dict[str, Tensor]:
         """The tensors that are present, by field name; `Conditioning(**parts)` is the inverse."""
-        fields = {"states": self.states, "pooled": self.pooled, "mask": self.mask}
+        fields = {"states": self.states, "pooled": self.pooled, "mask": self.mask, "image": self.image}
         return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
     def __len__(self) -> int:
@@ -97,7 +99,7 @@ class Conditioning:
         return self._map(lambda tensor: tensor.repeat(count, *[1] * (tensor.dim() - 1)))
 
     def to(self, target: torch.device | torch.dtype) -> Conditioning:
-        """Move to a device, or convert `states` and `pooled` to a floating point type."""
+        """Move to a device, or convert all parts but `mask` to a floating point type."""
         keeps_mask = isinstance(target, torch.dtype)
         return self._map(lambda tensor: tensor if keeps_mask and tensor.dtype == torch.bool else tensor.to(target))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from recipes import ddpo
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.models.load import as_policy, family_of, load_policy
 from rlhf_t2i.models.table import FAMILIES
@@ -135,6 +136,26 @@ def test_a_distilled_sana_is_refused(tiny_sana: Path) -> None:
         as_policy(pipeline)
 
 
+def test_without_its_instruction_sana_gives_the_images_of_the_stock_pipeline_without_it(
+    tiny_sana: Path, tmp_path: Path
+) -> None:
+    policy = policy_of(tiny_sana, complex_human_instruction=False)
+    expected = stock_images(pipeline_of(tiny_sana), guidance_scale=4.0, complex_human_instruction=None)
+    assert_close(images_of(policy, guidance_scale=4.0), expected, rtol=0, atol=2e-5)
+    with_it = policy_of(tiny_sana)
+    assert (images_of(with_it, guidance_scale=4.0) - expected).abs().max() > 1e-3
+    assert with_it.fingerprint("text encoder") != policy.fingerprint("text encoder")
+    with pytest.raises(ValueError, match="complex_human_instruction is False; it must be true for a model without one"):
+        ddpo.Config(model="shapes", complex_human_instruction=False, run_folder=str(tmp_path))
+
+
+def test_a_text_encoder_of_another_width_is_refused_by_sana(tiny_sana: Path) -> None:
+    pipeline = pipeline_of(tiny_sana)
+    pipeline.text_encoder.config.hidden_size = 24
+    with pytest.raises(ValueError, match=r"text encoder has width 24; its transformer takes one of 16"):
+        as_policy(pipeline)
+
+
 def test_guidance_is_refused_by_a_model_without_it(tiny_schnell: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale is 4\.0; this model \(FLUX.1 schnell\) has no guidance"):
         images_of(policy_of(tiny_schnell), guidance_scale=4.0)
@@ -148,6 +169,9 @@ def test_guidance_is_refused_by_a_model_without_it(tiny_schnell: Path) -> None:
         ("tiny_sd3", (52, 16), "height x width is 52 x 16; .* must be a multiple of 4, at most 48, such as 48 x 16"),
         ("tiny_flux", (18, 1), "height x width is 18 x 1; .* must be a multiple of 4, such as 16 x 4"),
         ("tiny_zimage", 260, "resolution is 260; .* must be a multiple of 4, at most 256, such as 256"),
+        ("tiny_flux2", 18, "resolution is 18; .* must be a multiple of 4, such as 16"),
+        ("tiny_sana", (16, 9), "height x width is 16 x 9; .* must be a multiple of 2, such as 16 x 8"),
+        ("tiny_qwen_image", 18, "resolution is 18; .* must be a multiple of 4, such as 16"),
     ],
 )
 def test_a_size_that_the_model_cannot_cut_is_refused_with_one_that_it_can(

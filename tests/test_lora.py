@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.loaders import lora_conversion_utils
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
+from rlhf_t2i.models import kohya
+from rlhf_t2i.models.kohya import of_a_transformer
 from rlhf_t2i.models.lora import LoraConfiguration, lora_dropout, set_lora_dropout, uses_dora
 from rlhf_t2i.output.run_folder import KOHYA_LORA
 from rlhf_t2i.settings.ddpo import Config
@@ -115,11 +120,72 @@ def test_a_lora_exported_in_kohyas_layout_gives_the_same_images_in_diffusers(
     assert_close(stock_images(pipeline), images_of(policy), rtol=0, atol=5e-5)
 
 
-def test_kohyas_layout_is_refused_where_it_does_not_exist(tiny_sd: Path, tiny_sd3: Path, tmp_path: Path) -> None:
-    for model, options in ((tiny_sd3, {}), (tiny_sd, {"use_dora": True})):
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("tiny_flux", r"transformer_blocks\.\d+\.(attn|ff|norm1)|single.*(proj_out|norm\.linear)"),
+        ("tiny_flux", r"transformer_blocks\.\d+\.attn\.to_[qv]"),
+        pytest.param("tiny_flux2", "attention_mlp", marks=pytest.mark.slow),
+        pytest.param("tiny_qwen_image", "all_linear", marks=pytest.mark.slow),
+    ],
+)
+def test_a_lora_of_a_transformer_in_kohyas_layout_gives_the_same_images_in_diffusers(
+    name: str, targets: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Layers that are one in the original models, of which some may be trained only."""
+    model = request.getfixturevalue(name)
+    policy = policy_of(model)
+    if targets not in ("attention_mlp", "all_linear"):
+        named = [
+            n for n, part in policy.network.named_modules() if isinstance(part, nn.Linear) and re.match(targets, n)
+        ]
+        targets = ",".join(named)
+    lora = LoraConfiguration(2, 6.0, targets=targets, use_rslora=True)
+    policy.set_trainable(lora, keep_reference=False, seed=0)
+    perturb(policy)
+    policy.export(tmp_path, policy.trainable, kohya=True)
+    assert all(name.startswith("lora_unet_") for name in load_file(tmp_path / KOHYA_LORA))
+    pipeline = pipeline_of(model)
+    before = stock_images(pipeline)
+    pipeline.load_lora_weights(tmp_path / KOHYA_LORA)
+    assert_close(stock_images(pipeline), images_of(policy), rtol=0, atol=5e-5)
+    assert (before - images_of(policy)).abs().max() > 1e-3
+
+
+def test_flux_single_blocks_in_kohyas_layout_are_read_by_diffusers() -> None:
+    """With the width of the real model, which diffusers' converter insists on."""
+    rows = {"attn.to_q": 3072, "attn.to_k": 3072, "attn.to_v": 3072, "proj_mlp": 12288}
+    names = {f"single_transformer_blocks.3.{part}": count for part, count in rows.items()}
+    network = SimpleNamespace(
+        get_submodule=lambda name: SimpleNamespace(out_features=names[name], scaling={"default": 0.5})
+    )
+    generator = torch.Generator().manual_seed(0)
+    for trained in (names, dict(list(names.items())[:3])):
+        weights = {
+            f"{name}.lora_{side}.weight": torch.randn(shape, generator=generator)
+            for name, count in trained.items()
+            for side, shape in (("A", (2, 3072)), ("B", (count, 2)))
+        }
+        converted = of_a_transformer(network, weights, layers=kohya._LAYERS["FluxPipeline"])
+        assert {name.partition(".")[0] for name in converted} == {"lora_unet_single_blocks_3_linear1"}
+        found = lora_conversion_utils._convert_kohya_flux_lora_to_diffusers(converted)
+        for name in trained:
+            down, up = (found[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+            own = weights[f"{name}.lora_B.weight"][:8] @ weights[f"{name}.lora_A.weight"]
+            assert_close(up[:8] @ down, 0.5 * own)
+
+
+def test_kohyas_layout_is_refused_where_it_does_not_exist(
+    tiny_sd: Path, tiny_sd3: Path, tiny_flux: Path, tmp_path: Path
+) -> None:
+    for model, options, message in (
+        (tiny_sd3, {}, "a LoRA of Stable Diffusion 3 is .* only: diffusers does not read"),
+        (tiny_sd, {"use_dora": True}, "it must be diffusers with a DoRA"),
+        (tiny_flux, {"targets": "all_linear"}, r"the layer \S+ of FLUX\.1, .* attention or attention_mlp"),
+    ):
         policy = policy_of(model)
         policy.set_trainable(LoraConfiguration(2, **options), keep_reference=False, seed=0)
-        with pytest.raises(ValueError, match="export_format is both"):
+        with pytest.raises(ValueError, match=f"export_format is both; .*{message}"):
             policy.export(tmp_path, policy.trainable, kohya=True)
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from importlib import import_module
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ class Runs:
     """Finished trainings, each by one process, and by two with every strategy that it is tried with."""
 
     folder: Path
-    inputs: Mapping[str, Path]
+    inputs: Mapping[str, Any]
     _two: dict[str, dict[str, Path]] = field(default_factory=dict)
 
     def configs(self, name: str) -> dict[str, TrainerConfig]:
@@ -65,10 +66,18 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_sd: Path, tiny_sd3: Path, tiny_zimage: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(
+    tiny_sd: Path, tiny_sd3: Path, tiny_zimage: Path, tiny_flux2: Path, tiny_qwen_image: Path, tiny_sana: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Runs:  # fmt: skip
     folder = tmp_path_factory.mktemp("runs")
     pairs = red_and_blue_pairs(folder)
-    return Runs(folder, {"sd": tiny_sd, "sd3": tiny_sd3, "zimage": tiny_zimage, "preferences": pairs})
+    images = json.loads(pairs.read_text().splitlines()[0])
+    edits = [{"prompt": "a fox", "image": images[side]} for side in ("winner", "loser")]
+    (folder / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in edits))
+    latest = {"flux2": tiny_flux2, "qwen_image": tiny_qwen_image, "sana": tiny_sana}
+    models = {"sd": tiny_sd, "sd3": tiny_sd3, "zimage": tiny_zimage, "latest": latest}
+    return Runs(folder, {**models, "edits": folder / "edits.jsonl", "preferences": pairs})
 
 
 def assert_same_training(folder: Path, expected: Path) -> None:

@@ -12,15 +12,14 @@ from PIL import Image
 from torch.testing import assert_close
 
 from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
-from reward_model.images import to_tensor
+from reward_model.images import fit, to_tensor
 from rlhf_t2i.data.pair_shards import shard_pairs
 from rlhf_t2i.data.preferences import (
     choose_pairs,
-    fit,
     implicit_preference,
     pairs_of_step,
-    save_pairs,
 )
+from rlhf_t2i.data.saved_pairs import save_pairs
 from rlhf_t2i.seeds import generators_for
 from rlhf_t2i.settings.lists import whole_numbers
 

@@ -147,6 +147,41 @@ def test_the_card_states_command_commit_versions_and_settings(lora_run: Path, pu
     assert yaml.safe_load(settings) == public.config
 
 
+def test_the_card_shows_evaluations_and_names_the_sibling_that_the_weights_were_loaded_into(
+    lora_run: Path, tmp_path: Path
+) -> None:
+    folder, own = tmp_path / "evaluation", read_run(lora_run).config["model"]
+    (folder / "images").mkdir(parents=True)
+    measured = {"oracle": 0.25, "oracle/standard_error": 0.01, "diversity": 0.2}
+    table = {"base": measured, str(lora_run): measured | {"oracle": 0.5}}
+    (folder / "table.json").write_text(json.dumps(table))
+    (folder / "images" / "captions.json").write_text(
+        json.dumps({"prompts": ["a"] * 64, "seeds": [0] * 64, "columns": 8})
+    )
+    settings = {"num_evaluation_steps": 4, "guidance_scale": 1.0}
+    texts = []
+    for model in ("owner/turbo", own):
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, **settings}))
+        published = recipe.main(
+            recipe.Config(
+                run=str(lora_run), folder=str(tmp_path / Path(model).name), base=BASE, license="openrail",
+                evaluations=str(folder),
+            )
+        )  # fmt: skip
+        texts.append((published / "README.md").read_text())
+    described = f"Trained on {BASE} and loaded into another base model, owner/turbo: 64 images, 4 denoising steps, a "
+    assert described + "guidance scale of 1.0.\n\n| reward | owner/turbo alone | with these weights |" in texts[0]
+    assert "| oracle | 0.250 ± 0.010 | 0.500 ± 0.010 |" in texts[0]
+    assert "Evaluated on its own: 64 images" in texts[1]
+    table.pop(str(lora_run))
+    (folder / "table.json").write_text(json.dumps(table))
+    config = recipe.Config(run=str(lora_run), folder=str(tmp_path / "out"), evaluations=str(folder))
+    with pytest.raises(ValueError, match=f"evaluates base, as seen from .*, and none of them is of {lora_run}"):
+        recipe.main(config)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} is no finished run of recipes/evaluate_policy"):
+        recipe.main(config.with_options(evaluations=str(tmp_path)))
+
+
 def test_images_of_the_card_are_in_the_folder(publication: Path) -> None:
     linked = re.findall(r"!\[.*?\]\((.*?)\)", (publication / "README.md").read_text())
     assert {"images/before.png", "images/after.png", "curves/oracle.svg"} <= set(linked)

@@ -15,7 +15,7 @@ from recipes import ddpo, diffusion_dpo
 from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.models.packaging import save_trained_pipeline
 from rlhf_t2i.models.warm_start import start_from_lora, start_from_weights
-from tests.policies import images_of, perturb, pipeline_of, policy_of, stock_images
+from tests.policies import LATEST, images_of, perturb, pipeline_of, policy_of, stock_images
 from tests.runs import REDNESS, assert_same, lora_weights, rows, state
 from tests.trained_weights import denoiser_of, describe_run, in_kohyas_layout, lora_of
 
@@ -30,8 +30,9 @@ def start(policy: object, source: Path, model: Path, *, keep_start: bool = True,
 
 @pytest.mark.parametrize(
     ("layout", "name"),
-    [("run", "tiny_sd"), ("folder", "tiny_sd3"), ("file", "tiny_sdxl"), ("kohya", "tiny_sd"), ("kohya", "tiny_sdxl")],
-)
+    [("run", "tiny_sd"), ("folder", "tiny_sd3"), ("file", "tiny_sdxl"), ("kohya", "tiny_sd"), ("kohya", "tiny_sdxl"),
+     *(pytest.param("run", name, marks=pytest.mark.slow) for name in LATEST)],
+)  # fmt: skip
 def test_training_goes_on_with_a_lora_and_exports_an_ordinary_one_of_the_base(
     layout: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -33,14 +33,21 @@ MODES_OF: dict[str, Sequence[str]] = {
     "diffusion_dpo of a file": ("ddp",),
     "diffusion_nft": _SHARDED,
     "flow_grpo": _SHARDED,
+    "flow_grpo of edits": ("ddp",),
+    "flow_grpo, qwen_image": ("ddp",),
+    "flow_grpo, sana": ("ddp",),
 }
 """The strategies that each training is tried with."""
 
 
 def trainings(
-    folder: Path, *, sd: Path, sd3: Path, zimage: Path, preferences: Path, lora: Path
-) -> dict[str, TrainerConfig]:
-    """Return the trainings of `MODES_OF`, with run folders in `folder`; `lora` is a finished run of "ddpo"."""
+    folder: Path, *, sd: Path, sd3: Path, zimage: Path, latest: Mapping[str, Path], edits: Path, preferences: Path,
+    lora: Path,
+) -> dict[str, TrainerConfig]:  # fmt: skip
+    """Return the trainings of `MODES_OF`, with run folders in `folder`; `lora` is a finished run of "ddpo".
+
+    `latest` are models by the module of their family; `edits` is a file of instructions.
+    """
     ddpo = small_ddpo(sd, folder)
     full = replace(ddpo, lora_rank=None, num_steps=2, max_gradient_norm=0.1)
     common: dict[str, Any] = {
@@ -77,6 +84,14 @@ def trainings(
         ),
         "flow_grpo": flow_grpo.Config(**{**groups, **flow, "model": str(sd3)}, kl_weight=0.004, clip_range=1e-4),
     }  # fmt: skip
+    short: dict[str, Any] = {
+        **groups, **flow, "prompts_per_step": 2, "images_per_prompt": 2, "num_steps": 1, "num_evaluation_images": 3,
+        "num_evaluation_steps": 2, "height": 8, "width": 16,
+    }  # fmt: skip
+    for family, model in latest.items():
+        name = "flow_grpo of edits" if family == "flux2" else f"flow_grpo, {family}"
+        rows = {"prompts": str(edits), "evaluation_prompts": str(edits)} if family == "flux2" else {}
+        found[name] = flow_grpo.Config(**{**short, **rows, "model": str(model)})
     return {name: replace(config, run_folder=str(folder / name.replace(" ", "_"))) for name, config in found.items()}
 
 

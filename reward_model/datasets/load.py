@@ -29,6 +29,7 @@ def load_records(
     skipped: Path | None = None,
     without_preference: Counter[str] | None = None,
     max_pixels: int = MAX_PIXELS,
+    with_references: bool = False,
 ) -> list[Record]:
     """Return the pairs and labelled images of FORMAT:PATH in the order of the file, with every image checked.
 
@@ -43,6 +44,7 @@ def load_records(
         out and appends a line {"where", "reason", "record"} to the file `skipped`.
     without_preference: receives the number of valid records without a preference (such as unlabelled pairs) by reason.
     max_pixels: images with more pixels are invalid.
+    with_references: pairs of edits, with the image that was edited, are valid.
 
     Raises ValueError if the source is invalid or gives no record, and FileNotFoundError if a file or folder is missing.
     """
@@ -60,7 +62,7 @@ def load_records(
         )
         for raw in form.group(container.records):
             try:
-                records += _convert(raw, form, find_image)
+                records += _convert(raw, form, find_image, with_references=with_references)
             except NoPreferenceError as reason:
                 uninformative[f"{form.name}: {reason}"] += 1
             except BadRecordError as error:
@@ -77,10 +79,15 @@ def load_records(
     return records
 
 
-def _convert(raw: RawRecord, form: Format, find_image: FindImage) -> list[Record]:
+def _convert(raw: RawRecord, form: Format, find_image: FindImage, *, with_references: bool) -> list[Record]:
     records = form.convert(raw.fields(), find_image=find_image, where=raw.where)
     for record in records:
         _refuse_identical_sides(record)
+        if isinstance(record, PreferencePair) and record.reference is not None and not with_references:
+            raise BadRecordError(
+                f"the pair has an 'image' that was edited, {record.reference}, which reward models and annotators do "
+                f"not get; Diffusion-DPO takes such pairs."
+            )
     return records
 
 

@@ -2,18 +2,21 @@
 
     {"prompt": "a red fox", "winner": "a.png", "loser": "b.png"}
     {"prompt": "a red fox", "winner": "a.png", "loser": "b.png", "rating_gap": 2.0}
+    {"prompt": "make the fox red", "image": "fox.png", "winner": "a.png", "loser": "b.png"}
     {"prompt": "a red fox", "tie": ["a.png", "b.png"]}
     {"winner_prompt": "a red fox", "loser_prompt": "a blue fox", "image": "a.png"}
     {"winner_prompt": "a red fox", "loser_prompt": "a blue fox", "winner": "a.png", "loser": "b.png"}
     {"prompt": "a red fox", "image": "a.png", "label": 1}
 
-In the fourth, the image matches the first prompt better; the fourth and the fifth are what LLaVA-Reward's paper calls
-hard negatives. Every form may have an "id" (string or number) and a "comment" (string), which are not used.
+In the third, the image is the reference that the prompt says how to edit. In the fifth, the image matches the first
+prompt better; the fifth and the sixth are what LLaVA-Reward's paper calls hard negatives. Every form may have an "id"
+(string or number) and a "comment" (string), which are not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from reward_model.datasets.fields import (
@@ -37,13 +40,13 @@ _KNOWN = _REMARKS | {
     *("rating_gap", "label"),
 }
 _FORMS = (
-    "A record has exactly: prompt, winner, loser (and optionally rating_gap); or prompt, tie; or winner_prompt, "
+    "A record has exactly: prompt, winner, loser (and optionally image, rating_gap); or prompt, tie; or winner_prompt, "
     "loser_prompt, image; or winner_prompt, loser_prompt, winner, loser; or prompt, image, label."
 )
 
 
 def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) -> list[Record]:
-    """Convert one line to a pair or a labelled image; the set of its keys determines which of the six forms it is."""
+    """Convert one line to a pair or a labelled image; the set of its keys determines which of the seven forms it is."""
     refuse_unknown_keys(fields, _KNOWN)
     _check_remarks(fields)
 
@@ -53,7 +56,12 @@ def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) 
             return [LabelledImage(find_image(image), prompt, label, where)]
         case ["prompt", "tie"]:
             images, prompts = take_two_texts(fields, "tie"), _two_texts(fields, "prompt", "prompt")
-        case ["loser", "prompt", "winner"] | ["loser", "prompt", "rating_gap", "winner"]:
+        case (
+            ["loser", "prompt", "winner"]
+            | ["loser", "prompt", "rating_gap", "winner"]
+            | ["image", "loser", "prompt", "winner"]
+            | ["image", "loser", "prompt", "rating_gap", "winner"]
+        ):
             images, prompts = _two_images(fields, "winner", "loser"), _two_texts(fields, "prompt", "prompt")
         case ["image", "loser_prompt", "winner_prompt"]:
             images, prompts = _two_images(fields, "image", "image"), _two_texts(fields, "winner_prompt", "loser_prompt")
@@ -66,7 +74,9 @@ def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) 
             raise BadRecordError(f"the keys {shortened(keys)} do not form a record. {_FORMS}")
     gap = _rating_gap(fields)
     winner, loser = map(find_image, images)
-    return [PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where)]
+    reference = find_image(take_image(fields, "image")) if {"image", "winner"} <= fields.keys() else None
+    pair = PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where)
+    return [replace(pair, reference=reference)]
 
 
 def _two_texts(fields: Mapping[str, Any], first: str, second: str) -> tuple[str, str]:

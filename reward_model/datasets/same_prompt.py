@@ -21,6 +21,7 @@ def load_same_prompt_pairs(
     unpack_to: str | Path = UNPACK_FOLDER,
     log: Callable[[str], None] | None = None,
     keep_ties: bool = False,
+    with_references: bool = False,
 ) -> list[PreferencePair]:
     """Return the pairs of two images of one prompt in several FORMAT:PATH, and in the .jsonl files of folders.
 
@@ -43,6 +44,7 @@ def load_same_prompt_pairs(
                 on_bad_record="error" if skipped is None else "skip",
                 skipped=skipped,
                 without_preference=without_preference,
+                with_references=with_references,
             )
             pairs += same_prompt_pairs(records, skipped=skipped, keep_ties=keep_ties)
     if log is not None:

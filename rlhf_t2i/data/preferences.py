@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reward_model.images import fit
+from reward_model.types import PreferencePair
 from rlhf_t2i.advantages import EQUAL
 from rlhf_t2i.data.augmentation import UNCHANGED, Augmentation, ImageView
 from rlhf_t2i.data.buckets import Buckets
 from rlhf_t2i.data.latent_cache import TensorCache
-from rlhf_t2i.output.files import write_atomically
-from rlhf_t2i.output.image_grids import save_image_grid
+from rlhf_t2i.prompt_rows import EditPrompt, emptied
 from rlhf_t2i.types import Conditioning, Policy
 
 _PER_FILE = 512
@@ -105,6 +104,15 @@ def implicit_preference(margin: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     return (margin.sign() + 1) / 2
 
 
+def with_instructions(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Return pairs whose prompt holds the image that it says how to edit, if they have one."""
+    return [
+        pair if pair.reference is None
+        else replace(pair, winner_prompt=EditPrompt(pair.winner_prompt, pair.reference, where=pair.where))
+        for pair in pairs
+    ]  # fmt: skip
+
+
 # --- pairs in files -----------------------------------------------------------------------------------
 
 
@@ -153,8 +161,11 @@ class ImagePairs:
         for size in self.buckets.sizes:
             for some in _chunks([key for key in keys if images[key].size == size]):
                 self.latents_cache.add(dict(zip(some, self._encode([images[key] for key in some]), strict=True)))
-        empty = [""] if self.augmentation.proportion_empty_prompts else []
-        prompts = {_digest(prompt): prompt for prompt in [*(pair.winner_prompt for pair in self.pairs), *empty]}
+        empty = bool(self.augmentation.proportion_empty_prompts)
+        texts = (
+            each for pair in self.pairs for each in (pair.winner_prompt, *map(emptied, [pair.winner_prompt] * empty))
+        )
+        prompts = {_text_key(prompt): prompt for prompt in texts}
         keys = _uncached_text(self.text_cache, list(prompts)[rank::num_processes])
         for some in _chunks(keys):
             self.text_cache.add(_text_entries(some, self.policy.encode([prompts[key] for key in some])))
@@ -175,13 +186,13 @@ class ImagePairs:
         pairs = [(self.pairs[indices[row]], self.augmentation.changes(step, row)) for row in rows]
         winners = [ImageView(pair.winner, changes.flip_winner, self.size_of(pair)) for pair, changes in pairs]
         images = winners + [ImageView(pair.loser, changes.flip_loser, self.size_of(pair)) for pair, changes in pairs]
-        prompts = ["" if changes.empty_prompt else pair.winner_prompt for pair, changes in pairs]
+        prompts = [emptied(p.winner_prompt) if changes.empty_prompt else p.winner_prompt for p, changes in pairs]
         if self.latents_cache is None or self.text_cache is None:
             latents, conditioning = self._encode(images), self.policy.encode(prompts)
         else:
             self.latents_cache.missing([])  # opens the files that other processes have written
             latents = self.latents_cache.get([self._key_of(image) for image in images])
-            conditioning = _cached_text(self.text_cache, [_digest(prompt) for prompt in prompts])
+            conditioning = _cached_text(self.text_cache, [_text_key(prompt) for prompt in prompts])
         device = next(self.policy.denoiser.parameters()).device
         winner, loser = latents.to(device).chunk(2)
         return PairBatch(winner, loser, conditioning.to(device))
@@ -202,25 +213,9 @@ class ImagePairs:
 
         The size is part of it unless it is the policy's, which is part of the autoencoder's fingerprint.
         """
-        stat = image.path.stat()
-        key = _digest(f"{image.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}")
+        key = _digest(_version_of(image.path))
         size = "" if image.size == self.policy.image_size else f".{image.size[0]}x{image.size[1]}"
         return f"{key}{size}.flipped" if image.flipped else f"{key}{size}"
-
-
-def fit(image: Float[Tensor, "3 _ _"], height: int, width: int) -> Float[Tensor, "3 {height} {width}"]:
-    """Resize an image, antialiased and bicubic, so that it just covers height x width, and crop its centre.
-
-    An image of that size is returned unchanged.
-    """
-    own_height, own_width = image.shape[1:]
-    scale = max(height / own_height, width / own_width)
-    size = max(height, round(scale * own_height)), max(width, round(scale * own_width))
-    if size != (own_height, own_width):
-        resized = F.interpolate(image[None], size, mode="bicubic", antialias=True, align_corners=False)
-        image = resized[0].clamp(0, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return image[:, top : top + height, left : left + width]
 
 
 def _cache_of(policy: Policy, part: Literal["autoencoder", "text encoder"], folder: Path) -> TensorCache:
@@ -237,52 +232,27 @@ def _uncached_text(cache: TensorCache, keys: Sequence[str]) -> list[str]:
 
 
 def _text_entries(keys: Sequence[str], conditioning: Conditioning) -> Mapping[str, Tensor]:
-    """Return the cache entries of encoded prompts, one per part: KEY.states, KEY.pooled, KEY.mask."""
+    """Return the cache entries of encoded prompts, one per part: KEY.states, KEY.pooled, KEY.mask, KEY.image."""
     parts = conditioning.parts.items()
     return {f"{key}.{name}": row for name, rows in parts for key, row in zip(keys, rows, strict=True)}
 
 
 def _cached_text(cache: TensorCache, keys: Sequence[str]) -> Conditioning:
     """Return the conditioning of cached prompts; the entries of one model all have the same parts."""
-    names = [name for name in ("states", "pooled", "mask") if not cache.missing([f"{keys[0]}.{name}"])]
+    names = [name for name in ("states", "pooled", "mask", "image") if not cache.missing([f"{keys[0]}.{name}"])]
     return Conditioning(**{name: cache.get([f"{key}.{name}" for key in keys]) for name in names})
+
+
+def _text_key(prompt: str) -> str:
+    """Return a key of a prompt, which changes when its reference image is replaced."""
+    return _digest(f"{prompt!s}\0{_version_of(prompt.image)}" if isinstance(prompt, EditPrompt) else prompt)
+
+
+def _version_of(image: Path) -> str:
+    """Return a text that changes when a file is replaced, without reading its bytes."""
+    stat = image.stat()
+    return f"{image.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# --- saving pairs -------------------------------------------------------------------------------------
-
-
-def save_pairs(
-    path: Path,
-    images: Float[Tensor, "B 3 Y X"],
-    prompts: Sequence[str],
-    scores: Float[Tensor, "P K"],
-    chosen: tuple[Int[Tensor, " N"], Int[Tensor, " N"]],
-    *,
-    first: int,
-) -> None:
-    """Write a preference file, PATH.jsonl, and this process's images of it to a folder beside it.
-
-    `chosen` are winners and losers from `choose_pairs`, as indices among the images of all processes; `first` is the
-    index of this process's first image. The process with index 0 writes the list.
-    """
-    winners, losers = (side.tolist() for side in chosen)
-    for index in sorted({*winners, *losers} & {*range(first, first + len(images))}):
-        own = images[index - first : index - first + 1]
-        save_image_grid(path.parent / path.stem / f"{index:05d}.png", own, num_columns=1)
-    if first or not winners:
-        return
-    flat, lines = scores.flatten().tolist(), list[str]()
-    for winner, loser in zip(winners, losers, strict=True):
-        row = {
-            "prompt": prompts[winner // scores.shape[1]],
-            "winner": f"{path.stem}/{winner:05d}.png",
-            "loser": f"{path.stem}/{loser:05d}.png",
-            "rating_gap": flat[winner] - flat[loser],
-            "comment": f"scores {flat[winner]:.6g} and {flat[loser]:.6g}",
-        }
-        lines.append(json.dumps(row, ensure_ascii=False))
-    write_atomically(path, "".join(f"{line}\n" for line in lines))

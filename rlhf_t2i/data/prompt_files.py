@@ -21,7 +21,7 @@ from typing import Any
 from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.parquet import read_hub_dataset, read_parquet
 from reward_model.datasets.raw_records import RawRecord, parse_object, parse_value, read_json_lines, read_json_list
-from rlhf_t2i.prompt_rows import Prompt
+from rlhf_t2i.prompt_rows import Prompt, as_row
 
 HUB_PREFIX = "hf:"
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
@@ -33,16 +33,18 @@ _NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]|\r(?!\n)"
 def read_rows(source: str) -> list[Prompt]:
     """Return the rows of a file, whose suffix decides its format, or of a data set `hf:ID@SPLIT`.
 
-    A prompt is the text under "prompt" without surrounding blanks. Its metadata are all fields as they are stored;
-    columns of bytes and images are left out, what JSON does not have, such as a date, becomes text, and a null of a
-    table is a missing field. Raises FileNotFoundError, or ValueError, with file and line, for an unknown suffix, a row
-    without a prompt, a prompt with characters that are no text, and a source that is empty, broken or not UTF-8.
+    A prompt is the text under "prompt" without surrounding blanks; a row with an "image", a path relative to the file,
+    is an `EditPrompt`. Its metadata are all fields as they are stored; columns of bytes and images are left out, what
+    JSON does not have, such as a date, becomes text, and a null of a table is a missing field. Raises
+    FileNotFoundError, or ValueError, with file and line, for an unknown suffix, a row without a prompt, a prompt with
+    characters that are no text, and a source that is empty, broken or not UTF-8.
     """
     if source.startswith(HUB_PREFIX):
         raw: Iterator[RawRecord] = read_hub_dataset(source.removeprefix(HUB_PREFIX), skip_columns=(), with_bytes=False)
     else:
         raw = _read_file(source)
-    rows = [_row(record) for record in raw]
+    folder = Path() if source.startswith(HUB_PREFIX) else Path(source).parent
+    rows = [_row(record, folder) for record in raw]
     if not rows:
         raise ValueError(f"The prompt file {source!r} holds no prompt.")
     return rows
@@ -120,7 +122,7 @@ def _decoded(path: Path) -> str:
         ) from error
 
 
-def _row(record: RawRecord) -> Prompt:
+def _row(record: RawRecord, folder: Path) -> Prompt:
     try:
         fields = parse_object(record.source) if isinstance(record.source, bytes) else _as_json(record.source)
     except BadRecordError as error:
@@ -136,7 +138,7 @@ def _row(record: RawRecord) -> Prompt:
             f"{record.where}: character {found.start() + 1} of the prompt {shortened(prompt)} is "
             f"U+{ord(found[0]):04X}, {_named(found[0])}. Remove it."
         )
-    return Prompt(prompt, fields, record.where)
+    return as_row(prompt, fields, folder=folder, where=record.where)
 
 
 def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rlhf_t2i.distributed.types import STEP, step_of, tensors_of
+from rlhf_t2i.distributed.types import STEP, UNREAD, step_of, tensors_of
 
 
 class Replicated:
@@ -29,7 +29,9 @@ class Replicated:
         self._accelerator, self._module, self._max_norm = accelerator, network, max_gradient_norm
         # DDP would broadcast quantised weights as plain tensors; each process has loaded the same ones.
         quantized = [name for name, p in network.named_parameters() if type(p) is not nn.Parameter]
-        network._ddp_params_and_buffers_to_ignore = quantized  # pyright: ignore[reportArgumentType]
+        # It would also wait for gradients of layers whose outputs nothing reads, which have none on any process.
+        unread = [name for name, _ in network.named_parameters() if name.startswith(getattr(network, UNREAD, ()))]
+        network._ddp_params_and_buffers_to_ignore = quantized + unread  # pyright: ignore[reportArgumentType]
         self.network, self._optimizer = accelerator.prepare(network, optimizer)
         self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.weights: Mapping[str, Tensor] = {name: p.data for name, p in self._parameters.items()}

@@ -14,6 +14,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 """Key of the number of steps in an optimiser's state of a weight; the other keys of torch's have the weight's shape."""
 
+UNREAD = "unread_layers"
+"""Attribute of a network with the beginnings of the names of layers whose outputs nothing reads, if it has any."""
+
 
 def tensors_of(state: Mapping[str, Tensor | int | None]) -> dict[str, Tensor]:
     """Return the part of an optimiser's state of a weight that exists: SGD without momentum has None."""

@@ -31,6 +31,9 @@ def diffusers_usage(
     `name` is the Hub id or the folder of the publication.
     """
     assert base.family is not None
+    stock = base.family.stock_arguments(run.config["guidance_scale"])
+    if not run.config.get("complex_human_instruction", True):  # older runs have no such option
+        stock["complex_human_instruction"] = None
     arguments: dict[str, Any] = {
         "base": base,
         "built_in_folder": TOY_MODELS[base.source].relative_to(_PACKAGE).as_posix() if base.built_in else None,
@@ -44,7 +47,7 @@ def diffusers_usage(
         "prompt": _literal(run.captions["prompts"][0]),
         "seed": run.captions["seeds"][0],
         "num_steps": run.num_evaluation_steps,
-        "arguments": {n: repr(value) for n, value in base.family.stock_arguments(run.config["guidance_scale"]).items()},
+        "arguments": {name: repr(value) for name, value in stock.items()},
         "image_size": run.image_size,
         "eta": run.config["evaluation_eta"],
     }

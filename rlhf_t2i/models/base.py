@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +22,7 @@ from rlhf_t2i.models.levels import Levels
 from rlhf_t2i.models.lora import LoraConfiguration, add_lora, has_lora, lora_reference, target_layers, trainable
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.reference import frozen_copy
+from rlhf_t2i.models.reference_images import encode_rows
 from rlhf_t2i.models.text_encoders import PromptCache, TextEncoder, TruncationWarnings
 from rlhf_t2i.types import Conditioning, Level, Prediction, Resolution, Schedule
 
@@ -110,17 +113,18 @@ class DiffusionPolicy(ABC):
 
             output = unconditional + guidance_scale * (conditional - unconditional)
 
-        Both are rows of one forward pass. A scale of 1 is off and needs the conditional half only.
+        Both are rows of one forward pass, with one reference image. A scale of 1 is off: only the conditional half.
         """
         if guidance_scale <= 1 or self.unconditional is None:
             return self.denoise(latents, model_time, conditioning)
-        both = self.denoise(
-            torch.cat([latents, latents]),
-            torch.cat([model_time, model_time]),
-            Conditioning.cat([self.unconditional.repeat(len(conditioning)), conditioning]),
-        )
-        unconditional, conditional = both.chunk(2)
+        without = replace(self.unconditional.repeat(len(conditioning)), image=conditioning.image)
+        inputs = torch.cat([latents, latents]), torch.cat([model_time, model_time])
+        unconditional, conditional = self.denoise(*inputs, Conditioning.cat([without, conditioning])).chunk(2)
         return self.combined(unconditional, conditional, guidance_scale)
+
+    def leave_out_instruction(self) -> None:
+        """Encode prompts without the instruction that the stock pipeline puts before them; ValueError without one."""
+        raise ValueError(f"complex_human_instruction is False; it must be true for {self.title}, which has none.")
 
     def combined(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
         """Return the guided output from the two halves."""
@@ -215,18 +219,13 @@ class DiffusionPolicy(ABC):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts, each distinct one once; warn once of each prompt that is truncated."""
+        """Encode prompts and their reference images, each distinct one once; warn once of each that is truncated."""
         self._truncation.warn(prompts, self.text_encoders)
         with nullcontext() if self._cache.has(prompts) else self._encoding():
-            return self._cache.encode(prompts, self.encode_prompts).to(self.device)
+            return self._cache.encode(prompts, partial(encode_rows, self)).to(self.device)
 
     def predict(
-        self,
-        latents: Float[Tensor, "B C H W"],
-        level: Level,
-        conditioning: Conditioning,
-        *,
-        guidance_scale: float,
+        self, latents: Float[Tensor, "B C H W"], level: Level, conditioning: Conditioning, *, guidance_scale: float
     ) -> Prediction:
         """Predict the clean and noise parts of noisy latents, in float32; guided if the scale is above 1."""
         autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)

@@ -23,6 +23,8 @@ from rlhf_t2i.types import Conditioning, Resolution
 
 MAX_TOKENS, LAYERS = 512, (9, 18, 27)
 """Length of the text encoder's input, and its layers whose hidden states are the prompt, of the stock pipeline."""
+REFERENCE_TIME = 10
+"""First coordinate of the position of a reference image's tokens; that of the image which is generated is 0."""
 PATCH, OWN_PIXELS = 2, 1024
 """Side in the autoencoder's latents of the square that is one token, and default side of an image in pixels."""
 
@@ -97,18 +99,21 @@ class Flux2(DiffusionPolicy):
         return super().guided(latents, model_time, conditioning, guidance_scale=guidance_scale)
 
     def denoise(self, latents: Tensor, model_time: Tensor, conditioning: Conditioning) -> Tensor:
-        states, dtype = conditioning.states.to(self.network.dtype), self.network.dtype
-        rows, columns, tokens = (
-            torch.arange(size, device=latents.device) for size in (*latents.shape[2:], states.shape[1])
-        )
-        zero = rows.new_zeros(1)
+        """Return the velocity of the tokens of the latents; those of a reference image follow them as more tokens."""
+        images = [latents] if conditioning.image is None else [latents, conditioning.image]
+        states, dtype, device = conditioning.states.to(self.network.dtype), self.network.dtype, latents.device
         velocity = self.denoiser(
-            hidden_states=latents.to(dtype).flatten(2).transpose(1, 2), encoder_hidden_states=states,
-            img_ids=torch.cartesian_prod(zero, rows, columns, zero),
-            txt_ids=torch.cartesian_prod(zero, zero, zero, tokens),
+            hidden_states=torch.cat([each.to(dtype).flatten(2) for each in images], dim=2).transpose(1, 2),
+            encoder_hidden_states=states,
+            img_ids=torch.cat([
+                _positions(REFERENCE_TIME * i, each.shape[2], each.shape[3], 1, device=device)
+                for i, each in enumerate(images)
+            ]),
+            txt_ids=_positions(0, 1, 1, states.shape[1], device=device),
             timestep=model_time / 1000, return_dict=False,
         )[0]  # fmt: skip
-        return velocity.float().transpose(1, 2).unflatten(2, latents.shape[2:])
+        own = velocity[:, : latents.shape[2:].numel()]
+        return own.float().transpose(1, 2).unflatten(2, latents.shape[2:])
 
 
 class SquaresAutoencoder(Autoencoder):
@@ -130,6 +135,12 @@ class SquaresAutoencoder(Autoencoder):
             part.float().view(1, -1, 1, 1) for part in (self.vae.bn.running_mean, self.vae.bn.running_var)
         )
         return (variance + self.vae.config.batch_norm_eps).rsqrt(), mean
+
+
+def _positions(time: int, rows: int, columns: int, tokens: int, *, device: torch.device) -> Tensor:
+    """Return the four coordinates of every token of a grid: time, row, column and place in the text."""
+    counts = (torch.arange(count, device=device) for count in (rows, columns, tokens))
+    return torch.cartesian_prod(torch.full((1,), time, device=device), *counts)
 
 
 def fitted_shift(num_patches: int, num_steps: int) -> float:

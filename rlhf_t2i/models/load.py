@@ -56,15 +56,17 @@ def load_policy(
     whole: bool = False,
     offload_text_encoders: bool = False,
     quantization: Quantization | None = None,
+    complex_human_instruction: bool = True,
 ) -> DiffusionPolicy:
     """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder, a Hub id or a single-file checkpoint.
 
     All networks are loaded in `dtype`, but with `whole`, for training all weights, the denoiser is float32. `weights`
     are trained ones to load into it, as in `load_weights`. Images are of `resolution` pixels; None is the
     model's own size. `offload_text_encoders` is as in `DiffusionPolicy`; `quantization`, of denoiser and text encoders,
-    as in `quantize`. A pipeline that a caller in Python passed under the name is not loaded again, and not quantised.
-    Raises FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, and for weights that
-    are missing or do not fit.
+    as in `quantize`. Without `complex_human_instruction` prompts are encoded without that of the stock pipeline. A
+    pipeline that a caller in Python passed under the name is not loaded again, and not quantised. Raises
+    FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, and for weights that are
+    missing or do not fit.
     """
     pipeline = passed().pipelines.get(model)
     if pipeline is not None and quantization:
@@ -84,9 +86,12 @@ def load_policy(
                 if (network := getattr(pipeline, name)) is not None:
                     quantize(network, quantization, device=device, dtype=dtype)
         resolution = resolution or default_resolution(model)
-        return family(
+        policy = family(
             pipeline, device=device, dtype=dtype, resolution=resolution, offload_text_encoders=offload_text_encoders
         )
+    if not complex_human_instruction:
+        policy.leave_out_instruction()
+    return policy
 
 
 def load_stock_pipeline(

@@ -12,6 +12,7 @@ from diffusers import QwenImagePipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.distributed.types import UNREAD
 from rlhf_t2i.models.autoencoder import Autoencoder, latent_size
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.flux import PATCH, packed, unpacked
@@ -59,6 +60,8 @@ class QwenImage(DiffusionPolicy):
         found, expected = encoder.model.config.get_text_config().hidden_size, config.joint_attention_dim
         if found != expected:
             raise ValueError(f"The model's text encoder has width {found}; its transformer takes one of {expected}.")
+        last = f"transformer_blocks.{config.num_layers - 1}"
+        setattr(self.network, UNREAD, (f"{last}.attn.to_add_out.", f"{last}.txt_mlp."))  # the last states of the text
         self.text_encoders = [encoder]
         self.autoencoder = FrameAutoencoder(pipeline.vae, pixels_per_latent=scale, device=self.device, dtype=self.dtype)
 

@@ -48,8 +48,8 @@ class Sana(DiffusionPolicy):
     def load_parts(self, pipeline: Any, resolution: Resolution | None) -> None:
         """Set the parts.
 
-        Raises ValueError for a scheduler without flow levels, and for a distilled transformer, which takes the guidance
-        scale as an input.
+        Raises ValueError for a scheduler without flow levels, a text encoder of another width, and a distilled
+        transformer, which takes the guidance scale as an input.
         """
         config, scale = self.network.config, pipeline.vae_scale_factor
         if config.guidance_embeds:
@@ -68,14 +68,21 @@ class Sana(DiffusionPolicy):
         tokenizer.padding_side = "right"
         encoder_of = partial(TextEncoder, tokenizer, pipeline.text_encoder, device=self.device, dtype=self.dtype)
         length = len(tokenizer.encode(INSTRUCTION)) + MAX_TOKENS - 2
-        self._instructed = encoder_of(max_length=length, template=lambda prompt: INSTRUCTION + _as_trained(prompt))
+        instructed = encoder_of(max_length=length, template=lambda prompt: INSTRUCTION + _as_trained(prompt))
         self._plain = encoder_of(max_length=MAX_TOKENS, template=_as_trained)
-        self.text_encoders = [self._instructed]
+        found, expected = self._plain.model.config.hidden_size, config.caption_channels
+        if found != expected:
+            raise ValueError(f"The model's text encoder has width {found}; its transformer takes one of {expected}.")
+        self.text_encoders = [instructed]
         self.autoencoder = Autoencoder(pipeline.vae, pixels_per_latent=scale, device=self.device, dtype=self.dtype)
+
+    def leave_out_instruction(self) -> None:
+        self.text_encoders = [self._plain]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Return the hidden states of the first token and of the last ones, of which padding is masked."""
-        found = _encoded(self._instructed, prompts)
+        [encoder] = self.text_encoders
+        found = _encoded(encoder, prompts)
         rows = torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(1 - MAX_TOKENS, 0)])
         assert found.mask is not None
         return Conditioning(found.states[:, rows], mask=found.mask[:, rows])

@@ -35,6 +35,10 @@ class FamilyEntry:
     microbatch_size: int
     """Images in one forward pass, meant for 24 GB with a LoRA; not measured."""
     gradient_checkpointing: bool
+    edits_images: bool = False
+    """True if an image to be edited can be a condition beside the prompt."""
+    has_instruction: bool = False
+    """True if the stock pipeline puts an instruction before every prompt."""
 
 
 FAMILIES = {
@@ -97,6 +101,7 @@ FAMILIES = {
         lora_rank=32,
         microbatch_size=2,
         gradient_checkpointing=True,
+        edits_images=True,
     ),
     "SanaPipeline": FamilyEntry(
         "sana",
@@ -107,6 +112,7 @@ FAMILIES = {
         lora_rank=32,
         microbatch_size=4,
         gradient_checkpointing=True,
+        has_instruction=True,
     ),
     "QwenImagePipeline": FamilyEntry(
         "qwen_image",

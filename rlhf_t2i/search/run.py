@@ -21,6 +21,7 @@ from tqdm import tqdm
 from reward_model.text_files import read_json, read_object
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.diffusion.transitions import stochastic
+from rlhf_t2i.models.reference_images import check_edits
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.image_grids import save_image_grid
 from rlhf_t2i.output.run_folder import (
@@ -201,11 +202,12 @@ class SearchRun:
 def start_search(config: SearchConfig, *, recipe: str, eta: float, standardise: bool = False) -> SearchRun:
     """Start the run and load the model, rewards and prompts; `standardise` is that of `SearchContext`.
 
-    Raises what `load_rewards`, `load_prompts`, `start_run` and `load_policy` raise.
+    Raises what `load_rewards`, `load_prompts`, `check_edits`, `start_run` and `load_policy` raise.
     """
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
     prompts = load_prompts(config.prompts, held_out=True)
+    check_edits(prompts, model=config.model)
     for names_of_rewards in (config.rewards, config.veto and join_terms([config.veto]), config.evaluation_rewards):
         check_prompts(names_of_rewards or "", prompts)
     metadata = rows_to_write(prompts)
@@ -226,6 +228,7 @@ def start_search(config: SearchConfig, *, recipe: str, eta: float, standardise: 
         weights=Path(config.weights) if config.weights else None,
         resolution=config.image_size,
         quantization=config.quantization,
+        complex_human_instruction=config.complex_human_instruction,
     )
     schedule = policy.schedule(config.num_denoising_steps)
     sampler = Sampler(schedule, stochastic(schedule, eta=eta), config.guidance_scale)

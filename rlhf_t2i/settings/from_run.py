@@ -78,6 +78,7 @@ def _sampling(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{name: config[name] for name in ("model", "guidance_scale")},
         **{name: config.get(name) for name in SIZE_OPTIONS},
+        "complex_human_instruction": config.get("complex_human_instruction", True),  # older runs have no such option
         "num_denoising_steps": steps,
         "num_evaluation_steps": steps,
         "evaluation_prompts": prompts,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from rlhf_t2i.models.table import family_entry, pipeline_class_of
 from rlhf_t2i.rewards.terms import join_terms, reward_names_of
 from rlhf_t2i.settings.base import Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
@@ -46,6 +47,9 @@ class ModelSettings(Settings, group="model and LoRA"):
     """Height of images in pixels, given together with width and without resolution; null is that of resolution."""
     width: PositiveInt | None = by_model(None, None)
     """Width of images in pixels, given together with height and without resolution; null is that of resolution."""
+    complex_human_instruction: bool = by_model(True, True)
+    """Put SANA's instruction before each prompt, as its stock pipeline does (complex human instruction); false encodes
+    the prompt alone. No other family has one."""
     quantization: Literal["int8", "nf4"] | None = None
     """Storage of the linear layers' frozen weights, in denoiser and text encoders: int8 (8 bits, torchao), nf4 (4 bits,
     bitsandbytes), or null, the precision of the networks. Training needs a LoRA, on one process or under DDP."""
@@ -57,7 +61,8 @@ class ModelSettings(Settings, group="model and LoRA"):
 
     def rules(self) -> list[Rule]:
         image_size(vars(self))  # or it raises
-        return super().rules()
+        can_leave_out = self.complex_human_instruction or family_entry(pipeline_class_of(self.model)).has_instruction
+        return [*super().rules(), ("complex_human_instruction", can_leave_out, "true for a model without one")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,7 @@ class LoraSettings(Settings, group="model and LoRA"):
     arXiv:2402.09353)."""
     export_format: Literal["diffusers", "both"] = "diffusers"
     """Key layout of the exported LoRA: diffusers is that of diffusers, both adds Kohya's, which ComfyUI and A1111 read
-    (U-Nets only)."""
+    (Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2 klein, Qwen-Image)."""
     lora_scale: PositiveFloat = 1.0
     """Scale of the LoRA in evaluation and export, relative to training; below 1 moves towards the base model."""
 

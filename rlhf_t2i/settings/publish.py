@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_t2i.settings.base import Rule, Settings
-from rlhf_t2i.settings.ranges import InputPath
+from rlhf_t2i.settings.ranges import InputPath, InputPaths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,9 @@ class Config(Settings, group="publication"):
     """Hub id of the base model, OWNER/NAME; needed if the run was trained from a local folder."""
     license: str | None = None
     """Licence in the Hub's abbreviation, such as openrail; null is the licence of the base model's card."""
+    evaluations: InputPaths | None = None
+    """Comma-separated run folders of evaluate_policy with this run's weights, whose numbers the model card shows with
+    the model that the weights were loaded into, which may be a sibling of the base; null shows none."""
     datasets: str = ""
     """Comma-separated Hub ids of the training data, for the model card."""
 

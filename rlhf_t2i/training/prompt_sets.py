@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from rlhf_t2i.data.prompts import load_prompts
+from rlhf_t2i.models.reference_images import check_edits
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import EVALUATION_PROMPTS
 from rlhf_t2i.prompt_rows import metadata_of
@@ -65,11 +66,13 @@ def load_prompt_sets(config: TrainerConfig) -> PromptSets:
     """Load both sets of prompts. Without evaluation_prompts, a tenth of the distinct prompts is held back, at most 64.
 
     The choice depends on the prompts alone, so that runs with other seeds are evaluated on the same ones. A single
-    prompt is trained and evaluated on. Raises what `load_prompts` raises, and ValueError, with its place, for a row
-    without what a reward that scores it needs.
+    prompt is trained and evaluated on. Raises what `load_prompts` and `check_edits` raise, and ValueError, with its
+    place, for a row without what a reward that scores it needs.
     """
     config.check_complete()
     sets = _prompt_sets(config)
+    for prompts in (sets.training, sets.evaluation):
+        check_edits(prompts, model=config.model)
     if "rewards" not in config.unused():
         check_prompts(config.scored_rewards, sets.training)
     check_prompts(config.evaluation_rewards, sets.evaluation)

@@ -98,6 +98,7 @@ def _load(config: TrainerConfig, run: Run) -> Any:
     policy = load_policy(
         config.model, device=run.device, dtype=run.dtype, resolution=config.image_size, whole=not config.trains_lora,
         offload_text_encoders=config.offload_text_encoders, quantization=config.quantization,
+        complex_human_instruction=config.complex_human_instruction,
     )  # fmt: skip
     if run.is_main:
         update_run_info(run.folder, {"image_size": list(policy.image_size)})

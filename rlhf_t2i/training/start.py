@@ -17,7 +17,7 @@ def set_start(policy: Any, config: TrainerConfig, run: Run, *, keep_reference: b
     The LoRA that a run starts from is copied into its folder, where a resumed run finds it. Raises FileNotFoundError or
     ValueError for weights that do not fit the model.
     """
-    from rlhf_t2i.models.export import check_kohya  # takes seconds
+    from rlhf_t2i.models.kohya import check_kohya  # takes seconds
     from rlhf_t2i.models.lora import LoraConfiguration, set_lora_dropout, uses_dora
     from rlhf_t2i.models.warm_start import start_from_lora, start_from_weights
 
