@@ -125,7 +125,6 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
         names(config.pairs or ""),
         image_root=config.image_root,
         image_prefix=config.image_prefix,
-        unpack_to=config.unpack_folder,
         skipped=folder / "skipped.jsonl" if config.on_bad_record == "skip" else None,
         log=log,
         keep_ties=True,

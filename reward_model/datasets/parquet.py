@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from reward_model.datasets.raw_records import RawRecord
+from reward_model.stored_images import open_hub_dataset
+from reward_model.types import StoredImage
 
 _TEXT_BATCH = 16
 """Rows in memory at once of a table of texts and numbers; of one with images a single row, because a file of kilobytes
@@ -28,8 +30,8 @@ class _InflatedError(ValueError):
 def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
     """Yield the rows of a Parquet file, numbered from 1, without the columns `skip_columns`.
 
-    Without `with_bytes`, columns of bytes and images are left out too. Raises ValueError if the file is broken, or if
-    it takes far more memory than it has bytes.
+    Bytes and images are not read but given as their place, a `StoredImage`; without `with_bytes` their columns are left
+    out. Raises ValueError if the file is broken, or if it takes far more memory than it has bytes.
     """
     import pyarrow.parquet as pq
 
@@ -38,14 +40,20 @@ def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool 
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file:
             _refuse_inflated(file.metadata, path.stat().st_size, limit)
             columns = _columns(file.schema_arrow, skip_columns, with_bytes=with_bytes)
-            with_images = any(_has_bytes(file.schema_arrow.field(name).type) for name in columns)
-            for batch in file.iter_batches(batch_size=1 if with_images else _TEXT_BATCH, columns=columns):
-                total += 0 if with_images else batch.nbytes
-                if total > limit:
-                    raise _InflatedError(f"its texts take more than {limit:,} bytes of memory")
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield RawRecord(f"{path}:ROW {number}", fields)
+            images = [name for name in columns if _is_image(file, name)]
+            columns = [name for name in columns if name not in images]
+            some_bytes = any(_has_bytes(file.schema_arrow.field(name).type) for name in columns)
+            for group in range(file.num_row_groups):
+                batches = file.iter_batches(1 if some_bytes else _TEXT_BATCH, row_groups=[group], columns=columns)
+                for batch in batches if columns else [None] * file.metadata.row_group(group).num_rows:
+                    total += 0 if batch is None or some_bytes else batch.nbytes
+                    if total > limit:
+                        raise _InflatedError(f"its texts take more than {limit:,} bytes of memory")
+                    for read in [{}] if batch is None else batch.to_pylist():
+                        fields = {name: _placed(v, str(path), number, name) for name, v in read.items()}
+                        fields |= {name: StoredImage(str(path), number, -1, name) for name in images}
+                        number += 1
+                        yield RawRecord(f"{path}:ROW {number}", fields, group if images or some_bytes else -1)
     except _InflatedError as error:
         raise ValueError(f"{path} is refused, since a file of any size can be made so: {error}.") from error
     # Broken bytes cause a dozen exception types, not all of them Arrow's own.
@@ -55,41 +63,78 @@ def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool 
         ) from error
 
 
+def _is_image(file: Any, column: str) -> bool:
+    """True if every row of a column has bytes, or an image with bytes as `datasets` stores it, by the file's footer."""
+    import pyarrow.types as types
+
+    kind, metadata = file.schema_arrow.field(column).type, file.metadata
+    leaf = f"{column}.bytes" if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else column
+    if not _has_bytes(kind) or (types.is_nested(kind) and leaf == column):
+        return False
+    if leaf != column and not _has_bytes(kind.field("bytes").type):
+        return False
+    for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+        found = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == leaf]
+        if len(found) != 1 or found[0].statistics is None or not found[0].statistics.has_null_count:
+            return False
+        if found[0].statistics.null_count:
+            return False
+    return True
+
+
+def _placed(value: Any, file: str, row: int, column: str, index: int = -1) -> Any:
+    """Return the value of a cell with the place of each image or bytes instead of its content."""
+    match value:
+        case bytes() | {"bytes": bytes()}:
+            return StoredImage(file, row, index, column)
+        case list() if index < 0:
+            return [_placed(one, file, row, column, i) for i, one in enumerate(value)]
+        case _:
+            return value
+
+
 def _refuse_inflated(metadata: Any, size: int, limit: int) -> None:
     """Raise _InflatedError if the footer of a file of `size` bytes states over `limit` bytes, or too many values."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if (stated := sum(group.total_byte_size for group in groups)) > limit:
         raise _InflatedError(f"its columns take {stated:,} bytes of memory, and it has {size:,}")
+    if (rows := sum(group.num_rows for group in groups)) > max(_MAX_VALUES, size):
+        raise _InflatedError(f"it has {rows:,} rows in {size:,} bytes")
     for column in range(metadata.num_columns):
         if (count := sum(group.column(column).num_values for group in groups)) > max(_MAX_VALUES, size):
             raise _InflatedError(f"its column {column + 1} has {count:,} values in {size:,} bytes")
 
 
-def read_hub_dataset(path: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
-    """Yield the rows of ID@SPLIT, numbered from 1; ID is a data set on the Hub, or a folder in a layout of `datasets`.
+def read_hub_dataset(source: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
+    """Yield the rows of hf:ID@SPLIT, numbered from 1; ID is a data set on the Hub, or a folder in a layout of
+    `datasets`, and hf:ID:CONFIG@SPLIT one of its configurations.
 
-    Without `with_bytes`, columns of bytes and images are left out too. Raises ValueError if it cannot be loaded. Data
-    sets that are Python scripts cannot since datasets 4; `docs/data.md` lists the files to download instead.
+    Bytes and images are given as their place; without `with_bytes` their columns are left out. Raises ValueError if it
+    cannot be loaded. Data sets that are Python scripts cannot since datasets 4; `docs/data.md` lists the files to
+    download instead.
     """
-    from datasets import Dataset, Image, load_dataset
+    table = open_hub_dataset(source)
+    schema = table.features.arrow_schema
+    columns = _columns(schema, skip_columns, with_bytes=with_bytes)
+    images = [name for name in columns if _is_full(table, name)]
+    rows = table.select_columns([name for name in columns if name not in images])
+    for number, read in enumerate(rows if rows.column_names else ({} for _ in range(len(table)))):
+        fields = {name: _placed(value, source, number, name) for name, value in read.items()}
+        fields |= {name: StoredImage(source, number, -1, name) for name in images}
+        yield RawRecord(f"{source}:ROW {number + 1}", fields)
 
-    name, at, split = path.rpartition("@")
-    if not (name and at and split):
-        raise ValueError(f"hf:{path} has no split; write hf:ID@SPLIT, such as hf:yuvalkirstain/pickapic_v2@test.")
-    try:
-        table: Any = load_dataset(name, split=split)
-    # Failures on the way to the Hub have a dozen exception types of several libraries.
-    except Exception as error:
-        raise ValueError(f"hf:{path} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from error
-    assert isinstance(table, Dataset)
-    table = table.select_columns(_columns(table.features.arrow_schema, skip_columns, with_bytes=with_bytes))
-    for column, feature in table.features.items():
-        inner = getattr(feature, "feature", feature)
-        if isinstance(inner, Image):
-            undecoded = Image(decode=False)
-            table = table.cast_column(column, undecoded if inner is feature else type(feature)(undecoded))
-    for number, fields in enumerate(table, start=1):
-        yield RawRecord(f"hf:{path}:ROW {number}", fields)
+
+def _is_full(table: Any, column: str) -> bool:
+    """True if every row of a column of a `datasets.Dataset` has bytes, or an image with bytes."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    values = table.data.column(column)
+    if types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
+        if values.null_count:
+            return False
+        values = compute.struct_field(values, "bytes")
+    return not types.is_nested(values.type) and _has_bytes(values.type) and not values.null_count
 
 
 def _columns(schema: Any, skip_columns: Collection[str], *, with_bytes: bool) -> list[str]:
