@@ -60,7 +60,9 @@ def _from_file(path: ImageSource) -> Float[Tensor, "3 _ _"]:
                 return _from_pil(image)
     # Pillow's decoders raise any exception type on broken bytes: SyntaxError, struct.error, KeyError, ...
     except Exception as error:
-        raise ValueError(f"The file {str(path)!r} is no image that can be read: {error}.") from error
+        name = f"file {str(path)!r}" if isinstance(path, Path) else f"image {path}"
+        text = str(error).partition(" <_io.BytesIO")[0]
+        raise ValueError(f"The {name} is no image that can be read: {text}.") from error
     raise ValueError(
         f"The image {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}: it may be a decompression "
         f"bomb. Resize it."

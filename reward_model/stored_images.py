@@ -82,11 +82,13 @@ def _read_member(image: StoredImage) -> bytes:
 def _cell(image: StoredImage) -> Any:
     """Return the value of a cell of a Parquet file, and keep those of its row group while they are small enough."""
     # A process of a data loader does not share its parent's open files.
-    file, starts = _open_parquet(image.file, Path(image.file).stat().st_mtime_ns, os.getpid())
+    info = os.stat(image.file)
+    identity = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+    file, starts = _open_parquet(image.file, identity, os.getpid())
     group = next((g for g, end in enumerate(starts[1:]) if image.start < end), -1)
     if group < 0:
         raise IndexError(image.start)
-    row, key = image.start - starts[group], (image.file, group, image.column)
+    row, key = image.start - starts[group], (identity, group, image.column)
     if key in _kept:
         _kept.move_to_end(key)
         if row < len(_kept[key][0]):
@@ -129,7 +131,7 @@ def _size(value: Any) -> int:
 
 
 @lru_cache(maxsize=64)
-def _open_parquet(path: str, changed: int, process: int) -> tuple[Any, list[int]]:
+def _open_parquet(path: str, identity: tuple[int, ...], process: int) -> tuple[Any, list[int]]:
     """Return a Parquet file of which nothing is read ahead, and the first row of each group, with the end."""
     import pyarrow.parquet as pq
 

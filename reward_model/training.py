@@ -35,7 +35,7 @@ from reward_model.datasets.fields import BadRecordError
 from reward_model.datasets.order import BlockSampler
 from reward_model.datasets.refill import Refill, UnusableError
 from reward_model.datasets.table import RecordTable
-from reward_model.datasets.usable import flaw_of_input
+from reward_model.datasets.usable import flaw_of_equal_sides, flaw_of_input
 from reward_model.images import to_tensor
 from reward_model.losses import Objective
 from reward_model.model import GROUPS, RewardModel
@@ -82,6 +82,9 @@ class Collator:
         rows = [(i, pair.winner, pair.winner_prompt) for i, pair in pairs]
         rows += [(i, pair.loser, pair.loser_prompt) for i, pair in pairs]
         rows += [(i, one.image, one.prompt) for i, one in labelled]
+        for i, pair in pairs:
+            if flaw := self._flaw_of_sides(pair):
+                raise UnusableError(i, flaw)
         images = (self._image(*row) for row in rows)
         try:
             inputs = self.model.backbone.prepare(images, [prompt for *_, prompt in rows])
@@ -95,6 +98,12 @@ class Collator:
             "gap": torch.tensor([pair.rating_gap for _, pair in pairs], dtype=torch.float32),
             "label": torch.tensor([one.label for _, one in labelled], dtype=torch.float32),
         }
+
+    def _flaw_of_sides(self, pair: PreferencePair) -> str | None:
+        try:
+            return flaw_of_equal_sides(pair)
+        except (OSError, ValueError) as error:
+            return str(error)
 
     def _image(self, position: int, source: ImageSource, prompt: str) -> Tensor:
         try:

@@ -192,7 +192,10 @@ def test_a_sample_of_a_tar_finds_its_images_by_field_or_by_name(folder: Path) ->
     [
         ({"x.json": b'{"prompt": "a", "label": 1, "image": "../red.jpg"}'}, "'../red.jpg' is not a member"),
         ({"x.json": b'{"prompt": "a", "label": 1, "image": "red.jpg"}'}, "'red.jpg' is not a member"),
-        ({"x.json": b'{"prompt": "a", "label": 1}', "x.jpg": b"text"}, "the image 'x.jpg', of 4 bytes, cannot be read"),
+        (
+            {"x.json": b'{"prompt": "a", "label": 1}', "x.jpg": b"text"},
+            "shard.tar cannot be read as an image: cannot identify",
+        ),
         ({"x.json": b'{"prompt": "a", "label": 1}', "y.jpg": b"text"}, "do not form a record"),
         ({"x.json": b'{"prompt": '}, "not JSON"),
     ],

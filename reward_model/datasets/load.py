@@ -128,7 +128,7 @@ def data_files_of(source: str) -> list[DataFile]:
 class _Converted:
     """What became of the records of a source."""
 
-    records: RecordTable = field(default_factory=lambda: RecordTable.of(()))
+    records: RecordTable | None = None
     without_preference: Counter[str] = field(default_factory=Counter)
     num_bad: int = 0
     num_read: int = 0

@@ -98,11 +98,11 @@ def _refuse_inflated(metadata: Any, size: int, limit: int) -> None:
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if (stated := sum(group.total_byte_size for group in groups)) > limit:
         raise _InflatedError(f"its columns take {stated:,} bytes of memory, and it has {size:,}")
-    if (rows := sum(group.num_rows for group in groups)) > max(_MAX_VALUES, size):
-        raise _InflatedError(f"it has {rows:,} rows in {size:,} bytes")
     for column in range(metadata.num_columns):
         if (count := sum(group.column(column).num_values for group in groups)) > max(_MAX_VALUES, size):
             raise _InflatedError(f"its column {column + 1} has {count:,} values in {size:,} bytes")
+    if (rows := sum(group.num_rows for group in groups)) > max(_MAX_VALUES, size):
+        raise _InflatedError(f"it has {rows:,} rows in {size:,} bytes")
 
 
 def read_hub_dataset(source: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:

@@ -11,6 +11,8 @@ from reward_model.datasets.load import write_skipped
 
 _ALWAYS_ALLOWED = 16
 """Unusable records of which no fraction is computed."""
+_MOST_TRIES = 32
+"""Unusable records in a row, for each record of a batch."""
 
 
 class UnusableError(ValueError):
@@ -34,7 +36,7 @@ class Refill:
         A record is replaced by one of its part. Without a file `skipped`, an unusable record raises BadRecordError.
         """
         self.parts, self.skipped = parts, skipped
-        self._unusable, self._num_used = set[int](), 0
+        self._unusable, self._num_met, self._num_replaced = set[int](), 0, 0
 
     def collate(self, indices: list[int], make: Callable[[list[int]], Any], *, where: Callable[[int], str]) -> Any:
         """Return make(indices), with other indices in place of those for which it raises UnusableError.
@@ -42,18 +44,23 @@ class Refill:
         `where` returns the place of a record, for the message and the file. Raises BadRecordError if more than half of
         the records that this process met cannot be used.
         """
-        self._num_used += len(indices)
-        while True:
+        for _ in range(_MOST_TRIES * len(indices)):
             usable = [self._usable(index) for index in indices]
             try:
-                return make(usable)
+                made = make(usable)
             except UnusableError as error:
                 index = usable[error.position]
                 if self.skipped is None:
                     raise BadRecordError(f"{where(index)}: {error}") from error
                 write_skipped(self.skipped, where=where(index), reason=str(error))
                 self._unusable.add(index)
-                self._refuse_most()
+                continue
+            self._num_met += len(indices)
+            self._num_replaced += sum(one != other for one, other in zip(usable, indices, strict=True))
+            if self._num_replaced > _ALWAYS_ALLOWED and 2 * self._num_replaced > self._num_met:
+                raise self._too_many(self._num_replaced, self._num_met)
+            return made
+        raise self._too_many(len(self._unusable), self._num_met + len(self._unusable))
 
     def _usable(self, index: int) -> int:
         start = 0
@@ -70,10 +77,8 @@ class Refill:
             start += size
         raise IndexError(index)
 
-    def _refuse_most(self) -> None:
-        count = len(self._unusable)
-        if count >= sum(self.parts) or (count > _ALWAYS_ALLOWED and 2 * count > self._num_used + count):
-            raise BadRecordError(
-                f"{count:,} of the {self._num_used + count:,} records that training met cannot be used, more than "
-                f"half; see {self.skipped}. Check the data: python -m reward_model.datasets check PLACE."
-            )
+    def _too_many(self, count: int, total: int) -> BadRecordError:
+        return BadRecordError(
+            f"{count:,} of the {total:,} records that training met cannot be used, more than half; see {self.skipped}. "
+            f"Check the data: python -m reward_model.datasets check PLACE."
+        )

@@ -13,7 +13,8 @@ from reward_model.datasets.images import flaw_of_image
 from reward_model.datasets.load import write_skipped
 from reward_model.datasets.table import RecordTable
 from reward_model.image_files import MAX_PIXELS, upright_size
-from reward_model.types import Backbone, ImageSource, PreferencePair, Record
+from reward_model.stored_images import read_bytes
+from reward_model.types import Backbone, ImageSource, PreferencePair, Record, StoredImage
 
 
 def usable_records(
@@ -53,9 +54,21 @@ def flaw_finder(backbone: Backbone | None, *, max_pixels: int = MAX_PIXELS) -> C
                 flaw = flaw_of_input(backbone, size_of(image), prompt)
             if flaw is not None:
                 return flaw
-        return None
+        return flaw_of_equal_sides(record)
 
     return flaw_of
+
+
+def flaw_of_equal_sides(record: Record) -> str | None:
+    """Return that both sides are equal, if they are: images within data files, of which only the content tells."""
+    if not isinstance(record, PreferencePair) or record.winner_prompt != record.loser_prompt:
+        return None
+    winner, loser = record.winner, record.loser
+    if not (isinstance(winner, StoredImage) and isinstance(loser, StoredImage)):
+        return None
+    if winner != loser and (winner.column or winner.size == loser.size) and read_bytes(winner) == read_bytes(loser):
+        return f"the images {winner} and {loser} are equal; a pair must differ in the image or in the prompt."
+    return None
 
 
 def flaw_of_input(backbone: Backbone, size: tuple[int, int], prompt: str) -> str | None:
