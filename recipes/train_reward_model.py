@@ -50,7 +50,7 @@ from reward_model.datasets import load_records
 from reward_model.datasets.formats import source_name
 from reward_model.datasets.prepare import draw_records, prepare_records
 from reward_model.datasets.table import RecordTable
-from reward_model.datasets.usable import usable_records
+from reward_model.datasets.usable import skipped_records, usable_records
 from reward_model.losses import Objective
 from reward_model.model import RewardModel, parameter_table, visual_token_table
 from reward_model.scoring import LlavaReward
@@ -110,7 +110,7 @@ def main(config: Config) -> Path:
         save_adapter(model_config, adapter_tensors(best.model, config.perspective), folder / REWARD_MODEL)
         sets = {"validation": validation, **dict(zip(tests, rest, strict=True))}
         evaluate(best, sets, folder, batch_size=2 * config.microbatch_size)
-        report_skipped(folder)
+        tqdm.write(skipped_records(folder))
         tqdm.write(f"report        {write_report(folder)}\nreward model  {folder / REWARD_MODEL}")
     end_processes(trainer.accelerator)
     return folder / REWARD_MODEL
@@ -240,13 +240,6 @@ def skip_log(config: Config, folder: Path) -> Path | None:
     """Return this process's log of skipped records; None if a bad record stops the run."""
     rank = PartialState().process_index
     return folder / (f"skipped_{rank}.jsonl" if rank else "skipped.jsonl") if config.on_bad_record == "skip" else None
-
-
-def report_skipped(folder: Path) -> None:
-    """Print how many records all processes have skipped, and where they are written."""
-    files = sorted(folder.glob("skipped*.jsonl"))
-    if count := sum(text.count(b"\n") for text in (file.read_bytes() for file in files)):
-        tqdm.write(f"{count:,} records were skipped; see {', '.join(map(str, files))}")
 
 
 def evaluate(model: LlavaReward, sets: dict[str, RecordTable], folder: Path, *, batch_size: int) -> None:

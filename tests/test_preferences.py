@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
 from reward_model.images import to_tensor
+from rlhf_t2i.data.image_pairs import fit
 from rlhf_t2i.data.pair_shards import shard_pairs
 from rlhf_t2i.data.preferences import (
     choose_pairs,
-    fit,
     implicit_preference,
     pairs_of_step,
     save_pairs,

@@ -36,6 +36,7 @@ class ImageFinder:
         lie in an archive, `find_member` returns where the member lies that a record names.
         """
         self.root, self.prefix, self.find_member = root.resolve(), prefix, find_member
+        self._root = str(self.root)
         self._real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
     def __call__(self, image: ImageField) -> ImageSource:
@@ -49,16 +50,16 @@ class ImageFinder:
 
     def _plain_file(self, name: str) -> Path | None:
         """Return a file that is no link and not empty, with one question to the file system; None for any other."""
-        folder, _, base = os.path.join(self.root, name).rpartition("/")
+        folder, _, base = (name if name.startswith("/") else f"{self._root}/{name}").rpartition("/")
         if ".." in name or not base or base == ".":
             return None
         try:
-            path = f"{self._real_folder(folder)}/{base}"
-            info = os.lstat(path)
+            real = self._real_folder(folder)
+            info = os.lstat(f"{real}/{base}")
         except (OSError, ValueError):
             return None
-        found = Path(path)
-        return found if stat.S_ISREG(info.st_mode) and info.st_size and found.is_relative_to(self.root) else None
+        is_inside = real == self._root or real.startswith(f"{self._root.rstrip('/')}/")
+        return Path(f"{real}/{base}") if is_inside and stat.S_ISREG(info.st_mode) and info.st_size else None
 
     def _file(self, image: str, name: str) -> Path:
         path = _path_inside(self.root, name)

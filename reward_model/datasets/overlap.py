@@ -59,6 +59,12 @@ def shared_prompts(training: np.ndarray, test: np.ndarray) -> np.ndarray:
     return shared[shared != 0]
 
 
+def without_prompts(records: Sequence[Record], keys: np.ndarray) -> RecordTable:
+    """Return the records with none of these prompt keys on either side; the empty prompt does not count."""
+    table = RecordTable.of(records)
+    return table.select(np.flatnonzero(~np.isin(prompt_keys(table), keys[keys != 0]).any(1)))
+
+
 def overlap_table(training: Sequence[Record], tests: Mapping[str, Sequence[Record]]) -> str:
     """Return a line for each test set with the numbers of shared prompts and training records, and an example."""
     table, keys, lines = RecordTable.of(training), prompt_keys(training), list[str]()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from reward_model.datasets.hard_negatives import hard_negatives as make_hard_negatives
-from reward_model.datasets.overlap import overlap_table, prompt_keys
+from reward_model.datasets.overlap import overlap_table, prompt_keys, without_prompts
 from reward_model.datasets.split import split_by_prompt
 from reward_model.datasets.summary import summarise
 from reward_model.datasets.table import RecordTable
@@ -48,7 +48,11 @@ def prepare_records(
         log(overlap_table(records, tests))
     unseen = np.concatenate([np.zeros(0, np.uint64), *(prompt_keys(test).flatten() for test in tests.values())])
     if exclude_test_prompts:
-        records = _without_prompts(records, unseen, log=log)
+        remaining = without_prompts(records, unseen)
+        if not len(remaining):
+            raise ValueError(f"All {len(records):,} training records have prompts of the test data; none is left.")
+        log(f"{len(records) - len(remaining):,} training records with prompts of the test data are excluded")
+        records = remaining
     if len(validation):
         held_out = RecordTable.of(validation)
         log(overlap_table(records, {"validation": held_out}))
@@ -65,12 +69,3 @@ def prepare_records(
         for text in summary.warnings():
             log(f"WARNING: in the {name} data {text}.")
     return records, held_out
-
-
-def _without_prompts(records: RecordTable, unseen: np.ndarray, *, log: Callable[[str], None]) -> RecordTable:
-    """Return the records with none of these prompt keys on either side; the empty prompt does not count."""
-    remaining = np.flatnonzero(~np.isin(prompt_keys(records), unseen[unseen != 0]).any(1))
-    if not len(remaining):
-        raise ValueError(f"All {len(records):,} training records have prompts of the test data; none is left.")
-    log(f"{len(records) - len(remaining):,} training records with prompts of the test data are excluded")
-    return records.select(remaining)

@@ -176,7 +176,7 @@ def _row(record: Record) -> tuple[Any, ...]:
     return *images, *prompts, None, record.tie, record.rating_gap, record.where
 
 
-def _image_row(image: ImageSource) -> tuple[Any, ...]:
+def _image_row(image: ImageSource) -> tuple[str | int | None, ...]:
     return (
         (str(image), None, None, None)
         if isinstance(image, Path)

@@ -84,6 +84,13 @@ def flaw_of_input(backbone: Backbone, size: tuple[int, int], prompt: str) -> str
     return None
 
 
+def skipped_records(folder: Path) -> str:
+    """Return a line on how many records all processes have skipped, and where they are written."""
+    files = sorted(folder.glob("skipped*.jsonl"))
+    count = sum(len(file.read_bytes().splitlines()) for file in files)
+    return f"{count:,} records were skipped; see {', '.join(map(str, files))}" if count else "no record was skipped"
+
+
 def inputs_of(record: Record) -> Iterator[tuple[ImageSource, str]]:
     """Yield each image of a record with its prompt."""
     if isinstance(record, PreferencePair):
