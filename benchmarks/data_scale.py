@@ -3,8 +3,9 @@
     python benchmarks/data_scale.py runs/data_scale
 
 Makes 200 JPEGs of 512 pixels, and a JSONL and a Parquet file of pairs of them for each number of rows. Every number is
-measured in a process of its own; processor time, which depends little on the load of the machine, is without workers. A start loads the pairs, holds out 5 % of the prompts, summarises both sets, and
-decodes the first batch of 32 pairs with 2 workers. The first start also converts the rows; later ones map them.
+measured in a process of its own; processor time, which depends little on the load of the machine, is without workers.
+A start loads the pairs, holds out 5 % of the prompts, summarises both sets, and decodes the first batch of 32 pairs
+with 2 workers. The first start also converts the rows; later ones map them.
 """
 
 from __future__ import annotations
@@ -85,7 +86,6 @@ def decode(rows: list[tuple[Any, Any]]) -> int:
 
 def measure_start(path: Path, step: int) -> dict[str, float]:
     """Return seconds to the first batch at a step, and the memory that it took, of a data file."""
-    import numpy as np  # noqa: F401
     import torch
     from accelerate import skip_first_batches
     from torch.utils.data import DataLoader, RandomSampler

@@ -49,6 +49,7 @@ from reward_model.config import RewardModelConfig
 from reward_model.datasets import load_records
 from reward_model.datasets.formats import source_name
 from reward_model.datasets.prepare import draw_records, prepare_records
+from reward_model.datasets.stamp import checked
 from reward_model.datasets.table import RecordTable
 from reward_model.datasets.usable import skipped_records, usable_records
 from reward_model.losses import Objective
@@ -79,8 +80,7 @@ def main(config: Config) -> Path:
         tie_width=config.tie_width if has_ties else 0.0,
         margin_per_rating=config.margin_per_rating,
     )
-    for records in (training, validation):
-        objective.check(records.first_of_each_kind())
+    objective.check([*training.first_of_each_kind(), *validation.first_of_each_kind()])
     model = build_model(config, objective, dtype="bfloat16" if arguments.bf16 else "float32")
     trainer = RewardModelTrainer(
         model, objective=objective, training=training, args=arguments,
@@ -101,14 +101,11 @@ def main(config: Config) -> Path:
         record_history(folder, trainer.state.log_history)
         best = LlavaReward(trainer.best_model())
         # A bad image must not cost a finished training its evaluation.
-        log_file, backbone = folder / "skipped.jsonl", best.model.backbone
-        validation, *rest = (
-            usable_records(records, backbone, skipped=log_file) for records in (validation, *tests.values())
-        )
-        statistics = best.score_statistics(validation, batch_size=2 * config.microbatch_size)
+        usable = partial(usable_records, backbone=best.model.backbone, skipped=folder / "skipped.jsonl")
+        sets = {name: usable(records) for name, records in {"validation": validation, **tests}.items()}
+        statistics = best.score_statistics(sets["validation"], batch_size=2 * config.microbatch_size)
         model_config = replace(model.configs[config.perspective], **statistics)
         save_adapter(model_config, adapter_tensors(best.model, config.perspective), folder / REWARD_MODEL)
-        sets = {"validation": validation, **dict(zip(tests, rest, strict=True))}
         evaluate(best, sets, folder, batch_size=2 * config.microbatch_size)
         tqdm.write(skipped_records(folder))
         tqdm.write(f"report        {write_report(folder)}\nreward model  {folder / REWARD_MODEL}")
@@ -202,6 +199,7 @@ def load_data(config: Config, folder: Path) -> tuple[RecordTable, RecordTable, d
     no_preference = Counter[str]()
 
     def load(source: str) -> RecordTable:
+        log(checked(source))
         return load_records(
             source, image_root=config.image_root, image_prefix=config.image_prefix,
             on_bad_record=config.on_bad_record, skipped=skip_log(config, folder), without_preference=no_preference,

@@ -16,6 +16,11 @@ from reward_model.image_files import MAX_PIXELS, open_image
 from reward_model.stored_images import read_bytes
 from reward_model.types import ImageSource, StoredImage
 
+
+def _real_path(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 FindImage = Callable[[ImageField], ImageSource]
 """Returns where an image lies that a record names; raises BadRecordError if there is none."""
 
@@ -37,7 +42,7 @@ class ImageFinder:
         """
         self.root, self.prefix, self.find_member = root.resolve(), prefix, find_member
         self._root = str(self.root)
-        self._real_folder = lru_cache(maxsize=4096)(os.path.realpath)
+        self._real_folder = lru_cache(maxsize=4096)(_real_path)
 
     def __call__(self, image: ImageField) -> ImageSource:
         """Return where an image lies. Raises BadRecordError if there is no such file, or only outside of the root."""

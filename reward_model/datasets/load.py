@@ -32,7 +32,7 @@ from reward_model.datasets.table import RecordTable, TableWriter
 from reward_model.stored_images import open_hub_dataset
 from reward_model.types import PreferencePair, Record
 
-_CACHED_FROM = 16 * 2**20
+_CACHED_FROM = 2**20
 """Bytes of data files from which their records are kept in the cache."""
 _VERSION = 1
 """Part of the key of cached records; to be raised when their conversion changes."""
@@ -128,7 +128,7 @@ def data_files_of(source: str) -> list[DataFile]:
 class _Converted:
     """What became of the records of a source."""
 
-    records: RecordTable | None = None
+    records: RecordTable = field(default_factory=lambda: RecordTable([]))
     without_preference: Counter[str] = field(default_factory=Counter)
     num_bad: int = 0
     num_read: int = 0

@@ -1,10 +1,13 @@
 """Pairs of two images of one prompt: the preference data that a diffusion model can be tuned on (Diffusion-DPO)."""
 
+# pyarrow has no usable types.
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,7 +26,7 @@ def load_same_prompt_pairs(
     image_prefix: str | None = None,
     log: Callable[[str], None] | None = None,
     keep_ties: bool = False,
-) -> RecordTable:
+) -> Sequence[PreferencePair]:
     """Return the pairs of two images of one prompt in several FORMAT:PATH, and in the .jsonl files of folders.
 
     With a file `skipped`, invalid records, labels and pairs of two prompts are left out and written to it; without,
@@ -52,7 +55,7 @@ def load_same_prompt_pairs(
     if not len(pairs):
         given = ", ".join(map(str, sources))
         raise ValueError(f"There is no pair of two images of one prompt with a preference in {given}.")
-    return pairs
+    return cast("Sequence[PreferencePair]", pairs)
 
 
 def same_prompt_pairs(records: Iterable[Record], *, skipped: Path | None, keep_ties: bool = False) -> RecordTable:

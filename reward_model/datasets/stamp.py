@@ -40,6 +40,14 @@ def read_stamp(source: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def checked(source: str) -> str:
+    """Return a line on whether and when a source was checked."""
+    stamp = read_stamp(source)
+    if stamp is None:
+        return f"data      {source}, whose images were not checked; python -m reward_model.datasets check does it"
+    return f"data      {source}, whose {stamp['images']:,} images were checked on {stamp['date']}"
+
+
 def forget_stamp(source: str) -> None:
     """Remove the stamp of a source, which is about to be checked again."""
     _path(source).unlink(missing_ok=True)
