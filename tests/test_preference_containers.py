@@ -416,7 +416,7 @@ def test_a_table_whose_footer_lies_about_its_rows_or_bytes_is_refused(
     monkeypatch.setattr(parquet, "_ALWAYS_FREE", 1 << 20)
     for number, stated, message in (
         (true.num_rows, 2**40, "its column 1 has 1,099,511,627,776 values in"),
-        (true.row_group(0).total_byte_size, 100, "its texts take more than 1,048,576 bytes"),
+        (true.row_group(0).total_byte_size, 100, "its pages take 2,"),
     ):
         footer = content[start:-8].replace(as_thrift(number), as_thrift(stated))
         path.write_bytes(content[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1")

@@ -5,10 +5,12 @@
 # pyright: reportArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from reward_model.datasets.parquet_pages import ColumnPages, read_pages
 from reward_model.datasets.raw_records import RawRecord
 from reward_model.stored_images import open_hub_dataset
 from reward_model.types import StoredImage
@@ -33,27 +35,21 @@ def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool 
     Bytes and images are not read but given as their place, a `StoredImage`; without `with_bytes` their columns are left
     out. Raises ValueError if the file is broken, or if it takes far more memory than it has bytes.
     """
-    import pyarrow.parquet as pq
-
     number, limit, total = 0, max(_ALWAYS_FREE, _MOST_INFLATED * path.stat().st_size), 0
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file:
-            _refuse_inflated(file.metadata, path.stat().st_size, limit)
-            columns = _columns(file.schema_arrow, skip_columns, with_bytes=with_bytes)
-            images = [name for name in columns if _is_image(file, name)]
-            columns = [name for name in columns if name not in images]
-            some_bytes = any(_has_bytes(file.schema_arrow.field(name).type) for name in columns)
+        with _opened(path, skip_columns, limit, with_bytes=with_bytes) as (file, columns, images, rows):
             for group in range(file.num_row_groups):
-                batches = file.iter_batches(1 if some_bytes else _TEXT_BATCH, row_groups=[group], columns=columns)
+                batches = file.iter_batches(rows, row_groups=[group], columns=columns)
                 for batch in batches if columns else [None] * file.metadata.row_group(group).num_rows:
-                    total += 0 if batch is None or some_bytes else batch.nbytes
+                    size = 0 if batch is None else sum(_num_bytes(column) for column in batch.columns)
+                    total = size if rows == 1 else total + size  # images are held one by one
                     if total > limit:
                         raise _InflatedError(f"its texts take more than {limit:,} bytes of memory")
                     for read in [{}] if batch is None else batch.to_pylist():
                         fields = {name: _placed(v, str(path), number, name) for name, v in read.items()}
                         fields |= {name: StoredImage(str(path), number, -1, name) for name in images}
                         number += 1
-                        yield RawRecord(f"{path}:ROW {number}", fields, group if images or some_bytes else -1)
+                        yield RawRecord(f"{path}:ROW {number}", fields, group if images or rows == 1 else -1)
     except _InflatedError as error:
         raise ValueError(f"{path} is refused, since a file of any size can be made so: {error}.") from error
     # Broken bytes cause a dozen exception types, not all of them Arrow's own.
@@ -61,6 +57,32 @@ def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool 
         raise ValueError(
             f"{path} cannot be read as Parquet after row {number}: {str(error)[:200]}. Download the file again."
         ) from error
+
+
+@contextmanager
+def _opened(
+    path: Path, skip_columns: Collection[str], limit: int, *, with_bytes: bool
+) -> Iterator[tuple[Any, list[str], list[str], int]]:
+    """Yield the file, the columns to read, those of images, which are not, and the rows to hold at once.
+
+    Raises _InflatedError if the rows, or one image, may exceed `limit` bytes.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        metadata, schema = file.metadata, file.schema_arrow
+        columns = _columns(schema, skip_columns, with_bytes=with_bytes)
+        images = [name for name in columns if _is_image(file, name)]
+    columns = [name for name in columns if name not in images]
+    rows = 1 if any(_has_bytes(schema.field(name).type) for name in columns) else _TEXT_BATCH
+    _refuse_inflated(metadata, path.stat().st_size, limit)
+    _refuse_inflated_pages(read_pages(path, metadata, images), path.stat().st_size, limit, rows=1)
+    shared = _refuse_inflated_pages(read_pages(path, metadata, columns), path.stat().st_size, limit, rows)
+    with pq.ParquetFile(
+        path, metadata=metadata, read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20,
+        page_checksum_verification=True,
+    ) as file:  # fmt: skip
+        yield file, columns, images, rows
 
 
 def _is_image(file: Any, column: str) -> bool:
@@ -103,6 +125,40 @@ def _refuse_inflated(metadata: Any, size: int, limit: int) -> None:
             raise _InflatedError(f"its column {column + 1} has {count:,} values in {size:,} bytes")
     if (rows := sum(group.num_rows for group in groups)) > max(_MAX_VALUES, size):
         raise _InflatedError(f"it has {rows:,} rows in {size:,} bytes")
+
+
+def _refuse_inflated_pages(pages: Sequence[ColumnPages], size: int, limit: int, rows: int) -> list[str]:
+    """Return the columns whose values must go on sharing bytes in memory; _InflatedError if pages state too much.
+
+    A list of ten thousand times one text is a dictionary of that text and ten thousand numbers, in the file as in
+    memory; only `_num_bytes` tells what its rows would take.
+    """
+    if (stated := sum(column.num_bytes for column in pages)) > limit:
+        raise _InflatedError(f"its pages take {stated:,} bytes of memory, and it has {size:,}")
+    shared: list[str] = []
+    for column in pages:
+        if column.num_values > max(_MAX_VALUES, size):
+            raise _InflatedError(f"the pages of {column.path} have {column.num_values:,} values in {size:,} bytes")
+        if (most := column.largest_batch(rows)) > limit:
+            if column.kind != "BYTE_ARRAY" or column.largest_of_prefixes:
+                raise _InflatedError(f"values of {column.path} that share bytes may take {most:,} bytes of memory")
+            shared.append(column.path)
+    return shared
+
+
+def _num_bytes(array: Any) -> int:
+    """Return the bytes that the values of a column take, each for itself."""
+    import pyarrow.compute as pc
+    import pyarrow.types as types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        return pc.sum(pc.take(pc.binary_length(array.dictionary), array.indices)).as_py() or 0
+    if types.is_map(kind):
+        return _num_bytes(array.keys) + _num_bytes(array.items)
+    if types.is_struct(kind):
+        return sum(_num_bytes(field) for field in array.flatten())
+    return _num_bytes(array.flatten()) if types.is_nested(kind) else array.nbytes
 
 
 def read_hub_dataset(source: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
