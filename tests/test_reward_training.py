@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -338,6 +340,32 @@ def test_two_processes_train_the_same_weights_as_one(data: Path, tmp_path: Path)
         other = trained_weights(tmp_path / mode)
         for key, tensor in one.items():
             assert_close(tensor, other[key], rtol=1e-3, atol=1e-5, msg=f"{mode}, {key}")
+
+
+@pytest.mark.slow
+def test_images_in_a_table_train_the_same_weights_in_two_processes_with_workers(data: Path, tmp_path: Path) -> None:
+    """Row groups of 8 rows, of which one has a broken image that is skipped; with and without workers."""
+    rows = [
+        {
+            "prompt": f"a red fox {i % 6}",
+            "winner": (data / f"bright{i}.png").read_bytes() if i != 5 else b"broken",
+            "loser": (data / f"dark{i}.png").read_bytes(),
+        }
+        for i in range(24)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet", row_group_size=8)
+    same = {
+        "train_data": tmp_path / "pairs.parquet", "on_bad_record": "skip", "lora_dropout": 0.0, "num_steps": 3,
+        "evaluate_every": 3, "learning_rate": 1e-3,
+    }  # fmt: skip
+    output = run(command(data, tmp_path / "one", accumulation_steps=2, **same))
+    assert "1 records were skipped; see" in output
+    run(command(data, tmp_path / "two", processes=2, num_workers=1, **same))
+    (line,) = {file.read_text() for file in (tmp_path / "two").glob("skipped*.jsonl")}
+    assert json.loads(line)["where"] == f"{tmp_path / 'pairs.parquet'}:ROW 6"
+    one, two = trained_weights(tmp_path / "one"), trained_weights(tmp_path / "two")
+    for key, tensor in one.items():
+        assert_close(tensor, two[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
 # --- the recipe -----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from reward_model.datasets.table import RecordTable, TableWriter
 from reward_model.stored_images import open_hub_dataset
 from reward_model.types import PreferencePair, Record
 
-_CACHED_FROM = 2**20
+_CACHED_FROM = 2**18
 """Bytes of data files from which their records are kept in the cache."""
 _VERSION = 1
 """Part of the key of cached records; to be raised when their conversion changes."""
