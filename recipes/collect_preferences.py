@@ -122,18 +122,21 @@ def candidates(config: Config, folder: Path, device: torch.device) -> Iterator[C
 def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iterator[Candidate]:
     """Read the pairs of one prompt, ties included, from preference files; their preferences become source names."""
     from reward_model.datasets import load_same_prompt_pairs
+    from reward_model.datasets.usable import usable_records
     from reward_model.images import to_tensor
+    from reward_model.types import PreferencePair
 
+    skipped = folder / "skipped.jsonl" if config.on_bad_record == "skip" else None
     found = load_same_prompt_pairs(
         names(config.pairs or ""),
         image_root=config.image_root,
         image_prefix=config.image_prefix,
-        unpack_to=config.unpack_folder,
-        skipped=folder / "skipped.jsonl" if config.on_bad_record == "skip" else None,
+        skipped=skipped,
         log=log,
         keep_ties=True,
     )
-    for pair in subsample(found, config.num_pairs, generator=generator):
+    for pair in subsample(usable_records(found, skipped=skipped), config.num_pairs, generator=generator):
+        assert isinstance(pair, PreferencePair)
         sources = _UNDECIDED if pair.tie else _DECIDED
         yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)
 

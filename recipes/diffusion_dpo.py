@@ -34,15 +34,9 @@ from torch import Tensor
 
 from rlhf_t2i.data.augmentation import Augmentation
 from rlhf_t2i.data.buckets import aspect_buckets
+from rlhf_t2i.data.image_pairs import ImagePairs, PairBatch, instructions_of
 from rlhf_t2i.data.pair_shards import shard_pairs
-from rlhf_t2i.data.preferences import (
-    ImagePairs,
-    PairBatch,
-    choose_pairs,
-    implicit_preference,
-    pairs_of_step,
-    with_instructions,
-)  # fmt: skip
+from rlhf_t2i.data.preferences import choose_pairs, implicit_preference
 from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.data.saved_pairs import save_pairs
 from rlhf_t2i.diffusion.gaussian import randn
@@ -87,7 +81,7 @@ def main(config: Config) -> Path:
             groups: list[Sequence[int]] = [range(int(row["pairs"]))]
         else:
             assert pairs is not None
-            indices = pairs_of_step(len(pairs), step, num_pairs=config.pairs_per_step, seed=config.seed)
+            indices = pairs.of_step(step, num_pairs=config.pairs_per_step, seed=config.seed)
             load, row = partial(pairs.load, indices, step=step), {"images": 2 * len(indices), "pairs": len(indices)}
             groups = [*pairs.groups(indices)]
         with trainer.timed("update"):
@@ -137,22 +131,22 @@ def sample_pairs(
 def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     """Load the pairs of all files, without ties; other records raise ValueError or are logged as skipped."""
     from reward_model.datasets import load_same_prompt_pairs
+    from reward_model.datasets.summary import summarise
     from reward_model.images import to_tensor
 
     log = trainer.folder / (f"skipped_{trainer.rank}.jsonl" if trainer.rank else "skipped.jsonl")
+    skipped = log if config.on_bad_record == "skip" else None
     records = load_same_prompt_pairs(
-        names(config.pairs), skipped=log if config.on_bad_record == "skip" else None, log=trainer.print,
-        image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
-        with_references=True,
+        names(config.pairs), skipped=skipped, log=trainer.print,
+        image_root=config.image_root, image_prefix=config.image_prefix, with_references=True,
     )  # fmt: skip
-    records = with_instructions(records)
-    check_edits([pair.winner_prompt for pair in records], model=config.model)
-    if records[0].reference is not None and (config.random_flip != "none" or config.aspect_bucket_step):
+    check_edits(instructions := instructions_of(records), model=config.model)
+    if instructions and (config.random_flip != "none" or config.aspect_bucket_step):
         raise ValueError(
             f"random_flip is {config.random_flip} and aspect_bucket_step {config.aspect_bucket_step}; for pairs of "
             "edits, whose reference image is neither mirrored nor cropped to a bucket, they must be none and null."
         )
-    trainer.print(f"{len(records):,} pairs of {len({pair.winner_prompt for pair in records}):,} prompts")
+    trainer.print(f"{len(records):,} pairs of {summarise(records).num_prompts:,} prompts")
     sizes = list[tuple[int, int]]()
     if config.aspect_bucket_step:
         policy = trainer.policy
@@ -160,10 +154,10 @@ def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     pairs = ImagePairs(
         records, policy=trainer.policy, read=to_tensor, microbatch_size=config.microbatch_size,
         cache_folder=Path(config.cache_folder) if config.cache_folder else None, augmentation=augmentation_of(config),
-        bucket_sizes=sizes,
+        bucket_sizes=sizes, skipped=skipped, num_workers=config.num_workers,
     )  # fmt: skip
-    for group in pairs.groups(range(len(records))) if sizes else ():
-        trainer.print(f"bucket    {'{} x {}'.format(*pairs.size_of(records[group[0]]))}: {len(group):,} pairs")
+    if sizes:
+        trainer.print(f"buckets   {', '.join('{} x {}'.format(*size) for size in sizes)}")
     pairs.fill_cache(rank=trainer.rank, num_processes=trainer.num_processes)
     trainer.wait_for_everyone()
     return pairs

@@ -30,10 +30,10 @@ from reward_model.benchmarks.metrics import Metric, to_csv, to_table
 from reward_model.benchmarks.report import render_report
 from reward_model.datasets import load_records
 from reward_model.datasets.formats import source_name
-from reward_model.datasets.valid_inputs import with_valid_inputs
+from reward_model.datasets.table import RecordTable
+from reward_model.datasets.usable import usable_records
 from reward_model.scorers import PointwiseScorer, is_known, load_scorer
 from reward_model.scoring import LlavaReward
-from reward_model.types import Record
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import BENCHMARK_RESULTS, BENCHMARK_TABLES, REPORT, reward_model_of
 from rlhf_t2i.settings.lists import names
@@ -76,9 +76,9 @@ def evaluate_on_data(reward: LlavaReward | PointwiseScorer, config: Config, fold
     metrics: dict[str, list[Metric]] = {}
     mistakes: dict[str, list[Mistake]] = {}
     for name, records in load_data(config, folder).items():
-        if isinstance(reward, LlavaReward):
-            skipped = folder / "skipped.jsonl" if config.on_bad_record == "skip" else None
-            records = with_valid_inputs(records, reward.model.backbone, skipped=skipped)
+        skipped = folder / "skipped.jsonl" if config.on_bad_record == "skip" else None
+        backbone = reward.model.backbone if isinstance(reward, LlavaReward) else None
+        records = usable_records(records, backbone, skipped=skipped)
         scores = score_records(reward, records, batch_size=config.microbatch_size)
         metrics[name], mistakes[name] = record_metrics(scores), worst_mistakes(scores, count=config.num_shown)
         keep_folder(folder)
@@ -111,7 +111,7 @@ def evaluate_on_benchmarks(reward: LlavaReward | PointwiseScorer, config: Config
     return results
 
 
-def load_data(config: Config, folder: Path) -> dict[str, list[Record]]:
+def load_data(config: Config, folder: Path) -> dict[str, RecordTable]:
     """Load the records of each data file, by its name; those of the toy world if none is given."""
     sources = names(config.test_data or "")
     if config.test_data in (None, TOY_PAIRS):
@@ -125,7 +125,7 @@ def load_data(config: Config, folder: Path) -> dict[str, list[Record]]:
     no_preference = Counter[str]()
     records = {
         name: load_records(
-            source, image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
+            source, image_root=config.image_root, image_prefix=config.image_prefix,
             on_bad_record=config.on_bad_record, skipped=folder / "skipped.jsonl", without_preference=no_preference,
         )
         for name, source in by_name.items()

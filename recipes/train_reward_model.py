@@ -49,12 +49,13 @@ from reward_model.config import RewardModelConfig
 from reward_model.datasets import load_records
 from reward_model.datasets.formats import source_name
 from reward_model.datasets.prepare import draw_records, prepare_records
-from reward_model.datasets.valid_inputs import with_valid_inputs
+from reward_model.datasets.stamp import checked
+from reward_model.datasets.table import RecordTable
+from reward_model.datasets.usable import skipped_records, usable_records
 from reward_model.losses import Objective
 from reward_model.model import RewardModel, parameter_table, visual_token_table
 from reward_model.scoring import LlavaReward
 from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer
-from reward_model.types import Record
 from rlhf_t2i.distributed.processes import end_processes, prepare_deepspeed, uses_fsdp
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import CHECKPOINTS, REWARD_METRICS, REWARD_MODEL
@@ -72,21 +73,19 @@ def main(config: Config) -> Path:
     """Train on preferences, keep the best weights, evaluate them; return the folder of the reward model."""
     arguments, folder = start(config)
     training, validation, tests = load_data(config, folder)
-    has_ties = any(getattr(record, "tie", False) for record in [*training, *validation])
+    has_ties = any(records.column("tie").any() for records in (training, validation))
     objective = Objective(
         loss=config.loss,
         temperature=config.temperature if config.loss != "cross_entropy" else 1.0,
         tie_width=config.tie_width if has_ties else 0.0,
         margin_per_rating=config.margin_per_rating,
     )
-    objective.check([*training, *validation])
+    objective.check([*training.first_of_each_kind(), *validation.first_of_each_kind()])
     model = build_model(config, objective, dtype="bfloat16" if arguments.bf16 else "float32")
-    for records in (training, validation, *tests.values()):
-        records[:] = with_valid_inputs(records, model.backbone, skipped=skip_log(config, folder))
     trainer = RewardModelTrainer(
         model, objective=objective, training=training, args=arguments,
         validation=draw_records(validation, config.max_validation_records, seed=config.seed),
-        learning_rates=config.learning_rates, lora_only=config.lora_only,
+        learning_rates=config.learning_rates, skipped=skip_log(config, folder), lora_only=config.lora_only,
         callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else [],
         on_validation=partial(record_history, folder),
     )  # fmt: skip
@@ -101,10 +100,14 @@ def main(config: Config) -> Path:
     if trainer.is_world_process_zero():
         record_history(folder, trainer.state.log_history)
         best = LlavaReward(trainer.best_model())
-        statistics = best.score_statistics(validation, batch_size=2 * config.microbatch_size)
+        # A bad image must not cost a finished training its evaluation.
+        usable = partial(usable_records, backbone=best.model.backbone, skipped=folder / "skipped.jsonl")
+        sets = {name: usable(records) for name, records in {"validation": validation, **tests}.items()}
+        statistics = best.score_statistics(sets["validation"], batch_size=2 * config.microbatch_size)
         model_config = replace(model.configs[config.perspective], **statistics)
         save_adapter(model_config, adapter_tensors(best.model, config.perspective), folder / REWARD_MODEL)
-        evaluate(best, {"validation": validation, **tests}, folder, batch_size=2 * config.microbatch_size)
+        evaluate(best, sets, folder, batch_size=2 * config.microbatch_size)
+        tqdm.write(skipped_records(folder))
         tqdm.write(f"report        {write_report(folder)}\nreward model  {folder / REWARD_MODEL}")
     end_processes(trainer.accelerator)
     return folder / REWARD_MODEL
@@ -189,21 +192,22 @@ def trainer_arguments(config: Config, *, precision: str) -> RewardConfig:
     )
 
 
-def load_data(config: Config, folder: Path) -> tuple[list[Record], list[Record], dict[str, list[Record]]]:
+def load_data(config: Config, folder: Path) -> tuple[RecordTable, RecordTable, dict[str, RecordTable]]:
     """Return the training and validation records, and the test records by name; print their contents."""
     log = tqdm.write if PartialState().is_main_process else lambda _: None
     training_files, validation_files, test_files = data_files(config)
     no_preference = Counter[str]()
 
-    def load(source: str) -> list[Record]:
+    def load(source: str) -> RecordTable:
+        log(checked(source))
         return load_records(
-            source, image_root=config.image_root, image_prefix=config.image_prefix, unpack_to=config.unpack_folder,
+            source, image_root=config.image_root, image_prefix=config.image_prefix,
             on_bad_record=config.on_bad_record, skipped=skip_log(config, folder), without_preference=no_preference,
         )  # fmt: skip
 
     tests = {name: load(source) for name, source in test_files.items()}
-    training = [record for source in training_files for record in load(source)]
-    validation = [record for source in validation_files for record in load(source)]
+    training = RecordTable.concatenate([load(source) for source in training_files])
+    validation = RecordTable.concatenate([load(source) for source in validation_files])
     for reason, count in no_preference.items():
         log(f"{count:,} rows state no preference: {reason}")
     if config.backbone == TOY_BACKBONE and config.train_data != TOY_PAIRS:
@@ -236,7 +240,7 @@ def skip_log(config: Config, folder: Path) -> Path | None:
     return folder / (f"skipped_{rank}.jsonl" if rank else "skipped.jsonl") if config.on_bad_record == "skip" else None
 
 
-def evaluate(model: LlavaReward, sets: dict[str, list[Record]], folder: Path, *, batch_size: int) -> None:
+def evaluate(model: LlavaReward, sets: dict[str, RecordTable], folder: Path, *, batch_size: int) -> None:
     """Print and write accuracy, calibration and other metrics on each set."""
     metrics = {name: record_metrics(score_records(model, one, batch_size=batch_size)) for name, one in sets.items()}
     for name, found in metrics.items():

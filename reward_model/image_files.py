@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import warnings
 from functools import cache
-from pathlib import Path
 
 from PIL import ExifTags, Image
+
+from reward_model.stored_images import read_bytes
+from reward_model.types import ImageSource, StoredImage
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused as decompression bombs."""
@@ -26,15 +28,17 @@ _TURNS = {
 """What shows an image upright, by its EXIF orientation."""
 
 
-def open_image(source: Path | io.BytesIO, *, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """Open a file, or the content of one, without decoding it; `formats` are Pillow's names, by default all of ours.
+def open_image(source: ImageSource | io.BytesIO, *, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Open an image without decoding it; `formats` are Pillow's names, by default all of ours.
 
-    Raises OSError for an unknown format, and `Image.DecompressionBombError` for twice the pixels of Pillow's own limit;
-    the caller compares smaller images with MAX_PIXELS.
+    Raises OSError for an unknown format, ValueError if a data file no longer has the image, and
+    `Image.DecompressionBombError` for twice the pixels of Pillow's own limit; the caller compares smaller images with
+    MAX_PIXELS.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about bombs at Pillow's own limit, and harmless metadata
-        return Image.open(source, formats=formats or _formats())
+        opened = io.BytesIO(read_bytes(source)) if isinstance(source, StoredImage) else source
+        return Image.open(opened, formats=formats or _formats())
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -47,9 +51,9 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def upright_size(path: Path) -> tuple[int, int]:
-    """Return height and width of the image in a file, as `upright` would turn it, without decoding it."""
-    with open_image(path) as image:
+def upright_size(source: ImageSource) -> tuple[int, int]:
+    """Return height and width of an image, as `upright` would turn it, without decoding it."""
+    with open_image(source) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
 

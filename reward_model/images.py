@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from reward_model.image_files import MAX_PIXELS, open_image, upright
+from reward_model.types import ImageSource, StoredImage
 
 MAX_ASPECT_RATIO = 200
 """Long side over short side of an image that is resized by its short side; it is also the limit of Qwen's models."""
 
-ImageInput = Image.Image | np.ndarray | Tensor | str | Path
-"""A PIL image, an array (Y, X, 3) or (Y, X), a tensor (3, Y, X), or the path of a file."""
+ImageInput = Image.Image | np.ndarray | Tensor | str | Path | StoredImage
+"""A PIL image, an array (Y, X, 3) or (Y, X), a tensor (3, Y, X), or the path of a file or the place in one."""
 
 
 def to_tensor(image: ImageInput) -> Float[Tensor, "3 _ _"]:
@@ -34,6 +35,8 @@ def to_tensor(image: ImageInput) -> Float[Tensor, "3 _ _"]:
     match image:
         case str() | Path():
             return _from_file(Path(image))
+        case StoredImage():
+            return _from_file(image)
         case Image.Image():
             return _from_pil(image)
         case np.ndarray():
@@ -47,8 +50,8 @@ def to_tensor(image: ImageInput) -> Float[Tensor, "3 _ _"]:
             )
 
 
-def _from_file(path: Path) -> Float[Tensor, "3 _ _"]:
-    if not path.is_file():
+def _from_file(path: ImageSource) -> Float[Tensor, "3 _ _"]:
+    if isinstance(path, Path) and not path.is_file():
         raise FileNotFoundError(f"There is no image {str(path)!r}.")
     try:
         with open_image(path) as image:
@@ -57,7 +60,9 @@ def _from_file(path: Path) -> Float[Tensor, "3 _ _"]:
                 return _from_pil(image)
     # Pillow's decoders raise any exception type on broken bytes: SyntaxError, struct.error, KeyError, ...
     except Exception as error:
-        raise ValueError(f"The file {str(path)!r} is no image that can be read: {error}.") from error
+        name = f"file {str(path)!r}" if isinstance(path, Path) else f"image {path}"
+        text = str(error).partition(" <_io.BytesIO")[0]
+        raise ValueError(f"The {name} is no image that can be read: {text}.") from error
     raise ValueError(
         f"The image {str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}: it may be a decompression "
         f"bomb. Resize it."

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -31,11 +32,15 @@ from trl import RewardConfig, RewardTrainer
 from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, load_adapter_weights, load_reward_model, save_adapter
 from reward_model.checkpoint_files import seal
 from reward_model.datasets.fields import BadRecordError
+from reward_model.datasets.order import BlockSampler
+from reward_model.datasets.refill import Refill, UnusableError
+from reward_model.datasets.table import RecordTable
+from reward_model.datasets.usable import flaw_of_equal_sides, flaw_of_input
 from reward_model.images import to_tensor
 from reward_model.losses import Objective
 from reward_model.model import GROUPS, RewardModel
 from reward_model.progress import History, Progress, continue_tensorboard
-from reward_model.types import Inputs, LabelledImage, PreferencePair, Record
+from reward_model.types import ImageSource, Inputs, LabelledImage, PreferencePair, Record
 
 REQUIRED_ARGUMENTS: dict[str, Any] = {
     "disable_dropout": False,
@@ -56,38 +61,58 @@ REQUIRED_ARGUMENTS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Collate record indices to a batch: the backbone's inputs, and `tie`, `gap` and `label` for the objective."""
+    """Collate record indices to a batch: the backbone's inputs, and `tie`, `gap` and `label` for the objective.
+
+    Images are decoded here, in the processes of the data loader. A record that cannot be used is replaced or refused,
+    as `refill` does.
+    """
 
     model: RewardModel
     records: Sequence[Record]
+    refill: Refill
 
     def __call__(self, examples: Sequence[dict[str, int]]) -> Inputs:
-        records = [self.records[example["record"]] for example in examples]
-        pairs = [record for record in records if isinstance(record, PreferencePair)]
-        labelled = [record for record in records if isinstance(record, LabelledImage)]
-        rows = [(pair.winner, pair.winner_prompt, pair.where) for pair in pairs]
-        rows += [(pair.loser, pair.loser_prompt, pair.where) for pair in pairs]
-        rows += [(one.image, one.prompt, one.where) for one in labelled]
-        images = (_image(path, where) for path, _, where in rows)
+        indices = [example["record"] for example in examples]
+        return self.refill.collate(indices, self._batch, where=lambda index: self.records[index].where)
+
+    def _batch(self, indices: Sequence[int]) -> Inputs:
+        records = [self.records[index] for index in indices]
+        pairs = [(i, record) for i, record in enumerate(records) if isinstance(record, PreferencePair)]
+        labelled = [(i, record) for i, record in enumerate(records) if isinstance(record, LabelledImage)]
+        rows = [(i, pair.winner, pair.winner_prompt) for i, pair in pairs]
+        rows += [(i, pair.loser, pair.loser_prompt) for i, pair in pairs]
+        rows += [(i, one.image, one.prompt) for i, one in labelled]
+        for i, pair in pairs:
+            if flaw := self._flaw_of_sides(pair):
+                raise UnusableError(i, flaw)
+        images = (self._image(*row) for row in rows)
         try:
-            inputs = self.model.backbone.prepare(images, [prompt for _, prompt, _ in rows])
-        except BadRecordError:
+            inputs = self.model.backbone.prepare(images, [prompt for *_, prompt in rows])
+        except UnusableError:
             raise
         except ValueError as error:
-            raise ValueError(f"One of {', '.join(dict.fromkeys(where for *_, where in rows))}: {error}") from error
+            raise ValueError(f"One of {', '.join(record.where for record in records)}: {error}") from error
         return {
             **inputs,
-            "tie": torch.tensor([pair.tie for pair in pairs], dtype=torch.bool),
-            "gap": torch.tensor([pair.rating_gap for pair in pairs], dtype=torch.float32),
-            "label": torch.tensor([one.label for one in labelled], dtype=torch.float32),
+            "tie": torch.tensor([pair.tie for _, pair in pairs], dtype=torch.bool),
+            "gap": torch.tensor([pair.rating_gap for _, pair in pairs], dtype=torch.float32),
+            "label": torch.tensor([one.label for _, one in labelled], dtype=torch.float32),
         }
 
+    def _flaw_of_sides(self, pair: PreferencePair) -> str | None:
+        try:
+            return flaw_of_equal_sides(pair)
+        except (OSError, ValueError) as error:
+            return str(error)
 
-def _image(path: Path, where: str) -> Tensor:
-    try:
-        return to_tensor(path)
-    except (OSError, ValueError) as error:
-        raise BadRecordError(f"{where}: {error}") from error
+    def _image(self, position: int, source: ImageSource, prompt: str) -> Tensor:
+        try:
+            image = to_tensor(source)
+        except (OSError, ValueError) as error:
+            raise UnusableError(position, str(error)) from error
+        if flaw := flaw_of_input(self.model.backbone, (image.shape[1], image.shape[2]), prompt):
+            raise UnusableError(position, flaw)
+        return image
 
 
 # --- the trainer ----------------------------------------------------------------------------------
@@ -118,7 +143,7 @@ class _TrlModel(nn.Module):
 class RewardModelTrainer(RewardTrainer):
     """trl's RewardTrainer for a `RewardModel`: it trains, logs, validates and saves the active perspective."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # one keyword for each part of a training
         self,
         reward_model: RewardModel,
         *,
@@ -127,27 +152,33 @@ class RewardModelTrainer(RewardTrainer):
         validation: Sequence[Record],
         args: RewardConfig,
         learning_rates: dict[str, float],
+        skipped: Path | None = None,
         lora_only: bool = False,
         callbacks: list[Any] | None = None,
         on_validation: Callable[[History], object] = lambda history: None,
     ) -> None:
         """`learning_rates` has one for each of `GROUPS`. With `lora_only` only the LoRA is trained, as published.
 
+        Records whose images or prompts cannot be used are written to the file `skipped` if there is one; without, the
+        first one that is met raises BadRecordError.
+
         `on_validation` takes the training log after each validation, on the main process.
         """
-        objective.check([*training, *validation])
-        if validation and all(isinstance(record, PreferencePair) and record.tie for record in validation):
+        tables = [RecordTable.of(training), RecordTable.of(validation)]
+        for table in tables:
+            objective.check(table.first_of_each_kind())
+        if len(validation) and tables[1].column("tie").all():
             raise ValueError(f"All {len(validation)} validation records are ties, which have no accuracy.")
         reward_model.set_trainable(("lora",) if lora_only else GROUPS)
         self.objective, self.learning_rates = objective, learning_rates
-        records = [*training, *validation]
-        numbers = list(range(len(records)))
+        numbers, self._blocks = np.arange(len(training) + len(validation)), tables[0].column("block")
+        refill = Refill(len(training), len(validation), skipped=skipped)
         super().__init__(
             model=_TrlModel(reward_model),
             args=args,
-            data_collator=Collator(reward_model, records),
+            data_collator=Collator(reward_model, RecordTable.concatenate(tables), refill),
             train_dataset=Dataset.from_dict({"record": numbers[: len(training)]}),
-            eval_dataset=Dataset.from_dict({"record": numbers[len(training) :]}) if validation else None,
+            eval_dataset=Dataset.from_dict({"record": numbers[len(training) :]}) if len(validation) else None,
             processing_class=copy.deepcopy(reward_model.backbone.prompt_tokenizer.tokenizer),
             callbacks=callbacks,
         )
@@ -168,6 +199,12 @@ class RewardModelTrainer(RewardTrainer):
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # images are read in the collator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return a sampler whose order is a pure function of seed and epoch."""
+        if (self._blocks >= 0).any():
+            return BlockSampler(self._blocks, seed=self.args.seed)
+        return super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -214,7 +251,17 @@ class RewardModelTrainer(RewardTrainer):
                 return self._load_best_model()
             if self.is_world_process_zero():
                 continue_tensorboard(self.callback_handler.callbacks, step=state.global_step)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except BadRecordError as error:  # of a worker, with the text of its traceback
+            raise BadRecordError(str(error).rpartition("BadRecordError: ")[2].strip()) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ValueError(
+                f"A process that loads images ended: {str(error).splitlines()[0]} It was killed, mostly for want of "
+                f"memory; give fewer num_workers (now {self.args.dataloader_num_workers}), or 0."
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         model = self.reward_model

@@ -19,11 +19,34 @@ Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image within another file: a member of an archive, or a cell of a table. It is read when it is needed."""
+
+    file: str
+    """Path of the archive or table, or hf:ID@SPLIT."""
+    start: int
+    """First byte of the image in the archive; its row in the table, from 0."""
+    size: int
+    """Number of bytes; in a table, the index among the images of the cell, or -1 if the cell is one image."""
+    column: str = ""
+    """Column of the table; empty in an archive."""
+
+    def __str__(self) -> str:
+        if not self.column:
+            return f"at byte {self.start:,} of {self.file}"
+        return f"{self.column!r} of row {self.start + 1:,} of {self.file}"
+
+
+ImageSource = Path | StoredImage
+"""Where an image lies: in a file of its own, or within another file."""
+
+
+@dataclass(frozen=True, slots=True)
 class PreferencePair:
     """Two images of which the first fits its prompt better, or a tie of both."""
 
-    winner: Path
-    loser: Path
+    winner: ImageSource
+    loser: ImageSource
     winner_prompt: str
     loser_prompt: str
     """Equal to the winner's, except in a hard negative: there one image may be paired with itself under two prompts."""
@@ -41,7 +64,7 @@ class PreferencePair:
 class LabelledImage:
     """One image with a binary label: 1 good (safe, sound) or 0 bad (unsafe, flawed)."""
 
-    image: Path
+    image: ImageSource
     prompt: str
     label: int
     where: str = ""

@@ -9,14 +9,18 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from reward_model.datasets import load_records
+from reward_model.datasets.table import RecordTable
 from reward_model.datasets.tfrecord import masked_crc32c
-from reward_model.types import LabelledImage, PreferencePair, Record
+from reward_model.datasets.usable import usable_records
+from reward_model.image_files import MAX_PIXELS, open_image
+from reward_model.types import ImageSource, LabelledImage, PreferencePair, Record
 
 FOX, CAT = "a red fox", "two cats on a sofa"
 COLOURS = ("red", "green", "blue", "white")
@@ -42,9 +46,23 @@ def write_all_images(folder: Path) -> None:
         write_images(folder / name)
 
 
-def colour_of(path: Path) -> str:
+def load_checked(
+    source: str | Path,
+    *,
+    on_bad_record: Literal["error", "skip"] = "error",
+    skipped: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    **options: Any,
+) -> RecordTable:
+    """Load records and decode all of their images, as a check does."""
+    records = load_records(source, on_bad_record=on_bad_record, skipped=skipped, **options)
+    log = skipped if on_bad_record == "skip" else None
+    return usable_records(records, skipped=log, max_pixels=max_pixels)
+
+
+def colour_of(source: ImageSource) -> str:
     """Return the colour of an image, one of COLOURS."""
-    with Image.open(path) as image:
+    with open_image(source) as image:
         colour = image.convert("RGB").resize((1, 1)).getpixel((0, 0))
     assert isinstance(colour, tuple)
     wanted = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}

@@ -25,8 +25,10 @@ from reward_model.benchmarks import (
 from reward_model.benchmarks.metrics import label_metrics
 from reward_model.benchmarks.rules import comparison_metrics, rating_metrics, scored_pairs
 from reward_model.datasets import load_records, load_same_prompt_pairs
+from reward_model.datasets.__main__ import main as check_data
 from reward_model.datasets.containers import SUFFIXES
 from reward_model.datasets.formats import FORMATS, parse_source
+from reward_model.stored_images import open_hub_dataset
 from reward_model.types import Record
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.settings.lists import names
@@ -113,11 +115,14 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (data / "pickapic_v1" / "train" / f"{colour}.txt").write_text(prompt)
     hub = {"yuvalkirstain/pickapic_v2": pick_a_pic_rows(), "yiting/UnsafeBench": UNSAFEBENCH}
 
-    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+        assert config is None
         assert split in ("train", "test", "validation_unique")
         return datasets.Dataset.from_list(hub[name])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    open_hub_dataset.cache_clear()
     return tmp_path
 
 
@@ -130,12 +135,15 @@ def config_of(recipe: Any, arguments: list[str], **changes: Any) -> Any:
 
 
 def test_there_are_commands() -> None:
-    assert len(commands_of(DATA)) == 8
+    assert len(commands_of(DATA)) == 10
 
 
 @pytest.mark.parametrize("command", commands_of(DATA), ids=lambda command: " ".join(command[-4:]))
 def test_a_command_loads_the_data_that_it_names(world: Path, command: list[str]) -> None:
     """Everything except the training, whose models are not available here."""
+    if command[:4] == ["python", "-m", "reward_model.datasets", "check"]:
+        assert check_data([*command[3:], "--num_workers", "1"]) == 0
+        return
     assert command[:2] == ["accelerate", "launch"]
     found: list[Record]
     match command[2]:
@@ -194,7 +202,7 @@ def test_the_lines_of_the_own_format_are_what_the_page_says(tmp_path: Path) -> N
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_defaults_of_image_options_are_the_same_in_all_recipes(recipe: Any) -> None:
     defaults = {field.name: field.default for field in fields(recipe.Config)}
-    assert (defaults["image_root"], defaults["image_prefix"], defaults["unpack_folder"]) == (None, None, "runs/images")
+    assert (defaults["image_root"], defaults["image_prefix"]) == (None, None)
 
 
 @pytest.mark.parametrize("page", [DATA, BENCHMARKS], ids=["data", "benchmarks"])

@@ -20,7 +20,7 @@ from reward_model.datasets import BadRecordError
 from reward_model.images import to_tensor
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.augmentation import Augmentation
-from rlhf_t2i.data.preferences import PairBatch
+from rlhf_t2i.data.image_pairs import PairBatch
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.seeds import generator_for
 from rlhf_t2i.types import Policy
@@ -115,7 +115,9 @@ def test_pairs_of_a_file_are_learnt_in_buckets_of_two_sizes(
     assert accuracy > 0.75
     assert winner_error < loser_error
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bucket")]
-    assert printed == ["bucket    18 x 14: 4 pairs", "bucket    20 x 12: 2 pairs"]
+    assert len(printed) == 1
+    assert printed[0].startswith("buckets   16 x 16, ")
+    assert "18 x 14" in printed[0]
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from recipes import best_of_n, collect_preferences, diffusion_dpo, evaluate_policy, flow_grpo
-from reward_model.datasets import BadRecordError, load_records
+from reward_model.datasets import BadRecordError, load_records, load_same_prompt_pairs
 from reward_model.images import fit, to_tensor
 from rlhf_t2i.advantages import PerPromptHistory
-from rlhf_t2i.data.preferences import ImagePairs, with_instructions
+from rlhf_t2i.data.image_pairs import ImagePairs, instructions_of
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.data.saved_pairs import save_pairs
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
@@ -180,7 +180,8 @@ def test_pairs_of_edits_are_encoded_with_their_reference_image_and_cached_with_i
     images, scores = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4.0).view(2, 2)
     chosen = torch.tensor([1, 3]), torch.tensor([0, 2])
     save_pairs(tmp_path / "pairs.jsonl", images, prompts, scores, chosen, first=0)
-    pairs = with_instructions(load_records(tmp_path / "pairs.jsonl", with_references=True))
+    pairs = load_same_prompt_pairs([str(tmp_path / "pairs.jsonl")], image_root=None, skipped=None, with_references=True)
+    assert [key_of(prompt).partition("\0")[0] for prompt in instructions_of(pairs)] == [PROMPTS[0], PROMPTS[0]]
 
     def loaded(**options: Any) -> Tensor:
         found = ImagePairs(pairs, policy=policy, read=to_tensor, microbatch_size=4, **options)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from reward_model.datasets import BadRecordError, load_records
-from reward_model.datasets.valid_inputs import with_valid_inputs
+from reward_model.datasets import BadRecordError
+from reward_model.datasets.usable import usable_records
 from reward_model.image_files import upright_size
 from reward_model.images import to_tensor
 from reward_model.types import PreferencePair
+from tests.preference_files import load_checked
 from tests.reward_models import backbone_of
 
 ORIENTATION, X_RESOLUTION, SHORT, RATIONAL, SIGNED_RATIONAL, ASCII = 0x0112, 0x011A, 3, 5, 10, 2
@@ -56,7 +57,7 @@ def test_odd_metadata_do_not_keep_a_photograph_from_being_turned(tmp_path: Path,
     assert pixels[0, :28].mean() > 0.9  # what was on the left is on top
     assert upright_size(tmp_path / "turned.jpg") == (64, 48)
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "image": "turned.jpg", "label": 1}')
-    assert len(load_records(tmp_path / "x.jsonl")) == 1
+    assert len(load_checked(tmp_path / "x.jsonl")) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,8 +91,8 @@ def test_postscript_is_refused_by_name_and_no_program_is_started(
     script = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
     (tmp_path / "ps.png").write_text(script)
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "image": "ps.png", "label": 1}')
-    with pytest.raises(BadRecordError, match=r"x\.jsonl:1: the image 'ps\.png'.* cannot identify image file"):
-        load_records(tmp_path / "x.jsonl")
+    with pytest.raises(BadRecordError, match=r"x\.jsonl:1: the image '.*ps\.png'.* cannot identify image file"):
+        load_checked(tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match=r"ps\.png' is no image that can be read: cannot identify image file"):
         to_tensor(tmp_path / "ps.png")
 
@@ -109,8 +110,8 @@ def test_what_a_backbone_cannot_take_is_found_before_training(family: str, reaso
     ]
     backbone = backbone_of(family)
     with pytest.raises(BadRecordError, match=rf"x:1: an image of 603 x 3 pixels: {reason}"):
-        with_valid_inputs(records, backbone, skipped=None)
-    assert with_valid_inputs(records, backbone, skipped=tmp_path / "skipped") == records[1:2]
+        usable_records(records, backbone, skipped=None)
+    assert usable_records(records, backbone, skipped=tmp_path / "skipped") == records[1:2]
     skipped = [json.loads(row) for row in (tmp_path / "skipped").read_text().splitlines()]
     assert [row["where"] for row in skipped] == ["x:1", "x:3"]
     assert "tokens" in skipped[1]["reason"]

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from reward_model.images import fit, to_tensor
 from reward_model.types import PreferencePair
 from rlhf_t2i.data.augmentation import UNCHANGED, Augmentation
+from rlhf_t2i.data.image_pairs import ImagePairs
 from rlhf_t2i.data.latent_cache import TensorCache
-from rlhf_t2i.data.preferences import ImagePairs
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.types import Conditioning
 from tests.policies import policy_of

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from reward_model.datasets.hard_negatives import hard_negatives, wrong_prompts
-from reward_model.datasets.overlap import normalise, overlap_table, shared_prompts, without_prompts
+from reward_model.datasets.overlap import (
+    normalise,
+    overlap_table,
+    prompt_key,
+    prompt_keys,
+    shared_prompts,
+    without_prompts,
+)
 from reward_model.types import LabelledImage, PreferencePair, Record
 
 A, B = Path("a.png"), Path("b.png")
@@ -51,8 +59,8 @@ def test_the_overlap_agrees_with_a_count_by_hand_and_can_be_excluded() -> None:
         LabelledImage(A, "", 0),
     ]
     test: list[Record] = [pair("A RED FOX"), LabelledImage(A, "a dog", 1), pair("a bird"), LabelledImage(B, "", 0)]
-    shared = shared_prompts(training, test)
-    assert shared == {"a red fox", "a dog"}
+    shared = shared_prompts(prompt_keys(training), prompt_keys(test))
+    assert {*shared.tolist()} == {prompt_key("a red fox"), prompt_key("a dog")}
     assert without_prompts(training, shared) == [training[2], training[5]]
     assert overlap_table(training, {"test": test, "other": [pair("a bird")]}).splitlines() == [
         "test: 2 of 3 prompts occur in the training data, in 4 of 6 records, such as 'a dog'",
@@ -126,10 +134,11 @@ def test_hard_negatives_depend_on_the_seed_and_not_on_the_other_records() -> Non
 
 def test_held_out_prompts_are_no_hard_negatives() -> None:
     others = {prompt for prompt in wrong_prompts("a red fox") if prompt != "a pink fox"}
-    held_out = [pair(prompt.upper()) for prompt in others]
+    held_out = prompt_keys([pair(prompt.upper()) for prompt in others])
     (only,) = hard_negatives([pair("a red fox")], fraction=1.0, seed=0, held_out=held_out)
     assert only.loser_prompt == "a pink fox"
-    assert hard_negatives([pair("a red fox")], fraction=1.0, seed=0, held_out=[*held_out, pair("A pink fox!")]) == []
+    held_out = np.concatenate([held_out, prompt_keys([pair("A pink fox!")])])
+    assert hard_negatives([pair("a red fox")], fraction=1.0, seed=0, held_out=held_out) == []
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])

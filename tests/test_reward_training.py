@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -26,6 +28,7 @@ from torch.testing import assert_close
 from recipes import train_reward_model
 from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, read_config
 from reward_model.checkpoint_files import newest_checkpoint
+from reward_model.datasets.refill import Refill
 from reward_model.losses import Objective
 from reward_model.model import GROUPS
 from reward_model.training import Collator, RewardModelTrainer
@@ -190,7 +193,7 @@ def test_rows_are_winners_then_losers_then_labels(data: Path) -> None:
         LabelledImage(data / "dark0.png", "dark", 0),
         PreferencePair(data / "bright1.png", data / "dark1.png", "w", "l", rating_gap=2.0),
     ]
-    batch = Collator(model, records)([{"record": 0}, {"record": 1}])
+    batch = Collator(model, records, Refill(2, skipped=None))([{"record": 0}, {"record": 1}])
     assert len(batch["input_ids"]) == 3
     brightness = batch["pixel_values"].mean((1, 2, 3))
     assert brightness[0] > brightness[1]
@@ -203,7 +206,31 @@ def test_an_image_that_cannot_be_read_in_training_is_named(data: Path, tmp_path:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     record = LabelledImage(tmp_path / "broken.png", "x", 1, where="data.jsonl:9")
     with pytest.raises(ValueError, match=r"data\.jsonl:9: .*broken\.png"):
-        Collator(fresh_model("llava"), [record])([{"record": 0}])
+        Collator(fresh_model("llava"), [record], Refill(1, skipped=None))([{"record": 0}])
+
+
+def test_unusable_records_are_replaced_and_written_whoever_meets_them(data: Path, tmp_path: Path) -> None:
+    """The replacement depends on the records alone, so it is the same in every process, and a batch keeps its size."""
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    good = [PreferencePair(data / f"bright{i}.png", data / f"dark{i}.png", f"{i}", f"{i}") for i in range(4)]
+    bad = PreferencePair(data / "bright0.png", tmp_path / "broken.png", "x", "x", where="data.jsonl:9")
+    long = PreferencePair(data / "bright0.png", data / "dark0.png", "fox " * 40_000, "x", where="data.jsonl:10")
+    records, model = [*good[:2], bad, long, *good[2:]], fresh_model("llava")
+
+    def batch_of(*rows: int, skipped: Path) -> dict[str, Tensor]:
+        return Collator(model, records, Refill(6, skipped=skipped))([{"record": row} for row in rows])
+
+    expected = batch_of(1, 4, 4, 5, skipped=tmp_path / "none")
+    for log in ("first", "second"):
+        found = batch_of(1, 2, 3, 5, skipped=tmp_path / log)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        lines = [json.loads(line) for line in (tmp_path / log).read_text().splitlines()]
+        assert [line["where"] for line in lines] == ["data.jsonl:9", "data.jsonl:10"]
+        assert "broken.png" in lines[0]["reason"]
+        assert "tokens" in lines[1]["reason"]
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match=r"2 of the 2 records that training met .* see .*log"):
+        Collator(model, records, Refill(2, 2, 2, skipped=tmp_path / "log"))([{"record": 2}, {"record": 3}])
 
 
 # --- the trainer ----------------------------------------------------------------------------------
@@ -313,6 +340,32 @@ def test_two_processes_train_the_same_weights_as_one(data: Path, tmp_path: Path)
         other = trained_weights(tmp_path / mode)
         for key, tensor in one.items():
             assert_close(tensor, other[key], rtol=1e-3, atol=1e-5, msg=f"{mode}, {key}")
+
+
+@pytest.mark.slow
+def test_images_in_a_table_train_the_same_weights_in_two_processes_with_workers(data: Path, tmp_path: Path) -> None:
+    """Row groups of 8 rows, of which one has a broken image that is skipped; with and without workers."""
+    rows = [
+        {
+            "prompt": f"a red fox {i % 6}",
+            "winner": (data / f"bright{i}.png").read_bytes() if i != 5 else b"broken",
+            "loser": (data / f"dark{i}.png").read_bytes(),
+        }
+        for i in range(24)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet", row_group_size=8)
+    same = {
+        "train_data": tmp_path / "pairs.parquet", "on_bad_record": "skip", "lora_dropout": 0.0, "num_steps": 3,
+        "evaluate_every": 3, "learning_rate": 1e-3,
+    }  # fmt: skip
+    output = run(command(data, tmp_path / "one", accumulation_steps=2, **same))
+    assert "1 records were skipped; see" in output
+    run(command(data, tmp_path / "two", processes=2, num_workers=1, **same))
+    (line,) = {file.read_text() for file in (tmp_path / "two").glob("skipped*.jsonl")}
+    assert json.loads(line)["where"] == f"{tmp_path / 'pairs.parquet'}:ROW 6"
+    one, two = trained_weights(tmp_path / "one"), trained_weights(tmp_path / "two")
+    for key, tensor in one.items():
+        assert_close(tensor, two[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
 # --- the recipe -----------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -15,7 +14,7 @@ from reward_model.benchmarks.statistics import order_consistency
 from reward_model.losses import decided_logits
 from reward_model.scorers.pointwise import PointwiseScorer
 from reward_model.scoring import LlavaReward
-from reward_model.types import LabelledImage, PreferencePair, Record
+from reward_model.types import ImageSource, LabelledImage, PreferencePair, Record
 
 NUM_SWAPPED = 256
 """Number of pairs that are also scored in the other order."""
@@ -85,8 +84,8 @@ def record_metrics(scores: RecordScores) -> list[Metric]:
 class Mistake:
     """A pair whose loser the reward model prefers."""
 
-    winner: Path
-    loser: Path
+    winner: ImageSource
+    loser: ImageSource
     winner_prompt: str
     loser_prompt: str
     log_odds: float

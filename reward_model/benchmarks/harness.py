@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,11 +19,6 @@ from reward_model.benchmarks.rules import (
     scored_pairs,
 )
 from reward_model.benchmarks.types import Benchmark, Image, PairwiseScorer, Scorer
-from reward_model.image_files import open_image
-from reward_model.images import ImageInput
-
-_NUM_DECODED = 256
-"""Number of images in memory at once that a data set contains as bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +82,8 @@ def score_items(scorer: Scorer, benchmark: Benchmark, *, batch_size: int = 32) -
     index: dict[tuple[Image, str], int] = {}
     rows = [index.setdefault((item.image, item.prompt), len(index)) for item in benchmark.items]
     distinct = list(index)
-    parts: list[torch.Tensor] = []
-    for start in range(0, len(distinct), _NUM_DECODED):
-        chunk = distinct[start : start + _NUM_DECODED]
-        images = [_decoded(image) for image, _ in chunk]
-        parts.append(scorer.score(images, [prompt for _, prompt in chunk], batch_size=batch_size).cpu())
-    scores = torch.cat(parts).double().numpy()
+    found = scorer.score([image for image, _ in distinct], [prompt for _, prompt in distinct], batch_size=batch_size)
+    scores = found.cpu().double().numpy()
     if not np.isfinite(scores).all():
         prompt = distinct[int(np.argmin(np.isfinite(scores)))][1]
         raise ValueError(f"The score of an image of {benchmark.name} is not finite; its prompt is {prompt!r}.")
@@ -107,22 +97,13 @@ def score_differences(scorer: Scorer, benchmark: Benchmark, *, batch_size: int =
     if not isinstance(scorer, PairwiseScorer) or scorer.gives_scores:
         scores = score_items(scorer, benchmark, batch_size=batch_size)
         return np.array([scores[pair.first] - scores[pair.second] for pair in pairs])
-    parts: list[torch.Tensor] = []
-    for start in range(0, len(pairs), _NUM_DECODED):
-        chunk = pairs[start : start + _NUM_DECODED]
-        first = [benchmark.items[pair.first] for pair in chunk]
-        second = [benchmark.items[pair.second] for pair in chunk]
-        first_images, second_images = ([_decoded(item.image) for item in side] for side in (first, second))
-        prompts = [item.prompt for item in first]
-        parts.append(scorer.logits(first_images, second_images, prompts, batch_size=batch_size).cpu())
-    return torch.cat(parts).double().numpy()
+    first = [benchmark.items[pair.first] for pair in pairs]
+    second = [benchmark.items[pair.second].image for pair in pairs]
+    images, prompts = [item.image for item in first], [item.prompt for item in first]
+    return scorer.logits(images, second, prompts, batch_size=batch_size).cpu().double().numpy()
 
 
 def _scored_pairs(benchmark: Benchmark, differences: Floats, *, threshold: float = 0.0) -> ScoredPairs:
     pairs = benchmark.comparisons
     groups = [benchmark.items[pair.first].group for pair in pairs]
     return scored_pairs(differences, [pair.outcome for pair in pairs], groups, threshold=threshold)
-
-
-def _decoded(image: Image) -> ImageInput:
-    return open_image(io.BytesIO(image)) if isinstance(image, bytes) else image

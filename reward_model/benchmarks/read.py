@@ -9,10 +9,10 @@ from typing import Any
 
 from reward_model.benchmarks.types import Image
 from reward_model.datasets.fields import BadRecordError, shortened
-from reward_model.datasets.images import ImageFinder, flaw_of_content
+from reward_model.datasets.images import ImageFinder, flaw_of_image
 from reward_model.datasets.parquet import read_parquet
 from reward_model.datasets.raw_records import parse_object, read_json_lines, read_json_list
-from reward_model.image_files import MAX_PIXELS
+from reward_model.types import ImageSource, StoredImage
 
 Fields = Mapping[str, Any]
 TakeImage = Callable[[object, str], Image]
@@ -108,31 +108,27 @@ def take_numbers(fields: Fields, key: str, *, length: int) -> list[float]:
 
 
 def image_taker(root: Path) -> TakeImage:
-    """Return a function that checks images, given as a path from `root`, bytes, or both as `datasets` stores them.
+    """Return a function that checks images, given as a path from `root`, or as a place within the data file.
 
     Raises FileNotFoundError if the folder does not exist.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root} for the images.")
-    find = ImageFinder(root, unpack_to=root)  # bytes stay in memory, so nothing is unpacked
+    find = ImageFinder(root)
 
     def take_image(value: object, key: str) -> Image:
         match value:
-            case str():
-                return find(value)
-            case bytes():
-                return _checked(value, key)
-            case {"bytes": bytes() as content}:
-                return _checked(content, key)
+            case str() | StoredImage():
+                return _checked(find(value), key)
             case {"path": str() as name}:
-                return find(name)
+                return _checked(find(name), key)
             case _:
                 raise BadRecordError(f"{key!r} is {shortened(value)}; it must be a path or the bytes of an image.")
 
     return take_image
 
 
-def _checked(content: bytes, key: str) -> bytes:
-    if flaw := flaw_of_content(content, max_pixels=MAX_PIXELS):
-        raise BadRecordError(f"the image under {key!r} {flaw}")
-    return content
+def _checked(image: ImageSource, key: str) -> ImageSource:
+    if flaw := flaw_of_image(image):
+        raise BadRecordError(f"{key!r}: {flaw}")
+    return image

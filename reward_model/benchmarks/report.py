@@ -14,6 +14,7 @@ from PIL import Image
 from reward_model.benchmarks.evaluation import Mistake
 from reward_model.benchmarks.metrics import Metric
 from reward_model.images import to_tensor
+from reward_model.types import ImageSource
 
 _MAX_SIDE = 320
 """Longest side of an image on the page, in pixels."""
@@ -28,9 +29,9 @@ def render_report(name: str, metrics: Mapping[str, Sequence[Metric]], mistakes: 
     return template.render(name=name, metrics=metrics, mistakes=mistakes)
 
 
-def _embedded(path: Path) -> str:
+def _embedded(image: ImageSource) -> str:
     """Return an image as a data URL of a small PNG."""
-    pixels = (to_tensor(path) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    pixels = (to_tensor(image) * 255).round().to(torch.uint8).permute(1, 2, 0)
     small = Image.fromarray(pixels.numpy())
     small.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from reward_model.images import ImageInput
+from reward_model.types import ImageSource
 
-Image = Path | bytes
-"""A file, or the content of a file where a data set contains its images."""
+Image = ImageSource
+"""Where an image lies: in a file of its own, or within a data file."""
 
 
 @runtime_checkable

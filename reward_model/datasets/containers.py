@@ -11,6 +11,7 @@ from reward_model.datasets.parquet import read_hub_dataset, read_parquet
 from reward_model.datasets.raw_records import RawRecord, read_json_lines, read_json_list
 from reward_model.datasets.tar import TarShard
 from reward_model.datasets.tfrecord import read_tfrecord
+from reward_model.types import StoredImage
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tar", ".tfrecord")
 
@@ -21,8 +22,8 @@ class Container(NamedTuple):
     root: Path
     """Folder that relative image paths start from, unless the user gives an image_root."""
     records: Iterable[RawRecord]
-    read_member: Callable[[str], bytes] | None = None
-    """Returns the bytes of a member of the same archive by its name; None if the container is not an archive."""
+    find_member: Callable[[str], StoredImage] | None = None
+    """Returns where a member of the same archive lies, by its name; None if the container is not an archive."""
 
 
 def open_containers(path: str, *, is_image_folder: bool, skip_columns: Collection[str]) -> Iterator[Container]:
@@ -31,13 +32,13 @@ def open_containers(path: str, *, is_image_folder: bool, skip_columns: Collectio
     Raises FileNotFoundError if the file does not exist, and ValueError for an unknown suffix or a mixed folder.
     """
     if path.startswith("hf:"):
-        yield Container(Path(), read_hub_dataset(path.removeprefix("hf:"), skip_columns=skip_columns))
+        yield Container(Path(), read_hub_dataset(path, skip_columns=skip_columns))
         return
     location = Path(path)
     if is_image_folder:
         yield Container(location, read_image_folder(location))
         return
-    for file in _data_files(location) if location.is_dir() else [location]:
+    for file in data_files(path):
         yield _open_file(file, skip_columns)
 
 
@@ -53,7 +54,7 @@ def _open_file(path: Path, skip_columns: Collection[str]) -> Container:
             return Container(path.parent, read_parquet(path, skip_columns=skip_columns))
         case ".tar":
             shard = TarShard(path)
-            return Container(path.parent, shard.samples(), shard.read_member)
+            return Container(path.parent, shard.samples(), shard.find_member)
         case ".tfrecord":
             return Container(path.parent, read_tfrecord(path, skip_columns=skip_columns))
         case other:
@@ -62,7 +63,11 @@ def _open_file(path: Path, skip_columns: Collection[str]) -> Container:
             )
 
 
-def _data_files(folder: Path) -> list[Path]:
+def data_files(path: str) -> list[Path]:
+    """Return the file, or the files of the folder in the order of their names. Raises ValueError for a mixed folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return [folder]
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
     suffixes = sorted({path.suffix for path in files})
     if len(suffixes) != 1:

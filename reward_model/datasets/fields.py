@@ -8,8 +8,10 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-ImageField = str | bytes
-"""An image in a record: the path of a file, or the content of a file."""
+from reward_model.types import StoredImage
+
+ImageField = str | StoredImage
+"""An image in a record: the path of a file, or its place within the data file."""
 
 
 class BadRecordError(ValueError):
@@ -73,17 +75,15 @@ def take_two_texts(fields: Mapping[str, Any], key: str) -> tuple[str, str]:
 
 
 def take_image(fields: Mapping[str, Any], key: str) -> ImageField:
-    """Return the image under a key: a path, bytes, or the {"bytes": ..., "path": ...} of `datasets`."""
+    """Return the image under a key: a path, a place in the data file, or the {"path": ...} of `datasets`."""
     return as_image(fields[key], key)
 
 
 def as_image(value: object, key: str) -> ImageField:
     """Return a value as an image; `key` names it in messages."""
     match value:
-        case bytes() as content:
-            return content
-        case {"bytes": bytes() as content}:
-            return content
+        case StoredImage():
+            return value
         case {"bytes": None, "path": str() as path}:
             return _checked_text(path, key)
         case _:

@@ -11,8 +11,12 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
+from pathlib import Path
 
-from reward_model.datasets.overlap import normalise, normalised_prompts
+import numpy as np
+
+from reward_model.datasets.overlap import prompt_key
+from reward_model.datasets.table import RecordTable
 from reward_model.types import PreferencePair, Record
 
 _COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
@@ -37,32 +41,44 @@ _WORDS = re.compile(rf"\b({'|'.join(sorted(_REPLACEMENTS, key=len, reverse=True)
 
 
 def hard_negatives(
-    records: Sequence[Record], *, fraction: float, seed: int, held_out: Iterable[Record] = ()
-) -> list[PreferencePair]:
+    records: Iterable[Record], *, fraction: float, seed: int, held_out: np.ndarray | None = None
+) -> RecordTable:
     """Return one hard negative for about `fraction`, in [0, 1], of the distinct (winner image, prompt) of the pairs.
 
     Ties, labels, pairs of two prompts and prompts without a replaceable word give none. The random choice for a prompt
-    depends on `seed`, the prompt and the file name of the image only, not on the other records. No prompt of the
-    records `held_out` is generated, so that validation and test prompts stay unseen in training.
+    depends on `seed`, the prompt and the name of the image only, not on the other records. No prompt whose `prompt_key`
+    is among `held_out` is generated, so that validation and test prompts stay unseen in training.
 
     Raises ValueError if `fraction` is not in [0, 1].
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it must be in [0, 1].")
-    pairs: dict[tuple[str, str], PreferencePair] = {}
-    excluded = normalised_prompts(held_out)
+    excluded = np.unique(held_out) if held_out is not None else np.zeros(0, np.uint64)
+    return RecordTable.of(_negatives(records, fraction=fraction, seed=seed, excluded=excluded))
+
+
+def _negatives(
+    records: Iterable[Record], *, fraction: float, seed: int, excluded: np.ndarray
+) -> Iterator[PreferencePair]:
+    made = set[int]()  # hashes, as the images and prompts themselves would take ten times the memory
     for record in records:
         if not isinstance(record, PreferencePair) or record.tie or record.winner_prompt != record.loser_prompt:
             continue
-        prompt, key = record.winner_prompt, (str(record.winner), record.winner_prompt)
-        rng = random.Random(f"{seed}\0{prompt}\0{record.winner.name}")
-        if key in pairs or rng.random() >= fraction:
+        prompt, key = record.winner_prompt, hash((record.winner, record.winner_prompt))
+        name = record.winner.name if isinstance(record.winner, Path) else str(record.winner)
+        rng = random.Random(f"{seed}\0{prompt}\0{name}")
+        if key in made or rng.random() >= fraction:
             continue
-        wrong = sorted({other for other in wrong_prompts(prompt) if normalise(other) not in excluded})
+        wrong = sorted({other for other in wrong_prompts(prompt) if not _is_among(prompt_key(other), excluded)})
         if wrong:
+            made.add(key)
             where = f"hard negative of {record.where}"
-            pairs[key] = PreferencePair(record.winner, record.winner, prompt, rng.choice(wrong), where=where)
-    return list(pairs.values())
+            yield PreferencePair(record.winner, record.winner, prompt, rng.choice(wrong), where=where)
+
+
+def _is_among(key: int, ordered: np.ndarray) -> bool:
+    place = np.searchsorted(ordered, np.uint64(key))
+    return bool(place < len(ordered) and ordered[place] == key)
 
 
 def wrong_prompts(prompt: str) -> Iterator[str]:

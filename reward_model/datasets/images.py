@@ -1,61 +1,76 @@
-"""Checks of the images that records name: each exists, can be decoded, and lies within the image root."""
+"""Places of the images that records name, all within the image root, and the check that one can be decoded."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
+import stat
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
 from reward_model.datasets.fields import BadRecordError, ImageField, shortened
 from reward_model.image_files import MAX_PIXELS, open_image
+from reward_model.stored_images import read_bytes
+from reward_model.types import ImageSource, StoredImage
 
-FindImage = Callable[[ImageField], Path]
-"""Returns the checked file of an image as a record gives it; raises BadRecordError if there is none."""
+
+def _real_path(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+FindImage = Callable[[ImageField], ImageSource]
+"""Returns where an image lies that a record names; raises BadRecordError if there is none."""
 
 
 class ImageFinder:
-    """Finds images under a root folder and checks each file once, however many records name it."""
+    """Finds images under a root folder without opening them; `flaw_of_image` says if one can be decoded."""
 
     def __init__(
         self,
         root: Path,
         *,
-        unpack_to: Path,
         prefix: tuple[str, str] | None = None,
-        read_member: Callable[[str], bytes] | None = None,
-        max_pixels: int = MAX_PIXELS,
+        find_member: Callable[[str], StoredImage] | None = None,
     ) -> None:
         """Find images under `root`.
 
         With a `prefix` (OLD, NEW), paths that start with the folder OLD are looked up in the folder NEW. If the records
-        lie in an archive, `read_member` returns the content of the member that a record names. Images that are given as
-        content are written to the folder `unpack_to`, each distinct one once, as training opens images in random order.
+        lie in an archive, `find_member` returns where the member lies that a record names.
         """
-        self.root, self.unpack_to = root.resolve(), unpack_to.resolve()
-        self.prefix, self.read_member, self.max_pixels = prefix, read_member, max_pixels
-        self._flaws: dict[Path, str | None] = {}
+        self.root, self.prefix, self.find_member = root.resolve(), prefix, find_member
+        self._root = str(self.root)
+        self._real_folder = lru_cache(maxsize=4096)(_real_path)
 
-    def __call__(self, image: ImageField) -> Path:
-        """Return the checked file of an image. Raises BadRecordError if it cannot be used."""
-        if isinstance(image, bytes):
-            return self._unpack(image, name="in the record")
+    def __call__(self, image: ImageField) -> ImageSource:
+        """Return where an image lies. Raises BadRecordError if there is no such file, or only outside of the root."""
+        if isinstance(image, StoredImage):
+            return image
         name = image if self.prefix is None else _with_new_prefix(image, *self.prefix)
-        if self.read_member is not None:
-            return self._unpack(self.read_member(name), name=shortened(image))
+        if self.find_member is not None:
+            return self.find_member(name)
+        return self._plain_file(name) or self._file(image, name)
+
+    def _plain_file(self, name: str) -> Path | None:
+        """Return a file that is no link and not empty, with one question to the file system; None for any other."""
+        folder, _, base = (name if name.startswith("/") else f"{self._root}/{name}").rpartition("/")
+        if ".." in name or not base or base == ".":
+            return None
+        try:
+            real = self._real_folder(folder)
+            info = os.lstat(f"{real}/{base}")
+        except (OSError, ValueError):
+            return None
+        is_inside = real == self._root or real.startswith(f"{self._root.rstrip('/')}/")
+        return Path(f"{real}/{base}") if is_inside and stat.S_ISREG(info.st_mode) and info.st_size else None
+
+    def _file(self, image: str, name: str) -> Path:
         path = _path_inside(self.root, name)
-        if path not in self._flaws:
-            self._flaws[path] = flaw_of_image(path, max_pixels=self.max_pixels)
-        if flaw := self._flaws[path]:
+        if flaw := _flaw_of_file(path):
             raise BadRecordError(f"the image {shortened(image)}, relative to {self.root}, {flaw}")
         return path
-
-    def _unpack(self, content: bytes, *, name: str) -> Path:
-        return _unpack(content, self.unpack_to, max_pixels=self.max_pixels, name=name)
 
 
 def parse_prefix(text: str | None) -> tuple[str, str] | None:
@@ -68,8 +83,10 @@ def parse_prefix(text: str | None) -> tuple[str, str] | None:
     return old.rstrip("/"), new.rstrip("/") or ("/" if new else "")
 
 
-def text_beside(image: Path) -> str:
+def text_beside(image: ImageSource) -> str:
     """Return the text of the .txt file with the same name, without surrounding blanks; empty if there is no file."""
+    if isinstance(image, StoredImage):
+        return ""
     file = image.with_suffix(".txt")
     try:
         return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
@@ -77,33 +94,34 @@ def text_beside(image: Path) -> str:
         raise BadRecordError(f"{file} is not UTF-8: {error.reason} at byte {error.start}.") from error
 
 
-def flaw_of_image(path: Path, *, max_pixels: int) -> str | None:
-    """Return why a file cannot be used as an image, as the end of a sentence; None if it can."""
+def flaw_of_image(image: ImageSource, *, max_pixels: int = MAX_PIXELS) -> str | None:
+    """Return why an image cannot be used, as a clause with the image as its subject; None if it can."""
+    try:
+        flaw = _flaw_of_file(image) if isinstance(image, Path) else _flaw_of_content(read_bytes(image))
+        flaw = flaw or _flaw_of_pixels(image, max_pixels=max_pixels)
+    # Pillow's decoders raise any exception type on broken bytes: SyntaxError, struct.error, KeyError, ...
+    except Exception as error:
+        text = str(error).partition(" <_io.BytesIO")[0][:200]
+        flaw = f"cannot be read as an image: {text}. Download it again or remove the record."
+    return flaw and f"the image {shortened(str(image)) if isinstance(image, Path) else image} {flaw}"
+
+
+def _flaw_of_content(content: bytes) -> str | None:
+    return None if content else "is empty. Download the data again or remove the record."
+
+
+def _flaw_of_file(path: Path) -> str | None:
     try:
         if not path.exists():
             return "does not exist. Correct the path, or give another image_root."
         if not path.is_file():
             return "is not a file. Name an image."
-        if not path.stat().st_size:
-            return "is an empty file. Download it again or remove the record."
-        return _flaw_of_pixels(path, max_pixels=max_pixels)
-    # Pillow's decoders raise any exception type on broken bytes: SyntaxError, struct.error, KeyError, ...
-    except Exception as error:
+        return None if path.stat().st_size else "is an empty file. Download it again or remove the record."
+    except OSError as error:
         return f"cannot be read as an image: {str(error)[:200]}. Download it again or remove the record."
 
 
-def flaw_of_content(content: bytes, *, max_pixels: int) -> str | None:
-    """Return why the content of a file cannot be used as an image, as the end of a sentence; None if it can."""
-    if not content:
-        return "is empty. Download the data again or remove the record."
-    try:
-        return _flaw_of_pixels(io.BytesIO(content), max_pixels=max_pixels)
-    except Exception as error:
-        text = str(error).partition(" <_io.BytesIO")[0][:200]
-        return f"cannot be read as an image: {text}. Download the data again or remove the record."
-
-
-def _flaw_of_pixels(source: Path | io.BytesIO, *, max_pixels: int) -> str | None:
+def _flaw_of_pixels(source: ImageSource, *, max_pixels: int) -> str | None:
     try:
         image = open_image(source)
     except Image.DecompressionBombError as error:
@@ -124,20 +142,6 @@ def _flaw_of_pixels(source: Path | io.BytesIO, *, max_pixels: int) -> str | None
             image.draft("L", (1, 1))  # JPEG: reads all bytes, but decodes few pixels
             image.load()  # for formats other than PNG, `verify` does not notice a truncated file
     return None
-
-
-def _unpack(content: bytes, folder: Path, *, max_pixels: int, name: str) -> Path:
-    """Write an image to a file that is named by its hash, so that records and processes share equal images."""
-    if flaw := flaw_of_content(content, max_pixels=max_pixels):
-        raise BadRecordError(f"the image {name}, of {len(content):,} bytes, {flaw}")
-    digest = hashlib.sha256(content).hexdigest()
-    path = folder / digest[:2] / digest[2:]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    return path
 
 
 def _with_new_prefix(name: str, old: str, new: str) -> str:

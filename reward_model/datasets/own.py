@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from reward_model.datasets.fields import (
@@ -74,8 +75,12 @@ def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) 
             raise BadRecordError(f"the keys {shortened(keys)} do not form a record. {_FORMS}")
     gap = _rating_gap(fields)
     winner, loser = map(find_image, images)
-    reference = find_image(take_image(fields, "image")) if {"image", "winner"} <= fields.keys() else None
     pair = PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where)
+    if not {"image", "winner"} <= fields.keys():
+        return [pair]
+    reference = find_image(take_image(fields, "image"))
+    if not isinstance(reference, Path):
+        raise BadRecordError(f"the image to edit lies {reference}; it must be a file of its own.")
     return [replace(pair, reference=reference)]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from reward_model.datasets.parquet_pages import ColumnPages, read_pages
 from reward_model.datasets.raw_records import RawRecord
+from reward_model.stored_images import open_hub_dataset
+from reward_model.types import StoredImage
 
 _TEXT_BATCH = 16
 """Rows in memory at once of a table of texts and numbers; of one with images a single row, because a file of kilobytes
@@ -30,20 +32,24 @@ class _InflatedError(ValueError):
 def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
     """Yield the rows of a Parquet file, numbered from 1, without the columns `skip_columns`.
 
-    Without `with_bytes`, columns of bytes and images are left out too. Raises ValueError if the file is broken, or if
-    it takes far more memory than it has bytes.
+    Bytes and images are not read but given as their place, a `StoredImage`; without `with_bytes` their columns are left
+    out. Raises ValueError if the file is broken, or if it takes far more memory than it has bytes.
     """
     number, limit, total = 0, max(_ALWAYS_FREE, _MOST_INFLATED * path.stat().st_size), 0
     try:
-        with _opened(path, skip_columns, limit, with_bytes=with_bytes) as (file, columns, rows):
-            for batch in file.iter_batches(batch_size=rows, columns=columns):
-                size = sum(_num_bytes(column) for column in batch.columns)
-                total = size if rows == 1 else total + size  # images are held one by one
-                if total > limit:
-                    raise _InflatedError(f"its texts take more than {limit:,} bytes of memory")
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield RawRecord(f"{path}:ROW {number}", fields)
+        with _opened(path, skip_columns, limit, with_bytes=with_bytes) as (file, columns, images, rows):
+            for group in range(file.num_row_groups):
+                batches = file.iter_batches(rows, row_groups=[group], columns=columns)
+                for batch in batches if columns else [None] * file.metadata.row_group(group).num_rows:
+                    size = 0 if batch is None else sum(_num_bytes(column) for column in batch.columns)
+                    total = size if rows == 1 else total + size  # images are held one by one
+                    if total > limit:
+                        raise _InflatedError(f"its texts take more than {limit:,} bytes of memory")
+                    for read in [{}] if batch is None else batch.to_pylist():
+                        fields = {name: _placed(v, str(path), number, name) for name, v in read.items()}
+                        fields |= {name: StoredImage(str(path), number, -1, name) for name in images}
+                        number += 1
+                        yield RawRecord(f"{path}:ROW {number}", fields, group if images or rows == 1 else -1)
     except _InflatedError as error:
         raise ValueError(f"{path} is refused, since a file of any size can be made so: {error}.") from error
     # Broken bytes cause a dozen exception types, not all of them Arrow's own.
@@ -56,22 +62,57 @@ def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool 
 @contextmanager
 def _opened(
     path: Path, skip_columns: Collection[str], limit: int, *, with_bytes: bool
-) -> Iterator[tuple[Any, list[str], int]]:
-    """Yield the file, the columns to read, and the rows to hold at once; _InflatedError if they may exceed `limit`."""
+) -> Iterator[tuple[Any, list[str], list[str], int]]:
+    """Yield the file, the columns to read, those of images, which are not, and the rows to hold at once.
+
+    Raises _InflatedError if the rows, or one image, may exceed `limit` bytes.
+    """
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
         metadata, schema = file.metadata, file.schema_arrow
-    columns = _columns(schema, skip_columns, with_bytes=with_bytes)
+        columns = _columns(schema, skip_columns, with_bytes=with_bytes)
+        images = [name for name in columns if _is_image(file, name)]
+    columns = [name for name in columns if name not in images]
     rows = 1 if any(_has_bytes(schema.field(name).type) for name in columns) else _TEXT_BATCH
     _refuse_inflated(metadata, path.stat().st_size, limit)
-    pages = read_pages(path, metadata, columns)
-    shared = _refuse_inflated_pages(pages, path.stat().st_size, limit, rows)
+    _refuse_inflated_pages(read_pages(path, metadata, images), path.stat().st_size, limit, rows=1)
+    shared = _refuse_inflated_pages(read_pages(path, metadata, columns), path.stat().st_size, limit, rows)
     with pq.ParquetFile(
         path, metadata=metadata, read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20,
         page_checksum_verification=True,
     ) as file:  # fmt: skip
-        yield file, columns, rows
+        yield file, columns, images, rows
+
+
+def _is_image(file: Any, column: str) -> bool:
+    """True if every row of a column has bytes, or an image with bytes as `datasets` stores it, by the file's footer."""
+    import pyarrow.types as types
+
+    kind, metadata = file.schema_arrow.field(column).type, file.metadata
+    leaf = f"{column}.bytes" if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else column
+    if not _has_bytes(kind) or (types.is_nested(kind) and leaf == column):
+        return False
+    if leaf != column and not _has_bytes(kind.field("bytes").type):
+        return False
+    for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+        found = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == leaf]
+        if len(found) != 1 or found[0].statistics is None or not found[0].statistics.has_null_count:
+            return False
+        if found[0].statistics.null_count:
+            return False
+    return True
+
+
+def _placed(value: Any, file: str, row: int, column: str, index: int = -1) -> Any:
+    """Return the value of a cell with the place of each image or bytes instead of its content."""
+    match value:
+        case bytes() | {"bytes": bytes()}:
+            return StoredImage(file, row, index, column)
+        case list() if index < 0:
+            return [_placed(one, file, row, column, i) for i, one in enumerate(value)]
+        case _:
+            return value
 
 
 def _refuse_inflated(metadata: Any, size: int, limit: int) -> None:
@@ -82,6 +123,8 @@ def _refuse_inflated(metadata: Any, size: int, limit: int) -> None:
     for column in range(metadata.num_columns):
         if (count := sum(group.column(column).num_values for group in groups)) > max(_MAX_VALUES, size):
             raise _InflatedError(f"its column {column + 1} has {count:,} values in {size:,} bytes")
+    if (rows := sum(group.num_rows for group in groups)) > max(_MAX_VALUES, size):
+        raise _InflatedError(f"it has {rows:,} rows in {size:,} bytes")
 
 
 def _refuse_inflated_pages(pages: Sequence[ColumnPages], size: int, limit: int, rows: int) -> list[str]:
@@ -118,31 +161,36 @@ def _num_bytes(array: Any) -> int:
     return _num_bytes(array.flatten()) if types.is_nested(kind) else array.nbytes
 
 
-def read_hub_dataset(path: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
-    """Yield the rows of ID@SPLIT, numbered from 1; ID is a data set on the Hub, or a folder in a layout of `datasets`.
+def read_hub_dataset(source: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
+    """Yield the rows of hf:ID@SPLIT, numbered from 1; ID is a data set on the Hub, or a folder in a layout of
+    `datasets`, and hf:ID:CONFIG@SPLIT one of its configurations.
 
-    Without `with_bytes`, columns of bytes and images are left out too. Raises ValueError if it cannot be loaded. Data
-    sets that are Python scripts cannot since datasets 4; `docs/data.md` lists the files to download instead.
+    Bytes and images are given as their place; without `with_bytes` their columns are left out. Raises ValueError if it
+    cannot be loaded. Data sets that are Python scripts cannot since datasets 4; `docs/data.md` lists the files to
+    download instead.
     """
-    from datasets import Dataset, Image, load_dataset
+    table = open_hub_dataset(source)
+    schema = table.features.arrow_schema
+    columns = _columns(schema, skip_columns, with_bytes=with_bytes)
+    images = [name for name in columns if _is_full(table, name)]
+    rows = table.select_columns([name for name in columns if name not in images])
+    for number, read in enumerate(rows if rows.column_names else ({} for _ in range(len(table)))):
+        fields = {name: _placed(value, source, number, name) for name, value in read.items()}
+        fields |= {name: StoredImage(source, number, -1, name) for name in images}
+        yield RawRecord(f"{source}:ROW {number + 1}", fields)
 
-    name, at, split = path.rpartition("@")
-    if not (name and at and split):
-        raise ValueError(f"hf:{path} has no split; write hf:ID@SPLIT, such as hf:yuvalkirstain/pickapic_v2@test.")
-    try:
-        table: Any = load_dataset(name, split=split)
-    # Failures on the way to the Hub have a dozen exception types of several libraries.
-    except Exception as error:
-        raise ValueError(f"hf:{path} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from error
-    assert isinstance(table, Dataset)
-    table = table.select_columns(_columns(table.features.arrow_schema, skip_columns, with_bytes=with_bytes))
-    for column, feature in table.features.items():
-        inner = getattr(feature, "feature", feature)
-        if isinstance(inner, Image):
-            undecoded = Image(decode=False)
-            table = table.cast_column(column, undecoded if inner is feature else type(feature)(undecoded))
-    for number, fields in enumerate(table, start=1):
-        yield RawRecord(f"hf:{path}:ROW {number}", fields)
+
+def _is_full(table: Any, column: str) -> bool:
+    """True if every row of a column of a `datasets.Dataset` has bytes, or an image with bytes."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    values = table.data.column(column)
+    if types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
+        if values.null_count:
+            return False
+        values = compute.struct_field(values, "bytes")
+    return not types.is_nested(values.type) and _has_bytes(values.type) and not values.null_count
 
 
 def _columns(schema: Any, skip_columns: Collection[str], *, with_bytes: bool) -> list[str]:

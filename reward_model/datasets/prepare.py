@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+
+import numpy as np
 
 from reward_model.datasets.hard_negatives import hard_negatives as make_hard_negatives
-from reward_model.datasets.overlap import overlap_table, shared_prompts, without_prompts
+from reward_model.datasets.overlap import overlap_table, prompt_keys, without_prompts
 from reward_model.datasets.split import split_by_prompt
-from reward_model.datasets.summary import describe, useless_records
+from reward_model.datasets.summary import summarise
+from reward_model.datasets.table import RecordTable
 from reward_model.types import Record
 
 
-def draw_records(records: Sequence[Record], most: int, *, seed: int) -> Sequence[Record]:
+def draw_records(records: Sequence[Record], most: int, *, seed: int) -> RecordTable:
     """Return at most so many records, drawn at random and in their order."""
-    if len(records) <= most:
-        return records
-    return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), most))]
+    table = RecordTable.of(records)
+    if len(table) <= most:
+        return table
+    return table.select(np.array(sorted(random.Random(seed).sample(range(len(table)), most))))
 
 
 def prepare_records(
@@ -30,7 +33,7 @@ def prepare_records(
     hard_negatives: float,
     seed: int,
     log: Callable[[str], None],
-) -> tuple[list[Record], list[Record]]:
+) -> tuple[RecordTable, RecordTable]:
     """Return the training and the validation records.
 
     Prompts that the training data share with the sets in `tests` (by name) are counted, and removed from training if
@@ -40,34 +43,29 @@ def prepare_records(
 
     Raises ValueError if no training record is left.
     """
-    records = list(training)
+    records = RecordTable.of(training)
     if tests:
         log(overlap_table(records, tests))
+    unseen = np.concatenate([np.zeros(0, np.uint64), *(prompt_keys(test).flatten() for test in tests.values())])
     if exclude_test_prompts:
-        records = _without_test_prompts(records, tests, log=log)
-    if validation:
-        held_out = list(validation)
+        remaining = without_prompts(records, unseen)
+        if not len(remaining):
+            raise ValueError(f"All {len(records):,} training records have prompts of the test data; none is left.")
+        log(f"{len(records) - len(remaining):,} training records with prompts of the test data are excluded")
+        records = remaining
+    if len(validation):
+        held_out = RecordTable.of(validation)
         log(overlap_table(records, {"validation": held_out}))
     else:
         records, held_out = split_by_prompt(records, fraction=validation_fraction, seed=seed)
     if hard_negatives:
-        unseen = [*held_out, *chain(*tests.values())]
+        unseen = np.concatenate([unseen, prompt_keys(held_out).flatten()])
         negatives = make_hard_negatives(records, fraction=hard_negatives, seed=seed, held_out=unseen)
         log(f"{len(negatives):,} hard negatives are added to {len(records):,} training records")
-        records += negatives
-    log(f"training\n{describe(records)}\nvalidation\n{describe(held_out)}")
+        records = RecordTable.concatenate([records, negatives])
     for name, some in (("training", records), ("validation", held_out)):
-        for text in useless_records(some):
+        summary = summarise(some)
+        log(f"{name}\n{summary.table()}")
+        for text in summary.warnings():
             log(f"WARNING: in the {name} data {text}.")
     return records, held_out
-
-
-def _without_test_prompts(
-    records: Sequence[Record], tests: Mapping[str, Sequence[Record]], *, log: Callable[[str], None]
-) -> list[Record]:
-    shared = {prompt for test in tests.values() for prompt in shared_prompts(records, test)}
-    remaining = without_prompts(records, shared)
-    if not remaining:
-        raise ValueError(f"All {len(records):,} training records have prompts of the test data; none is left.")
-    log(f"{len(records) - len(remaining):,} training records with prompts of the test data are excluded")
-    return remaining

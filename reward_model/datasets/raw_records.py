@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.text_files import parse_json
 
+_MAX_LINE = 64 * 2**20
+"""Longest line. A file with holes can claim any length at no cost."""
+
 
 class RawRecord(NamedTuple):
     """A record as it is stored, not yet checked."""
@@ -23,23 +26,35 @@ class RawRecord(NamedTuple):
     """FILE:LINE, FILE:RECORD n, FILE:ROW n, or FILE:MEMBER of an archive."""
     source: bytes | Mapping[str, Any]
     """JSON source, or the fields of a row of a table."""
+    block: int = -1
+    """Number of the row group whose images can only be read together; -1 if each image can be read alone."""
 
     def fields(self) -> Mapping[str, Any]:
         """Return the named fields; raises BadRecordError if the source is not a JSON object."""
         return parse_object(self.source) if isinstance(self.source, bytes) else self.source
 
 
-def read_json_lines(path: Path) -> list[RawRecord]:
-    """Return the non-blank lines of a JSONL file, numbered from 1."""
-    # Only a line feed ends a line: JSON strings may contain U+2028 and U+0085, at which str.splitlines splits.
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    return [RawRecord(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+def read_json_lines(path: Path) -> Iterator[RawRecord]:
+    """Yield the non-blank lines of a JSONL file, numbered from 1. Raises ValueError for a line of over 64 MiB."""
+    with path.open("rb") as file:
+        number = 0
+        # Only a line feed ends a line: JSON strings may contain U+2028 and U+0085, at which str.splitlines splits.
+        while line := file.readline(_MAX_LINE + 1):
+            number += 1
+            if len(line) > _MAX_LINE:
+                raise ValueError(f"{path}:{number} has more than {_MAX_LINE:,} bytes; a line is one record.")
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield RawRecord(f"{path}:{number}", line.removesuffix(b"\n"))
 
 
-def read_json_list(path: Path) -> list[RawRecord]:
-    """Return the elements of a JSON file that is one list, numbered from 1. Raises ValueError if it is not."""
+def read_json_list(path: Path) -> Iterator[RawRecord]:
+    """Yield the elements of a JSON file that is one list, numbered from 1. Raises ValueError where it is not."""
     try:
-        elements = list(_split_list(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()))
+        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
+        for number, element in enumerate(_split_list(text), start=1):
+            yield RawRecord(f"{path}:RECORD {number}", element.encode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
     except json.JSONDecodeError as error:
@@ -50,7 +65,6 @@ def read_json_list(path: Path) -> list[RawRecord]:
         ) from error
     except RecursionError as error:
         raise ValueError(f"{path} is not a list of records: its values are nested too deeply.") from error
-    return [RawRecord(f"{path}:RECORD {number}", text.encode()) for number, text in enumerate(elements, start=1)]
 
 
 def parse_object(source: bytes) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from reward_model.datasets.fields import BadRecordError, check_keys, take_image, take_number, take_text
 from reward_model.datasets.images import FindImage, text_beside
-from reward_model.types import LabelledImage, Record
+from reward_model.types import ImageSource, LabelledImage, Record
 
 Score = Literal["alignment", "artifact", "overall", "aesthetics"]
 SCORE_OF: Mapping[str, str] = {
@@ -47,12 +47,12 @@ def richhf_record(
     if score == "alignment" and not prompt:
         raise BadRecordError(
             f"there is no prompt, which alignment needs. Add a column 'prompt' from Pick-a-Pic's captions, or write it "
-            f"to {file.with_suffix('.txt')}."
+            f"to {file.with_suffix('.txt') if isinstance(file, Path) else 'the column prompt'}."
         )
     return [LabelledImage(file, prompt, label, where)]
 
 
-def _prompt(fields: Mapping[str, Any], file: Path) -> str:
+def _prompt(fields: Mapping[str, Any], file: ImageSource) -> str:
     for key in ("prompt", "caption"):
         if fields.get(key) is not None:
             return take_text(fields, key)

@@ -1,56 +1,112 @@
-"""Summary of the records of a data set."""
+"""Summary of the records of a data set, made in one pass in bounded memory."""
 
+# pyarrow has no usable types.
+# pyright: reportAttributeAccessIssue=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-from reward_model.datasets.split import record_prompts
-from reward_model.types import LabelledImage, PreferencePair, Record
+import numpy as np
+import pyarrow.compute as pc
+
+from reward_model.datasets.table import RecordTable
+from reward_model.types import Record
 
 Row = tuple[str, int | str]
 
 _NUM_BINS = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Counts of the records of a data set."""
+
+    num_pairs: int
+    num_ties: int
+    num_two_prompts: int
+    num_good: int
+    num_bad: int
+    gaps: np.ndarray
+    """The rating gaps above 0, (P,)."""
+    num_prompts: int
+    most_of_one_prompt: int
+    num_images: int
+
+    def table(self) -> str:
+        """Return a table, one count a line, of pairs, ties, rating gaps, labels, prompts and images."""
+        num_labels = self.num_good + self.num_bad
+        rows: list[Row] = [
+            ("pairs", self.num_pairs),
+            ("  ties", self.num_ties),
+            *_share("  ties among the pairs", self.num_ties, self.num_pairs),
+            ("  with two prompts", self.num_two_prompts),
+            ("  with a rating gap", len(self.gaps)),
+            *_histogram(self.gaps),
+            ("labelled images", num_labels),
+            ("  label 1 (good)", self.num_good),
+            ("  label 0 (bad)", self.num_bad),
+            *_share("  good among the labels", self.num_good, num_labels),
+            ("distinct prompts", self.num_prompts),
+            ("  most records of one", self.most_of_one_prompt),
+            ("distinct images", self.num_images),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {n if isinstance(n, str) else f'{n:,}':>9}" for name, n in rows)
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for all labels being of one class, and one for all pairs being ties."""
+        texts = list[str]()
+        if bool(self.num_good) != bool(self.num_bad):
+            label = int(self.num_good > 0)
+            texts.append(f"all labels are {label}, so that a model which always says so fits them")
+        if self.num_pairs and self.num_ties == self.num_pairs:
+            texts.append("all pairs are ties, so that equal scores fit them")
+        return texts
+
+
+def summarise(records: Sequence[Record]) -> Summary:
+    """Return the counts of a data set. Prompts and images are told apart by 64-bit hashes."""
+    table = RecordTable.of(records)
+    label, ties, gaps = table.column("label", null=-1), table.column("tie"), table.column("rating_gap")
+    prompts, images, num_two_prompts = list[np.ndarray](), list[np.ndarray](), 0
+    for batch in table.batches("winner_prompt", "loser_prompt", "winner", "loser"):
+        winners, losers = batch["winner_prompt"].to_pylist(), batch["loser_prompt"].to_pylist()
+        prompts.append(_hashes(winners))
+        prompts.append(_hashes([prompt for prompt in losers if prompt is not None]))
+        num_two_prompts += len(prompts[-1])
+        images += [_hashes(_image_names(batch[side])) for side in ("winner", "loser")]
+    _, per_prompt = np.unique(np.concatenate([np.zeros(0, np.int64), *prompts]), return_counts=True)
+    return Summary(
+        num_pairs=int((label < 0).sum()),
+        num_ties=int(ties.sum()),
+        num_two_prompts=num_two_prompts,
+        num_good=int((label == 1).sum()),
+        num_bad=int((label == 0).sum()),
+        gaps=gaps[gaps > 0],
+        num_prompts=len(per_prompt),
+        most_of_one_prompt=int(per_prompt.max(initial=0)),
+        num_images=len(np.unique(np.concatenate([np.zeros(0, np.int64), *images]))),
+    )
+
+
 def describe(records: Sequence[Record]) -> str:
     """Return a table, one count a line, of pairs, ties, rating gaps, labels, prompts and images."""
-    pairs = [record for record in records if isinstance(record, PreferencePair)]
-    labelled = [record for record in records if isinstance(record, LabelledImage)]
-    gaps = [pair.rating_gap for pair in pairs if pair.rating_gap > 0]
-    images = {image for pair in pairs for image in (pair.winner, pair.loser)} | {one.image for one in labelled}
-    per_prompt = Counter(prompt for record in records for prompt in {*record_prompts(record)})
-    num_ties, num_good = sum(pair.tie for pair in pairs), sum(one.label == 1 for one in labelled)
-    rows: list[Row] = [
-        ("pairs", len(pairs)),
-        ("  ties", num_ties),
-        *_share("  ties among the pairs", num_ties, len(pairs)),
-        ("  with two prompts", sum(pair.winner_prompt != pair.loser_prompt for pair in pairs)),
-        ("  with a rating gap", len(gaps)),
-        *_histogram(gaps),
-        ("labelled images", len(labelled)),
-        ("  label 1 (good)", num_good),
-        ("  label 0 (bad)", len(labelled) - num_good),
-        *_share("  good among the labels", num_good, len(labelled)),
-        ("distinct prompts", len(per_prompt)),
-        ("  most records of one", max(per_prompt.values(), default=0)),
-        ("distinct images", len(images)),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {count if isinstance(count, str) else f'{count:,}':>9}" for name, count in rows)
+    return summarise(records).table()
 
 
-def useless_records(records: Sequence[Record]) -> list[str]:
-    """Return a sentence for all labels being of one class, and one for all pairs being ties; both teach no order."""
-    pairs = [record for record in records if isinstance(record, PreferencePair)]
-    labels = {record.label for record in records if isinstance(record, LabelledImage)}
-    texts = list[str]()
-    if len(labels) == 1:
-        texts.append(f"all labels are {labels.pop()}, so that a model which always says so fits them")
-    if pairs and all(pair.tie for pair in pairs):
-        texts.append("all pairs are ties, so that equal scores fit them")
-    return texts
+def _hashes(texts: Sequence[object]) -> np.ndarray:
+    return np.array([hash(text) for text in texts], np.int64)
+
+
+def _image_names(images: object) -> list[object]:
+    """Return what tells the images of an Arrow column apart, without nulls."""
+    found = pc.drop_null(images)
+    if found.field("start").null_count == len(found):  # files
+        return found.field("file").to_pylist()
+    return [tuple(image.values()) for image in found.to_pylist()]
 
 
 def _share(name: str, count: int, total: int) -> Iterator[Row]:
@@ -59,14 +115,14 @@ def _share(name: str, count: int, total: int) -> Iterator[Row]:
         yield name, f"{count / total:.1%}"
 
 
-def _histogram(gaps: Sequence[float]) -> Iterator[Row]:
+def _histogram(gaps: np.ndarray) -> Iterator[Row]:
     """Yield one row for each gap if there are few different ones, as of integer ratings; else bins of equal width."""
-    counts = sorted(Counter(gaps).items())
+    counts = sorted(Counter(gaps.tolist()).items())
     if len(counts) <= 2 * _NUM_BINS:
         yield from ((f"    gap {gap:g}", count) for gap, count in counts)
         return
     lowest, highest = counts[0][0], counts[-1][0]
     edges = [lowest + (highest - lowest) / _NUM_BINS * i for i in range(_NUM_BINS)] + [highest]
     for start, end in pairwise(edges):
-        inside = sum(start <= gap < end or gap == end == highest for gap in gaps)
+        inside = int(((start <= gaps) & (gaps < end) | (gaps == end) & (end == highest)).sum())
         yield f"    gap {start:.3g} to {end:.3g}", inside

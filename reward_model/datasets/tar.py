@@ -19,10 +19,10 @@ from pathlib import Path
 
 from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.raw_records import RawRecord, parse_object
+from reward_model.stored_images import MAX_BYTES, read_bytes
+from reward_model.types import StoredImage
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-_MAX_BYTES = 256 * 2**20
-"""Largest member that is read. A file with holes can claim any size at no cost."""
 
 
 class TarShard:
@@ -30,7 +30,7 @@ class TarShard:
 
     def __init__(self, path: Path) -> None:
         """List the members. Raises ValueError if it is compressed, truncated, has sparse members or two of one name."""
-        self.path = path
+        self.path, self.size = path, path.stat().st_size
         try:
             with tarfile.open(path, "r:") as archive:
                 found = list(archive)
@@ -48,23 +48,20 @@ class TarShard:
             (duplicate, _), *_ = Counter(member.name for member in members).most_common(1)
             raise ValueError(f"{path} has two members {shortened(duplicate)}; names must be unique.")
 
-    def read_member(self, name: str) -> bytes:
-        """Return the bytes of a member. Raises BadRecordError if it is missing, a link, truncated or too large."""
+    def find_member(self, name: str) -> StoredImage:
+        """Return where a member lies. Raises BadRecordError if it is missing, a link, truncated or too large."""
         member = self.members.get(name)
         if member is None:
             raise BadRecordError(f"the image {shortened(name)} is not a member of the archive.")
         if not member.isreg():
             raise BadRecordError(f"the member {shortened(name)} is not a regular file; pack the image itself.")
-        if member.size > _MAX_BYTES:
+        if member.size > MAX_BYTES:
             raise BadRecordError(
-                f"the member {shortened(name)} has {member.size:,} bytes; it may have at most {_MAX_BYTES:,}."
+                f"the member {shortened(name)} has {member.size:,} bytes; it may have at most {MAX_BYTES:,}."
             )
-        with self.path.open("rb") as file:
-            file.seek(member.offset_data)
-            content = file.read(member.size)
-        if len(content) < member.size:
-            raise BadRecordError(f"the member {shortened(name)} is truncated: {len(content)} of {member.size} bytes.")
-        return content
+        if (left := self.size - member.offset_data) < member.size:
+            raise BadRecordError(f"the member {shortened(name)} is truncated: {left} of {member.size} bytes.")
+        return StoredImage(str(self.path), member.offset_data, member.size)
 
     def samples(self) -> Iterator[RawRecord]:
         """Yield the samples in the order of their .json members."""
@@ -82,7 +79,7 @@ class TarShard:
     def _sample(self, name: str, images: dict[str, str]) -> RawRecord:
         where = f"{self.path}:{name}"
         try:
-            source = self.read_member(name)
+            source = read_bytes(self.find_member(name))
         except BadRecordError as error:
             raise BadRecordError(f"{where}: {error}") from error
         try:

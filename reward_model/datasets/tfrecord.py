@@ -15,13 +15,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from reward_model.datasets.raw_records import RawRecord
+from reward_model.stored_images import MAX_BYTES
+from reward_model.types import StoredImage
 
 Wire = Iterator[tuple[int, int | memoryview]]
 """The fields of a protobuf message: number, and a varint or the bytes of the value."""
 
-_MAX_BYTES = 256 * 2**20
-"""Largest Example. A file with holes can claim any length at no cost."""
 _MAX_VALUES = 1 << 20
 """Most features and values of an Example together: as Python objects they take up to 40 times their bytes."""
 
@@ -29,7 +31,8 @@ _MAX_VALUES = 1 << 20
 def read_tfrecord(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
     """Yield the Examples of a TFRecord file, numbered from 1, without the features `skip_columns`.
 
-    A feature with one value gives this value, one with several a list. Bytes that are UTF-8 become strings.
+    A feature with one value gives this value, one with several a list. Bytes that are UTF-8 become strings, and others
+    a `StoredImage`: their place in the file.
 
     Raises ValueError, with the number of the Example, if the file is broken.
     """
@@ -37,11 +40,15 @@ def read_tfrecord(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawR
     with path.open("rb") as file:
         while head := file.read(12):
             number += 1
+            start = file.tell()
             try:
-                fields = _example(_content(file, head), skip_columns)
+                content = _content(file, head)
+                fields = _example(content, skip_columns)
             except (ValueError, IndexError, struct.error) as error:
                 raise ValueError(f"{path}:RECORD {number} is not an Example of a TFRecord: {error}.") from error
-            yield RawRecord(f"{path}:RECORD {number}", fields)
+            yield RawRecord(
+                f"{path}:RECORD {number}", {key: _stored(v, path, content, start) for key, v in fields.items()}
+            )
 
 
 def masked_crc32c(data: bytes) -> int:
@@ -52,13 +59,25 @@ def masked_crc32c(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+def _stored(value: Any, path: Path, content: bytes, start: int) -> Any:
+    """Return a value with the place in the file of its bytes, which are views of the Example that starts there."""
+    match value:
+        case list():
+            return [_stored(one, path, content, start) for one in value]
+        case memoryview():
+            first, base = (np.frombuffer(data, np.uint8).ctypes.data for data in (value, content))
+            return StoredImage(str(path), start + first - base, len(value))
+        case _:
+            return value
+
+
 def _content(file: BinaryIO, head: bytes) -> bytes:
     if len(head) < 12:
         raise ValueError(f"the file ends after {len(head)} of the 12 bytes of a header")
     length, check = struct.unpack("<QI", head)
     _compare(check, head[:8], "length")
-    if length > _MAX_BYTES:
-        raise ValueError(f"its length is {length:,} bytes; an Example may have at most {_MAX_BYTES:,}")
+    if length > MAX_BYTES:
+        raise ValueError(f"its length is {length:,} bytes; an Example may have at most {MAX_BYTES:,}")
     left = os.fstat(file.fileno()).st_size - file.tell()
     if left < length + 4:
         raise ValueError(
@@ -97,7 +116,7 @@ def _values(feature: memoryview) -> Iterator[Any]:
         for _, value in _wire(values):
             match kind, value:
                 case 1, memoryview():
-                    yield _text_or_bytes(bytes(value))
+                    yield _text_or_bytes(value)
                 case 2, memoryview():  # one, or many that are packed
                     yield from (number for (number,) in struct.iter_unpack("<f", value))
                 case 3, memoryview():
@@ -158,8 +177,8 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _text_or_bytes(value: bytes) -> str | bytes:
+def _text_or_bytes(value: memoryview) -> str | memoryview:
     try:
-        return value.decode()
+        return str(value, "utf-8")
     except UnicodeDecodeError:
         return value

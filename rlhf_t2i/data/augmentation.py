@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
+from reward_model.types import ImageSource
 from rlhf_t2i.seeds import AUGMENT, generator_for
 
 
 class ImageView(NamedTuple):
-    """An image file as it is encoded."""
+    """An image as it is encoded."""
 
-    path: Path
+    source: ImageSource
     flipped: bool
     """True if it is mirrored, left to right, before the autoencoder, whose latents of both are no mirror images."""
     size: tuple[int, int]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from functools import lru_cache
 
 from reward_model.image_files import upright_size
+from reward_model.types import ImageSource
 
 MAX_RATIO = 2.0
 """Longest side over shortest side of a bucket."""
@@ -51,22 +52,19 @@ def bucket_of(sizes: Sequence[tuple[int, int]], buckets: Sequence[tuple[int, int
 
 
 class Buckets:
-    """The buckets of a model, and the sizes of image files, each read once."""
+    """The buckets of a model, and the sizes of images, which are read when they are needed."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
         self.sizes = sizes
-        self._known: dict[Path, tuple[int, int]] = {}
+        self._upright_size = lru_cache(maxsize=100_000)(upright_size)
 
-    def size_of(self, *paths: Path) -> tuple[int, int]:
+    def size_of(self, *images: ImageSource) -> tuple[int, int]:
         """Return height and width of the bucket that these images share."""
         if len(self.sizes) == 1:
             return self.sizes[0]
-        for path in paths:
-            if path not in self._known:
-                self._known[path] = upright_size(path)
-        return bucket_of([self._known[path] for path in paths], self.sizes)
+        return bucket_of([self._upright_size(image) for image in images], self.sizes)
 
-    def groups(self, pairs: Sequence[tuple[Path, Path]]) -> list[list[int]]:
+    def groups(self, pairs: Sequence[tuple[ImageSource, ImageSource]]) -> list[list[int]]:
         """Return the rows of `pairs` of each bucket that has any, in the order of the buckets."""
         rows: dict[tuple[int, int], list[int]] = {size: [] for size in self.sizes}
         for row, pair in enumerate(pairs):

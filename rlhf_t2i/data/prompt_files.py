@@ -40,7 +40,7 @@ def read_rows(source: str) -> list[Prompt]:
     characters that are no text, and a source that is empty, broken or not UTF-8.
     """
     if source.startswith(HUB_PREFIX):
-        raw: Iterator[RawRecord] = read_hub_dataset(source.removeprefix(HUB_PREFIX), skip_columns=(), with_bytes=False)
+        raw: Iterator[RawRecord] = read_hub_dataset(source, skip_columns=(), with_bytes=False)
     else:
         raw = _read_file(source)
     folder = Path() if source.startswith(HUB_PREFIX) else Path(source).parent

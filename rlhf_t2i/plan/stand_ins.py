@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rlhf_t2i.data.preferences import ImagePairs, PairBatch
+from rlhf_t2i.data.image_pairs import ImagePairs, PairBatch
 from rlhf_t2i.models import base
 from rlhf_t2i.plan.tracker import Counts, Tracker
 from rlhf_t2i.search.run import SearchRun

@@ -13,7 +13,16 @@ from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.groups import DataSettings, GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.launch import shared_rule
 from rlhf_t2i.settings.lists import whole_numbers
-from rlhf_t2i.settings.ranges import SAMPLED, DataPaths, Decay, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from rlhf_t2i.settings.ranges import (
+    SAMPLED,
+    DataPaths,
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,8 @@ class PairSettings(Settings, group="data"):
     """Pairs of the preference data in one training step, over all processes. Unused with --pairs sampled."""
     cache_folder: str | None = None
     """Folder for a cache of latents and text embeddings of the preference data; null encodes them in every step."""
+    num_workers: NonNegativeInt = 0
+    """Threads that decode the images of the preference data; 0 decodes one after the other."""
     random_flip: Literal["none", "pair", "image"] = "none"
     """Images of the preference data that are mirrored, left to right, with probability 1/2 in each step: none, both of
     a pair together, or each image on its own (published). A cache then holds both views of every image."""

@@ -239,10 +239,9 @@ class DataSettings(Settings, group="data"):
     are refused."""
     image_prefix: PathPrefix | None = None
     """OLD=NEW: image paths that start with the folder OLD are read as if they started with NEW."""
-    unpack_folder: str = "runs/images"
-    """Folder for images that are stored inside tables and archives."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """Treatment of a record that cannot be used: stop, or skip it and write it to skipped.jsonl in the run folder."""
+    """Treatment of a record that cannot be used, or whose image cannot: stop, or skip it, write it to skipped.jsonl in
+    the run folder, and train on another one in its place. More than half of them stop in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)

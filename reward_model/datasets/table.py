@@ -1,0 +1,200 @@
+"""Records as an Arrow table, mapped into memory, so that a million take no memory of a process."""
+
+# pyarrow has no usable types.
+# pyright: reportAttributeAccessIssue=false, reportUnknownMemberType=false, reportPrivateImportUsage=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import pyarrow as pa
+
+from reward_model.types import ImageSource, LabelledImage, PreferencePair, Record, StoredImage
+
+_IMAGE = pa.struct([("file", pa.string()), ("start", pa.int64()), ("size", pa.int64()), ("column", pa.string())])
+SCHEMA = pa.schema([
+    ("winner", _IMAGE),  # the image of a label
+    ("loser", _IMAGE),  # null of a label
+    ("winner_prompt", pa.string()),
+    ("loser_prompt", pa.string()),  # null if it is the winner's
+    ("label", pa.int8()),  # null of a pair
+    ("tie", pa.bool_()),
+    ("rating_gap", pa.float64()),
+    ("reference", pa.string()),  # path of the image that was edited
+    ("where", pa.string()),
+    ("block", pa.int64()),  # rows of one block have images that are read together; -1 is none
+])  # fmt: skip
+_ROWS = 1000
+"""Records that are in memory at once in a pass over a table."""
+
+
+class TableWriter:
+    """Writes records to an Arrow stream: a file, or a buffer."""
+
+    def __init__(self, sink: Any) -> None:
+        self._writer, self._rows = pa.ipc.new_stream(sink, SCHEMA), list[tuple[Any, ...]]()
+        self.count = 0
+
+    def add(self, record: Record, *, block: int = -1) -> None:
+        """Append a record."""
+        self._rows.append((*_row(record), block))
+        self.count += 1
+        if len(self._rows) == _ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write the rest."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = zip(*self._rows, strict=True)
+            arrays = [_array(list(c), field.type) for c, field in zip(columns, SCHEMA, strict=True)]
+            self._writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+            self._rows.clear()
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if kind != _IMAGE:
+        return pa.array(values, kind)
+    parts = list(zip(*((None,) * 4 if value is None else value for value in values), strict=True))
+    arrays = [pa.array(part, field.type) for part, field in zip(parts, _IMAGE, strict=True)]
+    return pa.StructArray.from_arrays(arrays, fields=list(_IMAGE), mask=pa.array([v is None for v in values]))
+
+
+class RecordTable(Sequence[Record]):
+    """A sequence of records that are made when they are asked for."""
+
+    def __init__(self, parts: Sequence[pa.RecordBatch], rows: np.ndarray | None = None) -> None:
+        """Take the rows of all parts, or the given ones of them in this order."""
+        self._parts, self._rows = parts, rows
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Map a file that a `TableWriter` wrote."""
+        return cls(list(pa.ipc.open_stream(pa.memory_map(str(path)))))
+
+    @classmethod
+    def from_buffer(cls, sink: pa.BufferOutputStream) -> Self:
+        """Return the table that a `TableWriter` wrote to a buffer."""
+        return cls(list(pa.ipc.open_stream(sink.getvalue())))
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> RecordTable:
+        """Return records as a table in memory; a table as it is."""
+        if isinstance(records, RecordTable):
+            return records
+        sink = pa.BufferOutputStream()
+        writer = TableWriter(sink)
+        for record in records:
+            writer.add(record)
+        writer.close()
+        return cls.from_buffer(sink)
+
+    @staticmethod
+    def concatenate(tables: Sequence[RecordTable]) -> RecordTable:
+        """Return the records of all tables one after the other, without a copy of them."""
+        starts = np.cumsum([0, *(table._starts[-1] for table in tables)])
+        rows = [start + table._all_rows() for start, table in zip(starts, tables, strict=False)]
+        is_whole = all(table._rows is None for table in tables)
+        return RecordTable([p for table in tables for p in table._parts], None if is_whole else np.concatenate(rows))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1]) if self._rows is None else len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> RecordTable: ...
+    def __getitem__(self, index: int | slice) -> Record | RecordTable:
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = index % len(self) if self._rows is None else self._rows[index]
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return _record(self._parts[part].slice(row - self._starts[part], 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[Record]:
+        for batch in self.batches():
+            yield from map(_record, batch.to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __repr__(self) -> str:
+        return f"RecordTable of {len(self):,} records"
+
+    def select(self, rows: np.ndarray) -> RecordTable:
+        """Return some rows, in this order, without a copy of the records."""
+        return RecordTable(self._parts, self._all_rows()[rows])
+
+    def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        """Yield the rows, or some columns of them, in order and in parts that are in memory one at a time."""
+        names = list(columns) or SCHEMA.names
+        if self._rows is None:
+            yield from (part.select(names) for part in self._parts)
+            return
+        part_of = np.searchsorted(self._starts, self._rows, side="right") - 1
+        for rows in np.split(np.arange(len(self)), np.flatnonzero(np.diff(part_of)) + 1):
+            if len(rows):
+                part = part_of[rows[0]]
+                yield self._parts[part].select(names).take(pa.array(self._rows[rows] - self._starts[part]))
+
+    def column(self, name: str, *, null: Any = None) -> np.ndarray:
+        """Return a column of numbers; `null` replaces missing ones."""
+        parts = [batch.column(0) for batch in self.batches(name)]
+        whole = pa.chunked_array(parts, SCHEMA.field(name).type)
+        return (whole if null is None else whole.fill_null(null)).to_numpy()
+
+    def first_of_each_kind(self) -> RecordTable:
+        """Return the first label, the first tie and the first pair that is none, in their order."""
+        label, tie = self.column("label", null=-1) >= 0, self.column("tie")
+        kinds = [np.flatnonzero(kind)[:1] for kind in (label, tie, ~(label | tie))]
+        return self.select(np.sort(np.concatenate(kinds)))
+
+    def prompts(self) -> Iterator[tuple[list[str], list[str | None]]]:
+        """Yield the winners' prompts, or those of labels, and the losers' where they differ, in parts."""
+        for batch in self.batches("winner_prompt", "loser_prompt"):
+            yield batch.column(0).to_pylist(), batch.column(1).to_pylist()
+
+    def _all_rows(self) -> np.ndarray:
+        return np.arange(len(self)) if self._rows is None else self._rows
+
+
+def _row(record: Record) -> tuple[Any, ...]:
+    if isinstance(record, LabelledImage):
+        return _image_row(record.image), None, record.prompt, None, record.label, False, 0.0, None, record.where
+    loser_prompt = None if record.loser_prompt == record.winner_prompt else record.loser_prompt
+    images, prompts = (_image_row(record.winner), _image_row(record.loser)), (record.winner_prompt, loser_prompt)
+    reference = None if record.reference is None else str(record.reference)
+    return *images, *prompts, None, record.tie, record.rating_gap, reference, record.where
+
+
+def _image_row(image: ImageSource) -> tuple[str | int | None, ...]:
+    return (
+        (str(image), None, None, None)
+        if isinstance(image, Path)
+        else (image.file, image.start, image.size, image.column)
+    )
+
+
+def _record(row: dict[str, Any]) -> Record:
+    winner, prompt = _image(row["winner"]), row["winner_prompt"]
+    if row["label"] is not None:
+        return LabelledImage(winner, prompt, row["label"], row["where"])
+    loser_prompt = prompt if row["loser_prompt"] is None else row["loser_prompt"]
+    reference = None if row["reference"] is None else Path(row["reference"])
+    kind = {"tie": row["tie"], "rating_gap": row["rating_gap"], "where": row["where"], "reference": reference}
+    return PreferencePair(winner, _image(row["loser"]), prompt, loser_prompt, **kind)
+
+
+def _image(row: dict[str, Any]) -> ImageSource:
+    return Path(row["file"]) if row["start"] is None else StoredImage(**row)

@@ -1,0 +1,256 @@
+"""Preference data of any size: records mapped from the cache, the order of blocks, the check and its stamp."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from reward_model import stored_images
+from reward_model.datasets import BadRecordError, load, load_records
+from reward_model.datasets.__main__ import main
+from reward_model.datasets.order import block_order
+from reward_model.datasets.refill import Refill, UnusableError
+from reward_model.datasets.split import split_by_prompt
+from reward_model.datasets.table import RecordTable
+from reward_model.images import to_tensor
+from reward_model.stored_images import read_bytes
+from reward_model.types import LabelledImage, PreferencePair, Record, StoredImage
+from tests.preference_files import encoded_image, write_tar
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a.png and b.png, and an empty cache that also takes the smallest data."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(load, "_CACHED_FROM", 0)
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (8, 8), colour).save(f"{name}.png")
+    return tmp_path
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+GOOD = [{"prompt": f"fox {i}", "winner": "a.png", "loser": "b.png"} for i in range(5)]
+
+
+# --- the table --------------------------------------------------------------------------------------
+
+
+def some_records() -> list[Record]:
+    a, stored = Path("a.png"), StoredImage("x.tar", 512, 9)
+    pairs = [PreferencePair(a, stored, f"p{i}", f"p{i % 700}", tie=i % 3 == 0, where=f"x:{i}") for i in range(1500)]
+    return [*pairs, *(LabelledImage(StoredImage("x.parquet", i, -1, "jpg"), "p", i % 2, f"y:{i}") for i in range(700))]
+
+
+def test_a_table_holds_records_of_every_kind_and_selects_and_joins_them() -> None:
+    records = some_records()
+    table = RecordTable.of(records)
+    assert table == records
+    rows = np.random.default_rng(0).permutation(len(records))[:900]
+    drawn = table.select(rows)
+    expected = [records[row] for row in rows]
+    assert drawn == expected
+    assert (drawn[0], drawn[-1]) == (expected[0], expected[-1])
+    assert drawn[100:200].select(np.array([3, 1])) == [expected[103], expected[101]]
+    assert RecordTable.concatenate([drawn, table]) == [*expected, *records]
+    assert RecordTable.concatenate([table, drawn])[-1] == expected[-1]
+    assert [r.where for r in table.first_of_each_kind()] == ["x:0", "x:1", "y:0"]
+
+
+def test_large_data_are_converted_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run maps the table: it neither reads the data nor refuses less. Changed data are read anew."""
+    path, bad = write_rows(folder / "x.jsonl", *GOOD, {"prompt": "fox"}), folder / "skipped.jsonl"
+    with pytest.raises(BadRecordError, match=r"x\.jsonl:6: the keys"):
+        load_records(path)
+    first = load_records(path, on_bad_record="skip", skipped=bad)
+    line = bad.read_text()
+    monkeypatch.setattr(load, "open_containers", lambda *_, **__: pytest.fail("the data were read again"))
+    assert load_records(path, on_bad_record="skip", skipped=bad) == first
+    assert bad.read_text() == line + line
+    with pytest.raises(BadRecordError, match=r"x\.jsonl:6: the keys"):
+        load_records(path)
+    monkeypatch.undo()
+    os.chdir(folder)
+    write_rows(path, *GOOD[:2])
+    assert len(load_records(path)) == 2
+
+
+def test_the_counts_of_rows_without_preference_are_kept(folder: Path) -> None:
+    rows = [{"caption": "a", "jpg_0": encoded_image("red"), "jpg_1": encoded_image("blue"), "label_0": 1.0,
+             "label_1": 0.0, "has_label": i > 0} for i in range(3)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet")
+    for _ in range(2):
+        counts = Counter[str]()
+        assert len(load_records("pick_a_pic:x.parquet", without_preference=counts)) == 2
+        assert counts == {"pick_a_pic: has_label is false": 1}
+
+
+def test_data_of_which_most_rows_are_bad_are_refused(folder: Path) -> None:
+    path = write_rows(folder / "x.jsonl", GOOD[0], {}, {})
+    with pytest.raises(ValueError, match=r"2 of the 3 records of .*x\.jsonl are invalid, more than half; see skipped"):
+        load_records(path, on_bad_record="skip", skipped=Path("skipped.jsonl"))
+
+
+def test_a_line_without_end_is_refused_before_it_takes_memory(folder: Path) -> None:
+    with (folder / "x.jsonl").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(ValueError, match=r"x\.jsonl:1 has more than 67,108,864 bytes; a line is one record"):
+        load_records("x.jsonl")
+
+
+# --- images within data files -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["bytes", "bytes and path"])
+@pytest.mark.parametrize("limit", [10**6, 1500], ids=["kept", "too large to keep"])
+def test_cells_of_all_row_groups_are_read_in_any_order(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, nested: bool, limit: int
+) -> None:
+    monkeypatch.setattr(stored_images, "_MAX_KEPT", limit)
+    contents = [b"%03d" % i * 100 for i in range(20)]
+    cells = [{"bytes": one, "path": None} for one in contents] if nested else contents
+    rows = [{"image": cell, "safety_label": "Safe"} for cell in cells]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet", row_group_size=6)
+    table = load_records("unsafe_bench:x.parquet")
+    assert table.column("block").tolist() == [*[0] * 6, *[6] * 6, *[12] * 6, *[18] * 2]
+    for row in np.random.default_rng(0).permutation(20):
+        record = table[int(row)]
+        assert isinstance(record, LabelledImage)
+        assert isinstance(record.image, StoredImage)
+        assert read_bytes(record.image) == contents[row]
+
+
+def test_a_data_file_that_was_cut_after_it_was_read_is_named(folder: Path) -> None:
+    members = {"x.json": b'{"prompt": "a", "label": 1}', "x.jpg": encoded_image("red")}
+    path = write_tar(folder / "x.tar", members)
+    (record,) = load_records("x.tar")
+    assert isinstance(record, LabelledImage)
+    assert to_tensor(record.image).shape == (3, 8, 8)
+    path.write_bytes(path.read_bytes()[:1600])
+    with pytest.raises(ValueError, match=r"at byte 1,536 of x\.tar has \d+ bytes, of which 64 are there"):
+        to_tensor(record.image)
+
+
+# --- order and replacement --------------------------------------------------------------------------
+
+
+def test_the_order_of_blocks_is_a_permutation_by_seed_and_epoch_and_keeps_blocks_together() -> None:
+    blocks = np.repeat(np.arange(40), 100)
+    order = block_order(blocks, seed=0, epoch=1)
+    assert np.array_equal(np.sort(order), np.arange(4000))
+    assert np.array_equal(order, block_order(blocks, seed=0, epoch=1))
+    for other in ({"seed": 0, "epoch": 2}, {"seed": 1, "epoch": 1}):
+        assert not np.array_equal(order, block_order(blocks, **other))
+    windows = [{*blocks[order[start : start + 200]].tolist()} for start in range(0, 4000, 200)]
+    assert max(map(len, windows)) <= 6
+    assert np.abs(np.diff(order)).min(initial=9) >= 1
+    assert (np.diff(order) != 1).mean() > 0.9
+    lonely = block_order(np.full(1000, -1), seed=0, epoch=0)
+    assert np.corrcoef(lonely, np.arange(1000))[0, 1] == pytest.approx(0, abs=0.1)
+
+
+def test_training_stops_when_more_than_half_of_what_it_meets_is_unusable(tmp_path: Path) -> None:
+    refill = Refill(100, skipped=tmp_path / "skipped.jsonl")
+
+    def make(indices: list[int]) -> list[int]:
+        for position, index in enumerate(indices):
+            if index % 4:
+                raise UnusableError(position, "broken")
+        return indices
+
+    assert refill.collate([0, 1, 4], make, where=str) == [0, 4, 4]
+    with pytest.raises(BadRecordError, match=r"of the \d+ records that training met cannot be used, more than half"):
+        refill.collate(list(range(100)), make, where=str)
+
+
+# --- the split --------------------------------------------------------------------------------------
+
+
+def test_the_split_is_that_of_a_plain_computation_with_strings() -> None:
+    """As before prompts were hashed: groups in the order of the SHA-256 of their alphabetically first prompt."""
+    import hashlib
+
+    from scipy.cluster.hierarchy import DisjointSet
+
+    records, seed = some_records(), 3
+    groups = DisjointSet()
+    sides = [(r.prompt,) * 2 if isinstance(r, LabelledImage) else (r.winner_prompt, r.loser_prompt) for r in records]
+    for one, other in sides:
+        groups.add(one)
+        groups.add(other)
+        groups.merge(one, other)
+    first = {prompt: min(group) for group in groups.subsets() for prompt in group}
+    sizes, room, held_out = Counter(first[one] for one, _ in sides), round(0.3 * len(records)), set[str]()
+    for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest()):
+        if sizes[group] <= room:
+            room -= sizes[group]
+            held_out.add(group)
+    _, validation = split_by_prompt(records, fraction=0.3, seed=seed)
+    assert validation == [record for record, (one, _) in zip(records, sides, strict=True) if first[one] in held_out]
+
+
+# --- the check --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_the_check_names_every_bad_record_and_stamps_good_data(
+    folder: Path, capsys: pytest.CaptureFixture[str], num_workers: str
+) -> None:
+    (folder / "broken.png").write_bytes(b"nothing")
+    write_rows(folder / "x.jsonl", *GOOD, {"prompt": "a"}, {**GOOD[0], "loser": "broken.png"})
+    command = ["check", "x.jsonl", "--num_workers", num_workers]
+    assert main(command) == 1
+    bad = [json.loads(line) for line in Path("bad_records.jsonl").read_text().splitlines()]
+    assert [line["where"] for line in bad] == ["x.jsonl:6", "x.jsonl:7"]
+    assert "broken.png" in bad[1]["reason"]
+    assert "2 records cannot be used; bad_records.jsonl has" in capsys.readouterr().out
+    write_rows(folder / "x.jsonl", *GOOD)
+    assert main(command) == 0
+    assert "5 records and 10 images can be used" in capsys.readouterr().out
+    assert main(["check", "nowhere.jsonl"]) == 2
+    assert "FileNotFoundError: There is no data file nowhere.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["has changed", "was added", "is missing"])
+def test_a_data_file_that_changed_since_the_check_is_refused(folder: Path, what: str) -> None:
+    (folder / "shards").mkdir()
+    for name in ("a", "b"):
+        write_rows(folder / "shards" / f"{name}.jsonl", GOOD[0])
+    place = ["shards", "--num_workers", "1"]
+    for name in ("a.png", "b.png"):
+        (folder / "shards" / name).write_bytes((folder / name).read_bytes())
+    assert main(["check", *place]) == 0
+    assert len(load_records("shards")) == 2
+    match what:
+        case "has changed":
+            changed = write_rows(folder / "shards" / "b.jsonl", *GOOD)
+        case "was added":
+            changed = write_rows(folder / "shards" / "c.jsonl", *GOOD)
+        case _:
+            changed = folder / "shards" / "b.jsonl"
+            changed.unlink()
+    with pytest.raises(ValueError, match=rf"{changed} {what} since shards was checked on .*check it again: python -m"):
+        load_records("shards")
+
+
+def test_images_of_tables_are_those_of_their_files(folder: Path) -> None:
+    pq.write_table(pa.table({"image": [encoded_image("red")], "safety_label": ["Safe"]}), folder / "x.parquet")
+    (folder / "red.jpg").write_bytes(encoded_image("red"))
+    (record,) = load_records("unsafe_bench:x.parquet")
+    assert isinstance(record, LabelledImage)
+    assert torch.equal(to_tensor(record.image), to_tensor(folder / "red.jpg"))
