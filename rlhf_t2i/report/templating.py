@@ -16,6 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 TEMPLATES = Path(__file__).parent / "templates"
 STYLES = (TEMPLATES / "styles.css").read_text(encoding="utf-8")
 """Colours and shapes of all pages, light and dark."""
+VIEWER = (TEMPLATES / "viewer.js").read_text(encoding="utf-8")
+"""Script of all reports: enlarged images, and values of charts."""
 
 
 def load_template(path: Path, functions: Sequence[Callable[..., Any]] = (), **filters: Callable[..., Any]) -> Template:
