@@ -15,7 +15,7 @@ from rlhf_t2i.report.charts import at_a_glance, charts
 from rlhf_t2i.report.checks import findings
 from rlhf_t2i.report.images import best_and_worst, image_history, most_changed
 from rlhf_t2i.report.svg import draw
-from rlhf_t2i.report.templating import TEMPLATES, VIEWER, load_template, script_digest
+from rlhf_t2i.report.templating import TEMPLATES, VIEWER, load_template, script_digest, typeset
 from rlhf_t2i.training.changes import diversity_change, diversity_of, headline, reward_changes, reward_hacking_gap
 from rlhf_t2i.training.metrics import (
     Row,
@@ -81,11 +81,6 @@ def state(rows: Sequence[Row], config: Row) -> str:
     if step == num_steps and evaluations and evaluations[-1]["step"] == step:
         return "Finished"
     return f"Update {step:,} of {num_steps:,}" if isinstance(num_steps, int) else "So far"
-
-
-def typeset(text: str) -> str:
-    """Return text with minus signs for hyphens before numbers, and no line break around ±."""
-    return re.sub(r"(?<!\w)-(?=[\d.])", "\N{MINUS SIGN}", text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def flags(text: str) -> Markup:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,3 +37,8 @@ def load_template(path: Path, functions: Sequence[Callable[..., Any]] = (), **fi
 def script_digest(script: str) -> str:
     """Return the SHA-256 of a script as in `script-src`: with it, the browser runs this script and no other."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def typeset(text: str) -> str:
+    """Return text with minus signs for hyphens before numbers, and no line break around ±."""
+    return re.sub(r"(?<!\w)-(?=[\d.])", "\N{MINUS SIGN}", text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
