@@ -43,7 +43,6 @@ from rlhf_t2i.training.metrics import (
     trained_rewards,
 )
 
-
 NUM_SHOWN = 8
 """Prompts and seeds whose images are visible at once; the others are in a closed section."""
 

@@ -122,7 +122,7 @@ def write_report(folder: Path) -> Path:
         vetoed=sum(record.row["searched"]["vetoed"][record.row["searched"]["selected"]] for record in records),
         config=(folder / CONFIG).read_text(encoding="utf-8"),
         costs=COSTS,
-        title=f"{run['recipe']}: {read_config(folder).get('model', '')} by {_rewards(folder)}, run {folder.resolve().name}",
+        title=_title(folder, run),
         script=Markup(VIEWER),
         script_digest=script_digest(VIEWER),
     )
@@ -130,8 +130,11 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def _rewards(folder: Path) -> str:
-    return str(read_config(folder).get("rewards") or "its reward")
+def _title(folder: Path, run: Row) -> str:
+    """Return what was searched with which reward, and the name of the run."""
+    config = read_config(folder)
+    searched = " by ".join(str(config[key]) for key in ("model", "rewards") if config.get(key))
+    return f"{run['recipe']}{f': {searched}' if searched else ''}, run {folder.resolve().name}"
 
 
 def _width(path: Path) -> int:

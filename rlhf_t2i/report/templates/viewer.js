@@ -50,7 +50,7 @@
 for (const svg of document.querySelectorAll("svg[data-series]")) {
   const series = JSON.parse(svg.dataset.series), [left, width] = JSON.parse(svg.dataset.span);
   const steps = [...new Set(series.flatMap(([, points]) => points.map(([x]) => x)))].sort((a, b) => a - b);
-  const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  const line = svg.querySelector("path").cloneNode();
   line.setAttribute("class", "cursor");
   const values = document.createElement("output");
   values.className = "values";
