@@ -26,7 +26,7 @@ from tests import browser
 from tests.layout import problems
 from tests.servers import running
 
-TALL, WIDE = (12, 8), (8, 16)
+TALL, SQUARE = (12, 8), (8, 8)
 
 
 def image(number: int, shape: tuple[int, int] = (8, 8)) -> Tensor:
@@ -34,9 +34,9 @@ def image(number: int, shape: tuple[int, int] = (8, 8)) -> Tensor:
 
 
 def pairs(folder: Path, count: int, *, criteria: tuple[str, ...] = (), prompt: str = "a fox") -> list[Question]:
-    """Questions about pairs of images of one colour, the first tall and the second wide."""
+    """Questions about pairs of images of one colour, the first tall and the second square."""
     candidates = [
-        Candidate(f"{prompt} {i}", (image(2 * i, TALL), image(2 * i + 1, WIDE)), ("before", "after"))
+        Candidate(f"{prompt} {i}", (image(2 * i, TALL), image(2 * i + 1, SQUARE)), ("before", "after"))
         for i in range(count)
     ]
     return write_questions(folder, candidates, criteria=criteria)

@@ -151,6 +151,7 @@ class Service:
             total=len(questions),
             win_rates=pairwise_win_rates(answers, questions),
             questions=questions,
+            own_images=True,
             disagreements=list(disagreements(choices).items())[:_NUM_DISAGREEMENTS],
             num_disagreements=len(disagreements(choices)),
             pace={name: seconds_per_answer(own) for name, own in answers.items()},
@@ -218,6 +219,7 @@ def create_app(service: Service, *, loopback: bool = True) -> FastAPI:
     app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(kinds, _refuse))
     app.add_middleware(Guard, loopback=loopback, max_body_bytes=_MAX_BODY_BYTES)
     app.add_api_route("/", service.page, response_model=None)
+    app.add_api_route("/favicon.ico", lambda: Response(status_code=204), response_model=None)
     app.add_api_route("/page.js", service.script, response_model=None)
     app.add_api_route("/enter", service.enter, methods=["POST"], response_model=None)
     app.add_api_route("/answer", service.answer, methods=["POST"], response_model=None)
