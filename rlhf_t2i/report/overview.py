@@ -12,7 +12,7 @@ import hmac
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -80,17 +80,17 @@ def summary(name: str, folder: Path) -> Summary:
     """Return the row of a run; a folder that cannot be read, or not yet, has an error instead of an exception."""
     try:
         run = read_run_info(folder)
-        started, alive = datetime.fromisoformat(run["started"]), is_alive(folder)
-        shown = {"recipe": run["recipe"], "started": f"{started:%Y-%m-%d %H:%M}", "is_alive": alive}
+        started, alive = f"{datetime.fromisoformat(run['started']):%Y-%m-%d %H:%M}", is_alive(folder)
+        short = Summary(name, run["recipe"], started, "Running" if alive else "Ended", alive)
         if is_search(folder) or is_reward_model(folder):
-            return Summary(name, state="Running" if alive else "Ended", **shown)
+            return short
         rows, config = read_metrics(folder), read_config(folder)
         changes = tuple(typeset(f"{c.name} {c.before} to {c.after}, z {c.z_text}") for c in reward_changes(rows))
         warnings = tuple(one.verdict or one.title for one in findings(rows, config) if one.state == "warning")
         now = state(rows, config)
         now += "" if now.startswith("Finished") or alive or not by_step(rows, "train") else ", not running"
-        return Summary(name, state=now, rewards=", ".join(trained_rewards(rows)), changes=changes, warnings=warnings,
-                       **shown)  # fmt: skip
+        rewards = ", ".join(trained_rewards(rows))
+        return replace(short, state=now, rewards=rewards, changes=changes, warnings=warnings)
     except Exception as error:  # damaged and half-written files fail in as many ways as there are files
         text = f"{type(error).__name__}: {error}"
         return Summary(name, "unknown", "", "Not readable", is_alive=False, error=text[:300])

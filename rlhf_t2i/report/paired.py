@@ -33,7 +33,7 @@ class Difference:
         return not abs(self.mean) > _TWO_SIDED * self.error
 
     def __str__(self) -> str:
-        places, half = decimals(self.error), _TWO_SIDED * self.error
+        places, half = min(decimals(self.error), 4), _TWO_SIDED * self.error
         ends = f"{self.mean - half:+z.{places}f} to {self.mean + half:+z.{places}f}"
         noise = ", within noise" if self.is_noise else ""
         return f"{self.mean:+z.{places}f} (95 %: {ends}{noise})"
