@@ -9,7 +9,8 @@ The images come from the evaluations of finished runs (--runs: before and after 
 shows the agreement between annotators, and with a reward (--rewards).
 
 Every answer is written before the next pair appears. RUN_FOLDER/pairs.jsonl holds the current preferences, in the
-format of `train_reward_model.py --train_data` and `diffusion_dpo.py --pairs`. The same command with --resume and
+format of `train_reward_model.py --train_data` and `diffusion_dpo.py --pairs`; with --criteria, pairs_CRITERION.jsonl.
+The same command with --resume and
 --run_folder continues after a stop.
 """
 
@@ -43,10 +44,10 @@ from rlhf_t2i.annotation.questions import (
     subsample,
     write_questions,
 )
+from rlhf_t2i.annotation.records import pairs_file
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.data.prompts import load_prompts
 from rlhf_t2i.http_server import listens_on_loopback, make_server
-from rlhf_t2i.output.run_folder import COLLECTED_PAIRS
 from rlhf_t2i.prompt_rows import EditPrompt
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.rows import check_prompts
@@ -57,7 +58,17 @@ from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.ranges import BASE
 from rlhf_t2i.training.claim import claim_folder, keep_folder, release_folder
 
-_FREE_TO_CHANGE = {"run_folder", "resume", "rewards", "microbatch_size", "host", "port", "require_token", "no_imports"}
+_FREE_TO_CHANGE = {
+    "run_folder",
+    "resume",
+    "rewards",
+    "guideline",
+    "microbatch_size",
+    "host",
+    "port",
+    "require_token",
+    "no_imports",
+}
 log = partial(print, flush=True)  # so that a program at the end of a pipe gets the address at once
 _NUM_SAMPLED = 100
 """Default number of pairs to sample."""
@@ -76,10 +87,13 @@ def main(config: Config) -> Path:
         try_rewards(reward, prompts)
     if reward:
         reward.refuse_groups("the images of a question are scored one by one")
+    guideline = Path(config.guideline).read_text(encoding="utf-8") if config.guideline else ""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with listen(config.host, config.port) as listener:
         folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE, checkpoints=False)
-        questions = read_questions(folder) or write_questions(folder, candidates(config, folder, device))
+        questions = read_questions(folder) or write_questions(
+            folder, candidates(config, folder, device), criteria=names(config.criteria or "")
+        )
         keep_folder(folder)
         compared = None
         if reward and config.rewards:
@@ -88,7 +102,7 @@ def main(config: Config) -> Path:
         with closing(Answers(folder, questions, seed=config.seed)) as answers:
             if answers.truncated_line:
                 log(f"Removed the incomplete last line of {answers.path}, left by a crash: {answers.truncated_line!r}")
-            serve(Service(answers, secret=token(), reward=compared), listener)
+            serve(Service(answers, secret=token(), reward=compared, guideline=guideline), listener)
     release_folder(folder)
     return folder
 
@@ -99,9 +113,10 @@ def serve(service: Service, listener: socket) -> None:
     listener.listen()  # whoever reads the address may connect at once
     folder, (host, port) = service.answers.folder, listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    files = [folder / pairs_file(one) for one in dict.fromkeys(q.criterion for q in service.answers.questions)]
     needs = f" (it requires the token in {TOKEN_VARIABLE})" if service.secret else ""
     log(
-        f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {folder / COLLECTED_PAIRS}\n"
+        f"pairs     {len(service.answers.questions)}, in {folder}\nanswers   {', '.join(map(str, files))}\n"
         f"page      {address}{needs}\nresults   {address}/results"
     )
     with suppress(KeyboardInterrupt):

@@ -42,7 +42,7 @@ from rlhf_t2i.annotation.agreement import (
     wilson,
     with_reward,
 )
-from rlhf_t2i.annotation.answers import Answer, Answers, StaleError, annotator_name
+from rlhf_t2i.annotation.answers import Answers, StaleError
 from rlhf_t2i.annotation.questions import (
     Candidate,
     Question,
@@ -53,6 +53,7 @@ from rlhf_t2i.annotation.questions import (
     score_questions,
     write_questions,
 )
+from rlhf_t2i.annotation.records import Answer, annotator_name
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.data.saved_pairs import save_pairs
@@ -269,7 +270,10 @@ def test_a_double_click_counts_once_and_a_stale_tab_changes_nothing(tmp_path: Pa
             assert (nothing.status_code, nothing.json()) == (422, {"error": "There is nothing to undo."})
             unknown = ann.post("/answer", shown=undone[0]["shown"], answer="best")
             assert unknown.status_code == 422
-            assert "answer: Input should be 'left', 'right', 'tie', 'bad' or 'undo'" in unknown.json()["error"]
+            assert (
+                "answer: Input should be 'left', 'right', 'tie', 'bad', 'unsure', 'skip' or 'undo'"
+                in unknown.json()["error"]
+            )
         assert [row["key"] for row in lines_of(tmp_path / "answers.jsonl")] == ["left", "undo"]
         assert answers.current() == {"ann": []}
 
@@ -406,7 +410,7 @@ def test_an_answer_on_disk_is_confirmed_though_pairs_cannot_be_written_until_the
 
     with collecting(tmp_path, write_pairs(tmp_path)) as answers:
         with monkeypatch.context() as patched:
-            patched.setattr(answers_module, "write_atomically", full_disk)
+            patched.setattr(answers_module, "append_line", full_disk)
             answers.record("ann", shown=answers.open_pair("ann").token, key="left")
         assert len(answers.current()["ann"]) == 1
         assert "pairs.jsonl could not be written ([Errno 28]" in caplog.text
@@ -735,7 +739,10 @@ def test_the_results_page_shows_win_rates_and_agreement(tmp_path: Path) -> None:
                 someone.press("tie" if (someone, question) == (bob, questions[0]) else first)
         page = " ".join(ann.client.get("/results").text.split())
     assert "2 annotators, 8 answers to 4 pairs" in page
-    assert "<td>before</td><td>after</td> <td>7</td><td>0</td><td>1</td><td>0</td><td>1.00 [0.65, 1.00]</td>" in page
+    assert (
+        "<td>before</td><td>after</td> <td>7</td><td>0</td><td>1</td><td>0</td><td>0</td><td>1.00 [0.65, 1.00]</td>"
+        in page
+    )
     assert "<td>&lt;b&gt;ann</td><td>bob</td><td>4</td> <td>0.75 [0.30, 0.95]</td><td>0.00</td>" in page
     assert "<td>bob</td><td>redness</td><td>3</td> <td>1.00 [0.44, 1.00]</td><td>undefined</td>" in page
     assert "<b>ann" not in page
@@ -785,7 +792,8 @@ def test_keys_buttons_and_reloads_work_in_chromium(tmp_path: Path) -> None:
             page.run("const one = document.querySelector('[data-answer=right]'); one.click(); one.click()")
             page.until("!document.getElementById('done').hidden")
             page.screenshot(shots / "done.png")
-            page.run("document.querySelector('#done a').click()")
+            assert page.run("return document.querySelectorAll('#done a').length") == 0, "results would unblind"
+            page.open(f"{address}/results")
             page.until("document.body.innerText.includes('1 annotator, 5 answers to 5 pairs')")
             page.screenshot(shots / "results.png")
             assert page.console() == []

@@ -13,6 +13,7 @@ from PIL import Image
 
 from recipes import compare as recipe
 from rlhf_t2i.report.comparison import cell_text, curves, shared_cells, side_by_side
+from rlhf_t2i.report.paired import paired_difference
 from rlhf_t2i.report.svg import draw_runs
 from tests.report_files import CELLS, COLOURS, SIDE, Page, add_grids, run_with_images
 
@@ -57,7 +58,7 @@ def test_a_row_of_images_has_the_same_prompt_and_seed(tmp_path: Path) -> None:
     for number, across, down, data in grids:
         (tmp_path / "grid.png").write_bytes(base64.b64decode(data))
         images[number] = Image.open(tmp_path / "grid.png").convert("RGB"), float(across) / 100, float(down) / 100
-    figures = re.findall(r"<figure><div class=\"cells\">(.*?)</figure>", page, flags=re.DOTALL)
+    figures = re.findall(r"<figure><button type=\"button\" class=\"zoom cells\">(.*?)</figure>", page, flags=re.DOTALL)
     assert len(figures) == 3
     for figure, cell in zip(figures, (CELLS[0], CELLS[2], CELLS[3]), strict=True):
         assert f"{cell[0]} (seed {cell[1]})" in figure
@@ -76,7 +77,10 @@ def test_evaluated_weights_are_columns(tmp_path: Path) -> None:
     row = {"oracle": 0.5, "oracle/standard_error": 0.03, "diversity": 0.3}
     (folder / "table.json").write_text(json.dumps({"base": row, "runs/a": row}))
     page = page_of([folder], tmp_path / "out.html")
-    assert re.findall(r"<th>(base|runs/a)</th>", page) == ["base", "runs/a"]
+    assert re.findall(r"<th scope=\"row\">\s*<span class=\"number\">\d</span>(base|runs/a)</th>", page)[:2] == [
+        "base",
+        "runs/a",
+    ]
     assert "Curves" not in page
 
 
@@ -98,7 +102,7 @@ def test_the_page_loads_nothing(tmp_path: Path) -> None:
     page = page_of([run_with_images(tmp_path / "a", after=0.8)], tmp_path / "out.html")
     assert "default-src 'none'" in page
     assert not Page(page).links
-    assert not {"script", "link", "img", "iframe"} & set(Page(page).tags)
+    assert not {"link", "img", "iframe"} & set(Page(page).tags)
     assert not re.search(r"https?://", page)
 
 
@@ -116,3 +120,41 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         side_by_side([b])
     with pytest.raises(ValueError, match="runs is ; it must be at least one folder"):
         recipe.Config(runs="")
+
+
+# --- the same images ------------------------------------------------------------------------------
+
+
+def test_paired_differences_are_over_shared_images_by_hand() -> None:
+    """Differences 0.1, 0.3 and 0.2 on the shared images: mean 0.2, standard error 0.1 / sqrt(3) = 0.0577."""
+    first = {("a", 0): {"oracle": 0.1}, ("a", 1): {"oracle": 0.5}, ("b", 0): {"oracle": 0.3}, ("c", 0): {"oracle": 0.0}}
+    other = {("a", 0): {"oracle": 0.2}, ("a", 1): {"oracle": 0.8}, ("b", 0): {"oracle": 0.5}, ("d", 0): {"oracle": 9.0}}
+    found = paired_difference(first, other, "oracle")
+    assert found is not None
+    assert (found.count, found.is_noise) == (3, False)
+    assert (found.mean, found.error) == (pytest.approx(0.2), pytest.approx(0.1 / 3**0.5))
+    assert str(found) == "+0.200 (95 %: +0.087 to +0.313)"
+    assert paired_difference(first, {("a", 0): {"oracle": 0.2}}, "oracle") is None
+    assert paired_difference(first, other, "hps") is None
+    noisy = paired_difference(first, {("a", 0): {"oracle": 0.3}, ("b", 0): {"oracle": 0.1}}, "oracle")
+    assert str(noisy).endswith("within noise)")
+
+
+def with_scores(folder: Path, cells: list[tuple[str, int]], *, last: float) -> Path:
+    """Add the scores of all evaluation images, which rise from 0.5 by `last` and a little by image."""
+    for step, rise in ((0, 0.0), (2, last)):
+        scores = {"oracle": [0.5 + rise * (1 + i / 10) for i in range(len(cells))]}
+        record = {"prompts": [prompt for prompt, _ in cells], "seeds": [seed for _, seed in cells], "scores": scores}
+        (folder / "images" / f"step_{step:06}.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_a_comparison_of_different_image_sets_says_so_and_pairs_what_matches(tmp_path: Path) -> None:
+    a = with_scores(run_with_images(tmp_path / "a", after=0.8), CELLS[:4], last=0.3)
+    b = with_scores(run_with_images(tmp_path / "b", after=0.9, cells=CELLS[1:]), CELLS[1:], last=0.4)
+    (a / "report.html").write_text("")
+    page = page_of([a, b], tmp_path / "pages" / "out.html")
+    assert "The image sets differ." in page
+    assert "on 3 shared images" in page
+    assert Page(page).links.count("../a/report.html") == 4, "both of its columns, in two tables"
+    assert "The image sets differ." not in page_of([a], tmp_path / "out.html")

@@ -280,7 +280,7 @@ def test_the_slider_shows_all_evaluations_on_any_screen(tmp_path: Path, page: br
     page.press("left")
     assert page.run(caption).startswith("after update 10, oracle 1.000")
     assert page.run("return document.getElementById('step').getAttribute('aria-valuetext')") == page.run(caption)
-    assert page.run("return document.querySelector('.now').ariaLabel") == "after update 10: image 0"
+    assert page.run("return document.querySelector('.now').ariaLabel") == "after update 10: image 0, does not pass"
     middle = page.run(shown)
     page.press("left")
     first = page.run(shown)
@@ -309,7 +309,7 @@ def test_without_its_script_the_page_shows_before_and_after(tmp_path: Path, page
     page.open(report.as_uri())
     assert page.run("return getComputedStyle(document.getElementById('slider')).display") == "none"
     labels = page.run("return [...document.querySelectorAll('.cells > span')].slice(0, 2).map(one => one.ariaLabel)")
-    assert labels == ["before training: image 0", "after update 20: image 0"]
+    assert labels == ["before training: image 0, does not pass", "after update 20: image 0, does not pass"]
     assert page.run("return document.querySelectorAll('.extreme-image').length") == 4 * 6, (
         "best and worst by two rewards"
     )

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from scipy.stats import binomtest
 from torch import Tensor
 
-from rlhf_t2i.annotation.answers import Answer, Choice
 from rlhf_t2i.annotation.questions import Question
+from rlhf_t2i.annotation.records import Answer, Choice
 
 _CHOICES: tuple[Choice, ...] = get_args(Choice)
 Choices = Mapping[int, Choice]
@@ -50,8 +50,8 @@ class Agreement:
     raw: Estimate
     """Fraction of equal answers, with Wilson's interval."""
     kappa: Estimate
-    """Cohen's kappa over first, second, tie and both bad (with a reward: first and second), with a bootstrap interval
-    over the questions."""
+    """Cohen's kappa over first, second, tie, both bad and cannot tell (with a reward: first and second), with a
+    bootstrap interval over the questions."""
 
 
 def wilson(count: int, total: int) -> Estimate:
@@ -143,19 +143,40 @@ class WinRate:
     ties: int
     bad: int
     """Answers that both images are bad."""
+    unsure: int
+    """Answers of annotators who cannot tell."""
     rate: Estimate
     """wins / (wins + losses), with Wilson's interval. The interval assumes independent answers, and is too narrow if
     several annotators answered the same questions."""
+    criterion: str | None = None
+
+    @property
+    def shares(self) -> list[float]:
+        """Fractions of wins, ties, both bad, cannot tell and losses among all answers, which sum to 1."""
+        counts = [self.wins, self.ties, self.bad, self.unsure, self.losses]
+        return [count / (sum(counts) or 1) for count in counts]
 
 
 def pairwise_win_rates(answers: Mapping[str, Sequence[Answer]], questions: Sequence[Question]) -> list[WinRate]:
     """Return the win rates between every two sources, over all annotators, in order of their first answer."""
-    counts: dict[tuple[str, str], Counter[Choice]] = {}
+    counts: dict[tuple[tuple[str, str], str | None], Counter[Choice]] = {}
     for answer in (answer for own in answers.values() for answer in own):
-        sources = questions[answer.question].sources
-        if sources[0] != sources[1]:
-            counts.setdefault(sources, Counter())[answer.choice] += 1
+        question = questions[answer.question]
+        if question.sources[0] != question.sources[1]:
+            counts.setdefault((question.sources, question.criterion), Counter())[answer.choice] += 1
     return [
-        WinRate(sources, c["first"], c["second"], c["tie"], c["bad"], wilson(c["first"], c["first"] + c["second"]))
-        for sources, c in counts.items()
-    ]
+        WinRate(
+            sources, c["first"], c["second"], c["tie"], c["bad"], c["unsure"],
+            wilson(c["first"], c["first"] + c["second"]), criterion,
+        )
+        for (sources, criterion), c in counts.items()
+    ]  # fmt: skip
+
+
+def disagreements(choices: Mapping[str, Choices]) -> dict[int, dict[str, Choice]]:
+    """Return the questions of which some prefer the first image and some the second, with everyone's choice."""
+    found: dict[int, dict[str, Choice]] = {}
+    for name, own in choices.items():
+        for question, choice in own.items():
+            found.setdefault(question, {})[name] = choice
+    return {q: votes for q, votes in sorted(found.items()) if {"first", "second"} <= set(votes.values())}

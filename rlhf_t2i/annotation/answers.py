@@ -2,7 +2,8 @@
 
 answers.jsonl   every answer and every undo, one line each; append-only, the source of truth
 pairs.jsonl     the answers that were not undone, as preference pairs for train_reward_model.py and diffusion_dpo.py;
-                rewritten after every answer
+                each answer appends a line, and an undo writes the file anew. With criteria, one file for each:
+                pairs_CRITERION.jsonl
 """
 
 from __future__ import annotations
@@ -12,50 +13,26 @@ import json
 import logging
 import os
 import threading
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from reward_model.text_files import parse_json
 from rlhf_t2i.annotation.questions import Question
+from rlhf_t2i.annotation.records import Answer, Key, criteria_of_pairs, pairs_file, preference_record
 from rlhf_t2i.output.files import flush, write_atomically
-from rlhf_t2i.output.run_folder import ANSWERS, COLLECTED_PAIRS, IMAGES
+from rlhf_t2i.output.run_folder import ANSWERS, COLLECTED_PAIRS
 from rlhf_t2i.seeds import ANNOTATE, seed_for
 
 _LOG = logging.getLogger(__name__)
 
-Key = Literal["left", "right", "tie", "bad", "undo"]
-"""An annotator's key press; `bad` means that both images are bad."""
-Choice = Literal["first", "second", "tie", "bad"]
-"""An answer by the order of the images in the question, independent of the side they were shown on."""
-
 
 class StaleError(ValueError):
     """An answer to a pair that is no longer open."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer that was not undone."""
-
-    question: int
-    key: Key
-    first_on_left: bool
-
-    @property
-    def choice(self) -> Choice:
-        match self.key:
-            case "left" | "right":
-                return "first" if (self.key == "left") == self.first_on_left else "second"
-            case "tie" | "bad":
-                return self.key
-            case "undo":
-                raise AssertionError("an undo is no answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +47,8 @@ class OpenPair:
     following: int | None
     """Index of the next question; None if there is none."""
     num_answered: int
+    can_undo: bool
+    """True if there is an answer or a skip to take back."""
 
 
 class Answers:
@@ -82,8 +61,10 @@ class Answers:
         for any other invalid line. The folder must be claimed (`claim_folder`), so that no other server uses it.
         """
         self.folder, self.questions, self.seed = folder, questions, seed
-        self._current: dict[str, list[Answer]] = {}
-        self._lines: dict[str, list[str]] = {}
+        self._current: dict[str, list[Answer]] = {}  # with skips
+        self._lines: dict[int, tuple[str, str]] = {}  # file and line of each record, by the number of its event
+        self._events: dict[str, list[int]] = {}  # number of the event of each entry of _current
+        self._num_all = 0
         self._num_events: dict[str, int] = {}
         self._accepted: dict[str, Key] = {}
         self._orders: dict[str, tuple[list[int], list[bool]]] = {}
@@ -114,15 +95,19 @@ class Answers:
         with self._lock:
             order, first_on_left = self._order(annotator)
             current = self._current.get(annotator, [])
-            answered = {answer.question for answer in current}
-            waiting = [question for question in order if question not in answered][:2]
+            answered = {answer.question for answer in current if answer.key != "skip"}
+            skipped = {answer.question: i for i, answer in enumerate(current) if answer.key == "skip"}
+            later = sorted((q for q in skipped if q not in answered), key=skipped.__getitem__)
+            waiting = [q for q in order if q not in answered and q not in skipped][:2]
+            waiting = [*waiting, *later][:2]
             history = f"{self.seed}\0{annotator}\0{self._num_events.get(annotator, 0)}"
             return OpenPair(
                 token=hashlib.sha256(history.encode()).hexdigest()[:20],
                 question=waiting[0] if waiting else None,
                 first_on_left=first_on_left[waiting[0]] if waiting else True,
                 following=waiting[1] if len(waiting) > 1 else None,
-                num_answered=len(current),
+                num_answered=len(answered),
+                can_undo=bool(current),
             )
 
     def first_on_left(self, annotator: str, question: int) -> bool:
@@ -134,8 +119,11 @@ class Answers:
         if annotator not in self._orders:
             digest = int.from_bytes(hashlib.sha256(annotator.encode()).digest()[:4])
             rng = np.random.default_rng(seed_for(self.seed, ANNOTATE, digest))
-            count = len(self.questions)
-            self._orders[annotator] = rng.permutation(count).tolist(), (rng.random(count) < 0.5).tolist()
+            groups = criteria_of_pairs(self.questions)
+            order = [question for group in rng.permutation(len(groups)).tolist() for question in groups[group]]
+            on_left: list[bool] = (rng.random(len(groups)) < 0.5).tolist()
+            sides = {question: left for group, left in zip(groups, on_left, strict=True) for question in group}
+            self._orders[annotator] = order, [sides[question] for question in range(len(self.questions))]
         return self._orders[annotator]
 
     # --- answers ---
@@ -158,7 +146,7 @@ class Answers:
                     "This pair is no longer open, perhaps because it was answered in another tab. Nothing was changed. "
                     "The open pair is shown now; undo (u) goes back."
                 )
-            if key == "undo" and not pair.num_answered:
+            if key == "undo" and not pair.can_undo:
                 raise ValueError("There is nothing to undo.")
             if key != "undo" and pair.question is None:
                 raise ValueError("All pairs are answered; undo (u) goes back to the last one.")
@@ -172,9 +160,10 @@ class Answers:
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             }
             self._append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            number = self._num_all
             self._apply(row)
             try:
-                self._write_pairs()
+                self._add_pair(number, undone=key == "undo")
             except OSError as error:  # the answer is on disk already
                 _LOG.warning(
                     "%s could not be written (%s); the answers are in %s, and the next one writes both.",
@@ -208,57 +197,60 @@ class Answers:
     def _apply(self, row: Mapping[str, Any]) -> None:
         """Update the state in memory by a line of answers.jsonl."""
         annotator: str = row["annotator"]
-        current, lines = self._current.setdefault(annotator, []), self._lines.setdefault(annotator, [])
+        current, events = self._current.setdefault(annotator, []), self._events.setdefault(annotator, [])
         if row["key"] == "undo":
             current.pop()
-            lines.pop()
+            self._lines.pop(events.pop(), None)
         else:
-            answer = Answer(row["question"], row["key"], row["first_on_left"])
+            answer = Answer(row["question"], row["key"], row["first_on_left"], _time_of(row))
             current.append(answer)
-            record = preference_record(self.questions[answer.question], answer, annotator=annotator)
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n" if record else "")
+            events.append(self._num_all)
+            question = self.questions[answer.question]
+            record = preference_record(question, answer, annotator=annotator)
+            if record:
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                self._lines[self._num_all] = pairs_file(question.criterion), line
+        self._num_all += 1
         self._num_events[annotator] = self._num_events.get(annotator, 0) + 1
         self._accepted[row["shown"]] = row["key"]
 
     def current(self) -> dict[str, list[Answer]]:
         """Return the answers of each annotator that were not undone, in the order in which they came."""
         with self._lock:
-            return {annotator: list(own) for annotator, own in self._current.items()}
+            return {name: [one for one in own if one.key != "skip"] for name, own in self._current.items()}
+
+    def _add_pair(self, number: int, *, undone: bool) -> None:
+        """Append the record of an event; write the files anew after an undo, or if they lack earlier records."""
+        if undone or not self._has_all_pairs:
+            self._write_pairs()
+        elif number in self._lines:
+            self._has_all_pairs = False  # until the line is complete
+            file, line = self._lines[number]
+            append_line(self.folder / file, line)
+            self._has_all_pairs = True
 
     def _write_pairs(self) -> None:
         self._has_all_pairs = False
-        text = "".join(line for lines in self._lines.values() for line in lines)
-        write_atomically(self.folder / COLLECTED_PAIRS, text)
+        texts = {pairs_file(question.criterion): "" for question in self.questions}
+        for file in texts:
+            texts[file] = "".join(line for own, line in self._lines.values() if own == file)
+            write_atomically(self.folder / file, texts[file])
         self._has_all_pairs = True
 
 
-def preference_record(question: Question, answer: Answer, *, annotator: str) -> dict[str, object] | None:
-    """Return an answer as a record of a preference file; None for "both bad", which is no preference.
-
-    A tie is a record too: train_reward_model.py trains on it, diffusion_dpo.py skips it. Every annotator's answer is a
-    record of its own, so a question that annotators disagree on appears with both preferences.
-    """
-    files = [f"{IMAGES}/{name}.png" for name in question.images]
-    remarks = {"id": answer.question, "comment": annotator}
-    match answer.choice:
-        case "first" | "second":
-            winner, loser = files if answer.choice == "first" else reversed(files)
-            return {"prompt": question.prompt, "winner": winner, "loser": loser, **remarks}
-        case "tie":
-            return {"prompt": question.prompt, "tie": files, **remarks}
-        case "bad":
-            return None
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file; it is on disk when this returns."""
+    with path.open("ab") as stream:
+        stream.write(line.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
-def annotator_name(text: str) -> str:
-    """Return a normalised name: in lower case and with single blanks, so that one person has one name.
-
-    Raises ValueError for a name that is empty, longer than 40 characters, or has control characters.
-    """
-    name = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    if not 1 <= len(name) <= 40 or not name.isprintable():
-        raise ValueError("Please enter a name of 1 to 40 characters.")
-    return name
+def _time_of(row: Mapping[str, Any]) -> datetime | None:
+    try:
+        return datetime.fromisoformat(row["time"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _remove_truncated_line(path: Path, file: int) -> bytes:

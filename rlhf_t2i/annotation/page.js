@@ -1,7 +1,7 @@
 // Shows the open pair and sends the annotator's answer. The server keeps all state: a reload loses nothing.
 "use strict";
 
-const KEYS = { ArrowLeft: "left", 1: "left", ArrowRight: "right", 2: "right", t: "tie", b: "bad", u: "undo" };
+const KEYS = { ArrowLeft: "left", 1: "left", ArrowRight: "right", 2: "right", t: "tie", b: "bad", c: "unsure", s: "skip", u: "undo" };
 const RETRY_MILLISECONDS = 1000;
 const at = (id) => document.getElementById(id);
 
@@ -33,7 +33,28 @@ function load(image, name) {
   image.src = `/image/${name}`;
   return image.decode().then(() => {
     image.style.imageRendering = image.naturalWidth < 128 ? "pixelated" : "auto";
+    image.closest(".choice").style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
   });
+}
+
+function pace() {
+  const seconds = pair.seconds_per_answer, left = pair.total - pair.answered;
+  if (!seconds || !left) return "";
+  const minutes = Math.ceil((seconds * left) / 60);
+  return `, about ${minutes} minute${minutes === 1 ? "" : "s"} left at ${seconds.toFixed(1)} s each`;
+}
+
+function zoom() {
+  const dialog = at("zoom");
+  if (dialog.open) dialog.close();
+  else if (pair && pair.prompt !== null && !at("questions").hidden) {
+    for (const [i, image] of [...dialog.querySelectorAll("img")].entries()) {
+      const shown = at(["left", "right"][i]);
+      image.src = shown.src;
+      image.style.imageRendering = shown.style.imageRendering;
+    }
+    dialog.showModal();
+  }
 }
 
 async function show(next) {
@@ -42,15 +63,19 @@ async function show(next) {
   at("entrance").hidden = true;
   at("questions").hidden = false;
   at("annotator").textContent = pair.annotator;
-  at("count").textContent = `${pair.answered} of ${pair.total}`;
+  at("count").textContent = `${pair.answered} of ${pair.total}${pace()}`;
   at("progress").max = pair.total;
   at("progress").value = pair.answered;
   at("prompt").hidden = at("images").hidden = !open;
+  at("criterion").hidden = !open || pair.criterion === null;
+  at("criterion").querySelector("b").textContent = pair.criterion;
+  if (at("zoom").open) at("zoom").close();
   at("done").hidden = open;
   at("prompt").textContent = pair.prompt;
   for (const button of document.querySelectorAll("[data-answer]")) {
-    button.disabled = button.dataset.answer === "undo" ? pair.answered === 0 : !open;
+    button.disabled = button.dataset.answer === "undo" ? !pair.can_undo : !open;
   }
+  at("enlarge").disabled = !open;
   if (open) {
     await Promise.all([load(at("left"), pair.left), load(at("right"), pair.right)]);
     for (const name of pair.following) new Image().src = `/image/${name}`;
@@ -87,8 +112,10 @@ function send(answer) {
 }
 
 document.addEventListener("keydown", (event) => {
+  const free = !(event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "INPUT");
+  if (free && event.key.toLowerCase() === "z") return zoom();
   const answer = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!answer || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "INPUT") return;
+  if (!answer || !free) return;
   event.preventDefault();
   send(answer);
 });
@@ -99,6 +126,14 @@ for (const button of document.querySelectorAll("[data-answer]")) {
     button.blur();
   });
 }
+
+for (const button of [at("enlarge"), ...document.querySelectorAll(".look")]) {
+  button.addEventListener("click", () => {
+    zoom();
+    button.blur();
+  });
+}
+at("zoom").addEventListener("click", () => at("zoom").close());
 
 at("entrance").addEventListener("submit", async (event) => {
   event.preventDefault();

@@ -42,6 +42,8 @@ class Question:
     """File names in images/ without their ending; the only identifiers of images in the browser."""
     sources: tuple[str, str]
     """The source of each image, for the results page; the page with the questions does not show it."""
+    criterion: str | None = None
+    """What to compare the images by, such as "alignment"; None is the whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,10 @@ class Candidate:
     sources: tuple[str, str]
 
 
-def write_questions(folder: Path, candidates: Iterable[Candidate]) -> list[Question]:
+def write_questions(folder: Path, candidates: Iterable[Candidate], *, criteria: Sequence[str] = ()) -> list[Question]:
     """Write the images, then the list of questions, so that a folder with a list is complete.
+
+    With criteria, each pair becomes one question for each of them.
 
     Candidates whose two images are identical are dropped. Raises ValueError if none is left.
     """
@@ -64,7 +68,8 @@ def write_questions(folder: Path, candidates: Iterable[Candidate]) -> list[Quest
         first, second = (_save(folder, image) for image in candidate.images)
         num_same += first == second
         if first != second:
-            questions.append(Question(candidate.prompt, (first, second), candidate.sources))
+            images, by = (first, second), criteria or (None,)
+            questions += [Question(candidate.prompt, images, candidate.sources, criterion) for criterion in by]
     if not questions:
         raise ValueError(f"There are no questions: {num_same} pairs were found, each of two identical images.")
     lines = [json.dumps(_row(question), ensure_ascii=False) + "\n" for question in questions]
@@ -83,7 +88,7 @@ def read_questions(folder: Path) -> list[Question] | None:
             row = parse_json(line)
             (first, second), (one, other) = row["images"], row["sources"]
             prompt = Prompt(row["prompt"], row.get("metadata"))
-            questions.append(Question(prompt, (first, second), (one, other)))
+            questions.append(Question(prompt, (first, second), (one, other), row.get("criterion")))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number} is no question: {error}. Restore the file as it was written.") from error
     return questions

@@ -2,15 +2,18 @@
 
     POST /enter    {"annotator", "token"}            returns the open pair; a token is stored as a cookie
     POST /answer   {"annotator", "shown", "answer"}  returns the next pair; `shown` is that of the answered pair
-    GET  /image/NAME, /results
+    GET  /image/NAME, /results, /answers.csv
 
-A pair is {"annotator", "shown", "prompt", "left", "right", "following", "answered", "total"}. An error is
+A pair is {"annotator", "shown", "prompt", "left", "right", "following", "answered", "total",
+"criterion", "can_undo", "seconds_per_answer"}. An error is
 {"error": "the reason"}; with status 409, if the pair is no longer open, {"error", "pair"}.
 """
 
 from __future__ import annotations
 
+import csv
 import hmac
+import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +23,10 @@ from jaxtyping import Float
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
-from rlhf_t2i.annotation.agreement import Choices, between_annotators, pairwise_win_rates, with_reward
-from rlhf_t2i.annotation.answers import Answers, Key, StaleError, annotator_name
+from rlhf_t2i.annotation.agreement import Choices, between_annotators, disagreements, pairwise_win_rates, with_reward
+from rlhf_t2i.annotation.answers import Answers, StaleError
 from rlhf_t2i.annotation.questions import image_path
+from rlhf_t2i.annotation.records import Key, annotator_name, seconds_per_answer
 from rlhf_t2i.report.templating import STYLES, load_template
 
 try:
@@ -39,6 +43,8 @@ except ModuleNotFoundError as error:
 _LOG = logging.getLogger("uvicorn.error")
 _HERE = Path(__file__).parent
 _COOKIE = "token"
+_NUM_DISAGREEMENTS = 24
+"""Disagreements of annotators that the results page shows with their images."""
 _MAX_BODY_BYTES = 2**16
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -69,15 +75,26 @@ class Service:
     """The endpoints of the page."""
 
     def __init__(
-        self, answers: Answers, *, secret: str | None, reward: tuple[str, Float[Tensor, "N 2"]] | None = None
+        self,
+        answers: Answers,
+        *,
+        secret: str | None,
+        reward: tuple[str, Float[Tensor, "N 2"]] | None = None,
+        guideline: str = "",
     ) -> None:
-        """`reward` is the name of a reward and its scores of both images of each question, for the results page."""
+        """`reward` is the name of a reward and its scores of both images of each question, for the results page.
+
+        `guideline` is plain text that tells annotators how to choose; its empty lines separate paragraphs.
+        """
+        self.guideline = [part.strip() for part in guideline.split("\n\n") if part.strip()]
         self.answers, self.secret, self.reward = answers, secret, reward
         self.images = {name for question in answers.questions for name in question.images}
 
     def page(self) -> Response:
         """Return the page; it holds no data and needs no token."""
-        return HTMLResponse(_PAGE.render(styles=STYLES, wants_token=self.secret is not None), headers=_HEADERS)
+        return HTMLResponse(
+            _PAGE.render(styles=STYLES, wants_token=self.secret is not None, guideline=self.guideline), headers=_HEADERS
+        )
 
     def script(self) -> Response:
         """Return the script of the page."""
@@ -111,9 +128,18 @@ class Service:
         return FileResponse(image_path(self.answers.folder, name), media_type="image/png", headers=headers)
 
     def results(self, request: Request) -> Response:
-        """Return the page with counts, win rates and agreement."""
+        """Return the page with counts, win rates and agreement; while people still answer, only if asked with ?show=1.
+
+        Whoever sees the answers of others, or the sources of images, no longer answers for themselves.
+        """
         self.check_token(request)
         questions = self.answers.questions
+        unfinished = [name for name, own in self.answers.current().items() if 0 < len(own) < len(questions)]
+        if unfinished and request.query_params.get("show") != "1":
+            return HTMLResponse(
+                _WAIT.render(run={"recipe": "Preferences"}, started=self.answers.folder.name, unfinished=unfinished),
+                headers={**_HEADERS, "Cache-Control": "no-store"},
+            )
         answers = {annotator: own for annotator, own in self.answers.current().items() if own}
         choices: dict[str, Choices] = {
             annotator: {answer.question: answer.choice for answer in own} for annotator, own in answers.items()
@@ -124,11 +150,33 @@ class Service:
             answers=answers,
             total=len(questions),
             win_rates=pairwise_win_rates(answers, questions),
+            questions=questions,
+            own_images=True,
+            disagreements=list(disagreements(choices).items())[:_NUM_DISAGREEMENTS],
+            num_disagreements=len(disagreements(choices)),
+            pace={name: seconds_per_answer(own) for name, own in answers.items()},
             between=between_annotators(choices),
             with_reward=with_reward(choices, self.reward[1], reward=self.reward[0]) if self.reward else [],
             reward=self.reward[0] if self.reward else None,
         )
         return HTMLResponse(page, headers={**_HEADERS, "Cache-Control": "no-store"})
+
+    def download(self, request: Request) -> Response:
+        """Return all current answers as a table."""
+        self.check_token(request)
+        text = io.StringIO()
+        table = csv.writer(text)
+        table.writerow(
+            ("annotator", "question", "prompt", "criterion", "choice", "first", "second", "first_on_left", "time")
+        )
+        for name, own in self.answers.current().items():
+            for one in own:
+                question = self.answers.questions[one.question]
+                row = (name, one.question, question.prompt, question.criterion or "", one.choice, *question.sources,
+                       one.first_on_left, one.time.isoformat() if one.time else "")  # fmt: skip
+                table.writerow([_cell(value) for value in row])
+        headers = {"Cache-Control": "no-store", "Content-Disposition": 'attachment; filename="answers.csv"'}
+        return Response(text.getvalue(), media_type="text/csv; charset=utf-8", headers=headers)
 
     def pair(self, annotator: str) -> Mapping[str, Any]:
         """Return the open pair as the browser gets it, without the sources of its images."""
@@ -139,6 +187,9 @@ class Service:
             "answered": open_pair.num_answered,
             "total": len(questions),
             "prompt": None,
+            "criterion": None,
+            "can_undo": open_pair.can_undo,
+            "seconds_per_answer": seconds_per_answer(self.answers.current().get(annotator, [])),
             "following": list(questions[open_pair.following].images) if open_pair.following is not None else [],
         }
         if open_pair.question is None:
@@ -146,7 +197,8 @@ class Service:
         question = questions[open_pair.question]
         left, right = question.images if open_pair.first_on_left else reversed(question.images)
         # Sorted, because the order of prefetching would reveal which image is the first of its question.
-        return {**pair, "prompt": question.prompt, "left": left, "right": right, "following": sorted(pair["following"])}
+        shown = {"prompt": question.prompt, "criterion": question.criterion, "left": left, "right": right}
+        return {**pair, **shown, "following": sorted(pair["following"])}
 
     def _pair(self, annotator: str) -> JSONResponse:
         return JSONResponse(dict(self.pair(annotator)), headers={"Cache-Control": "no-store"})
@@ -167,12 +219,20 @@ def create_app(service: Service, *, loopback: bool = True) -> FastAPI:
     app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(kinds, _refuse))
     app.add_middleware(Guard, loopback=loopback, max_body_bytes=_MAX_BODY_BYTES)
     app.add_api_route("/", service.page, response_model=None)
+    app.add_api_route("/favicon.ico", lambda: Response(status_code=204), response_model=None)
     app.add_api_route("/page.js", service.script, response_model=None)
     app.add_api_route("/enter", service.enter, methods=["POST"], response_model=None)
     app.add_api_route("/answer", service.answer, methods=["POST"], response_model=None)
     app.add_api_route("/image/{name}", service.image, response_model=None)
     app.add_api_route("/results", service.results, response_model=None)
+    app.add_api_route("/answers.csv", service.download, response_model=None)
     return app
+
+
+def _cell(value: object) -> str:
+    """Return a value as text that a spreadsheet does not take for a formula."""
+    text = str(value)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 async def _refuse(_: Request, error: Exception) -> JSONResponse:
@@ -192,3 +252,4 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined)
 _PAGE = _ENVIRONMENT.from_string((_HERE / "page.html").read_text(encoding="utf-8"))
 _RESULTS = load_template(_HERE / "results.html")
+_WAIT = load_template(_HERE / "wait.html")

@@ -36,7 +36,7 @@ _BACKBONE_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
 _CURVE_STYLE = (
     "path{fill:none;stroke:#e5e2db;stroke-linecap:round;stroke-linejoin:round;stroke-width:1.5}"
     "text{font:11px sans-serif;fill:#62676f;text-anchor:end;dominant-baseline:middle}"
-    ".training{stroke:#868b93}.evaluation{stroke:#1f6f69}.dot{stroke-width:7}"
+    ".training{stroke:#868b93}.evaluation{stroke:#1f6f69}.trained{stroke:#8a3ea8}.held-out{stroke:#2463a8}.dot{stroke-width:7}"
 )
 
 

@@ -36,6 +36,8 @@ _METRICS = [
         "Fraction of the squared pixel gradient on pixels outside [0, 1]: growth indicates reward hacking.",
     ),
     (_UPDATE, "KL divergence", "kl", "KL divergence from the model before training."),
+    (_UPDATE, "loss", "loss", "Mean loss of the updates of a step. A clipped surrogate stays near 0 while it learns."),
+    (_UPDATE, "learning rate", "learning_rate", "Learning rate of the updates of a step."),
     (
         _UPDATE,
         "distance from the reference",
@@ -93,6 +95,18 @@ _ERRORS = {"diversity": "diversity_error"}
 """Keys of standard errors that do not follow the naming of rewards."""
 
 
+GAP = "gap"
+"""Title of the chart of the difference between two gains."""
+_GLANCE = (
+    "KL divergence", "distance from the reference", "loss", "learning rate", "clip fraction", "gradient norm",
+)  # fmt: skip
+"""Titles of the charts that tell whether the updates are healthy, in the order of the page."""
+
+
+_SERIES = ("training images", "evaluations")
+"""Names of the two series of most charts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chart:
     """Two series over training steps, with a title and an explanation."""
@@ -102,8 +116,10 @@ class Chart:
     training: Points
     evaluation: Points
     group: str = "Rewards"
-    names: tuple[str, str] = ("training images", "evaluations")
+    names: tuple[str, str] = _SERIES
     """Names of the two series."""
+    kinds: tuple[str, str] = ("training", "evaluation")
+    """What the colours of the two series mean; "trained" and "held-out" are rewards in the chart of their gains."""
 
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
@@ -132,6 +148,15 @@ def grouped(found: Sequence[Chart]) -> dict[str, list[Chart]]:
     return {group: [c for c in found if c.group == group] for group in dict.fromkeys(c.group for c in found)}
 
 
+def at_a_glance(found: Sequence[Chart]) -> dict[str, list[Chart]]:
+    """Return the charts by group; the first group has a reward and the state of the updates, which no other repeats."""
+    rewards = [c for c in found if c.group == "Rewards" and c.names == _SERIES and c.title != GAP]
+    titles = [rewards[0].title if rewards else "", *_GLANCE]
+    first = [chart for title in titles for chart in found if chart.title == title][: len(_GLANCE)]
+    rest = grouped([chart for chart in found if chart not in first])
+    return {**({"At a glance": first} if first else {}), **rest}
+
+
 def _images_per_second(train: Sequence[Row]) -> Points:
     seconds = [math.fsum(value for key, value in row.items() if key.startswith("seconds/")) for row in train]
     rates = [{**row, "rate": row["images"] / s} for row, s in zip(train, seconds, strict=True) if s > 0]
@@ -141,7 +166,8 @@ def _images_per_second(train: Sequence[Row]) -> Points:
 def _gap_charts(gap: Gap) -> list[Chart]:
     """Return a chart of the gains of both rewards, and one of their difference."""
     unit = "in standard deviations of the first evaluation's images"
-    both = f"Grey: {gap.trained}, which is trained on. Green: {gap.held_out}, which is held out. Gains {unit}."
+    both = f"{gap.trained} is trained on, {gap.held_out} is held out. Gains {unit}."
     note = f"Gain of {gap.trained} minus gain of {gap.held_out}, {unit}: growth indicates reward hacking."
     gains = Chart(f"gain of {gap.trained} and {gap.held_out}", both, gap.trained_gains, gap.held_out_gains)
-    return [replace(gains, names=(gap.trained, gap.held_out)), Chart("gap", note, [], gap.points)]
+    gains = replace(gains, names=(gap.trained, gap.held_out), kinds=("trained", "held-out"))
+    return [gains, Chart(GAP, note, [], gap.points)]

@@ -71,9 +71,17 @@ def check_held_out_rewards(rows: Sequence[Row], config: Config) -> Finding:
             f"{one} went from {mean_text(best, one)} to {mean_text(last, one)}" for one in (name, steady or trained[0])
         )
         observed = f"From update {best['step']} to {last['step']} {changes}."
-        return Finding(f"The held-out reward {name} falls", "warning", observed, *_explain_fall(steady, name, config))
+        cause = "Reward hacking or overfitting" if steady else "Training damages the model"
+        other = f"{steady} {_verb(z_score(best, last, steady))}" if steady else f"{trained[0]} fell"
+        verdict = f"{cause}: {other}{', but' if steady else ', and'} the held-out {name} fell"
+        explained = _explain_fall(steady, name, config)
+        return Finding(f"The held-out reward {name} falls", "warning", observed, *explained, verdict)
     changes = ", ".join(f"{n} {mean_text(evaluations[0], n)} to {mean_text(last, n)}" for n in (*trained, *held_out))
     return Finding(title, "passed", f"None has fallen by more than {threshold:.1f} standard errors: {changes}.")
+
+
+def _verb(z: float) -> str:
+    return "rose" if z > Z_THRESHOLD else "did not fall"
 
 
 def _explain_fall(steady: str | None, held_out: str, config: Config) -> tuple[str, str]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from markupsafe import Markup
 
 from reward_model.image_files import open_image
 from rlhf_t2i.output.files import write_atomically
@@ -14,6 +18,7 @@ from rlhf_t2i.output.run_folder import (
     CAPTIONS,
     EVALUATION_TABLE,
     IMAGES,
+    REPORT,
     RUN_INFO,
     image_grid,
     read_captions,
@@ -21,8 +26,9 @@ from rlhf_t2i.output.run_folder import (
     read_evaluation_table,
     read_run_info,
 )
+from rlhf_t2i.report.paired import Scores, paired_difference, read_scores
 from rlhf_t2i.report.svg import colour, draw_runs
-from rlhf_t2i.report.templating import TEMPLATES, load_template
+from rlhf_t2i.report.templating import TEMPLATES, VIEWER, load_template, script_digest, typeset
 from rlhf_t2i.training.changes import compare, diversity_of
 from rlhf_t2i.training.metrics import (
     ERROR,
@@ -36,6 +42,9 @@ from rlhf_t2i.training.metrics import (
     total,
     trained_rewards,
 )
+
+NUM_SHOWN = 8
+"""Prompts and seeds whose images are visible at once; the others are in a closed section."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,9 @@ class Column:
     trained_on: frozenset[str]
     is_before: bool
     """True for the start of a run."""
+    folder: Path
+    scores: Scores = field(default_factory=dict)
+    """Score of each evaluation image; empty if unknown."""
 
     @property
     def rewards(self) -> list[str]:
@@ -79,7 +91,17 @@ def read_columns(folder: Path, *, name: str) -> list[Column]:
         table, into = read_evaluation_table(folder), read_config(folder)["model"] if bases else ""
         facts = {w: metadata | ({"LoRA of": bases[w], "loaded into": into} if w in bases else {}) for w in table}
         return [
-            Column(name, row, folder / IMAGES / f"{i}.png", captions, [], facts[name], frozenset(), is_before=False)
+            Column(
+                name,
+                row,
+                folder / IMAGES / f"{i}.png",
+                captions,
+                [],
+                facts[name],
+                frozenset(),
+                is_before=False,
+                folder=folder,
+            )
             for i, (name, row) in enumerate(table.items())
         ]
     rows = read_metrics(folder)
@@ -89,10 +111,10 @@ def read_columns(folder: Path, *, name: str) -> list[Column]:
     first, last = (image_grid(folder, ends[i]["step"]) for i in (0, -1))
     counts = [{"evaluation images": f"{ends[i]['num_images']:,}"} for i in (0, -1)]
     metadata = {**counts[1], **_metadata(folder, rows)}
-    trained_on = frozenset(trained_rewards(rows))
+    trained_on, scores = frozenset(trained_rewards(rows)), [read_scores(folder, ends[i]["step"]) for i in (0, -1)]
     return [
-        Column(f"before {name}", ends[0], first, captions, [], counts[0], frozenset(), is_before=True),
-        Column(name, ends[-1], last, captions, evaluations, metadata, trained_on, is_before=False),
+        Column(f"before {name}", ends[0], first, captions, [], counts[0], frozenset(), True, folder, scores[0]),
+        Column(name, ends[-1], last, captions, evaluations, metadata, trained_on, False, folder, scores[1]),
     ]
 
 
@@ -149,6 +171,12 @@ def write_comparison(columns: Sequence[Column], path: Path) -> None:
         cells=shared_cells(columns),
         grids=[_embedded_grid(one) for one in columns],
         runs=[one for one in columns if one.evaluations],
+        links=[_link(one, path) for one in columns],
+        set_sizes=[len(one.scores or one.captions["prompts"]) for one in columns],
+        differs=differing_sets(columns),
+        num_shown=NUM_SHOWN,
+        script=Markup(VIEWER),
+        script_digest=script_digest(VIEWER),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page)
@@ -161,6 +189,28 @@ def cell_text(column: Column, first: Column, name: str) -> tuple[str, str]:
     change = compare(name, first.evaluation if name in first.rewards else column.evaluation, column.evaluation)
     differs = column is not first and name in first.rewards
     return change.after, f"{change.difference}, z = {change.z_text}" if differs else ""
+
+
+def difference_text(column: Column, first: Column, name: str) -> str:
+    """Return the difference from the first column: paired where both have scores of the same images."""
+    paired = paired_difference(first.scores, column.scores, name) if column is not first else None
+    if paired is None:
+        return cell_text(column, first, name)[1]
+    return f"{paired} on {paired.count:,} shared images"
+
+
+def differing_sets(columns: Sequence[Column]) -> bool:
+    """Return True if not all columns were evaluated on the same prompts and seeds."""
+    sets = [
+        frozenset(one.scores or zip(one.captions["prompts"], one.captions["seeds"], strict=True)) for one in columns
+    ]
+    return len(set(sets)) > 1
+
+
+def _link(column: Column, page: Path) -> str:
+    """Return the address of a run's report, relative to the page; empty if the run has none."""
+    report = column.folder / REPORT
+    return quote(Path(os.path.relpath(report, page.parent)).as_posix()) if report.is_file() else ""
 
 
 def curves(runs: Sequence[Column], name: str) -> dict[str, Points]:
@@ -184,4 +234,8 @@ def _embedded_grid(column: Column) -> dict[str, Any]:
     return {"data": data, "columns": columns, "rows": rows, "positions": positions, "side": side}
 
 
-_PAGE = load_template(TEMPLATES / "comparison.html", (cell_text, diversity_of, draw_runs, curves, colour))
+_PAGE = load_template(
+    TEMPLATES / "comparison.html",
+    (cell_text, difference_text, diversity_of, draw_runs, curves, colour),
+    typeset=typeset,
+)

@@ -30,6 +30,8 @@ class Finding:
     """The numbers behind the result."""
     meaning: str = ""
     advice: str = ""
+    verdict: str = ""
+    """What went wrong, in one sentence for the top of the page; empty if the title says it."""
 
 
 def suggest(config: Config, *options: tuple[str, str]) -> str:

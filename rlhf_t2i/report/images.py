@@ -9,7 +9,7 @@ import base64
 import io
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -64,6 +64,21 @@ class EvaluationImages:
     grid: EmbeddedGrid
     rewards: str
     """Mean and standard error of each reward over all images of the evaluation, as text."""
+    values: dict[str, list[float]]
+    """Scores of the images of the grid by each reward; empty if the run folder has none."""
+    pass_reward: str | None
+    """Reward that is 0 or 1 for every image of the history; None if there is none."""
+
+    @property
+    def scores(self) -> dict[str, list[str]]:
+        """Scores as text, without those of `pass_reward`."""
+        graded = {name: values for name, values in self.values.items() if name != self.pass_reward}
+        return {name: [f"{value:z.3g}".replace("-", "\N{MINUS SIGN}") for value in v] for name, v in graded.items()}
+
+    @property
+    def passes(self) -> list[bool]:
+        """Per image, True if it passes; empty if that is unknown."""
+        return [value == 1 for value in self.values.get(self.pass_reward or "", [])]
 
     @property
     def when(self) -> str:
@@ -83,6 +98,12 @@ class ImageHistory:
     """Index in `evaluations` of the images of the exported weights."""
     damaged: list[str]
     """Files of image grids that are left out because they are damaged."""
+
+    @property
+    def by_prompt(self) -> list[int]:
+        """All cells, those of the same prompt one after another."""
+        first = {prompt: i for i, (prompt, _) in reversed(list(enumerate(self.cells)))}
+        return sorted(range(len(self.cells)), key=lambda cell: first[self.cells[cell][0]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +205,40 @@ def image_history(folder: Path, rows: Sequence[Row]) -> ImageHistory | None:
             damaged.append(path.name)
             continue
         means = [f"{n} {with_error(number(row, n), number(row, n + ERROR))}" for n in reward_names([row])]
-        embedded.append(EvaluationImages(row["step"], grid, ", ".join(means)))
+        values = _cell_scores(folder, row["step"], cells)
+        embedded.append(EvaluationImages(row["step"], grid, ", ".join(means), values, None))
+    embedded = _with_pass_reward(embedded)
     exported = max((i for i, one in enumerate(embedded) if one.step <= last["step"]), default=0)
     return ImageHistory(embedded, cells, len(evaluations), exported, damaged) if embedded else None
+
+
+def _cell_scores(folder: Path, step: int, cells: Sequence[tuple[str, int]]) -> dict[str, list[float]]:
+    """Return the scores of the images of a grid; empty if their file is missing, damaged or of other images."""
+    try:
+        record: Row = read_object(evaluation_scores(folder, step))
+        same = list(zip(record["prompts"], record["seeds"], strict=True))[: len(cells)] == list(cells)
+        return {name: [float(v) for v in values[: len(cells)]] for name, values in record["scores"].items() if same}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _with_pass_reward(evaluations: list[EvaluationImages]) -> list[EvaluationImages]:
+    """Return the evaluations with the first reward whose scores are 0 or 1 everywhere."""
+    names = list(evaluations[0].values) if evaluations else []
+    binary = [n for n in names if all(set(one.values.get(n, ())) <= {0.0, 1.0} for one in evaluations)]
+    found = next(iter(binary), None)
+    return [replace(one, pass_reward=found) for one in evaluations]
+
+
+def most_changed(history: ImageHistory, reward: str, *, count: int = 6) -> list[int]:
+    """Return the cells whose score by a reward changed most from the first to the exported images, most first.
+
+    Empty if the scores are unknown or equal, or if there are no more than `count` cells.
+    """
+    first, last = history.evaluations[0], history.evaluations[history.exported]
+    pairs = list(zip(first.values.get(reward, ()), last.values.get(reward, ()), strict=False))
+    changes = {cell: abs(after - before) for cell, (before, after) in enumerate(pairs) if after != before}
+    return sorted(changes, key=changes.__getitem__, reverse=True)[:count] if len(history.cells) > count else []
 
 
 def evenly_spaced(rows: Sequence[Row], *, limit: int) -> list[Row]:

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from tqdm import tqdm
 
 from rlhf_t2i.output.files import write_atomically
@@ -16,6 +17,7 @@ from rlhf_t2i.output.run_folder import (
     REPORT,
     REWARD_HISTORY,
     REWARD_METRICS,
+    read_config,
     read_reward_history,
     read_reward_metrics,
     read_run_info,
@@ -23,7 +25,7 @@ from rlhf_t2i.output.run_folder import (
 from rlhf_t2i.output.secondary import report_or_warning
 from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.svg import draw
-from rlhf_t2i.report.templating import TEMPLATES, load_template
+from rlhf_t2i.report.templating import TEMPLATES, VIEWER, load_template, script_digest
 from rlhf_t2i.training.metrics import Row, points
 
 _NOTES = {"accuracy": "Fraction of pairs in the order of the labels.", "loss": "Lower is better."}
@@ -65,13 +67,21 @@ def write_report(folder: Path) -> Path:
     page = _PAGE.render(
         run=run,
         started=f"{datetime.fromisoformat(run['started']):%d %B %Y, %H:%M %Z}",
+        title=f"Reward model{_backbone(folder)}, run {folder.resolve().name}",
         headline=headline(history),
+        script=Markup(VIEWER),
+        script_digest=script_digest(VIEWER),
         charts=history_charts(history),
         metrics=read_reward_metrics(folder) if (folder / REWARD_METRICS).is_file() else {},
         config=(folder / CONFIG).read_text(encoding="utf-8"),
     )
     write_atomically(folder / REPORT, page)
     return folder / REPORT
+
+
+def _backbone(folder: Path) -> str:
+    backbone = read_config(folder).get("backbone")
+    return f" on {backbone}" if backbone else ""
 
 
 _PAGE = load_template(TEMPLATES / "reward_model.html", (draw,))

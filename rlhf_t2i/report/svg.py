@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,17 +40,32 @@ class _Axes:
         width, height = self.right - self.left or 1.0, self.high - self.low or 1.0
         return f"{50 + 300 * (x - self.left) / width:.1f} {166 - 150 * (y - self.low) / height:.1f}"
 
-    def opening(self, description: str, labels: Sequence[tuple[float, str]], unit: str) -> str:
-        """Return the start of the SVG: a horizontal line for each label of the y axis, and both ends of the x axis."""
+    def opening(self, description: str, y_labels: Sequence[tuple[float, str]], unit: str, data: object) -> str:
+        """Return the start of the SVG: a horizontal line for each label of the y axis, and labels of the x axis.
+
+        `data` has the names and points of all series, for the values that a script shows under the pointer.
+        """
         lines = [
             f'<path d="M{self.at(self.left, y)}h300"/><text x="44" y="{self.at(self.left, y).split()[1]}">{text}</text>'
-            for y, text in labels
+            for y, text in y_labels
         ]
-        right = self.left + (self.right - self.left or 1.0)
+        x_labels = [
+            f'<text class="x" x="{self.at(x, self.low).split()[0]}" y="181">{text}</text>' for x, text in self.x_ticks()
+        ]
+        span = json.dumps([self.left, self.right - self.left or 1.0])
         return (
-            f'<svg viewBox="0 0 360 190" role="img" aria-label="{escape(description)}">{"".join(lines)}'
-            f'<text x="58" y="180">{self.left:,.0f}</text><text x="350" y="180">{unit} {right:,.0f}</text>'
+            f'<svg viewBox="0 0 360 206" role="img" tabindex="0" aria-label="{escape(description)}" '
+            f'data-unit="{escape(unit)}" data-span="{span}" data-series="{escape(json.dumps(data))}">'
+            f'{"".join(lines)}{"".join(x_labels)}<text x="350" y="199">{escape(unit)}</text>'
         )
+
+    def x_ticks(self) -> list[tuple[float, str]]:
+        """Return round numbers on the x axis; its only number if all points have the same."""
+        if self.left == self.right:
+            return [(self.left, f"{self.left:,g}")]
+        found = ticks(self.left, self.right)
+        whole = self.left == int(self.left) and self.right == int(self.right)
+        return [(x, text.partition(".")[0] if whole else text) for x, text in found if not whole or x == round(x)]
 
 
 def draw(chart: Chart, unit: str = "update") -> Markup:
@@ -58,28 +74,49 @@ def draw(chart: Chart, unit: str = "update") -> Markup:
     if axes.low == axes.high:  # put a flat line in the middle of an axis that starts or ends at 0
         low, high = min(0.0, 2 * axes.low), max(0.0, 2 * axes.high) or (0.0 if axes.low else 1.0)
         axes = _Axes(axes.left, axes.right, low, high)
-    svg = [axes.opening(_description(chart, unit), ticks(axes.low, axes.high), unit)]
-    for kind, series in (("training", chart.training), ("evaluation", chart.evaluation)):
+    both = list(zip(chart.names, chart.kinds, (chart.training, chart.evaluation), strict=True))
+    data = [_rounded(name, series) for name, _, series in both if series]
+    svg = [axes.opening(_description(chart, unit), ticks(axes.low, axes.high), unit, data)]
+    for _, kind, series in both:
         line = "L".join(axes.at(x, y) for x, y, _ in series)
         svg.append(f'<path class="{kind}" d="M{line}h0"/>' if line else "")
-    for x, y, error in chart.evaluation:
-        svg.append(f'<path class="evaluation" d="M{axes.at(x, y - error)}L{axes.at(x, y + error)}"/>')
-        hint = f"{unit} {x:g}: {y:.4g} ± {error:.2g}" if error else f"{unit} {x:g}: {y:.4g}"
-        svg.append(f'<path class="evaluation dot" d="M{axes.at(x, y)}h0"><title>{hint}</title></path>')
+    for kind, series in zip(chart.kinds, (chart.training, chart.evaluation), strict=True):
+        svg += _dots(axes, kind, series, unit=unit) if kind != "training" else []
     return Markup("".join(svg) + "</svg>")
 
 
-def draw_runs(series: Mapping[str, Points], title: str) -> Markup:
-    """Return an SVG with a line for each run, with error bars of one standard error."""
+def _dots(axes: _Axes, kind: str, series: Points, *, unit: str) -> list[str]:
+    """Return a dot with an error bar, and its numbers as a hint, for each point."""
+    svg: list[str] = []
+    for x, y, error in series:
+        svg.append(f'<path class="{kind}" d="M{axes.at(x, y - error)}L{axes.at(x, y + error)}"/>')
+        hint = f"{unit} {x:g}: {y:.4g} ± {error:.2g}" if error else f"{unit} {x:g}: {y:.4g}"
+        svg.append(f'<path class="{kind} dot" d="M{axes.at(x, y)}h0"><title>{hint}</title></path>')
+    return svg
+
+
+def draw_runs(series: Mapping[str, Points], title: str, *, first: Mapping[str, int] | None = None) -> Markup:
+    """Return an SVG with a line for each run, with error bars of one standard error.
+
+    `first` has the number of each run's colour, by default its place in `series`.
+    """
+    numbers = first or {name: i for i, name in enumerate(series)}
     axes = _Axes.around([point for line in series.values() for point in line])
-    middle = axes.low + (axes.high - axes.low or 1.0) / 2
     top = axes.low + (axes.high - axes.low or 1.0)
-    svg = [axes.opening(title, [(y, f"{y:.3g}") for y in (axes.low, middle, top)], "update")]
-    for i, (name, line) in enumerate(series.items()):
+    data = [_rounded(name, line) for name, line in series.items()]
+    svg = [axes.opening(title, ticks(axes.low, top), "update", data)]
+    for name, line in series.items():
         bars = "".join(f"M{axes.at(x, y - e)}L{axes.at(x, y + e)}" for x, y, e in line)
         path = "L".join(axes.at(x, y) for x, y, _ in line)
-        svg.append(f'<path style="stroke:{colour(i)}" d="M{path}{bars}"><title>{escape(name)}</title></path>')
+        dots = "".join(f"M{axes.at(x, y)}h0" for x, y, _ in line)
+        style = f'style="stroke:{colour(numbers[name])}"'
+        svg.append(f'<path {style} d="M{path}{bars}"><title>{escape(name)}</title></path>')
+        svg.append(f'<path class="small dot" {style} d="{dots}"/>')
     return Markup("".join(svg) + "</svg>")
+
+
+def _rounded(name: str, series: Points) -> list[object]:
+    return [name, [[x, float(f"{y:.4g}"), float(f"{e:.2g}")] for x, y, e in series]]
 
 
 def ticks(low: float, high: float) -> list[tuple[float, str]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 TEMPLATES = Path(__file__).parent / "templates"
 STYLES = (TEMPLATES / "styles.css").read_text(encoding="utf-8")
 """Colours and shapes of all pages, light and dark."""
+VIEWER = (TEMPLATES / "viewer.js").read_text(encoding="utf-8")
+"""Script of all reports: enlarged images, and values of charts."""
 
 
 def load_template(path: Path, functions: Sequence[Callable[..., Any]] = (), **filters: Callable[..., Any]) -> Template:
@@ -34,3 +37,8 @@ def load_template(path: Path, functions: Sequence[Callable[..., Any]] = (), **fi
 def script_digest(script: str) -> str:
     """Return the SHA-256 of a script as in `script-src`: with it, the browser runs this script and no other."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def typeset(text: str) -> str:
+    """Return text with minus signs for hyphens before numbers, and no line break around ±."""
+    return re.sub(r"(?<!\w)-(?=[\d.])", "\N{MINUS SIGN}", text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")

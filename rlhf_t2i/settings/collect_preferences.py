@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -20,7 +21,15 @@ from rlhf_t2i.settings.groups import (
 )
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.settings.no_imports import ImportSettings
-from rlhf_t2i.settings.ranges import DataPaths, InputPaths, NonNegativeInt, PositiveInt, RewardNames, WeightsPaths
+from rlhf_t2i.settings.ranges import (
+    DataPaths,
+    InputPath,
+    InputPaths,
+    NonNegativeInt,
+    PositiveInt,
+    RewardNames,
+    WeightsPaths,
+)
 from rlhf_t2i.settings.server import ServerSettings
 
 
@@ -60,6 +69,12 @@ class Config(
     of what they exported, or of checkpoints."""
     num_evaluation_steps: Annotated[PositiveInt, Group("evaluation")] = by_model(8, family="sampling_steps")
     """Denoising steps for one image with --weights."""
+    criteria: Annotated[str, Group("data")] | None = None
+    """Comma-separated criteria such as alignment,quality (lower-case letters, digits and _), asked one after another of
+    each pair; the preferences by each go to pairs_CRITERION.jsonl. null asks once, for the whole."""
+    guideline: Annotated[InputPath, Group("data")] | None = None
+    """Text file that the page shows to annotators at the start and on request; an empty line begins a paragraph. null
+    is a short general text."""
     rewards: Annotated[RewardNames, Group("reward")] | None = None
     """Rewards that the results page compares with people's answers, comma-separated NAME or NAME=WEIGHT, summed by
     weight (docs/rewards.md); null compares with none."""
@@ -78,4 +93,17 @@ class Config(
         given = " and ".join(sources) or "none of them"
         if len(sources) != 1:
             raise ValueError(f"Images come from exactly one of runs, pairs and weights; given is {given}.")
-        return [*super().rules(), ("weights", two, "two of them, such as base,FOLDER")]
+        given_criteria = names(self.criteria or "")
+        are_words = all(re.fullmatch("[a-z0-9_]{1,30}", one) for one in given_criteria)
+        words = (
+            are_words and len(set(given_criteria)) == len(given_criteria) and (self.criteria is None or given_criteria)
+        )
+        return [
+            *super().rules(),
+            ("weights", two, "two of them, such as base,FOLDER"),
+            (
+                "criteria",
+                bool(words),
+                "different words of at most 30 lower-case letters, digits and _, with commas between",
+            ),
+        ]

@@ -163,7 +163,8 @@ class Trainer:
         self.step = step + 1
         self._is_stopping = bool(self.gather(torch.tensor([self._stop_requests.count], device=self.device)).any())
         seconds = {f"seconds/{part}": round(self._seconds.pop(part), 3) for part in list(self._seconds)}
-        self.run.log({"kind": "train", "step": self.step, **metrics, **seconds})
+        rate = {"learning_rate": self._learning_rate(step)}
+        self.run.log({"kind": "train", "step": self.step, **rate, **metrics, **seconds})
         shown = [f"{name} {metrics[name]:z.3f}" for name in ("reward", "accuracy", "loss") if name in metrics][:1]
         shown += rate_text(int(metrics["images"]), math.fsum(seconds.values()))
         self._progress.set_postfix_str(", ".join(shown))
