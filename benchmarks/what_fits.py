@@ -1,7 +1,7 @@
 """Compute what fits on which GPU: the plan (`--dry_run`) of each config of recipes/configs that trains or searches.
 
     python benchmarks/what_fits.py
-    python benchmarks/what_fits.py recipes/configs/flow_grpo_flux.yaml --options="--quantization nf4 --microbatch_size 1"
+    python benchmarks/what_fits.py recipes/configs/flow_grpo_flux.yaml --options="--quantization nf4"
 
 Prints Markdown, a row for each config, or for each config and `--options` if these are given: the switches that save
 memory, the most bytes on the device of one process in bfloat16 and the phase of it, and the smallest GPU of which that
@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import time
 import warnings
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 SIZES = (8, 12, 16, 24, 48, 80, 141)
 """GB of GPUs."""
 GIGA, TERA = 1e9, 1e12
+say = partial(print, flush=True)
 HEADER = "| config | trained | switches | GB at the peak | in | smallest GPU | main memory, GB | TFLOP a step | CPU s |"
 
 
@@ -58,9 +61,10 @@ def row(name: str, config: Any, plan: Plan, *, seconds: float) -> str:
     """Return the row of the table of one plan."""
     worst = max(plan.peaks, key=lambda phase: plan.peaks[phase])
     fitting = next((f"{size} GB" for size in SIZES if plan.peak / GIGA <= SPARE * size), "none")
-    learned = sum(trained for trained, _, _ in plan.parts.values()) / 1e6
+    learned = sum(count for count, _, _ in plan.parts.values()) / 1e6
+    trained = f"{learned:,.0f} M" if learned else "nothing"
     cells = [
-        name, f"{learned:,.0f} M" if learned else "nothing", switches(config), f"{plan.peak / GIGA:.1f}", worst, fitting,
+        name, trained, switches(config), f"{plan.peak / GIGA:.1f}", worst, fitting,
         f"{plan.host / GIGA:.1f}", f"{plan.flops / TERA:,.0f}", f"{seconds:.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -68,20 +72,18 @@ def row(name: str, config: Any, plan: Plan, *, seconds: float) -> str:
 
 def main() -> None:
     """Print the table."""
-    import time
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("configs", nargs="*", type=Path, help="YAML files; default: all that train or search")
     parser.add_argument("--options", default="", help="further options of the recipes, in one text")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     everything = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("reward_")]
-    print(f"{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}", flush=True)
+    say(f"{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
     for path in arguments.configs or everything:
         start = time.process_time()
         config, plan = planned(path, arguments.options)
         name = " ".join([path.stem, *([arguments.options] if arguments.options else [])])
-        print(row(name, config, plan, seconds=time.process_time() - start), flush=True)
+        say(row(name, config, plan, seconds=time.process_time() - start))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,9 @@ def _part(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, empty: Calla
     made, replaced = dict[int, torch.Tensor](), list[torch.Tensor]()  # tensors that two modules share stay one
     for module in network.modules():
         groups: tuple[Any, ...] = (module._parameters, module._buffers)
+        for name, old in vars(module).items():  # as the positions of Qwen-Image's tokens
+            if isinstance(old, torch.Tensor):
+                setattr(module, name, empty(old.shape, dtype=old.dtype))
         for tensors in groups:
             for name, old in tensors.items():
                 if old is not None and id(old) not in made:

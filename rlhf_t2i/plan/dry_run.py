@@ -183,7 +183,8 @@ def _planned(
         recipe=Path(inspect.getfile(main)).stem, model=config.model,
         module=family_entry(type(pipeline).__name__).module, mode=mode, processes=rehearsal.processes,
         parts={name: (learned, frozen, size - saved[name]) for name, (learned, frozen, size) in parts.items()},
-        state=_state_of(rehearsal, own) | ({"rewards": rewards} if rewards else {}), peaks=peaks, counts=dict(tracker.counts),
+        state=_state_of(rehearsal, own) | ({"rewards": rewards} if rewards else {}), peaks=peaks,
+        counts=dict(tracker.counts),
         denoiser_calls=rehearsal.total.denoiser_calls, images=rehearsal.images, num_steps=rehearsal.num_steps,
         host=host - sum(saved.values()), left_out=_left_out(config, precision, unknown),
     )  # fmt: skip

@@ -12,16 +12,15 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from rlhf_t2i.data.preferences import ImagePairs, PairBatch
 from rlhf_t2i.models import base
+from rlhf_t2i.plan.memo import Memo, num_rows
 from rlhf_t2i.plan.tracker import Counts, Tracker
 from rlhf_t2i.sampling import rollout
 from rlhf_t2i.search.run import SearchRun
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
-from rlhf_t2i.types import Prediction
 
 
 class StepFinished(Exception):  # noqa: N818  # no error: the end of a dry run
@@ -46,10 +45,8 @@ class Rehearsal:
     _costs: dict[int, Counts] = dataclasses.field(default_factory=dict[int, Counts])
     """Costs of a microbatch of so many rows."""
 
-    @property
-    def memoises(self) -> bool:
-        """True if work that repeats with the same shapes runs once, which real tensors would get wrong values from."""
-        return self.tracker.fake is not None and self.repeats is False
+    def __post_init__(self) -> None:
+        self._memo = Memo(self.tracker, is_off=self.repeats)
 
     # --- training ---
 
@@ -59,10 +56,9 @@ class Rehearsal:
         self.watch(trainer.policy)
         engine: Any = trainer.engine
         with self.tracker.during("optimizer"):
-            for group in (
-                engine._optimizer.param_groups if self.on_gpu and self.config.optimizer != "adamw_8bit" else ()
-            ):
-                group["foreach"] = True
+            if self.on_gpu and self.config.optimizer != "adamw_8bit":
+                for group in engine._optimizer.param_groups:
+                    group["foreach"] = True
             for parameter in trainer.policy.trainable.values():
                 parameter.grad = torch.zeros_like(parameter)
             engine.optimizer_step(0.0)
@@ -81,8 +77,8 @@ class Rehearsal:
         If there are several of a size, gradients exist from the start, as in all microbatches but the first.
         """
         weights, tracker = dict.fromkeys(range(len(batches)), 1), self.tracker
-        if self.memoises:
-            sizes = [_rows(batch) for batch in batches]
+        if not self._memo.is_off:
+            sizes = [num_rows(batch) for batch in batches]
             weights = {sizes.index(size): sizes.count(size) for size in sizes}
             if self._costs.keys() >= set(sizes):
                 for i, weight in weights.items():
@@ -98,7 +94,7 @@ class Rehearsal:
             cost = Counts()
             cost.add(self.total, times=1 / weight)
             cost.add(before, times=-1 / weight)
-            self._costs[_rows(batches[index])] = cost
+            self._costs[num_rows(batches[index])] = cost
 
     @property
     def total(self) -> Counts:
@@ -107,16 +103,6 @@ class Rehearsal:
         for counts in self.tracker.counts.values():
             total.add(counts, times=1)
         return total
-
-    def each(self, items: Sequence[Any]) -> Iterator[Any]:
-        """Yield items that stand for all in a loop that does the same work with each of a size: the first two of it."""
-        sizes = [_rows(item) if isinstance(item, Tensor) else 1 for item in items]
-        for size in dict.fromkeys(sizes):
-            first = sizes.index(size)
-            count = sizes.count(size)
-            for i, times in enumerate((1, count - 1) if count > 1 else (1,)):
-                with self.tracker.times(times):
-                    yield items[first + i]
 
     def finish_step(self, trainer: Trainer, step: int, **metrics: Any) -> None:
         """End the dry run after the step's averages."""
@@ -149,64 +135,7 @@ class Rehearsal:
     def watch(self, policy: Any) -> None:
         """Count the denoiser's calls, and run equal calls without gradient once."""
         self.policy = policy
-        networks = [policy.network] if policy.reference is None else [policy.network, policy.reference]
-        for network in networks:
-            self._once(network, "forward", calls=True)
-        for encoder in policy.text_encoders:
-            self._once(encoder.model, "forward", phase="encode")
-        for method in ("decode", "encode"):
-            self._once(policy.autoencoder.vae, method)
-        self._predict_once(policy)
-
-    def _once(self, module: Any, method: str, *, calls: bool = False, phase: str | None = None) -> None:
-        original, tracker, again = getattr(module, method), self.tracker, self._memo()
-        state = _adapter_state(module)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if calls:
-                tracker.current.denoiser_calls += tracker.weight * _rows(result)
-            return result
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            key = *_shapes((args, kwargs)), state()
-            with tracker.during(phase or tracker.phase):
-                return again(key, lambda: run(*args, **kwargs))
-
-        setattr(module, method, call)
-
-    def _predict_once(self, policy: Any) -> None:
-        original, again, state = policy.predict, self._memo(), _adapter_state(policy.network)
-
-        def predict(latents: Tensor, level: Any, conditioning: Any, *, guidance_scale: float) -> Prediction:
-            key = *_shapes((latents, conditioning.parts)), guidance_scale, policy.denoiser is policy.reference, state()
-
-            def parts() -> tuple[Tensor, Tensor]:
-                found = original(latents, level, conditioning, guidance_scale=guidance_scale)
-                return found.clean, found.noise
-
-            return Prediction(*again(key, parts))
-
-        policy.predict = predict
-
-    def _memo(self) -> Callable[[Any, Callable[[], Any]], Any]:
-        """Return a function that does work without gradient once for each key, and then only counts its cost again."""
-        tracker = self.tracker
-        seen: dict[Any, tuple[Any, Counts]] = {}
-
-        def again(key: Any, work: Callable[[], Any]) -> Any:
-            if torch.is_grad_enabled() or not self.memoises:
-                return work()
-            if key not in seen:
-                result, cost = tracker.measured(work)
-                with tracker.fake or torch.no_grad():
-                    seen[key] = tree_map(_shape_of, result), cost
-                return result
-            shapes, cost = seen[key]
-            tracker.count_again(cost)
-            return tree_map(lambda leaf: leaf.make(tracker) if isinstance(leaf, _Shape) else leaf, shapes)
-
-        return again
+        self._memo.watch(policy)
 
     # --- all of it ---
 
@@ -244,7 +173,7 @@ class Rehearsal:
             (SearchRun, "write_results", _stop),
             (_context(), "score", lambda context, *args, **kwargs: self.score(context, *args, **kwargs)),
             (ImagePairs, "load", load),
-            *([(rollout, "each", self.each)] if self.memoises else []),
+            *([(rollout, "each", self._memo.each)] if not self._memo.is_off else []),
             (base, "add_lora", add_fake_lora),
             *([(nn.Module, "_apply", _convert)] if self.tracker.fake else []),
         ]
@@ -259,40 +188,6 @@ def stand_in_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
     if images.requires_grad:
         return images.mean(dim=(1, 2, 3))
     return torch.rand(len(prompts))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def make(self, tracker: Tracker) -> Tensor:
-        return tracker.empty(self.shape, dtype=self.dtype)
-
-
-def _shape_of(leaf: Any) -> Any:
-    return _Shape(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
-
-
-def _rows(batch: Any) -> int:
-    """Return the number of rows of a batch: of its first tensor, or of a list of images."""
-    if isinstance(batch, Tensor):
-        return len(batch)
-    if dataclasses.is_dataclass(batch):
-        return _rows(getattr(batch, dataclasses.fields(batch)[0].name))
-    if isinstance(batch, list):
-        return len(batch)
-    return _rows(next(part for part in batch if not isinstance(part, int | float)))
-
-
-def _shapes(arguments: Any) -> list[Any]:
-    return [(leaf.shape, leaf.dtype) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-
-
-def _adapter_state(module: nn.Module) -> Callable[[], Any]:
-    """Return a function that says which LoRA adapters of a network are in use."""
-    layers = [layer for layer in module.modules() if getattr(layer, "disable_adapters", None) is False][:1]
-    return lambda: tuple((layer.disable_adapters, *layer.active_adapters) for layer in layers)
 
 
 def _context() -> Any:
