@@ -28,7 +28,7 @@ from typing import Any
 MEGA = 1e6
 say = partial(print, flush=True)
 UNET: dict[str, Any] = {
-    "sample_size": 32, "block_out_channels": (160, 320, 640), "layers_per_block": 2, "norm_num_groups": 32,
+    "sample_size": 16, "block_out_channels": (160, 320, 640), "layers_per_block": 2, "norm_num_groups": 32,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 8,
 }  # fmt: skip
@@ -40,7 +40,7 @@ DENOISERS: dict[str, dict[str, Any]] = {
         "transformer_layers_per_block": (1, 2, 4), "attention_head_dim": (5, 10, 20),
     },
     "sd3": {
-        "sample_size": 32, "num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64,
+        "sample_size": 16, "num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64,
         "caption_projection_dim": 768, "pos_embed_max_size": 48, "dual_attention_layers": (0, 1, 2, 3, 4, 5),
     },
 }  # fmt: skip
@@ -77,9 +77,9 @@ def config_of(recipe: Any, model: str, folder: Path, *, lora: bool, checkpointin
     prompts.write_text("a fox\n", encoding="utf-8")
     return recipe.Config(
         model=str(save_model(model, folder / "model")), prompts=str(prompts), evaluation_prompts=str(prompts),
-        rewards="benchmarks.plan_against_memory:mean_brightness", num_evaluation_images=2, num_evaluation_steps=2,
+        rewards="benchmarks.plan_against_memory:mean_brightness", num_evaluation_images=2, num_evaluation_steps=1,
         evaluation_rewards="benchmarks.plan_against_memory:mean_brightness", run_folder=str(folder / "run"),
-        prompts_per_step=1, images_per_prompt=8, num_denoising_steps=3, microbatch_size=4, guidance_scale=5.0,
+        prompts_per_step=1, images_per_prompt=4, num_denoising_steps=2, microbatch_size=2, guidance_scale=5.0,
         num_minibatches=2, lora_rank=16 if lora else None, gradient_checkpointing=checkpointing, num_steps=2,
         num_cpu_threads=1,
     )  # fmt: skip

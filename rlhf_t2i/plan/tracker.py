@@ -67,9 +67,10 @@ class Tracker(TorchDispatchMode):
         is_fake = any(isinstance(leaf, FakeTensor) for leaf in inputs)
         if func is _aten._local_scalar_dense.default and is_fake:
             return {torch.bool: True}.get(inputs[0].dtype, 1.0 if inputs[0].is_floating_point() else 1)
-        if func is _aten.index.Tensor and is_fake:
-            args = args[0], [_as_numbers(index) for index in args[1]]
-        if self.fake is not None and not is_fake and (self.all_fake or _makes_many(inputs, args, kwargs)):
+        if self.fake is not None and is_fake and (shape := _shape_of_rows(func, args)) is not None:
+            with self.fake:
+                result = args[0].new_empty(shape)
+        elif self.fake is not None and not is_fake and (self.all_fake or _makes_many(inputs, args, kwargs)):
             with self.fake:
                 result = func(*args, **kwargs)
         else:
@@ -149,11 +150,16 @@ class Tracker(TorchDispatchMode):
         self.now -= self._alive.pop(key, 0)
 
 
-def _as_numbers(index: Tensor | None) -> Tensor | None:
-    """Return the numbers of the rows that a mask chooses; all of them if it has no data."""
-    if index is None or index.dtype != torch.bool or index.dim() != 1:
-        return index
-    return torch.arange(len(index)) if isinstance(index, FakeTensor) else index.nonzero()[:, 0]
+def _shape_of_rows(func: Any, args: Any) -> tuple[int, ...] | None:
+    """Return the shape of the rows that one index or mask takes, for other operations None.
+
+    Turning each index into a fake tensor takes longer than all else, and a mask of fake numbers is taken as all true.
+    """
+    if func is not _aten.index.Tensor or len(args[1]) != 1 or args[1][0].dim() != 1:
+        return None
+    index = args[1][0]
+    is_mask = index.dtype == torch.bool and not isinstance(index, FakeTensor)
+    return (int(index.sum()) if is_mask else len(index), *args[0].shape[1:])
 
 
 def _makes_many(inputs: list[Tensor], args: Any, kwargs: Any) -> bool:
