@@ -24,13 +24,13 @@ from rlhf_t2i.settings.diffusion_nft import Config
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
     config = parse_config(Config, __doc__)
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_t2i.advantages import globally_scaled_advantages, group_relative_advantages, num_degenerate_groups
@@ -51,7 +51,7 @@ from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.several_rewards import any_to_learn, combined_advantages, warn_of_drowned
 from rlhf_t2i.training.trainer import Trainer
-from rlhf_t2i.types import Conditioning, Level, Policy, Prediction
+from rlhf_t2i.types import Conditioning, EncodedPrompts, Level, Policy, Prediction, Schedule
 
 METRICS: Sequence[str] = ("loss", "sampling_gap", "reference_gap")
 
@@ -131,20 +131,21 @@ def update(
         num_images = len(shard) * config.images_per_prompt // config.num_minibatches
         shape, num_levels = (num_images, *clean.shape[1:]), len(image) // num_images
         noise = torch.cat([randn(shape, generators=noise_generators, device=trainer.device) for _ in range(num_levels)])
-        batches = [
-            NoisedBatch(clean[i], noise[rows], schedule.at(level[rows]), conditioning[i], optimality[i])
-            for rows in torch.arange(len(image)).split(config.microbatch_size)
-            for i in (image[rows],)
-        ]
+        # A batch is made where it is needed: the encoded prompts of all would take more memory than anything else.
+        batch_of = noised_batches(
+            clean, noise, image, level, schedule=schedule, conditioning=conditioning, optimality=optimality
+        )
+        batches = torch.arange(len(image)).split(config.microbatch_size)
         with torch.no_grad(), trainer.sampling(average="sampling"):
-            old_predictions = [predict(batch).clean for batch in batches]
+            old_predictions = [predict(batch_of(rows)).clean for rows in batches]
         reference_outputs: list[Tensor | None] = [None] * len(batches)
         if config.kl_weight:
             with torch.no_grad(), trainer.sampling(), policy.as_reference():
-                reference_outputs = [policy.to_output(predict(batch), batch.level) for batch in batches]
-        for batch, old, reference in trainer.accumulate(
+                reference_outputs = [policy.to_output(predict(b), b.level) for b in map(batch_of, batches)]
+        for rows, old, reference in trainer.accumulate(
             list(zip(batches, old_predictions, reference_outputs, strict=True))
         ):
+            batch = batch_of(rows)
             new = predict(batch)
             # Times max_advantage, so that an advantage of 1 has the same gradient whatever max_advantage is.
             loss = config.max_advantage * negative_aware_loss(
@@ -174,6 +175,25 @@ class NoisedBatch:
     level: Level
     conditioning: Conditioning
     optimality: Float[Tensor, " B"]
+
+
+def noised_batches(
+    clean: Float[Tensor, "B C H W"],
+    noise: Float[Tensor, "N C H W"],
+    image: Int[Tensor, " N"],
+    level: Int[Tensor, " N"],
+    *,
+    schedule: Schedule,
+    conditioning: EncodedPrompts,
+    optimality: Float[Tensor, " B"],
+) -> Callable[[Int[Tensor, " M"]], NoisedBatch]:
+    """Return a function that makes the batch of some of N rows, each an image at a noise level."""
+
+    def batch_of(rows: Int[Tensor, " M"]) -> NoisedBatch:
+        i = image[rows]
+        return NoisedBatch(clean[i], noise[rows], schedule.at(level[rows]), conditioning[i], optimality[i])
+
+    return batch_of
 
 
 def predict_noised(policy: Policy, batch: NoisedBatch, *, guidance_scale: float) -> Prediction:

@@ -38,7 +38,9 @@ RECIPES = {
 }  # fmt: skip
 WORDS = {ROOT / "recipes" / "configs" / f"{recipe}_words.yaml" for recipe in ("flow_grpo", "diffusion_nft")}
 """Configs of the built-in model of words, whose commands run as they are."""
-FLOW_GRPO = [path for path in CONFIGS if path.stem.startswith("flow_grpo") and path not in WORDS]
+SMALL = {path for path in CONFIGS if path.stem.endswith("_24gb")}
+"""Configs of one GPU with 24 GB: other configs with switches that save memory."""
+FLOW_GRPO = [path for path in CONFIGS if path.stem.startswith("flow_grpo") and path not in {*WORDS, *SMALL}]
 
 
 def config_file(name: str) -> Path:

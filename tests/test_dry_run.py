@@ -53,3 +53,18 @@ def test_a_plan_counts_what_a_real_step_does(
     assert plan.denoiser_calls == real.denoiser_calls
     assert (plan.images, plan.num_steps, plan.parts) == (real.images, real.num_steps, real.parts)
     assert plan.peak == pytest.approx(real.peak, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "model"), [(ddpo, "tiny_sd"), (diffusion_nft, "tiny_sd3")], ids=["ddpo", "diffusion_nft"]
+)
+def test_running_repeated_work_once_changes_no_number(
+    recipe: Any, model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    options = {"prompts_per_step": 1, "images_per_prompt": 3, "num_denoising_steps": 3, "num_minibatches": 1}
+    config = config_of(recipe, request.getfixturevalue(model), tmp_path, **options)
+    once, all_of_it = (rehearse(recipe.main, config, repeats=repeats) for repeats in (False, True))
+    assert (once.flops, once.denoiser_calls) == pytest.approx((all_of_it.flops, all_of_it.denoiser_calls), rel=1e-9)
+    # Metrics of microbatches that are left out, and the first microbatch's sum of gradients.
+    assert (once.bytes, *once.peaks.values()) == pytest.approx((all_of_it.bytes, *all_of_it.peaks.values()), rel=2e-3)

@@ -29,7 +29,7 @@ def test_the_list_has_every_recipe_with_its_first_line_and_every_config() -> Non
 
 def test_each_config_belongs_to_the_recipe_of_its_command() -> None:
     found = recipes()
-    assert [path.name for path in found["ddpo"]] == ["ddpo_sd15.yaml", "ddpo_sdxl.yaml"]
+    assert [path.name for path in found["ddpo"]] == ["ddpo_sd15.yaml", "ddpo_sdxl.yaml", "ddpo_sdxl_24gb.yaml"]
     assert [path.name for path in found["fk_steering"]] == ["fk_sd15.yaml", "fk_sdxl_geneval.yaml"]
     assert sum(map(len, found.values())) == len(list((ROOT / "recipes" / "configs").glob("*.yaml")))
 

@@ -54,7 +54,10 @@ def architecture_of(model: str) -> dict[str, Any]:
         file = next((folder / name / each for each in _CONFIGS if (folder / name / each).is_file()), None)
         if isinstance(part, list) and part[1] is not None and file is not None:
             parts[name] = {"_class_name": part[1], **json.loads(file.read_text(encoding="utf-8"))}
-    return {"_class_name": index["_class_name"], "parts": parts, "missing": list(missing_parts(index))}
+    options = {name: value for name, value in index.items() if isinstance(value, bool) and not name.startswith("_")}
+    return {
+        "_class_name": index["_class_name"], "parts": parts, "missing": list(missing_parts(index)), "options": options,
+    }  # fmt: skip
 
 
 def build_without_weights(
@@ -81,7 +84,7 @@ def build_without_weights(
     optional = {name: None for name in unused if name in family.pipeline_class._optional_components}
     if "safety_checker" in optional:
         optional["requires_safety_checker"] = False  # pyright: ignore[reportArgumentType]
-    return family.pipeline_class(**{**optional, **parts})
+    return family.pipeline_class(**{**optional, **architecture.get("options", {}), **parts})
 
 
 def _part(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, empty: Callable[..., torch.Tensor]) -> Any:
@@ -90,12 +93,18 @@ def _part(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, empty: Calla
     family: Any = kind  # untyped again
     with torch.device("meta"):
         network = family.from_config(config) if hasattr(kind, "from_config") else family(family.config_class(**config))
+    made, replaced = dict[int, torch.Tensor](), list[torch.Tensor]()  # tensors that two modules share stay one
     for module in network.modules():
         groups: tuple[Any, ...] = (module._parameters, module._buffers)
+        for name, old in vars(module).items():  # as the positions of Qwen-Image's tokens
+            if isinstance(old, torch.Tensor):
+                setattr(module, name, empty(old.shape, dtype=old.dtype))
         for tensors in groups:
             for name, old in tensors.items():
-                if old is not None:
+                if old is not None and id(old) not in made:
                     kept = empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype)
-                    is_parameter = tensors is module._parameters
-                    tensors[name] = nn.Parameter(kept, requires_grad=False) if is_parameter else kept
+                    made[id(old)] = nn.Parameter(kept, requires_grad=False) if isinstance(old, nn.Parameter) else kept
+                    replaced.append(old)
+                if old is not None:
+                    tensors[name] = made[id(old)]
     return network.eval()

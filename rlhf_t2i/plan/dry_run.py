@@ -16,15 +16,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlhf_t2i.distributed.memory import Layout, memory_of, num_bytes
+from rlhf_t2i.distributed.memory import FLOAT32, Layout, memory_of, num_bytes
 from rlhf_t2i.distributed.placement import layout_of
 from rlhf_t2i.distributed.processes import Mode, uses_fsdp
 from rlhf_t2i.models.table import family_entry
 from rlhf_t2i.models.without_weights import architecture_of, build_without_weights
 from rlhf_t2i.passed import PassedObjects, passing
+from rlhf_t2i.plan.rewards import bytes_of_rewards
 from rlhf_t2i.plan.stand_ins import Rehearsal, StepFinished, stand_in_reward
 from rlhf_t2i.plan.tracker import Counts, Tracker
 from rlhf_t2i.rewards.terms import reward_names_of
+from rlhf_t2i.training.setup import NUM_MOMENTS
 
 _LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
@@ -80,18 +82,21 @@ def launched(environment: Mapping[str, str]) -> tuple[Mode, int]:
     return ("ddp" if processes > 1 else "single"), processes
 
 
-def rehearse(main: Callable[[Any], Any], config: Any, *, fake: bool = True, on_gpu: bool = True) -> Plan:
+def rehearse(
+    main: Callable[[Any], Any], config: Any, *, fake: bool = True, on_gpu: bool = True, repeats: bool = False
+) -> Plan:
     """Run one step of a recipe's `main`, on fake tensors or on zeros, and return what it needs.
 
-    With `on_gpu` the optimiser steps as on a GPU. Raises ValueError for options that do not fit the model, as the
-    recipe does, and for a model whose configs are unknown.
+    With `on_gpu` the optimiser steps as on a GPU. Work that a step repeats on tensors of the same shapes runs once or
+    twice and is counted as often as it would run, unless `repeats`. Raises ValueError for options that do not fit the
+    model, as the recipe does, and for a model whose configs are unknown.
     """
     mode, processes = launched(os.environ)
     removed = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     dtype = torch.float32 if precision == "no" else torch.bfloat16
     tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True) if fake else None)
-    rehearsal = Rehearsal(tracker, processes, config, on_gpu)
+    rehearsal = Rehearsal(tracker, processes, config, on_gpu, repeats)
     architecture = architecture_of(config.model)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), tracker:
@@ -113,10 +118,12 @@ def rehearse(main: Callable[[Any], Any], config: Any, *, fake: bool = True, on_g
 def _prepared(config: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Return the config of the rehearsal: a folder of its own, and pairs of one image where files are missing."""
     options: dict[str, Any] = {
-        "dry_run": False, "run_folder": str(folder / "run"), "resume": False, "quantization": None,
+        "dry_run": False, "run_folder": str(folder / "run"), "resume": False, "quantization": None, "save_pairs": False,
         "mixed_precision": "no" if dtype == torch.float32 else "bf16",
     }  # fmt: skip
     given = {option: value for option, value in options.items() if hasattr(config, option)}
+    if getattr(config, "optimizer", None) == "adamw_8bit":  # it computes outside of torch
+        given["optimizer"] = "adamw"
     if getattr(config, "pairs", None) and not getattr(config, "samples_pairs", False):
         given |= {"pairs": str(_one_pair(folder)), "cache_folder": None}
     return config.with_options(**given)
@@ -158,10 +165,11 @@ def _planned(
     if trainer is not None:
         layout = layout_of(
             policy.network, mode, processes=rehearsal.processes, num_averages=_num_averages(trainer),
-            reference=policy.reference is not None, num_moments=2,
+            reference=policy.reference is not None, num_moments=NUM_MOMENTS[config.optimizer],
         )  # fmt: skip
     own, single = memory_of(layout), memory_of(replace(layout, mode="single", processes=1))
-    held = own.persistent - single.persistent - sum(saved.values())
+    rewards, unknown = bytes_of_rewards(_rewards_of(config))
+    held = own.persistent - single.persistent - sum(saved.values()) + rewards - _saved_by_8_bit_moments(config, layout)
     more = {
         "rollout": held + own.gathered_for_sampling,
         "update": held + own.gradients + own.buffers - own.persistent_buffers + own.gathered - single.gradients,
@@ -175,9 +183,10 @@ def _planned(
         recipe=Path(inspect.getfile(main)).stem, model=config.model,
         module=family_entry(type(pipeline).__name__).module, mode=mode, processes=rehearsal.processes,
         parts={name: (learned, frozen, size - saved[name]) for name, (learned, frozen, size) in parts.items()},
-        state=_state_of(rehearsal, own), peaks=peaks, counts=dict(tracker.counts),
-        denoiser_calls=rehearsal.denoiser_calls, images=rehearsal.images, num_steps=rehearsal.num_steps,
-        host=host - sum(saved.values()), left_out=_left_out(config, precision),
+        state=_state_of(rehearsal, own) | ({"rewards": rewards} if rewards else {}), peaks=peaks,
+        counts=dict(tracker.counts),
+        denoiser_calls=rehearsal.total.denoiser_calls, images=rehearsal.images, num_steps=rehearsal.num_steps,
+        host=host - sum(saved.values()), left_out=_left_out(config, precision, unknown),
     )  # fmt: skip
 
 
@@ -195,9 +204,10 @@ def _state_of(rehearsal: Rehearsal, own: Any) -> dict[str, int | float]:
     return {name: value for name, value in named.items() if value}
 
 
-def _left_out(config: Any, precision: str) -> tuple[str, ...]:
-    names = _rewards_of(config)
-    notes = [f"the rewards ({', '.join(dict.fromkeys(names))})"] if names else []
+def _left_out(config: Any, precision: str, unknown: list[str]) -> tuple[str, ...]:
+    notes = ["scoring by the rewards"] if _rewards_of(config) else []
+    if unknown:
+        notes.append(f"weights of rewards whose size is not known here ({', '.join(unknown)})")
     if hasattr(config, "num_evaluation_images"):
         notes.append("evaluations")
     if precision == "fp16":
@@ -207,6 +217,13 @@ def _left_out(config: Any, precision: str) -> tuple[str, ...]:
 
 def _bytes_of(module: nn.Module) -> int:
     return sum(num_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _saved_by_8_bit_moments(config: Any, layout: Layout) -> int | float:
+    """Return the bytes of moments that AdamW in 8 bits does not have, since the rehearsal's optimiser is AdamW."""
+    if getattr(config, "optimizer", None) != "adamw_8bit":
+        return 0
+    return FLOAT32 * layout.trainable * (NUM_MOMENTS["adamw"] - NUM_MOMENTS["adamw_8bit"])
 
 
 def _saved_by(quantization: str | None, pipeline: Any, name: str) -> int | float:

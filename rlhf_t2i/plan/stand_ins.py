@@ -12,11 +12,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from rlhf_t2i.data.image_pairs import ImagePairs, PairBatch
 from rlhf_t2i.models import base
+from rlhf_t2i.plan.memo import Memo, num_rows
 from rlhf_t2i.plan.tracker import Counts, Tracker
+from rlhf_t2i.sampling import rollout
 from rlhf_t2i.search.run import SearchRun
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
@@ -35,15 +36,17 @@ class Rehearsal:
     config: Any
     on_gpu: bool
     """True to step the optimiser as on a GPU, with all tensors at once."""
-    denoiser_calls: int | float = 0
+    repeats: bool = False
+    """True to run everything as often as the recipe does, also on fake tensors."""
     images: int = 0
     num_steps: int = 0
     policy: Any = None
     trainer: Trainer | None = None
-    _costs: dict[int, tuple[Counts, int | float]] = dataclasses.field(
-        default_factory=dict[int, tuple[Counts, int | float]]
-    )
-    """FLOPs and bytes of a microbatch of so many rows, and its denoiser calls."""
+    _costs: dict[int, Counts] = dataclasses.field(default_factory=dict[int, Counts])
+    """Costs of a microbatch of so many rows."""
+
+    def __post_init__(self) -> None:
+        self._memo = Memo(self.tracker, is_off=self.repeats)
 
     # --- training ---
 
@@ -53,13 +56,13 @@ class Rehearsal:
         self.watch(trainer.policy)
         engine: Any = trainer.engine
         with self.tracker.during("optimizer"):
-            for group in engine._optimizer.param_groups if self.on_gpu else ():
-                group["foreach"] = True
+            if self.on_gpu and self.config.optimizer != "adamw_8bit":
+                for group in engine._optimizer.param_groups:
+                    group["foreach"] = True
             for parameter in trainer.policy.trainable.values():
                 parameter.grad = torch.zeros_like(parameter)
             engine.optimizer_step(0.0)
         self.tracker.counts.clear()
-        self.denoiser_calls = 0.0
 
     @contextmanager
     def timed(self, trainer: Trainer, part: str) -> Iterator[None]:
@@ -69,34 +72,37 @@ class Rehearsal:
             yield
 
     def accumulate(self, trainer: Trainer, batches: Sequence[Any]) -> Iterator[Any]:
-        """Yield batches that stand for all: at most three of the first optimiser step, and none of later ones."""
-        weights = dict.fromkeys(range(len(batches)), 1)
-        if self.tracker.fake is not None:
-            sizes = [_rows(batch) for batch in batches]
+        """Yield batches that stand for all: one of each size in the first optimiser step, and none in later ones.
+
+        If there are several of a size, gradients exist from the start, as in all microbatches but the first.
+        """
+        weights, tracker = dict.fromkeys(range(len(batches)), 1), self.tracker
+        if not self._memo.is_off:
+            sizes = [num_rows(batch) for batch in batches]
             weights = {sizes.index(size): sizes.count(size) for size in sizes}
             if self._costs.keys() >= set(sizes):
                 for i, weight in weights.items():
-                    self._add(self._costs[sizes[i]], weight)
+                    tracker.current.add(self._costs[sizes[i]], times=weight)
                 return
-            if weights[0] > 1:
-                weights = weights | {0: 1, 1: weights[0] - 1}
+            if len(batches) > 1:
+                for parameter in trainer.policy.trainable.values():
+                    parameter.grad = tracker.empty(parameter.shape, dtype=parameter.dtype)
         for index, weight in weights.items():
-            is_last, before, calls = index == len(batches) - 1, self._so_far(), self.denoiser_calls
-            with trainer.engine.accumulating(last=is_last), self.tracker.during(self.tracker.phase, weight=weight):
+            is_last, before = index == len(batches) - 1, self.total
+            with trainer.engine.accumulating(last=is_last), tracker.times(weight):
                 yield batches[index]
-            spent = self._so_far()
-            flops, moved = ((getattr(spent, n) - getattr(before, n)) / weight for n in ("flops", "bytes"))
-            self._costs[_rows(batches[index])] = Counts(flops, moved), (self.denoiser_calls - calls) / weight
+            cost = Counts()
+            cost.add(self.total, times=1 / weight)
+            cost.add(before, times=-1 / weight)
+            self._costs[num_rows(batches[index])] = cost
 
-    def _so_far(self) -> Counts:
-        counts = self.tracker.counts.values()
-        return Counts(sum(each.flops for each in counts), sum(each.bytes for each in counts))
-
-    def _add(self, cost: tuple[Counts, int | float], weight: int | float) -> None:
-        counts, calls = cost
-        self.tracker.current.flops += weight * counts.flops
-        self.tracker.current.bytes += weight * counts.bytes
-        self.denoiser_calls += weight * calls
+    @property
+    def total(self) -> Counts:
+        """Costs of all phases; no peak."""
+        total = Counts()
+        for counts in self.tracker.counts.values():
+            total.add(counts, times=1)
+        return total
 
     def finish_step(self, trainer: Trainer, step: int, **metrics: Any) -> None:
         """End the dry run after the step's averages."""
@@ -129,49 +135,7 @@ class Rehearsal:
     def watch(self, policy: Any) -> None:
         """Count the denoiser's calls, and run equal calls without gradient once."""
         self.policy = policy
-        self._once(policy.network, "forward", calls=True)
-        if policy.reference is not None:
-            self._once(policy.reference, "forward", calls=True)
-        for encoder in policy.text_encoders:
-            self._once(encoder.model, "forward", phase="encode")
-        for method in ("decode", "encode"):
-            self._once(policy.autoencoder.vae, method)
-
-    def _once(self, module: Any, method: str, *, calls: bool = False, phase: str | None = None) -> None:
-        original, tracker = getattr(module, method), self.tracker
-        seen: dict[Any, tuple[Any, Counts]] = {}
-        adapters = [layer for layer in module.modules() if getattr(layer, "disable_adapters", None) is False][:1]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            key = (*((t.shape, t.dtype) for t in tensors), _without(adapters))
-            with tracker.during(phase or tracker.phase):
-                if torch.is_grad_enabled() or tracker.fake is None or key not in seen:
-                    result, cost = self._measured(lambda: original(*args, **kwargs))
-                    if not torch.is_grad_enabled():
-                        with tracker.fake or torch.no_grad():
-                            seen[key] = tree_map(_shape_of, result), cost
-                else:
-                    shapes, cost = seen[key]
-                    tracker.current.flops += tracker.weight * cost.flops
-                    tracker.current.bytes += tracker.weight * cost.bytes
-                    tracker.current.peak = max(tracker.current.peak, tracker.now + cost.peak)
-                    result = tree_map(lambda leaf: leaf.make(tracker) if isinstance(leaf, _Shape) else leaf, shapes)
-            if calls:
-                self.denoiser_calls += tracker.weight * _rows(result)
-            return result
-
-        setattr(module, method, call)
-
-    def _measured(self, work: Callable[[], Any]) -> tuple[Any, Counts]:
-        tracker = self.tracker
-        before, now = dataclasses.replace(tracker.current), tracker.now
-        tracker.current.peak = now
-        result = work()
-        found, weight = tracker.current, tracker.weight
-        cost = Counts((found.flops - before.flops) / weight, (found.bytes - before.bytes) / weight, found.peak - now)
-        found.peak = max(found.peak, before.peak)
-        return result, cost
+        self._memo.watch(policy)
 
     # --- all of it ---
 
@@ -209,6 +173,7 @@ class Rehearsal:
             (SearchRun, "write_results", _stop),
             (_context(), "score", lambda context, *args, **kwargs: self.score(context, *args, **kwargs)),
             (ImagePairs, "load", load),
+            *([(rollout, "each", self._memo.each)] if not self._memo.is_off else []),
             (base, "add_lora", add_fake_lora),
             *([(nn.Module, "_apply", _convert)] if self.tracker.fake else []),
         ]
@@ -223,34 +188,6 @@ def stand_in_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
     if images.requires_grad:
         return images.mean(dim=(1, 2, 3))
     return torch.rand(len(prompts))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def make(self, tracker: Tracker) -> Tensor:
-        return tracker.empty(self.shape, dtype=self.dtype)
-
-
-def _shape_of(leaf: Any) -> Any:
-    return _Shape(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
-
-
-def _rows(batch: Any) -> int:
-    """Return the number of rows of a batch: of its first tensor, or of a list of images."""
-    if isinstance(batch, Tensor):
-        return len(batch)
-    if dataclasses.is_dataclass(batch):
-        return _rows(getattr(batch, dataclasses.fields(batch)[0].name))
-    if isinstance(batch, list):
-        return len(batch)
-    return _rows(next(part for part in batch if not isinstance(part, int | float)))
-
-
-def _without(adapters: Sequence[Any]) -> bool:
-    return any(layer.disable_adapters for layer in adapters)
 
 
 def _context() -> Any:

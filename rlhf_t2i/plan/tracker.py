@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 _SMALL = 4096
 """Random, empty or constant floats of fewer numbers stay real: indices, noise levels and scores decide what runs."""
 _aten = torch.ops.aten
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(slots=True)
@@ -29,6 +30,13 @@ class Counts:
     """Bytes of the inputs and outputs of all operations; an upper bound of the traffic to memory."""
     peak: int | float = 0
     """Most bytes of tensors alive at once."""
+    denoiser_calls: int | float = 0
+    """Images that pass through the denoiser."""
+
+    def add(self, other: Counts, *, times: int | float) -> None:
+        """Add the costs of work that runs so many times; not its peak."""
+        for name in ("flops", "bytes", "denoiser_calls"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
 
 @dataclass
@@ -59,7 +67,10 @@ class Tracker(TorchDispatchMode):
         is_fake = any(isinstance(leaf, FakeTensor) for leaf in inputs)
         if func is _aten._local_scalar_dense.default and is_fake:
             return {torch.bool: True}.get(inputs[0].dtype, 1.0 if inputs[0].is_floating_point() else 1)
-        if self.fake is not None and not is_fake and (self.all_fake or _makes_many(inputs, args, kwargs)):
+        if self.fake is not None and is_fake and (shape := _shape_of_rows(func, args)) is not None:
+            with self.fake:
+                result = args[0].new_empty(shape)
+        elif self.fake is not None and not is_fake and (self.all_fake or _makes_many(inputs, args, kwargs)):
             with self.fake:
                 result = func(*args, **kwargs)
         else:
@@ -91,6 +102,29 @@ class Tracker(TorchDispatchMode):
         finally:
             self.phase, self.weight = before
 
+    @contextmanager
+    def times(self, number: int | float) -> Iterator[None]:
+        """Context whose operations stand for `number` times as many."""
+        with self.during(self.phase, weight=number * self.weight):
+            yield
+
+    def measured(self, work: Callable[[], ResultT]) -> tuple[ResultT, Counts]:
+        """Return the result of `work` and what it costs once; `peak` is the most bytes beyond those alive before it."""
+        before, now = replace(self.current), self.now
+        self.current.peak = now
+        result = work()
+        found = self.current
+        cost = Counts(peak=found.peak - now)
+        cost.add(found, times=1 / self.weight)
+        cost.add(before, times=-1 / self.weight)
+        found.peak = max(found.peak, before.peak)
+        return result, cost
+
+    def count_again(self, cost: Counts) -> None:
+        """Count work that `measured` has measured."""
+        self.current.add(cost, times=self.weight)
+        self.current.peak = max(self.current.peak, self.now + cost.peak)
+
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, inputs: Any, outputs: list[Tensor]) -> None:
         counts = self.current
         is_new = self._hold(*outputs)
@@ -114,6 +148,18 @@ class Tracker(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._alive.pop(key, 0)
+
+
+def _shape_of_rows(func: Any, args: Any) -> tuple[int, ...] | None:
+    """Return the shape of the rows that one index or mask takes, for other operations None.
+
+    Turning each index into a fake tensor takes longer than all else, and a mask of fake numbers is taken as all true.
+    """
+    if func is not _aten.index.Tensor or len(args[1]) != 1 or args[1][0].dim() != 1:
+        return None
+    index = args[1][0]
+    is_mask = index.dtype == torch.bool and not isinstance(index, FakeTensor)
+    return (int(index.sum()) if is_mask else len(index), *args[0].shape[1:])
 
 
 def _makes_many(inputs: list[Tensor], args: Any, kwargs: Any) -> bool:

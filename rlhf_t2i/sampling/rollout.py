@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +20,8 @@ from rlhf_t2i.types import (
     Trajectory,
     Transition,
 )
+
+ItemT = TypeVar("ItemT")
 
 
 @torch.no_grad()
@@ -76,7 +79,7 @@ def _denoise(
     num_rows: int,
 ) -> None:
     """Fill in the latents after each step, and their log-probabilities; those at index 0 are given."""
-    for step in range(log_probs.shape[1]):
+    for step in each(range(log_probs.shape[1])):
         for rows, transition, x_next in _next_latents(
             model, latents[:, step], step, conditioning, sampler=sampler, generators=generators, num_rows=num_rows
         ):
@@ -96,12 +99,17 @@ def generate(
     """Return the images of a `rollout` and their clean latents, without a record of the denoising steps."""
     conditioning, num_rows = encode_distinct(model, prompts), _even_rows(len(prompts), microbatch_size)
     latents = model.initial_noise(generators, copies=_copies(prompts, generators))
-    for step in range(sampler.schedule.num_steps):
+    for step in each(range(sampler.schedule.num_steps)):
         for rows, _, x_next in _next_latents(
             model, latents, step, conditioning, sampler=sampler, generators=generators, num_rows=num_rows
         ):
             latents[rows] = x_next
     return _decode(model, latents, slice(None), into=torch.empty(0), num_rows=num_rows), latents
+
+
+def each(items: Iterable[ItemT]) -> Iterable[ItemT]:
+    """Return items with each of which a loop does the same work; a dry run replaces this and takes some of them."""
+    return items
 
 
 def encode_distinct(model: DiffusionModel, prompts: Sequence[str]) -> EncodedPrompts:
@@ -143,7 +151,7 @@ def _next_latents(
 ) -> Iterator[tuple[Int[Tensor, " N"], Transition, Float[Tensor, "N C H W"]]]:
     """Yield (rows, transition, next latents) for batches of latents that have all taken `step` steps."""
     noise, steps = randn(latents.shape, generators=generators, device=latents.device), torch.full((len(latents),), step)
-    for rows in torch.arange(len(latents)).split(num_rows):
+    for rows in each(torch.arange(len(latents)).split(num_rows)):
         transition = transition_at(
             model, latents[rows], steps[rows], conditioning[rows], sampler=sampler, num_rows=num_rows
         )
@@ -154,7 +162,7 @@ def _decode(
     model: DiffusionModel, latents: Float[Tensor, "B C H W"], rows: slice, *, into: Tensor, num_rows: int
 ) -> Float[Tensor, "B 3 Y X"]:
     """Write the images of some rows into `into`, which is allocated if it is empty; return it."""
-    for part in torch.arange(len(latents))[rows].split(num_rows):
+    for part in each(torch.arange(len(latents))[rows].split(num_rows)):
         decoded = model.decode(latents[part]).clamp(0, 1)
         into = into if len(into) else decoded.new_empty(len(latents), *decoded.shape[1:])
         into[part] = decoded

@@ -27,7 +27,7 @@ from rlhf_t2i.training.start import set_start
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Policy
 
-_NUM_MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adamw_8bit": 0.5}
+NUM_MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adamw_8bit": 0.5}
 """Optimiser state of a weight, in float32 numbers."""
 
 
@@ -122,7 +122,7 @@ def _engine(policy: Policy, run: Run, config: TrainerConfig, *, num_averages: in
     optimizer = _optimizer(policy, run, config)
     layout = layout_of(
         policy.denoiser, run.mode, processes=run.num_processes, num_averages=num_averages,
-        reference=policy.reference is not None, num_moments=_NUM_MOMENTS[config.optimizer],
+        reference=policy.reference is not None, num_moments=NUM_MOMENTS[config.optimizer],
     )  # fmt: skip
     precision, microbatch_size = run.accelerator.mixed_precision, config.microbatch_size
     run.print(placement_table(layout, precision=precision, microbatch_size=microbatch_size))

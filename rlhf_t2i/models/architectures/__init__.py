@@ -16,5 +16,9 @@ def _published() -> dict[str, dict[str, Any]]:
 
 
 def published_architecture(model: str) -> dict[str, Any] | None:
-    """Return the pipeline class (`_class_name`) and the config of each part (`parts`) of a Hub id; None if unknown."""
+    """Return what is published of a Hub id, or None if it is unknown.
+
+    That is its pipeline class (`_class_name`), the config of each part (`parts`), and switches of the pipeline
+    (`options`).
+    """
     return _published().get(model)

@@ -1,0 +1,139 @@
+"""Compare the plan's peak memory with the resident memory of the same run on the CPU.
+
+    python benchmarks/plan_against_memory.py
+
+Six middling models of random float32 weights (like SD 1.5, SDXL and SD 3.5 medium, narrower), trained by DDPO or
+Flow-GRPO for one step: LoRA and all weights, with and without gradient checkpointing. Each case is a process of its
+own: it makes the plan, which loads all libraries, then runs, and states the most resident memory of the run over that
+before it. Linux only. Prints Markdown.
+"""
+
+# diffusers has no usable types.
+# pyright: reportPrivateImportUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+MEGA = 1e6
+say = partial(print, flush=True)
+UNET: dict[str, Any] = {
+    "sample_size": 16, "block_out_channels": (160, 320, 640), "layers_per_block": 2, "norm_num_groups": 32,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 8,
+}  # fmt: skip
+DENOISERS: dict[str, dict[str, Any]] = {
+    "sd": UNET,
+    "sdxl": UNET | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 4), "attention_head_dim": (5, 10, 20),
+    },
+    "sd3": {
+        "sample_size": 16, "num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64,
+        "caption_projection_dim": 768, "pos_embed_max_size": 48, "dual_attention_layers": (0, 1, 2, 3, 4, 5),
+    },
+}  # fmt: skip
+CASES = [
+    ("sd", True, False), ("sd", False, True), ("sdxl", True, True), ("sdxl", False, False), ("sd3", True, False),
+    ("sd3", False, True),
+]  # fmt: skip
+"""Model, whether a LoRA is trained, gradient checkpointing."""
+
+
+def mean_brightness(images: Any, prompts: Any) -> Any:
+    """Score images by their mean."""
+    del prompts
+    return images.mean(dim=(1, 2, 3))
+
+
+def save_model(name: str, folder: Path) -> Path:
+    """Save a pipeline with a middling denoiser of random weights, and tiny other parts."""
+    import diffusers
+
+    from tests import tiny
+
+    getattr(tiny, f"save_{name}")(folder)
+    part = "transformer" if name == "sd3" else "unet"
+    kind = diffusers.SD3Transformer2DModel if name == "sd3" else diffusers.UNet2DConditionModel
+    config = {**kind.load_config(folder / part), **DENOISERS[name]}
+    kind.from_config(config).save_pretrained(folder / part)
+    return folder
+
+
+def config_of(recipe: Any, model: str, folder: Path, *, lora: bool, checkpointing: bool) -> Any:
+    """Return the options of one short training step."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a fox\n", encoding="utf-8")
+    return recipe.Config(
+        model=str(save_model(model, folder / "model")), prompts=str(prompts), evaluation_prompts=str(prompts),
+        rewards="benchmarks.plan_against_memory:mean_brightness", num_evaluation_images=2, num_evaluation_steps=1,
+        evaluation_rewards="benchmarks.plan_against_memory:mean_brightness", run_folder=str(folder / "run"),
+        prompts_per_step=1, images_per_prompt=4, num_denoising_steps=2, microbatch_size=2, guidance_scale=5.0,
+        num_minibatches=2, lora_rank=16 if lora else None, gradient_checkpointing=checkpointing, num_steps=2,
+        num_cpu_threads=1,
+    )  # fmt: skip
+
+
+def resident(field: str) -> int:
+    """Return a field of this process's status in bytes: VmRSS or VmHWM, the most since it was reset."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
+
+
+def compare(model: str, *, lora: bool, checkpointing: bool) -> dict[str, float]:
+    """Plan and run one case in this process; return bytes and seconds."""
+    from importlib import import_module
+
+    from rlhf_t2i.plan.dry_run import rehearse
+
+    warnings.filterwarnings("ignore")
+    recipe = import_module("recipes.flow_grpo" if model == "sd3" else "recipes.ddpo")
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(recipe, model, Path(folder), lora=lora, checkpointing=checkpointing)
+        plan = rehearse(recipe.main, config, on_gpu=False)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        before, start = resident("VmRSS"), time.monotonic()
+        recipe.main(config)
+        return {
+            "parameters": sum(learned + frozen for learned, frozen, _ in plan.parts.values()),
+            "planned": plan.peak, "measured": resident("VmHWM") - before, "seconds": time.monotonic() - start,
+        }  # fmt: skip
+
+
+def main() -> None:
+    """Run each case in a process of its own, and print the table."""
+    if len(sys.argv) > 1:
+        model, lora, checkpointing = CASES[int(sys.argv[1])]
+        say(json.dumps(compare(model, lora=lora, checkpointing=checkpointing)))
+        return
+    say("| model like | trained | checkpointing | parameters | planned MB | measured MB | planned / measured | s |")
+    say(f"|{'---|' * 8}")
+    # What is freed goes back to the system at once, as far as the allocator can.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for number, (model, lora, checkpointing) in enumerate(CASES):
+        command = [sys.executable, "-m", "benchmarks.plan_against_memory", str(number)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        ratio = found["planned"] / found["measured"]
+        cells = [
+            model, "LoRA" if lora else "all weights", "yes" if checkpointing else "no",
+            f"{found['parameters'] / 1e6:.0f} M", f"{found['planned'] / MEGA:,.0f}", f"{found['measured'] / MEGA:,.0f}",
+            f"{ratio:.2f}", f"{found['seconds']:.0f}",
+        ]  # fmt: skip
+        say(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
