@@ -73,11 +73,10 @@ def main(config: Config) -> Path:
     """Train on preferences, keep the best weights, evaluate them; return the folder of the reward model."""
     arguments, folder = start(config)
     training, validation, tests = load_data(config, folder)
-    has_ties = any(records.column("tie").any() for records in (training, validation))
     objective = Objective(
         loss=config.loss,
         temperature=config.temperature if config.loss != "cross_entropy" else 1.0,
-        tie_width=config.tie_width if has_ties else 0.0,
+        tie_width=config.tie_width if any(one.column("tie").any() for one in (training, validation)) else 0.0,
         margin_per_rating=config.margin_per_rating,
     )
     objective.check([*training.first_of_each_kind(), *validation.first_of_each_kind()])
@@ -100,7 +99,6 @@ def main(config: Config) -> Path:
     if trainer.is_world_process_zero():
         record_history(folder, trainer.state.log_history)
         best = LlavaReward(trainer.best_model())
-        # A bad image must not cost a finished training its evaluation.
         usable = partial(usable_records, backbone=best.model.backbone, skipped=folder / "skipped.jsonl")
         sets = {name: usable(records) for name, records in {"validation": validation, **tests}.items()}
         statistics = best.score_statistics(sets["validation"], batch_size=2 * config.microbatch_size)
@@ -206,8 +204,7 @@ def load_data(config: Config, folder: Path) -> tuple[RecordTable, RecordTable, d
         )  # fmt: skip
 
     tests = {name: load(source) for name, source in test_files.items()}
-    training = RecordTable.concatenate([load(source) for source in training_files])
-    validation = RecordTable.concatenate([load(source) for source in validation_files])
+    training, validation = (RecordTable.concatenate([*map(load, f)]) for f in (training_files, validation_files))
     for reason, count in no_preference.items():
         log(f"{count:,} rows state no preference: {reason}")
     if config.backbone == TOY_BACKBONE and config.train_data != TOY_PAIRS:
