@@ -511,7 +511,7 @@ def test_bytes_that_are_not_an_image_are_refused(tmp_path: Path) -> None:
     row = {**pick_a_pic_rows((1, 2, 1))[0], "jpg_1": b"broken"}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "test_unique.parquet")
     with pytest.raises(
-        BadRecordError, match="ROW 1: 'jpg_1': the image 'jpg_1' of row 1 of .* cannot be read as an image"
+        BadRecordError, match=r"ROW 1: 'jpg_1': the image 'jpg_1' of row 1 of .* cannot be read as an image"
     ):
         load_benchmarks(f"pick_a_pic:{tmp_path}")
 
