@@ -78,7 +78,7 @@ def _from_pil(image: Image.Image) -> Float[Tensor, "3 _ _"]:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(255)
 
 
 def _from_array(array: np.ndarray) -> Float[Tensor, "3 _ _"]:
