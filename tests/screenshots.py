@@ -23,13 +23,13 @@ from rlhf_t2i.seeds import generator_for
 from tests import browser
 from tests.servers import running
 
-SIZE = {"width": 1280, "height": 800}
+WIDTH, HEIGHT = 1280, 800
 
 
 def main(run: Path, output: Path) -> None:
     """Write the screenshots."""
     with tempfile.TemporaryDirectory() as folder, browser.chromium() as page:
-        page.emulate(**SIZE)
+        page.emulate(width=WIDTH, height=HEIGHT)
         page.open(write_report(run).resolve().as_uri())
         take(page, output / "report.png")
         questions = write_questions(Path(folder), from_runs([run], num_pairs=None, generator=generator_for(0)))
@@ -46,7 +46,7 @@ def take(page: browser.Browser, path: Path) -> None:
     """Write what the browser shows, in half the resolution of its screen of high density."""
     page.screenshot(path)
     with Image.open(path) as shot:
-        small = shot.convert("RGB").resize((SIZE["width"], SIZE["height"]), Image.Resampling.LANCZOS)
+        small = shot.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
     small.save(path, optimize=True)
 
 

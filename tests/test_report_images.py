@@ -195,7 +195,7 @@ def test_a_run_folder_without_extremes_has_a_page_without_them(tmp_path: Path) -
     folder = run_folder(tmp_path, two_updates(before=0.4, after=0.6))
     add_images(folder, ["a red square"] * 6, steps=(0, 2))
     page = write_report(folder).read_text(encoding="utf-8")
-    assert 'class="extreme-image"' not in page
+    assert 'zoom extreme-image"' not in page
 
 
 def test_warnings_come_first_then_passed_checks(tmp_path: Path) -> None:
