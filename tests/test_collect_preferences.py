@@ -55,7 +55,7 @@ from rlhf_t2i.annotation.questions import (
 )
 from rlhf_t2i.annotation.serve import Service, create_app
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.data.preferences import save_pairs
+from rlhf_t2i.data.saved_pairs import save_pairs
 from rlhf_t2i.rewards.load import CheckedReward, WeightedSum
 from rlhf_t2i.seeds import generator_for
 from rlhf_t2i.training.claim import remove_failed_starts
