@@ -65,7 +65,7 @@ def save_model(name: str, folder: Path) -> Path:
 
     getattr(tiny, f"save_{name}")(folder)
     part = "transformer" if name == "sd3" else "unet"
-    kind = diffusers.SD3Transformer2DModel if name == "sd3" else diffusers.UNet2DConditionModel
+    kind: Any = diffusers.SD3Transformer2DModel if name == "sd3" else diffusers.UNet2DConditionModel
     config = {**kind.load_config(folder / part), **DENOISERS[name]}
     kind.from_config(config).save_pretrained(folder / part)
     return folder

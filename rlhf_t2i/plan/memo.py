@@ -126,5 +126,5 @@ def _shapes(arguments: Any) -> list[Any]:
 
 def _adapter_state(module: nn.Module) -> Callable[[], Any]:
     """Return a function that says which LoRA adapters of a network are in use."""
-    layers = [layer for layer in module.modules() if getattr(layer, "disable_adapters", None) is False][:1]
+    layers: list[Any] = [layer for layer in module.modules() if getattr(layer, "disable_adapters", None) is False][:1]
     return lambda: tuple((layer.disable_adapters, *layer.active_adapters) for layer in layers)
