@@ -177,7 +177,7 @@ def test_the_table_of_paths_names_exactly_the_suffixes() -> None:
 
 
 def test_the_lines_of_the_own_format_are_what_the_page_says(tmp_path: Path) -> None:
-    """A pair, one with a gap, an edit, a tie, one image with two prompts, two images with two prompts, a labelled one."""
+    """A pair, one with a gap, an edit, a tie, an image with two prompts, two with two prompts, a labelled one."""
     (block,) = re.findall(r"^```json\n(.*?)^```$", DATA, flags=re.DOTALL | re.MULTILINE)
     (tmp_path / "pairs.jsonl").write_text(block)
     for name, colour in (("a", "red"), ("b", "blue"), ("fox", "blue")):
