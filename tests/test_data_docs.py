@@ -185,12 +185,14 @@ def test_the_table_of_paths_names_exactly_the_suffixes() -> None:
 
 
 def test_the_lines_of_the_own_format_are_what_the_page_says(tmp_path: Path) -> None:
-    """A pair, a pair with a gap, a tie, one image with two prompts, two images with two prompts, a labelled image."""
+    """A pair, one with a gap, an edit, a tie, an image with two prompts, two with two prompts, a labelled one."""
     (block,) = re.findall(r"^```json\n(.*?)^```$", DATA, flags=re.DOTALL | re.MULTILINE)
     (tmp_path / "pairs.jsonl").write_text(block)
-    for name, colour in (("a", "red"), ("b", "blue")):
+    for name, colour in (("a", "red"), ("b", "blue"), ("fox", "blue")):
         (tmp_path / f"{name}.png").write_bytes(encoded_image(colour, "PNG"))
-    *pairs, labelled = load_records(tmp_path / "pairs.jsonl")
+    *pairs, labelled = load_records(tmp_path / "pairs.jsonl", with_references=True)
+    edit = pairs.pop(2)
+    assert edit.reference == tmp_path / "fox.png"  # type: ignore[union-attr]
     assert as_rows([*pairs[:3], labelled]) == [
         ("red", "blue", FOX, False, 0.0), ("red", "blue", FOX, False, 2.0), ("red", "blue", FOX, True, 0.0),
         ("red", FOX, 1),
