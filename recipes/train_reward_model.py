@@ -70,7 +70,7 @@ from rlhf_t2i.training.trackers import name_run
 
 
 def main(config: Config) -> Path:
-    """Train on preferences, keep the best weights, evaluate them; return the folder of the reward model."""
+    """Train on preferences, keep the best weights, evaluate them on usable records; return the reward model's folder."""
     arguments, folder = start(config)
     training, validation, tests = load_data(config, folder)
     objective = Objective(
@@ -105,8 +105,8 @@ def main(config: Config) -> Path:
         model_config = replace(model.configs[config.perspective], **statistics)
         save_adapter(model_config, adapter_tensors(best.model, config.perspective), folder / REWARD_MODEL)
         evaluate(best, sets, folder, batch_size=2 * config.microbatch_size)
-        tqdm.write(skipped_records(folder))
-        tqdm.write(f"report        {write_report(folder)}\nreward model  {folder / REWARD_MODEL}")
+        tqdm.write(f"{skipped_records(folder)}\nreport        {write_report(folder)}")
+        tqdm.write(f"reward model  {folder / REWARD_MODEL}")
     end_processes(trainer.accelerator)
     return folder / REWARD_MODEL
 
@@ -193,8 +193,7 @@ def trainer_arguments(config: Config, *, precision: str) -> RewardConfig:
 def load_data(config: Config, folder: Path) -> tuple[RecordTable, RecordTable, dict[str, RecordTable]]:
     """Return the training and validation records, and the test records by name; print their contents."""
     log = tqdm.write if PartialState().is_main_process else lambda _: None
-    training_files, validation_files, test_files = data_files(config)
-    no_preference = Counter[str]()
+    (training_files, validation_files, test_files), no_preference = data_files(config), Counter[str]()
 
     def load(source: str) -> RecordTable:
         log(checked(source))
@@ -209,11 +208,11 @@ def load_data(config: Config, folder: Path) -> tuple[RecordTable, RecordTable, d
         log(f"{count:,} rows state no preference: {reason}")
     if config.backbone == TOY_BACKBONE and config.train_data != TOY_PAIRS:
         log("The built-in backbone was trained on the toy world only; for other images give a --backbone.")
-    training, validation = prepare_records(
+    prepared = prepare_records(
         training, validation, tests, exclude_test_prompts=config.exclude_test_prompts,
         validation_fraction=config.validation_fraction, hard_negatives=config.hard_negatives, seed=config.seed, log=log,
     )  # fmt: skip
-    return training, validation, tests
+    return *prepared, tests
 
 
 def data_files(config: Config) -> tuple[list[str], list[str], dict[str, str]]:
@@ -242,8 +241,7 @@ def evaluate(model: LlavaReward, sets: dict[str, RecordTable], folder: Path, *, 
     metrics = {name: record_metrics(score_records(model, one, batch_size=batch_size)) for name, one in sets.items()}
     for name, found in metrics.items():
         tqdm.write(f"\n{name}\n{to_table(found)}")
-    rows = {name: to_rows(found) for name, found in metrics.items()}
-    write_atomically(folder / REWARD_METRICS, json.dumps(rows, indent=1))
+    write_atomically(folder / REWARD_METRICS, json.dumps({k: to_rows(v) for k, v in metrics.items()}, indent=1))
 
 
 if __name__ == "__main__":
