@@ -70,7 +70,7 @@ from rlhf_t2i.training.trackers import name_run
 
 
 def main(config: Config) -> Path:
-    """Train on preferences, keep the best weights, evaluate them on usable records; return the reward model's folder."""
+    """Train on preferences, keep the best weights, evaluate them on usable records; return their folder."""
     arguments, folder = start(config)
     training, validation, tests = load_data(config, folder)
     objective = Objective(

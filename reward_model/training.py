@@ -14,7 +14,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,15 @@ from trl import RewardConfig, RewardTrainer
 
 from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, load_adapter_weights, load_reward_model, save_adapter
 from reward_model.checkpoint_files import seal
+from reward_model.collator import Collator
 from reward_model.datasets.fields import BadRecordError
 from reward_model.datasets.order import BlockSampler
-from reward_model.datasets.refill import Refill, UnusableError
+from reward_model.datasets.refill import Refill
 from reward_model.datasets.table import RecordTable
-from reward_model.datasets.usable import flaw_of_equal_sides, flaw_of_input
-from reward_model.images import to_tensor
 from reward_model.losses import Objective
 from reward_model.model import GROUPS, RewardModel
 from reward_model.progress import History, Progress, continue_tensorboard
-from reward_model.types import ImageSource, Inputs, LabelledImage, PreferencePair, Record
+from reward_model.types import Inputs, Record
 
 REQUIRED_ARGUMENTS: dict[str, Any] = {
     "disable_dropout": False,
@@ -55,65 +53,6 @@ REQUIRED_ARGUMENTS: dict[str, Any] = {
     "greater_is_better": True,
 }
 """Arguments of trl's RewardConfig that `RewardModelTrainer` relies on."""
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Collator:
-    """Collate record indices to a batch: the backbone's inputs, and `tie`, `gap` and `label` for the objective.
-
-    Images are decoded here, in the processes of the data loader. A record that cannot be used is replaced or refused,
-    as `refill` does.
-    """
-
-    model: RewardModel
-    records: Sequence[Record]
-    refill: Refill
-
-    def __call__(self, examples: Sequence[dict[str, int]]) -> Inputs:
-        indices = [example["record"] for example in examples]
-        return self.refill.collate(indices, self._batch, where=lambda index: self.records[index].where)
-
-    def _batch(self, indices: Sequence[int]) -> Inputs:
-        records = [self.records[index] for index in indices]
-        pairs = [(i, record) for i, record in enumerate(records) if isinstance(record, PreferencePair)]
-        labelled = [(i, record) for i, record in enumerate(records) if isinstance(record, LabelledImage)]
-        rows = [(i, pair.winner, pair.winner_prompt) for i, pair in pairs]
-        rows += [(i, pair.loser, pair.loser_prompt) for i, pair in pairs]
-        rows += [(i, one.image, one.prompt) for i, one in labelled]
-        for i, pair in pairs:
-            if flaw := self._flaw_of_sides(pair):
-                raise UnusableError(i, flaw)
-        images = (self._image(*row) for row in rows)
-        try:
-            inputs = self.model.backbone.prepare(images, [prompt for *_, prompt in rows])
-        except UnusableError:
-            raise
-        except ValueError as error:
-            raise ValueError(f"One of {', '.join(record.where for record in records)}: {error}") from error
-        return {
-            **inputs,
-            "tie": torch.tensor([pair.tie for _, pair in pairs], dtype=torch.bool),
-            "gap": torch.tensor([pair.rating_gap for _, pair in pairs], dtype=torch.float32),
-            "label": torch.tensor([one.label for _, one in labelled], dtype=torch.float32),
-        }
-
-    def _flaw_of_sides(self, pair: PreferencePair) -> str | None:
-        try:
-            return flaw_of_equal_sides(pair)
-        except (OSError, ValueError) as error:
-            return str(error)
-
-    def _image(self, position: int, source: ImageSource, prompt: str) -> Tensor:
-        try:
-            image = to_tensor(source)
-        except (OSError, ValueError) as error:
-            raise UnusableError(position, str(error)) from error
-        if flaw := flaw_of_input(self.model.backbone, (image.shape[1], image.shape[2]), prompt):
-            raise UnusableError(position, flaw)
-        return image
-
 
 # --- the trainer ----------------------------------------------------------------------------------
 
