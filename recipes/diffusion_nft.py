@@ -138,13 +138,11 @@ def update(
         batches = torch.arange(len(image)).split(config.microbatch_size)
         with torch.no_grad(), trainer.sampling(average="sampling"):
             old_predictions = [predict(batch_of(rows)).clean for rows in batches]
-        reference_outputs: list[Tensor | None] = [None] * len(batches)
+        references: list[Tensor | None] = [None] * len(batches)
         if config.kl_weight:
             with torch.no_grad(), trainer.sampling(), policy.as_reference():
-                reference_outputs = [policy.to_output(predict(b), b.level) for b in map(batch_of, batches)]
-        for rows, old, reference in trainer.accumulate(
-            list(zip(batches, old_predictions, reference_outputs, strict=True))
-        ):
+                references = [policy.to_output(predict(b), b.level) for b in map(batch_of, batches)]
+        for rows, old, reference in trainer.accumulate([*zip(batches, old_predictions, references, strict=True)]):
             batch = batch_of(rows)
             new = predict(batch)
             # Times max_advantage, so that an advantage of 1 has the same gradient whatever max_advantage is.
