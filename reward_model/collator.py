@@ -12,7 +12,8 @@ from reward_model.datasets.refill import Refill, UnusableError
 from reward_model.datasets.usable import flaw_of_equal_sides, flaw_of_input
 from reward_model.images import to_tensor
 from reward_model.model import RewardModel
-from reward_model.types import ImageSource, Inputs, LabelledImage, PreferencePair, Record
+from reward_model.stored_images import ImageSource
+from reward_model.types import Inputs, LabelledImage, PreferencePair, Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ from functools import cache
 
 from PIL import ExifTags, Image
 
-from reward_model.stored_images import read_bytes
-from reward_model.types import ImageSource, StoredImage
+from reward_model.stored_images import ImageSource, StoredImage, read_bytes
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels are refused as decompression bombs."""

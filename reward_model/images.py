@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from reward_model.image_files import MAX_PIXELS, open_image, upright
-from reward_model.types import ImageSource, StoredImage
+from reward_model.stored_images import ImageSource, StoredImage
 
 MAX_ASPECT_RATIO = 200
 """Long side over short side of an image that is resized by its short side; it is also the limit of Qwen's models."""

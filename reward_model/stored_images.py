@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-from reward_model.types import StoredImage
 
 MAX_BYTES = 256 * 2**20
 """Largest image that is read from an archive. A file with holes can claim any size at no cost."""
@@ -23,6 +22,29 @@ _MAX_KEPT = 512 * 2**20
 """Bytes of images of Parquet files that a process keeps; a row group beyond that is decoded again for each image."""
 _kept: OrderedDict[tuple[Any, ...], tuple[list[Any], int]] = OrderedDict()
 """First values of a column of a row group, and their bytes; the group that was used last is the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image within another file: a member of an archive, or a cell of a table. It is read when it is needed."""
+
+    file: str
+    """Path of the archive or table, or hf:ID@SPLIT."""
+    start: int
+    """First byte of the image in the archive; its row in the table, from 0."""
+    size: int
+    """Number of bytes; in a table, the index among the images of the cell, or -1 if the cell is one image."""
+    column: str = ""
+    """Column of the table; empty in an archive."""
+
+    def __str__(self) -> str:
+        if not self.column:
+            return f"at byte {self.start:,} of {self.file}"
+        return f"{self.column!r} of row {self.start + 1:,} of {self.file}"
+
+
+ImageSource = Path | StoredImage
+"""Where an image lies: in a file of its own, or within another file."""
 
 
 def read_bytes(image: StoredImage) -> bytes:

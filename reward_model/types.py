@@ -14,31 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from reward_model.stored_images import ImageSource
+
 Inputs = dict[str, Tensor]
 """A batch for a backbone: input_ids (B, L), attention_mask (B, L), and the tensors of its family."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredImage:
-    """An image within another file: a member of an archive, or a cell of a table. It is read when it is needed."""
-
-    file: str
-    """Path of the archive or table, or hf:ID@SPLIT."""
-    start: int
-    """First byte of the image in the archive; its row in the table, from 0."""
-    size: int
-    """Number of bytes; in a table, the index among the images of the cell, or -1 if the cell is one image."""
-    column: str = ""
-    """Column of the table; empty in an archive."""
-
-    def __str__(self) -> str:
-        if not self.column:
-            return f"at byte {self.start:,} of {self.file}"
-        return f"{self.column!r} of row {self.start + 1:,} of {self.file}"
-
-
-ImageSource = Path | StoredImage
-"""Where an image lies: in a file of its own, or within another file."""
 
 
 @dataclass(frozen=True, slots=True)

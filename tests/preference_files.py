@@ -20,7 +20,8 @@ from reward_model.datasets.table import RecordTable
 from reward_model.datasets.tfrecord import masked_crc32c
 from reward_model.datasets.usable import usable_records
 from reward_model.image_files import MAX_PIXELS, open_image
-from reward_model.types import ImageSource, LabelledImage, PreferencePair, Record
+from reward_model.stored_images import ImageSource
+from reward_model.types import LabelledImage, PreferencePair, Record
 
 FOX, CAT = "a red fox", "two cats on a sofa"
 COLOURS = ("red", "green", "blue", "white")

@@ -22,8 +22,8 @@ from reward_model.datasets.refill import Refill, UnusableError
 from reward_model.datasets.split import split_by_prompt
 from reward_model.datasets.table import RecordTable
 from reward_model.images import to_tensor
-from reward_model.stored_images import read_bytes
-from reward_model.types import LabelledImage, PreferencePair, Record, StoredImage
+from reward_model.stored_images import StoredImage, read_bytes
+from reward_model.types import LabelledImage, PreferencePair, Record
 from tests.preference_files import encoded_image, write_tar
 
 

@@ -17,8 +17,8 @@ from reward_model.datasets.images import parse_prefix
 from reward_model.datasets.parquet import read_parquet
 from reward_model.datasets.tfrecord import masked_crc32c, read_tfrecord
 from reward_model.images import to_tensor
-from reward_model.stored_images import read_bytes
-from reward_model.types import LabelledImage, PreferencePair, StoredImage
+from reward_model.stored_images import StoredImage, read_bytes
+from reward_model.types import LabelledImage, PreferencePair
 from tests.preference_files import (
     CAT,
     FOX,

@@ -12,7 +12,8 @@ from reward_model.datasets import containers
 from reward_model.datasets.raw_records import RawRecord
 from reward_model.datasets.table import RecordTable
 from reward_model.image_files import open_image
-from reward_model.types import LabelledImage, StoredImage
+from reward_model.stored_images import StoredImage
+from reward_model.types import LabelledImage
 from tests.preference_files import (
     CAT,
     FOX,

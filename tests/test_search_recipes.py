@@ -165,7 +165,7 @@ def test_each_reward_has_one_column_and_the_headline_is_of_the_last_evaluation_r
     assert headline(records).startswith(f"{green} of the selected")
     alone = {"rewards": f"{red},{green}", "evaluation_rewards": "", "run_folder": str(tmp_path / "alone")}
     assert headline(best_of_n.main(config("best_of_n", tiny_sd, tmp_path, **alone))).startswith(
-        "reward of the selected"
+        "reward, which chose, of the selected"
     )
 
 

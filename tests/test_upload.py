@@ -135,7 +135,7 @@ def test_large_files_on_the_hub_are_not_sent_again(hub: FakeHub, publication: Pa
         (
             ("PUT /lfs/", 413, "Too big"),
             OSError,
-            r"too large.*Too big.*largest is report.html, 0\.0 MB",
+            r"too large.*Too big.*largest is report.html, 0\.\d MB",
         ),
         (("POST .*/commit/", 413, "Too big"), OSError, "too large for me/tuned"),
         (("POST .*/commit/", 412, "A commit has happened since"), FileExistsError, "changed by someone else"),

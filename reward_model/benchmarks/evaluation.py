@@ -14,7 +14,8 @@ from reward_model.benchmarks.statistics import order_consistency
 from reward_model.losses import decided_logits
 from reward_model.scorers.pointwise import PointwiseScorer
 from reward_model.scoring import LlavaReward
-from reward_model.types import ImageSource, LabelledImage, PreferencePair, Record
+from reward_model.stored_images import ImageSource
+from reward_model.types import LabelledImage, PreferencePair, Record
 
 NUM_SWAPPED = 256
 """Number of pairs that are also scored in the other order."""

@@ -12,7 +12,7 @@ from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.images import ImageFinder, flaw_of_image
 from reward_model.datasets.parquet import read_parquet
 from reward_model.datasets.raw_records import parse_object, read_json_lines, read_json_list
-from reward_model.types import ImageSource, StoredImage
+from reward_model.stored_images import ImageSource, StoredImage
 
 Fields = Mapping[str, Any]
 TakeImage = Callable[[object, str], Image]

@@ -14,7 +14,7 @@ from PIL import Image
 from reward_model.benchmarks.evaluation import Mistake
 from reward_model.benchmarks.metrics import Metric
 from reward_model.images import to_tensor
-from reward_model.types import ImageSource
+from reward_model.stored_images import ImageSource
 
 _MAX_SIDE = 320
 """Longest side of an image on the page, in pixels."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_model.images import ImageInput
-from reward_model.types import ImageSource
+from reward_model.stored_images import ImageSource
 
 Image = ImageSource
 """Where an image lies: in a file of its own, or within a data file."""

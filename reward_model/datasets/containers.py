@@ -11,7 +11,7 @@ from reward_model.datasets.parquet import read_hub_dataset, read_parquet
 from reward_model.datasets.raw_records import RawRecord, read_json_lines, read_json_list
 from reward_model.datasets.tar import TarShard
 from reward_model.datasets.tfrecord import read_tfrecord
-from reward_model.types import StoredImage
+from reward_model.stored_images import StoredImage
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tar", ".tfrecord")
 

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from reward_model.types import StoredImage
+from reward_model.stored_images import StoredImage
 
 ImageField = str | StoredImage
 """An image in a record: the path of a file, or its place within the data file."""

@@ -13,8 +13,7 @@ from PIL import Image
 
 from reward_model.datasets.fields import BadRecordError, ImageField, shortened
 from reward_model.image_files import MAX_PIXELS, open_image
-from reward_model.stored_images import read_bytes
-from reward_model.types import ImageSource, StoredImage
+from reward_model.stored_images import ImageSource, StoredImage, read_bytes
 
 
 def _real_path(folder: str) -> str:

@@ -12,8 +12,7 @@ from typing import Any
 
 from reward_model.datasets.parquet_pages import ColumnPages, read_pages
 from reward_model.datasets.raw_records import RawRecord
-from reward_model.stored_images import open_hub_dataset
-from reward_model.types import StoredImage
+from reward_model.stored_images import StoredImage, open_hub_dataset
 
 _TEXT_BATCH = 16
 """Rows in memory at once of a table of texts and numbers; of one with images a single row, because a file of kilobytes

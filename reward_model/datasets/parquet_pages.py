@@ -69,7 +69,7 @@ def read_pages(path: Path, metadata: Any, columns: Collection[str]) -> list[Colu
             pages = ColumnPages(column.path, column.max_repetition_level > 0, column.physical_type, column.length)
             for group in range(metadata.num_row_groups):
                 chunk = metadata.row_group(group).column(index)
-                for page in _pages(file, *_place(chunk)):
+                for page in _pages(file, *_place(chunk)) if chunk.num_values else ():
                     _add(pages, page)
             found.append(pages)
     return found

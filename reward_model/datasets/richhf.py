@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from reward_model.datasets.fields import BadRecordError, check_keys, take_image, take_number, take_text
 from reward_model.datasets.images import FindImage, text_beside
-from reward_model.types import ImageSource, LabelledImage, Record
+from reward_model.stored_images import ImageSource
+from reward_model.types import LabelledImage, Record
 
 Score = Literal["alignment", "artifact", "overall", "aesthetics"]
 SCORE_OF: Mapping[str, str] = {

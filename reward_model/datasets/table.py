@@ -12,7 +12,8 @@ from typing import Any, Self, overload
 import numpy as np
 import pyarrow as pa
 
-from reward_model.types import ImageSource, LabelledImage, PreferencePair, Record, StoredImage
+from reward_model.stored_images import ImageSource, StoredImage
+from reward_model.types import LabelledImage, PreferencePair, Record
 
 _IMAGE = pa.struct([("file", pa.string()), ("start", pa.int64()), ("size", pa.int64()), ("column", pa.string())])
 SCHEMA = pa.schema([

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.raw_records import RawRecord, parse_object
-from reward_model.stored_images import MAX_BYTES, read_bytes
-from reward_model.types import StoredImage
+from reward_model.stored_images import MAX_BYTES, StoredImage, read_bytes
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 

@@ -18,8 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from reward_model.datasets.raw_records import RawRecord
-from reward_model.stored_images import MAX_BYTES
-from reward_model.types import StoredImage
+from reward_model.stored_images import MAX_BYTES, StoredImage
 
 Wire = Iterator[tuple[int, int | memoryview]]
 """The fields of a protobuf message: number, and a varint or the bytes of the value."""

@@ -13,8 +13,8 @@ from reward_model.datasets.images import flaw_of_image
 from reward_model.datasets.load import write_skipped
 from reward_model.datasets.table import RecordTable
 from reward_model.image_files import MAX_PIXELS, upright_size
-from reward_model.stored_images import read_bytes
-from reward_model.types import Backbone, ImageSource, PreferencePair, Record, StoredImage
+from reward_model.stored_images import ImageSource, StoredImage, read_bytes
+from reward_model.types import Backbone, PreferencePair, Record
 
 
 def usable_records(

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from reward_model.types import ImageSource
+from reward_model.stored_images import ImageSource
 from rlhf_t2i.seeds import AUGMENT, generator_for
 
 

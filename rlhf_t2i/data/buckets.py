@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from reward_model.image_files import upright_size
-from reward_model.types import ImageSource
+from reward_model.stored_images import ImageSource
 
 MAX_RATIO = 2.0
 """Longest side over shortest side of a bucket."""

@@ -18,7 +18,7 @@ from reward_model.datasets.order import block_order
 from reward_model.datasets.refill import Refill, UnusableError
 from reward_model.datasets.table import RecordTable
 from reward_model.images import fit
-from reward_model.types import ImageSource, StoredImage
+from reward_model.stored_images import ImageSource, StoredImage
 from rlhf_t2i.data.augmentation import UNCHANGED, Augmentation, ImageView
 from rlhf_t2i.data.buckets import Buckets
 from rlhf_t2i.data.latent_cache import TensorCache

@@ -36,7 +36,7 @@ class PairSettings(Settings, group="data"):
     """Pairs of the preference data in one training step, over all processes. Unused with --pairs sampled."""
     cache_folder: str | None = None
     """Folder for a cache of latents and text embeddings of the preference data; null encodes them in every step."""
-    num_workers: NonNegativeInt = 0
+    num_workers: Annotated[NonNegativeInt, Group("system")] = 0
     """Threads that decode the images of the preference data; 0 decodes one after the other."""
     random_flip: Literal["none", "pair", "image"] = "none"
     """Images of the preference data that are mirrored, left to right, with probability 1/2 in each step: none, both of
