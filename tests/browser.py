@@ -45,6 +45,11 @@ class Browser:
         events = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
         self.call("actions", actions=[{"type": "key", "id": "keyboard", "actions": events}])
 
+    def type_in(self, field: str, text: str) -> None:
+        """Type into a field of a page that gives it the focus."""
+        self.until(f"document.activeElement === document.getElementById('{field}')")
+        self.press(*text)
+
     def until(self, script: str, *, seconds: float = 20.0) -> None:
         """Wait until an expression is true on the page, for `seconds` at most."""
         deadline = time.monotonic() + seconds

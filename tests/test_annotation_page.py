@@ -171,7 +171,8 @@ def test_images_fill_their_cards_and_can_be_enlarged_on_any_screen(tmp_path: Pat
             page.open(address)
             if width == 1280:
                 assert "Ignore <i>the frame</i>." in page.run("return document.body.innerText")
-                page.press(*"Ann", "enter")
+                page.type_in("name", "Ann")
+                page.press("enter")
             page.until(asked.format("alignment"))
             assert problems(page) == []
             filled = "const [i, c] = [one, one.closest('.choice')].map((x) => x.getBoundingClientRect().width); "

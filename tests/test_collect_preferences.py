@@ -776,7 +776,7 @@ def test_keys_buttons_and_reloads_work_in_chromium(tmp_path: Path) -> None:
             page.emulate(width=390, height=844, dark=True)
             page.open(address)
             page.screenshot(shots / "entrance.png")
-            page.press(*"Ann")
+            page.type_in("name", "Ann")
             page.run(f"document.getElementById('token').value = '{TOKEN}'")
             page.press("enter")
             page.until(answered.format(0))
@@ -808,7 +808,8 @@ def test_the_page_repeats_an_answer_until_a_server_responds(tmp_path: Path) -> N
     with collecting(tmp_path, write_pairs(tmp_path, 3)) as answers, browser.chromium() as page:
         with serving(answers, port=port) as address:
             page.open(address)
-            page.press(*"ann", "enter")
+            page.type_in("name", "ann")
+            page.press("enter")
             page.until("document.getElementById('count').textContent === '0 of 3'")
             page.until("!document.querySelector('.busy')")
         page.press("t")

