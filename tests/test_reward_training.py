@@ -422,7 +422,8 @@ def test_a_bad_record_stops_the_run_or_is_skipped_and_logged(data: Path, tmp_pat
     assert "missing.png" in output
     lines[7] = lines[7].replace("a red fox", "a red <image> fox")  # a special token of the backbone
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
-    run(command(data, tmp_path / "skipped", on_bad_record="skip", **bad))
+    epoch = {"num_steps": 6, "evaluate_every": 6}  # an image or prompt that cannot be used shows when it is met
+    run(command(data, tmp_path / "skipped", on_bad_record="skip", **bad | epoch))
     skipped = [json.loads(line) for line in (tmp_path / "skipped" / "skipped.jsonl").read_text().splitlines()]
     assert [row["where"].rpartition(":")[2] for row in skipped] == ["4", "8"]
     assert "<image>" in skipped[1]["reason"]

@@ -52,8 +52,9 @@ COMMANDS: dict[str, tuple[str, Callable[[Path, Path], dict[str, Any]]]] = {
 
 def expected(name: str, work: Path) -> tuple[dict[str, str], int]:
     """Return the files that a command writes undisturbed, and the number of its file operations."""
-    folder, record = work / "undisturbed" / name, work / "undisturbed" / f"{name}.json"
+    folder, record = _undisturbed_folder(name, work), work / "undisturbed" / f"{name}.json"
     if not record.exists():
+        record.parent.mkdir(exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         recipe, options = COMMANDS[name]
@@ -64,6 +65,11 @@ def expected(name: str, work: Path) -> tuple[dict[str, str], int]:
         record.write_text(json.dumps([written(folder), int(count.read_text())]))
     files, events = json.loads(record.read_text())
     return files, events
+
+
+def _undisturbed_folder(name: str, work: Path) -> Path:
+    """Return a folder beside those of the tries: pages have relative links."""
+    return work / f"single-undisturbed-{name}"
 
 
 def written(folder: Path) -> dict[str, str]:
@@ -93,7 +99,7 @@ def fill_disk(work: Path, index: int, rng: random.Random) -> Outcome:
     """Let no file of a command grow beyond a random size, as on a full disk; then start it again with room."""
     name = sorted(COMMANDS)[index % len(COMMANDS)]
     expected(name, work)
-    largest = max(path.stat().st_size for path in (work / "undisturbed" / name).rglob("*") if path.is_file())
+    largest = max(path.stat().st_size for path in _undisturbed_folder(name, work).rglob("*") if path.is_file())
     limit = int(largest ** rng.random())
     what = f"with files of at most {limit} bytes"
     return _disturbed(name, work, work / f"single-disk-{index}", what, partial(limit_files, limit), limit=limit)
