@@ -69,7 +69,7 @@ def test_the_bytes_of_quantised_weights_are_counted() -> None:
 def test_predictions_change_by_thousandths_in_8_bits_and_by_hundredths_in_4() -> None:
     """The norm of the difference over that of the prediction, of the built-in U-Net with random inputs.
 
-    Processors with instructions for 16 bits multiply in these, which costs three to seven times as much precision.
+    On one processor they were three to seven times those on another, so that the bounds are wide.
     """
     found = {}
     for kind in (None, *KINDS):
