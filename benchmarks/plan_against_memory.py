@@ -25,6 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 MEGA = 1e6
 say = partial(print, flush=True)
 UNET: dict[str, Any] = {
@@ -85,15 +88,11 @@ def config_of(recipe: Any, model: str, folder: Path, *, lora: bool, checkpointin
     )  # fmt: skip
 
 
-def resident(field: str) -> int:
-    """Return a field of this process's status in bytes: VmRSS or VmHWM, the most since it was reset."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
-
-
 def compare(model: str, *, lora: bool, checkpointing: bool) -> dict[str, float]:
     """Plan and run one case in this process; return bytes and seconds."""
     from importlib import import_module
+
+    from scaling import reset_peak, resident
 
     from rlhf_t2i.plan.dry_run import rehearse
 
@@ -103,7 +102,7 @@ def compare(model: str, *, lora: bool, checkpointing: bool) -> dict[str, float]:
         config = config_of(recipe, model, Path(folder), lora=lora, checkpointing=checkpointing)
         plan = rehearse(recipe.main, config, on_gpu=False)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        reset_peak()
         before, start = resident("VmRSS"), time.monotonic()
         recipe.main(config)
         return {

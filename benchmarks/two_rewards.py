@@ -7,9 +7,13 @@ Markdown: the change of both on held-out prompts, the mean of the seeds with the
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from jaxtyping import Float

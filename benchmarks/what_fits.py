@@ -13,12 +13,16 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 import time
 import warnings
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.plan.dry_run import Plan, rehearse

@@ -122,11 +122,13 @@ def test_the_first_screen_of_a_hacked_run_says_what_went_wrong(
     emulate(page, 1280, 800, dark=False, medium="screen")
     page.open(addresses["run"])
     bottom = "document.querySelector('{}').getBoundingClientRect().bottom"
-    tops = page.run(f"return [{', '.join(bottom.format(one) for one in ('.verdict', '.finding', '.first svg'))}]")
+    tops = page.run(
+        f"return [{', '.join(bottom.format(one) for one in ('.summary.headline', '.finding', '.first svg'))}]"
+    )
     assert tops == sorted(tops, key=lambda y: y > 800)
     assert max(tops) <= 800
-    verdict = page.run("return document.querySelector('.verdict').textContent")
-    assert verdict == f"Reward hacking or overfitting: {TRAINED} rose, but the held-out oracle fell."
+    summary = page.run("return document.querySelector('.summary').textContent")
+    assert summary == f"Reward hacking or overfitting: {TRAINED} rose, but the held-out oracle fell."
     finding = plain(page.run("return document.querySelector('.finding').innerText"))
     assert "oracle went from 0.600 ± 0.020 to 0.100 ± 0.020" in finding
     assert "--kl_weight" in finding
@@ -168,7 +170,7 @@ def test_the_overview_shows_a_half_written_run_and_links_to_the_others(
     assert "half-written" in text
     assert "Not readable" in text
     page.run("document.querySelector(\"a[href$='char3']\").click()")
-    page.until("document.querySelector('.verdict, .headline')")
+    page.until("document.querySelector('.summary, .headline')")
     assert page.run("return document.title").endswith(f"run {NAMES[3]}")
     page.open(f"{addresses['overview']}/run/..%2f..%2fetc%2fpasswd")
     assert "There is no run of this name" in page.run("return document.body.innerText")

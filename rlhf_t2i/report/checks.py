@@ -73,9 +73,9 @@ def check_held_out_rewards(rows: Sequence[Row], config: Config) -> Finding:
         observed = f"From update {best['step']} to {last['step']} {changes}."
         cause = "Reward hacking or overfitting" if steady else "Training damages the model"
         other = f"{steady} {_verb(z_score(best, last, steady))}" if steady else f"{trained[0]} fell"
-        verdict = f"{cause}: {other}{', but' if steady else ', and'} the held-out {name} fell"
+        summary = f"{cause}: {other}{', but' if steady else ', and'} the held-out {name} fell"
         explained = _explain_fall(steady, name, config)
-        return Finding(f"The held-out reward {name} falls", "warning", observed, *explained, verdict)
+        return Finding(f"The held-out reward {name} falls", "warning", observed, *explained, summary)
     changes = ", ".join(f"{n} {mean_text(evaluations[0], n)} to {mean_text(last, n)}" for n in (*trained, *held_out))
     return Finding(title, "passed", f"None has fallen by more than {threshold:.1f} standard errors: {changes}.")
 

@@ -30,7 +30,7 @@ class Finding:
     """The numbers behind the result."""
     meaning: str = ""
     advice: str = ""
-    verdict: str = ""
+    summary: str = ""
     """What went wrong, in one sentence for the top of the page; empty if the title says it."""
 
 

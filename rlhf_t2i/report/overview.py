@@ -86,7 +86,7 @@ def summary(name: str, folder: Path) -> Summary:
             return short
         rows, config = read_metrics(folder), read_config(folder)
         changes = tuple(typeset(f"{c.name} {c.before} to {c.after}, z {c.z_text}") for c in reward_changes(rows))
-        warnings = tuple(one.verdict or one.title for one in findings(rows, config) if one.state == "warning")
+        warnings = tuple(one.summary or one.title for one in findings(rows, config) if one.state == "warning")
         now = state(rows, config)
         now += "" if now.startswith("Finished") or alive or not by_step(rows, "train") else ", not running"
         rewards = ", ".join(trained_rewards(rows))
