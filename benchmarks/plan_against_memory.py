@@ -122,7 +122,7 @@ def main() -> None:
     # What is freed goes back to the system at once, as far as the allocator can.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for number, (model, lora, checkpointing) in enumerate(CASES):
-        command = [sys.executable, "-m", "benchmarks.plan_against_memory", str(number)]
+        command = [sys.executable, __file__, str(number)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         ratio = found["planned"] / found["measured"]
