@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reward_model.datasets.refill import Refill, UnusableError
+from reward_model.datasets.refill import Refill, UnusableError, unusable
 from reward_model.datasets.usable import flaw_of_equal_sides, flaw_of_input
 from reward_model.images import to_tensor
 from reward_model.model import RewardModel
@@ -59,14 +59,14 @@ class Collator:
     def _flaw_of_sides(self, pair: PreferencePair) -> str | None:
         try:
             return flaw_of_equal_sides(pair)
+        except ConnectionError:
+            raise
         except (OSError, ValueError) as error:
             return str(error)
 
     def _image(self, position: int, source: ImageSource, prompt: str) -> Tensor:
-        try:
+        with unusable(position):
             image = to_tensor(source)
-        except (OSError, ValueError) as error:
-            raise UnusableError(position, str(error)) from error
         if flaw := flaw_of_input(self.model.backbone, (image.shape[1], image.shape[2]), prompt):
             raise UnusableError(position, flaw)
         return image

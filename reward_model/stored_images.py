@@ -1,7 +1,8 @@
 """Reading of images that lie within other files: members of archives, cells of Parquet files and of `datasets` tables.
 
-Nothing is unpacked. A member of an archive is read from its place. The cells of a Parquet file are compressed together
-with their neighbours, so those of the row groups in use are kept, in at most 512 MiB of a process.
+Nothing is unpacked. A member of an archive is read from its place, which may be in a bucket. The cells of a Parquet file
+are compressed together with their neighbours, so those of the row groups in use are kept, in at most 512 MiB of a
+process.
 """
 
 # pyarrow and datasets have no usable types.
@@ -16,6 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from reward_model.locations import BucketPath, is_in_bucket, version_in_bucket
+
 MAX_BYTES = 256 * 2**20
 """Largest image that is read from an archive. A file with holes can claim any size at no cost."""
 _MAX_KEPT = 512 * 2**20
@@ -26,19 +29,21 @@ _kept: OrderedDict[tuple[Any, ...], tuple[list[Any], int]] = OrderedDict()
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image within another file: a member of an archive, or a cell of a table. It is read when it is needed."""
+    """An image within another file, or in a bucket: some bytes, or a cell of a table. It is read when it is needed."""
 
     file: str
-    """Path of the archive or table, or hf:ID@SPLIT."""
+    """Path of the archive or table, or hf:ID@SPLIT; in a bucket also that of an image file, from byte 0."""
     start: int
     """First byte of the image in the archive; its row in the table, from 0."""
     size: int
     """Number of bytes; in a table, the index among the images of the cell, or -1 if the cell is one image."""
     column: str = ""
-    """Column of the table; empty in an archive."""
+    """Column of the table; empty for bytes."""
 
     def __str__(self) -> str:
         if not self.column:
+            if not self.start:
+                return self.file
             return f"at byte {self.start:,} of {self.file}"
         return f"{self.column!r} of row {self.start + 1:,} of {self.file}"
 
@@ -70,10 +75,7 @@ def open_hub_dataset(source: str) -> Any:
     """
     from datasets import Dataset, Image, load_dataset
 
-    name, at, split = source.removeprefix("hf:").rpartition("@")
-    if not (name and at and split):
-        raise ValueError(f"{source} has no split; write hf:ID@SPLIT, such as hf:yuvalkirstain/pickapic_v2@test.")
-    folder, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+    folder, config, split = _parts(source)
     try:
         table: Any = load_dataset(folder, config or None, split=split)
     # Failures on the way to the Hub have a dozen exception types of several libraries.
@@ -88,11 +90,42 @@ def open_hub_dataset(source: str) -> Any:
     return table
 
 
+def data_files_of_hub(source: str) -> list[str]:
+    """Return the addresses of the data files of hf:ID@SPLIT or hf:ID:CONFIG@SPLIT, none of which is downloaded.
+
+    Raises ValueError if there is no such data set, configuration or split.
+    """
+    from datasets import load_dataset_builder
+
+    folder, config, split = _parts(source)
+    try:
+        files = load_dataset_builder(folder, config or None).config.data_files or {}
+    except Exception as error:
+        raise ValueError(f"{source} cannot be found: {type(error).__name__}: {str(error)[:300]}") from error
+    if split not in files:
+        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(map(str, files)) or 'no data files'}.")
+    return [str(file) for file in files[split]]
+
+
+def _parts(source: str) -> tuple[str, str, str]:
+    """Return ID, CONFIG and SPLIT of hf:ID:CONFIG@SPLIT."""
+    name, at, split = source.removeprefix("hf:").rpartition("@")
+    if not (name and at and split):
+        raise ValueError(f"{source} has no split; write hf:ID@SPLIT, such as hf:yuvalkirstain/pickapic_v2@test.")
+    folder, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+    return folder, config, split
+
+
 def _is_hub(image: StoredImage) -> bool:
-    return image.file.startswith("hf:")
+    return image.file.startswith("hf:") and not is_in_bucket(image.file)
 
 
 def _read_member(image: StoredImage) -> bytes:
+    if is_in_bucket(image.file):
+        content = BucketPath(image.file).read_range(image.start, min(image.size, MAX_BYTES))
+        if len(content) != image.size:
+            raise ValueError(f"The image {image} has {image.size:,} bytes, of which {len(content):,} are there.")
+        return content
     with open(image.file, "rb") as file:
         left = os.fstat(file.fileno()).st_size - image.start
         if not 0 <= image.size <= min(left, MAX_BYTES):
@@ -104,8 +137,7 @@ def _read_member(image: StoredImage) -> bytes:
 def _cell(image: StoredImage) -> Any:
     """Return the value of a cell of a Parquet file, and keep those of its row group while they are small enough."""
     # A process of a data loader does not share its parent's open files.
-    info = os.stat(image.file)
-    identity = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+    identity = _identity(image.file)
     file, starts = _open_parquet(image.file, identity, os.getpid())
     group = next((g for g, end in enumerate(starts[1:]) if image.start < end), -1)
     if group < 0:
@@ -130,12 +162,22 @@ def _cell(image: StoredImage) -> Any:
     return found
 
 
+def _identity(path: str) -> tuple[int | str, ...]:
+    """Return what changes when a file is replaced."""
+    if is_in_bucket(path):
+        return (path, version_in_bucket(path))
+    info = os.stat(path)
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+
+
 def _values(file: Any, group: int, column: str) -> Iterator[Any]:
     """Yield the values of a column of a row group, one at a time: a file of kilobytes can claim gigabytes."""
     try:
         for batch in file.iter_batches(batch_size=1, row_groups=[group], columns=[column]):
             yield batch.column(0)[0].as_py()
     # Broken bytes cause a dozen exception types, not all of them Arrow's own.
+    except ConnectionError:
+        raise
     except Exception as error:
         raise ValueError(f"The column {column!r} cannot be read from the Parquet file: {str(error)[:200]}") from error
 
@@ -153,12 +195,15 @@ def _size(value: Any) -> int:
 
 
 @lru_cache(maxsize=64)
-def _open_parquet(path: str, identity: tuple[int, ...], process: int) -> tuple[Any, list[int]]:
+def _open_parquet(path: str, identity: tuple[int | str, ...], process: int) -> tuple[Any, list[int]]:
     """Return a Parquet file of which nothing is read ahead, and the first row of each group, with the end."""
     import pyarrow.parquet as pq
 
+    opened = BucketPath(path).open() if is_in_bucket(path) else path
     try:
-        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+        file = pq.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+    except ConnectionError:
+        raise
     except Exception as error:
         raise ValueError(f"{path} cannot be read as Parquet: {str(error)[:200]}. Download the file again.") from error
     starts = [0]

@@ -194,6 +194,8 @@ class RewardModelTrainer(RewardTrainer):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except BadRecordError as error:  # of a worker, with the text of its traceback
             raise BadRecordError(str(error).rpartition("BadRecordError: ")[2].strip()) from error
+        except ConnectionError as error:  # of a bucket
+            raise ConnectionError(str(error).rpartition("\nConnectionError: ")[2].strip()) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from reward_model import stored_images
-from reward_model.datasets import BadRecordError, load, load_records
+from reward_model.datasets import BadRecordError, load_records, source
 from reward_model.datasets.__main__ import main
 from reward_model.datasets.order import block_order
 from reward_model.datasets.refill import Refill, UnusableError
@@ -34,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(load, "_CACHED_FROM", 0)
+    monkeypatch.setattr(source, "_CACHED_FROM", 0)
     for name, colour in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (8, 8), colour).save(f"{name}.png")
     return tmp_path
@@ -79,7 +80,7 @@ def test_large_data_are_converted_once(folder: Path, monkeypatch: pytest.MonkeyP
         load_records(path)
     first = load_records(path, on_bad_record="skip", skipped=bad)
     line = bad.read_text()
-    monkeypatch.setattr(load, "open_containers", lambda *_, **__: pytest.fail("the data were read again"))
+    monkeypatch.setattr(source.Source, "open", lambda *_, **__: pytest.fail("the data were read again"))
     assert load_records(path, on_bad_record="skip", skipped=bad) == first
     assert bad.read_text() == line + line
     with pytest.raises(BadRecordError, match=r"x\.jsonl:6: the keys"):
@@ -88,6 +89,37 @@ def test_large_data_are_converted_once(folder: Path, monkeypatch: pytest.MonkeyP
     os.chdir(folder)
     write_rows(path, *GOOD[:2])
     assert len(load_records(path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_parts_that_are_read_side_by_side_give_one_table_and_the_error_of_the_first_bad_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Lines keep their numbers across parts, with a byte order mark, blank lines and no line feed at the end."""
+    rows: list[Any] = [{"prompt": f"fox {i}", "winner": "a.png", "loser": "b.png"} for i in range(300)]
+    rows[120], rows[250] = [dict(rows[0], prompt=prompt) for prompt in ("first \ud800", "second \ud800")]
+    if kind == "jsonl":
+        lines = "\ufeff" + "\n\n".join(json.dumps(row) for row in rows)
+        (folder / "x.jsonl").write_text(lines)
+    else:
+        rows[120], rows[250] = [dict(rows[0], loser=loser) for loser in ("first", "second")]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet", row_group_size=70)
+    path, skipped = folder / f"x.{kind}", folder / "skipped.jsonl"
+    whole = load_records(path, on_bad_record="skip", skipped=skipped)
+    log = skipped.read_text()
+    assert len(whole) == 298
+    assert whole[-1].where == f"{path}:{'599' if kind == 'jsonl' else 'ROW 300'}"
+    monkeypatch.setattr(source, "_VERSION", -1)
+    monkeypatch.setattr(source, "_PART_LINES", 700)
+    monkeypatch.setattr(source, "_PART_ROWS", 33)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    skipped.unlink()
+    in_parts = load_records(path, on_bad_record="skip", skipped=skipped)
+    assert in_parts == whole
+    assert skipped.read_text() == log
+    monkeypatch.setattr(source, "_VERSION", -2)
+    with pytest.raises(BadRecordError, match=rf"x\.{kind}:(241|ROW 121): .*first"):
+        load_records(path)
 
 
 def test_the_counts_of_rows_without_preference_are_kept(folder: Path) -> None:
@@ -127,7 +159,7 @@ def test_cells_of_all_row_groups_are_read_in_any_order(
     rows = [{"image": cell, "safety_label": "Safe"} for cell in cells]
     pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet", row_group_size=6)
     table = load_records("unsafe_bench:x.parquet")
-    assert table.column("block").tolist() == [*[0] * 6, *[6] * 6, *[12] * 6, *[18] * 2]
+    assert table.column("block").tolist() == [*[0] * 6, *[1] * 6, *[2] * 6, *[3] * 2]
     for row in np.random.default_rng(0).permutation(20):
         record = table[int(row)]
         assert isinstance(record, LabelledImage)

@@ -141,7 +141,7 @@ def test_a_randomly_changed_row_is_refused_with_its_number_or_valid(
             case _:
                 return value
 
-    def read_parquet(path: Path, *, skip_columns: object) -> list[RawRecord]:
+    def read_parquet(path: Path, *, skip_columns: object, **_: object) -> list[RawRecord]:
         read = [{key: placed(value) for key, value in row.items()} for row in rows]
         return [RawRecord(f"{path}:ROW {number}", row) for number, row in enumerate(read, start=1)]
 

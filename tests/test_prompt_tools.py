@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 
 from reward_model.datasets.hard_negatives import hard_negatives, wrong_prompts
-from reward_model.datasets.overlap import (
-    normalise,
-    overlap_table,
-    prompt_key,
-    prompt_keys,
-    shared_prompts,
-    without_prompts,
-)
+from reward_model.datasets.keys import normalise, prompt_key
+from reward_model.datasets.overlap import overlap_table, prompt_keys, shared_prompts, without_prompts
 from reward_model.types import LabelledImage, PreferencePair, Record
 
 A, B = Path("a.png"), Path("b.png")

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from reward_model.datasets.load import data_files_of, load_records, write_skipped
+from reward_model.datasets.convert import write_skipped
+from reward_model.datasets.load import data_files_of, load_records
 from reward_model.datasets.stamp import forget_stamp, write_stamp
 from reward_model.datasets.table import RecordTable
 from reward_model.datasets.usable import flaw_finder

@@ -46,12 +46,13 @@ class Format(NamedTuple):
 
 
 def parse_source(source: str) -> tuple[Format, str]:
-    """Return the format and the path of FORMAT:PATH. Raises ValueError for an unknown format.
+    """Return the format and the path of FORMAT:PATH, which may have a protocol, as s3://bucket/x.jsonl. Raises ValueError for an unknown format.
 
     Without a format, a .json file is in LLaVA-Reward's format and everything else in the project's own.
     """
     found = re.fullmatch(r"([a-z][a-z0-9_]+)(?:/([a-z]+))?(?:=([^:]*))?:(.+)", source, flags=re.DOTALL)
-    if found is None or found[1] == "hf" or Path(source).exists():
+    is_path = found is None or found[1] == "hf" or found[4].startswith("//") or Path(source).exists()
+    if found is None or is_path:
         return _format("llava_reward" if Path(source).suffix == ".json" else "own", None, None), source
     name, part, threshold, path = found.groups()
     return _format(name, part, threshold), path

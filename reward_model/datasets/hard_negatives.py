@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reward_model.datasets.overlap import prompt_key
+from reward_model.datasets.keys import prompt_key
 from reward_model.datasets.table import RecordTable
 from reward_model.types import PreferencePair, Record
 

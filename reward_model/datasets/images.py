@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 import warnings
 from collections.abc import Callable
@@ -13,11 +14,22 @@ from PIL import Image
 
 from reward_model.datasets.fields import BadRecordError, ImageField, shortened
 from reward_model.image_files import MAX_PIXELS, open_image
+from reward_model.locations import BucketPath, Location
 from reward_model.stored_images import ImageSource, StoredImage, read_bytes
 
 
-def _real_path(folder: str) -> str:
-    return os.path.realpath(folder)
+def _real_path(folder: str, root: str) -> tuple[Path, bool]:
+    """Return a folder without links, and whether it is within another one."""
+    real = os.path.realpath(folder)
+    return Path(real), real == root or real.startswith(f"{root.rstrip('/')}/")
+
+
+def _sizes_in(folder: str) -> dict[str, int]:
+    """Return the sizes of the files in a folder of a bucket, by name; nothing if there is no such folder."""
+    try:
+        return BucketPath(folder).sizes()
+    except FileNotFoundError:
+        return {}
 
 
 FindImage = Callable[[ImageField], ImageSource]
@@ -29,7 +41,7 @@ class ImageFinder:
 
     def __init__(
         self,
-        root: Path,
+        root: Location,
         *,
         prefix: tuple[str, str] | None = None,
         find_member: Callable[[str], StoredImage] | None = None,
@@ -39,9 +51,11 @@ class ImageFinder:
         With a `prefix` (OLD, NEW), paths that start with the folder OLD are looked up in the folder NEW. If the records
         lie in an archive, `find_member` returns where the member lies that a record names.
         """
-        self.root, self.prefix, self.find_member = root.resolve(), prefix, find_member
+        self.root = root.resolve() if isinstance(root, Path) else root
+        self.prefix, self.find_member = prefix, find_member
         self._root = str(self.root)
         self._real_folder = lru_cache(maxsize=4096)(_real_path)
+        self._sizes = lru_cache(maxsize=16)(_sizes_in)
 
     def __call__(self, image: ImageField) -> ImageSource:
         """Return where an image lies. Raises BadRecordError if there is no such file, or only outside of the root."""
@@ -50,7 +64,9 @@ class ImageFinder:
         name = image if self.prefix is None else _with_new_prefix(image, *self.prefix)
         if self.find_member is not None:
             return self.find_member(name)
-        return self._plain_file(name) or self._file(image, name)
+        if isinstance(self.root, BucketPath):
+            return self._in_bucket(image, name)
+        return self._plain_file(name) or self._file(self.root, image, name)
 
     def _plain_file(self, name: str) -> Path | None:
         """Return a file that is no link and not empty, with one question to the file system; None for any other."""
@@ -58,18 +74,40 @@ class ImageFinder:
         if ".." in name or not base or base == ".":
             return None
         try:
-            real = self._real_folder(folder)
+            real, is_inside = self._real_folder(folder, self._root)
             info = os.lstat(f"{real}/{base}")
         except (OSError, ValueError):
             return None
-        is_inside = real == self._root or real.startswith(f"{self._root.rstrip('/')}/")
-        return Path(f"{real}/{base}") if is_inside and stat.S_ISREG(info.st_mode) and info.st_size else None
+        return real / base if is_inside and stat.S_ISREG(info.st_mode) and info.st_size else None
 
-    def _file(self, image: str, name: str) -> Path:
-        path = _path_inside(self.root, name)
+    def _file(self, root: Path, image: str, name: str) -> Path:
+        path = _path_inside(root, name)
         if flaw := _flaw_of_file(path):
-            raise BadRecordError(f"the image {shortened(image)}, relative to {self.root}, {flaw}")
+            raise BadRecordError(f"the image {shortened(image)}, relative to {root}, {flaw}")
         return path
+
+    def _in_bucket(self, image: str, name: str) -> StoredImage:
+        """Return an image file of a bucket by the list of its folder, which is asked for once."""
+        root = f"{self._root.rstrip('/')}/"
+        inside = posixpath.normpath(name.removeprefix(root))
+        if inside.startswith(("/", "../")) or "://" in name.removeprefix(root):
+            raise BadRecordError(
+                f"the image {shortened(image)} is outside of the image root {self._root}. Give an image_root that "
+                f"contains every image."
+            )
+        folder, _, base = f"{root}{inside}".rpartition("/")
+        size = self._sizes(folder).get(base)
+        if size is None:
+            raise BadRecordError(
+                f"the image {shortened(image)}, relative to {self._root}, does not exist. Correct the path, or give "
+                f"another image_root."
+            )
+        if not size:
+            raise BadRecordError(
+                f"the image {shortened(image)}, relative to {self._root}, is an empty file. Upload it again or remove "
+                f"the record."
+            )
+        return StoredImage(f"{folder}/{base}", 0, size)
 
 
 def parse_prefix(text: str | None) -> tuple[str, str] | None:
@@ -98,6 +136,8 @@ def flaw_of_image(image: ImageSource, *, max_pixels: int = MAX_PIXELS) -> str | 
     try:
         flaw = _flaw_of_file(image) if isinstance(image, Path) else _flaw_of_content(read_bytes(image))
         flaw = flaw or _flaw_of_pixels(image, max_pixels=max_pixels)
+    except ConnectionError:
+        raise
     # Pillow's decoders raise any exception type on broken bytes: SyntaxError, struct.error, KeyError, ...
     except Exception as error:
         text = str(error).partition(" <_io.BytesIO")[0][:200]

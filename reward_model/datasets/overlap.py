@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from reward_model.datasets.fields import shortened
+from reward_model.datasets.keys import normalise, prompt_key
 from reward_model.datasets.table import RecordTable
 from reward_model.types import Record
-
-
-class _Spaces(dict[int, str]):
-    """Letters, marks and digits as they are, and a space for every other character."""
-
-    def __missing__(self, code: int) -> str:
-        # Without the marks, words of Hindi or Thai would be split.
-        character = chr(code)
-        self[code] = character if unicodedata.category(character)[0] in "LMN" else " "
-        return self[code]
-
-
-_SPACES = _Spaces()
-
-
-def normalise(prompt: str) -> str:
-    """Return the words of a prompt without case, punctuation and different encodings of the same letters (NFKC).
-
-    "A red  fox!" and "a red fox" give the same. A prompt without letters and digits is only stripped.
-    """
-    text = unicodedata.normalize("NFKC", prompt).casefold()
-    return " ".join(text.translate(_SPACES).split()) or text.strip()
-
-
-def prompt_key(prompt: str) -> int:
-    """Return 64 bits that are equal for prompts with the same `normalise`; 0 for the empty prompt."""
-    text = normalise(prompt)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) if text else 0
 
 
 def prompt_keys(records: Iterable[Record]) -> np.ndarray:
     """Return the `prompt_key` of both sides of each record, (N, 2), which takes 16 bytes of memory a record."""
     table = RecordTable.of(records)
-    keys, row = np.zeros((len(table), 2), np.uint64), 0
-    for winners, losers in table.prompts():
-        for prompt, other in zip(winners, losers, strict=True):
-            keys[row, 0] = prompt_key(prompt)
-            keys[row, 1] = keys[row, 0] if other is None else prompt_key(other)
-            row += 1
-    return keys
+    return np.stack([table.column("winner_words"), table.column("loser_words")], axis=1)
 
 
 def shared_prompts(training: np.ndarray, test: np.ndarray) -> np.ndarray:

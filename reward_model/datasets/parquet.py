@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reward_model.datasets.parquet_pages import ColumnPages, read_pages
 from reward_model.datasets.raw_records import RawRecord
+from reward_model.locations import Location, num_bytes
 from reward_model.stored_images import StoredImage, open_hub_dataset
 
 _TEXT_BATCH = 16
@@ -28,60 +30,108 @@ class _InflatedError(ValueError):
     """A file that takes far more memory than it has bytes."""
 
 
-def read_parquet(path: Path, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
-    """Yield the rows of a Parquet file, numbered from 1, without the columns `skip_columns`.
+def read_parquet(
+    path: Location, *, skip_columns: Collection[str], with_bytes: bool = True, rows: range | None = None
+) -> Iterator[RawRecord]:
+    """Yield the rows of a Parquet file, numbered from 1, without the columns `skip_columns`; all, or those in `rows`.
 
     Bytes and images are not read but given as their place, a `StoredImage`; without `with_bytes` their columns are left
     out. Raises ValueError if the file is broken, or if it takes far more memory than it has bytes.
     """
-    number, limit, total = 0, max(_ALWAYS_FREE, _MOST_INFLATED * path.stat().st_size), 0
+    limit, state = max(_ALWAYS_FREE, _MOST_INFLATED * num_bytes(path)), _Progress()
     try:
-        with _opened(path, skip_columns, limit, with_bytes=with_bytes) as (file, columns, images, rows):
-            for group in range(file.num_row_groups):
-                batches = file.iter_batches(rows, row_groups=[group], columns=columns)
-                for batch in batches if columns else [None] * file.metadata.row_group(group).num_rows:
-                    size = 0 if batch is None else sum(_num_bytes(column) for column in batch.columns)
-                    total = size if rows == 1 else total + size  # images are held one by one
-                    if total > limit:
-                        raise _InflatedError(f"its texts take more than {limit:,} bytes of memory")
-                    for read in [{}] if batch is None else batch.to_pylist():
-                        fields = {name: _placed(v, str(path), number, name) for name, v in read.items()}
-                        fields |= {name: StoredImage(str(path), number, -1, name) for name in images}
-                        number += 1
-                        yield RawRecord(f"{path}:ROW {number}", fields, group if images or rows == 1 else -1)
+        with _opened(path, skip_columns, limit, with_bytes=with_bytes) as opened:
+            for group in range(opened.file.num_row_groups):
+                if rows is not None and state.number >= rows.stop:
+                    break
+                yield from _rows_of_group(path, opened, group, limit, state, rows)
     except _InflatedError as error:
         raise ValueError(f"{path} is refused, since a file of any size can be made so: {error}.") from error
+    except ConnectionError:
+        raise
     # Broken bytes cause a dozen exception types, not all of them Arrow's own.
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as Parquet after row {number}: {str(error)[:200]}. Download the file again."
+            f"{path} cannot be read as Parquet after row {state.number}: {str(error)[:200]}. Download the file again."
         ) from error
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a file is read: rows, and the bytes that they take in memory."""
+
+    number: int = 0
+    total: int = 0
+
+
+class _Opened(NamedTuple):
+    """An open file: the columns to read, those of images, which are not, and the rows to hold at once."""
+
+    file: Any
+    columns: list[str]
+    images: list[str]
+    num_rows: int
+
+
+def _rows_of_group(
+    path: Location, opened: _Opened, group: int, limit: int, state: _Progress, rows: range | None
+) -> Iterator[RawRecord]:
+    """Yield the wanted rows of a row group; those before them are read and counted too if the group has both."""
+    file, columns, images, num_rows = opened
+    size_of_group = file.metadata.row_group(group).num_rows
+    if rows is not None and state.number + size_of_group <= rows.start and num_rows == 1:
+        state.number += size_of_group
+        return
+    batches = file.iter_batches(num_rows, row_groups=[group], columns=columns)
+    for batch in batches if columns else [None] * size_of_group:
+        size = 0 if batch is None else sum(_num_bytes(column) for column in batch.columns)
+        state.total = size if num_rows == 1 else state.total + size  # images are held one by one
+        if state.total > limit:
+            raise _InflatedError(f"its texts take more than {limit:,} bytes of memory")
+        length = 1 if batch is None else len(batch)
+        if rows is not None and not (state.number < rows.stop and state.number + length > rows.start):
+            state.number += length
+            if state.number >= rows.stop:
+                return
+            continue
+        for read in [{}] if batch is None else batch.to_pylist():
+            number, state.number = state.number, state.number + 1
+            if rows is None or number in rows:
+                fields = {name: _placed(v, str(path), number, name) for name, v in read.items()}
+                fields |= {name: StoredImage(str(path), number, -1, name) for name in images}
+                yield RawRecord(f"{path}:ROW {number + 1}", fields, group if images or num_rows == 1 else -1)
 
 
 @contextmanager
 def _opened(
-    path: Path, skip_columns: Collection[str], limit: int, *, with_bytes: bool
-) -> Iterator[tuple[Any, list[str], list[str], int]]:
-    """Yield the file, the columns to read, those of images, which are not, and the rows to hold at once.
+    path: Location, skip_columns: Collection[str], limit: int, *, with_bytes: bool
+) -> Iterator[_Opened]:
+    """Yield the open file.
 
     Raises _InflatedError if the rows, or one image, may exceed `limit` bytes.
     """
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(_opened_for_arrow(path)) as file:
         metadata, schema = file.metadata, file.schema_arrow
         columns = _columns(schema, skip_columns, with_bytes=with_bytes)
         images = [name for name in columns if _is_image(file, name)]
     columns = [name for name in columns if name not in images]
     rows = 1 if any(_has_bytes(schema.field(name).type) for name in columns) else _TEXT_BATCH
-    _refuse_inflated(metadata, path.stat().st_size, limit)
-    _refuse_inflated_pages(read_pages(path, metadata, images), path.stat().st_size, limit, rows=1)
-    shared = _refuse_inflated_pages(read_pages(path, metadata, columns), path.stat().st_size, limit, rows)
+    size = num_bytes(path)
+    _refuse_inflated(metadata, size, limit)
+    if isinstance(path, Path):  # in a bucket, it would take a request for each page of images
+        _refuse_inflated_pages(read_pages(path, metadata, images), size, limit, rows=1)
+    shared = _refuse_inflated_pages(read_pages(path, metadata, columns), size, limit, rows)
     with pq.ParquetFile(
-        path, metadata=metadata, read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20,
+        _opened_for_arrow(path), metadata=metadata, read_dictionary=shared, pre_buffer=False, buffer_size=1 << 20,
         page_checksum_verification=True,
     ) as file:  # fmt: skip
-        yield file, columns, images, rows
+        yield _Opened(file, columns, images, rows)
+
+
+def _opened_for_arrow(path: Location) -> Any:
+    return path if isinstance(path, Path) else path.open()
 
 
 def _is_image(file: Any, column: str) -> bool:
@@ -160,8 +210,10 @@ def _num_bytes(array: Any) -> int:
     return _num_bytes(array.flatten()) if types.is_nested(kind) else array.nbytes
 
 
-def read_hub_dataset(source: str, *, skip_columns: Collection[str], with_bytes: bool = True) -> Iterator[RawRecord]:
-    """Yield the rows of hf:ID@SPLIT, numbered from 1; ID is a data set on the Hub, or a folder in a layout of
+def read_hub_dataset(
+    source: str, *, skip_columns: Collection[str], with_bytes: bool = True, rows: range | None = None
+) -> Iterator[RawRecord]:
+    """Yield the rows of hf:ID@SPLIT, numbered from 1, all or those in `rows`; ID is a data set on the Hub, or a folder in a layout of
     `datasets`, and hf:ID:CONFIG@SPLIT one of its configurations.
 
     Bytes and images are given as their place; without `with_bytes` their columns are left out. Raises ValueError if it
@@ -172,8 +224,11 @@ def read_hub_dataset(source: str, *, skip_columns: Collection[str], with_bytes: 
     schema = table.features.arrow_schema
     columns = _columns(schema, skip_columns, with_bytes=with_bytes)
     images = [name for name in columns if _is_full(table, name)]
-    rows = table.select_columns([name for name in columns if name not in images])
-    for number, read in enumerate(rows if rows.column_names else ({} for _ in range(len(table)))):
+    wanted = range(len(table))[slice(rows.start, rows.stop) if rows is not None else slice(None)]
+    read_columns = table.select_columns([name for name in columns if name not in images])
+    if rows is not None and read_columns.column_names:
+        read_columns = read_columns.select(wanted)
+    for number, read in zip(wanted, read_columns if read_columns.column_names else ({} for _ in wanted), strict=True):
         fields = {name: _placed(value, source, number, name) for name, value in read.items()}
         fields |= {name: StoredImage(source, number, -1, name) for name in images}
         yield RawRecord(f"{source}:ROW {number + 1}", fields)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from reward_model.locations import Location
 
 _FIRST_READ, _LARGEST_HEADER = 1 << 10, 1 << 24
 """Bytes of a page's header, which may hold statistics: those read first, and as many as Arrow accepts."""
@@ -55,7 +56,7 @@ class ColumnPages:
         return shared * (self.num_values if self.is_list else min(rows, self.num_values))
 
 
-def read_pages(path: Path, metadata: Any, columns: Collection[str]) -> list[ColumnPages]:
+def read_pages(path: Location, metadata: Any, columns: Collection[str]) -> list[ColumnPages]:
     """Return what the pages of some columns state, read from the header of each page, as the footer places them.
 
     Raises ValueError for a header that is not one, by the definitions of parquet.thrift.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reward_model.datasets.fields import BadRecordError, shortened
+from reward_model.locations import Location
 from reward_model.text_files import parse_json
 
 _MAX_LINE = 64 * 2**20
@@ -34,13 +36,20 @@ class RawRecord(NamedTuple):
         return parse_object(self.source) if isinstance(self.source, bytes) else self.source
 
 
-def read_json_lines(path: Path) -> Iterator[RawRecord]:
-    """Yield the non-blank lines of a JSONL file, numbered from 1. Raises ValueError for a line of over 64 MiB."""
+def read_json_lines(
+    path: Location, *, start: int = 0, stop: int | None = None, num_before: int = 0
+) -> Iterator[RawRecord]:
+    """Yield the non-blank lines of a JSONL file, numbered from 1. Raises ValueError for a line of over 64 MiB.
+
+    Those from byte `start` up to byte `stop`, if only these are wanted; `num_before` is the number of lines before.
+    """
     with path.open("rb") as file:
-        number = 0
+        file.seek(start)
+        number, left = num_before, math.inf if stop is None else stop - start
         # Only a line feed ends a line: JSON strings may contain U+2028 and U+0085, at which str.splitlines splits.
-        while line := file.readline(_MAX_LINE + 1):
+        while left > 0 and (line := file.readline(_MAX_LINE + 1)):
             number += 1
+            left -= len(line)
             if len(line) > _MAX_LINE:
                 raise ValueError(f"{path}:{number} has more than {_MAX_LINE:,} bytes; a line is one record.")
             if number == 1:
@@ -49,7 +58,30 @@ def read_json_lines(path: Path) -> Iterator[RawRecord]:
                 yield RawRecord(f"{path}:{number}", line.removesuffix(b"\n"))
 
 
-def read_json_list(path: Path) -> Iterator[RawRecord]:
+def parts_of_lines(path: Path, size: int) -> Iterator[tuple[int, int | None, int]]:
+    """Yield parts of a file of lines, of about `size` bytes: first byte, the one behind the last, and lines before.
+
+    The last part ends with the file, and begins no later than a line of over 64 MiB.
+    """
+    start = num_before = num_lines = at = 0
+    with path.open("rb") as file:
+        while chunk := file.read(size):
+            at += len(chunk)
+            num_lines += chunk.count(b"\n")
+            rest = b"" if chunk.endswith(b"\n") else file.readline(_MAX_LINE)
+            at += len(rest)
+            if len(rest) == _MAX_LINE:
+                break
+            num_lines += rest.endswith(b"\n")
+            yield start, at, num_before
+            start, num_before = at, num_lines
+        else:
+            if at:
+                return
+    yield start, None, num_before
+
+
+def read_json_list(path: Location) -> Iterator[RawRecord]:
     """Yield the elements of a JSON file that is one list, numbered from 1. Raises ValueError where it is not."""
     try:
         text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()

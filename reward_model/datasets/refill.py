@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from reward_model.datasets.fields import BadRecordError
-from reward_model.datasets.load import write_skipped
+from reward_model.datasets.convert import write_skipped
 
 _ALWAYS_ALLOWED = 16
 """Unusable records of which no fraction is computed."""
@@ -22,6 +23,17 @@ class UnusableError(ValueError):
         """`position` is that of the record in the batch."""
         super().__init__(reason)
         self.position = position
+
+
+@contextmanager
+def unusable(position: int) -> Iterator[None]:
+    """Say which record of a batch has an image that cannot be read; a lost connection is no fault of a record."""
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UnusableError(position, str(error)) from error
 
 
 class Refill:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from reward_model.datasets.keys import text_key
 from reward_model.datasets.table import RecordTable
 from reward_model.types import Record
 
@@ -21,7 +22,7 @@ def split_by_prompt(records: Sequence[Record], *, fraction: float, seed: int) ->
     `fraction`. The order of the records therefore does not matter, and most prompts keep their side when records are
     added. The empty prompt counts as a prompt: all images without a prompt are on one side.
 
-    Prompts are told apart by 64 bits of their SHA-256, which takes 16 bytes of memory a record.
+    Prompts are told apart by 64 bits of their SHA-256, which the table holds.
 
     Raises ValueError if `fraction` is not in (0, 1), or if one side would be empty.
     """
@@ -31,7 +32,7 @@ def split_by_prompt(records: Sequence[Record], *, fraction: float, seed: int) ->
     group_of, order = _groups(table, seed)
     sizes = np.bincount(group_of, minlength=len(order))
     room, held_out = round(fraction * len(table)), np.zeros(len(order), bool)
-    for group in order:
+    for group in order.tolist():
         if sizes[group] <= room:
             room -= sizes[group]
             held_out[group] = True
@@ -54,40 +55,37 @@ def _groups(table: RecordTable, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     A group is a set of prompts that records connect.
     """
-    first, second = np.zeros(len(table), np.uint64), np.zeros(len(table), np.uint64)
-    for row, (prompt, other) in enumerate(_pairs_of_prompts(table)):
-        first[row] = _digest(prompt, seed)
-        second[row] = first[row] if other is None else _digest(other, seed)
-    digests, index = np.unique(np.concatenate([first, second]), return_inverse=True)
+    first, second = table.column("winner_prompt_key"), table.column("loser_prompt_key")
+    if (first == second).all():
+        _, rows, group_of = np.unique(first, return_index=True, return_inverse=True)
+        return group_of, np.argsort(_digests(table, rows, seed), kind="stable")
+    keys, index = np.unique(np.concatenate([first, second]), return_inverse=True)
     both = index.reshape(2, -1)
-    graph = coo_array((np.ones(len(table), bool), (both[0], both[1])), shape=(len(digests),) * 2)
-    count, group_of_digest = connected_components(graph, directed=False)
-    group_of = group_of_digest[both[0]]
-    key = np.zeros(count, np.uint64)
-    key[group_of_digest] = digests
-    _use_first_prompts(key, table, group_of, is_joint=np.bincount(group_of_digest, minlength=count) > 1, seed=seed)
-    return group_of, np.argsort(key, kind="stable")
+    graph = coo_array((np.ones(len(table), bool), (both[0], both[1])), shape=(len(keys),) * 2)
+    count, group_of_key = connected_components(graph, directed=False)
+    group_of = group_of_key[both[0]]
+    _, rows = np.unique(group_of, return_index=True)
+    digests = _digests(table, rows, seed)
+    is_joint = np.bincount(group_of_key, minlength=count) > 1
+    for group, prompt in _first_prompts(table, group_of, is_joint).items():
+        digests[group] = _digest(prompt, seed)
+    return group_of, np.argsort(digests, kind="stable")
 
 
-def _use_first_prompts(
-    key: np.ndarray, table: RecordTable, group_of: np.ndarray, *, is_joint: np.ndarray, seed: int
-) -> None:
-    """Set the key of each group of several prompts to the digest of the alphabetically first."""
-    if not is_joint.any():
-        return
-    lowest: dict[int, str] = {}
-    for group, (prompt, other) in zip(group_of, _pairs_of_prompts(table), strict=True):
-        if is_joint[group]:
-            here = prompt if other is None else min(prompt, other)
-            lowest[group] = min(lowest.get(group, here), here)
-    for group, prompt in lowest.items():
-        key[group] = _digest(prompt, seed)
+def _digests(table: RecordTable, rows: np.ndarray, seed: int) -> np.ndarray:
+    """Return the digests of the winner's prompts of some rows, (N,)."""
+    return np.fromiter((_digest(prompt, seed) for prompt in table.texts("winner_prompt", rows)), np.uint64, len(rows))
 
 
-def _pairs_of_prompts(table: RecordTable) -> Iterator[tuple[str, str | None]]:
-    for winners, losers in table.prompts():
-        yield from zip(winners, losers, strict=True)
+def _first_prompts(table: RecordTable, group_of: np.ndarray, is_joint: np.ndarray) -> dict[int, str]:
+    """Return the alphabetically first prompt of each group of several prompts."""
+    lowest, rows = dict[int, str](), np.flatnonzero(is_joint[group_of])
+    pairs = (zip(*sides, strict=True) for sides in table.select(rows).prompts())
+    for group, (prompt, other) in zip(group_of[rows].tolist(), chain.from_iterable(pairs), strict=True):
+        here = prompt if other is None else min(prompt, other)
+        lowest[group] = min(lowest.get(group, here), here)
+    return lowest
 
 
 def _digest(prompt: str, seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{prompt}".encode()).digest()[:8])
+    return text_key(f"{seed}:{prompt}")

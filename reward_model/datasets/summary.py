@@ -1,7 +1,5 @@
-"""Summary of the records of a data set, made in one pass in bounded memory."""
+"""Summary of the records of a data set, from the keys of its prompts and images."""
 
-# pyarrow has no usable types.
-# pyright: reportAttributeAccessIssue=false, reportUnknownMemberType=false
 from __future__ import annotations
 
 from collections import Counter
@@ -10,7 +8,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import pyarrow.compute as pc
 
 from reward_model.datasets.table import RecordTable
 from reward_model.types import Record
@@ -71,42 +68,26 @@ def summarise(records: Sequence[Record]) -> Summary:
     """Return the counts of a data set. Prompts and images are told apart by 64-bit hashes."""
     table = RecordTable.of(records)
     label, ties, gaps = table.column("label", null=-1), table.column("tie"), table.column("rating_gap")
-    prompts, images, num_two_prompts = list[np.ndarray](), list[np.ndarray](), 0
-    for batch in table.batches("winner_prompt", "loser_prompt", "winner", "loser"):
-        winners, losers = batch["winner_prompt"].to_pylist(), batch["loser_prompt"].to_pylist()
-        prompts.append(_hashes(winners))
-        prompts.append(_hashes([prompt for prompt in losers if prompt is not None]))
-        num_two_prompts += len(prompts[-1])
-        images += [_hashes(_image_names(batch[side])) for side in ("winner", "loser")]
-    _, per_prompt = np.unique(np.concatenate([np.zeros(0, np.int64), *prompts]), return_counts=True)
+    winners, losers = table.column("winner_prompt_key"), table.column("loser_prompt_key")
+    has_two = winners != losers
+    _, per_prompt = np.unique(np.concatenate([winners, losers[has_two]]), return_counts=True)
+    images = np.concatenate([table.column("winner_image_key"), table.column("loser_image_key")])
     return Summary(
         num_pairs=int((label < 0).sum()),
         num_ties=int(ties.sum()),
-        num_two_prompts=num_two_prompts,
+        num_two_prompts=int(has_two.sum()),
         num_good=int((label == 1).sum()),
         num_bad=int((label == 0).sum()),
         gaps=gaps[gaps > 0],
         num_prompts=len(per_prompt),
         most_of_one_prompt=int(per_prompt.max(initial=0)),
-        num_images=len(np.unique(np.concatenate([np.zeros(0, np.int64), *images]))),
+        num_images=len(np.unique(images)),
     )
 
 
 def describe(records: Sequence[Record]) -> str:
     """Return a table, one count a line, of pairs, ties, rating gaps, labels, prompts and images."""
     return summarise(records).table()
-
-
-def _hashes(texts: Sequence[object]) -> np.ndarray:
-    return np.array([hash(text) for text in texts], np.int64)
-
-
-def _image_names(images: object) -> list[object]:
-    """Return what tells the images of an Arrow column apart, without nulls."""
-    found = pc.drop_null(images)
-    if found.field("start").null_count == len(found):  # files
-        return found.field("file").to_pylist()
-    return [tuple(image.values()) for image in found.to_pylist()]
 
 
 def _share(name: str, count: int, total: int) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from typing import Any, Self, overload
 import numpy as np
 import pyarrow as pa
 
+from reward_model.datasets.keys import prompt_key, text_key
 from reward_model.stored_images import ImageSource, StoredImage
 from reward_model.types import LabelledImage, PreferencePair, Record
 
@@ -27,7 +28,11 @@ SCHEMA = pa.schema([
     ("reference", pa.string()),  # path of the image that was edited
     ("where", pa.string()),
     ("block", pa.int64()),  # rows of one block have images that are read together; -1 is none
+    # 64 bits that stand for a text or an image, so that a start computes no hash; those of a label twice
+    *((f"{side}_{what}", pa.uint64()) for what in ("prompt_key", "words", "image_key") for side in ("winner", "loser")),
 ])  # fmt: skip
+_OF_RECORDS = SCHEMA.names[: SCHEMA.get_field_index("block")]
+"""Columns that make a record."""
 _ROWS = 1000
 """Records that are in memory at once in a pass over a table."""
 
@@ -51,12 +56,38 @@ class TableWriter:
         self._flush()
         self._writer.close()
 
+    def append(self, batches: Iterable[pa.RecordBatch]) -> None:
+        """Append what another writer wrote."""
+        self._flush()
+        for batch in batches:
+            self._writer.write_batch(batch)
+            self.count += len(batch)
+
     def _flush(self) -> None:
         if self._rows:
-            columns = zip(*self._rows, strict=True)
-            arrays = [_array(list(c), field.type) for c, field in zip(columns, SCHEMA, strict=True)]
+            columns = [list(column) for column in zip(*self._rows, strict=True)]
+            columns += _keys(columns)
+            arrays = [_array(c, field.type) for c, field in zip(columns, SCHEMA, strict=True)]
             self._writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
             self._rows.clear()
+
+
+def _keys(columns: Sequence[list[Any]]) -> list[list[int]]:
+    """Return the keys of the prompts, of their words and of the images of some rows, of each side."""
+    winners, losers, prompts, loser_prompts = columns[:4]
+    found = list[list[int]]()
+    for key_of in (text_key, prompt_key):
+        keys = [key_of(prompt) for prompt in prompts]
+        other = zip(keys, loser_prompts, strict=True)
+        found += [keys, [key if prompt is None else key_of(prompt) for key, prompt in other]]
+    images = [_image_key(image) for image in winners]
+    other = zip(images, losers, strict=True)
+    return [*found, images, [key if image is None else _image_key(image) for key, image in other]]
+
+
+def _image_key(image: tuple[Any, ...]) -> int:
+    file, start, size, column = image
+    return text_key(file if start is None else f"{file}\0{start}\0{size}\0{column}")
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
@@ -119,7 +150,7 @@ class RecordTable(Sequence[Record]):
             raise IndexError(index)
         row = index % len(self) if self._rows is None else self._rows[index]
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return _record(self._parts[part].slice(row - self._starts[part], 1).to_pylist()[0])
+        return _record(self._parts[part].select(_OF_RECORDS).slice(row - self._starts[part], 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[Record]:
         for batch in self.batches():
@@ -139,7 +170,7 @@ class RecordTable(Sequence[Record]):
 
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """Yield the rows, or some columns of them, in order and in parts that are in memory one at a time."""
-        names = list(columns) or SCHEMA.names
+        names = list(columns) or _OF_RECORDS
         if self._rows is None:
             yield from (part.select(names) for part in self._parts)
             return
@@ -160,6 +191,11 @@ class RecordTable(Sequence[Record]):
         label, tie = self.column("label", null=-1) >= 0, self.column("tie")
         kinds = [np.flatnonzero(kind)[:1] for kind in (label, tie, ~(label | tie))]
         return self.select(np.sort(np.concatenate(kinds)))
+
+    def texts(self, name: str, rows: np.ndarray) -> Iterator[str]:
+        """Yield a column of texts of some rows."""
+        for batch in self.select(rows).batches(name):
+            yield from batch.column(0).to_pylist()
 
     def prompts(self) -> Iterator[tuple[list[str], list[str | None]]]:
         """Yield the winners' prompts, or those of labels, and the losers' where they differ, in parts."""

@@ -15,10 +15,10 @@ from __future__ import annotations
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.raw_records import RawRecord, parse_object
+from reward_model.locations import Location, num_bytes
 from reward_model.stored_images import MAX_BYTES, StoredImage, read_bytes
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -27,12 +27,14 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 class TarShard:
     """A tar archive whose members are read from the file on demand."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         """List the members. Raises ValueError if it is compressed, truncated, has sparse members or two of one name."""
-        self.path, self.size = path, path.stat().st_size
+        self.path, self.size = path, num_bytes(path)
         try:
-            with tarfile.open(path, "r:") as archive:
+            with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 found = list(archive)
+        except ConnectionError:
+            raise
         except (tarfile.TarError, OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as an uncompressed tar: {error}. Download it again.") from error
         if sparse := next((member.name for member in found if member.issparse()), None):
@@ -88,7 +90,7 @@ class TarShard:
         return RawRecord(where, {**images, **fields})
 
 
-def _check_end(path: Path, members: Sequence[tarfile.TarInfo]) -> None:
+def _check_end(path: Location, members: Sequence[tarfile.TarInfo]) -> None:
     """Raise ValueError if data follow the last member: tarfile stops at a broken header and between two archives."""
     last = max(members, key=lambda member: member.offset_data, default=None)
     end = 0 if last is None else last.offset_data + (last.size + 511) // 512 * 512

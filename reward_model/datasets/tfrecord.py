@@ -12,12 +12,12 @@ import os
 import struct
 from collections.abc import Collection, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from reward_model.datasets.raw_records import RawRecord
+from reward_model.locations import Location
 from reward_model.stored_images import MAX_BYTES, StoredImage
 
 Wire = Iterator[tuple[int, int | memoryview]]
@@ -27,7 +27,7 @@ _MAX_VALUES = 1 << 20
 """Most features and values of an Example together: as Python objects they take up to 40 times their bytes."""
 
 
-def read_tfrecord(path: Path, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
+def read_tfrecord(path: Location, *, skip_columns: Collection[str]) -> Iterator[RawRecord]:
     """Yield the Examples of a TFRecord file, numbered from 1, without the features `skip_columns`.
 
     A feature with one value gives this value, one with several a list. Bytes that are UTF-8 become strings, and others
@@ -58,7 +58,7 @@ def masked_crc32c(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _stored(value: Any, path: Path, content: bytes, start: int) -> Any:
+def _stored(value: Any, path: Location, content: bytes, start: int) -> Any:
     """Return a value with the place in the file of its bytes, which are views of the Example that starts there."""
     match value:
         case list():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reward_model.datasets.order import block_order
-from reward_model.datasets.refill import Refill, UnusableError
+from reward_model.datasets.refill import Refill, unusable
 from reward_model.datasets.table import RecordTable
 from reward_model.images import fit
+from reward_model.locations import is_in_bucket
 from reward_model.stored_images import ImageSource, StoredImage
 from rlhf_t2i.data.augmentation import UNCHANGED, Augmentation, ImageView
 from rlhf_t2i.data.buckets import Buckets
@@ -156,7 +157,7 @@ class ImagePairs:
         def sides(usable: list[int]) -> list[list[int]]:
             pairs = [self.pairs[i] for i in usable]
             for position, pair in enumerate(pairs):
-                with _unusable(position):
+                with unusable(position):
                     self.size_of(pair)
             return self.buckets.groups([(pair.winner, pair.loser) for pair in pairs])
 
@@ -190,7 +191,7 @@ class ImagePairs:
         else:
             keys = list[str]()
             for position, image in enumerate(images):
-                with _unusable(position % len(pairs)):
+                with unusable(position % len(pairs)):
                     keys.append(self._key_of(image))
             if missing := {*self.latents_cache.missing(keys)}:  # opens the files that other processes have written
                 # One that could not be read when the cache was filled, or a pair that replaces another.
@@ -233,7 +234,7 @@ class ImagePairs:
         return pixels.flip(-1) if image.flipped else pixels
 
     def _read_of_pair(self, image: ImageView, position: int) -> Float[Tensor, "3 Y X"]:
-        with _unusable(position):
+        with unusable(position):
             return self._read(image)
 
     def _read_or_none(self, image: ImageView) -> Float[Tensor, "3 Y X"] | None:
@@ -249,19 +250,12 @@ class ImagePairs:
         """
         source, place = image.source, ""
         if isinstance(source, StoredImage):
-            source, place = Path(source.file), f"\0{source.start}\0{source.size}\0{source.column}"
-        key = digest(f"{source if str(source).startswith('hf:') else version_of(Path(source))}{place}")
+            place = f"\0{source.start}\0{source.size}\0{source.column}"
+            source = source.file
+        is_of_hub = str(source).startswith("hf:") and not is_in_bucket(source)
+        key = digest(f"{source if is_of_hub else version_of(source)}{place}")
         size = "" if image.size == self.policy.image_size else f".{image.size[0]}x{image.size[1]}"
         return f"{key}{size}.flipped" if image.flipped else f"{key}{size}"
-
-
-@contextmanager
-def _unusable(position: int) -> Iterator[None]:
-    """Say which pair of a batch an image belongs to that cannot be read."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UnusableError(position, str(error)) from error
 
 
 def _cache_of(policy: Policy, part: Literal["autoencoder", "text encoder"], folder: Path) -> TensorCache:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from reward_model.locations import is_in_bucket, version_in_bucket
 from rlhf_t2i.data.latent_cache import TensorCache
 from rlhf_t2i.prompt_rows import EditPrompt
 from rlhf_t2i.types import Conditioning
@@ -35,8 +36,11 @@ def text_key(prompt: str) -> str:
     return digest(f"{prompt!s}\0{version_of(prompt.image)}" if isinstance(prompt, EditPrompt) else prompt)
 
 
-def version_of(image: Path) -> str:
+def version_of(file: str | Path) -> str:
     """Return a text that changes when a file is replaced, without reading its bytes."""
+    if is_in_bucket(file):
+        return f"{file}\0{version_in_bucket(str(file))}"
+    image = Path(file)
     stat = image.stat()
     return f"{image.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
 
