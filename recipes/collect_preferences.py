@@ -149,8 +149,10 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
         skipped=skipped,
         log=log,
         keep_ties=True,
+        streaming=config.streaming,
     )
-    for pair in subsample(usable_records(found, skipped=skipped), config.num_pairs, generator=generator):
+    drawn = subsample(found, config.num_pairs, generator=generator)
+    for pair in (pair for one in drawn for pair in usable_records([one], skipped=skipped)):
         assert isinstance(pair, PreferencePair)
         sources = _UNDECIDED if pair.tie else _DECIDED
         yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)

@@ -139,6 +139,7 @@ def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     records = load_same_prompt_pairs(
         names(config.pairs), skipped=skipped, log=trainer.print,
         image_root=config.image_root, image_prefix=config.image_prefix, with_references=True,
+        streaming=config.streaming,
     )  # fmt: skip
     check_edits(instructions := instructions_of(records), model=config.model)
     if instructions and (config.random_flip != "none" or config.aspect_bucket_step):
@@ -154,7 +155,7 @@ def load_pairs(trainer: Trainer, config: Config) -> ImagePairs:
     pairs = ImagePairs(
         records, policy=trainer.policy, read=to_tensor, microbatch_size=config.microbatch_size,
         cache_folder=Path(config.cache_folder) if config.cache_folder else None, augmentation=augmentation_of(config),
-        bucket_sizes=sizes, skipped=skipped, num_workers=config.num_workers,
+        bucket_sizes=sizes, skipped=skipped, num_workers=config.num_workers, weights=config.weights,
     )  # fmt: skip
     if sizes:
         trainer.print(f"buckets   {', '.join('{} x {}'.format(*size) for size in sizes)}")

@@ -20,12 +20,13 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
 
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from reward_model.benchmarks import Result, evaluate, load_benchmarks, to_json, to_markdown
-from reward_model.benchmarks.evaluation import Mistake, record_metrics, score_records, worst_mistakes
+from reward_model.benchmarks.evaluation import Mistake, record_metrics, score_in_parts, worst_mistakes
 from reward_model.benchmarks.metrics import Metric, to_csv, to_table
 from reward_model.benchmarks.report import render_report
 from reward_model.datasets import load_records
@@ -78,8 +79,8 @@ def evaluate_on_data(reward: LlavaReward | PointwiseScorer, config: Config, fold
     for name, records in load_data(config, folder).items():
         skipped = folder / "skipped.jsonl" if config.on_bad_record == "skip" else None
         backbone = reward.model.backbone if isinstance(reward, LlavaReward) else None
-        records = usable_records(records, backbone, skipped=skipped)
-        scores = score_records(reward, records, batch_size=config.microbatch_size)
+        usable = partial(usable_records, backbone=backbone, skipped=skipped)
+        scores = score_in_parts(reward, records, batch_size=config.microbatch_size, usable=usable)
         metrics[name], mistakes[name] = record_metrics(scores), worst_mistakes(scores, count=config.num_shown)
         keep_folder(folder)
         write_atomically(folder / f"{name}.csv", to_csv(metrics[name]))
@@ -127,6 +128,7 @@ def load_data(config: Config, folder: Path) -> dict[str, RecordTable]:
         name: load_records(
             source, image_root=config.image_root, image_prefix=config.image_prefix,
             on_bad_record=config.on_bad_record, skipped=folder / "skipped.jsonl", without_preference=no_preference,
+            streaming=config.streaming,
         )
         for name, source in by_name.items()
     }  # fmt: skip

@@ -86,7 +86,7 @@ def main(config: Config) -> Path:
         validation=draw_records(validation, config.max_validation_records, seed=config.seed),
         learning_rates=config.learning_rates, skipped=skip_log(config, folder), lora_only=config.lora_only,
         callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else [],
-        on_validation=partial(record_history, folder),
+        weights=config.weights, on_validation=partial(record_history, folder),
     )  # fmt: skip
     resumes, log = config.resume or restarted(), trainer.accelerator.print
     checkpoint = newest_checkpoint(folder / CHECKPOINTS, report=log) if resumes else None
@@ -200,6 +200,7 @@ def load_data(config: Config, folder: Path) -> tuple[RecordTable, RecordTable, d
         return load_records(
             source, image_root=config.image_root, image_prefix=config.image_prefix,
             on_bad_record=config.on_bad_record, skipped=skip_log(config, folder), without_preference=no_preference,
+            streaming=config.streaming,
         )  # fmt: skip
 
     tests = {name: load(source) for name, source in test_files.items()}

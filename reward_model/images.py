@@ -58,6 +58,8 @@ def _from_file(path: ImageSource) -> Float[Tensor, "3 _ _"]:
             width, height = image.size
             if width * height <= MAX_PIXELS:
                 return _from_pil(image)
+    except ConnectionError:  # of a bucket
+        raise
     # Pillow's decoders raise any exception type on broken bytes: SyntaxError, struct.error, KeyError, ...
     except Exception as error:
         name = f"file {str(path)!r}" if isinstance(path, Path) else f"image {path}"
@@ -78,7 +80,9 @@ def _from_pil(image: Image.Image) -> Float[Tensor, "3 _ _"]:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(255)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)  # an array would be copied once more
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float().div_(255)
 
 
 def _from_array(array: np.ndarray) -> Float[Tensor, "3 _ _"]:

@@ -99,6 +99,10 @@ class BucketPath:
     def _ask(self, question: Callable[[Any, str], T]) -> T:
         """Return the answer of a bucket, asked several times if it fails; ValueError, naming the file, in the end."""
         since = time.monotonic()
+        try:
+            fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:  # a library that is not installed, an unknown protocol
+            raise ValueError(f"{self.url} cannot be read: {error}.") from error
         for left in reversed(range(NUM_TRIES)):
             try:
                 # Looked up each time: a file system is not to be used by a process that was forked from its own.
@@ -106,8 +110,6 @@ class BucketPath:
                 return question(system, path)
             except _FINAL:
                 raise
-            except ImportError as error:
-                raise ValueError(f"{self.url} cannot be read: {error}.") from error
             # Of the dozen libraries behind fsspec, each has its own errors for a lost connection.
             except Exception as error:
                 if not left:

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, load_adapter_
 from reward_model.checkpoint_files import seal
 from reward_model.collator import Collator
 from reward_model.datasets.fields import BadRecordError
-from reward_model.datasets.order import BlockSampler
+from reward_model.datasets.order import OrderSampler, block_order, mixed_order
 from reward_model.datasets.refill import Refill
 from reward_model.datasets.table import RecordTable
 from reward_model.losses import Objective
@@ -93,13 +94,15 @@ class RewardModelTrainer(RewardTrainer):
         learning_rates: dict[str, float],
         skipped: Path | None = None,
         lora_only: bool = False,
+        weights: Sequence[float] = (),
         callbacks: list[Any] | None = None,
         on_validation: Callable[[History], object] = lambda history: None,
     ) -> None:
         """`learning_rates` has one for each of `GROUPS`. With `lora_only` only the LoRA is trained, as published.
 
         Records whose images or prompts cannot be used are written to the file `skipped` if there is one; without, the
-        first one that is met raises BadRecordError.
+        first one that is met raises BadRecordError. `weights` are those of the sources of the training records, as
+        `mixed_order` takes them; without, an epoch has every record once.
 
         `on_validation` takes the training log after each validation, on the main process.
         """
@@ -110,7 +113,8 @@ class RewardModelTrainer(RewardTrainer):
             raise ValueError(f"All {len(validation)} validation records are ties, which have no accuracy.")
         reward_model.set_trainable(("lora",) if lora_only else GROUPS)
         self.objective, self.learning_rates = objective, learning_rates
-        numbers, self._blocks = np.arange(len(training) + len(validation)), tables[0].column("block")
+        numbers, self._training = np.arange(len(training) + len(validation)), tables[0]
+        self._weights = weights
         refill = Refill(len(training), len(validation), skipped=skipped)
         super().__init__(
             model=_TrlModel(reward_model),
@@ -141,8 +145,12 @@ class RewardModelTrainer(RewardTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return a sampler whose order is a pure function of seed and epoch."""
-        if (self._blocks >= 0).any():
-            return BlockSampler(self._blocks, seed=self.args.seed)
+        blocks, seed = self._training.column("block"), self.args.seed
+        if self._weights:
+            mixed = partial(mixed_order, blocks, self._training.sources(), self._weights, seed=seed)
+            return OrderSampler(lambda epoch: mixed(epoch=epoch), len(blocks))
+        if (blocks >= 0).any():
+            return OrderSampler(lambda epoch: block_order(blocks, seed=seed, epoch=epoch), len(blocks))
         return super()._get_train_sampler(train_dataset)
 
     def compute_loss(

@@ -18,7 +18,7 @@ from PIL import Image
 from reward_model import stored_images
 from reward_model.datasets import BadRecordError, load_records, source
 from reward_model.datasets.__main__ import main
-from reward_model.datasets.order import block_order
+from reward_model.datasets.order import block_order, mixed_order
 from reward_model.datasets.refill import Refill, UnusableError
 from reward_model.datasets.split import split_by_prompt
 from reward_model.datasets.table import RecordTable
@@ -194,6 +194,30 @@ def test_the_order_of_blocks_is_a_permutation_by_seed_and_epoch_and_keeps_blocks
     assert (np.diff(order) != 1).mean() > 0.9
     lonely = block_order(np.full(1000, -1), seed=0, epoch=0)
     assert np.corrcoef(lonely, np.arange(1000))[0, 1] == pytest.approx(0, abs=0.1)
+
+
+def test_a_mixture_draws_sources_by_weight_and_repeats_no_record_before_all_were_drawn() -> None:
+    sources = np.repeat([0, 1], [900, 300])
+    blocks = np.full(1200, -1)
+    epochs = [mixed_order(blocks, sources, [1, 3], seed=0, epoch=epoch) for epoch in range(3)]
+    for order in epochs:
+        assert np.bincount(sources[order]).tolist() == [300, 900]
+        assert np.bincount(sources[order[:400]])[1] == pytest.approx(300, abs=40)
+    drawn = np.concatenate(epochs)
+    assert np.array_equal(np.sort(drawn[sources[drawn] == 0]), np.arange(900))  # a third in each epoch
+    assert np.bincount(drawn[sources[drawn] == 1] - 900).tolist() == [9] * 300
+    assert np.array_equal(epochs[1], mixed_order(blocks, sources, [1, 3], seed=0, epoch=1))
+    assert not np.array_equal(epochs[1], mixed_order(blocks, sources, [1, 3], seed=1, epoch=1))
+    uneven = mixed_order(blocks, sources, [1, 1e-3], seed=0, epoch=7)
+    assert len(uneven) == 1200
+    with pytest.raises(ValueError, match="Data file 2 of the mixture has no record to train on"):
+        mixed_order(blocks[:900], sources[:900], [1, 1], seed=0, epoch=0)
+
+
+def test_records_know_the_source_that_they_are_of_after_a_split() -> None:
+    first, second = RecordTable.of(some_records()[:1500]), RecordTable.of(some_records()[1500:])
+    drawn = RecordTable.concatenate([first, second]).select(np.array([0, 1600, 3, 2199]))
+    assert drawn.sources().tolist() == [0, 1, 0, 1]
 
 
 def test_training_stops_when_more_than_half_of_what_it_meets_is_unusable(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics
 from reward_model.benchmarks.statistics import order_consistency
+from reward_model.datasets.table import RecordTable
 from reward_model.losses import decided_logits
 from reward_model.scorers.pointwise import PointwiseScorer
 from reward_model.scoring import LlavaReward
@@ -19,6 +20,8 @@ from reward_model.types import LabelledImage, PreferencePair, Record
 
 NUM_SWAPPED = 256
 """Number of pairs that are also scored in the other order."""
+PART = 4096
+"""Records whose images are opened before the first of them is scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,32 @@ def score_records(
         images, prompts = [one.image for one in labelled], [one.prompt for one in labelled]
         scores = reward_model.score(images, prompts, batch_size=batch_size)
     return RecordScores(pairs, logits.cpu(), swapped.cpu(), labelled, scores.cpu())
+
+
+def score_in_parts(
+    reward_model: LlavaReward | PointwiseScorer,
+    records: RecordTable,
+    *,
+    batch_size: int,
+    usable: Callable[[RecordTable], RecordTable],
+) -> RecordScores:
+    """Score the usable ones of many records; images are opened shortly before they are scored.
+
+    `usable` returns those of some records that can be scored. Raises ValueError if none can.
+    """
+    parts = list[RecordScores]()
+    for start in range(0, len(records), PART):
+        some = usable(records[start : start + PART])
+        parts.append(score_records(reward_model, some, batch_size=batch_size))
+    if not any(part.pairs or part.labelled for part in parts):
+        raise ValueError(f"None of the {len(records):,} records can be scored.")
+    return RecordScores(
+        [pair for part in parts for pair in part.pairs],
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.swapped for part in parts])[:NUM_SWAPPED],
+        [one for part in parts for one in part.labelled],
+        torch.cat([part.scores for part in parts]),
+    )
 
 
 def _logits(

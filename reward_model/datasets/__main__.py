@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     check.add_argument("place", metavar="PLACE", help="data to check: PATH or FORMAT:PATH, as in --train_data")
     check.add_argument("--image_root", help="folder that relative image paths start from; default: the data file's own")
     check.add_argument("--image_prefix", help="OLD=NEW: image paths that start with OLD are read as if with NEW")
+    check.add_argument("--streaming", action="store_true", help="read hf:ID@SPLIT on the Hub without downloading it")
     check.add_argument(
         "--num_workers", type=int, default=os.cpu_count() or 1, help="processes that decode images; default: one a core"
     )
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     try:
         found = check_data(
             options.place, image_root=options.image_root, image_prefix=options.image_prefix, bad=options.bad,
-            num_workers=options.num_workers,
+            num_workers=options.num_workers, streaming=options.streaming,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         tqdm.write(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -40,7 +40,7 @@ class Checked(NamedTuple):
 
 
 def check_data(
-    source: str, *, image_root: str | None, image_prefix: str | None, bad: Path, num_workers: int
+    source: str, *, image_root: str | None, image_prefix: str | None, bad: Path, num_workers: int, streaming: bool = False
 ) -> Checked:
     """Read every record of FORMAT:PATH and decode each image, and write bad records to the file `bad`.
 
@@ -48,8 +48,10 @@ def check_data(
     """
     forget_stamp(source)
     bad.unlink(missing_ok=True)
-    files = data_files_of(source)
-    records = load_records(source, image_root=image_root, image_prefix=image_prefix, on_bad_record="skip", skipped=bad)
+    files = data_files_of(source, streaming=streaming)
+    records = load_records(
+        source, image_root=image_root, image_prefix=image_prefix, on_bad_record="skip", skipped=bad, streaming=streaming
+    )
     num_bad = len(bad.read_bytes().splitlines()) if bad.is_file() else 0
     for where, reason in tqdm(_flaws(records, num_workers), total=len(records), desc="check", unit=" records"):
         if reason:

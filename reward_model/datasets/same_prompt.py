@@ -28,6 +28,7 @@ def load_same_prompt_pairs(
     log: Callable[[str], None] | None = None,
     keep_ties: bool = False,
     with_references: bool = False,
+    streaming: bool = False,
 ) -> Sequence[PreferencePair]:
     """Return the pairs of two images of one prompt in several FORMAT:PATH, and in the .jsonl files of folders.
 
@@ -39,7 +40,7 @@ def load_same_prompt_pairs(
     """
     tables, without_preference = list[RecordTable](), Counter[str]()
     for source in sources:
-        folder = Path(source)
+        folder, parts = Path(source), list[RecordTable]()
         for file in sorted(folder.glob("*.jsonl")) if folder.is_dir() else [source]:
             records = load_records(
                 file,
@@ -49,8 +50,10 @@ def load_same_prompt_pairs(
                 skipped=skipped,
                 without_preference=without_preference,
                 with_references=with_references,
+                streaming=streaming,
             )
-            tables.append(same_prompt_pairs(records, skipped=skipped, keep_ties=keep_ties))
+            parts.append(same_prompt_pairs(records, skipped=skipped, keep_ties=keep_ties))
+        tables.append(RecordTable.concatenate(parts))
     if log is not None:
         for reason, count in without_preference.items():
             log(f"{count:,} rows state no preference: {reason}")

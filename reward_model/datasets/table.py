@@ -101,9 +101,12 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 class RecordTable(Sequence[Record]):
     """A sequence of records that are made when they are asked for."""
 
-    def __init__(self, parts: Sequence[pa.RecordBatch], rows: np.ndarray | None = None) -> None:
-        """Take the rows of all parts, or the given ones of them in this order."""
+    def __init__(
+        self, parts: Sequence[pa.RecordBatch], rows: np.ndarray | None = None, sources: np.ndarray | None = None
+    ) -> None:
+        """Take the rows of all parts, or the given ones of them in this order; `sources` are those of the parts."""
         self._parts, self._rows = parts, rows
+        self._sources = np.zeros(len(parts), np.int64) if sources is None else sources
         self._starts = np.cumsum([0, *map(len, parts)])
 
     @classmethod
@@ -130,11 +133,13 @@ class RecordTable(Sequence[Record]):
 
     @staticmethod
     def concatenate(tables: Sequence[RecordTable]) -> RecordTable:
-        """Return the records of all tables one after the other, without a copy of them."""
+        """Return the records of all tables one after the other, each a source of its own, without a copy of them."""
         starts = np.cumsum([0, *(table._starts[-1] for table in tables)])
         rows = [start + table._all_rows() for start, table in zip(starts, tables, strict=False)]
         is_whole = all(table._rows is None for table in tables)
-        return RecordTable([p for table in tables for p in table._parts], None if is_whole else np.concatenate(rows))
+        sources = np.repeat(np.arange(len(tables)), [len(table._parts) for table in tables])
+        parts = [part for table in tables for part in table._parts]
+        return RecordTable(parts, None if is_whole else np.concatenate(rows), sources)
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._rows is None else len(self._rows)
@@ -166,7 +171,11 @@ class RecordTable(Sequence[Record]):
 
     def select(self, rows: np.ndarray) -> RecordTable:
         """Return some rows, in this order, without a copy of the records."""
-        return RecordTable(self._parts, self._all_rows()[rows])
+        return RecordTable(self._parts, self._all_rows()[rows], self._sources)
+
+    def sources(self) -> np.ndarray:
+        """Return which of the tables that were concatenated each record is of, from 0, (N,)."""
+        return self._sources[np.searchsorted(self._starts, self._all_rows(), side="right") - 1]
 
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """Yield the rows, or some columns of them, in order and in parts that are in memory one at a time."""

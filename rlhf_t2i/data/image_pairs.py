@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reward_model.datasets.order import block_order
+from reward_model.datasets.order import block_order, mixed_order
 from reward_model.datasets.refill import Refill, unusable
 from reward_model.datasets.table import RecordTable
 from reward_model.images import fit
@@ -90,18 +90,20 @@ class ImagePairs:
         bucket_sizes: Sequence[tuple[int, int]] = (),
         skipped: Path | None = None,
         num_workers: int = 0,
+        weights: Sequence[float] = (),
     ) -> None:
         """`read` loads an image with values in [0, 1], in `num_workers` threads.
 
         `microbatch_size` images go through the autoencoder at once. They are cropped to the policy's size, or to that
         of their pair's bucket among `bucket_sizes`. A pair with an image that cannot be read is written to the file
-        `skipped` and replaced by the next one; without, it raises BadRecordError. Raises ValueError for a cache of
+        `skipped` and replaced by the next one; without, it raises BadRecordError. `weights` are those of the sources of
+        the pairs, as `mixed_order` takes them. Raises ValueError for a cache of
         another autoencoder or text encoder.
         """
         self.pairs, self.policy, self.read, self.microbatch_size = pairs, policy, read, microbatch_size
         self.augmentation, self.buckets = augmentation, Buckets(bucket_sizes or [policy.image_size])
         self.refill = Refill(len(pairs), skipped=skipped)
-        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+        self.weights, self._order = weights, lru_cache(maxsize=2)(self._order_of_epoch)
         self.readers = ThreadPoolExecutor(num_workers) if num_workers else None
         self.latents_cache = self.text_cache = None
         if cache_folder is not None:
@@ -116,8 +118,12 @@ class ImagePairs:
         return pairs_of_step(len(self.pairs), step, num_pairs=num_pairs, seed=seed, order=self._order)
 
     def _order_of_epoch(self, count: int, epoch: int, seed: int) -> Int[Tensor, " N"]:
-        blocks = self.pairs.column("block") if isinstance(self.pairs, RecordTable) else None
-        if blocks is None or (blocks < 0).all():
+        if not isinstance(self.pairs, RecordTable):
+            return random_order(count, epoch, seed)
+        blocks = self.pairs.column("block")
+        if self.weights:
+            return torch.from_numpy(mixed_order(blocks, self.pairs.sources(), self.weights, seed=seed, epoch=epoch))
+        if (blocks < 0).all():
             return random_order(count, epoch, seed)
         return torch.from_numpy(block_order(blocks, seed=seed, epoch=epoch))
 

@@ -13,6 +13,7 @@ from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.groups import DataSettings, GroupedSamplingSettings, TrainerConfig
 from rlhf_t2i.settings.launch import shared_rule
 from rlhf_t2i.settings.lists import whole_numbers
+from rlhf_t2i.settings.mixture import MixtureSettings
 from rlhf_t2i.settings.ranges import (
     SAMPLED,
     DataPaths,
@@ -48,7 +49,7 @@ class PairSettings(Settings, group="data"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig):
+class Config(DataSettings, MixtureSettings, PairSettings, GroupedSamplingSettings, TrainerConfig):
     """Diffusion-DPO settings. `microbatch_size` counts images, two for each pair."""
 
     prompts_per_step: PositiveInt = 32
@@ -111,6 +112,7 @@ class Config(DataSettings, PairSettings, GroupedSamplingSettings, TrainerConfig)
             *super().rules(),
             ("evaluation_prompts", can_hold_back, "given with pairs of your own, such as held_out.txt"),
             *([shared_rule("prompts_per_step", self.prompts_per_step)] if self.samples_pairs else []),
+            self.weights_rule("" if self.samples_pairs else self.pairs),
             ("random_flip", self.random_flip == "none" or not self.samples_pairs, "none with --pairs sampled"),
             ("aspect_bucket_step", not (self.aspect_bucket_step and self.samples_pairs), "null with --pairs sampled"),
             ("lora_dropout", self.lora_dropout == 0 or self.trains_lora, "0 without a LoRA"),

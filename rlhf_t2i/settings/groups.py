@@ -242,6 +242,9 @@ class DataSettings(Settings, group="data"):
     on_bad_record: Literal["error", "skip"] = "error"
     """Treatment of a record that cannot be used, or whose image cannot: stop, or skip it, write it to skipped.jsonl in
     the run folder, and train on another one in its place. More than half of them stop in any case."""
+    streaming: bool = False
+    """Read the data files of hf:ID@SPLIT on the Hub when a batch needs them, instead of downloading them first. Paths
+    in buckets, such as s3://bucket/pairs.jsonl, are always read so."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.groups import DataSettings, ResumeSettings, ThreadSettings
 from rlhf_t2i.settings.launch import tracker_rules
 from rlhf_t2i.settings.memory import AttentionSettings
+from rlhf_t2i.settings.mixture import MixtureSettings
 from rlhf_t2i.settings.ranges import (
     BackbonePath,
     DataPaths,
@@ -184,6 +185,7 @@ class Config(
     RewardSystemSettings,
     RewardOptimizerSettings,
     DataSettings,
+    MixtureSettings,
     RewardDataSettings,
     BackboneSettings,
 ):
@@ -203,7 +205,13 @@ class Config(
 
     def rules(self) -> list[Rule]:
         unused = self.loss != "cross_entropy" or not self.margin_per_rating
-        return [*super().rules(), ("margin_per_rating", unused, "0 with cross_entropy, which does not use it")]
+        is_mixed = self.data_weights is not None
+        return [
+            *super().rules(),
+            ("margin_per_rating", unused, "0 with cross_entropy, which does not use it"),
+            self.weights_rule("" if self.train_data == TOY_PAIRS else self.train_data),
+            ("hard_negatives", not (is_mixed and self.hard_negatives), "0 with data_weights"),
+        ]
 
 
 def with_defaults(arguments: Sequence[str], *, path: Path) -> list[str]:
