@@ -4,8 +4,8 @@
 
 Six middling models of random float32 weights (like SD 1.5, SDXL and SD 3.5 medium, narrower), trained by DDPO or
 Flow-GRPO for one step: LoRA and all weights, with and without gradient checkpointing. Each case is a process of its
-own: it makes the plan, which loads all libraries, then runs, and states the most resident memory of the run over that
-before it. Linux only. Prints Markdown.
+own: it makes the plan, which loads all libraries, then runs, and states the most resident memory of its steps over that
+before it, and with the checkpoint and the export. Linux only. Prints Markdown.
 """
 
 # diffusers has no usable types.
@@ -13,6 +13,7 @@ before it. Linux only. Prints Markdown.
 # pyright: reportUnknownArgumentType=false
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -28,7 +29,14 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from rlhf_t2i.passed import PassedObjects, passing
+
 MEGA = 1e6
+REWARD = "benchmarks.plan_against_memory:mean_brightness"
+HEADER = (
+    "| model like | trained | checkpointing | parameters | planned MB | measured MB | planned / measured "
+    "| with checkpoint and export, MB | s |"
+)
 say = partial(print, flush=True)
 UNET: dict[str, Any] = {
     "sample_size": 16, "block_out_channels": (160, 320, 640), "layers_per_block": 2, "norm_num_groups": 32,
@@ -52,11 +60,20 @@ CASES = [
     ("sd3", False, True),
 ]  # fmt: skip
 """Model, whether a LoRA is trained, gradient checkpointing."""
+PEAKS: list[float] = []
+"""Most resident bytes at each call of the reward."""
 
 
 def mean_brightness(images: Any, prompts: Any) -> Any:
-    """Score images by their mean."""
+    """Score images by their mean, and note the most resident memory so far.
+
+    The last call is that of the evaluation after the last step: the checkpoint and the export, of which a plan says
+    nothing and which on a CPU hold copies of the trained weights, come after it.
+    """
+    from scaling import resident
+
     del prompts
+    PEAKS.append(resident("VmHWM"))
     return images.mean(dim=(1, 2, 3))
 
 
@@ -80,8 +97,8 @@ def config_of(recipe: Any, model: str, folder: Path, *, lora: bool, checkpointin
     prompts.write_text("a fox\n", encoding="utf-8")
     return recipe.Config(
         model=str(save_model(model, folder / "model")), prompts=str(prompts), evaluation_prompts=str(prompts),
-        rewards="benchmarks.plan_against_memory:mean_brightness", num_evaluation_images=2, num_evaluation_steps=1,
-        evaluation_rewards="benchmarks.plan_against_memory:mean_brightness", run_folder=str(folder / "run"),
+        rewards=REWARD, num_evaluation_images=2, num_evaluation_steps=1,
+        evaluation_rewards=REWARD, run_folder=str(folder / "run"),
         prompts_per_step=1, images_per_prompt=4, num_denoising_steps=2, microbatch_size=2, guidance_scale=5.0,
         num_minibatches=2, lora_rank=16 if lora else None, gradient_checkpointing=checkpointing, num_steps=2,
         num_cpu_threads=1,
@@ -104,32 +121,39 @@ def compare(model: str, *, lora: bool, checkpointing: bool) -> dict[str, float]:
         gc.collect()
         reset_peak()
         before, start = resident("VmRSS"), time.monotonic()
-        recipe.main(config)
+        with passing(PassedObjects({}, {}, {REWARD: mean_brightness})):
+            recipe.main(config)
         return {
             "parameters": sum(learned + frozen for learned, frozen, _ in plan.parts.values()),
-            "planned": plan.peak, "measured": resident("VmHWM") - before, "seconds": time.monotonic() - start,
+            "planned": plan.peak, "measured": PEAKS[-1] - before, "to_the_end": resident("VmHWM") - before,
+            "seconds": time.monotonic() - start,
         }  # fmt: skip
 
 
 def main() -> None:
     """Run each case in a process of its own, and print the table."""
-    if len(sys.argv) > 1:
-        model, lora, checkpointing = CASES[int(sys.argv[1])]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", type=int, help="numbers of cases, from 0 on; default: all")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        model, lora, checkpointing = CASES[arguments.measure]
         say(json.dumps(compare(model, lora=lora, checkpointing=checkpointing)))
         return
-    say("| model like | trained | checkpointing | parameters | planned MB | measured MB | planned / measured | s |")
-    say(f"|{'---|' * 8}")
+    say(HEADER)
+    say(f"|{'---|' * (HEADER.count('|') - 1)}")
     # What is freed goes back to the system at once, as far as the allocator can.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    for number, (model, lora, checkpointing) in enumerate(CASES):
-        command = [sys.executable, __file__, str(number)]
+    for number in arguments.cases or range(len(CASES)):
+        model, lora, checkpointing = CASES[number]
+        command = [sys.executable, __file__, "--measure", str(number)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         ratio = found["planned"] / found["measured"]
         cells = [
             model, "LoRA" if lora else "all weights", "yes" if checkpointing else "no",
             f"{found['parameters'] / 1e6:.0f} M", f"{found['planned'] / MEGA:,.0f}", f"{found['measured'] / MEGA:,.0f}",
-            f"{ratio:.2f}", f"{found['seconds']:.0f}",
+            f"{ratio:.2f}", f"{found['to_the_end'] / MEGA:,.0f}", f"{found['seconds']:.0f}",
         ]  # fmt: skip
         say(f"| {' | '.join(cells)} |")
 

@@ -37,13 +37,13 @@ from rlhf_t2i.diffusion.gaussian import mean_kl, mean_log_prob
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
 from rlhf_t2i.plan import or_plan
 from rlhf_t2i.report import write_report
-from rlhf_t2i.rewards.async_reward import AsyncReward
-from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.async_reward import AsyncReward, TotalAndScores
+from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.rollout import rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.training.batching import minibatches
 from rlhf_t2i.training.from_python import from_python
-from rlhf_t2i.training.policy_gradient import UpdateWarnings, update_metrics
+from rlhf_t2i.training.policy_gradient import Replay, UpdateWarnings, update_metrics
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.several_rewards import any_to_learn, combined_advantages, warn_of_drowned
@@ -61,25 +61,14 @@ def main(config: Config) -> Path:
     trainer = make_trainer(
         config, prompts, recipe="ddpo", report=write_report, keep_reference=config.kl_weight > 0, extra=histories
     )
-    policy, sampler = trainer.policy, trainer.sampler(eta=config.eta)
+    sampler = trainer.sampler(eta=config.eta)
     shard, warn = trainer.shard(config.prompts_per_step, name="prompts_per_step"), UpdateWarnings(trainer.print)
-    sizes = {"batch_size": config.microbatch_size, "group_size": config.images_per_prompt}
     for step in trainer.steps():
         all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
-        with AsyncReward(reward, **sizes) as async_reward:
-            with trainer.timed("rollout"), trainer.sampling():
-                images, trajectory = rollout(
-                    policy, own_prompts, sampler=sampler, microbatch_size=config.microbatch_size,
-                    generators=generators_for(config.seed, SAMPLE, step, shard),
-                    on_images=async_reward.submit if config.async_reward else None,
-                )  # fmt: skip
-            with trainer.timed("reward"), torch.no_grad():
-                if config.async_reward:
-                    rewards, scores = async_reward.results()
-                else:
-                    rewards, scores = reward(images, own_prompts, **sizes)
-        del images  # as the trajectory below: neither update nor next rollout should need memory for it
+        trajectory, (rewards, scores) = sample(
+            trainer, reward, own_prompts, sampler, step=step, shard=shard, config=config
+        )
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         methods = [partial(advantages_of, all_prompts, history=history, config=config) for history in histories]
         if step == 0 and config.combine_rewards == "sum":
@@ -97,6 +86,32 @@ def main(config: Config) -> Path:
         del trajectory
         trainer.finish_step(step, **trainer.rollout_metrics(groups, scores), **metrics)
     return trainer.finish()
+
+
+def sample(
+    trainer: Trainer, reward: WeightedSum, prompts: Sequence[str], sampler: Sampler, *, step: int, shard: range,
+    config: Config,
+) -> tuple[Trajectory, TotalAndScores]:  # fmt: skip
+    """Sample one image per prompt of this process and score them, one after another or at the same time."""
+    copies, most = config.images_per_prompt, len(prompts)
+    with AsyncReward(reward, batch_size=trainer.microbatches.size, group_size=copies) as async_reward:
+
+        def sampled(size: int) -> tuple[Tensor, Trajectory]:
+            async_reward.forget()  # what an attempt submitted that ran out of memory
+            return rollout(
+                trainer.policy, prompts, sampler=sampler, microbatch_size=size,
+                generators=generators_for(config.seed, SAMPLE, step, shard),
+                on_images=async_reward.submit if config.async_reward else None,
+            )  # fmt: skip
+
+        with trainer.timed("rollout"), trainer.sampling():
+            images, trajectory = trainer.microbatches.fitting(sampled, most=most)
+        with trainer.timed("reward"), torch.no_grad():
+            if config.async_reward:
+                return trajectory, async_reward.results()
+            return trajectory, trainer.microbatches.fitting(
+                lambda size: reward(images, prompts, batch_size=size, group_size=copies), most=most
+            )
 
 
 def advantages_of(
@@ -125,15 +140,11 @@ def update(
     sampler: Sampler,
     config: Config,
 ) -> dict[str, float]:
-    """Take num_inner_epochs x num_minibatches optimiser steps on one rollout; return metrics over all processes.
-
-    `replay_error` is the largest change of a log-probability before the first optimiser step; it should be 0.
-    """
-    policy, num_rows = trainer.policy, trajectory.num_rows
+    """Take num_inner_epochs x num_minibatches optimiser steps on one rollout; return metrics over all processes."""
+    replay = Replay(trainer.policy, trajectory, sampler=sampler)
     clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
     samples: list[Tensor] = []
     steps: list[dict[str, float]] = []
-    replay_error = torch.zeros(1, device=trainer.device)
     for image, step in minibatches(
         generators=generators,
         images_per_prompt=config.images_per_prompt,
@@ -142,29 +153,39 @@ def update(
         num_minibatches=config.num_minibatches,
         num_epochs=config.num_inner_epochs,
     ):
-        microbatches = list(zip(image.split(num_rows), step.split(num_rows), strict=True))
-        for i, t in trainer.accumulate(microbatches):
-            inputs = trajectory.latents[i, t], t, trajectory.conditioning[i]
-            kl, reference = torch.zeros(len(i), device=trainer.device), None
-            if config.kl_weight:
-                with torch.no_grad(), policy.as_reference():
-                    reference = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
-            transition = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
-            if reference is not None:
-                kl = mean_kl(transition, reference)
-            log_prob = mean_log_prob(transition, trajectory.latents[i, t + 1])
-            loss = clipped_surrogate_loss(log_prob, trajectory.log_probs[i, t], advantages[i], clip_range=clip_range)
-            loss = loss + config.kl_weight * kl.mean()
-            trainer.backward(loss * len(i) / len(image))
-            log_ratio = log_prob.detach() - trajectory.log_probs[i, t]
-            samples.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
-            if not steps:
-                replay_error = torch.maximum(replay_error, log_ratio.abs().max())
+        gradients = partial(
+            accumulate_gradients, trainer, advantages, image, step, sampler=sampler, clip_range=clip_range,
+            kl_weight=config.kl_weight,
+        )  # fmt: skip
+        samples.append(replay.accumulated(trainer.microbatches, gradients, is_unchanged=not steps))
         steps.append(trainer.optimizer_step())
-    return update_metrics(
-        trainer, torch.cat(samples), steps, clip_range=clip_range, replay_error=replay_error,
-        with_kl=config.kl_weight > 0,
-    )  # fmt: skip
+    return update_metrics(trainer, samples, steps, clip_range=clip_range, with_kl=config.kl_weight > 0)
+
+
+def accumulate_gradients(
+    trainer: Trainer, advantages: Float[Tensor, " B"], image: Tensor, step: Tensor, trajectory: Trajectory, *,
+    sampler: Sampler, clip_range: float, kl_weight: float,
+) -> Float[Tensor, "N 3"]:  # fmt: skip
+    """Accumulate the gradients of one optimiser step; return loss, log-ratio and KL of each (image, step) pair."""
+    policy, num_rows = trainer.policy, trajectory.num_rows
+    samples: list[Tensor] = []
+    microbatches = list(zip(image.split(num_rows), step.split(num_rows), strict=True))
+    for i, t in trainer.accumulate(microbatches):
+        inputs = trajectory.latents[i, t], t, trajectory.conditioning[i]
+        kl, reference = torch.zeros(len(i), device=trainer.device), None
+        if kl_weight:
+            with torch.no_grad(), policy.as_reference():
+                reference = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
+        transition = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
+        if reference is not None:
+            kl = mean_kl(transition, reference)
+        log_prob = mean_log_prob(transition, trajectory.latents[i, t + 1])
+        loss = clipped_surrogate_loss(log_prob, trajectory.log_probs[i, t], advantages[i], clip_range=clip_range)
+        loss = loss + kl_weight * kl.mean()
+        trainer.backward(loss * len(i) / len(image))
+        log_ratio = log_prob.detach() - trajectory.log_probs[i, t]
+        samples.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
+    return torch.cat(samples)
 
 
 train = from_python(main)

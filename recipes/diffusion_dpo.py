@@ -35,7 +35,7 @@ from torch import Tensor
 from rlhf_t2i.data.augmentation import Augmentation
 from rlhf_t2i.data.buckets import aspect_buckets
 from rlhf_t2i.data.image_pairs import ImagePairs, PairBatch, instructions_of
-from rlhf_t2i.data.pair_shards import shard_pairs
+from rlhf_t2i.data.pair_shards import PairShard, shard_pairs
 from rlhf_t2i.data.preferences import choose_pairs, implicit_preference
 from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.data.saved_pairs import save_pairs
@@ -97,13 +97,16 @@ def sample_pairs(
     copies = config.images_per_prompt
     shard = trainer.shard(len(prompts), name="prompts_per_step")
     own_prompts = [prompts[i] for i in shard for _ in range(copies)]
+    fitting = partial(trainer.microbatches.fitting, most=len(own_prompts))
     with trainer.timed("rollout"), trainer.sampling():
-        images, own_latents = generate(
-            trainer.policy, own_prompts, sampler=trainer.sampler(eta=config.eta),
-            microbatch_size=config.microbatch_size, generators=generators_for(config.seed, SAMPLE, step, shard),
+        images, own_latents = fitting(
+            lambda size: generate(
+                trainer.policy, own_prompts, sampler=trainer.sampler(eta=config.eta), microbatch_size=size,
+                generators=generators_for(config.seed, SAMPLE, step, shard),
+            )
         )  # fmt: skip
     with trainer.timed("reward"), torch.no_grad():
-        rewards, scores = reward(images, own_prompts, batch_size=config.microbatch_size, group_size=copies)
+        rewards, scores = fitting(lambda size: reward(images, own_prompts, batch_size=size, group_size=copies))
     groups = trainer.gather(rewards.view(len(shard), copies)).cpu()
     generators = generators_for(config.seed, UPDATE, step, range(len(prompts)))
     winners, losers = choose_pairs(groups, selection=config.pair_selection, generators=generators)
@@ -179,20 +182,14 @@ def update(
     """
     if not any(map(len, groups)):
         return {}
-    policy = trainer.policy
     shard = shard_pairs(groups, rank=trainer.rank, num_processes=trainer.num_processes)
     batches = [load(rows) for rows in shard.groups]
-    microbatches = shard.microbatches(config.microbatch_size // 2)
     samples, steps = list[Tensor](), list[dict[str, float]]()
     for epoch in range(config.num_inner_epochs):
-        for group, own, weight in trainer.accumulate(microbatches):
-            generators = [generator_for(config.seed, NOISE, step, epoch, shard.groups[group][int(i)]) for i in own]
-            with lora_dropout(policy.denoiser, seed=generators[0].initial_seed()):
-                loss, sample = loss_of_pairs(
-                    policy, batches[group].at(own), timesteps=timesteps, config=config, generators=generators
-                )
-                trainer.backward(loss * weight)
-            samples.append(sample * weight / len(own))
+        gradients = partial(
+            accumulate_gradients, trainer, batches, shard, (step, epoch), timesteps=timesteps, config=config
+        )
+        samples.append(trainer.microbatches.accumulated(gradients, most=2 * max(map(len, shard.groups))))
         steps.append(trainer.optimizer_step())
     totals = torch.cat(samples).sum(0).tolist()
     sums = dict(zip(METRICS, totals, strict=False))  # sft has only the loss
@@ -200,6 +197,23 @@ def update(
         **{name: total / len(steps) for name, total in trainer.mean(sums).items()},
         **mean_update_metrics(steps),
     }
+
+
+def accumulate_gradients(
+    trainer: Trainer, batches: Sequence[PairBatch], shard: PairShard, moment: tuple[int, int], microbatch_size: int, *,
+    timesteps: Tensor, config: Config,
+) -> Float[Tensor, "N metrics"]:  # fmt: skip
+    """Accumulate the gradients of the step and epoch `moment`; return the METRICS of each pair times its weight."""
+    samples = list[Tensor]()
+    for group, own, weight in trainer.accumulate(shard.microbatches(max(1, microbatch_size // 2))):
+        generators = [generator_for(config.seed, NOISE, *moment, shard.groups[group][int(i)]) for i in own]
+        with lora_dropout(trainer.policy.denoiser, seed=generators[0].initial_seed()):
+            loss, sample = loss_of_pairs(
+                trainer.policy, batches[group].at(own), timesteps=timesteps, config=config, generators=generators
+            )
+            trainer.backward(loss * weight)
+        samples.append(sample * weight / len(own))
+    return torch.cat(samples)
 
 
 def loss_of_pairs(

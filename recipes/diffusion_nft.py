@@ -68,17 +68,22 @@ def main(config: Config) -> Path:
     )  # fmt: skip
     policy, sampler = trainer.policy, trainer.sampler(eta=config.eta)
     shard = trainer.shard(config.prompts_per_step, name="prompts_per_step")
+    fitting = partial(trainer.microbatches.fitting, most=len(shard) * config.images_per_prompt)
     for step in trainer.steps():
         all_prompts = prompts_of_step(prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed)
         own_prompts = [all_prompts[i] for i in shard for _ in range(config.images_per_prompt)]
         with trainer.timed("rollout"), trainer.sampling(average="sampling"):
-            images, clean = generate(
-                policy, own_prompts, sampler=sampler, microbatch_size=config.microbatch_size,
-                generators=generators_for(config.seed, SAMPLE, step, shard),
+            images, clean = fitting(
+                lambda size, prompts=own_prompts, step=step: generate(
+                    policy, prompts, sampler=sampler, microbatch_size=size,
+                    generators=generators_for(config.seed, SAMPLE, step, shard),
+                )
             )  # fmt: skip
         with trainer.timed("reward"), torch.no_grad():
-            rewards, scores = reward(
-                images, own_prompts, batch_size=config.microbatch_size, group_size=config.images_per_prompt
+            rewards, scores = fitting(
+                lambda size, images=images, prompts=own_prompts: reward(
+                    images, prompts, batch_size=size, group_size=config.images_per_prompt
+                )
             )
         del images  # neither update nor next sampling should need memory for it
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
@@ -120,7 +125,6 @@ def update(
     """
     policy, schedule = trainer.policy, trainer.policy.schedule(config.num_denoising_steps)
     conditioning = encode_distinct(policy, prompts)
-    predict = partial(predict_noised, policy, guidance_scale=config.guidance_scale)
     noise_generators = generators_for(config.seed, NOISE, step, shard)
     samples, steps = list[Tensor](), list[dict[str, float]]()
     for image, level in minibatches(
@@ -135,33 +139,44 @@ def update(
         batch_of = noised_batches(
             clean, noise, image, level, schedule=schedule, conditioning=conditioning, optimality=optimality
         )
-        batches = torch.arange(len(image)).split(config.microbatch_size)
-        with torch.no_grad(), trainer.sampling(average="sampling"):
-            old_predictions = [predict(batch_of(rows)).clean for rows in batches]
-        references: list[Tensor | None] = [None] * len(batches)
-        if config.kl_weight:
-            with torch.no_grad(), trainer.sampling(), policy.as_reference():
-                references = [policy.to_output(predict(b), b.level) for b in map(batch_of, batches)]
-        for rows, old, reference in trainer.accumulate([*zip(batches, old_predictions, references, strict=True)]):
-            batch = batch_of(rows)
-            new = predict(batch)
-            # Times max_advantage, so that an advantage of 1 has the same gradient whatever max_advantage is.
-            loss = config.max_advantage * negative_aware_loss(
-                new.clean, old, batch.clean, batch.optimality, beta=config.beta
-            )
-            sample = [loss.detach().expand(len(batch.clean)), denoising_mse(new.clean.detach(), old)]
-            if reference is not None:
-                gap = denoising_mse(policy.to_output(new, batch.level), reference)
-                loss = loss + config.kl_weight * gap.mean()
-                sample.append(gap.detach())
-            trainer.backward(loss * len(batch.clean) / len(image))
-            samples.append(torch.stack(sample, dim=1))
+        gradients = partial(accumulate_gradients, trainer, batch_of, len(image), config=config)
+        samples.append(trainer.microbatches.accumulated(gradients, most=len(image)))
         steps.append(trainer.optimizer_step())
     means = trainer.gather(torch.cat(samples)).mean(dim=0).tolist()
     return {
         **dict(zip(METRICS, means, strict=False)),  # no reference_gap without a reference
         **mean_update_metrics(steps),
     }
+
+
+def accumulate_gradients(
+    trainer: Trainer, batch_of: BatchOf, count: int, microbatch_size: int, *, config: Config
+) -> Float[Tensor, "N metrics"]:
+    """Accumulate the gradients of one optimiser step on `count` noised images; return the METRICS of each."""
+    policy, batches = trainer.policy, torch.arange(count).split(microbatch_size)
+    predict = partial(predict_noised, policy, guidance_scale=config.guidance_scale)
+    with torch.no_grad(), trainer.sampling(average="sampling"):
+        old_predictions = [predict(batch_of(rows)).clean for rows in batches]
+    references: list[Tensor | None] = [None] * len(batches)
+    if config.kl_weight:
+        with torch.no_grad(), trainer.sampling(), policy.as_reference():
+            references = [policy.to_output(predict(b), b.level) for b in map(batch_of, batches)]
+    samples = list[Tensor]()
+    for rows, old, reference in trainer.accumulate([*zip(batches, old_predictions, references, strict=True)]):
+        batch = batch_of(rows)
+        new = predict(batch)
+        # Times max_advantage, so that an advantage of 1 has the same gradient whatever max_advantage is.
+        loss = config.max_advantage * negative_aware_loss(
+            new.clean, old, batch.clean, batch.optimality, beta=config.beta
+        )
+        sample = [loss.detach().expand(len(batch.clean)), denoising_mse(new.clean.detach(), old)]
+        if reference is not None:
+            gap = denoising_mse(policy.to_output(new, batch.level), reference)
+            loss = loss + config.kl_weight * gap.mean()
+            sample.append(gap.detach())
+        trainer.backward(loss * len(batch.clean) / count)
+        samples.append(torch.stack(sample, dim=1))
+    return torch.cat(samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +190,10 @@ class NoisedBatch:
     optimality: Float[Tensor, " B"]
 
 
+BatchOf = Callable[[Int[Tensor, " M"]], NoisedBatch]
+"""Returns the batch of some of the noised images of an optimiser step."""
+
+
 def noised_batches(
     clean: Float[Tensor, "B C H W"],
     noise: Float[Tensor, "N C H W"],
@@ -184,7 +203,7 @@ def noised_batches(
     schedule: Schedule,
     conditioning: EncodedPrompts,
     optimality: Float[Tensor, " B"],
-) -> Callable[[Int[Tensor, " M"]], NoisedBatch]:
+) -> BatchOf:
     """Return a function that makes the batch of some of N rows, each an image at a noise level."""
 
     def batch_of(rows: Int[Tensor, " M"]) -> NoisedBatch:

@@ -29,6 +29,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
     config = parse_config(Config, __doc__)
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,11 +107,36 @@ def update(
     Returns metrics over all processes. `saturated_share` is the fraction of the squared pixel gradient at pixels
     outside [0, 1]; it reaches the weights because the images are not clamped.
     """
-    policy = trainer.policy
     variants = 1 + config.num_renoisings if config.method == "draft_lv" else 1
+    gradients = partial(
+        accumulate_gradients, trainer, reward, prompts, step, sampler=sampler, shard=shard, variants=variants,
+        config=config,
+    )  # fmt: skip
+    samples, num_calls = trainer.microbatches.accumulated(gradients, most=len(shard) * variants)
+    with trainer.timed("update"):
+        step_metrics = trainer.optimizer_step()
+    rewards, loss, gap, saturated, squared, *scores = trainer.gather(samples).T
+    names = (f"rewards/{part.name}" for part in reward.rewards)
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        **dict(zip(names, (values.mean().item() for values in scores), strict=True)),
+        "loss": loss.mean().item(),
+        **({"reference_gap": gap.mean().item()} if config.kl_weight else {}),
+        "saturated_share": (saturated.sum() / squared.sum().clamp_min(torch.finfo().tiny)).item(),
+        "denoiser_calls": int(trainer.gather(torch.tensor([num_calls], device=trainer.device)).sum()),
+        **step_metrics,
+    }
+
+
+def accumulate_gradients(
+    trainer: Trainer, reward: WeightedSum, prompts: Sequence[str], step: int, microbatch_size: int, *,
+    sampler: Sampler, shard: range, variants: int, config: Config,
+) -> tuple[Float[Tensor, "B metrics"], int]:  # fmt: skip
+    """Accumulate the gradients of one optimiser step; return `measurements` of all images, and denoiser calls."""
+    policy, num_calls = trainer.policy, 0
     samples: list[Tensor] = []
-    num_calls = 0
-    for rows in trainer.accumulate(torch.tensor(shard).split(max(1, config.microbatch_size // variants))):
+    for rows in trainer.accumulate(torch.tensor(shard).split(max(1, microbatch_size // variants))):
         indices: list[int] = rows.tolist()
         own_prompts = [prompts[i] for i in indices]
         with trainer.timed("rollout"):
@@ -131,20 +157,7 @@ def update(
             trainer.backward(loss * len(rows) / len(shard))
         num_calls += sampled.num_calls
         samples.append(measurements(sampled, scored, loss)[: len(rows)])
-    with trainer.timed("update"):
-        step_metrics = trainer.optimizer_step()
-    rewards, loss, gap, saturated, squared, *scores = trainer.gather(torch.cat(samples)).T
-    names = (f"rewards/{part.name}" for part in reward.rewards)
-    return {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),
-        **dict(zip(names, (values.mean().item() for values in scores), strict=True)),
-        "loss": loss.mean().item(),
-        **({"reference_gap": gap.mean().item()} if config.kl_weight else {}),
-        "saturated_share": (saturated.sum() / squared.sum().clamp_min(torch.finfo().tiny)).item(),
-        "denoiser_calls": int(trainer.gather(torch.tensor([num_calls], device=trainer.device)).sum()),
-        **step_metrics,
-    }
+    return torch.cat(samples), num_calls
 
 
 @torch.no_grad()

@@ -41,12 +41,13 @@ from rlhf_t2i.diffusion.transitions import cps, flow_sde, windowed
 from rlhf_t2i.losses import clip_range_for, clipped_surrogate_loss
 from rlhf_t2i.plan import or_plan
 from rlhf_t2i.report import write_report
-from rlhf_t2i.rewards.load import load_rewards
+from rlhf_t2i.rewards.async_reward import TotalAndScores
+from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.rollout import noise_of_rollout, rollout, transition_at
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.training.batching import minibatches, window_of_step
 from rlhf_t2i.training.from_python import from_python
-from rlhf_t2i.training.policy_gradient import UpdateWarnings, update_metrics
+from rlhf_t2i.training.policy_gradient import Replay, UpdateWarnings, update_metrics
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from rlhf_t2i.training.setup import make_trainer
 from rlhf_t2i.training.several_rewards import any_to_learn, combined_advantages, warn_of_drowned
@@ -69,17 +70,9 @@ def main(config: Config) -> Path:
         window = noisy_window(config, step)
         first, end = (float(schedule.sigma[index]) for index in window)
         sampler = Sampler(schedule, partial(windowed, dynamics=dynamics, first=first, end=end), config.guidance_scale)
-        with trainer.timed("rollout"), trainer.sampling():
-            images, trajectory = rollout(
-                policy, own_prompts, sampler=sampler, microbatch_size=config.microbatch_size,
-                generators=generators_for(config.seed, SAMPLE, step, shard),
-                same_initial_noise=config.same_initial_noise,
-            )  # fmt: skip
-        with trainer.timed("reward"), torch.no_grad():
-            rewards, scores = reward(
-                images, own_prompts, batch_size=config.microbatch_size, group_size=config.images_per_prompt
-            )
-        del images  # as the trajectory below: neither update nor next rollout should need memory for it
+        trajectory, (rewards, scores) = sample(
+            trainer, reward, own_prompts, sampler, step=step, shard=shard, config=config
+        )
         groups = trainer.gather(rewards.view(len(shard), -1)).cpu()
         scaled = globally_scaled_advantages if config.advantages == "global_std" else group_relative_advantages
         methods = [scaled] * len(reward.terms)
@@ -110,6 +103,25 @@ def main(config: Config) -> Path:
             **metrics,
         )
     return trainer.finish()
+
+
+def sample(
+    trainer: Trainer, reward: WeightedSum, prompts: Sequence[str], sampler: Sampler, *, step: int, shard: range,
+    config: Config,
+) -> tuple[Trajectory, TotalAndScores]:  # fmt: skip
+    """Sample one image per prompt of this process, and score them."""
+    fitting = partial(trainer.microbatches.fitting, most=len(prompts))
+    with trainer.timed("rollout"), trainer.sampling():
+        images, trajectory = fitting(
+            lambda size: rollout(
+                trainer.policy, prompts, sampler=sampler, microbatch_size=size,
+                generators=generators_for(config.seed, SAMPLE, step, shard),
+                same_initial_noise=config.same_initial_noise,
+            )
+        )  # fmt: skip
+    with trainer.timed("reward"), torch.no_grad():
+        scores = fitting(lambda size: reward(images, prompts, batch_size=size, group_size=config.images_per_prompt))
+    return trajectory, scores
 
 
 def noisy_step(schedule: Schedule, config: Config) -> Dynamics:
@@ -147,48 +159,55 @@ def update(
 ) -> dict[str, float]:
     """Take num_inner_epochs x num_minibatches optimiser steps on one rollout; return metrics over all processes.
 
-    `noise` is that of the rollout, needed to normalise ratios. `replay_error` is the largest change of a
-    log-probability before the first optimiser step; it should be 0.
+    `noise` is that of the rollout, needed to normalise ratios.
     """
-    policy, num_rows, sigma = trainer.policy, trajectory.num_rows, sampler.schedule.sigma
+    replay = Replay(trainer.policy, trajectory, sampler=sampler)
     clip_range = config.clip_range or clip_range_for(trajectory.latents[0, 0].numel())
     samples: list[Tensor] = []
     steps: list[dict[str, float]] = []
-    replay_error = torch.zeros(1, device=trainer.device)
     for image, step in minibatches(
         generators=generators, images_per_prompt=config.images_per_prompt, window=window, fraction=1.0,
         num_minibatches=config.num_minibatches, num_epochs=config.num_inner_epochs,
     ):  # fmt: skip
-        microbatches = list(zip(image.split(num_rows), step.split(num_rows), strict=True))
-        for i, t in trainer.accumulate(microbatches):
-            inputs = trajectory.latents[i, t], t, trajectory.conditioning[i]
-            kl, reference = torch.zeros(len(i), device=trainer.device), None
-            if config.kl_weight:
-                with torch.no_grad(), policy.as_reference():
-                    reference = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
-            transition = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
-            if reference is not None:
-                kl = mean_kl(transition, reference)
-            log_ratio = mean_log_prob(transition, trajectory.latents[i, t + 1]) - trajectory.log_probs[i, t]
-            advantage = advantages[i]
-            if noise is not None:
-                old_mean = trajectory.latents[i, t + 1] - per_image(transition.std) * noise[i, t]
-                log_ratio = normalised_log_ratio(log_ratio, transition, old_mean)
-                advantage = advantage / (sigma[t] - sigma[t + 1])
-            elif config.dynamics == "cps" and config.cps_log_prob == "published":
-                log_ratio = unscaled_log_ratio(log_ratio, transition)
-            loss = clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), advantage, clip_range=clip_range)
-            loss = loss + config.kl_weight * kl.mean()
-            trainer.backward(loss * len(i) / len(image))
-            log_ratio = log_ratio.detach()
-            samples.append(torch.stack([loss.detach().expand(len(i)), log_ratio, kl.detach()], dim=1))
-            if not steps:
-                replay_error = torch.maximum(replay_error, log_ratio.abs().max())
+        gradients = partial(
+            accumulate_gradients, trainer, advantages, image, step, noise=noise, sampler=sampler,
+            clip_range=clip_range, config=config,
+        )  # fmt: skip
+        samples.append(replay.accumulated(trainer.microbatches, gradients, is_unchanged=not steps))
         steps.append(trainer.optimizer_step())
-    return update_metrics(
-        trainer, torch.cat(samples), steps, clip_range=clip_range, replay_error=replay_error,
-        with_kl=config.kl_weight > 0,
-    )  # fmt: skip
+    return update_metrics(trainer, samples, steps, clip_range=clip_range, with_kl=config.kl_weight > 0)
+
+
+def accumulate_gradients(
+    trainer: Trainer, advantages: Float[Tensor, " B"], image: Tensor, step: Tensor, trajectory: Trajectory, *,
+    noise: Float[Tensor, "B T C H W"] | None, sampler: Sampler, clip_range: float, config: Config,
+) -> Float[Tensor, "N 3"]:  # fmt: skip
+    """Accumulate the gradients of one optimiser step; return loss, log-ratio and KL of each (image, step) pair."""
+    policy, num_rows, sigma = trainer.policy, trajectory.num_rows, sampler.schedule.sigma
+    samples: list[Tensor] = []
+    microbatches = list(zip(image.split(num_rows), step.split(num_rows), strict=True))
+    for i, t in trainer.accumulate(microbatches):
+        inputs = trajectory.latents[i, t], t, trajectory.conditioning[i]
+        kl, reference = torch.zeros(len(i), device=trainer.device), None
+        if config.kl_weight:
+            with torch.no_grad(), policy.as_reference():
+                reference = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
+        transition = transition_at(policy, *inputs, sampler=sampler, num_rows=num_rows)
+        if reference is not None:
+            kl = mean_kl(transition, reference)
+        log_ratio = mean_log_prob(transition, trajectory.latents[i, t + 1]) - trajectory.log_probs[i, t]
+        advantage = advantages[i]
+        if noise is not None:
+            old_mean = trajectory.latents[i, t + 1] - per_image(transition.std) * noise[i, t]
+            log_ratio = normalised_log_ratio(log_ratio, transition, old_mean)
+            advantage = advantage / (sigma[t] - sigma[t + 1])
+        elif config.dynamics == "cps" and config.cps_log_prob == "published":
+            log_ratio = unscaled_log_ratio(log_ratio, transition)
+        loss = clipped_surrogate_loss(log_ratio, torch.zeros_like(log_ratio), advantage, clip_range=clip_range)
+        loss = loss + config.kl_weight * kl.mean()
+        trainer.backward(loss * len(i) / len(image))
+        samples.append(torch.stack([loss.detach().expand(len(i)), log_ratio.detach(), kl.detach()], dim=1))
+    return torch.cat(samples)
 
 
 train = from_python(main)

@@ -146,7 +146,7 @@ def test_a_cache_of_another_model_is_refused(tiny_sd: Path, tmp_path: Path, part
     weights = load_file(file)
     next(iter(weights.values())).view(-1)[0] += 0.1
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"was made with another {part} .*name another cache_folder"):
+    with pytest.raises(ValueError, match=rf"was made with another {part} .*name another one"):
         three_pairs(tmp_path, policy=policy_of(other), cache_folder=tmp_path / "cache")
 
 

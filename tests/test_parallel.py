@@ -105,6 +105,10 @@ def test_two_processes_give_the_training_of_one(runs: Runs, mode: str, name: str
     assert rows(one, "train")[-1]["gradient_norm"] > 0
     if "NaN" in name:
         assert [row["skipped_updates"] for row in rows(two, "train")] == [0, 2, 0]
+    if "little memory" in name:
+        assert [json.loads((folder / "run.json").read_text())["microbatch_size"]["found"] for folder in (one, two)] == [
+            2
+        ] * 2
     if name == "diffusion_dpo":
         assert sampled_pairs(two) == sampled_pairs(one)
 

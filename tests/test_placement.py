@@ -118,3 +118,58 @@ def test_the_detector_scores_an_image_alone_as_in_a_batch_and_finds_nothing_in_n
     reward, images = load_reward("nudity"), torch.rand(3, 3, 40, 64, generator=torch.Generator().manual_seed(0))
     scores = reward(images, PROMPTS[:3])
     assert scores.tolist() == [reward(image[None], ["a"]).item() for image in images] == [1.0, 1.0, 1.0]
+
+
+class Recording(torch.nn.Linear):
+    """A network that notes the devices it is moved to."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.moves: list[str] = []
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        self.moves.append(str(args[0]))
+        return super().to(*args, **kwargs)
+
+
+class Scorer:
+    """A reward as all of ours: its network follows the images."""
+
+    def __init__(self) -> None:
+        self.model = Recording()
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.model.to(images.device)
+        self.model.moves.append("scores")
+        return self.model(images.flatten(1).mean(1, keepdim=True))[:, 0]
+
+
+def test_an_offloaded_reward_is_in_main_memory_between_its_calls_and_scores_alike() -> None:
+    scorer, plain = SimpleNamespace(function=Scorer()), Scorer()
+    plain.model.load_state_dict(scorer.function.model.state_dict())
+
+    class Outer:
+        """As a scorer of others is wrapped."""
+
+        def __init__(self) -> None:
+            self.function = scorer.function
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return self.function(images, prompts)
+
+    reward = placed(lambda path: Outer(), "models/x(batch_size=3, offload=True)")
+    with torch.no_grad():
+        assert torch.equal(reward(IMAGES, PROMPTS), plain(IMAGES, PROMPTS))
+    assert scorer.function.model.moves == ["cpu", "scores", "cpu", "scores", "cpu"]
+
+
+def test_a_reward_whose_gradient_is_used_stays_where_its_backward_pass_needs_it() -> None:
+    reward = placed(lambda path: Scorer(), "models/x(offload=True)")
+    reward(IMAGES.clone().requires_grad_(), PROMPTS)
+    assert reward.function.model.moves == ["cpu", "scores"]
+
+
+def test_offloading_a_reward_without_a_network_is_refused() -> None:
+    reward = placed(lambda path: recording([]), "models/x(offload=True)")
+    with pytest.raises(TypeError, match="holds no network"):
+        reward(IMAGES, PROMPTS)

@@ -26,6 +26,7 @@ MODES_OF: dict[str, Sequence[str]] = {
     "ddpo, full denoiser gathered layer by layer": _SHARDED,
     "ddpo from a LoRA": _SHARDED,
     "ddpo with NaN gradients on one process": ("ddp", "deepspeed_zero2", *_SHARDED),  # ZeRO-1 skips as ZeRO-2 does
+    "ddpo with too little memory on one process": ("ddp",),
     "draft": _SHARDED,
     "alignprop": ("ddp",),
     "refl": ("ddp",),
@@ -69,6 +70,9 @@ def trainings(
         "ddpo with NaN gradients on one process": replace(
             ddpo, rewards="tests.trainings:with_nan_gradients", num_steps=3, microbatch_size=16
         ),
+        "ddpo with too little memory on one process": replace(
+            ddpo, rewards="tests.trainings:with_little_memory", num_steps=2, microbatch_size=16
+        ),
         "draft": draft.Config(**few, method="draft", backprop_steps=2, kl_weight=0.1, eta=0.5),
         "alignprop": draft.Config(**few, method="alignprop", checkpoint_denoising_steps=True, l2_sp_weight=0.1),
         "refl": draft.Config(
@@ -95,8 +99,8 @@ def trainings(
     return {name: replace(config, run_folder=str(folder / name.replace(" ", "_"))) for name, config in found.items()}
 
 
-_CALLS = count(1)
-_SECOND_STEP, _THIRD_STEP = 4, 5
+_CALLS, _CALLS_WITH_LITTLE_MEMORY = count(1), count(1)
+_FIRST_STEP, _SECOND_STEP, _THIRD_STEP = 3, 4, 5
 """Calls of a reward in training, after the one by which it is tried and that of the evaluation before training."""
 
 
@@ -113,6 +117,23 @@ def with_nan_gradients(images: Tensor, prompts: Sequence[str]) -> Tensor:
             with_nan_gradients.hook = nn.modules.module.register_module_forward_hook(make_nan)  # type: ignore[attr-defined]
         elif call == _THIRD_STEP:
             with_nan_gradients.hook.remove()  # type: ignore[attr-defined]
+    return redness(images, prompts)
+
+
+def with_little_memory(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Redness; on the last process memory runs out in the first step's update with more than 3 images at once."""
+
+    def run_out(module: nn.Module, inputs: Any) -> None:
+        if type(module).__name__.endswith("UNet2DConditionModel") and torch.is_grad_enabled() and len(inputs[0]) > 3:
+            raise torch.OutOfMemoryError("there is no room")
+
+    if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        call = next(_CALLS_WITH_LITTLE_MEMORY)
+        if call == _FIRST_STEP:
+            hook = nn.modules.module.register_module_forward_pre_hook(run_out)
+            with_little_memory.hook = hook  # type: ignore[attr-defined]
+        elif call == _SECOND_STEP:
+            with_little_memory.hook.remove()  # type: ignore[attr-defined]
     return redness(images, prompts)
 
 

@@ -60,7 +60,7 @@ class TensorCache:
             if made_by != self.fingerprint:
                 raise ValueError(
                     f"The cache {self.folder} was made with another {self.part} (its fingerprint is {made_by[:12]}, "
-                    f"this one's {self.fingerprint[:12]}). Remove the folder, or name another cache_folder."
+                    f"this one's {self.fingerprint[:12]}). Remove the folder, or name another one."
                 )
             self._opened.add(path)
             self._file_of |= dict.fromkeys(file.keys(), file)

@@ -31,6 +31,29 @@ def cached_text(cache: TensorCache, keys: Sequence[str]) -> Conditioning:
     return Conditioning(**{name: cache.get([f"{key}.{name}" for key in keys]) for name in names})
 
 
+class StoredPrompts:
+    """Encoded prompts in a cache; those with a reference image, whose latents depend on its size, are not kept."""
+
+    def __init__(self, cache: TensorCache) -> None:
+        self._cache = cache
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts that are not stored."""
+        new = {*uncached_text(self._cache, [*map(text_key, prompts)])}
+        return [prompt for prompt in prompts if isinstance(prompt, EditPrompt) or text_key(prompt) in new]
+
+    def get(self, prompt: str) -> Conditioning:
+        """Return a stored prompt, a batch of one."""
+        return cached_text(self._cache, [text_key(prompt)])
+
+    def add(self, encoded: Mapping[str, Conditioning]) -> None:
+        """Write prompts, each a batch of one, to one file."""
+        plain = {text_key(prompt): row for prompt, row in encoded.items() if not isinstance(prompt, EditPrompt)}
+        entries = {name: part for key, row in plain.items() for name, part in text_entries([key], row).items()}
+        if entries:
+            self._cache.add(entries)
+
+
 def text_key(prompt: str) -> str:
     """Return a key of a prompt, which changes when its reference image is replaced."""
     return digest(f"{prompt!s}\0{version_of(prompt.image)}" if isinstance(prompt, EditPrompt) else prompt)

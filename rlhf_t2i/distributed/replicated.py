@@ -55,6 +55,11 @@ class Replicated:
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: parameter.grad for name, parameter in self._parameters.items()}
 
+    def clear_gradients(self) -> None:
+        """Forget the gradients of an optimiser step that was not finished."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
     def optimizer_step(self, learning_rate: float) -> tuple[float, bool]:
         _set_learning_rate(self._optimizer, learning_rate)
         norm = float(self._accelerator.clip_grad_norm_(self._parameters.values(), self._max_norm) or 0)

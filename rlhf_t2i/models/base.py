@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from rlhf_t2i.models.lora import LoraConfiguration, add_lora, has_lora, lora_ref
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.reference import frozen_copy
 from rlhf_t2i.models.reference_images import encode_rows
-from rlhf_t2i.models.text_encoders import PromptCache, TextEncoder, TruncationWarnings
+from rlhf_t2i.models.text_encoders import UNCONDITIONAL, PromptCache, PromptStore, TextEncoder, TruncationWarnings
 from rlhf_t2i.types import Conditioning, Level, Prediction, Resolution, Schedule
 
 
@@ -62,28 +62,28 @@ class DiffusionPolicy(ABC):
 
     def __init__(
         self, pipeline: Any, *, device: torch.device, dtype: torch.dtype, resolution: Resolution | None = None,
-        offload_text_encoders: bool = False,
+        offload_text_encoders: bool = False, prompt_store: PromptStore | None = None,
     ) -> None:  # fmt: skip
         """Take a loaded pipeline's parts; compute, and hold frozen weights, in `dtype`.
 
         `resolution` is that of generated images; None is the model's own. With `offload_text_encoders`
-        these are on the device only while they encode new prompts. Raises ValueError for a pipeline that cannot be
-        trained.
+        these are on the device only while they encode new prompts. Encoded prompts are kept in `prompt_store`. Raises
+        ValueError for a pipeline that cannot be trained.
         """
         self.device, self.dtype = device, dtype
         self.network: Any = getattr(pipeline, self.component).requires_grad_(False).to(device).eval()
         self.denoiser: nn.Module = self.network
         self.reference: nn.Module | None = None
         self.network_class = type(self.network)
-        self._cache, self._truncation = PromptCache(), TruncationWarnings()
+        self.prompt_store = prompt_store
+        self._cache, self._truncation = PromptCache(store=prompt_store), TruncationWarnings()
         self.load_parts(pipeline, resolution)
         self._offloads_text_encoders = offload_text_encoders
         if not offload_text_encoders:
             self._place_text_encoders(device)
         self.unconditional = None
         if not self.embeds_guidance:
-            with torch.no_grad(), self._encoding():
-                self.unconditional = self.encode_unconditional()
+            self.unconditional = self._encoded([UNCONDITIONAL], lambda _: self.encode_unconditional())
 
     # --- what a family defines ---
 
@@ -218,11 +218,14 @@ class DiffusionPolicy(ABC):
         return randn((len(generators) * copies, *self.latent_shape), generators=generators, device=self.device)
 
     @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str], encoder: Callable[[Sequence[str]], Conditioning]) -> Conditioning:
+        with nullcontext() if self._cache.has(prompts) else self._encoding():
+            return self._cache.encode(prompts, encoder).to(self.device)
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts and their reference images, each distinct one once; warn once of each that is truncated."""
         self._truncation.warn(prompts, self.text_encoders)
-        with nullcontext() if self._cache.has(prompts) else self._encoding():
-            return self._cache.encode(prompts, partial(encode_rows, self)).to(self.device)
+        return self._encoded(prompts, partial(encode_rows, self))
 
     def predict(
         self, latents: Float[Tensor, "B C H W"], level: Level, conditioning: Conditioning, *, guidance_scale: float

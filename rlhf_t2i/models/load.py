@@ -4,6 +4,7 @@
 # pyright: reportPrivateImportUsage=false, reportAssignmentType=false, reportReturnType=false
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
 from rlhf_t2i.models.base import DiffusionPolicy
+from rlhf_t2i.models.lazy_encoders import LazyEncoder, fingerprint_of_files
 from rlhf_t2i.models.pipeline_parts import (
     LOADING_ERRORS,
     SINGLE_FILES,
@@ -23,6 +25,7 @@ from rlhf_t2i.models.pipeline_parts import (
 from rlhf_t2i.models.quantization import Quantization, check_installed, quantize
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.table import FAMILIES, family_entry
+from rlhf_t2i.models.text_encoders import PromptStore, in_precision
 from rlhf_t2i.models.weights import load_weights
 from rlhf_t2i.passed import passed
 from rlhf_t2i.shapes.names import TOY_MODELS, default_resolution
@@ -46,7 +49,7 @@ def as_policy(pipeline: Any, *, resolution: Resolution | None = None) -> Diffusi
     return family(pipeline, device=pipeline.device, dtype=dtype, resolution=resolution)
 
 
-def load_policy(
+def load_policy(  # noqa: PLR0913  # one keyword for each option of a model
     model: str,
     *,
     device: torch.device,
@@ -57,56 +60,78 @@ def load_policy(
     offload_text_encoders: bool = False,
     quantization: Quantization | None = None,
     complex_human_instruction: bool = True,
+    prompt_store: Callable[[str], PromptStore] | None = None,
 ) -> DiffusionPolicy:
     """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder, a Hub id or a single-file checkpoint.
 
     All networks are loaded in `dtype`, but with `whole`, for training all weights, the denoiser is float32. `weights`
     are trained ones to load into it, as in `load_weights`. Images are of `resolution` pixels; None is the
     model's own size. `offload_text_encoders` is as in `DiffusionPolicy`; `quantization`, of denoiser and text encoders,
-    as in `quantize`. Without `complex_human_instruction` prompts are encoded without that of the stock pipeline. A
-    pipeline that a caller in Python passed under the name is not loaded again, and not quantised. Raises
-    FileNotFoundError or ValueError for a path that is not a pipeline of a supported family, and for weights that are
-    missing or do not fit.
+    as in `quantize`. Without `complex_human_instruction` prompts are encoded without that of the stock pipeline.
+    `prompt_store` opens a store of encoded prompts for a fingerprint of the text encoders, which are then loaded only
+    for a prompt that is not in it. A pipeline that a caller in Python passed under the name is not loaded again, not
+    quantised and not given a store. Raises FileNotFoundError or ValueError for a path that is not a pipeline of a
+    supported family, and for weights that are missing or do not fit.
     """
     pipeline = passed().pipelines.get(model)
-    if pipeline is not None and quantization:
-        raise ValueError(
-            f"quantization is {quantization}; it must be null for a pipeline of the caller, which it would change."
-        )
+    _check_passed(pipeline, quantization, prompt_store)
     if quantization:
         check_installed(quantization)  # before minutes of loading
+
+    def quantized(network: Any) -> Any:
+        if quantization and network is not None:
+            quantize(network, quantization, device=device, dtype=dtype)
+        return network
+
     if pipeline is None:
-        pipeline = load_stock_pipeline(model, dtype=dtype, denoiser_dtype=torch.float32 if whole else dtype)
+        pipeline = load_stock_pipeline(
+            model, dtype=dtype, denoiser_dtype=torch.float32 if whole else dtype,
+            lazily=(lambda network: quantized(in_precision(network, dtype))) if prompt_store else None,
+        )  # fmt: skip
     family = family_of(type(pipeline).__name__)
+    encoders = [name for name in pipeline.components if name.startswith(("text_encoder", "tokenizer"))]
     with only_errors():
         if weights is not None:
             load_weights(pipeline, family, weights, model=model)
-        if quantization:
-            for name in (family.component, *(name for name in pipeline.components if name.startswith("text_encoder"))):
-                if (network := getattr(pipeline, name)) is not None:
-                    quantize(network, quantization, device=device, dtype=dtype)
-        resolution = resolution or default_resolution(model)
+        for name in (family.component, *(name for name in encoders if name.startswith("text_encoder"))):
+            if not isinstance(getattr(pipeline, name), LazyEncoder):
+                quantized(getattr(pipeline, name))
+        settings = [family.__name__, str(dtype), quantization, complex_human_instruction]
+        store = prompt_store and prompt_store(fingerprint_of_files(pipeline.source_folder, encoders, settings=settings))
         policy = family(
-            pipeline, device=device, dtype=dtype, resolution=resolution, offload_text_encoders=offload_text_encoders
-        )
+            pipeline, device=device, dtype=dtype, resolution=resolution or default_resolution(model),
+            offload_text_encoders=offload_text_encoders, prompt_store=store,
+        )  # fmt: skip
     if not complex_human_instruction:
         policy.leave_out_instruction()
     return policy
 
 
+def _check_passed(pipeline: Any, quantization: Quantization | None, prompt_store: Any) -> None:
+    """Raise ValueError for options that a pipeline of the caller, which may not be changed, cannot have."""
+    if pipeline is not None and quantization:
+        raise ValueError(
+            f"quantization is {quantization}; it must be null for a pipeline of the caller, which it would change."
+        )
+    if pipeline is not None and prompt_store:
+        raise ValueError("cache_embeddings must be null for a pipeline of the caller, whose text encoders are loaded.")
+
+
 def load_stock_pipeline(
-    model: str, *, dtype: torch.dtype = torch.float32, denoiser_dtype: torch.dtype = torch.float32
-) -> Any:
+    model: str, *, dtype: torch.dtype = torch.float32, denoiser_dtype: torch.dtype = torch.float32,
+    lazily: Callable[[Any], Any] | None = None,
+) -> Any:  # fmt: skip
     """Return the diffusers pipeline of a model, without unused parts; raises what `load_policy` does.
 
-    Text encoders are in `dtype`; the autoencoder, which some families compute in another precision, is float32.
+    Text encoders are in `dtype`, and loaded `lazily` as in `load_pipeline`; the autoencoder, which some families
+    compute in another precision, is float32.
     """
     source, index = pipeline_index(model)
     family = family_of(index["_class_name"])
     dtypes = {name: dtype for name in index if name.startswith("text_encoder")} | {family.component: denoiser_dtype}
     with only_errors():
         try:
-            pipeline = load_pipeline(family.pipeline_class, source, index, dtypes=dtypes)
+            pipeline = load_pipeline(family.pipeline_class, source, index, dtypes=dtypes, lazily=lazily)
             getattr(pipeline, family.component).to(denoiser_dtype)  # of a single file
             return pipeline
         except OSError as error:

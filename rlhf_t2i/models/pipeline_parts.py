@@ -4,7 +4,8 @@
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rlhf_t2i.distributed.meta import without_weights
+from rlhf_t2i.models.lazy_encoders import LazyEncoder
 
 SINGLE_FILES = (".safetensors", ".ckpt")
 """Suffixes of a checkpoint that holds a whole pipeline in one file."""
@@ -34,13 +36,15 @@ def load_pipeline(
     given: Mapping[str, Any] | None = None,
     whole: bool = False,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    lazily: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Load a pipeline, with the parts in `given` in place of its own; networks are float32 unless in `dtypes`, by name.
 
     The networks of a folder are loaded one after another, the largest one last. Those of a single file are float32.
-    Parts that no family uses are left out, or with `whole` only where they are missing. `source` is a folder, a Hub id
-    or a single file with `config_folder` beside it. Raises OSError or ValueError, naming the part, for one that is
-    missing, damaged or incomplete.
+    With `lazily`, which is applied to each of them, text encoders are loaded by their first call, and the pipeline has
+    the folder of its files as `source_folder`. Parts that no family uses are left out, or with `whole` only where they
+    are missing. `source` is a folder, a Hub id or a single file with `config_folder` beside it. Raises OSError or
+    ValueError, naming the part, for one that is missing, damaged or incomplete.
     """
     known = set(index) | set(pipeline_class._optional_components)
     unused = [name for name in _UNUSED if name in known and not (whole and (Path(source) / name).is_dir())]
@@ -48,9 +52,12 @@ def load_pipeline(
     if "safety_checker" in unused:
         parts["requires_safety_checker"] = False
     path = Path(source)
+    if path.is_file() and lazily is not None:
+        raise ValueError(f"cache_embeddings needs a pipeline's folder or a Hub id; {source!r} is a single file.")
     if path.is_file():
         return _single_file(pipeline_class, path, parts)
     folder = path if path.is_dir() else _downloaded(pipeline_class, source, parts)
+    later = dict[str, LazyEncoder]()
     listed = {name: part for name, part in index.items() if isinstance(part, list) and name not in parts}
     for name in listed:
         if not (folder / name).is_dir():
@@ -58,8 +65,17 @@ def load_pipeline(
     for name, (library, class_name) in sorted(listed.items(), key=lambda item: _num_bytes(folder / item[0])):
         kind = getattr(import_module(library), class_name, None) if library in ("diffusers", "transformers") else None
         if isinstance(kind, type) and issubclass(kind, nn.Module):
-            parts[name] = _load_part(kind, folder / name, (dtypes or {}).get(name, torch.float32))
-    return pipeline_class.from_pretrained(folder, dtype=torch.float32, **parts)
+            load = partial(_load_part, kind, folder / name, (dtypes or {}).get(name, torch.float32))
+            if lazily is None or not name.startswith("text_encoder"):
+                parts[name] = load()
+                continue
+            parts[name], config = None, kind.config_class.from_pretrained(folder / name)
+            later[name] = LazyEncoder(lambda load=load: lazily(load()), config=config)
+    pipeline = pipeline_class.from_pretrained(folder, dtype=torch.float32, **parts)
+    for name, encoder in later.items():
+        setattr(pipeline, name, encoder)
+    pipeline.source_folder = folder
+    return pipeline
 
 
 def missing_parts(index: Mapping[str, Any]) -> dict[str, None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from reward_model.bounded_steps import bounded_steps
 from rlhf_t2i.types import Conditioning
+
+UNCONDITIONAL = "\0unconditional"
+"""Key of the unconditional pass's conditioning among encoded prompts."""
 
 
 class TextEncoder:
@@ -40,7 +43,7 @@ class TextEncoder:
                 f"The model has no {missing}, which encodes its prompts; give a pipeline that has all parts."
             )
         self.tokenizer = tokenizer
-        self.model: Any = _in_precision(model.requires_grad_(False).eval(), dtype)
+        self.model: Any = in_precision(model.requires_grad_(False).eval(), dtype)
         self.device = device
         self.max_length: int = max_length or tokenizer.model_max_length
         self._template = template
@@ -85,7 +88,7 @@ def real_tokens(
     return Conditioning(padded, mask=torch.arange(length, device=states.device) < counts[:, None])
 
 
-def _in_precision(model: Any, dtype: torch.dtype) -> Any:
+def in_precision(model: Any, dtype: torch.dtype) -> Any:
     """Convert a network to `dtype`, except for layers declared to overflow in float16 (T5's)."""
     in_float32 = (getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
     for name, parameter in model.named_parameters():
@@ -95,6 +98,23 @@ def _in_precision(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+@runtime_checkable
+class PromptStore(Protocol):
+    """Encoded prompts that outlive a run."""
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts that are not stored."""
+        ...
+
+    def get(self, prompt: str) -> Conditioning:
+        """Return a stored prompt, a batch of one."""
+        ...
+
+    def add(self, encoded: Mapping[str, Conditioning]) -> None:
+        """Store prompts, each a batch of one."""
+        ...
+
+
 class PromptCache:
     """Conditioning of recent prompts on the CPU, so that each is encoded once; the oldest are dropped when full.
 
@@ -102,26 +122,39 @@ class PromptCache:
     on what was cached before a run was interrupted.
     """
 
-    def __init__(self, *, max_bytes: int = 2**30) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, *, max_bytes: int = 2**30, store: PromptStore | None = None) -> None:
+        """What is encoded is also written to `store`, and read from it."""
+        self.max_bytes, self.store = max_bytes, store
         self._encoded: OrderedDict[str, Conditioning] = OrderedDict()
 
     def has(self, prompts: Sequence[str]) -> bool:
-        """True if none of these prompts has to be batch."""
-        return all(prompt in self._encoded for prompt in prompts)
+        """True if none of these prompts has to be encoded."""
+        new = [prompt for prompt in prompts if prompt not in self._encoded]
+        return not new if self.store is None else not self.store.missing(new)
 
     def encode(self, prompts: Sequence[str], encoder: Callable[[Sequence[str]], Conditioning]) -> Conditioning:
         """Return the conditioning of prompts, on the CPU; `encoder` is called for each new one."""
-        batch: dict[str, Conditioning] = {}
-        for prompt in dict.fromkeys(prompts):
-            known = prompt in self._encoded
-            batch[prompt] = self._encoded[prompt] if known else encoder([prompt]).to(torch.device("cpu"))
+        distinct = list(dict.fromkeys(prompts))
+        missing = [prompt for prompt in distinct if prompt not in self._encoded]
+        if self.store is not None:
+            missing = self.store.missing(missing)
+        new = {prompt: encoder([prompt]).to(torch.device("cpu")) for prompt in missing}
+        if self.store is not None and new:
+            self.store.add(new)
+        batch = {
+            prompt: new[prompt] if prompt in new else self._encoded.get(prompt) or self._stored(prompt)
+            for prompt in distinct
+        }
         for prompt, conditioning in batch.items():
             self._encoded[prompt] = conditioning
             self._encoded.move_to_end(prompt)
         while sum(_num_bytes(conditioning) for conditioning in self._encoded.values()) > self.max_bytes:
             self._encoded.popitem(last=False)
         return Conditioning.cat([batch[prompt] for prompt in prompts])
+
+    def _stored(self, prompt: str) -> Conditioning:
+        assert self.store is not None
+        return self.store.get(prompt)
 
 
 def _num_bytes(conditioning: Conditioning) -> int:

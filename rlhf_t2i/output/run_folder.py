@@ -93,6 +93,7 @@ class _RunInfo(TypedDict, total=False):
     versions: dict[str, str]
     processes: int
     sessions: list[dict[str, Any]]
+    microbatch_size: dict[str, int]
 
 
 @with_config(ConfigDict(extra="allow", strict=True))

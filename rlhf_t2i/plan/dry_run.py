@@ -119,6 +119,7 @@ def _prepared(config: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Return the config of the rehearsal: a folder of its own, and pairs of one image where files are missing."""
     options: dict[str, Any] = {
         "dry_run": False, "run_folder": str(folder / "run"), "resume": False, "quantization": None, "save_pairs": False,
+        "cache_embeddings": None,
         "mixed_precision": "no" if dtype == torch.float32 else "bf16",
     }  # fmt: skip
     given = {option: value for option, value in options.items() if hasattr(config, option)}
@@ -159,7 +160,7 @@ def _planned(
     }
     saved = {name: _saved_by(config.quantization, pipeline, name) for name in parts}
     encoders = sum(size - saved[name] for name, (_, _, size) in parts.items() if name.startswith("text_encoder"))
-    offloads = getattr(config, "offload_text_encoders", False)
+    offloads = getattr(config, "offload_text_encoders", False) or getattr(config, "cache_embeddings", None)
     trainer = rehearsal.trainer
     layout = Layout(mode="single", processes=1, trainable=0)
     if trainer is not None:

@@ -19,8 +19,13 @@ from rlhf_t2i.plan.memo import Memo, num_rows
 from rlhf_t2i.plan.tracker import Counts, Tracker
 from rlhf_t2i.sampling import rollout
 from rlhf_t2i.search.run import SearchRun
+from rlhf_t2i.training.microbatches import Microbatches
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.trainer import Trainer
+
+
+class _AllKnown(Exception):  # noqa: N818  # no error
+    """Raised in place of the batches of an optimiser step whose costs are known."""
 
 
 class StepFinished(Exception):  # noqa: N818  # no error: the end of a dry run
@@ -42,6 +47,8 @@ class Rehearsal:
     num_steps: int = 0
     policy: Any = None
     trainer: Trainer | None = None
+    _accumulated: Any = None
+    """What the last optimiser step's work returned; _AllKnown while it runs."""
     _costs: dict[int, Counts] = dataclasses.field(default_factory=dict[int, Counts])
     """Costs of a microbatch of so many rows."""
 
@@ -71,6 +78,16 @@ class Rehearsal:
         with self.tracker.during(part):
             yield
 
+    def accumulated(self, microbatches: Microbatches, work: Callable[[int], Any], *, most: int) -> Any:
+        """Return what the work of an optimiser step returns, or did in the last one if its costs are known."""
+        del most
+        before, self._accumulated = self._accumulated, _AllKnown
+        try:
+            self._accumulated = work(microbatches.size)
+        except _AllKnown:
+            self._accumulated = before
+        return self._accumulated
+
     def accumulate(self, trainer: Trainer, batches: Sequence[Any]) -> Iterator[Any]:
         """Yield batches that stand for all: one of each size in the first optimiser step, and none in later ones.
 
@@ -83,6 +100,8 @@ class Rehearsal:
             if self._costs.keys() >= set(sizes):
                 for i, weight in weights.items():
                     tracker.current.add(self._costs[sizes[i]], times=weight)
+                if self._accumulated is _AllKnown:
+                    raise _AllKnown
                 return
             if len(batches) > 1:
                 for parameter in trainer.policy.trainable.values():
@@ -168,6 +187,7 @@ class Rehearsal:
             (Trainer, "evaluate", lambda trainer: self.start(trainer)),
             (Trainer, "timed", lambda trainer, part: self.timed(trainer, part)),
             (Trainer, "accumulate", lambda trainer, batches: self.accumulate(trainer, batches)),
+            (Microbatches, "accumulated", lambda *args, **kwargs: self.accumulated(*args, **kwargs)),
             (Trainer, "finish_step", lambda trainer, step, **metrics: self.finish_step(trainer, step, **metrics)),
             (SearchRun, "batches", lambda search: self.batches(search)),
             (SearchRun, "write_results", _stop),

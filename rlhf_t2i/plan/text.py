@@ -45,6 +45,7 @@ def remedies(plan: Plan, config: Any) -> list[str]:
     has = {name: getattr(config, name) for name in vars(config)}
     switches = [
         ("--offload_text_encoders true", has.get("offload_text_encoders") is False),
+        ("--cache_embeddings FOLDER", "cache_embeddings" in has and has["cache_embeddings"] is None),
         ("--gradient_checkpointing true", has.get("gradient_checkpointing") is False),
         (f"--microbatch_size {has['microbatch_size'] // 2}", has["microbatch_size"] > 1),
         ("--quantization int8", has.get("quantization") is None and getattr(config, "trains_lora", True)),

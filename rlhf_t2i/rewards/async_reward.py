@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 import torch
@@ -35,6 +35,13 @@ class AsyncReward:
         self._waiting: list[tuple[Tensor, list[str]]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self._submitted: list[Future[TotalAndScores]] = []
+
+    def forget(self) -> None:
+        """Cancel what was submitted since the last `results`, and wait for what has started."""
+        for future in self._submitted:
+            future.cancel()
+        wait(self._submitted)
+        self._waiting, self._submitted = [], []
 
     def submit(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> None:
         """Queue images for scoring and return at once; they must not be changed before `results` returns."""

@@ -1,9 +1,9 @@
-"""A batch size and a device of its own for a reward: `hps:PATH(batch_size=8, device="cuda:1")`."""
+"""A batch size, a device of its own or none between calls: `hps:PATH(batch_size=8, device="cuda:1", offload=True)`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_t2i.rewards.groups import needs_groups
 from rlhf_t2i.rewards.imported import literals, takes_metadata
@@ -29,6 +29,8 @@ class Placed:
     """None is all images of a call."""
     device: torch.device | None
     """None is that of the images."""
+    offload: bool = False
+    """True to move the reward's networks to main memory after each call without a gradient."""
 
     @property
     def needs_groups(self) -> bool:
@@ -42,7 +44,10 @@ class Placed:
         parts = [
             self.function(images[start : start + size].to(device), prompts[start : start + size]) for start in starts
         ]
-        return torch.cat(parts).to(images.device)
+        scores = torch.cat(parts).to(images.device)
+        if self.offload and not scores.requires_grad:  # a backward pass needs the weights where they are
+            offload(self.function)
+        return scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class PlacedWithMetadata:
     function: MetadataReward
     batch_size: int | None
     device: torch.device | None
+    offload: bool = False
 
     def __call__(
         self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], metadata: list[dict[str, Any]]
@@ -62,11 +68,39 @@ class PlacedWithMetadata:
         def of_batch(images: Tensor, prompts: Sequence[str]) -> Tensor:
             return self.function(images, prompts, list(islice(rows, len(prompts))))
 
-        return Placed(of_batch, self.batch_size, self.device)(images, prompts)
+        scores = Placed(of_batch, self.batch_size, self.device)(images, prompts)
+        if self.offload and not scores.requires_grad:
+            offload(self.function)
+        return scores
+
+
+def offload(reward: Any) -> None:
+    """Move the networks that a reward holds to main memory; its next call moves them back.
+
+    Raises TypeError for a reward that holds none where they can be found, up to two objects below it.
+    """
+    networks = list(_networks_of(reward, depth=3))
+    if not networks:
+        raise TypeError(
+            f"The reward {type(reward).__qualname__} holds no network that could be moved; leave out offload."
+        )
+    for network in networks:
+        network.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _networks_of(held: Any, *, depth: int) -> Iterator[nn.Module]:
+    if isinstance(held, nn.Module):
+        yield held
+    elif depth and type(held).__module__ not in ("builtins", "torch"):
+        names = {*getattr(held, "__dict__", {}), *getattr(type(held), "__slots__", ())}
+        for name in sorted(names):
+            yield from _networks_of(getattr(held, name, None), depth=depth - 1)
 
 
 def placed(load: Callable[..., Any], argument: str, *, options: Sequence[str] = ()) -> Any:
-    """Load the reward of PATH, or of PATH(batch_size=8, device="cuda:1"), either of which may be missing.
+    """Load the reward of PATH, or of PATH(batch_size=8, device="cuda:1", offload=True), each of which may be missing.
 
     Arguments that `options` names are passed to `load`. Raises ValueError for another argument and for a device that
     this machine does not have.
@@ -75,17 +109,17 @@ def placed(load: Callable[..., Any], argument: str, *, options: Sequence[str] = 
     given = {name: named.pop(name) for name in options if name in named}
     if not named:
         return load(path, **given)
-    size, device = named.pop("batch_size", None), named.pop("device", None)
+    size, device, offloads = (named.pop(name, None) for name in ("batch_size", "device", "offload"))
     is_size = size is None or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
-    if named or not is_size or not isinstance(device, str | None):
+    if named or not is_size or not isinstance(device, str | None) or not isinstance(offloads, bool | None):
         raise ValueError(
-            f"{argument!r} has arguments that are no placement of a reward; write PATH(batch_size=8, device='cuda:1'), "
-            f"with a batch_size of at least 1."
+            f"{argument!r} has arguments that are no placement of a reward; write PATH(batch_size=8, device='cuda:1', "
+            f"offload=True), with a batch_size of at least 1."
         )
     place = _device(device) if device is not None else None  # before the reward, which may take minutes to load
     reward = load(path, **given)
     kind = PlacedWithMetadata if takes_metadata(reward) else Placed
-    return kind(reward, size, place)
+    return kind(reward, size, place, bool(offloads))
 
 
 def path_and_arguments(argument: str) -> tuple[str, dict[str, Any]]:

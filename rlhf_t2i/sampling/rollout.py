@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -167,6 +168,20 @@ def _decode(
         into = into if len(into) else decoded.new_empty(len(latents), *decoded.shape[1:])
         into[part] = decoded
     return into
+
+
+@torch.no_grad()
+def with_rows(model: DiffusionModel, trajectory: Trajectory, *, sampler: Sampler, num_rows: int) -> Trajectory:
+    """Return a trajectory with the log-probabilities of forward passes of `num_rows` images, by the present weights."""
+    log_probs = torch.empty_like(trajectory.log_probs)
+    for step in range(log_probs.shape[1]):
+        for rows in torch.arange(len(log_probs)).split(num_rows):
+            transition = transition_at(
+                model, trajectory.latents[rows, step], torch.full((len(rows),), step), trajectory.conditioning[rows],
+                sampler=sampler, num_rows=num_rows,
+            )  # fmt: skip
+            log_probs[rows, step] = mean_log_prob(transition, trajectory.latents[rows, step + 1])
+    return replace(trajectory, log_probs=log_probs, num_rows=num_rows)
 
 
 def noise_of_rollout(

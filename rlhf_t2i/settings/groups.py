@@ -205,7 +205,8 @@ class MicrobatchSettings(Settings, group="system"):
     """Memory."""
 
     microbatch_size: PositiveInt = by_model(64, family="microbatch_size")
-    """Images in one forward pass of one process; changes memory and speed, and results by rounding only."""
+    """Images in one forward pass of one process; changes memory and speed, and results by rounding only. Halved when
+    memory runs out, unless the network is sharded."""
 
 
 @dataclass(frozen=True, kw_only=True)

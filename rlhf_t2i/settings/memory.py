@@ -27,6 +27,9 @@ class TrainingMemorySettings(Settings, group="system"):
     """Recompute activations in the backward pass instead of storing them: less memory, about a third slower."""
     offload_text_encoders: bool = False
     """Keep the text encoders in main memory except while they encode new prompts."""
+    cache_embeddings: str | None = None
+    """Folder for encoded prompts, for all runs with one model and precision: text encoders are loaded only for prompts
+    that it lacks, before the first step. Prompts with a reference image are not kept; null encodes in each run."""
     gather_for_sampling: bool = True
     """Under ZeRO-3 and FSDP2: gather all weights once for sampling, which is fast; false gathers them layer by layer in
     every forward pass, in less memory."""

@@ -3,29 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_t2i.sampling.rollout import with_rows
 from rlhf_t2i.training.metrics import FAST, REPLAY_NOISE, SLOW, mean_update_metrics
-from rlhf_t2i.types import ProcessGroup
+from rlhf_t2i.training.microbatches import Microbatches
+from rlhf_t2i.types import DiffusionModel, ProcessGroup, Sampler, Trajectory
+
+
+class Replay:
+    """A rollout, to be replayed in forward passes of as many images as it was sampled in, or of fewer that fit."""
+
+    def __init__(self, model: DiffusionModel, trajectory: Trajectory, *, sampler: Sampler) -> None:
+        self._model, self._trajectory, self._sampler = model, trajectory, sampler
+
+    def accumulated(
+        self, microbatches: Microbatches, work: Callable[[Trajectory], Tensor], *, is_unchanged: bool
+    ) -> Tensor:
+        """Return `work(trajectory)`, which accumulates gradients with at most its `num_rows` images in a forward pass.
+
+        If fewer fit than it was sampled in, its log-probabilities are computed anew while the policy `is_unchanged`
+        since the rollout: in half precision their rounding depends on that number. Collective.
+        """
+        return microbatches.accumulated(
+            lambda size: work(self._at(size, is_unchanged=is_unchanged)), most=self._trajectory.num_rows
+        )
+
+    def _at(self, microbatch_size: int, *, is_unchanged: bool) -> Trajectory:
+        if microbatch_size < self._trajectory.num_rows:
+            if is_unchanged:
+                self._trajectory = with_rows(
+                    self._model, self._trajectory, sampler=self._sampler, num_rows=microbatch_size
+                )
+            else:
+                self._trajectory = replace(self._trajectory, num_rows=microbatch_size)
+        return self._trajectory
 
 
 def update_metrics(
     processes: ProcessGroup,
-    samples: Float[Tensor, "N 3"],
+    samples: Sequence[Float[Tensor, "N 3"]],
     steps: Sequence[dict[str, float]],
     *,
     clip_range: float,
-    replay_error: Float[Tensor, " 1"],
     with_kl: bool,
 ) -> dict[str, float]:
     """Average an update over the (image, step) pairs and optimiser steps of all processes. Collective.
 
-    `samples` holds loss, log-ratio and KL divergence of each pair of this process. `ratio_std` is the root mean square
-    of log-ratios; `replay_error` the maximum over processes.
+    `samples` holds, for each optimiser step, loss, log-ratio and KL divergence of each pair of this process.
+    `ratio_std` is the root mean square of log-ratios; `replay_error` is the largest change of a log-probability before
+    the first optimiser step, of all processes, which should be 0.
     """
-    loss, log_ratio, kl = processes.gather(samples).T
+    replay_error = samples[0][:, 1].abs().max().view(1)
+    loss, log_ratio, kl = processes.gather(torch.cat([*samples])).T
     return {
         "loss": loss.mean().item(),
         "ratio_mean": log_ratio.exp().mean().item(),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlhf_t2i.data.latent_cache import TensorCache
+from rlhf_t2i.data.text_cache import StoredPrompts
 from rlhf_t2i.distributed.placement import layout_of, placement_config, placement_table
 from rlhf_t2i.distributed.processes import make_engine, watch_processes
 from rlhf_t2i.distributed.types import Engine
+from rlhf_t2i.models.lazy_encoders import encode_and_release
 from rlhf_t2i.output.run_folder import update_run_info
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.trial import try_rewards
@@ -63,6 +67,8 @@ def make_trainer(
     _record_prompts(run, prompts)
     run.print(config.defaults_text())
     policy = _load(config, run)
+    if config.cache_embeddings:
+        _encode_prompts(policy, prompts, run)
     set_start(policy, config, run, keep_reference=keep_reference, lora_dropout=lora_dropout)
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
@@ -99,10 +105,23 @@ def _load(config: TrainerConfig, run: Run) -> Any:
         config.model, device=run.device, dtype=run.dtype, resolution=config.image_size, whole=not config.trains_lora,
         offload_text_encoders=config.offload_text_encoders, quantization=config.quantization,
         complex_human_instruction=config.complex_human_instruction,
+        prompt_store=partial(_prompt_store, Path(config.cache_embeddings)) if config.cache_embeddings else None,
     )  # fmt: skip
     if run.is_main:
         update_run_info(run.folder, {"image_size": list(policy.image_size)})
     return policy
+
+
+def _prompt_store(folder: Path, fingerprint: str) -> StoredPrompts:
+    return StoredPrompts(TensorCache(folder, part="text encoder", fingerprint=fingerprint))
+
+
+def _encode_prompts(policy: Any, prompts: PromptSets, run: Run) -> None:
+    """Encode this process's share of the prompts that the cache lacks, and let go of the text encoders. Collective."""
+    own = list(dict.fromkeys([*prompts.training, *prompts.evaluation]))[run.rank :: run.num_processes]
+    count = encode_and_release(policy, own, tick=run.tick)
+    total = int(run.gather(torch.tensor([count], device=run.device)).sum())
+    run.print(f"embeddings  {total:,} prompts encoded, the others read from the cache; text encoders are not in memory")
 
 
 def _record_prompts(run: Run, prompts: PromptSets) -> None:

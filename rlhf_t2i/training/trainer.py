@@ -31,6 +31,7 @@ from rlhf_t2i.training.environment import StopRequests
 from rlhf_t2i.training.evaluation import Evaluation, evaluate, prune_image_grids, save_evaluation
 from rlhf_t2i.training.learning_rate import learning_rates
 from rlhf_t2i.training.metrics import rate_text, read_metrics
+from rlhf_t2i.training.microbatches import Microbatches
 from rlhf_t2i.training.run import Run
 from rlhf_t2i.training.updates import Updates
 from rlhf_t2i.types import Policy, Sampler
@@ -72,12 +73,11 @@ class Trainer:
         """Count signals in the loop, and updates that are skipped."""
         self._learning_rate = learning_rates(self.config)
         self._stop_requests = StopRequests(print=self.print)
+        self.microbatches = Microbatches(self.config.microbatch_size, run=self.run, engine=self.engine)
         self._updates = Updates(
             self.engine, max_skipped=self.config.max_skipped_updates, has_scaler=self.run.dtype == torch.float16,
             gather=self.gather, print=self.print,
         )  # fmt: skip
-
-    # --- processes ---
 
     @property
     def device(self) -> torch.device:
@@ -119,8 +119,6 @@ class Trainer:
     def wait_for_everyone(self) -> None:
         """Wait until every process is here. Collective."""
         self.run.accelerator.wait_for_everyone()
-
-    # --- the loop ---
 
     def steps(self) -> Iterator[int]:
         """Yield the index of each remaining training step, with a progress bar.
@@ -195,8 +193,6 @@ class Trainer:
         """True if the early-stopping reward has not risen for `patience` evaluations."""
         return self.early_stop is not None and self.early_stop.is_due
 
-    # --- sampling ---
-
     def sampler(self, *, eta: float, num_steps: int | None = None) -> Sampler:
         """Return a sampler with noise `eta`, in [0, 1], over `num_steps` (num_denoising_steps) denoising steps."""
         schedule = self.policy.schedule(num_steps or self.config.num_denoising_steps)
@@ -218,10 +214,14 @@ class Trainer:
             yield
 
     def accumulate(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """Yield each batch of one optimiser step; gradients accumulate, and are exchanged after the last one."""
-        for index, batch in enumerate(batches):
+        """Yield each batch of one optimiser step; gradients accumulate, and are exchanged after the last one.
+
+        Work given to `microbatches.accumulated` calls this; in a trial of it, only the first batch is computed.
+        """
+        is_trial = self.microbatches.is_trial
+        for index, batch in enumerate(batches[:1] if is_trial else batches):
             self.run.tick()
-            with self.engine.accumulating(last=index == len(batches) - 1):
+            with self.engine.accumulating(last=index == len(batches) - 1 and not is_trial):
                 yield batch
 
     def backward(self, loss: Tensor) -> None:
@@ -232,16 +232,17 @@ class Trainer:
         """Take one optimiser step; return its metrics, and raise, as `Updates.take` does. Collective."""
         return self._updates.take(self._learning_rate(self.step), step=self.step)
 
-    # --- evaluation and export ---
-
     def evaluate(self) -> None:
         """Evaluate the averaged weights on the evaluation prompts, and record that. Collective."""
         with self.averages["ema"].applied(self.engine.weights):
             with lora_at_scale(self.engine.weights, self.config.lora_scale), self.sampling():
-                evaluation = evaluate(
-                    self.policy, *self.evaluation_set, self.evaluation_rewards.rewards,
-                    sampler=self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps),
-                    microbatch_size=self.config.microbatch_size, processes=self,
+                sampler = self.sampler(eta=self.config.evaluation_eta, num_steps=self.config.num_evaluation_steps)
+                evaluation = self.microbatches.fitting(
+                    lambda size: evaluate(
+                        self.policy, *self.evaluation_set, self.evaluation_rewards.rewards, sampler=sampler,
+                        microbatch_size=size, processes=self,
+                    ),
+                    most=len(self.evaluation_set[0]), is_local=False,
                 )  # fmt: skip
             self.record(evaluation)
             if self.early_stop is not None:
