@@ -22,9 +22,10 @@ from typing import Any, get_args
 import numpy as np
 
 from reward_model.text_files import parse_json
+from rlhf_t2i.annotation.append_only import AppendOnlyFile
 from rlhf_t2i.annotation.questions import Question
 from rlhf_t2i.annotation.records import Answer, Key, criteria_of_pairs, pairs_file, preference_record
-from rlhf_t2i.output.files import flush, write_atomically
+from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import ANSWERS, COLLECTED_PAIRS
 from rlhf_t2i.seeds import ANNOTATE, seed_for
 
@@ -70,21 +71,19 @@ class Answers:
         self._orders: dict[str, tuple[list[int], list[bool]]] = {}
         self._lock = threading.RLock()
         self.path = folder / ANSWERS
-        as_bytes = getattr(os, "O_BINARY", 0)  # or Windows would write other ends of lines
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | as_bytes, 0o644)
+        self._file = AppendOnlyFile(self.path)
+        self.truncated_line = self._file.truncated_line
         try:
-            flush(folder)  # a new file survives a crash only if its folder is flushed too
-            self.truncated_line = _remove_truncated_line(self.path, self._file)
-            for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+            for number, line in enumerate(self._file.lines(), start=1):
                 self._replay(line, where=f"{self.path}:{number}")
         except ValueError:
-            os.close(self._file)
+            self._file.close()
             raise
         self._write_pairs()
 
     def close(self) -> None:
         """Close the file of answers; raises OSError if pairs.jsonl lacks some and still cannot be written."""
-        os.close(self._file)
+        self._file.close()
         if not self._has_all_pairs:
             self._write_pairs()
 
@@ -159,7 +158,7 @@ class Answers:
                 "shown": shown,
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             }
-            self._append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._file.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             number = self._num_all
             self._apply(row)
             try:
@@ -169,17 +168,6 @@ class Answers:
                     "%s could not be written (%s); the answers are in %s, and the next one writes both.",
                     self.folder / COLLECTED_PAIRS, error, self.path,
                 )  # fmt: skip
-
-    def _append(self, line: bytes) -> None:
-        """Write a line to disk; if that fails, the file is as before."""
-        size = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) < len(line):
-                raise OSError(f"The disk of {self.path} is full.")
-            os.fsync(self._file)
-        except OSError:
-            os.ftruncate(self._file, size)
-            raise
 
     def _replay(self, line: bytes, *, where: str) -> None:
         try:
@@ -251,13 +239,3 @@ def _time_of(row: Mapping[str, Any]) -> datetime | None:
         return datetime.fromisoformat(row["time"])
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _remove_truncated_line(path: Path, file: int) -> bytes:
-    """Remove an incomplete last line, and return it; empty if there is none."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        os.ftruncate(file, end)
-        os.fsync(file)
-    return content[end:]

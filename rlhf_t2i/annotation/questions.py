@@ -65,7 +65,7 @@ def write_questions(folder: Path, candidates: Iterable[Candidate], *, criteria: 
     questions: list[Question] = []
     num_same = 0
     for candidate in candidates:
-        first, second = (_save(folder, image) for image in candidate.images)
+        first, second = (save_image(folder, image) for image in candidate.images)
         num_same += first == second
         if first != second:
             images, by = (first, second), criteria or (None,)
@@ -99,7 +99,8 @@ def _row(question: Question) -> Row:
     return {**asdict(question), **metadata}
 
 
-def _save(folder: Path, image: Float[Tensor, "3 _ _"]) -> str:
+def save_image(folder: Path, image: Float[Tensor, "3 _ _"]) -> str:
+    """Write an image to images/ as PNG; return its name, a hash of its pixels."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     name = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:20]
     path = image_path(folder, name)

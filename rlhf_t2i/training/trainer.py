@@ -195,6 +195,11 @@ class Trainer:
         """True if the early-stopping reward has not risen for `patience` evaluations."""
         return self.early_stop is not None and self.early_stop.is_due
 
+    @property
+    def stop_requested(self) -> bool:
+        """True if this process was asked to stop after the current step; who waits for something gives up."""
+        return self._stop_requests.count > 0
+
     # --- sampling ---
 
     def sampler(self, *, eta: float, num_steps: int | None = None) -> Sampler:
