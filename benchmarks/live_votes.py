@@ -28,6 +28,7 @@ import httpx
 import numpy as np
 import torch
 from PIL import Image
+from trl_environment import say
 
 from rlhf_t2i.shapes.oracle import oracle_scores
 
@@ -83,8 +84,8 @@ def vote_in_browser(address: str, folder: Path, count: int, pause: float, is_run
         while is_running() and page.run("return state.votes") < count:
             began = time.monotonic()
             shown = page.run(
-                "return !busy && Date.now() >= guardedUntil && state.question && !document.getElementById('images').hidden"
-                " ? [state.question.shown, state.question.prompt, state.question.images] : null"
+                "return !busy && Date.now() >= guardedUntil && state.question ? ["
+                "state.question.shown, state.question.prompt, state.question.images] : null"
             )
             if shown is None:
                 time.sleep(0.1)
@@ -146,17 +147,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("options", nargs="*", help="further options of the recipe, after --")
     arguments = parser.parse_args()
-    print("| method | seed | pass before, half-way, after, % | points | votes (ties) | minutes | of voting | of CPU |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    say("| method | seed | pass before, half-way, after, % | points | votes (ties) | minutes | of voting | of CPU |")
+    say("|---|---|---|---|---|---|---|---|")
     for seed in arguments.seeds:
         for method in arguments.methods:
             one = measure(arguments, method, seed)
             passed = ", ".join(f"{100 * value:.1f}" for value in one["passed"])
             gain = 100 * (one["passed"][-1] - one["passed"][0])
-            print(
+            say(
                 f"| {method} | {seed} | {passed} | {gain:+.1f} | {one['votes']} ({one['ties']}) | {one['minutes']:.1f} "
-                f"| {one['voting']:.1f} | {one['cpu']:.1f} |", flush=True,
-            )  # fmt: skip
+                f"| {one['voting']:.1f} | {one['cpu']:.1f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
     config = parse_config(Config, __doc__)
     require("fastapi", "uvicorn", extra="serve")
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -38,22 +39,19 @@ from torch import Tensor
 from reward_model.checkpoint import save_adapter
 from reward_model.images import to_tensor
 from reward_model.online import OnlineRewardModel
-from reward_model.types import PreferencePair
-from rlhf_t2i.access import TOKEN_VARIABLE, listen, token
+from reward_model.types import PreferencePair, Record
+from rlhf_t2i.access import listen
 from rlhf_t2i.advantages import PerPromptHistory
-from rlhf_t2i.annotation.acquisition import certainty, choose_questions
 from rlhf_t2i.annotation.live_progress import ProgressImages
-from rlhf_t2i.annotation.live_records import NUM_IMAGES
-from rlhf_t2i.annotation.live_serve import LiveService, Progress, TrainingState, serving
-from rlhf_t2i.annotation.live_votes import LiveVotes, NewQuestion
+from rlhf_t2i.annotation.live_serve import Progress
+from rlhf_t2i.annotation.live_session import LiveSession, live_session
 from rlhf_t2i.data.image_pairs import ImagePairs
 from rlhf_t2i.data.prompts import prompts_of_step
 from rlhf_t2i.output.run_folder import REWARD_MODEL
-from rlhf_t2i.recipes import ddpo, diffusion_dpo
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.rollout import generate, rollout
-from rlhf_t2i.seeds import ANNOTATE, NOISE, SAMPLE, UPDATE, generator_for, generators_for
+from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
 from rlhf_t2i.settings.lists import whole_numbers
 from rlhf_t2i.training.online_reward import load_online
 from rlhf_t2i.training.policy_gradient import UpdateWarnings
@@ -63,128 +61,90 @@ from rlhf_t2i.training.several_rewards import any_to_learn
 from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Trajectory
 
+if TYPE_CHECKING:
+    from recipes import ddpo, diffusion_dpo
+else:
+    from rlhf_t2i.recipes import ddpo, diffusion_dpo  # in a clone and in an installation
+
 _NUM_PROGRESS_IMAGES = 3
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a step of training by votes works with."""
+
+    trainer: Trainer
+    reward_model: OnlineRewardModel
+    people: LiveSession
+    progress: ProgressImages
+    added: WeightedSum | None
+    """Rewards that are added to the score that votes teach."""
 
 
 def main(config: Config) -> Path:
     """Sample images, ask people about some, learn from their votes, update the policy; return the run folder."""
     prompts, added = load_prompt_sets(config), load_rewards(config.rewards) if config.rewards else None
-    guideline = Path(config.guideline).read_text(encoding="utf-8") if config.guideline else ""
     reward_model = load_online(config, seed=config.seed)
     with listen(config.host, config.port) as listener:
-        keeps_reference = config.kl_weight > 0 or config.learn != "reward_model"
         trainer = make_trainer(
-            config, prompts, recipe="live_preferences", report=write_report, keep_reference=keeps_reference,
-            extra=[reward_model],
+            config, prompts, recipe="live_preferences", report=write_report, extra=[reward_model],
+            keep_reference=config.kl_weight > 0 or config.learn != "reward_model",
         )  # fmt: skip
         if trainer.num_processes > 1:
             raise ValueError(f"Live votes train on one process, not on {trainer.num_processes}: --num_processes 1.")
-        reward_model.to(trainer.device)
-        with closing(LiveVotes(trainer.folder, kind=config.question, seed=config.seed)) as votes:
-            training = TrainingState(step=trainer.step, num_steps=config.num_steps)
-            service = LiveService(votes, training, secret=token(), guideline=guideline)
-            with serving(service, listener) as address:
-                needs = f" (it requires the token in {TOKEN_VARIABLE})" if service.secret else ""
-                trainer.print(f"votes     {votes.num_votes}, in {votes.folder}\npage      {address}{needs}")
-                progress = ProgressImages(votes.folder, list(dict.fromkeys(prompts.evaluation))[:_NUM_PROGRESS_IMAGES])
-                for step in trainer.steps():
-                    training.step = step
-                    all_prompts = prompts_of_step(
-                        prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed
-                    )
-                    take_step(trainer, reward_model, votes, training, all_prompts, added, step=step, config=config)
-                    training.progress = show_progress(trainer, reward_model, progress, config)
-                training.step, training.phase = trainer.step, "saving"
-                save_adapter(*reward_model.adapter(), votes.folder / REWARD_MODEL)
-                return trainer.finish()
+        temperature = reward_model.to(trainer.device).config.temperature
+        with live_session(trainer.folder, listener, config, temperature=temperature, log=trainer.print) as people:
+            shown = list(dict.fromkeys(prompts.evaluation))[:_NUM_PROGRESS_IMAGES]
+            parts = Parts(trainer, reward_model, people, ProgressImages(people.votes.folder, shown), added)
+            for step in trainer.steps():
+                people.training.step = step
+                all_prompts = prompts_of_step(
+                    prompts.training, step, num_prompts=config.prompts_per_step, seed=config.seed
+                )
+                take_step(parts, all_prompts, step=step, config=config)
+                people.training.progress = sample_progress(parts, config)
+            people.training.step, people.training.phase = trainer.step, "saving"
+            save_adapter(*reward_model.adapter(), people.votes.folder / REWARD_MODEL)
+            return trainer.finish()
 
 
-def take_step(  # noqa: PLR0913  # what a step of training by votes touches
-    trainer: Trainer,
-    reward_model: OnlineRewardModel,
-    votes: LiveVotes,
-    training: TrainingState,
-    prompts: Sequence[str],
-    added: WeightedSum | None,
-    *,
-    step: int,
-    config: Config,
-) -> None:
+def take_step(parts: Parts, prompts: Sequence[str], *, step: int, config: Config) -> None:
     """Sample, ask, learn and update once."""
+    trainer, reward_model, people = parts.trainer, parts.reward_model, parts.people
     own_prompts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
-    sampler, sizes = trainer.sampler(eta=config.eta), {"batch_size": config.microbatch_size}
-    training.phase = "making images"
+    people.training.phase = "making images"
     with trainer.timed("rollout"), trainer.sampling():
         images, trajectory = rollout(
-            trainer.policy, own_prompts, sampler=sampler, microbatch_size=config.microbatch_size,
+            trainer.policy, own_prompts, sampler=trainer.sampler(eta=config.eta),
+            microbatch_size=config.microbatch_size,
             generators=generators_for(config.seed, SAMPLE, step, range(len(prompts))),
         )  # fmt: skip
     with trainer.timed("reward"):
-        scores = reward_model.scores(images, own_prompts, **sizes)
-    ask(votes, images, own_prompts, scores, reward_model.config.temperature, step=step, config=config)
-    training.certainty = certainty(grouped(scores, config), temperature=reward_model.config.temperature)
+        scores = reward_model.scores(images, own_prompts, batch_size=config.microbatch_size)
+    people.ask(images, own_prompts, scores.unflatten(1, (-1, config.images_per_prompt)), step=step)
     with trainer.timed("waiting"):
-        wait_for_people(trainer, votes, training, partial(
-            ask, votes, images, own_prompts, scores, reward_model.config.temperature, step=step, config=config
-        ), first_votes=config.first_votes)  # fmt: skip
-    training.phase = "learning from votes"
+        people.wait(stop_requested=lambda: trainer.stop_requested)
     with trainer.timed("votes"):
-        learned = reward_model.learn_new(votes.records(), updates_per_record=config.updates_per_vote)
+        records = people.votes.records()
+        learned = reward_model.learn_new(records, updates_per_record=config.updates_per_vote)
     with trainer.timed("reward"), torch.no_grad():
-        scores = reward_model.scores(images, own_prompts, **sizes) if learned else scores
-        rewards, named = scores.mean(dim=0), dict[str, Tensor]()
-        if added is not None:
-            more, named = added(images, own_prompts, **sizes, group_size=config.images_per_prompt)
-            rewards = rewards + more.to(rewards.device)
-    named = {"votes": scores.mean(dim=0), **named}
-    training.phase, metrics = "training on the votes so far", dict[str, float]()
+        if learned:
+            scores = reward_model.scores(images, own_prompts, batch_size=config.microbatch_size)
+        rewards, named = scores.mean(dim=0), {"votes": scores.mean(dim=0)}
+        if parts.added is not None:
+            more, others = parts.added(
+                images, own_prompts, batch_size=config.microbatch_size, group_size=config.images_per_prompt
+            )
+            rewards, named = rewards + more.to(rewards.device), named | others
+    people.training.phase, metrics = "training on the votes so far", dict[str, float]()
     groups = rewards.view(len(prompts), -1).cpu()
     with trainer.timed("update"):
         if config.learn != "dpo":
             metrics |= update_by_reward(trainer, trajectory, prompts, groups, step=step, config=config)
         if config.learn != "reward_model":
-            metrics |= update_on_pairs(trainer, votes, step=step, config=config)
+            metrics |= update_on_pairs(trainer, records, step=step, config=config)
     row = {f"reward_model/{name}": value for name, value in learned.items()}
-    trainer.finish_step(step, **trainer.rollout_metrics(groups, named), votes=votes.num_votes, **row, **metrics)
-
-
-def grouped(scores: Float[Tensor, "E B"], config: Config) -> Float[Tensor, "E P K"]:
-    """Return scores by prompt."""
-    return scores.view(len(scores), -1, config.images_per_prompt)
-
-
-def ask(
-    votes: LiveVotes, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str], scores: Float[Tensor, "E B"],
-    temperature: float, *, step: int, config: Config,
-) -> None:  # fmt: skip
-    """Put questions about a step's images before people."""
-    count, copies = config.questions_per_step, config.images_per_prompt
-    chosen = choose_questions(
-        grouped(scores, config), num_images=NUM_IMAGES[config.question], temperature=temperature,
-        count=max(count, config.first_votes - votes.num_votes), rule=config.acquisition,
-        generator=generator_for(config.seed, ANNOTATE, step, votes.num_votes),
-    )  # fmt: skip
-    questions = [
-        NewQuestion(prompts[one.prompt * copies], [images[one.prompt * copies + i].cpu() for i in one.images],
-                    one.favourite)
-        for one in chosen
-    ]  # fmt: skip
-    votes.offer(step, questions, max_age=config.max_question_age)
-
-
-def wait_for_people(
-    trainer: Trainer, votes: LiveVotes, training: TrainingState, ask_more: Callable[[], None], *, first_votes: int
-) -> None:
-    """Wait for the first votes of a run, and while somebody has paused training; a signal ends the waiting."""
-
-    def is_over() -> bool:
-        missing = first_votes - len(votes.records())
-        training.phase = f"waiting for the first votes, {max(missing, 0)} to go" if missing > 0 else "learning"
-        if missing > 0 and not votes.num_open:
-            ask_more()
-        return trainer.stop_requested or (missing <= 0 and training.paused_by is None)
-
-    votes.wait(is_over)
+    trainer.finish_step(step, **trainer.rollout_metrics(groups, named), votes=people.votes.num_votes, **row, **metrics)
 
 
 def update_by_reward(
@@ -205,9 +165,9 @@ def update_by_reward(
     return metrics
 
 
-def update_on_pairs(trainer: Trainer, votes: LiveVotes, *, step: int, config: Config) -> dict[str, float]:
+def update_on_pairs(trainer: Trainer, votes: Sequence[Record], *, step: int, config: Config) -> dict[str, float]:
     """Take an optimiser step of Diffusion-DPO on some of the voted pairs, ties left out; return metrics."""
-    records = [one for one in votes.records() if isinstance(one, PreferencePair) and not one.tie]
+    records = [one for one in votes if isinstance(one, PreferencePair) and not one.tie]
     if not records:
         return {}
     pairs = ImagePairs(records, policy=trainer.policy, read=to_tensor, microbatch_size=config.microbatch_size)
@@ -229,19 +189,18 @@ def update_on_pairs(trainer: Trainer, votes: LiveVotes, *, step: int, config: Co
     return {f"dpo/{name}": value for name, value in zip(diffusion_dpo.METRICS, means, strict=False)}
 
 
-def show_progress(
-    trainer: Trainer, reward_model: OnlineRewardModel, progress: ProgressImages, config: Config
-) -> list[Progress]:
+def sample_progress(parts: Parts, config: Config) -> list[Progress]:
     """Sample the same prompts and seeds as after earlier steps; return them beside those of before."""
-    seeds = range(config.evaluation_seed, config.evaluation_seed + len(progress.prompts))
+    trainer, prompts = parts.trainer, parts.progress.prompts
+    seeds = range(config.evaluation_seed, config.evaluation_seed + len(prompts))
     with trainer.sampling():
         images, _ = generate(
-            trainer.policy, progress.prompts, microbatch_size=config.microbatch_size,
+            trainer.policy, prompts, microbatch_size=config.microbatch_size,
             sampler=trainer.sampler(eta=config.evaluation_eta, num_steps=config.num_evaluation_steps),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         )  # fmt: skip
-    score = partial(reward_model.scores, batch_size=config.microbatch_size)
-    return progress.update(images, score, temperature=reward_model.config.temperature, device=trainer.device)
+    score = partial(parts.reward_model.scores, batch_size=config.microbatch_size)
+    return parts.progress.update(images, score, temperature=parts.people.temperature, device=trainer.device)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ class LiveVotes:
 
     def __init__(self, run_folder: Path, *, kind: QuestionKind, seed: int) -> None:
         """Load the votes of a run. Raises ValueError for an invalid line, but for a truncated last one."""
-        self.folder, self.kind, self.seed = run_folder / VOTES_FOLDER, kind, seed
+        self.folder, self.seed = run_folder / VOTES_FOLDER, seed
+        self.kind: QuestionKind = kind
         (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
         self.records_path = self.folder / (VOTE_LABELS if kind == "good_bad" else COLLECTED_PAIRS)
         self._lock = threading.RLock()
@@ -135,6 +136,12 @@ class LiveVotes:
                     image_path(self.folder, name).unlink(missing_ok=True)
 
     @property
+    def num_questions(self) -> int:
+        """Number of questions so far, those before a resume included if somebody voted on them or on a later one."""
+        with self._lock:
+            return self._num_questions
+
+    @property
     def num_open(self) -> int:
         """Number of open questions."""
         with self._lock:
@@ -151,7 +158,7 @@ class LiveVotes:
             if current is not None and current.question.state != "withdrawn":
                 return current
             skipped = self._skipped.get(annotator, set())
-            waiting = [question for question in self._open if question.number not in skipped]
+            waiting = [question for question in self._open if question.number not in skipped] or self._open
             if not waiting:
                 self._current.pop(annotator, None)
                 return None
