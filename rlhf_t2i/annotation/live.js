@@ -93,7 +93,7 @@ async function show(next) {
   [at("nothing").firstChild.textContent, at("nothing").lastChild.textContent] = open ? ["", ""] : nothing();
   at("prompt").textContent = open ? state.question.prompt : "";
   for (const button of document.querySelectorAll("[data-vote]")) {
-    button.disabled = button.dataset.vote === "undo" ? !state.can_undo : !open;
+    button.disabled = button.dataset.vote === "undo" ? !state.undo : !open;
   }
   showTraining();
   if (open) {
@@ -144,8 +144,8 @@ async function poll() {
 
 function send(vote) {
   const button = document.querySelector(`[data-vote="${vote}"]`);
-  if (state?.question && button && !button.disabled && !at("questions").hidden && Date.now() >= guardedUntil) {
-    exchange("/vote", { annotator: state.annotator, shown: state.question.shown, vote });
+  if (state && button && !button.disabled && !at("questions").hidden && Date.now() >= guardedUntil) {
+    exchange("/vote", { annotator: state.annotator, shown: vote === "undo" ? state.undo : state.question.shown, vote });
   }
 }
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
 
 from reward_model.types import LabelledImage, PreferencePair, Record
 from rlhf_t2i.output.run_folder import IMAGES
@@ -18,6 +22,40 @@ KEYS: dict[QuestionKind, tuple[VoteKey, ...]] = {
 }
 """The votes that each question allows. `bad` of several images means all of them, `skip` asks about others."""
 NUM_IMAGES: dict[QuestionKind, int] = {"pair": 2, "best_of_four": 4, "good_bad": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class NewQuestion:
+    """Images to ask about, which are not saved yet; the model may have made them in any size."""
+
+    prompt: str
+    images: Sequence[Float[Tensor, "3 _ _"]]
+    favourite: int | None = None
+    """Index of the image that the reward model prefers."""
+
+
+@dataclass(slots=True)
+class LiveQuestion:
+    """A question that people can be asked, or that was withdrawn."""
+
+    number: int
+    step: int
+    """Training steps that the model had taken when it made the images."""
+    prompt: str
+    images: tuple[str, ...]
+    favourite: str | None
+    shown_to: set[str] = field(default_factory=set[str])
+    state: Literal["open", "answered", "withdrawn"] = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What an annotator's browser shows."""
+
+    token: str
+    question: LiveQuestion
+    images: tuple[str, ...]
+    """The images in the order in which they are shown."""
 
 
 def records_of(row: Mapping[str, Any], kind: QuestionKind) -> list[dict[str, Any]]:

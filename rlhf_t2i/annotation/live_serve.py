@@ -5,9 +5,9 @@
     POST /pause    {"annotator", "paused"}               pauses or continues training
     GET  /state?annotator=NAME, /image/NAME
 
-A state is {"annotator", "question": {"shown", "prompt", "images", "step"} or null, "kind", "votes", "own_votes",
-"can_undo", "message", "training": {...}}. An error is {"error": "the reason"}; with status 409, if the vote is too late
-to count, {"error", "state"}.
+`shown` is that of the question, or for the vote "undo" the `undo` of the state. A state is {"annotator", "question":
+{"shown", "prompt", "images", "step"} or null, "kind", "votes", "own_votes", "undo", "message", "training": {...}}. An
+error is {"error": "the reason"}; with status 409, if the vote cannot count any more, {"error", "state"}.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class LiveService(TokenGuard):
         try:
             message = self.votes.vote(annotator, shown=body.shown, key=body.vote)
         except StaleError as error:
-            return JSONResponse({"error": str(error), "state": self._state_of(annotator)}, 409)
+            return JSONResponse({"error": str(error), "state": self.state_of(annotator)}, 409)
         return self._state(annotator, message)
 
     def pause(self, body: PauseRequest, request: Request) -> Response:
@@ -143,9 +143,10 @@ class LiveService(TokenGuard):
         return FileResponse(image_path(self.votes.folder, name), media_type="image/png", headers=headers)
 
     def _state(self, annotator: str, message: str = "") -> JSONResponse:
-        return JSONResponse(self._state_of(annotator, message), headers={"Cache-Control": "no-store"})
+        return JSONResponse(self.state_of(annotator, message), headers={"Cache-Control": "no-store"})
 
-    def _state_of(self, annotator: str, message: str = "") -> dict[str, Any]:
+    def state_of(self, annotator: str, message: str = "") -> dict[str, Any]:
+        """Return the state for an annotator, with a message to show."""
         self.last_request = time.monotonic()
         shown = None if self.training.has_ended or self.training.failure else self.votes.shown(annotator)
         hits, total = self.votes.foreseen(last=_LAST_VOTES)
@@ -155,8 +156,8 @@ class LiveService(TokenGuard):
         }  # fmt: skip
         return {
             "annotator": annotator, "question": question, "kind": self.votes.kind, "votes": self.votes.num_votes,
-            "own_votes": self.votes.votes_of(annotator), "can_undo": shown is not None
-            and self.votes.votes_of(annotator) > 0, "message": message,
+            "own_votes": self.votes.votes_of(annotator), "undo": self.votes.last_vote(annotator),
+            "message": message,
             "training": {**asdict(self.training), "foreseen": hits, "foreseen_of": total},
         }  # fmt: skip
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rlhf_t2i.access import TOKEN_VARIABLE, token
 from rlhf_t2i.annotation.acquisition import certainty, choose_questions
-from rlhf_t2i.annotation.live_records import NUM_IMAGES
+from rlhf_t2i.annotation.live_records import NUM_IMAGES, NewQuestion
 from rlhf_t2i.annotation.live_serve import LiveService, TrainingState, serving
-from rlhf_t2i.annotation.live_votes import LiveVotes, NewQuestion
+from rlhf_t2i.annotation.live_votes import LiveVotes
 from rlhf_t2i.seeds import ANNOTATE, generator_for
 from rlhf_t2i.settings.live_preferences import Config
 

@@ -13,20 +13,27 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
-from torch import Tensor
 
 from reward_model.text_files import parse_json
 from reward_model.types import Record
 from rlhf_t2i.annotation.answers import StaleError, append_line
 from rlhf_t2i.annotation.append_only import AppendOnlyFile
-from rlhf_t2i.annotation.live_records import KEYS, NUM_IMAGES, QuestionKind, VoteKey, as_record, records_of
+from rlhf_t2i.annotation.live_records import (
+    KEYS,
+    NUM_IMAGES,
+    LiveQuestion,
+    NewQuestion,
+    QuestionKind,
+    Shown,
+    VoteKey,
+    as_record,
+    records_of,
+)
 from rlhf_t2i.annotation.questions import image_path, save_image
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import COLLECTED_PAIRS, IMAGES, VOTE_LABELS, VOTES, VOTES_FOLDER
@@ -34,40 +41,6 @@ from rlhf_t2i.seeds import ANNOTATE, seed_for
 
 GONE = "These images are gone, since training was started anew. Your vote was not counted; here are newer images."
 LATE = "These images were of an earlier step, and newer ones follow. Your vote counts all the same."
-
-
-@dataclass(frozen=True, slots=True)
-class NewQuestion:
-    """Images to ask about, which are not saved yet; the model may have made them in any size."""
-
-    prompt: str
-    images: Sequence[Float[Tensor, "3 _ _"]]
-    favourite: int | None = None
-    """Index of the image that the reward model prefers."""
-
-
-@dataclass(slots=True)
-class LiveQuestion:
-    """A question that people can be asked, or that was withdrawn."""
-
-    number: int
-    step: int
-    """Training steps that the model had taken when it made the images."""
-    prompt: str
-    images: tuple[str, ...]
-    favourite: str | None
-    shown_to: set[str] = field(default_factory=set[str])
-    state: Literal["open", "answered", "withdrawn"] = "open"
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """What an annotator's browser shows."""
-
-    token: str
-    question: LiveQuestion
-    images: tuple[str, ...]
-    """The images in the order in which they are shown."""
 
 
 class LiveVotes:
@@ -180,10 +153,11 @@ class LiveVotes:
     def vote(self, annotator: str, *, shown: str, key: VoteKey) -> str:
         """Write a vote, or an undo of the annotator's last one; it is on disk when this returns.
 
-        Returns a message for the annotator, empty if there is nothing to say. Repeating a recorded vote changes
-        nothing. A vote on a withdrawn question is kept, as its images are. Raises StaleError for another vote on
-        what was answered already, or on images that are gone, ValueError for a vote that the question does not allow,
-        and OSError, with nothing recorded, if writing fails.
+        `shown` is the token of what was shown, for an undo that of the vote to take back (`last_vote`). Returns a
+        message for the annotator, empty if there is nothing to say. Repeating a recorded vote changes nothing. A vote
+        on a withdrawn question is kept, as its images are. Raises StaleError for another vote on what was answered
+        already, or on images that are gone, ValueError for a vote that the question does not allow, and OSError, with
+        nothing recorded, if writing fails.
         """
         with self._lock:
             if key not in KEYS[self.kind]:
@@ -214,13 +188,12 @@ class LiveVotes:
             return LATE if is_late else ""
 
     def _undo(self, annotator: str, shown: str) -> str:
-        if not self._history.get(annotator):
-            raise ValueError("There is nothing to undo.")
+        if shown != self.last_vote(annotator):
+            raise StaleError("Another vote was the last one. Nothing was changed.")
         row = self._rows[self._history[annotator][-1]]
         self._append({"annotator": annotator, "key": "undo", "shown": shown, "time": _now()})
         question = LiveQuestion(row["question"], row["step"], row["prompt"], tuple(row["images"]), row["favourite"])
         self._open.append(question)
-        self._current.pop(annotator, None)
         self._show(annotator, question)
         return "The last vote was taken back; what was already learned from it fades."
 
@@ -275,6 +248,12 @@ class LiveVotes:
         """Return the number of an annotator's votes that were not undone."""
         with self._lock:
             return len(self._history.get(annotator, []))
+
+    def last_vote(self, annotator: str) -> str | None:
+        """Return the token of an annotator's last vote that was not undone; None without one."""
+        with self._lock:
+            own = self._history.get(annotator)
+            return self._rows[own[-1]]["shown"] if own else None
 
     def records(self) -> list[Record]:
         """Return the votes that state a preference, a tie or a label, in their order, for a reward model."""
