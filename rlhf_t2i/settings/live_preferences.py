@@ -22,7 +22,7 @@ class VoteSettings(Settings, group="data"):
     """Questions to people."""
 
     question: Literal["pair", "best_of_four", "good_bad"] = "pair"
-    """What people are asked: the better one of two images, the best one of four, or whether one image is good."""
+    """Question to people: the better one of two images, the best one of four, or whether one image is good."""
     acquisition: Literal["disagreement", "entropy", "random"] = "disagreement"
     """Rule that chooses among a step's images: those on which the members of the reward model disagree most (BALD,
     arXiv:1112.5745), those whose predicted preference is nearest to one half (uncertainty sampling,
@@ -43,7 +43,7 @@ class OnlineRewardSettings(Settings, group="reward"):
     """The reward model that votes teach."""
 
     learn: Literal["reward_model", "dpo", "both"] = "reward_model"
-    """What trains the diffusion model: DDPO with the reward model that votes teach, Diffusion-DPO on the voted pairs
+    """Training of the diffusion model: DDPO with the reward model that votes teach, Diffusion-DPO on the voted pairs
     (the reward model then only chooses questions), or both in each step."""
     start_reward_model: InputPath | None = None
     """LLaVA-Reward that votes go on to teach: folder of the run that trained it or of the model, or a Hub id; null is
@@ -63,7 +63,7 @@ class OnlineRewardSettings(Settings, group="reward"):
     """Optimiser steps of the reward model for each new vote, on batches of all votes so far."""
     votes_per_batch: PositiveInt = 32
     """Pairs, or labelled images, in one optimiser step of the reward model."""
-    tie_width: PositiveFloat = 0.5
+    tie_width: Annotated[PositiveFloat, Group("algorithm")] = 0.5
     """Width of a tie in log-odds: images that are closer count as equal (Rao and Kupper). Used if the data has ties."""
 
 
@@ -90,7 +90,7 @@ class Config(ServerSettings, VoteSettings, OnlineRewardSettings, DpoLossSettings
         return ("evaluation_rewards",)
 
     def given_later(self) -> Collection[str]:
-        return ()
+        return ()  # there is no `train` for callers in Python
 
     def rules(self) -> list[Rule]:
         num_images = {"pair": 2, "best_of_four": 4, "good_bad": 1}[self.question]
