@@ -23,7 +23,7 @@ import numpy as np
 
 from reward_model.text_files import parse_json
 from rlhf_t2i.annotation.append_only import AppendOnlyFile
-from rlhf_t2i.annotation.questions import Question
+from rlhf_t2i.annotation.questions import Question, Role
 from rlhf_t2i.annotation.records import Answer, Key, criteria_of_pairs, pairs_file, preference_record
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import ANSWERS, COLLECTED_PAIRS
@@ -119,7 +119,8 @@ class Answers:
             digest = int.from_bytes(hashlib.sha256(annotator.encode()).digest()[:4])
             rng = np.random.default_rng(seed_for(self.seed, ANNOTATE, digest))
             groups = criteria_of_pairs(self.questions)
-            order = [question for group in rng.permutation(len(groups)).tolist() for question in groups[group]]
+            shuffled = [groups[group] for group in rng.permutation(len(groups)).tolist()]
+            order = [question for group in arranged(shuffled, self.questions) for question in group]
             on_left: list[bool] = (rng.random(len(groups)) < 0.5).tolist()
             sides = {question: left for group, left in zip(groups, on_left, strict=True) for question in group}
             self._orders[annotator] = order, [sides[question] for question in range(len(self.questions))]
@@ -194,7 +195,7 @@ class Answers:
             current.append(answer)
             events.append(self._num_all)
             question = self.questions[answer.question]
-            record = preference_record(question, answer, annotator=annotator)
+            record = preference_record(question, answer, annotator=annotator) if question.role == "question" else None
             if record:
                 line = json.dumps(record, ensure_ascii=False) + "\n"
                 self._lines[self._num_all] = pairs_file(question.criterion), line
@@ -206,6 +207,15 @@ class Answers:
         """Return the answers of each annotator that were not undone, in the order in which they came."""
         with self._lock:
             return {name: [one for one in own if one.key != "skip"] for name, own in self._current.items()}
+
+    def known_answer(self, annotator: str) -> str:
+        """Return a text about an annotator's last answer if that was in the training round; empty otherwise."""
+        with self._lock:
+            own = [answer for answer in self._current.get(annotator, []) if answer.key != "skip"]
+        if not own or self.questions[own[-1].question].role != "training":
+            return ""
+        right = f"The known answer is image {1 if own[-1].first_on_left else 2}."
+        return f"Right. {right}" if own[-1].choice == "first" else f"Not this time. {right}"
 
     def _add_pair(self, number: int, *, undone: bool) -> None:
         """Append the record of an event; write the files anew after an undo, or if they lack earlier records."""
@@ -219,11 +229,23 @@ class Answers:
 
     def _write_pairs(self) -> None:
         self._has_all_pairs = False
-        texts = {pairs_file(question.criterion): "" for question in self.questions}
+        texts = {pairs_file(question.criterion): "" for question in self.questions if question.role == "question"}
         for file in texts:
             texts[file] = "".join(line for own, line in self._lines.values() if own == file)
             write_atomically(self.folder / file, texts[file])
         self._has_all_pairs = True
+
+
+def arranged(groups: Sequence[list[int]], questions: Sequence[Question]) -> list[list[int]]:
+    """Return groups of questions with the training round first and the attention checks evenly among the others."""
+    by_role: dict[Role, list[list[int]]] = {"training": [], "question": [], "check": []}
+    for group in groups:
+        by_role[questions[group[0]].role].append(group)
+    found, checks = by_role["question"], by_role["check"]
+    gap = len(found) / (len(checks) + 1)
+    for i, check in reversed(list(enumerate(checks, start=1))):
+        found.insert(round(i * gap), check)
+    return by_role["training"] + found
 
 
 def append_line(path: Path, line: str) -> None:

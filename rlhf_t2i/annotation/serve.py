@@ -25,7 +25,14 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
-from rlhf_t2i.annotation.agreement import Choices, between_annotators, disagreements, pairwise_win_rates, with_reward
+from rlhf_t2i.annotation.agreement import (
+    Choices,
+    between_annotators,
+    disagreements,
+    pairwise_win_rates,
+    passed,
+    with_reward,
+)
 from rlhf_t2i.annotation.answers import Answers, StaleError
 from rlhf_t2i.annotation.http import HEADERS, EnterRequest, TokenGuard, make_app
 from rlhf_t2i.annotation.questions import image_path
@@ -33,6 +40,10 @@ from rlhf_t2i.annotation.records import Key, annotator_name, seconds_per_answer
 from rlhf_t2i.report.templating import STYLES, load_template
 
 _HERE = Path(__file__).parent
+_COLUMNS = (
+    "annotator", "question", "prompt", "criterion", "choice", "first", "second", "first_on_left", "time", "role",
+)  # fmt: skip
+"""Columns of answers.csv."""
 _NUM_DISAGREEMENTS = 24
 """Disagreements of annotators that the results page shows with their images."""
 
@@ -88,7 +99,8 @@ class Service(TokenGuard):
             self.answers.record(annotator, shown=body.shown, key=body.answer)
         except StaleError as error:
             return JSONResponse({"error": str(error), "pair": self.pair(annotator)}, 409)
-        return self._pair(annotator)
+        known = "" if body.answer in ("skip", "undo") else self.answers.known_answer(annotator)
+        return JSONResponse({**self.pair(annotator), "known_answer": known}, headers={"Cache-Control": "no-store"})
 
     def image(self, name: str, request: Request) -> Response:
         """Return an image of a question; only names in the list are joined to a path, so nothing else can be read."""
@@ -111,7 +123,15 @@ class Service(TokenGuard):
                 _WAIT.render(run={"recipe": "Preferences"}, started=self.answers.folder.name, unfinished=unfinished),
                 headers={**HEADERS, "Cache-Control": "no-store"},
             )
-        answers = {annotator: own for annotator, own in self.answers.current().items() if own}
+        everything = {annotator: own for annotator, own in self.answers.current().items() if own}
+        answers = {
+            name: [one for one in own if questions[one.question].role == "question"] for name, own in everything.items()
+        }
+        checks = {
+            role: {name: passed(own, questions, role=role) for name, own in everything.items()}
+            for role in ("training", "check")
+            if any(question.role == role for question in questions)
+        }
         choices: dict[str, Choices] = {
             annotator: {answer.question: answer.choice for answer in own} for annotator, own in answers.items()
         }
@@ -119,7 +139,8 @@ class Service(TokenGuard):
             run={"recipe": "Preferences"},
             started=self.answers.folder.name,
             answers=answers,
-            total=len(questions),
+            total=sum(question.role == "question" for question in questions),
+            checks=checks,
             win_rates=pairwise_win_rates(answers, questions),
             questions=questions,
             own_images=True,
@@ -137,14 +158,12 @@ class Service(TokenGuard):
         self.check_token(request)
         text = io.StringIO()
         table = csv.writer(text)
-        table.writerow(
-            ("annotator", "question", "prompt", "criterion", "choice", "first", "second", "first_on_left", "time")
-        )
+        table.writerow(_COLUMNS)
         for name, own in self.answers.current().items():
             for one in own:
                 question = self.answers.questions[one.question]
-                row = (name, one.question, question.prompt, question.criterion or "", one.choice, *question.sources,
-                       one.first_on_left, one.time.isoformat() if one.time else "")  # fmt: skip
+                row = [name, one.question, question.prompt, question.criterion or "", one.choice]
+                row += [*question.sources, one.first_on_left, one.time.isoformat() if one.time else "", question.role]
                 table.writerow([_cell(value) for value in row])
         headers = {"Cache-Control": "no-store", "Content-Disposition": 'attachment; filename="answers.csv"'}
         return Response(text.getvalue(), media_type="text/csv; charset=utf-8", headers=headers)
