@@ -37,6 +37,7 @@ from rlhf_t2i.access import TOKEN_VARIABLE, listen, token
 from rlhf_t2i.annotation.answers import Answers
 from rlhf_t2i.annotation.questions import (
     Candidate,
+    Role,
     from_images,
     from_runs,
     read_questions,
@@ -92,7 +93,10 @@ def main(config: Config) -> Path:
     with listen(config.host, config.port) as listener:
         folder = claim_folder(asdict(config), recipe="preferences", free_to_change=_FREE_TO_CHANGE, checkpoints=False)
         questions = read_questions(folder) or write_questions(
-            folder, candidates(config, folder, device), criteria=names(config.criteria or "")
+            folder,
+            candidates(config, folder, device),
+            criteria=names(config.criteria or ""),
+            known=known(config),
         )
         keep_folder(folder)
         compared = None
@@ -156,6 +160,30 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
         assert isinstance(pair, PreferencePair)
         sources = _UNDECIDED if pair.tie else _DECIDED
         yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)
+
+
+def known(config: Config) -> list[tuple[Role, Candidate]]:
+    """Read the questions of the training round and the attention checks; ValueError if there are too few."""
+    from reward_model.datasets import load_same_prompt_pairs
+    from reward_model.images import to_tensor
+
+    wanted = config.num_training_questions + config.num_attention_checks
+    if not wanted:
+        return []
+    pairs = load_same_prompt_pairs(
+        names(config.known_pairs or ""), image_root=config.image_root, image_prefix=config.image_prefix, skipped=None
+    )
+    if len(pairs) < wanted:
+        raise ValueError(
+            f"known_pairs has {len(pairs)} pairs of one prompt without ties; the training round and the attention "
+            f"checks need {wanted}."
+        )
+    found: list[tuple[Role, Candidate]] = []
+    for i in range(wanted):
+        images = to_tensor(pairs[i].winner), to_tensor(pairs[i].loser)
+        role: Role = "training" if i < config.num_training_questions else "check"
+        found.append((role, Candidate(pairs[i].winner_prompt, images, _DECIDED)))
+    return found
 
 
 def sampled(config: Config, device: torch.device) -> Iterator[Candidate]:

@@ -18,7 +18,7 @@ is known exactly. One training step:
 from __future__ import annotations
 
 from rlhf_t2i.config import parse_config, run_command
-from rlhf_t2i.settings.ddpo import Config
+from rlhf_t2i.settings.ddpo import Config, DdpoSettings
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
     config = parse_config(Config, __doc__)
@@ -119,7 +119,7 @@ def advantages_of(
     rewards: Float[Tensor, "P K"],
     *,
     history: PerPromptHistory,
-    config: Config,
+    config: DdpoSettings,
 ) -> Float[Tensor, "P K"]:
     """Return the advantage of each of a prompt's K images by one reward, or by the sum of all."""
     match config.advantages:
@@ -138,7 +138,7 @@ def update(
     *,
     generators: Sequence[torch.Generator],
     sampler: Sampler,
-    config: Config,
+    config: DdpoSettings,
 ) -> dict[str, float]:
     """Take num_inner_epochs x num_minibatches optimiser steps on one rollout; return metrics over all processes."""
     replay = Replay(trainer.policy, trajectory, sampler=sampler)

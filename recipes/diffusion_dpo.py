@@ -19,7 +19,7 @@ training step:
 from __future__ import annotations
 
 from rlhf_t2i.config import parse_config, run_command
-from rlhf_t2i.settings.diffusion_dpo import Config
+from rlhf_t2i.settings.diffusion_dpo import Config, DpoLossSettings
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
     config = parse_config(Config, __doc__)
@@ -217,7 +217,12 @@ def accumulate_gradients(
 
 
 def loss_of_pairs(
-    policy: Policy, pairs: PairBatch, *, timesteps: Tensor, generators: Sequence[torch.Generator], config: Config
+    policy: Policy,
+    pairs: PairBatch,
+    *,
+    timesteps: Tensor,
+    generators: Sequence[torch.Generator],
+    config: DpoLossSettings,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B metrics"]]:
     """Return the mean loss of some pairs, and the METRICS of each pair.
 

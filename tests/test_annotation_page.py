@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from recipes.collect_preferences import Config
 from rlhf_t2i.annotation import answers as answers_module
 from rlhf_t2i.annotation.agreement import disagreements, pairwise_win_rates
 from rlhf_t2i.annotation.answers import Answers
-from rlhf_t2i.annotation.questions import Candidate, Question, read_questions, write_questions
+from rlhf_t2i.annotation.questions import Candidate, Question, Role, read_questions, write_questions
 from rlhf_t2i.annotation.records import Answer, criteria_of_pairs, seconds_per_answer
 from rlhf_t2i.annotation.serve import Service, create_app
 from tests import browser
@@ -196,3 +197,41 @@ def test_images_fill_their_cards_and_can_be_enlarged_on_any_screen(tmp_path: Pat
         assert page.console() == []
     answers.close()
     assert [row["key"] for row in lines_of(tmp_path / "answers.jsonl")] == ["skip", "unsure"]
+
+
+def test_a_training_round_comes_first_with_its_answers_and_checks_come_between(tmp_path: Path) -> None:
+    """Neither is a preference; the results page says how many each annotator got right."""
+    known: list[tuple[Role, Candidate]] = [
+        (role, Candidate("a known fox", (image(300 + i), image(400 + i)), ("better", "worse")))
+        for i, role in enumerate(("training", "training", "check", "check"))
+    ]
+    candidates = [Candidate(f"a fox {i}", (image(2 * i), image(2 * i + 1)), ("before", "after")) for i in range(6)]
+    questions = write_questions(tmp_path, candidates, known=known)
+    assert read_questions(tmp_path) == questions
+    with closing(Answers(tmp_path, questions, seed=0)) as answers:
+        roles: list[Role] = []
+        app = create_app(Service(answers, secret=None))
+        with running(app) as address, httpx.Client(base_url=address, trust_env=False) as client:
+            pair = client.post("/enter", json={"annotator": "ann"}).json()
+            while (number := answers.open_pair("ann").question) is not None:
+                roles.append(questions[number].role)
+                is_right = len(roles) != 2  # wrong in the second question of the training round
+                side = "left" if answers.first_on_left("ann", number) == is_right else "right"
+                body = {"annotator": "ann", "shown": pair["shown"], "answer": side}
+                pair = client.post("/answer", json=body).json()
+                said = {1: "Right.", 2: "Not this time."}.get(len(roles), "")
+                assert pair["known_answer"].startswith(said)
+                assert bool(pair["known_answer"]) == bool(said)
+            page = client.get("/results", params={"show": "1"}).text
+        assert roles[:2] == ["training"] * 2
+        assert [i for i, role in enumerate(roles[2:]) if role == "check"] == [2, 5]
+        assert len(lines_of(tmp_path / "pairs.jsonl")) == 6
+        assert "6 answers to 6 pairs" in " ".join(page.split())
+        assert "0.50 [0.09, 0.91]" in page  # one of two in the training round
+        assert "1.00 [0.34, 1.00]" in page  # both checks
+        assert "better" not in page.split("Pairwise win rates")[1].split("</table>")[0]
+
+
+def test_known_pairs_and_their_numbers_belong_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="known_pairs is None; it must be given together with num_training_questions"):
+        Config(pairs="x.jsonl", num_attention_checks=1)

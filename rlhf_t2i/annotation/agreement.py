@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from scipy.stats import binomtest
 from torch import Tensor
 
-from rlhf_t2i.annotation.questions import Question
+from rlhf_t2i.annotation.questions import Question, Role
 from rlhf_t2i.annotation.records import Answer, Choice
 
 _CHOICES: tuple[Choice, ...] = get_args(Choice)
@@ -171,6 +171,12 @@ def pairwise_win_rates(answers: Mapping[str, Sequence[Answer]], questions: Seque
         )
         for (sources, criterion), c in counts.items()
     ]  # fmt: skip
+
+
+def passed(answers: Sequence[Answer], questions: Sequence[Question], *, role: Role) -> Estimate:
+    """Return the fraction of an annotator's answers to questions of a role that are the known ones; nan without any."""
+    known = [answer.choice == "first" for answer in answers if questions[answer.question].role == role]
+    return wilson(sum(known), len(known))
 
 
 def disagreements(choices: Mapping[str, Choices]) -> dict[int, dict[str, Choice]]:

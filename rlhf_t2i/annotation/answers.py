@@ -22,9 +22,10 @@ from typing import Any, get_args
 import numpy as np
 
 from reward_model.text_files import parse_json
-from rlhf_t2i.annotation.questions import Question
+from rlhf_t2i.annotation.append_only import AppendOnlyFile
+from rlhf_t2i.annotation.questions import Question, Role
 from rlhf_t2i.annotation.records import Answer, Key, criteria_of_pairs, pairs_file, preference_record
-from rlhf_t2i.output.files import flush, write_atomically
+from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import ANSWERS, COLLECTED_PAIRS
 from rlhf_t2i.seeds import ANNOTATE, seed_for
 
@@ -70,21 +71,19 @@ class Answers:
         self._orders: dict[str, tuple[list[int], list[bool]]] = {}
         self._lock = threading.RLock()
         self.path = folder / ANSWERS
-        as_bytes = getattr(os, "O_BINARY", 0)  # or Windows would write other ends of lines
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | as_bytes, 0o644)
+        self._file = AppendOnlyFile(self.path)
+        self.truncated_line = self._file.truncated_line
         try:
-            flush(folder)  # a new file survives a crash only if its folder is flushed too
-            self.truncated_line = _remove_truncated_line(self.path, self._file)
-            for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+            for number, line in enumerate(self._file.lines(), start=1):
                 self._replay(line, where=f"{self.path}:{number}")
         except ValueError:
-            os.close(self._file)
+            self._file.close()
             raise
         self._write_pairs()
 
     def close(self) -> None:
         """Close the file of answers; raises OSError if pairs.jsonl lacks some and still cannot be written."""
-        os.close(self._file)
+        self._file.close()
         if not self._has_all_pairs:
             self._write_pairs()
 
@@ -120,7 +119,8 @@ class Answers:
             digest = int.from_bytes(hashlib.sha256(annotator.encode()).digest()[:4])
             rng = np.random.default_rng(seed_for(self.seed, ANNOTATE, digest))
             groups = criteria_of_pairs(self.questions)
-            order = [question for group in rng.permutation(len(groups)).tolist() for question in groups[group]]
+            shuffled = [groups[group] for group in rng.permutation(len(groups)).tolist()]
+            order = [question for group in arranged(shuffled, self.questions) for question in group]
             on_left: list[bool] = (rng.random(len(groups)) < 0.5).tolist()
             sides = {question: left for group, left in zip(groups, on_left, strict=True) for question in group}
             self._orders[annotator] = order, [sides[question] for question in range(len(self.questions))]
@@ -159,7 +159,7 @@ class Answers:
                 "shown": shown,
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             }
-            self._append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._file.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             number = self._num_all
             self._apply(row)
             try:
@@ -169,17 +169,6 @@ class Answers:
                     "%s could not be written (%s); the answers are in %s, and the next one writes both.",
                     self.folder / COLLECTED_PAIRS, error, self.path,
                 )  # fmt: skip
-
-    def _append(self, line: bytes) -> None:
-        """Write a line to disk; if that fails, the file is as before."""
-        size = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) < len(line):
-                raise OSError(f"The disk of {self.path} is full.")
-            os.fsync(self._file)
-        except OSError:
-            os.ftruncate(self._file, size)
-            raise
 
     def _replay(self, line: bytes, *, where: str) -> None:
         try:
@@ -206,7 +195,7 @@ class Answers:
             current.append(answer)
             events.append(self._num_all)
             question = self.questions[answer.question]
-            record = preference_record(question, answer, annotator=annotator)
+            record = preference_record(question, answer, annotator=annotator) if question.role == "question" else None
             if record:
                 line = json.dumps(record, ensure_ascii=False) + "\n"
                 self._lines[self._num_all] = pairs_file(question.criterion), line
@@ -218,6 +207,15 @@ class Answers:
         """Return the answers of each annotator that were not undone, in the order in which they came."""
         with self._lock:
             return {name: [one for one in own if one.key != "skip"] for name, own in self._current.items()}
+
+    def known_answer(self, annotator: str) -> str:
+        """Return a text about an annotator's last answer if that was in the training round; empty otherwise."""
+        with self._lock:
+            own = [answer for answer in self._current.get(annotator, []) if answer.key != "skip"]
+        if not own or self.questions[own[-1].question].role != "training":
+            return ""
+        right = f"The known answer is image {1 if own[-1].first_on_left else 2}."
+        return f"Right. {right}" if own[-1].choice == "first" else f"Not this time. {right}"
 
     def _add_pair(self, number: int, *, undone: bool) -> None:
         """Append the record of an event; write the files anew after an undo, or if they lack earlier records."""
@@ -231,11 +229,23 @@ class Answers:
 
     def _write_pairs(self) -> None:
         self._has_all_pairs = False
-        texts = {pairs_file(question.criterion): "" for question in self.questions}
+        texts = {pairs_file(question.criterion): "" for question in self.questions if question.role == "question"}
         for file in texts:
             texts[file] = "".join(line for own, line in self._lines.values() if own == file)
             write_atomically(self.folder / file, texts[file])
         self._has_all_pairs = True
+
+
+def arranged(groups: Sequence[list[int]], questions: Sequence[Question]) -> list[list[int]]:
+    """Return groups of questions with the training round first and the attention checks evenly among the others."""
+    by_role: dict[Role, list[list[int]]] = {"training": [], "question": [], "check": []}
+    for group in groups:
+        by_role[questions[group[0]].role].append(group)
+    found, checks = by_role["question"], by_role["check"]
+    gap = len(found) / (len(checks) + 1)
+    for i, check in reversed(list(enumerate(checks, start=1))):
+        found.insert(round(i * gap), check)
+    return by_role["training"] + found
 
 
 def append_line(path: Path, line: str) -> None:
@@ -251,13 +261,3 @@ def _time_of(row: Mapping[str, Any]) -> datetime | None:
         return datetime.fromisoformat(row["time"])
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _remove_truncated_line(path: Path, file: int) -> bytes:
-    """Remove an incomplete last line, and return it; empty if there is none."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        os.ftruncate(file, end)
-        os.fsync(file)
-    return content[end:]

@@ -88,7 +88,7 @@ async function exchange(path, body) {
   at("images").classList.add("busy");
   try {
     const reply = await post(path, body);
-    setMessage(reply.error ?? "");
+    setMessage(reply.error ?? reply.known_answer ?? "");
     if (reply.status === 401) {
       at("questions").hidden = true;
       at("entrance").hidden = false;

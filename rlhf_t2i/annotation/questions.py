@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from rlhf_t2i.rewards.load import WeightedSum
 from rlhf_t2i.training.metrics import Row
 
 ItemT = TypeVar("ItemT")
+Role = Literal["question", "training", "check"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,9 @@ class Question:
     """The source of each image, for the results page; the page with the questions does not show it."""
     criterion: str | None = None
     """What to compare the images by, such as "alignment"; None is the whole."""
+    role: Role = "question"
+    """training and check: the first image is known to be the better one, and answers are no preferences. An annotator
+    is told the known answer after a question of the training round, and not after an attention check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +59,33 @@ class Candidate:
     sources: tuple[str, str]
 
 
-def write_questions(folder: Path, candidates: Iterable[Candidate], *, criteria: Sequence[str] = ()) -> list[Question]:
+def write_questions(
+    folder: Path,
+    candidates: Iterable[Candidate],
+    *,
+    criteria: Sequence[str] = (),
+    known: Sequence[tuple[Role, Candidate]] = (),
+) -> list[Question]:
     """Write the images, then the list of questions, so that a folder with a list is complete.
 
-    With criteria, each pair becomes one question for each of them.
+    With criteria, each pair becomes one question for each of them. `known` are questions of the training round and
+    attention checks.
 
     Candidates whose two images are identical are dropped. Raises ValueError if none is left.
     """
     questions: list[Question] = []
     num_same = 0
     for candidate in candidates:
-        first, second = (_save(folder, image) for image in candidate.images)
+        first, second = (save_image(folder, image) for image in candidate.images)
         num_same += first == second
         if first != second:
             images, by = (first, second), criteria or (None,)
             questions += [Question(candidate.prompt, images, candidate.sources, criterion) for criterion in by]
     if not questions:
         raise ValueError(f"There are no questions: {num_same} pairs were found, each of two identical images.")
+    for role, candidate in known:
+        first, second = (save_image(folder, image) for image in candidate.images)
+        questions.append(Question(candidate.prompt, (first, second), candidate.sources, role=role))
     lines = [json.dumps(_row(question), ensure_ascii=False) + "\n" for question in questions]
     write_atomically(folder / QUESTIONS, "".join(lines))
     return questions
@@ -88,7 +102,9 @@ def read_questions(folder: Path) -> list[Question] | None:
             row = parse_json(line)
             (first, second), (one, other) = row["images"], row["sources"]
             prompt = Prompt(row["prompt"], row.get("metadata"))
-            questions.append(Question(prompt, (first, second), (one, other), row.get("criterion")))
+            if (role := row.get("role", "question")) not in get_args(Role):
+                raise ValueError(f"its role is {role!r}")
+            questions.append(Question(prompt, (first, second), (one, other), row.get("criterion"), role))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number} is no question: {error}. Restore the file as it was written.") from error
     return questions
@@ -99,7 +115,8 @@ def _row(question: Question) -> Row:
     return {**asdict(question), **metadata}
 
 
-def _save(folder: Path, image: Float[Tensor, "3 _ _"]) -> str:
+def save_image(folder: Path, image: Float[Tensor, "3 _ _"]) -> str:
+    """Write an image to images/ as PNG; return its name, a hash of its pixels."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     name = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:20]
     path = image_path(folder, name)

@@ -12,54 +12,40 @@ A pair is {"annotator", "shown", "prompt", "left", "right", "following", "answer
 from __future__ import annotations
 
 import csv
-import hmac
 import io
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from jaxtyping import Float
 from jinja2 import Environment, StrictUndefined
+from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
 from torch import Tensor
 
-from rlhf_t2i.annotation.agreement import Choices, between_annotators, disagreements, pairwise_win_rates, with_reward
+from rlhf_t2i.annotation.agreement import (
+    Choices,
+    between_annotators,
+    disagreements,
+    pairwise_win_rates,
+    passed,
+    with_reward,
+)
 from rlhf_t2i.annotation.answers import Answers, StaleError
+from rlhf_t2i.annotation.http import HEADERS, EnterRequest, TokenGuard, make_app
 from rlhf_t2i.annotation.questions import image_path
 from rlhf_t2i.annotation.records import Key, annotator_name, seconds_per_answer
 from rlhf_t2i.report.templating import STYLES, load_template
 
-try:
-    from fastapi import FastAPI, Request, Response
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
-    from pydantic import BaseModel, ConfigDict
-    from starlette.exceptions import HTTPException
-
-    from rlhf_t2i.http_server import Guard
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}; the annotation page needs: pip install 'rlhf-t2i[serve]'") from error
-
-_LOG = logging.getLogger("uvicorn.error")
 _HERE = Path(__file__).parent
-_COOKIE = "token"
+_COLUMNS = (
+    "annotator", "question", "prompt", "criterion", "choice", "first", "second", "first_on_left", "time", "role",
+)  # fmt: skip
+"""Columns of answers.csv."""
 _NUM_DISAGREEMENTS = 24
 """Disagreements of annotators that the results page shows with their images."""
-_MAX_BODY_BYTES = 2**16
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "style-src 'unsafe-inline'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
-
-class EnterRequest(BaseModel):
-    """The body of POST /enter."""
-
-    model_config = ConfigDict(extra="forbid")
-    annotator: str
-    token: str = ""
 
 
 class AnswerRequest(BaseModel):
@@ -71,7 +57,7 @@ class AnswerRequest(BaseModel):
     answer: Key
 
 
-class Service:
+class Service(TokenGuard):
     """The endpoints of the page."""
 
     def __init__(
@@ -87,13 +73,14 @@ class Service:
         `guideline` is plain text that tells annotators how to choose; its empty lines separate paragraphs.
         """
         self.guideline = [part.strip() for part in guideline.split("\n\n") if part.strip()]
-        self.answers, self.secret, self.reward = answers, secret, reward
+        super().__init__(secret)
+        self.answers, self.reward = answers, reward
         self.images = {name for question in answers.questions for name in question.images}
 
     def page(self) -> Response:
         """Return the page; it holds no data and needs no token."""
         return HTMLResponse(
-            _PAGE.render(styles=STYLES, wants_token=self.secret is not None, guideline=self.guideline), headers=_HEADERS
+            _PAGE.render(styles=STYLES, wants_token=self.secret is not None, guideline=self.guideline), headers=HEADERS
         )
 
     def script(self) -> Response:
@@ -102,12 +89,7 @@ class Service:
 
     def enter(self, entry: EnterRequest, request: Request) -> Response:
         """Return the open pair of an annotator, on arrival and after a reload."""
-        if not (has_token := entry.token and self._is_token(entry.token)):
-            self.check_token(request)
-        response = self._pair(annotator_name(entry.annotator))
-        if has_token:
-            response.set_cookie(_COOKIE, entry.token, httponly=True, samesite="strict")
-        return response
+        return self.entered(entry, request, lambda: self._pair(annotator_name(entry.annotator)))
 
     def answer(self, body: AnswerRequest, request: Request) -> Response:
         """Record an answer and return the next pair."""
@@ -117,7 +99,8 @@ class Service:
             self.answers.record(annotator, shown=body.shown, key=body.answer)
         except StaleError as error:
             return JSONResponse({"error": str(error), "pair": self.pair(annotator)}, 409)
-        return self._pair(annotator)
+        known = "" if body.answer in ("skip", "undo") else self.answers.known_answer(annotator)
+        return JSONResponse({**self.pair(annotator), "known_answer": known}, headers={"Cache-Control": "no-store"})
 
     def image(self, name: str, request: Request) -> Response:
         """Return an image of a question; only names in the list are joined to a path, so nothing else can be read."""
@@ -138,9 +121,17 @@ class Service:
         if unfinished and request.query_params.get("show") != "1":
             return HTMLResponse(
                 _WAIT.render(run={"recipe": "Preferences"}, started=self.answers.folder.name, unfinished=unfinished),
-                headers={**_HEADERS, "Cache-Control": "no-store"},
+                headers={**HEADERS, "Cache-Control": "no-store"},
             )
-        answers = {annotator: own for annotator, own in self.answers.current().items() if own}
+        everything = {annotator: own for annotator, own in self.answers.current().items() if own}
+        answers = {
+            name: [one for one in own if questions[one.question].role == "question"] for name, own in everything.items()
+        }
+        checks = {
+            role: {name: passed(own, questions, role=role) for name, own in everything.items()}
+            for role in ("training", "check")
+            if any(question.role == role for question in questions)
+        }
         choices: dict[str, Choices] = {
             annotator: {answer.question: answer.choice for answer in own} for annotator, own in answers.items()
         }
@@ -148,7 +139,8 @@ class Service:
             run={"recipe": "Preferences"},
             started=self.answers.folder.name,
             answers=answers,
-            total=len(questions),
+            total=sum(question.role == "question" for question in questions),
+            checks=checks,
             win_rates=pairwise_win_rates(answers, questions),
             questions=questions,
             own_images=True,
@@ -159,21 +151,19 @@ class Service:
             with_reward=with_reward(choices, self.reward[1], reward=self.reward[0]) if self.reward else [],
             reward=self.reward[0] if self.reward else None,
         )
-        return HTMLResponse(page, headers={**_HEADERS, "Cache-Control": "no-store"})
+        return HTMLResponse(page, headers={**HEADERS, "Cache-Control": "no-store"})
 
     def download(self, request: Request) -> Response:
         """Return all current answers as a table."""
         self.check_token(request)
         text = io.StringIO()
         table = csv.writer(text)
-        table.writerow(
-            ("annotator", "question", "prompt", "criterion", "choice", "first", "second", "first_on_left", "time")
-        )
+        table.writerow(_COLUMNS)
         for name, own in self.answers.current().items():
             for one in own:
                 question = self.answers.questions[one.question]
-                row = (name, one.question, question.prompt, question.criterion or "", one.choice, *question.sources,
-                       one.first_on_left, one.time.isoformat() if one.time else "")  # fmt: skip
+                row = [name, one.question, question.prompt, question.criterion or "", one.choice]
+                row += [*question.sources, one.first_on_left, one.time.isoformat() if one.time else "", question.role]
                 table.writerow([_cell(value) for value in row])
         headers = {"Cache-Control": "no-store", "Content-Disposition": 'attachment; filename="answers.csv"'}
         return Response(text.getvalue(), media_type="text/csv; charset=utf-8", headers=headers)
@@ -203,50 +193,23 @@ class Service:
     def _pair(self, annotator: str) -> JSONResponse:
         return JSONResponse(dict(self.pair(annotator)), headers={"Cache-Control": "no-store"})
 
-    def check_token(self, request: Request) -> None:
-        """Raise HTTPException 401 for a wrong token; browsers send it as a cookie, scripts as a header."""
-        given = request.cookies.get(_COOKIE) or request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if self.secret and not self._is_token(given):
-            raise HTTPException(401, "The token is not that of this server (RLHF_T2I_TOKEN).")
-
-    def _is_token(self, given: str) -> bool:
-        return self.secret is not None and hmac.compare_digest(given.encode(), self.secret.encode())
-
 
 def create_app(service: Service, *, loopback: bool = True) -> FastAPI:
     """Return the server as an ASGI application; with `loopback` it answers to the names of its own machine only."""
-    kinds = (HTTPException, RequestValidationError, ValueError, OSError)
-    app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(kinds, _refuse))
-    app.add_middleware(Guard, loopback=loopback, max_body_bytes=_MAX_BODY_BYTES)
-    app.add_api_route("/", service.page, response_model=None)
-    app.add_api_route("/favicon.ico", lambda: Response(status_code=204), response_model=None)
-    app.add_api_route("/page.js", service.script, response_model=None)
-    app.add_api_route("/enter", service.enter, methods=["POST"], response_model=None)
-    app.add_api_route("/answer", service.answer, methods=["POST"], response_model=None)
-    app.add_api_route("/image/{name}", service.image, response_model=None)
-    app.add_api_route("/results", service.results, response_model=None)
-    app.add_api_route("/answers.csv", service.download, response_model=None)
-    return app
+    return make_app(
+        loopback=loopback,
+        get={
+            "/": service.page, "/page.js": service.script, "/image/{name}": service.image, "/results": service.results,
+            "/answers.csv": service.download,
+        },
+        post={"/enter": service.enter, "/answer": service.answer},
+    )  # fmt: skip
 
 
 def _cell(value: object) -> str:
     """Return a value as text that a spreadsheet does not take for a formula."""
     text = str(value)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
-
-
-async def _refuse(_: Request, error: Exception) -> JSONResponse:
-    match error:
-        case HTTPException():
-            return JSONResponse({"error": error.detail}, error.status_code)
-        case RequestValidationError():
-            flaws = "; ".join(f"{flaw['loc'][-1]}: {flaw['msg']}" for flaw in error.errors())
-            return JSONResponse({"error": f"The request is invalid: {flaws}."}, 422)
-        case ValueError():
-            return JSONResponse({"error": str(error)}, 422)
-        case _:
-            _LOG.error("An answer could not be saved.", exc_info=error)
-            return JSONResponse({"error": f"The answer could not be saved: {error}"}, 507)
 
 
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined)

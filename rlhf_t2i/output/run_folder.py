@@ -22,6 +22,8 @@ NAME.csv, benchmarks.md, benchmarks.json
 pairs/              preference pairs that recipes/diffusion_dpo.py sampled
 questions.jsonl, answers.jsonl, pairs.jsonl
                     questions, answers and preferences of recipes/collect_preferences.py, with their images in images/
+votes/              votes of recipes/live_preferences.py: votes.jsonl, pairs.jsonl or labels.jsonl, images/, and
+                    reward_model/, what they taught
 
 A search has one folder per prompt instead of image grids, in the layout of GenEval's scorer:
 
@@ -70,6 +72,9 @@ PAIRS = "pairs"
 QUESTIONS = "questions.jsonl"
 ANSWERS = "answers.jsonl"
 COLLECTED_PAIRS = "pairs.jsonl"
+VOTES_FOLDER = "votes"
+VOTES = "votes.jsonl"
+VOTE_LABELS = "labels.jsonl"
 REWARD_STD = "reward_std.json"
 PROMPT_METADATA = "metadata.jsonl"
 SEARCH_SAMPLES = "samples"

@@ -72,6 +72,14 @@ class Config(
     criteria: Annotated[str, Group("data")] | None = None
     """Comma-separated criteria such as alignment,quality (lower-case letters, digits and _), asked one after another of
     each pair; the preferences by each go to pairs_CRITERION.jsonl. null asks once, for the whole."""
+    known_pairs: Annotated[DataPaths, Group("data")] | None = None
+    """Preference data whose answers are known, for the training round and the attention checks: comma-separated files
+    or folders, each PATH or FORMAT:PATH (docs/data.md). Their first pairs are the training round."""
+    num_training_questions: Annotated[NonNegativeInt, Group("data")] = 0
+    """Pairs of known_pairs that every annotator is asked first, and told the known answer of."""
+    num_attention_checks: Annotated[NonNegativeInt, Group("data")] = 0
+    """Pairs of known_pairs that every annotator is asked among the others without being told; the results page shows
+    how many each one passed."""
     guideline: Annotated[InputPath, Group("data")] | None = None
     """Text file that the page shows to annotators at the start and on request; an empty line begins a paragraph. null
     is a short general text."""
@@ -98,8 +106,14 @@ class Config(
         words = (
             are_words and len(set(given_criteria)) == len(given_criteria) and (self.criteria is None or given_criteria)
         )
+        num_known = self.num_training_questions + self.num_attention_checks
         return [
             *super().rules(),
+            (
+                "known_pairs",
+                (num_known > 0) == (self.known_pairs is not None),
+                "given together with num_training_questions or num_attention_checks, and only then",
+            ),
             ("weights", two, "two of them, such as base,FOLDER"),
             (
                 "criteria",

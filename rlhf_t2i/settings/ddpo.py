@@ -12,14 +12,12 @@ from rlhf_t2i.settings.several_rewards import SeveralRewardsSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
-    """DDPO settings. `microbatch_size` counts images in sampling and (image, step) pairs in the update."""
+class DdpoSettings(GroupedSamplingSettings, TrainerConfig):
+    """Sampling and update of DDPO, whatever the reward."""
 
     eta: Annotated[PositiveFraction, Group("sampling")] = 1.0
     """Noise of each denoising step; 1 is the noise of the forward process. Not 0: a deterministic step has no
     log-probability."""
-    async_reward: Annotated[bool, Group("reward")] = False
-    """Score each microbatch while the next one is being sampled; for a reward on another machine or device."""
 
     advantages: Literal["per_prompt_history", "group_relative", "whole_batch"] = "per_prompt_history"
     """Mean and standard deviation that rewards are normalised by: of the prompt's recent rewards (per_prompt_history),
@@ -72,3 +70,11 @@ class Config(SeveralRewardsSettings, GroupedSamplingSettings, TrainerConfig):
     @property
     def images_per_optimizer_step(self) -> int:
         return self.prompts_per_step * self.images_per_prompt // self.num_minibatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SeveralRewardsSettings, DdpoSettings):
+    """DDPO settings. `microbatch_size` counts images in sampling and (image, step) pairs in the update."""
+
+    async_reward: Annotated[bool, Group("reward")] = False
+    """Score each microbatch while the next one is being sampled; for a reward on another machine or device."""

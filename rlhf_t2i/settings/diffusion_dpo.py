@@ -49,7 +49,31 @@ class PairSettings(Settings, group="data"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataSettings, MixtureSettings, PairSettings, GroupedSamplingSettings, TrainerConfig):
+class DpoLossSettings(Settings):
+    """The loss of Diffusion-DPO on pairs of images."""
+
+    loss: Literal["dpo", "sft"] = "dpo"
+    """Training loss: Diffusion-DPO, or supervised fine-tuning on the winners alone as a baseline."""
+    beta: PositiveFloat = 50.0
+    """Strength of the implicit KL penalty towards the reference model; published for SD 1.5: 2000 to 5000. Fewer latent
+    numbers need less."""
+    dpop_weight: NonNegativeFloat = 0.0
+    """Weight of the penalty on a winner's error above the reference's (DPO-Positive, arXiv:2402.13228); 0 is plain
+    DPO."""
+    timesteps: str = "500-999"
+    """Timesteps (noise levels) to train, within the model's 0 to 999: a range such as 0-999, or a list such as
+    249,499,749,999 for a turbo model."""
+
+    def rules(self) -> list[Rule]:
+        timesteps = bool(whole_numbers(self.timesteps))
+        return [
+            *super().rules(),
+            ("timesteps", timesteps, "a range such as 0-999 or a list such as 249,499,749,999"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DataSettings, MixtureSettings, PairSettings, DpoLossSettings, GroupedSamplingSettings, TrainerConfig):
     """Diffusion-DPO settings. `microbatch_size` counts images, two for each pair."""
 
     prompts_per_step: PositiveInt = 32
@@ -68,20 +92,9 @@ class Config(DataSettings, MixtureSettings, PairSettings, GroupedSamplingSetting
     save_pairs: Annotated[bool, Group("checkpoints and logging")] = True
     """Write sampled pairs to RUN_FOLDER/pairs, a folder that --pairs reads."""
 
-    loss: Literal["dpo", "sft"] = "dpo"
-    """Training loss: Diffusion-DPO, or supervised fine-tuning on the winners alone as a baseline."""
-    beta: PositiveFloat = 50.0
-    """Strength of the implicit KL penalty towards the reference model; published for SD 1.5: 2000 to 5000. Fewer latent
-    numbers need less."""
-    dpop_weight: NonNegativeFloat = 0.0
-    """Weight of the penalty on a winner's error above the reference's (DPO-Positive, arXiv:2402.13228); 0 is plain
-    DPO."""
     proportion_empty_prompts: Fraction = 0.0
     """Fraction of the pairs, drawn at random in each step, whose two images are trained with an empty prompt, which
     classifier-free guidance needs (published: 0.2); 0 keeps all prompts."""
-    timesteps: str = "500-999"
-    """Timesteps (noise levels) to train, within the model's 0 to 999: a range such as 0-999, or a list such as
-    249,499,749,999 for a turbo model."""
     lora_dropout: Annotated[Decay, Group("model and LoRA")] = 0.0
     """Fraction of the LoRA's inputs that are set to zero at random in updates; 0 is none. Results then depend on
     microbatch_size and the number of processes."""
@@ -106,7 +119,6 @@ class Config(DataSettings, MixtureSettings, PairSettings, GroupedSamplingSetting
         return () if self.samples_pairs else ("evaluation_prompts", *(() if measured else ("evaluation_rewards",)))
 
     def rules(self) -> list[Rule]:
-        timesteps = bool(whole_numbers(self.timesteps))
         can_hold_back = self.samples_pairs or self.evaluation_prompts is not None
         return [
             *super().rules(),
@@ -116,7 +128,6 @@ class Config(DataSettings, MixtureSettings, PairSettings, GroupedSamplingSetting
             ("random_flip", self.random_flip == "none" or not self.samples_pairs, "none with --pairs sampled"),
             ("aspect_bucket_step", not (self.aspect_bucket_step and self.samples_pairs), "null with --pairs sampled"),
             ("lora_dropout", self.lora_dropout == 0 or self.trains_lora, "0 without a LoRA"),
-            ("timesteps", timesteps, "a range such as 0-999 or a list such as 249,499,749,999"),
         ]
 
     @property

@@ -10,7 +10,8 @@ from rlhf_t2i.settings.help import GROUPS, bounds_of, help_of
 
 RECIPES = (
     "ddpo", "flow_grpo", "diffusion_nft", "draft", "diffusion_dpo", "best_of_n", "fk_steering", "evaluate_policy",
-    "train_reward_model", "evaluate_reward_model", "collect_preferences", "publish", "compare",
+    "train_reward_model", "evaluate_reward_model", "collect_preferences", "live_preferences", "publish",
+    "compare",
 )  # fmt: skip
 _HEAD = """# Options
 

@@ -193,6 +193,11 @@ class Trainer:
         """True if the early-stopping reward has not risen for `patience` evaluations."""
         return self.early_stop is not None and self.early_stop.is_due
 
+    @property
+    def stop_requested(self) -> bool:
+        """True if this process was asked to stop after the current step; who waits for something gives up."""
+        return self._stop_requests.count > 0
+
     def sampler(self, *, eta: float, num_steps: int | None = None) -> Sampler:
         """Return a sampler with noise `eta`, in [0, 1], over `num_steps` (num_denoising_steps) denoising steps."""
         schedule = self.policy.schedule(num_steps or self.config.num_denoising_steps)
