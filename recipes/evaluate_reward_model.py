@@ -6,8 +6,9 @@
 PATH is the folder that recipes/train_reward_model.py wrote, such as runs/reward_model-DATE/reward_model.
 
 Prints a table for each data file (accuracy under three rules for ties, calibration, F1 of both classes, AUROC, each
-with a 95 % interval) and writes it as CSV, with a page of the pairs with the largest errors. Published benchmarks
-(docs/benchmarks.md) are evaluated under every rule that papers use, and written as Markdown and JSON.
+with a 95 % interval) and writes it as CSV, with a page of where the model fails: accuracy by kind of pair, calibration,
+log-odds, and the pairs with the largest errors. Published benchmarks (docs/benchmarks.md) are evaluated under every
+rule that papers use, and written as Markdown and JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reward_model.benchmarks import Result, evaluate, load_benchmarks, to_json, to_markdown
+from reward_model.benchmarks.breakdown import Breakdown, break_down
 from reward_model.benchmarks.evaluation import Mistake, record_metrics, score_in_parts, worst_mistakes
 from reward_model.benchmarks.metrics import Metric, to_csv, to_table
 from reward_model.benchmarks.report import render_report
@@ -76,16 +78,18 @@ def evaluate_on_data(reward: LlavaReward | PointwiseScorer, config: Config, fold
     """Evaluate on each data file; write NAME.csv and the report."""
     metrics: dict[str, list[Metric]] = {}
     mistakes: dict[str, list[Mistake]] = {}
+    breakdowns: dict[str, Breakdown] = {}
     for name, records in load_data(config, folder).items():
         skipped = folder / "skipped.jsonl" if config.on_bad_record == "skip" else None
         backbone = reward.model.backbone if isinstance(reward, LlavaReward) else None
         usable = partial(usable_records, backbone=backbone, skipped=skipped)
         scores = score_in_parts(reward, records, batch_size=config.microbatch_size, usable=usable)
         metrics[name], mistakes[name] = record_metrics(scores), worst_mistakes(scores, count=config.num_shown)
+        breakdowns[name] = break_down(scores)
         keep_folder(folder)
         write_atomically(folder / f"{name}.csv", to_csv(metrics[name]))
         tqdm.write(f"{name}\n{to_table(metrics[name])}\n")
-    write_atomically(folder / REPORT, render_report(config.reward, metrics, mistakes))
+    write_atomically(folder / REPORT, render_report(config.reward, metrics, mistakes, breakdowns))
     tqdm.write(f"tables    {folder}/*.csv\nreport    {folder / REPORT}")
     return metrics
 

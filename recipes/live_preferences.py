@@ -123,7 +123,7 @@ def take_step(parts: Parts, prompts: Sequence[str], *, step: int, config: Config
         scores = reward_model.scores(images, own_prompts, batch_size=config.microbatch_size)
     people.ask(images, own_prompts, scores.unflatten(1, (-1, config.images_per_prompt)), step=step)
     with trainer.timed("waiting"):
-        people.wait(stop_requested=lambda: trainer.stop_requested)
+        people.wait(stop_requested=lambda: trainer.stop_requests.count > 0)
     with trainer.timed("votes"):
         records = people.votes.records()
         learned = reward_model.learn_new(records, updates_per_record=config.updates_per_vote)

@@ -141,6 +141,69 @@ def test_hpdv3_prefers_the_first_image_and_has_two_forms_of_unknown_confidence(t
     assert by_domain(result, "model") == {"flux": (1 / 2, 2), "sdxl": (1 / 2, 2)}
 
 
+def test_hpdv3_plus_plus_has_a_test_set_for_each_question_with_images_of_the_whole_folder(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", a=9, b=1)
+    (tmp_path / "test").mkdir()
+    right = {"path1": "images/a.png", "path2": "images/b.png", "prompt": FOX}
+    write(tmp_path / "test" / "test_aes.json", [right])
+    write(tmp_path / "test" / "test_tf.json", [right, {**right, "path1": "images/b.png", "path2": "images/a.png"}])
+    found = metric_values(f"hpdv3_plus_plus:{tmp_path}")
+    accuracies = {name: metrics["accuracy_ties_wrong"] for name, metrics in found.items()}
+    assert accuracies == {"hpdv3_plus_plus-aesthetics": 1, "hpdv3_plus_plus-text_fidelity": 0.5}
+
+
+def mmrb2_pair(chosen: str, changed: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A pair of two images by flux, of which the first is redder, as `t2i.json` has it."""
+    sides = {
+        f"response_{side}": {"model_name": "flux", "response_content": [["image", f"images/{side}.png"]]}
+        for side in "ab"
+    }
+    metadata = {"id": "1", "category": "Biology"}
+    prompt = {"prompt_content": [["text", FOX]], "prompt_source": "wise", "prompt_metadata": metadata}
+    return {"id": "x", **prompt, **sides, "chosen": chosen, **(changed or {})}
+
+
+def test_mmrb2_reads_pairs_of_the_task_text_to_image(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", a=9, b=1)
+    write(tmp_path / "t2i.json", {"pairs": [mmrb2_pair("A"), mmrb2_pair("A"), mmrb2_pair("B")]})
+    (benchmark,) = load_benchmarks(f"mmrb2:{tmp_path}")
+    result = evaluate(Redness(), benchmark, num_resamples=20)
+    assert {metric.name: metric.value for metric in result.metrics}["accuracy_ties_wrong"] == 2 / 3
+    assert by_domain(result, "category") == {"Biology": (2 / 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"chosen": "C"}, "'chosen' is 'C'; it must be A or B"),
+        ({"response_a": 3}, "'response_a' is 3; it must be an object"),
+        ({"prompt_content": [["text", FOX], ["image", "images/a.png"]]}, "text-to-image has one text"),
+        ({"response_b": {"response_content": [["text", "no"]]}}, "'response_b' has .* text-to-image has one image"),
+    ],
+)
+def test_an_invalid_pair_of_mmrb2_is_refused_with_its_number(changed: dict[str, Any], why: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", a=9, b=1)
+    write(tmp_path / "t2i.json", {"pairs": [mmrb2_pair("A"), mmrb2_pair("A", changed)]})
+    with pytest.raises(BadRecordError, match=rf"t2i.json:pairs\[1\]: .*{why}"):
+        load_benchmarks(f"mmrb2:{tmp_path}")
+
+
+def test_votes_of_tiger_labs_genai_bench_for_none_are_ties(tmp_path: Path) -> None:
+    """Left is redder: right, wrong, and two ties that a model without equal scores cannot predict."""
+    write_images(tmp_path, a=9, b=1)
+    row = {"prompt": FOX, "left_image": "a.png", "right_image": "b.png", "left_model": "SDXL", "right_model": "LCM"}
+    votes = ("leftvote", "rightvote", "tievote", "bothbad_vote")
+    write(tmp_path / "test.json", [{**row, "vote_type": vote} for vote in votes])
+    (benchmark,) = load_benchmarks(f"genai_bench_tiger:{tmp_path}")
+    assert [pair.outcome for pair in benchmark.comparisons] == [1, -1, 0, 0]
+    found = metric_values(f"genai_bench_tiger:{tmp_path}")["genai_bench_tiger"]
+    assert found["accuracy_ties_wrong"] == 0.5
+    assert found["agreement_half_ties"] == (1 + 0 + 0.5 + 0.5) / 4
+    write(tmp_path / "test.json", [{**row, "vote_type": "downvote"}])
+    with pytest.raises(BadRecordError, match="'vote_type' is 'downvote'; it must be leftvote"):
+        load_benchmarks(f"genai_bench_tiger:{tmp_path}")
+
+
 def by_domain(result: Result, by: str) -> dict[str, tuple[float, int]]:
     return {
         domain.value: (domain.accuracy.value, domain.accuracy.count) for domain in result.domains if domain.by == by

@@ -14,9 +14,11 @@ from reward_model import scorers
 from reward_model.benchmarks import (
     BENCHMARK_NAMES,
     genai_bench,
+    genai_bench_tiger,
     hpdv3,
     load_benchmarks,
     mj_bench,
+    mmrb2,
     pick_a_pic,
     ranked,
     tifa160,
@@ -279,8 +281,8 @@ def test_the_table_of_rules_names_exactly_the_accuracies_that_are_computed() -> 
 
 
 def test_the_published_rule_of_each_benchmark_names_metrics_that_are_computed() -> None:
-    modules = (genai_bench, hpdv3, mj_bench, pick_a_pic, tifa160, unsafe_bench)
-    rules = [*(module.RULE for module in modules), ranked.IMAGE_REWARD_RULE, ranked.HPDV2_RULE]
+    modules = (genai_bench, genai_bench_tiger, hpdv3, mj_bench, mmrb2, pick_a_pic, tifa160, unsafe_bench)
+    rules = [*(module.RULE for module in modules), hpdv3.PLUS_PLUS_RULE, ranked.IMAGE_REWARD_RULE, ranked.HPDV2_RULE]
     for rule in rules:
         named = set(re.findall(r"\b(?:accuracy|agreement|pairwise_accuracy|kendall|f1)_\w+|\bpearson\b", rule))
         assert named

@@ -8,6 +8,7 @@ import io
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from scipy import stats
 
 from reward_model.benchmarks.bootstrap import bootstrap_interval
+from reward_model.benchmarks.breakdown import accuracy_by_group, break_down, calibration_curve, histogram
 from reward_model.benchmarks.classification import (
     Confusion,
     auroc,
@@ -647,6 +649,54 @@ def test_the_report_shows_metrics_and_mistakes_and_loads_nothing(scored: RecordS
     assert [(image.size, image.convert("RGB").getpixel((0, 0))) for image in images] == [
         ((320, 240), (0, 0, 0)), ((320, 240), (255, 255, 255)),
     ] * 2  # fmt: skip
+
+
+def failing_pairs() -> tuple[list[PreferencePair], np.ndarray]:
+    """Six pairs: short prompts are right; long ones and pairs of one image with two prompts are wrong."""
+    a, b = Path("a.png"), Path("b.png")
+    short = [PreferencePair(a, b, "a fox", "a fox", rating_gap=gap) for gap in (1.0, 2.0, 3.0)]
+    text = "a photo of a red fox that runs over green hills in the morning"
+    long = [PreferencePair(a, b, text, text) for _ in range(2)]
+    return [*short, *long, PreferencePair(a, a, "a fox", "a cat")], np.array([0.5, 3.0, 9.0, -3.0, -9.0, -0.2])
+
+
+def test_the_accuracy_by_kind_of_pair_names_where_a_model_fails() -> None:
+    groups = accuracy_by_group(*failing_pairs())
+    found = {(group.by, group.value): (group.accuracy.value, group.accuracy.count) for group in groups}
+    assert found == {
+        ("words in the prompt", "0 to 5"): (3 / 4, 4), ("words in the prompt", "11 to 20"): (0, 2),
+        ("style of the prompt", "none"): (3 / 4, 4), ("style of the prompt", "photo"): (0, 2),
+        ("what differs", "the image"): (3 / 5, 5), ("what differs", "the prompt"): (0, 1),
+        ("rating gap", "at most 1"): (1, 1), ("rating gap", "above 1, at most 2"): (1, 1),
+        ("rating gap", "above 2"): (1, 1),
+    }  # fmt: skip
+    assert [group.value for group in groups if group.by == "words in the prompt"] == ["11 to 20", "0 to 5"]
+
+
+def test_calibration_and_log_odds_count_every_strict_pair_once() -> None:
+    pairs, logits = failing_pairs()
+    curve = calibration_curve(logits)
+    assert [(c.low, c.high, c.right, c.count) for c in curve] == [
+        (0.5, 0.6, 0, 1), (0.6, 0.7, 1, 1), (0.95, 0.99, 0.5, 2), (0.99, 1.0, 0.5, 2),
+    ]  # fmt: skip
+    assert curve[0].mean == pytest.approx(1 / (1 + math.exp(-0.2)))
+    bins = {one.label: one.count for one in histogram(logits) if one.count}
+    assert bins == {"below -8": 1, "-4 to -2": 1, "-1 to 0": 1, "0 to 1": 1, "2 to 4": 1, "above 8": 1}
+    tie = replace(pairs[0], tie=True)
+    scores = RecordScores([*pairs, tie], torch.tensor([*logits, 7.0]), torch.zeros(0), [], torch.zeros(0))
+    assert sum(one.count for one in break_down(scores).log_odds) == 6
+    assert break_down(RecordScores([tie], torch.tensor([7.0]), torch.zeros(0), [], torch.zeros(0))).groups == []
+
+
+def test_the_report_shows_where_a_model_fails(scored: RecordScores) -> None:
+    pairs, logits = failing_pairs()
+    found = break_down(RecordScores(pairs, torch.tensor(logits), torch.zeros(0), [], torch.zeros(0)))
+    page = render_report("mine", {"pairs": METRICS}, {"pairs": []}, {"pairs": found})
+    assert "accuracy by kind of pair" in page
+    assert re.search(r"words in the prompt: 11 to 20</td><td>0.000</td>", page)
+    assert re.search(r"<td>0.95 to 0.99</td><td>0.953</td>\s*<td>0.500</td><td>2</td>", page)
+    assert 'style="width: 75.0%"' in page
+    assert "accuracy by kind" not in render_report("mine", {"pairs": METRICS}, {"pairs": []})
 
 
 METRICS = [

@@ -75,7 +75,7 @@ def accuracy_by_domain(
     for group, credit, members in rows:
         for domain in members:
             by_domain[domain].append((group, credit))
-    accuracy = partial(_accuracy, num_resamples=num_resamples, seed=seed)
+    accuracy = partial(group_accuracy, num_resamples=num_resamples, seed=seed)
     found = [Domain(benchmark.name, by, value, accuracy(part)) for (by, value), part in by_domain.items()]
     return sorted(found, key=lambda domain: (domain.accuracy.value, domain.by, domain.value))
 
@@ -122,7 +122,7 @@ def pairs_of_ratings(benchmark: Benchmark) -> list[Comparison]:
     ]
 
 
-def _accuracy(rows: Sequence[tuple[str, float]], *, num_resamples: int, seed: int) -> Metric:
+def group_accuracy(rows: Sequence[tuple[str, float]], *, num_resamples: int, seed: int) -> Metric:
     """Return the fraction of right rows, with an interval over resampled groups."""
     groups = np.unique([group for group, _ in rows], return_inverse=True)[1]
     right = np.bincount(groups, weights=[credit for _, credit in rows])

@@ -1,9 +1,10 @@
-"""HPDv3's test set: pairs whose first image is preferred.
+"""HPDv3's test set and that of HPDv3++: pairs whose first image is preferred.
 
     {"prompt": "a red fox", "path1": "a.jpg", "path2": "b.jpg", "choice_dist": [9, 1], "confidence": 0.99,
      "model1": "flux", "model2": "sdxl"}
 
-An unknown confidence is null, or the string "null".
+An unknown confidence is null, or the string "null". HPDv3++ (arXiv:2606.14657) has path1, path2 and prompt alone, and
+a file for each of its two questions: aesthetics (`test_aes.json`) and text fidelity (`test_tf.json`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,38 @@ RULE = (
     "accuracy_ties_wrong: every pair has the same weight (HPSv3, arXiv:2508.03789). How its tables count tied scores "
     "is not stated."
 )
+PLUS_PLUS_RULE = (
+    "accuracy_ties_wrong: a pair is right if path1 has the higher reward (README of HPSv3++). Its training files have "
+    "the same generator and questions: a model trained on them is tested within its domain."
+)
 NOTE = "The preferred image is always the first: a model that compares pairs must be given both orders."
 
 
 def load_hpdv3(path: Path, *, image_root: Path | None) -> list[Benchmark]:
     """Load a file of HPDv3: `test.json`, or the file of one category."""
     file = find_file(path, "test.json", benchmark="hpdv3")
-    take_image = image_taker(image_root or file.parent)
+    return [_load(file, image_root or file.parent, name="hpdv3", rule=RULE)]
+
+
+def load_hpdv3_plus_plus(path: Path, *, image_root: Path | None) -> list[Benchmark]:
+    """Load the two test files of a folder in the published layout: `test/test_aes.json` and `test/test_tf.json`.
+
+    Images start from that folder.
+    """
+    files = [*path.glob("test/test_aes.json"), *path.glob("test/test_tf.json")]
+    if not files:
+        raise FileNotFoundError(
+            f"hpdv3_plus_plus: {path} must be a folder with test/test_aes.json or test/test_tf.json."
+        )
+    questions = {"test_aes": "aesthetics", "test_tf": "text_fidelity"}
+    return [
+        _load(file, image_root or path, name=f"hpdv3_plus_plus-{questions[file.stem]}", rule=PLUS_PLUS_RULE)
+        for file in files
+    ]
+
+
+def _load(file: Path, root: Path, *, name: str, rule: str) -> Benchmark:
+    take_image = image_taker(root)
     items: list[Item] = []
     prompts: dict[str, str] = {}
     for where, fields in read_records(file):
@@ -39,7 +65,7 @@ def load_hpdv3(path: Path, *, image_root: Path | None) -> list[Benchmark]:
                     tags["model"] = [take_text(fields, f"model{side}")]
                 items.append(Item(take_image(fields[f"path{side}"], f"path{side}"), prompt, group, tags))
     comparisons = [Comparison(i, i + 1, 1) for i in range(0, len(items), 2)]
-    return [Benchmark(name="hpdv3", rule=RULE, items=items, comparisons=comparisons, notes=[NOTE])]
+    return Benchmark(name=name, rule=rule, items=items, comparisons=comparisons, notes=[NOTE])
 
 
 def _confidence_class(fields: Fields) -> str:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Literal, get_args
 
 from reward_model.benchmarks.types import Benchmark
 
 BenchmarkName = Literal[
-    "tifa160", "mj_bench", "unsafe_bench", "image_reward", "hpdv2", "hpdv3", "pick_a_pic", "genai_bench"
+    "tifa160",
+    "mj_bench",
+    "unsafe_bench",
+    "image_reward",
+    "hpdv2",
+    "hpdv3",
+    "hpdv3_plus_plus",
+    "pick_a_pic",
+    "genai_bench",
+    "genai_bench_tiger",
+    "mmrb2",
 ]
 BENCHMARK_NAMES: tuple[str, ...] = get_args(BenchmarkName)
+MODULES = {"image_reward": "ranked", "hpdv2": "ranked", "hpdv3_plus_plus": "hpdv3"}
+"""Module of this package with the function `load_NAME`, where it has another name."""
 
 
 def load_benchmarks(specification: str, *, image_root: Path | None = None) -> list[Benchmark]:
@@ -31,25 +44,5 @@ def load_benchmarks(specification: str, *, image_root: Path | None = None) -> li
 
 
 def _load(name: str, path: Path, image_root: Path | None) -> list[Benchmark]:
-    from reward_model.benchmarks import genai_bench, hpdv3, mj_bench, pick_a_pic, ranked, tifa160, unsafe_bench
-
-    match name:
-        case "tifa160":
-            load = tifa160.load_tifa160
-        case "mj_bench":
-            load = mj_bench.load_mj_bench
-        case "unsafe_bench":
-            load = unsafe_bench.load_unsafe_bench
-        case "image_reward":
-            load = ranked.load_image_reward
-        case "hpdv2":
-            load = ranked.load_hpdv2
-        case "hpdv3":
-            load = hpdv3.load_hpdv3
-        case "pick_a_pic":
-            load = pick_a_pic.load_pick_a_pic
-        case "genai_bench":
-            load = genai_bench.load_genai_bench
-        case other:
-            raise AssertionError(other)
-    return load(path, image_root=image_root)
+    module = import_module(f"reward_model.benchmarks.{MODULES.get(name, name)}")
+    return getattr(module, f"load_{name}")(path, image_root=image_root)

@@ -1,4 +1,4 @@
-"""The HTML report of a reward model: its metrics, and the pairs with the largest errors. The page is self-contained."""
+"""The HTML report of a reward model: metrics, where it fails, and the largest errors. The page is self-contained."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from reward_model.benchmarks.breakdown import Breakdown
 from reward_model.benchmarks.evaluation import Mistake
 from reward_model.benchmarks.metrics import Metric
 from reward_model.images import to_tensor
@@ -20,13 +21,18 @@ _MAX_SIDE = 320
 """Longest side of an image on the page, in pixels."""
 
 
-def render_report(name: str, metrics: Mapping[str, Sequence[Metric]], mistakes: Mapping[str, Sequence[Mistake]]) -> str:
-    """Return the HTML page of the reward model `name`; `metrics` and `mistakes` are by the name of the data set."""
+def render_report(
+    name: str,
+    metrics: Mapping[str, Sequence[Metric]],
+    mistakes: Mapping[str, Sequence[Mistake]],
+    breakdowns: Mapping[str, Breakdown] | None = None,
+) -> str:
+    """Return the HTML page of the reward model `name`; the other arguments are by the name of the data set."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     template = environment.get_template("report.html", globals={"embedded": _embedded})
-    return template.render(name=name, metrics=metrics, mistakes=mistakes)
+    return template.render(name=name, metrics=metrics, mistakes=mistakes, breakdowns=breakdowns or {})
 
 
 def _embedded(image: ImageSource) -> str:

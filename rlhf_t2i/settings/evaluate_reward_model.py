@@ -35,7 +35,7 @@ class TestDataSettings(Settings, group="data"):
     world; null is shapes if there are no benchmarks, else none."""
     benchmarks: InputPaths = ""
     """Published test sets to evaluate on, comma-separated NAME:PATH (docs/data.md): tifa160, mj_bench, unsafe_bench,
-    image_reward, hpdv2, hpdv3, pick_a_pic, genai_bench."""
+    image_reward, hpdv2, hpdv3, hpdv3_plus_plus, pick_a_pic, genai_bench, genai_bench_tiger, mmrb2."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ to the reward training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from reward_model.backbones.load import adapt
 from reward_model.backbones.settings import BackboneSettings
@@ -33,20 +31,15 @@ from rlhf_t2i.settings.base import Settings
 from rlhf_t2i.settings.ranges import NonNegativeInt, PositiveInt
 from rlhf_t2i.shapes.captions import random_scenes
 from rlhf_t2i.shapes.generated import generate_images
-from rlhf_t2i.shapes.networks import make_tokenizer
+from rlhf_t2i.shapes.llava import PATCH, SIZE, make_backbone_tokenizer, make_image_processor, make_llava
 from rlhf_t2i.shapes.pairs import random_near_miss
 from rlhf_t2i.shapes.scenes import MIRRORED, PALETTE, RELATIONS, SHAPES, Scene, Thing, all_prompts, render
 from rlhf_t2i.shapes.train import train, update_generator
 
-SIZE, PATCH, WIDTH = 32, 8, 128
 TIER_FRACTIONS = {"one": 0.3, "count": 0.2, "relation": 0.5}
 """Fraction of each tier among the drawings."""
 ROLES = ("alone", "one of two", "one of three", *RELATIONS)
 """Relation of a thing to the other things of its image."""
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,57 +58,6 @@ class Config(Settings):
     """Generated images to train on."""
     seed: NonNegativeInt = 0
     """Seed of all random numbers."""
-
-
-def make_backbone_tokenizer() -> CLIPTokenizer:
-    """Return the tokenizer of the toy Stable Diffusion (each word of the grammar one token) with an image token."""
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.model_max_length = 512
-    return tokenizer
-
-
-def make_backbone(tokenizer: CLIPTokenizer) -> LlavaForConditionalGeneration:
-    """Return an untrained LLaVA: a tower of 16 patches and three layers of width 96, a Llama of three of width 128."""
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=96,
-                intermediate_size=384,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                image_size=SIZE,
-                patch_size=PATCH,
-            ),
-            text_config=LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=WIDTH,
-                intermediate_size=2 * WIDTH,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                max_position_embeddings=512,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id,
-                tie_word_embeddings=True,
-            ),
-            image_token_id=image_token,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-            tie_word_embeddings=True,
-        )
-    )
-    # Large position embeddings distinguish positions from the first update on.
-    nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.3)
-    return model
-
-
-def make_image_processor() -> CLIPImageProcessorPil:
-    """Return CLIP's image processor for images of 32 x 32."""
-    return CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
 
 
 def distort(images: Float[Tensor, "B 3 Y X"], generator: torch.Generator) -> Float[Tensor, "B 3 Y X"]:
@@ -274,7 +216,7 @@ def build(
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_backbone_tokenizer()
     torch.manual_seed(seed)
-    model = make_backbone(tokenizer)
+    model = make_llava(tokenizer)
     output_folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output_folder)
     make_image_processor().save_pretrained(output_folder)
@@ -292,7 +234,7 @@ def build(
 
 def main(config: Config) -> None:
     """Build the backbone of these settings."""
-    build(**{**vars(config), "output_folder": Path(config.output_folder)})
+    build(**{**asdict(config), "output_folder": Path(config.output_folder)})
 
 
 if __name__ == "__main__":

@@ -213,13 +213,14 @@ def _shape_quality(component: Component, shape: str) -> float:
     return _ramp(own - other, -0.02, 0.05) * _ramp(own, 0.5, 0.7) * upright
 
 
-def _shape_passes(component: Component, shape: str) -> bool:
+def shape_passes(component: Component, shape: str) -> bool:
+    """Return True for a drawing of `shape` that is closer to it than to any other."""
     own = component.overlap[shape]
     other = max(value for name, value in component.overlap.items() if name != shape)
     return own >= 0.7 and own > other and component.aspect <= 1.5
 
 
-def _relation_quality(first: Component, second: Component, relation: str) -> float:
+def relation_quality(first: Component, second: Component, relation: str) -> float:
     """Return 1 if the first component clearly has this relation to the second, 0 if it does not."""
     x, y = first.centre[0] - second.centre[0], first.centre[1] - second.centre[1]
     to_x, to_y = RELATIONS[relation]
@@ -255,9 +256,9 @@ def _match(components: Sequence[Component], scene: Scene) -> tuple[float, bool]:
         colour = component.colour == thing.colour
         shape = _shape_quality(component, thing.shape)
         quality *= (1.0 if colour else _WRONG) * (_WRONG + (1 - _WRONG) * shape)
-        passes = passes and colour and _shape_passes(component, thing.shape)
+        passes = passes and colour and shape_passes(component, thing.shape)
     if scene.relation is not None:
-        relation = _relation_quality(components[0], components[1], scene.relation) if len(components) == 2 else 0.0
+        relation = relation_quality(components[0], components[1], scene.relation) if len(components) == 2 else 0.0
         quality *= _WRONG + (1 - _WRONG) * relation
         passes = passes and relation >= 0.8
     return quality, passes

@@ -214,19 +214,32 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
             raise ValueError(f"Unknown shape {shape!r}; there are {', '.join(SHAPES)}.")
 
 
+def draw(
+    things: Sequence[Thing], background: str, layout: np.ndarray, *, shade: np.ndarray, size: int = TOY_RESOLUTION
+) -> np.ndarray:
+    """Return an anti-aliased drawing (3, size, size), RGB in about [0, 1]; later things cover earlier ones.
+
+    `layout` has the centre and radius of each thing (n, 3), as fractions of the image width; `shade` (n + 1) is added
+    to the colour of the background and of each thing.
+    """
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+    y, x = np.meshgrid(grid, grid, indexing="ij")
+    image = np.empty((3, size, size), dtype=np.float32)
+    image[:] = np.array(PALETTE[background])[:, None, None] + shade[0]
+    for thing, (cx, cy, radius), light in zip(things, layout, shade[1:], strict=True):
+        distance = _signed_distance(thing.shape, x - cx, y - cy, radius)
+        cover = np.clip(0.5 - distance * size, 0, 1)
+        colour = np.array(PALETTE[thing.colour])[:, None, None] + light
+        image += cover * (colour - image)
+    return image
+
+
 def render(
     scenes: Sequence[Scene], *, rng: np.random.Generator, size: int = TOY_RESOLUTION
 ) -> Float[Tensor, "B 3 {size} {size}"]:
     """Draw each scene once with random positions and sizes, anti-aliased; RGB in [0, 1]."""
-    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-    y, x = np.meshgrid(grid, grid, indexing="ij")
     images = np.empty((len(scenes), 3, size, size), dtype=np.float32)
     for image, scene in zip(images, scenes, strict=True):
         shade = rng.uniform(-0.04, 0.04, len(scene.things) + 1)
-        image[:] = np.array(PALETTE[scene.background])[:, None, None] + shade[0]
-        for thing, (cx, cy, radius), light in zip(scene.things, _layout(scene, rng), shade[1:], strict=True):
-            distance = _signed_distance(thing.shape, x - cx, y - cy, radius)
-            cover = np.clip(0.5 - distance * size, 0, 1)
-            colour = np.array(PALETTE[thing.colour])[:, None, None] + light
-            image += cover * (colour - image)
+        image[:] = draw(scene.things, scene.background, _layout(scene, rng), shade=shade, size=size)
     return torch.from_numpy(images.clip(0, 1))

@@ -72,7 +72,7 @@ class Trainer:
     def __post_init__(self) -> None:
         """Count signals in the loop, and updates that are skipped."""
         self._learning_rate = learning_rates(self.config)
-        self._stop_requests = StopRequests(print=self.print)
+        self.stop_requests = StopRequests(print=self.print)
         self.microbatches = Microbatches(self.config.microbatch_size, run=self.run, engine=self.engine)
         self._updates = Updates(
             self.engine, max_skipped=self.config.max_skipped_updates, has_scaler=self.run.dtype == torch.float16,
@@ -132,7 +132,7 @@ class Trainer:
             range(self.step, self.config.num_steps), initial=self.step, total=self.config.num_steps,
             desc="training", disable=not self.run.is_main, dynamic_ncols=True,
         )  # fmt: skip
-        with self._stop_requests.handled(), remaining as self._progress:
+        with self.stop_requests.handled(), remaining as self._progress:
             for step in self._progress:
                 if self.stopped_early:
                     break
@@ -159,7 +159,7 @@ class Trainer:
         for average in self.averages.values():
             average.update(self.engine.weights)
         self.step = step + 1
-        self._is_stopping = bool(self.gather(torch.tensor([self._stop_requests.count], device=self.device)).any())
+        self._is_stopping = bool(self.gather(torch.tensor([self.stop_requests.count], device=self.device)).any())
         seconds = {f"seconds/{part}": round(self._seconds.pop(part), 3) for part in list(self._seconds)}
         rate = {"learning_rate": self._learning_rate(step)}
         self.run.log({"kind": "train", "step": self.step, **rate, **metrics, **seconds})
@@ -192,11 +192,6 @@ class Trainer:
     def stopped_early(self) -> bool:
         """True if the early-stopping reward has not risen for `patience` evaluations."""
         return self.early_stop is not None and self.early_stop.is_due
-
-    @property
-    def stop_requested(self) -> bool:
-        """True if this process was asked to stop after the current step; who waits for something gives up."""
-        return self._stop_requests.count > 0
 
     def sampler(self, *, eta: float, num_steps: int | None = None) -> Sampler:
         """Return a sampler with noise `eta`, in [0, 1], over `num_steps` (num_denoising_steps) denoising steps."""

@@ -1,0 +1,70 @@
+"""The Markdown tables of `benchmarks/reward_heads.py`, and the differences between heads with their intervals."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+Row = dict[str, Any]
+
+
+def accuracy(row: Row, *, domain: str = "flat", tier: str | None = None) -> float:
+    """Return the accuracy in per cent in a domain: of one tier, or the mean of all."""
+    shares = {name: 100 * right / count for name, (right, count) in row["right"][domain].items()}
+    return shares[tier] if tier else float(np.mean(list(shares.values())))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean and its 95 % interval by Student's t over the seeds; nan ends for a single one."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def shown(values: Sequence[float]) -> str:
+    """Return the mean with its interval as text."""
+    mean, low, high = interval(values)
+    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+
+def difference(rows: Sequence[Row], head: str, other: str, *, domain: str = "flat", tier: str | None = None) -> str:
+    """Return accuracy of `head` minus that of `other`, paired by seed, in points with its interval."""
+    by = {(row["head"], row["seed"]): accuracy(row, domain=domain, tier=tier) for row in rows}
+    seeds = sorted(seed for name, seed in by if name == head and (other, seed) in by)
+    return shown([by[head, seed] - by[other, seed] for seed in seeds]) if seeds else "-"
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print the accuracies by tier and domain for each backbone, number of pairs and fraction of wrong labels."""
+    for key in dict.fromkeys((row["backbone"], row["pairs"], row["wrong_labels"]) for row in rows):
+        chosen = [row for row in rows if (row["backbone"], row["pairs"], row["wrong_labels"]) == key]
+        tiers, domains = list(chosen[0]["right"]["flat"]), [name for name in chosen[0]["right"] if name != "flat"]
+        heads = list(dict.fromkeys(row["head"] for row in chosen))
+        print_line(f"\n{key[0]}, {key[1]:,} pairs, {100 * key[2]:g} % wrong labels\n")
+        columns = ["head", "seeds", "all tiers", *tiers, *domains, "ECE", "strict from ties", "ms"]
+        print_line(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for head in heads:
+            own = [row for row in chosen if row["head"] == head]
+            cells = [head, str(len(own)), shown([accuracy(row) for row in own])]
+            cells += [f"{np.mean([accuracy(row, tier=tier) for row in own]):.1f}" for tier in tiers]
+            cells += [f"{np.mean([accuracy(row, domain=domain) for row in own]):.1f}" for domain in domains]
+            measures = ("calibration_error", "auroc_strict_from_ties", "ms_per_score")
+            cells += [f"{np.mean([row[name] for row in own]):.3f}" for name in measures]
+            print_line(f"| {' | '.join(cells)} |")
+        if "last token" in heads:
+            print_line(f"\n| minus last token | all tiers | {' | '.join(tiers)} |\n|{'---|' * (2 + len(tiers))}")
+            for head in heads[1:]:
+                cells = [difference(chosen, head, "last token", tier=tier) for tier in (None, *tiers)]
+                print_line(f"| {head} | {' | '.join(cells)} |")
+
+
+def print_line(text: str) -> None:
+    """Print a line."""
+    sys.stdout.write(text + "\n")
