@@ -137,7 +137,7 @@ def test_the_microbatch_size_changes_no_result(config: ddpo.Config, tmp_path: Pa
 @pytest.mark.slow
 def test_async_rewards_change_no_result(config: ddpo.Config, tmp_path: Path) -> None:
     """Nine batches of eight images, each scored while the next is sampled."""
-    config = replace(config, prompts_per_step=9, images_per_prompt=8, num_steps=2)
+    config = replace(config, prompts_per_step=9, images_per_prompt=8, num_inner_epochs=1, num_steps=2)
     expected, expected_rest = state(train(config), 2)
     tensors, rest = state(train(replace(config, async_reward=True, run_folder=str(tmp_path / "async"))), 2)
     assert_same(tensors, expected)
