@@ -15,7 +15,7 @@ from tests import shape_checks
 
 shape_checks.install()  # before any module of the project is imported
 
-from tests import processes, tiny  # noqa: E402
+from tests import loaded_once, processes, tiny  # noqa: E402
 from tests.publications import hub, lora_run, publication, reward_model_run, unet_run  # noqa: E402, F401  # fixtures
 
 # One thread for torch here and in child processes: workers with a thread for each core would wait for one another.
@@ -35,7 +35,19 @@ _IN_ONE_WORKER = {
 }  # fmt: skip
 
 
+_LONGEST = {
+    f"test_{name}.py"
+    for name in ("watch", "reward_training", "plan_of_configs", "flow_grpo", "diffusion_nft", "dry_run")
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what takes or waits longest, so that at the end no worker is left alone with it."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.name not in _LONGEST))
+
+
 def pytest_collection_finish() -> None:
+    loaded_once.install()
     gc.freeze()  # what was imported so far need not be looked through again and again
 
 

@@ -98,10 +98,11 @@ def assert_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], *, atol:
         assert_close(tensor, other[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def sampled_by_diffusers(model: str, weights: Path, prompts: Sequence[str], folder: Path) -> Tensor:
-    """Images of the prompts from exported weights, by a script that imports diffusers only."""
-    output = folder / "images.pt"
+def sampled_by_diffusers(model: str, weights: Sequence[Path], prompts: Sequence[str], folder: Path) -> list[Tensor]:
+    """Images of the prompts from each of the exported weights, by a script that imports diffusers only."""
+    output, lines = folder / "images.pt", folder / "sampled_prompts.txt"
+    lines.write_text("\n".join(prompts))
     script = str(Path(__file__).parent / "plain_diffusers.py")
-    command = [sys.executable, script, model, str(weights), str(output), *prompts]
+    command = [sys.executable, script, model, str(output), str(lines), *map(str, weights)]
     subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": ""}, check=True, capture_output=True)
     return torch.load(output, weights_only=True)

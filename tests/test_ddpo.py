@@ -137,7 +137,7 @@ def test_the_microbatch_size_changes_no_result(config: ddpo.Config, tmp_path: Pa
 @pytest.mark.slow
 def test_async_rewards_change_no_result(config: ddpo.Config, tmp_path: Path) -> None:
     """Nine batches of eight images, each scored while the next is sampled."""
-    config = replace(config, prompts_per_step=9, images_per_prompt=8, num_steps=2)
+    config = replace(config, prompts_per_step=9, images_per_prompt=8, num_inner_epochs=1, num_steps=2)
     expected, expected_rest = state(train(config), 2)
     tensors, rest = state(train(replace(config, async_reward=True, run_folder=str(tmp_path / "async"))), 2)
     assert_same(tensors, expected)
@@ -265,22 +265,25 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint_complete(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora_rank", [None, 2])
 def test_plain_diffusers_samples_the_images_of_the_last_evaluation(
-    config: ddpo.Config, tmp_path: Path, lora_rank: int | None, monkeypatch: pytest.MonkeyPatch
+    config: ddpo.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exported weights, loaded by a script that imports only diffusers."""
+    """The exported U-Net and the exported LoRA, loaded by a script that imports only diffusers."""
     evaluations: list[Evaluation] = []
     record = Trainer.record
     monkeypatch.setattr(
         Trainer, "record", lambda trainer, evaluation: (evaluations.append(evaluation), record(trainer, evaluation))
     )
-    folder = train(replace(config, lora_rank=lora_rank, learning_rate=3e-2 if lora_rank else 3e-3, clip_range=1.0))
-    first, last = evaluations
-    exported = folder / ("lora" if lora_rank else "unet")
-    images = sampled_by_diffusers(config.model, exported, last.prompts, tmp_path)
-    assert (images - last.images).abs().max() < 1e-3
-    assert (last.images - first.images).abs().max() > 0.01, "the run must have changed the images"
+    wide = replace(config, clip_range=1.0)
+    exported = [
+        train(replace(wide, lora_rank=None, learning_rate=3e-3)) / "unet",
+        train(replace(wide, lora_rank=2, learning_rate=3e-2, run_folder=str(tmp_path / "with_lora"))) / "lora",
+    ]
+    (first, unet), (_, lora) = evaluations[:2], evaluations[2:]
+    found = sampled_by_diffusers(config.model, exported, first.prompts, tmp_path)
+    for images, last in zip(found, (unet, lora), strict=True):
+        assert (images - last.images).abs().max() < 1e-3
+        assert (last.images - first.images).abs().max() > 0.01, "the run must have changed the images"
 
 
 def test_the_run_folder_has_all_files(config: ddpo.Config) -> None:

@@ -186,12 +186,13 @@ def test_only_the_given_timesteps_are_trained(config: diffusion_dpo.Config, pref
 def test_the_microbatch_size_changes_no_result(
     config: diffusion_dpo.Config, preferences: Path, tmp_path: Path, source: str
 ) -> None:
+    config = replace(config, num_steps=2)
     if source != "sampled":
         step = 2 if source == "buckets" else None
         config = replace(config, pairs=str(preferences), pairs_per_step=5, aspect_bucket_step=step)
     one = train(config)
     other = train(replace(config, microbatch_size=3, run_folder=str(tmp_path / "other")))
-    assert_same(weights(one), weights(other), atol=1e-4)
+    assert_same(weights(one, 2), weights(other, 2), atol=1e-4)
     for first, second in zip(rows(one, "train"), rows(other, "train"), strict=True):
         for name in ("loss", "winner_error", "loser_error", "gradient_norm"):
             assert first[name] == pytest.approx(second[name], rel=1e-2, abs=1e-5), name

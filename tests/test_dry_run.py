@@ -32,7 +32,7 @@ CASES = [
     (ddpo, "tiny_sd", {"num_minibatches": 2}),
     (ddpo, "tiny_sd", {"lora_rank": None, "gradient_checkpointing": True, "num_minibatches": 1}),
     (flow_grpo, "tiny_sd3", {"num_minibatches": 1}),
-    (diffusion_nft, "tiny_flux", {}),
+    (diffusion_nft, "tiny_flux", {"resolution": 64}),
     (draft, "tiny_sdxl", {"backprop_steps": 1}),
     (diffusion_dpo, "tiny_sd", {"lora_rank": None, "pairs_per_step": 6, "pairs": "missing.jsonl", "prompts": ""}),
     (fk_steering, "tiny_sd", {"images_per_prompt": 1, "num_particles": 2, "resample_after": "2", "reward_std": 1.0}),

@@ -105,9 +105,10 @@ def test_the_toy_flow_model_learns_from_the_reward_model(tmp_path: Path) -> None
     assert after["oracle"] > before["oracle"] + 0.1
 
 
-@pytest.mark.parametrize("dynamics", ["flow_sde", "cps"])
-@pytest.mark.parametrize("ratio_normalisation", [False, True])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("dynamics", "ratio_normalisation", "mixed_precision"),
+    [("flow_sde", False, "no"), ("flow_sde", True, "bf16"), ("cps", False, "bf16"), ("cps", True, "no")],
+)  # each two of them together
 def test_the_first_replay_has_ratio_one_and_later_ones_move(
     config: flow_grpo.Config, dynamics: Any, ratio_normalisation: bool, mixed_precision: Any
 ) -> None:

@@ -63,8 +63,10 @@ def test_layers_are_chosen_by_the_endings_of_their_names(tiny_sd: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["use_dora", "use_rslora"])
-@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl", "tiny_sd3"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("tiny_sd", "use_dora"), ("tiny_sd", "use_rslora"), ("tiny_sdxl", "use_rslora"), ("tiny_sd3", "use_dora")],
+)
 def test_an_exported_dora_or_rslora_gives_the_same_images_in_diffusers_and_when_loaded(
     kind: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -32,6 +32,13 @@ from tests.policies import (
 )
 from tests.toys import seeded
 
+REPLAYED = [
+    pytest.param(*case.values, lora_rank, dtype, marks=case.marks)
+    for number, case in enumerate(case if hasattr(case, "marks") else pytest.param(*case) for case in GUIDED)
+    for lora_rank, dtype in zip((None, 2), (torch.float32, torch.bfloat16)[:: 1 - number % 2 * 2], strict=True)
+]
+"""Each model, with and without guidance, in each dtype and with and without a LoRA: any two of these together."""
+
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> Path:
@@ -48,8 +55,7 @@ def test_images_equal_those_of_the_stock_pipeline(model: Path, guidance_scale: f
     assert_close(images_of(policy_of(model), guidance_scale=guidance_scale), images, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0])
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize(("guidance_scale", "eta"), [(1.0, 1.0), (4.0, 0.5)])
 @pytest.mark.parametrize("model", DIFFUSION, indirect=True)
 def test_images_of_stochastic_ddim_equal_those_of_the_stock_pipeline(
     model: Path, guidance_scale: float, eta: float
@@ -87,9 +93,7 @@ def test_a_loaded_pipeline_gives_the_same_images(model: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch: just slower
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lora_rank", [None, 2])
-@pytest.mark.parametrize(("model", "guidance_scale"), GUIDED, indirect=["model"])
+@pytest.mark.parametrize(("model", "guidance_scale", "lora_rank", "dtype"), REPLAYED, indirect=["model"])
 def test_replaying_a_fresh_rollout_gives_ratio_one(
     model: Path, lora_rank: int | None, dtype: torch.dtype, guidance_scale: float
 ) -> None:

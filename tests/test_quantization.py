@@ -90,8 +90,10 @@ TOLERANCE = {"int8": 0.05, "nf4": 0.5}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_zimage", *LATEST])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    list(zip(["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_zimage", *LATEST], KINDS * 4, strict=True)),
+)
 def test_a_lora_on_quantised_weights_is_an_ordinary_one(
     name: str, kind: Quantization, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -66,7 +66,7 @@ def trainings(
         "ddpo on weights in 8 bits": replace(ddpo, quantization="int8", optimizer="adamw_8bit", num_steps=2),
         "ddpo, full denoiser": full,
         "ddpo, full denoiser gathered layer by layer": replace(full, gather_for_sampling=False, async_reward=True),
-        "ddpo from a LoRA": replace(ddpo, lora_rank=None, init_lora=str(lora), num_steps=2, ema_decay=0.0),
+        "ddpo from a LoRA": replace(ddpo, lora_rank=None, init_lora=str(lora), num_steps=1, ema_decay=0.0),
         "ddpo with NaN gradients on one process": replace(
             ddpo, rewards="tests.trainings:with_nan_gradients", num_steps=3, microbatch_size=16
         ),
@@ -78,7 +78,7 @@ def trainings(
         "refl": draft.Config(
             **{**few, "lora_rank": 2}, method="refl", window_start=0.0, checkpoint_denoising_steps=True
         ),
-        "diffusion_dpo": diffusion_dpo.Config(**groups, **pairs, dpop_weight=0.5),
+        "diffusion_dpo": diffusion_dpo.Config(**{**groups, "num_steps": 1}, **pairs, dpop_weight=0.5),
         "diffusion_dpo of a file": diffusion_dpo.Config(
             **{**common, "lora_rank": 2}, **pairs, pairs=str(preferences), pairs_per_step=3,
             cache_folder=str(folder / "cache"), aspect_bucket_step=2,
@@ -86,7 +86,9 @@ def trainings(
         "diffusion_nft": diffusion_nft.Config(
             **{**groups, **flow, "model": str(zimage)}, resolution=16, sampling_ema_rise=0.5
         ),
-        "flow_grpo": flow_grpo.Config(**{**groups, **flow, "model": str(sd3)}, kl_weight=0.004, clip_range=1e-4),
+        "flow_grpo": flow_grpo.Config(
+            **{**groups, **flow, "model": str(sd3), "num_steps": 1}, kl_weight=0.004, clip_range=1e-4
+        ),
     }  # fmt: skip
     short: dict[str, Any] = {
         **groups, **flow, "prompts_per_step": 2, "images_per_prompt": 2, "num_steps": 1, "num_evaluation_images": 3,
