@@ -64,6 +64,9 @@ def _in_4_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     new = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta", **kind)
     new.weight = Params4bit(layer.weight.data, requires_grad=False, module=new, **kind)
     new.bias = layer.bias
+    # Else processors with AVX512-BF16 repack the weights in a forward pass without gradients, into a form that has no
+    # backward pass, needs outputs in multiples of 32, and gives other predictions than the update's forward pass.
+    new.support_avx512bf16_for_cpu = False
     return new
 
 
