@@ -62,8 +62,8 @@ def _loaded_once(load: Callable[..., Any], *, source: int) -> Callable[..., Any]
 
     @wraps(load)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        folder = Path(str(arguments[source]))
-        if not folder.is_dir() or any(_is_part(value) for value in options.values()):
+        folder = Path(str(arguments[source])) if len(arguments) > source else None
+        if folder is None or not folder.is_dir() or any(_is_part(value) for value in options.values()):
             return load(*arguments, **options)
         key = repr((arguments, sorted(options.items()), _state(folder)))
         if key in copies:
