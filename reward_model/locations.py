@@ -145,7 +145,9 @@ class _RangeReader(io.RawIOBase):
         wanted = min(len(buffer), max(0, self._size - self._at))
         found = self._path.read_range(self._at, wanted)
         if len(found) < wanted:
-            raise ValueError(f"{self._path} has {self._at + len(found):,} bytes and had {self._size:,}; it has changed.")
+            raise ValueError(
+                f"{self._path} has {self._at + len(found):,} bytes and had {self._size:,}; it has changed."
+            )
         buffer[: len(found)] = found
         self._at += len(found)
         return len(found)

@@ -1,7 +1,7 @@
 """Reading of images that lie within other files: members of archives, cells of Parquet files and of `datasets` tables.
 
-Nothing is unpacked. A member of an archive is read from its place, which may be in a bucket. The cells of a Parquet file
-are compressed together with their neighbours, so those of the row groups in use are kept, in at most 512 MiB of a
+Nothing is unpacked. A member of an archive is read from its place, which may be in a bucket. The cells of a Parquet
+file are compressed together with their neighbours, so those of the row groups in use are kept, in at most 512 MiB of a
 process.
 """
 

@@ -151,7 +151,7 @@ def test_what_is_missing_for_a_bucket_is_named() -> None:
         load_records("dropping://b/none.jsonl")
     with pytest.raises(ValueError, match=r"s4://b/x\.jsonl cannot be read: .*s4"):
         load_records("s4://b/x.jsonl")
-    with pytest.raises(ValueError, match="image_folder reads folders of this machine. Pack it into tar shards"):
+    with pytest.raises(ValueError, match=r"image_folder reads folders of this machine\. Pack it into tar shards"):
         load_records("image_folder:dropping://b")
 
 

@@ -40,7 +40,13 @@ class Checked(NamedTuple):
 
 
 def check_data(
-    source: str, *, image_root: str | None, image_prefix: str | None, bad: Path, num_workers: int, streaming: bool = False
+    source: str,
+    *,
+    image_root: str | None,
+    image_prefix: str | None,
+    bad: Path,
+    num_workers: int,
+    streaming: bool = False,
 ) -> Checked:
     """Read every record of FORMAT:PATH and decode each image, and write bad records to the file `bad`.
 

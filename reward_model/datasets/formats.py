@@ -46,9 +46,10 @@ class Format(NamedTuple):
 
 
 def parse_source(source: str) -> tuple[Format, str]:
-    """Return the format and the path of FORMAT:PATH, which may have a protocol, as s3://bucket/x.jsonl. Raises ValueError for an unknown format.
+    """Return the format and the path of FORMAT:PATH. Raises ValueError for an unknown format.
 
-    Without a format, a .json file is in LLaVA-Reward's format and everything else in the project's own.
+    The path may have a protocol, as s3://bucket/x.jsonl. Without a format, a .json file is in LLaVA-Reward's format and
+    everything else in the project's own.
     """
     found = re.fullmatch(r"([a-z][a-z0-9_]+)(?:/([a-z]+))?(?:=([^:]*))?:(.+)", source, flags=re.DOTALL)
     is_path = found is None or found[1] == "hf" or found[4].startswith("//") or Path(source).exists()

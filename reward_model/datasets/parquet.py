@@ -103,9 +103,7 @@ def _rows_of_group(
 
 
 @contextmanager
-def _opened(
-    path: Location, skip_columns: Collection[str], limit: int, *, with_bytes: bool
-) -> Iterator[_Opened]:
+def _opened(path: Location, skip_columns: Collection[str], limit: int, *, with_bytes: bool) -> Iterator[_Opened]:
     """Yield the open file.
 
     Raises _InflatedError if the rows, or one image, may exceed `limit` bytes.
@@ -213,8 +211,10 @@ def _num_bytes(array: Any) -> int:
 def read_hub_dataset(
     source: str, *, skip_columns: Collection[str], with_bytes: bool = True, rows: range | None = None
 ) -> Iterator[RawRecord]:
-    """Yield the rows of hf:ID@SPLIT, numbered from 1, all or those in `rows`; ID is a data set on the Hub, or a folder in a layout of
-    `datasets`, and hf:ID:CONFIG@SPLIT one of its configurations.
+    """Yield the rows of hf:ID@SPLIT, numbered from 1, all or those in `rows`.
+
+    ID is a data set on the Hub, or a folder in a layout of `datasets`; hf:ID:CONFIG@SPLIT is one of its
+    configurations.
 
     Bytes and images are given as their place; without `with_bytes` their columns are left out. Raises ValueError if it
     cannot be loaded. Data sets that are Python scripts cannot since datasets 4; `docs/data.md` lists the files to

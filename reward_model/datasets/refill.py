@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from reward_model.datasets.fields import BadRecordError
 from reward_model.datasets.convert import write_skipped
+from reward_model.datasets.fields import BadRecordError
 
 _ALWAYS_ALLOWED = 16
 """Unusable records of which no fraction is computed."""

@@ -12,8 +12,8 @@ from typing import cast
 import numpy as np
 import pyarrow.compute as pc
 
-from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.convert import write_skipped
+from reward_model.datasets.fields import BadRecordError, shortened
 from reward_model.datasets.load import load_records
 from reward_model.datasets.table import RecordTable
 from reward_model.types import PreferencePair, Record

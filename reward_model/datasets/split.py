@@ -74,7 +74,10 @@ def _groups(table: RecordTable, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _digests(table: RecordTable, rows: np.ndarray, seed: int) -> np.ndarray:
     """Return the digests of the winner's prompts of some rows, (N,)."""
-    return np.fromiter((_digest(prompt, seed) for prompt in table.texts("winner_prompt", rows)), np.uint64, len(rows))
+    order, digests = np.argsort(rows), np.empty(len(rows), np.uint64)
+    prompts = table.texts("winner_prompt", rows[order])  # in the order of the file, whose parts are read one by one
+    digests[order] = np.fromiter((_digest(prompt, seed) for prompt in prompts), np.uint64, len(rows))
+    return digests
 
 
 def _first_prompts(table: RecordTable, group_of: np.ndarray, is_joint: np.ndarray) -> dict[int, str]:

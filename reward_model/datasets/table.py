@@ -33,7 +33,7 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 _OF_RECORDS = SCHEMA.names[: SCHEMA.get_field_index("block")]
 """Columns that make a record."""
-_ROWS = 1000
+_ROWS = 2**13
 """Records that are in memory at once in a pass over a table."""
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from reward_model.datasets.convert import write_skipped
 from reward_model.datasets.fields import BadRecordError
 from reward_model.datasets.images import flaw_of_image
-from reward_model.datasets.convert import write_skipped
 from reward_model.datasets.table import RecordTable
 from reward_model.image_files import MAX_PIXELS, upright_size
 from reward_model.stored_images import ImageSource, StoredImage, read_bytes

@@ -78,7 +78,7 @@ def _prompt_of(pair: ImagePair) -> str:
 class ImagePairs:
     """Pairs of images, decoded and encoded when they are loaded or, with a cache folder, once."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # one keyword for each part of the reading
         self,
         pairs: Sequence[ImagePair],
         *,
