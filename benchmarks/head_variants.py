@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Seen:
         return last_real_token(self.output.hidden, self.output.hidden_mask)
 
 
-class Variant(nn.Module):
+class Variant(nn.Module, ABC):
     """A head: `forward` gives outputs for each row, `logits` the log-odds of the first of two rows."""
 
     prompt_end = ""
@@ -47,8 +48,9 @@ class Variant(nn.Module):
         super().__init__()
         self.width = backbone.width
 
+    @abstractmethod
     def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        raise NotImplementedError(type(self).__name__)
+        """Return the outputs of each row."""
 
     def logits(self, first: Float[Tensor, "P d"], second: Float[Tensor, "P d"]) -> Float[Tensor, " P"]:
         return preference_logits(first, second, kind="scalar", temperature=TEMPERATURE)
