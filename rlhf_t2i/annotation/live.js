@@ -57,7 +57,7 @@ function showTraining() {
   if (training.certainty !== null) {
     said.push(`The reward model expects to be right on ${percent(training.certainty)} of the pairs of this step.`);
   }
-  if (training.foreseen_of) said.push(`It foresaw ${training.foreseen} of the last ${training.foreseen_of} choices, of which it asked about the least certain.`);
+  if (training.foreseen_of) said.push(`It foresaw ${training.foreseen} of the last ${training.foreseen_of} choices.`);
   at("sure").textContent = said.join(" ");
   const box = document.querySelector(".progress");
   while (box.children.length > training.progress.length) box.lastChild.remove();
