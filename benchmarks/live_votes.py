@@ -28,7 +28,6 @@ import httpx
 import numpy as np
 import torch
 from PIL import Image
-from trl_environment import say
 
 from rlhf_t2i.shapes.oracle import oracle_scores
 
@@ -40,6 +39,12 @@ METHODS = {
     "random": ["--acquisition", "random"],
     "offline": ["--acquisition", "random", "--first_votes", "VOTES"],
 }
+
+
+def show(line: str) -> None:
+    """Print a line at once, also into a file."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def vote_on(images: list[bytes], prompt: str) -> str:
@@ -72,29 +77,28 @@ def vote_by_requests(address: str, count: int, pause: float, is_running: Callabl
             state = reply.get("state", reply)
 
 
-def vote_in_browser(address: str, folder: Path, count: int, pause: float, is_running: Callable[[], bool]) -> None:
-    """Press keys in headless Chromium."""
-    from tests import browser
-
-    with browser.chromium() as page:
-        page.open(address)
-        page.type_in("name", "oracle")
-        page.press("enter")
-        page.until("state !== null")
-        while is_running() and page.run("return state.votes") < count:
-            began = time.monotonic()
-            shown = page.run(
-                "return !busy && Date.now() >= guardedUntil && state.question ? ["
-                "state.question.shown, state.question.prompt, state.question.images] : null"
-            )
-            if shown is None:
-                time.sleep(0.1)
-                continue
-            token, prompt, names = shown
-            vote = vote_on([(folder / "votes" / "images" / f"{name}.png").read_bytes() for name in names], prompt)
-            time.sleep(max(0.0, pause - (time.monotonic() - began)))
-            if page.run("return state.question?.shown") == token:  # a person too would look again
-                page.press({"tie": "t", "good": "g", "bad": "b"}.get(vote, vote))
+def vote_in_browser(
+    page: Any, address: str, folder: Path, count: int, pause: float, is_running: Callable[[], bool]
+) -> None:
+    """Press keys in a browser."""
+    page.open(address)
+    page.type_in("name", "oracle")
+    page.press("enter")
+    page.until("state !== null")
+    while is_running() and page.run("return state.votes") < count:
+        began = time.monotonic()
+        shown = page.run(
+            "return !busy && Date.now() >= guardedUntil && state.question ? ["
+            "state.question.shown, state.question.prompt, state.question.images] : null"
+        )
+        if shown is None:
+            time.sleep(0.1)
+            continue
+        token, prompt, names = shown
+        vote = vote_on([(folder / "votes" / "images" / f"{name}.png").read_bytes() for name in names], prompt)
+        time.sleep(max(0.0, pause - (time.monotonic() - began)))
+        if page.run("return state.question?.shown") == token:  # a person too would look again
+            page.press({"tie": "t", "good": "g", "bad": "b"}.get(vote, vote))
 
 
 def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
@@ -115,7 +119,10 @@ def measure(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, 
         voted = time.monotonic()
         rest = arguments.votes, arguments.seconds_per_vote, lambda: process.poll() is None
         if arguments.voter == "browser":
-            vote_in_browser(address, folder, *rest)
+            from tests import browser
+
+            with browser.chromium() as page:
+                vote_in_browser(page, address, folder, *rest)
         else:
             vote_by_requests(address, *rest)
         voted = time.monotonic() - voted
@@ -147,14 +154,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("options", nargs="*", help="further options of the recipe, after --")
     arguments = parser.parse_args()
-    say("| method | seed | pass before, half-way, after, % | points | votes (ties) | minutes | of voting | of CPU |")
-    say("|---|---|---|---|---|---|---|---|")
+    show("| method | seed | pass before, half-way, after, % | points | votes (ties) | minutes | of voting | of CPU |")
+    show("|---|---|---|---|---|---|---|---|")
     for seed in arguments.seeds:
         for method in arguments.methods:
             one = measure(arguments, method, seed)
             passed = ", ".join(f"{100 * value:.1f}" for value in one["passed"])
             gain = 100 * (one["passed"][-1] - one["passed"][0])
-            say(
+            show(
                 f"| {method} | {seed} | {passed} | {gain:+.1f} | {one['votes']} ({one['ties']}) | {one['minutes']:.1f} "
                 f"| {one['voting']:.1f} | {one['cpu']:.1f} |"
             )

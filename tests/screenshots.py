@@ -1,20 +1,25 @@
 """Take the screenshots of the documentation anew, in headless Chromium.
 
 python -m tests.screenshots --run runs/ddpo-DATE --output docs
+python -m tests.screenshots --live --output docs
 
-Writes report.png, the first screen of the run's report, and collect.png, the annotation page with its images before and
-after training.
+The first writes report.png, the first screen of the run's report, and collect.png, the annotation page with its images
+before and after training. The second trains by live votes of the oracle for some steps (two minutes), and writes
+live.png, their page.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.live_votes import vote_in_browser
 from rlhf_t2i.annotation.answers import Answers
 from rlhf_t2i.annotation.questions import from_runs, write_questions
 from rlhf_t2i.annotation.serve import Service, create_app
@@ -42,6 +47,31 @@ def main(run: Path, output: Path) -> None:
             take(page, output / "collect.png")
 
 
+def live(output: Path) -> None:
+    """Write the screenshot of the page of live votes, from a training of some steps."""
+    with tempfile.TemporaryDirectory() as folder, browser.chromium() as page:
+        command = [sys.executable, "recipes/live_preferences.py", "--port", "0", "--run_folder", f"{folder}/run"]
+        command += ["--num_steps", "9", "--num_evaluation_images", "8", "--evaluate_every", "0"]
+        command += [
+            "--num_cpu_threads",
+            "1",
+            "--prompts_per_step",
+            "8",
+            "--questions_per_step",
+            "6",
+            "--first_votes",
+            "6",
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            address = next(line.split()[1] for line in process.stdout if line.startswith("page "))
+            page.emulate(width=WIDTH, height=HEIGHT)
+            is_early = "return state === null || state.training.step < 3 || !state.question || busy"
+            vote_in_browser(page, address, Path(folder) / "run", 10**9, 0.2, lambda: bool(page.run(is_early)))
+            take(page, output / "live.png")
+            process.kill()
+
+
 def take(page: browser.Browser, path: Path) -> None:
     """Write what the browser shows, in half the resolution of its screen of high density."""
     page.screenshot(path)
@@ -52,7 +82,11 @@ def take(page: browser.Browser, path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run that trained a diffusion model")
+    parser.add_argument("--run", type=Path, help="folder of a run that trained a diffusion model")
+    parser.add_argument("--live", action="store_true", help="train by live votes, and take their page")
     parser.add_argument("--output", type=Path, required=True, help="folder for the images")
     given = parser.parse_args()
-    main(given.run, given.output)
+    if given.run:
+        main(given.run, given.output)
+    if given.live:
+        live(given.output)

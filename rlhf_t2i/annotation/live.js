@@ -5,7 +5,7 @@ const KEYS = { ArrowLeft: "1", ArrowRight: "2", 1: "1", 2: "2", 3: "3", 4: "4", 
 const POLL_MILLISECONDS = 1000;
 const GUARD_MILLISECONDS = 600; // after images were replaced by newer ones, a vote may still mean the old ones
 const at = (id) => document.getElementById(id);
-const percent = (share) => `${Math.round(100 * share)} %`;
+const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 
 let state = null;
 let busy = false; // from a vote until the next images are visible; key presses in between are ignored
@@ -48,7 +48,8 @@ function nothing() {
 
 function showTraining() {
   const training = state.training;
-  const paused = training.paused_by ? `paused by ${training.paused_by}` : training.phase;
+  const ended = training.failure ? "failed" : training.has_ended ? "finished" : null;
+  const paused = ended ?? (training.paused_by ? `paused by ${training.paused_by}` : training.phase);
   at("phase").querySelector("span").textContent = `Step ${training.step} of ${training.num_steps}: ${paused}`;
   at("pause").textContent = training.paused_by ? "Continue" : "Pause";
   at("pause").disabled = training.has_ended || Boolean(training.failure);
@@ -56,7 +57,7 @@ function showTraining() {
   if (training.certainty !== null) {
     said.push(`The reward model expects to be right on ${percent(training.certainty)} of the pairs of this step.`);
   }
-  if (training.foreseen_of) said.push(`It foresaw ${training.foreseen} of the last ${training.foreseen_of} choices, of which it asked about the least certain.`);
+  if (training.foreseen_of) said.push(`It foresaw ${training.foreseen} of the last ${training.foreseen_of} choices.`);
   at("sure").textContent = said.join(" ");
   const box = document.querySelector(".progress");
   while (box.children.length > training.progress.length) box.lastChild.remove();
@@ -76,7 +77,7 @@ function showTraining() {
       load(image, one.images[k]).catch(() => {});
     });
     box.children[i].querySelector("figcaption").textContent =
-      `${one.prompt}: better than before with ${percent(one.better_than_start)}, than a step ago with ${percent(one.better_than_last)}`;
+      `${one.prompt}: preferred to before with a probability of ${percent(one.better_than_start)}, to a step ago with ${percent(one.better_than_last)}`;
   });
 }
 
@@ -90,6 +91,7 @@ async function show(next) {
   at("count").textContent = `${state.votes} vote${state.votes === 1 ? "" : "s"}, ${state.own_votes} of them yours`;
   at("prompt").hidden = at("images").hidden = !open;
   at("nothing").hidden = open;
+  at("others").hidden = state.training.has_ended || Boolean(state.training.failure);
   [at("nothing").firstChild.textContent, at("nothing").lastChild.textContent] = open ? ["", ""] : nothing();
   at("prompt").textContent = open ? state.question.prompt : "";
   for (const button of document.querySelectorAll("[data-vote]")) {

@@ -5,7 +5,7 @@
     GET  /image/NAME, /results, /answers.csv
 
 A pair is {"annotator", "shown", "prompt", "left", "right", "following", "answered", "total",
-"criterion", "can_undo", "seconds_per_answer"}. An error is
+"criterion", "can_undo", "seconds_per_answer"}, and "known_answer" after a question of the training round. An error is
 {"error": "the reason"}; with status 409, if the pair is no longer open, {"error", "pair"}.
 """
 
@@ -100,7 +100,8 @@ class Service(TokenGuard):
         except StaleError as error:
             return JSONResponse({"error": str(error), "pair": self.pair(annotator)}, 409)
         known = "" if body.answer in ("skip", "undo") else self.answers.known_answer(annotator)
-        return JSONResponse({**self.pair(annotator), "known_answer": known}, headers={"Cache-Control": "no-store"})
+        told = {"known_answer": known} if known else {}
+        return JSONResponse({**self.pair(annotator), **told}, headers={"Cache-Control": "no-store"})
 
     def image(self, name: str, request: Request) -> Response:
         """Return an image of a question; only names in the list are joined to a path, so nothing else can be read."""
