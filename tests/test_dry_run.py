@@ -68,3 +68,18 @@ def test_running_repeated_work_once_changes_no_number(
     assert (once.flops, once.denoiser_calls) == pytest.approx((all_of_it.flops, all_of_it.denoiser_calls), rel=1e-9)
     # Metrics of microbatches that are left out, and the first microbatch's sum of gradients.
     assert (once.bytes, *once.peaks.values()) == pytest.approx((all_of_it.bytes, *all_of_it.peaks.values()), rel=2e-3)
+
+
+@pytest.mark.slow
+def test_a_plan_holds_the_moments_of_the_optimiser_that_is_chosen(tiny_sd: Path, tmp_path: Path) -> None:
+    """Two float32 numbers a trained weight with AdamW, one with SGD, two of 8 bits with adamw_8bit."""
+    plans = {
+        optimizer: rehearse(ddpo.main, config_of(ddpo, tiny_sd, tmp_path, lora_rank=None, optimizer=optimizer))
+        for optimizer in ("adamw", "sgd", "adamw_8bit")
+    }
+    trained = plans["adamw"].parts["unet"][0]
+    sizes = {name: plan.state["optimizer"] / trained for name, plan in plans.items()}
+    assert sizes == {"adamw": 8, "sgd": 4, "adamw_8bit": 2}
+    sampling = {name: plan.peaks["rollout"] for name, plan in plans.items()}
+    assert sampling["adamw"] - sampling["sgd"] == pytest.approx(4 * trained, rel=0.02)
+    assert sampling["adamw"] - sampling["adamw_8bit"] == pytest.approx(6 * trained, rel=0.02)

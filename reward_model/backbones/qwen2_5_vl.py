@@ -16,6 +16,7 @@ from reward_model.backbones.outputs import run_language_model
 from reward_model.backbones.patches import PatchPreprocessor, load_patch_preprocessor
 from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
+from reward_model.backbones.windows import attend_windows_at_once
 from reward_model.types import BackboneOutput, Inputs
 
 TITLE = "Qwen2.5-VL"
@@ -95,5 +96,6 @@ class Qwen25VL:
 def adapt(model: Any, source: str, settings: BackboneSettings) -> Qwen25VL:
     """Return the backbone of a loaded model."""
     first = PUBLISHED_FIRST_BOUNDS if settings.template == "published" else None
+    attend_windows_at_once(model.model.visual)
     preprocessor = load_patch_preprocessor(source, settings.min_pixels, settings.max_pixels, first_bounds=first)
     return Qwen25VL(model, prompt_tokenizer(model, source, settings, published=PUBLISHED_TEMPLATE), preprocessor)

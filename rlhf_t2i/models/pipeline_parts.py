@@ -69,7 +69,8 @@ def load_pipeline(
             if lazily is None or not name.startswith("text_encoder"):
                 parts[name] = load()
                 continue
-            parts[name], config = None, kind.config_class.from_pretrained(folder / name)
+            family: Any = kind  # untyped again
+            parts[name], config = None, family.config_class.from_pretrained(folder / name)
             later[name] = LazyEncoder(lambda load=load: lazily(load()), config=config)
     pipeline = pipeline_class.from_pretrained(folder, dtype=torch.float32, **parts)
     for name, encoder in later.items():
