@@ -19,7 +19,7 @@ training step:
 from __future__ import annotations
 
 from rlhf_t2i.config import parse_config, run_command
-from rlhf_t2i.settings.diffusion_dpo import Config, DpoLossSettings
+from rlhf_t2i.settings.diffusion_dpo import Config, DpoUpdateSettings
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
     config = parse_config(Config, __doc__)
@@ -173,8 +173,9 @@ def augmentation_of(config: Config) -> Augmentation:
 
 
 def update(
-    trainer: Trainer, load: LoadPairs, groups: Sequence[Sequence[int]], *, step: int, timesteps: Tensor, config: Config
-) -> dict[str, float]:
+    trainer: Trainer, load: LoadPairs, groups: Sequence[Sequence[int]], *, step: int, timesteps: Tensor,
+    config: DpoUpdateSettings,
+) -> dict[str, float]:  # fmt: skip
     """Take num_inner_epochs optimiser steps on the rows of all groups; return metrics over all processes.
 
     `winner_error` and `loser_error` are relative to the reference. Both above 0 is a known failure of DPO, which
@@ -201,12 +202,12 @@ def update(
 
 def accumulate_gradients(
     trainer: Trainer, batches: Sequence[PairBatch], shard: PairShard, moment: tuple[int, int], microbatch_size: int, *,
-    timesteps: Tensor, config: Config,
+    timesteps: Tensor, config: DpoUpdateSettings,
 ) -> Float[Tensor, "N metrics"]:  # fmt: skip
     """Accumulate the gradients of the step and epoch `moment`; return the METRICS of each pair times its weight."""
     samples = list[Tensor]()
     for group, own, weight in trainer.accumulate(shard.microbatches(max(1, microbatch_size // 2))):
-        generators = [generator_for(config.seed, NOISE, *moment, shard.groups[group][int(i)]) for i in own]
+        generators = [generator_for(trainer.config.seed, NOISE, *moment, shard.groups[group][int(i)]) for i in own]
         with lora_dropout(trainer.policy.denoiser, seed=generators[0].initial_seed()):
             loss, sample = loss_of_pairs(
                 trainer.policy, batches[group].at(own), timesteps=timesteps, config=config, generators=generators
@@ -217,13 +218,9 @@ def accumulate_gradients(
 
 
 def loss_of_pairs(
-    policy: Policy,
-    pairs: PairBatch,
-    *,
-    timesteps: Tensor,
-    generators: Sequence[torch.Generator],
-    config: DpoLossSettings,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "B metrics"]]:
+    policy: Policy, pairs: PairBatch, *, timesteps: Tensor, generators: Sequence[torch.Generator],
+    config: DpoUpdateSettings,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "B metrics"]]:  # fmt: skip
     """Return the mean loss of some pairs, and the METRICS of each pair.
 
     Winner and loser get the same noise at the same timestep, drawn by the pair's own generator.

@@ -51,7 +51,7 @@ from rlhf_t2i.output.run_folder import REWARD_MODEL
 from rlhf_t2i.report import write_report
 from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.rollout import generate, rollout
-from rlhf_t2i.seeds import NOISE, SAMPLE, UPDATE, generator_for, generators_for
+from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.settings.lists import whole_numbers
 from rlhf_t2i.training.online_reward import load_online
 from rlhf_t2i.training.policy_gradient import UpdateWarnings
@@ -112,15 +112,17 @@ def take_step(parts: Parts, prompts: Sequence[str], *, step: int, config: Config
     """Sample, ask, learn and update once."""
     trainer, reward_model, people = parts.trainer, parts.reward_model, parts.people
     own_prompts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
+    fitting = partial(trainer.microbatches.fitting, most=len(own_prompts))
     people.training.phase = "making images"
     with trainer.timed("rollout"), trainer.sampling():
-        images, trajectory = rollout(
-            trainer.policy, own_prompts, sampler=trainer.sampler(eta=config.eta),
-            microbatch_size=config.microbatch_size,
-            generators=generators_for(config.seed, SAMPLE, step, range(len(prompts))),
+        images, trajectory = fitting(
+            lambda size: rollout(
+                trainer.policy, own_prompts, sampler=trainer.sampler(eta=config.eta), microbatch_size=size,
+                generators=generators_for(config.seed, SAMPLE, step, range(len(prompts))),
+            )
         )  # fmt: skip
     with trainer.timed("reward"):
-        scores = reward_model.scores(images, own_prompts, batch_size=config.microbatch_size)
+        scores = fitting(lambda size: reward_model.scores(images, own_prompts, batch_size=size))
     people.ask(images, own_prompts, scores.unflatten(1, (-1, config.images_per_prompt)), step=step)
     with trainer.timed("waiting"):
         people.wait(stop_requested=lambda: trainer.stop_requests.count > 0)
@@ -129,11 +131,11 @@ def take_step(parts: Parts, prompts: Sequence[str], *, step: int, config: Config
         learned = reward_model.learn_new(records, updates_per_record=config.updates_per_vote)
     with trainer.timed("reward"), torch.no_grad():
         if learned:
-            scores = reward_model.scores(images, own_prompts, batch_size=config.microbatch_size)
+            scores = fitting(lambda size: reward_model.scores(images, own_prompts, batch_size=size))
         rewards, named = scores.mean(dim=0), {"votes": scores.mean(dim=0)}
         if parts.added is not None:
             more, others = parts.added(
-                images, own_prompts, batch_size=config.microbatch_size, group_size=config.images_per_prompt
+                images, own_prompts, batch_size=trainer.microbatches.size, group_size=config.images_per_prompt
             )
             rewards, named = rewards + more.to(rewards.device), named | others
     people.training.phase, metrics = "training on the votes so far", dict[str, float]()
@@ -166,27 +168,17 @@ def update_by_reward(
 
 
 def update_on_pairs(trainer: Trainer, votes: Sequence[Record], *, step: int, config: Config) -> dict[str, float]:
-    """Take an optimiser step of Diffusion-DPO on some of the voted pairs, ties left out; return metrics."""
+    """Take Diffusion-DPO's optimiser steps on some of the voted pairs, ties left out; return metrics."""
     records = [one for one in votes if isinstance(one, PreferencePair) and not one.tie]
     if not records:
         return {}
     pairs = ImagePairs(records, policy=trainer.policy, read=to_tensor, microbatch_size=config.microbatch_size)
     indices = pairs.of_step(step, num_pairs=min(config.pairs_per_step, len(records)), seed=config.seed)
-    batch, timesteps = (
-        pairs.load(indices, range(len(indices)), step=step),
-        torch.tensor(whole_numbers(config.timesteps)),
-    )
-    samples = list[Tensor]()
-    for rows in trainer.accumulate(torch.arange(len(indices)).split(max(1, config.microbatch_size // 2))):
-        loss, sample = diffusion_dpo.loss_of_pairs(
-            trainer.policy, batch.at(rows), timesteps=timesteps, config=config,
-            generators=[generator_for(config.seed, NOISE, step, int(row)) for row in rows],
-        )  # fmt: skip
-        trainer.backward(loss * len(rows) / len(indices))
-        samples.append(sample)
-    trainer.optimizer_step()
-    means = torch.cat(samples).mean(dim=0).tolist()
-    return {f"dpo/{name}": value for name, value in zip(diffusion_dpo.METRICS, means, strict=False)}
+    metrics = diffusion_dpo.update(
+        trainer, partial(pairs.load, indices, step=step), [range(len(indices))], step=step,
+        timesteps=torch.tensor(whole_numbers(config.timesteps)), config=config,
+    )  # fmt: skip
+    return {f"dpo/{name}": value for name, value in metrics.items()}
 
 
 def sample_progress(parts: Parts, config: Config) -> list[Progress]:
@@ -195,11 +187,11 @@ def sample_progress(parts: Parts, config: Config) -> list[Progress]:
     seeds = range(config.evaluation_seed, config.evaluation_seed + len(prompts))
     with trainer.sampling():
         images, _ = generate(
-            trainer.policy, prompts, microbatch_size=config.microbatch_size,
+            trainer.policy, prompts, microbatch_size=trainer.microbatches.size,
             sampler=trainer.sampler(eta=config.evaluation_eta, num_steps=config.num_evaluation_steps),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         )  # fmt: skip
-    score = partial(parts.reward_model.scores, batch_size=config.microbatch_size)
+    score = partial(parts.reward_model.scores, batch_size=trainer.microbatches.size)
     return parts.progress.update(images, score, temperature=parts.people.temperature, device=trainer.device)
 
 

@@ -49,8 +49,8 @@ class PairSettings(Settings, group="data"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoLossSettings(Settings):
-    """The loss of Diffusion-DPO on pairs of images."""
+class DpoUpdateSettings(Settings):
+    """The update of Diffusion-DPO on pairs of images."""
 
     loss: Literal["dpo", "sft"] = "dpo"
     """Training loss: Diffusion-DPO, or supervised fine-tuning on the winners alone as a baseline."""
@@ -63,6 +63,8 @@ class DpoLossSettings(Settings):
     timesteps: str = "500-999"
     """Timesteps (noise levels) to train, within the model's 0 to 999: a range such as 0-999, or a list such as
     249,499,749,999 for a turbo model."""
+    num_inner_epochs: PositiveInt = 4
+    """Optimiser steps on the pairs of each step, each with new noise."""
 
     def rules(self) -> list[Rule]:
         timesteps = bool(whole_numbers(self.timesteps))
@@ -73,7 +75,7 @@ class DpoLossSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataSettings, MixtureSettings, PairSettings, DpoLossSettings, GroupedSamplingSettings, TrainerConfig):
+class Config(DataSettings, MixtureSettings, PairSettings, DpoUpdateSettings, GroupedSamplingSettings, TrainerConfig):
     """Diffusion-DPO settings. `microbatch_size` counts images, two for each pair."""
 
     prompts_per_step: PositiveInt = 32
@@ -98,8 +100,6 @@ class Config(DataSettings, MixtureSettings, PairSettings, DpoLossSettings, Group
     lora_dropout: Annotated[Decay, Group("model and LoRA")] = 0.0
     """Fraction of the LoRA's inputs that are set to zero at random in updates; 0 is none. Results then depend on
     microbatch_size and the number of processes."""
-    num_inner_epochs: PositiveInt = 4
-    """Optimiser steps on the pairs of each step, each with new noise."""
     learning_rate: PositiveFloat = 1.5e-4
     num_steps: PositiveInt = 20
     microbatch_size: Annotated[int, Ge(2)] = by_model(64, family="microbatch_size")

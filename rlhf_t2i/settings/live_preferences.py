@@ -11,7 +11,7 @@ from annotated_types import Ge
 from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.ddpo import DdpoSettings
-from rlhf_t2i.settings.diffusion_dpo import DpoLossSettings
+from rlhf_t2i.settings.diffusion_dpo import DpoUpdateSettings
 from rlhf_t2i.settings.ranges import BackbonePath, InputPath, NonNegativeInt, PositiveFloat, PositiveInt, RewardNames
 from rlhf_t2i.settings.server import ServerSettings
 from rlhf_t2i.shapes.names import TOY_BACKBONE
@@ -68,7 +68,7 @@ class OnlineRewardSettings(Settings, group="reward"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ServerSettings, VoteSettings, OnlineRewardSettings, DpoLossSettings, DdpoSettings):
+class Config(ServerSettings, VoteSettings, OnlineRewardSettings, DpoUpdateSettings, DdpoSettings):
     """Settings of training by live votes. `microbatch_size` counts images in sampling and scoring, (image, step) pairs
     in DDPO's update, and images in Diffusion-DPO's, two for each pair."""
 
@@ -82,6 +82,8 @@ class Config(ServerSettings, VoteSettings, OnlineRewardSettings, DpoLossSettings
     (docs/rewards.md); empty adds none."""
     pairs_per_step: Annotated[PositiveInt, Group("data")] = 32
     """Pairs of the preference data in one training step, over all processes. Unused with --learn reward_model."""
+    num_inner_epochs: PositiveInt = 1
+    """Passes of DDPO over the images of a training step, and optimiser steps of Diffusion-DPO on its pairs."""
 
     def unused(self) -> Collection[str]:
         return [*super().unused(), *(["backbone"] if self.start_reward_model else [])]
