@@ -182,7 +182,7 @@ def train(arguments: argparse.Namespace) -> None:
     done = [json.loads(line) for line in read_lines(arguments.rows)]
     folders = {"built-in": TOY_BACKBONE_FOLDER, **dict(one.split("=", 1) for one in arguments.backbones)}
     marks = {name: weights_mark(Path(folder)) for name, folder in folders.items()}
-    cells = product(folders if arguments.built_in else list(folders)[1:], arguments.noise, arguments.pairs)
+    cells: Any = product(folders if arguments.built_in else list(folders)[1:], arguments.noise, arguments.pairs)
     for name, noise, count in cells:
 
         @cache

@@ -39,14 +39,15 @@ class CompositionPairs:
     def select(self, rows: Sequence[int]) -> CompositionPairs:
         """Return some pairs, in this order."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        tiers, prompts = ([column[i] for i in rows] for column in (self.tiers, self.prompts))
-        return CompositionPairs(tiers, prompts, self.winners[index], self.losers[index], self.tie[index])  # pyright: ignore[reportArgumentType]
+        tiers: list[Tier] = [self.tiers[i] for i in rows]
+        prompts = [self.prompts[i] for i in rows]
+        return CompositionPairs(tiers, prompts, self.winners[index], self.losers[index], self.tie[index])
 
 
 def strict_pairs(count: int, split: Split, *, seed: int, tiers: Sequence[Tier] = TIERS) -> CompositionPairs:
     """Return drawings of prompts and of their near misses, the tiers in turn."""
     rng = np.random.default_rng([seed, 1])
-    names = [tiers[i % len(tiers)] for i in range(count)]
+    names: list[Tier] = [tiers[i % len(tiers)] for i in range(count)]
     prompts = [random_composition(tier, rng, split=split) for tier in names]
     misses = [near_miss(prompt, tier, rng) for prompt, tier in zip(prompts, names, strict=True)]
     return _drawn(names, prompts, prompts, misses, rng, tie=False)
@@ -55,7 +56,7 @@ def strict_pairs(count: int, split: Split, *, seed: int, tiers: Sequence[Tier] =
 def tied_pairs(count: int, split: Split, *, seed: int, tiers: Sequence[Tier] = TIERS) -> CompositionPairs:
     """Return two drawings of each prompt, which are equally good."""
     rng = np.random.default_rng([seed, 2])
-    names = [tiers[i % len(tiers)] for i in range(count)]
+    names: list[Tier] = [tiers[i % len(tiers)] for i in range(count)]
     prompts = [random_composition(tier, rng, split=split) for tier in names]
     return _drawn(names, prompts, prompts, prompts, rng, tie=True)
 
@@ -72,15 +73,18 @@ def graded_pairs(count: int, split: Split, *, seed: int) -> CompositionPairs:
             if all(a != b for a, b in zip(loser.things, prompt.things, strict=True)):
                 break
         losers.append(loser)
-    return _drawn(["attribute"] * count, prompts, winners, losers, rng, tie=False)
+    tiers: list[Tier] = ["attribute" for _ in range(count)]
+    return _drawn(tiers, prompts, winners, losers, rng, tie=False)
 
 
 def _drawn(
     tiers: list[Tier], prompts: list[Composition], winners: list[Composition], losers: list[Composition],
     rng: np.random.Generator, *, tie: bool,
 ) -> CompositionPairs:  # fmt: skip
-    images = (draw_compositions(side, [random_layout(one, rng) for one in side], rng=rng) for side in (winners, losers))
-    return CompositionPairs(tiers, prompts, *images, torch.full((len(tiers),), tie))
+    drawn, beside = (
+        draw_compositions(side, [random_layout(one, rng) for one in side], rng=rng) for side in (winners, losers)
+    )
+    return CompositionPairs(tiers, prompts, drawn, beside, torch.full((len(tiers),), tie))
 
 
 def with_wrong_labels(pairs: CompositionPairs, fraction: float, *, seed: int) -> CompositionPairs:
