@@ -73,22 +73,18 @@ def search_config(recipe: str, model: Path, prompts: Path, folder: Path) -> Any:
 def test_a_run_trains_resumes_and_exports_to_plain_diffusers(
     recipe: str, model: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Rows of prompts reach the reward; with the exported LoRA plain diffusers generates the images of the policy.
-
-    Every other case resumes: each recipe with half of the families, and each family with half of the recipes.
-    """
+    """Rows of prompts reach the reward; with the exported LoRA plain diffusers generates the images of the policy."""
     folder = request.getfixturevalue(model)
     config, main = training_config(recipe, folder, tmp_path / "run"), TRAINING[recipe].main
     if recommended := REFUSED.get((recipe, model)):
         with pytest.raises(ValueError, match=recommended):
             main(config)
         return
-    run_folder = main(config)
-    if resumes := (list(TRAINING).index(recipe) + list(MODELS.values()).index(model)) % 2 == 0:
-        main(replace(config, num_steps=2, resume=True))
-    steps = rows(run_folder, "train")
-    assert len(steps) == 1 + resumes
-    assert all(row["gradient_norm"] > 0 for row in steps)
+    main(config)
+    run_folder = main(replace(config, num_steps=2, resume=True))
+    first, second = rows(run_folder, "train")
+    assert first["gradient_norm"] > 0
+    assert second["gradient_norm"] > 0
     pipeline = pipeline_of(folder)
     pipeline.load_lora_weights(run_folder / "lora")
     family = family_of(type(pipeline).__name__)

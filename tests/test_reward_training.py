@@ -74,6 +74,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def streamed(data: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Address of 200,000 pairs of the same 48 images, read as those of a bucket: by ranges, through fsspec."""
+    path = data / "streamed.jsonl"
+    if not path.exists():
+        images = [(f"bright{i}.png", f"dark{i}.png") for i in range(24)]
+        rows = ({"prompt": f"a red fox {i}", "winner": images[i % 24][0], "loser": images[i % 24][1]} for i in range(200_000))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(data / "cache"))
+    return f"file://{path}"
+
+
 def command(data: Path, folder: Path, *, processes: int = 1, launcher: Path | None = None, **values: Any) -> list[str]:
     """Return the command of the recipe on the tiny LLaVA."""
     settings: dict[str, Any] = {
@@ -260,6 +272,14 @@ def test_each_group_has_its_own_learning_rate(data: Path, tmp_path: Path) -> Non
     assert optimised == {id(p) for p in trainer.reward_model.parameters() if p.requires_grad}
 
 
+def test_a_killed_process_that_loads_images_is_named(data: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(data, tmp_path)
+    trainer.args.dataloader_num_workers = 1
+    trainer.data_collator = lambda batch: os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(ValueError, match=r"^A process that loads images ended: .*fewer num_workers \(now 1\), or 0"):
+        trainer.train_from(None)
+
+
 def test_all_groups_move_and_the_backbone_does_not(data: Path, tmp_path: Path) -> None:
     trainer = trainer_of(data, tmp_path)
     reward_model = trainer.reward_model
@@ -300,9 +320,9 @@ def test_a_resumed_training_takes_its_own_learning_rates(data: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted(data: Path, streamed: str, tmp_path: Path) -> None:
     """kill -9, here after the second checkpoint; with dropout, so that the random state must resume too."""
-    steps = {"num_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2, "patience": 4}
+    steps = {"num_steps": 24, "evaluate_every": 4, "lora_dropout": 0.2, "patience": 4, "train_data": streamed}
     run(command(data, tmp_path / "whole", **steps))
     killed = command(data, tmp_path / "killed", **steps)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -329,9 +349,11 @@ def test_killed_and_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_weights_as_one(data: Path, tmp_path: Path) -> None:
+def test_two_processes_train_the_same_weights_as_one(data: Path, streamed: str, tmp_path: Path) -> None:
     """Two processes of 4 pairs, or one that accumulates 2 batches of 4: the same up to rounding."""
-    same = {"lora_dropout": 0.0, "num_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3}
+    same = {
+        "train_data": streamed, "lora_dropout": 0.0, "num_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3,
+    }  # fmt: skip
     run(command(data, tmp_path / "one", accumulation_steps=2, **same))
     one = trained_weights(tmp_path / "one")
     for mode in ("ddp", "deepspeed_zero2", "deepspeed_zero3"):
