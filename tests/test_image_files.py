@@ -79,7 +79,7 @@ def test_an_image_without_a_readable_orientation_is_upright(tmp_path: Path, exif
 
 def test_any_error_of_a_decoder_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    monkeypatch.setattr(Image.Image, "convert", lambda *_: struct.unpack("<I", b""))
+    monkeypatch.setattr(Image.Image, "tobytes", lambda *_: struct.unpack("<I", b""))
     with pytest.raises(ValueError, match=r"x\.png' is no image that can be read: unpack requires"):
         to_tensor(tmp_path / "x.png")
 
