@@ -80,7 +80,10 @@ def streamed(data: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     path = data / "streamed.jsonl"
     if not path.exists():
         images = [(f"bright{i}.png", f"dark{i}.png") for i in range(24)]
-        rows = ({"prompt": f"a red fox {i}", "winner": images[i % 24][0], "loser": images[i % 24][1]} for i in range(200_000))
+        rows = (
+            {"prompt": f"a red fox {i}", "winner": images[i % 24][0], "loser": images[i % 24][1]}
+            for i in range(200_000)
+        )
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(data / "cache"))
     return f"file://{path}"
