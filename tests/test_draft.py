@@ -132,7 +132,10 @@ def test_the_reward_rises(config: draft.Config, changes: dict[str, Any]) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward", "changes"),
-    [("llava_reward", {"learning_rate": 3e-4}), (REDNESS, {"learning_rate": 1e-2, "lora_rank": 16, "num_steps": 6})],
+    [
+        ("llava_reward", {"learning_rate": 3e-4, "num_steps": 20}),
+        (REDNESS, {"learning_rate": 1e-2, "lora_rank": 16, "num_steps": 6}),
+    ],
 )
 def test_the_toy_model_learns_one_prompt(tmp_path: Path, reward: str, changes: dict[str, Any]) -> None:
     """By all of its weights and by a LoRA."""

@@ -80,7 +80,7 @@ def trainings(
         ),
         "diffusion_dpo": diffusion_dpo.Config(**{**groups, "num_steps": 1}, **pairs, dpop_weight=0.5),
         "diffusion_dpo of a file": diffusion_dpo.Config(
-            **{**common, "lora_rank": 2}, **pairs, pairs=str(preferences), pairs_per_step=3,
+            **{**common, "lora_rank": 2, "learning_rate": 3e-2}, **pairs, pairs=str(preferences), pairs_per_step=3,
             cache_folder=str(folder / "cache"), aspect_bucket_step=2,
         ),
         "diffusion_nft": diffusion_nft.Config(
