@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from benchmarks.full_size_models import QWEN_SIZES, random_pipeline
 from benchmarks.full_size_parts import (
     DTYPES,
     Machine,
@@ -41,7 +42,6 @@ from benchmarks.full_size_parts import (
     replay_rows,
     score_rows,
 )
-from benchmarks.random_models import QWEN_SIZES, random_pipeline
 from rlhf_t2i.passed import PassedObjects, passing
 
 SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.random_models import random_pipeline, random_reward_model
+from benchmarks.full_size_models import random_pipeline, random_reward_model
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.models.load import load_policy

@@ -1,8 +1,8 @@
 """Compare heads of a reward model on one frozen backbone: `python benchmarks/reward_heads.py train`.
 
-Every head (`head_variants.py`) is trained with the same LoRA and projector on the same preference pairs of compositions
-(`rlhf_t2i.shapes.compositions`), with as many steps, and tested on prompts that neither it nor the captioner has read,
-also in renderings without new labels. The frozen vision tower's outputs are computed once an image.
+Every head (`reward_heads_variants.py`) is trained with the same LoRA and projector on the same preference pairs of
+compositions (`rlhf_t2i.shapes.compositions`), with as many steps, and tested on prompts that neither it nor the
+captioner has read, also in renderings without new labels. The frozen vision tower's outputs are computed once an image.
 
 `train` appends one row for each trained model to a JSONL file and skips those that are there, the most telling first;
 it can be stopped and started again. `table` prints Markdown from the file.
@@ -25,13 +25,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import numpy as np
 import torch
-from head_variants import VARIANTS, Seen, Variant
 from jaxtyping import Float
-from reward_heads_table import print_table
 from torch import Tensor
 
+from benchmarks.reward_heads_table import print_table
+from benchmarks.reward_heads_variants import VARIANTS, Seen, Variant
 from reward_model.backbones.load import load_backbone
 from reward_model.benchmarks.classification import auroc, pair_calibration_error
 from reward_model.config import RewardModelConfig

@@ -155,11 +155,11 @@ def from_files(config: Config, folder: Path, generator: torch.Generator) -> Iter
         keep_ties=True,
         streaming=config.streaming,
     )
-    drawn = subsample(found, config.num_pairs, generator=generator)
-    for pair in (pair for one in drawn for pair in usable_records([one], skipped=skipped)):
-        assert isinstance(pair, PreferencePair)
-        sources = _UNDECIDED if pair.tie else _DECIDED
-        yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)
+    for drawn in subsample(found, config.num_pairs, generator=generator):
+        for pair in usable_records([drawn], skipped=skipped):  # one or none
+            assert isinstance(pair, PreferencePair)
+            sources = _UNDECIDED if pair.tie else _DECIDED
+            yield Candidate(pair.winner_prompt, (to_tensor(pair.winner), to_tensor(pair.loser)), sources)
 
 
 def known(config: Config) -> list[tuple[Role, Candidate]]:
@@ -171,8 +171,9 @@ def known(config: Config) -> list[tuple[Role, Candidate]]:
     if not wanted:
         return []
     pairs = load_same_prompt_pairs(
-        names(config.known_pairs or ""), image_root=config.image_root, image_prefix=config.image_prefix, skipped=None
-    )
+        names(config.known_pairs or ""), image_root=config.image_root, image_prefix=config.image_prefix, skipped=None,
+        streaming=config.streaming,
+    )  # fmt: skip
     if len(pairs) < wanted:
         raise ValueError(
             f"known_pairs has {len(pairs)} pairs of one prompt without ties; the training round and the attention "

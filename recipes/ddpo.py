@@ -119,7 +119,7 @@ def advantages_of(
     rewards: Float[Tensor, "P K"],
     *,
     history: PerPromptHistory,
-    config: DdpoSettings,
+    config: Config,
 ) -> Float[Tensor, "P K"]:
     """Return the advantage of each of a prompt's K images by one reward, or by the sum of all."""
     match config.advantages:

@@ -41,7 +41,7 @@ from reward_model.images import to_tensor
 from reward_model.online import OnlineRewardModel
 from reward_model.types import PreferencePair, Record
 from rlhf_t2i.access import listen
-from rlhf_t2i.advantages import PerPromptHistory
+from rlhf_t2i.advantages import group_relative_advantages, whole_batch_advantages
 from rlhf_t2i.annotation.live_progress import ProgressImages
 from rlhf_t2i.annotation.live_serve import Progress
 from rlhf_t2i.annotation.live_session import LiveSession, live_session
@@ -154,9 +154,8 @@ def update_by_reward(
     config: Config,
 ) -> dict[str, float]:  # fmt: skip
     """Take DDPO's optimiser steps on a rollout; return metrics."""
-    history = PerPromptHistory(size=config.history_size, min_count=config.history_min_count)
-    advantages = ddpo.advantages_of(prompts, rewards, history=history, config=config)
-    advantages = advantages.clamp(-config.max_advantage, config.max_advantage).to(trainer.device)
+    normalise = group_relative_advantages if config.advantages == "group_relative" else whole_batch_advantages
+    advantages = normalise(rewards).clamp(-config.max_advantage, config.max_advantage).to(trainer.device)
     if not any_to_learn(advantages, step=step, print=trainer.print):
         return {}
     metrics = ddpo.update(

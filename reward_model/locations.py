@@ -161,6 +161,11 @@ def is_in_bucket(path: object) -> bool:
     return "://" in str(path)
 
 
+def is_of_hub(source: object) -> bool:
+    """Return whether a source is hf:ID@SPLIT, a data set of the Hub; hf://... is a file there, as of any bucket."""
+    return str(source).startswith("hf:") and not is_in_bucket(source)
+
+
 def location(path: str | Path | BucketPath) -> Location:
     """Return a path of this machine or of a bucket."""
     if isinstance(path, BucketPath):

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from reward_model.locations import BucketPath, is_in_bucket, version_in_bucket
+from reward_model.locations import BucketPath, is_in_bucket, is_of_hub, version_in_bucket
 
 MAX_BYTES = 256 * 2**20
 """Largest image that is read from an archive. A file with holes can claim any size at no cost."""
@@ -57,7 +57,7 @@ def read_bytes(image: StoredImage) -> bytes:
     if not image.column:
         return _read_member(image)
     try:
-        cell = open_hub_dataset(image.file)[image.start][image.column] if _is_hub(image) else _cell(image)
+        cell = open_hub_dataset(image.file)[image.start][image.column] if is_of_hub(image.file) else _cell(image)
         found = cell[image.size] if image.size >= 0 else cell
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError(f"There is no image {image}; the data have changed.") from error
@@ -100,7 +100,7 @@ def data_files_of_hub(source: str) -> list[str]:
     folder, config, split = _parts(source)
     try:
         files = load_dataset_builder(folder, config or None).config.data_files or {}
-    except Exception as error:
+    except Exception as error:  # on the way to the Hub, as in `open_hub_dataset`
         raise ValueError(f"{source} cannot be found: {type(error).__name__}: {str(error)[:300]}") from error
     if split not in files:
         raise ValueError(f"{source} has no split {split!r}; it has {', '.join(map(str, files)) or 'no data files'}.")
@@ -114,10 +114,6 @@ def _parts(source: str) -> tuple[str, str, str]:
         raise ValueError(f"{source} has no split; write hf:ID@SPLIT, such as hf:yuvalkirstain/pickapic_v2@test.")
     folder, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
     return folder, config, split
-
-
-def _is_hub(image: StoredImage) -> bool:
-    return image.file.startswith("hf:") and not is_in_bucket(image.file)
 
 
 def _read_member(image: StoredImage) -> bytes:
@@ -175,9 +171,9 @@ def _values(file: Any, group: int, column: str) -> Iterator[Any]:
     try:
         for batch in file.iter_batches(batch_size=1, row_groups=[group], columns=[column]):
             yield batch.column(0)[0].as_py()
-    # Broken bytes cause a dozen exception types, not all of them Arrow's own.
     except ConnectionError:
         raise
+    # Broken bytes cause a dozen exception types, not all of them Arrow's own.
     except Exception as error:
         raise ValueError(f"The column {column!r} cannot be read from the Parquet file: {str(error)[:200]}") from error
 
@@ -204,7 +200,7 @@ def _open_parquet(path: str, identity: tuple[int | str, ...], process: int) -> t
         file = pq.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     except ConnectionError:
         raise
-    except Exception as error:
+    except Exception as error:  # of broken bytes, as in `_values`
         raise ValueError(f"{path} cannot be read as Parquet: {str(error)[:200]}. Download the file again.") from error
     starts = [0]
     for group in range(file.metadata.num_row_groups):

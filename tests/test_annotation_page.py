@@ -220,8 +220,8 @@ def test_a_training_round_comes_first_with_its_answers_and_checks_come_between(t
                 body = {"annotator": "ann", "shown": pair["shown"], "answer": side}
                 pair = client.post("/answer", json=body).json()
                 said = {1: "Right.", 2: "Not this time."}.get(len(roles), "")
-                assert pair.get("known_answer", "").startswith(said)
-                assert ("known_answer" in pair) == bool(said)
+                assert pair.get("message", "").startswith(said)
+                assert ("message" in pair) == bool(said)
             page = client.get("/results", params={"show": "1"}).text
         assert roles[:2] == ["training"] * 2
         assert [i for i, role in enumerate(roles[2:]) if role == "check"] == [2, 5]

@@ -258,7 +258,7 @@ def test_a_double_click_counts_once_and_a_stale_tab_changes_nothing(tmp_path: Pa
             stale = other_tab.post("/answer", shown=shown, answer="right")
             assert stale.status_code == 409
             assert "no longer open" in stale.json()["error"]
-            assert stale.json()["pair"] == replies[0]
+            assert stale.json()["state"] == replies[0]
 
             ann.enter()  # a reload
             assert ann.pair == replies[0]
@@ -434,7 +434,7 @@ def test_nothing_sent_to_a_browser_reveals_the_source_of_an_image(tmp_path: Path
         person("ann", address) as ann,
     ):
         ann.enter()
-        received = [ann.client.get("/").text, ann.client.get("/page.js").text]
+        received = [ann.client.get("/").text, ann.client.get("/page.js").text, ann.client.get("/shared.js").text]
         for number in range(8):
             received.append(json.dumps(ann.pair))
             (question,) = [one for one in questions if one.prompt == ann.pair["prompt"]]

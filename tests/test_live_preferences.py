@@ -195,7 +195,7 @@ def test_a_vote_in_a_browser(config: Config, question: Any) -> None:
                 flaws.extend(problems(page))
             page.press("1")
             page.until("state.own_votes === 1 && !busy")
-            page.run("document.querySelector('[data-vote=\"2\"]').click()")
+            page.run("document.querySelector('[data-answer=\"2\"]').click()")
             page.until("state.own_votes === 2 && !busy")
             flaws.extend(page.console())
             done.set()

@@ -39,15 +39,17 @@ class RecordScores:
 
 
 def score_records(
-    reward_model: LlavaReward | PointwiseScorer, records: Sequence[Record], *, batch_size: int
-) -> RecordScores:
+    reward_model: LlavaReward | PointwiseScorer, records: Sequence[Record], *, batch_size: int,
+    num_swapped: int = NUM_SWAPPED,
+) -> RecordScores:  # fmt: skip
     """Score every record, with the first perspective of a reward model that has several."""
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     labelled = [record for record in records if isinstance(record, LabelledImage)]
     logits, swapped, scores = torch.zeros(0), torch.zeros(0), torch.zeros(0)
     if pairs:
         logits = _logits(reward_model, pairs, swap=False, batch_size=batch_size)
-        swapped = _logits(reward_model, pairs[:NUM_SWAPPED], swap=True, batch_size=batch_size)
+    if pairs[:num_swapped]:
+        swapped = _logits(reward_model, pairs[:num_swapped], swap=True, batch_size=batch_size)
     if labelled:
         images, prompts = [one.image for one in labelled], [one.prompt for one in labelled]
         scores = reward_model.score(images, prompts, batch_size=batch_size)
@@ -65,16 +67,17 @@ def score_in_parts(
 
     `usable` returns those of some records that can be scored. Raises ValueError if none can.
     """
-    parts = list[RecordScores]()
+    parts, left = list[RecordScores](), NUM_SWAPPED
     for start in range(0, len(records), PART):
         some = usable(records[start : start + PART])
-        parts.append(score_records(reward_model, some, batch_size=batch_size))
+        parts.append(score_records(reward_model, some, batch_size=batch_size, num_swapped=left))
+        left -= len(parts[-1].swapped)
     if not any(part.pairs or part.labelled for part in parts):
         raise ValueError(f"None of the {len(records):,} records can be scored.")
     return RecordScores(
         [pair for part in parts for pair in part.pairs],
         torch.cat([part.logits for part in parts]),
-        torch.cat([part.swapped for part in parts])[:NUM_SWAPPED],
+        torch.cat([part.swapped for part in parts]),
         [one for part in parts for one in part.labelled],
         torch.cat([part.scores for part in parts]),
     )

@@ -1,4 +1,4 @@
-"""Multimodal RewardBench 2 (arXiv:2512.16899), the task text-to-image: pairs of recent generators, judged by experts.
+"""Multimodal RewardBench 2 (arXiv:2512.16899), the task text-to-image: pairs of recent generators, labelled by experts.
 
     {"pairs": [{"id": "..", "prompt_content": [["text", "a red fox"]], "chosen": "B", "prompt_source": "wise",
                 "prompt_metadata": {"category": "Biology"},
@@ -27,7 +27,7 @@ from reward_model.datasets.fields import BadRecordError, shortened
 
 RULE = (
     "accuracy_ties_wrong: its script counts every pair in both orders with one weight (compute_accuracy.py); scores of "
-    "single images do not depend on the order. A judgement that is neither A nor B is wrong."
+    "single images do not depend on the order. An answer that is neither A nor B is wrong."
 )
 
 

@@ -38,10 +38,9 @@ def mixed_order(
 
         count[i] = N * weight[i] / sum of the weights            (rounded so that the counts add up to N)
 
-    Raises ValueError for a source without records.
-
     Each source goes on through its own random orders, one after the other, where the last epoch left off. So no record
-    is repeated before all of its source were drawn. At which places of the epoch a source is drawn is random.
+    is repeated before all of its source were drawn. At which places of the epoch a source is drawn is random. Raises
+    ValueError for a source without records.
     """
     counts = _shares(len(sources), weights)
     order = np.empty(len(sources), np.int64)

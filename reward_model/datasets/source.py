@@ -17,7 +17,7 @@ from reward_model.datasets.containers import Container, Part, data_files, open_f
 from reward_model.datasets.formats import Format
 from reward_model.datasets.raw_records import parts_of_lines
 from reward_model.datasets.stamp import DataFile
-from reward_model.locations import BucketPath, Location, is_in_bucket, location, version_in_bucket
+from reward_model.locations import BucketPath, Location, is_of_hub, location, version_in_bucket
 from reward_model.stored_images import data_files_of_hub, open_hub_dataset
 
 _CACHED_FROM = 2**18
@@ -47,13 +47,13 @@ class Source:
     @property
     def is_table_of_hub(self) -> bool:
         """True if `datasets` loads the source, which is hf:ID@SPLIT."""
-        return self.path.startswith("hf:") and not is_in_bucket(self.path) and not self.streaming
+        return is_of_hub(self.path) and not self.streaming
 
     def locations(self) -> list[Location]:
         """Return the data files; none if the source is a table of the Hub or a folder of images."""
         if self.is_table_of_hub or self.is_folder:
             return []
-        if self.path.startswith("hf:") and not is_in_bucket(self.path):
+        if is_of_hub(self.path):
             return list(map(location, data_files_of_hub(self.path)))
         return data_files(self.path)
 

@@ -1,16 +1,18 @@
-"""What the annotation pages share: their headers, the token, the entrance, and answers to wrong requests."""
+"""What the annotation pages share: their headers, scripts, the token, the entrance, and answers to wrong requests."""
 
 from __future__ import annotations
 
 import hmac
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 try:
     from fastapi import FastAPI, Request, Response
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import FileResponse, JSONResponse
     from pydantic import BaseModel, ConfigDict
     from starlette.exceptions import HTTPException
 
@@ -63,17 +65,27 @@ class TokenGuard:
 
 
 def make_app(
-    *, loopback: bool, get: Mapping[str, Callable[..., Any]], post: Mapping[str, Callable[..., Any]]
+    *, loopback: bool, script: str, get: Mapping[str, Callable[..., Any]], post: Mapping[str, Callable[..., Any]]
 ) -> FastAPI:
-    """Return endpoints as an ASGI application; with `loopback` it answers to the names of its own machine only."""
+    """Return endpoints, and the script of a page, as an ASGI application.
+
+    With `loopback` it answers to the names of its own machine only.
+    """
     kinds = (HTTPException, RequestValidationError, ValueError, OSError)
     app = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(kinds, _refuse))
     app.add_middleware(Guard, loopback=loopback, max_body_bytes=_MAX_BODY_BYTES)
     app.add_api_route("/favicon.ico", lambda: Response(status_code=204), response_model=None)
+    for name in ("shared.js", script):
+        app.add_api_route(f"/{name}", partial(_script, name), response_model=None)
     for method, endpoints in (("GET", get), ("POST", post)):
         for path, endpoint in endpoints.items():
             app.add_api_route(path, endpoint, methods=[method], response_model=None)
     return app
+
+
+def _script(name: str) -> Response:
+    path = Path(__file__).parent / name
+    return FileResponse(path, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
 
 
 async def _refuse(_: Request, error: Exception) -> JSONResponse:

@@ -1,43 +1,12 @@
-// Shows the newest question and sends votes. The server keeps all state: a reload, or a closed browser, loses nothing.
+// Shows the newest question and sends votes.
 "use strict";
 
 const KEYS = { ArrowLeft: "1", ArrowRight: "2", 1: "1", 2: "2", 3: "3", 4: "4", t: "tie", g: "good", b: "bad", c: "unsure", s: "skip", u: "undo" };
 const POLL_MILLISECONDS = 1000;
 const GUARD_MILLISECONDS = 600; // after images were replaced by newer ones, a vote may still mean the old ones
-const at = (id) => document.getElementById(id);
 const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 
-let state = null;
-let busy = false; // from a vote until the next images are visible; key presses in between are ignored
 let guardedUntil = 0;
-
-async function request(path, body) {
-  const options = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  const response = await fetch(path, options);
-  return { status: response.status, ...(await response.json()) };
-}
-
-async function post(path, body) {
-  for (;;) {
-    try {
-      return await request(path, body);
-    } catch {
-      // The server records a vote only once, so it is safe to send it until a response comes.
-      at("message").textContent = "The server does not respond. Your vote will be sent again until it does.";
-      await new Promise((resume) => setTimeout(resume, POLL_MILLISECONDS));
-    }
-  }
-}
-
-function load(image, name) {
-  if (image.dataset.name === name) return Promise.resolve();
-  image.dataset.name = name;
-  image.src = `/image/${name}`;
-  return image.decode().then(() => {
-    image.style.imageRendering = image.naturalWidth < 128 ? "pixelated" : "auto";
-    image.closest(".choice")?.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
-  });
-}
 
 function nothing() {
   const training = state.training;
@@ -94,8 +63,8 @@ async function show(next) {
   at("others").hidden = state.training.has_ended || Boolean(state.training.failure);
   [at("nothing").firstChild.textContent, at("nothing").lastChild.textContent] = open ? ["", ""] : nothing();
   at("prompt").textContent = open ? state.question.prompt : "";
-  for (const button of document.querySelectorAll("[data-vote]")) {
-    button.disabled = button.dataset.vote === "undo" ? !state.undo : !open;
+  for (const button of document.querySelectorAll("[data-answer]")) {
+    button.disabled = button.dataset.answer === "undo" ? !state.undo : !open;
   }
   showTraining();
   if (open) {
@@ -105,39 +74,17 @@ async function show(next) {
   return replaced;
 }
 
-async function exchange(path, body) {
-  if (busy) return;
-  busy = true;
-  at("images").classList.add("busy");
-  try {
-    const reply = await post(path, body);
-    at("message").textContent = reply.error ?? reply.message ?? "";
-    if (reply.status === 401) {
-      at("questions").hidden = true;
-      at("entrance").hidden = false;
-    }
-    const next = reply.status === 200 ? reply : reply.state;
-    if (next) await show(next);
-  } catch {
-    state = null; // a vote on invisible images would be wrong
-    at("message").textContent = "An image could not be loaded. Reload the page.";
-  } finally {
-    busy = false;
-    at("images").classList.remove("busy");
-  }
-}
-
 async function poll() {
   if (!busy && state) {
     try {
       const reply = await request(`/state?annotator=${encodeURIComponent(state.annotator)}`);
       if (!busy && reply.status === 200 && (await show(reply))) {
         guardedUntil = Date.now() + GUARD_MILLISECONDS;
-        at("message").textContent = "The model has changed: these images are newer.";
+        setMessage("The model has changed: these images are newer.");
       }
     } catch {
       if (!state?.training.has_ended && !state?.training.failure) {
-        at("message").textContent = "The server does not respond; votes up to now are kept.";
+        setMessage("The server does not respond; votes up to now are kept.");
       }
     }
   }
@@ -145,36 +92,16 @@ async function poll() {
 }
 
 function send(vote) {
-  const button = document.querySelector(`[data-vote="${vote}"]`);
+  const button = document.querySelector(`[data-answer="${vote}"]`);
   if (state && button && !button.disabled && !at("questions").hidden && Date.now() >= guardedUntil) {
     exchange("/vote", { annotator: state.annotator, shown: vote === "undo" ? state.undo : state.question.shown, vote });
   }
-}
-
-document.addEventListener("keydown", (event) => {
-  const free = !(event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "INPUT");
-  const vote = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (!vote || !free) return;
-  event.preventDefault();
-  send(vote);
-});
-
-for (const button of document.querySelectorAll("[data-vote]")) {
-  button.addEventListener("click", () => {
-    send(button.dataset.vote);
-    button.blur();
-  });
 }
 
 at("pause").addEventListener("click", () => {
   exchange("/pause", { annotator: state.annotator, paused: !state.training.paused_by });
 });
 
-at("entrance").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  await exchange("/enter", { annotator: at("name").value, token: at("token")?.value ?? "" });
-  if (state) sessionStorage.setItem("annotator", state.annotator);
-});
-
-if (sessionStorage.getItem("annotator")) exchange("/enter", { annotator: sessionStorage.getItem("annotator") });
+listen(KEYS, send);
+start();
 poll();

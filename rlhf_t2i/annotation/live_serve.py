@@ -56,7 +56,7 @@ class Progress:
 
 @dataclass(slots=True)
 class TrainingState:
-    """What the page says about training; `Live` changes it, in the training's thread."""
+    """What the page says about training; changed in the training's thread, but for `paused_by`."""
 
     phase: str = "starting"
     step: int = 0
@@ -103,10 +103,6 @@ class LiveService(TokenGuard):
             styles=STYLES, wants_token=self.secret is not None, guideline=self.guideline, kind=self.votes.kind
         )
         return HTMLResponse(text, headers=HEADERS)
-
-    def script(self) -> Response:
-        """Return the script of the page."""
-        return FileResponse(_HERE / "live.js", media_type="text/javascript", headers={"Cache-Control": "no-cache"})
 
     def enter(self, entry: EnterRequest, request: Request) -> Response:
         """Return the state for an annotator, on arrival and after a reload."""
@@ -166,7 +162,8 @@ def create_app(service: LiveService, *, loopback: bool = True) -> FastAPI:
     """Return the server as an ASGI application; with `loopback` it answers to the names of its own machine only."""
     return make_app(
         loopback=loopback,
-        get={"/": service.page, "/live.js": service.script, "/state": service.state, "/image/{name}": service.image},
+        script="live.js",
+        get={"/": service.page, "/state": service.state, "/image/{name}": service.image},
         post={"/enter": service.enter, "/vote": service.vote, "/pause": service.pause},
     )
 

@@ -222,11 +222,12 @@ class LiveVotes:
     def _replay(self, line: bytes, *, where: str) -> None:
         try:
             row = parse_json(line.decode())
-            assert row["key"] in KEYS[self.kind]
-            if row["key"] != "undo":
-                assert len(row["images"]) == NUM_IMAGES[self.kind]
+            if row["key"] not in KEYS[self.kind]:
+                raise ValueError(row["key"])
+            if row["key"] != "undo" and len(row["images"]) != NUM_IMAGES[self.kind]:
+                raise ValueError(row["images"])
             self._apply(row)
-        except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"{where} is no vote on a question of the kind {self.kind}: {line[:80]!r}. Restore the file, or remove "
                 f"the line."

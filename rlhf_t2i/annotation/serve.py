@@ -4,9 +4,9 @@
     POST /answer   {"annotator", "shown", "answer"}  returns the next pair; `shown` is that of the answered pair
     GET  /image/NAME, /results, /answers.csv
 
-A pair is {"annotator", "shown", "prompt", "left", "right", "following", "answered", "total",
-"criterion", "can_undo", "seconds_per_answer"}, and "known_answer" after a question of the training round. An error is
-{"error": "the reason"}; with status 409, if the pair is no longer open, {"error", "pair"}.
+A pair is {"annotator", "shown", "prompt", "left", "right", "following", "answered", "total", "criterion", "can_undo",
+"seconds_per_answer"}, and "message" with the known answer after a question of the training round. An error is
+{"error": "the reason"}; with status 409, if the pair is no longer open, {"error", "state"}.
 """
 
 from __future__ import annotations
@@ -83,10 +83,6 @@ class Service(TokenGuard):
             _PAGE.render(styles=STYLES, wants_token=self.secret is not None, guideline=self.guideline), headers=HEADERS
         )
 
-    def script(self) -> Response:
-        """Return the script of the page."""
-        return FileResponse(_HERE / "page.js", media_type="text/javascript", headers={"Cache-Control": "no-cache"})
-
     def enter(self, entry: EnterRequest, request: Request) -> Response:
         """Return the open pair of an annotator, on arrival and after a reload."""
         return self.entered(entry, request, lambda: self._pair(annotator_name(entry.annotator)))
@@ -98,9 +94,9 @@ class Service(TokenGuard):
         try:
             self.answers.record(annotator, shown=body.shown, key=body.answer)
         except StaleError as error:
-            return JSONResponse({"error": str(error), "pair": self.pair(annotator)}, 409)
+            return JSONResponse({"error": str(error), "state": self.pair(annotator)}, 409)
         known = "" if body.answer in ("skip", "undo") else self.answers.known_answer(annotator)
-        told = {"known_answer": known} if known else {}
+        told = {"message": known} if known else {}
         return JSONResponse({**self.pair(annotator), **told}, headers={"Cache-Control": "no-store"})
 
     def image(self, name: str, request: Request) -> Response:
@@ -199,8 +195,9 @@ def create_app(service: Service, *, loopback: bool = True) -> FastAPI:
     """Return the server as an ASGI application; with `loopback` it answers to the names of its own machine only."""
     return make_app(
         loopback=loopback,
+        script="page.js",
         get={
-            "/": service.page, "/page.js": service.script, "/image/{name}": service.image, "/results": service.results,
+            "/": service.page, "/image/{name}": service.image, "/results": service.results,
             "/answers.csv": service.download,
         },
         post={"/enter": service.enter, "/answer": service.answer},

@@ -18,7 +18,7 @@ from reward_model.datasets.order import block_order, mixed_order
 from reward_model.datasets.refill import Refill, unusable
 from reward_model.datasets.table import RecordTable
 from reward_model.images import fit
-from reward_model.locations import is_in_bucket
+from reward_model.locations import is_of_hub
 from reward_model.stored_images import ImageSource, StoredImage
 from rlhf_t2i.data.augmentation import UNCHANGED, Augmentation, ImageView
 from rlhf_t2i.data.buckets import Buckets
@@ -97,8 +97,7 @@ class ImagePairs:
         `microbatch_size` images go through the autoencoder at once. They are cropped to the policy's size, or to that
         of their pair's bucket among `bucket_sizes`. A pair with an image that cannot be read is written to the file
         `skipped` and replaced by the next one; without, it raises BadRecordError. `weights` are those of the sources of
-        the pairs, as `mixed_order` takes them. Raises ValueError for a cache of
-        another autoencoder or text encoder.
+        the pairs, as `mixed_order` takes them. Raises ValueError for a cache of another autoencoder or text encoder.
         """
         self.pairs, self.policy, self.read, self.microbatch_size = pairs, policy, read, microbatch_size
         self.augmentation, self.buckets = augmentation, Buckets(bucket_sizes or [policy.image_size])
@@ -258,8 +257,7 @@ class ImagePairs:
         if isinstance(source, StoredImage):
             place = f"\0{source.start}\0{source.size}\0{source.column}"
             source = source.file
-        is_of_hub = str(source).startswith("hf:") and not is_in_bucket(source)
-        key = digest(f"{source if is_of_hub else version_of(source)}{place}")
+        key = digest(f"{source if is_of_hub(source) else version_of(source)}{place}")
         size = "" if image.size == self.policy.image_size else f".{image.size[0]}x{image.size[1]}"
         return f"{key}{size}.flipped" if image.flipped else f"{key}{size}"
 

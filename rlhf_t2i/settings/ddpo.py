@@ -19,13 +19,6 @@ class DdpoSettings(GroupedSamplingSettings, TrainerConfig):
     """Noise of each denoising step; 1 is the noise of the forward process. Not 0: a deterministic step has no
     log-probability."""
 
-    advantages: Literal["per_prompt_history", "group_relative", "whole_batch"] = "per_prompt_history"
-    """Mean and standard deviation that rewards are normalised by: of the prompt's recent rewards (per_prompt_history),
-    of the prompt's images in this step (group_relative), or of all images in this step (whole_batch)."""
-    history_size: PositiveInt = 32
-    """Number of the latest rewards of each prompt that per_prompt_history keeps."""
-    history_min_count: PositiveInt = 16
-    """Number of rewards of a prompt that per_prompt_history needs; with fewer, all images in this step are used."""
     max_advantage: PositiveFloat = 5.0
     """Absolute value that advantages are clipped to."""
 
@@ -78,3 +71,10 @@ class Config(SeveralRewardsSettings, DdpoSettings):
 
     async_reward: Annotated[bool, Group("reward")] = False
     """Score each microbatch while the next one is being sampled; for a reward on another machine or device."""
+    advantages: Literal["per_prompt_history", "group_relative", "whole_batch"] = "per_prompt_history"
+    """Mean and standard deviation that rewards are normalised by: of the prompt's recent rewards (per_prompt_history),
+    of the prompt's images in this step (group_relative), or of all images in this step (whole_batch)."""
+    history_size: PositiveInt = 32
+    """Number of the latest rewards of each prompt that per_prompt_history keeps."""
+    history_min_count: PositiveInt = 16
+    """Number of rewards of a prompt that per_prompt_history needs; with fewer, all images in this step are used."""

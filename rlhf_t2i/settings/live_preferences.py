@@ -74,9 +74,9 @@ class Config(ServerSettings, VoteSettings, OnlineRewardSettings, DpoUpdateSettin
 
     images_per_prompt: Annotated[int, Ge(2)] = 12
     """Images sampled for each prompt in one training step (a group), all on one process."""
-    advantages: Literal["per_prompt_history", "group_relative", "whole_batch"] = "group_relative"
-    """Mean and standard deviation that rewards are normalised by: of the prompt's recent rewards (per_prompt_history),
-    of the prompt's images in this step (group_relative), or of all images in this step (whole_batch)."""
+    advantages: Literal["group_relative", "whole_batch"] = "group_relative"
+    """Mean and standard deviation that rewards are normalised by: of the prompt's images in this step (group_relative),
+    or of all images in this step (whole_batch). Not of earlier steps, as each vote changes the scale of the scores."""
     rewards: RewardNames = by_model("", "")
     """Rewards to add to the score that votes teach, comma-separated NAME or NAME=WEIGHT, summed by weight
     (docs/rewards.md); empty adds none."""
@@ -97,12 +97,10 @@ class Config(ServerSettings, VoteSettings, OnlineRewardSettings, DpoUpdateSettin
     def rules(self) -> list[Rule]:
         num_images = {"pair": 2, "best_of_four": 4, "good_bad": 1}[self.question]
         fits = self.images_per_prompt >= num_images
-        is_group = self.advantages != "per_prompt_history"
         return [
             *super().rules(),
             ("dry_run", not self.dry_run, "false; recipes/ddpo.py plans the same updates"),
             ("images_per_prompt", fits, f"at least {num_images}, as many as a question shows"),
-            ("advantages", is_group, "group_relative or whole_batch: the scale of the scores changes with each vote"),
             ("learn", self.learn == "reward_model" or self.question != "good_bad",
              "reward_model with --question good_bad, which gives no pairs"),
             ("acquisition", self.acquisition != "disagreement" or self.num_members > 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.head_variants import VARIANTS, MeanPooled, Seen, SkipCa
+from benchmarks.reward_heads_variants import VARIANTS, MeanPooled, Seen, SkipCa
 from reward_model.backbones.load import load_backbone
 from reward_model.types import Backbone
 from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reward_model.heads import Head, preference_logits
+from reward_model.heads import Head, HeadKind, preference_logits
 from reward_model.model import last_real_token
 from reward_model.skip_ca import SkipCrossAttention
 from reward_model.types import Backbone, BackboneOutput
@@ -40,6 +40,7 @@ class Seen:
 class Variant(nn.Module, ABC):
     """A head: `forward` gives outputs for each row, `logits` the log-odds of the first of two rows."""
 
+    kind: HeadKind = "scalar"
     prompt_end = ""
     """Text behind each prompt."""
     ignores_prompt = False
@@ -53,7 +54,7 @@ class Variant(nn.Module, ABC):
         """Return the outputs of each row."""
 
     def logits(self, first: Float[Tensor, "P d"], second: Float[Tensor, "P d"]) -> Float[Tensor, " P"]:
-        return preference_logits(first, second, kind="scalar", temperature=TEMPERATURE)
+        return preference_logits(first, second, kind=self.kind, temperature=TEMPERATURE)
 
 
 class LastToken(Variant):
@@ -61,7 +62,7 @@ class LastToken(Variant):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
-        self.head = Head(self.width, "scalar")
+        self.head = Head(self.width, self.kind)
 
     def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
         return self.head(seen.last)
@@ -73,18 +74,10 @@ class ImageOnly(LastToken):
     ignores_prompt = True
 
 
-class GeneralPreference(Variant):
+class GeneralPreference(LastToken):
     """A linear layer with two outputs on the last token; compares, and gives no score (arXiv:2410.02197)."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(backbone)
-        self.head = Head(self.width, "general_preference")
-
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        return self.head(seen.last)
-
-    def logits(self, first: Float[Tensor, "P d"], second: Float[Tensor, "P d"]) -> Float[Tensor, " P"]:
-        return preference_logits(first, second, kind="general_preference", temperature=TEMPERATURE)
+    kind = "general_preference"
 
 
 class SkipCa(LastToken):
