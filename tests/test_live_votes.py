@@ -266,7 +266,10 @@ def test_a_reward_model_that_only_compares_is_refused() -> None:
         ({"learn": "dpo", "question": "good_bad"}, "learn is dpo; it must be reward_model with --question good_bad"),
         ({"num_members": 1}, "acquisition is disagreement; it must be entropy or random with one member"),
         ({"question": "best_of_four", "images_per_prompt": 2, "num_minibatches": 1}, "images_per_prompt is 2; it must"),
-        ({"advantages": "per_prompt_history"}, "advantages is per_prompt_history; it must be one of group_relative, whole_batch"),
+        (
+            {"advantages": "per_prompt_history"},
+            "advantages is per_prompt_history; it must be one of group_relative, whole_batch",
+        ),
         ({"dry_run": True}, "dry_run is True; it must be false"),
     ],
 )
