@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -33,7 +32,7 @@ from reward_model.checkpoint import WEIGHTS_NAME, adapter_tensors, load_adapter_
 from reward_model.checkpoint_files import seal
 from reward_model.collator import Collator
 from reward_model.datasets.fields import BadRecordError
-from reward_model.datasets.order import OrderSampler, block_order, mixed_order
+from reward_model.datasets.order import Numbers, OrderSampler, block_order, mixed_order, random_order
 from reward_model.datasets.refill import Refill
 from reward_model.datasets.table import RecordTable
 from reward_model.losses import Objective
@@ -113,15 +112,16 @@ class RewardModelTrainer(RewardTrainer):
             raise ValueError(f"All {len(validation)} validation records are ties, which have no accuracy.")
         reward_model.set_trainable(("lora",) if lora_only else GROUPS)
         self.objective, self.learning_rates = objective, learning_rates
-        numbers, self._training = np.arange(len(training) + len(validation)), tables[0]
-        self._weights = weights
+        self._training, self._weights = tables[0], weights
+        ends, any_dataset = (0, len(training), len(training) + len(validation)), Dataset.from_dict({})
+        self._numbers = {"train": Numbers(*ends[:2]), "eval": Numbers(*ends[1:])}
         refill = Refill(len(training), len(validation), skipped=skipped)
         super().__init__(
             model=_TrlModel(reward_model),
             args=args,
             data_collator=Collator(reward_model, RecordTable.concatenate(tables), refill),
-            train_dataset=Dataset.from_dict({"record": numbers[: len(training)]}),
-            eval_dataset=Dataset.from_dict({"record": numbers[len(training) :]}) if len(validation) else None,
+            train_dataset=any_dataset,
+            eval_dataset=any_dataset if len(validation) else None,
             processing_class=copy.deepcopy(reward_model.backbone.prompt_tokenizer.tokenizer),
             callbacks=callbacks,
         )
@@ -140,18 +140,17 @@ class RewardModelTrainer(RewardTrainer):
         num_images, self._num_images = self._num_images, 0
         return num_images
 
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset  # images are read in the collator
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        return self._numbers[dataset_name]  # trl insists on a `datasets.Dataset`, which would hold all of them
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return a sampler whose order is a pure function of seed and epoch."""
-        blocks, seed = self._training.column("block"), self.args.seed
+        blocks = self._training.column("block")
         if self._weights:
-            mixed = partial(mixed_order, blocks, self._training.sources(), self._weights, seed=seed)
-            return OrderSampler(lambda epoch: mixed(epoch=epoch), len(blocks))
-        if (blocks >= 0).any():
-            return OrderSampler(lambda epoch: block_order(blocks, seed=seed, epoch=epoch), len(blocks))
-        return super()._get_train_sampler(train_dataset)
+            order = partial(mixed_order, blocks, self._training.sources(), self._weights)
+        else:
+            order = partial(block_order, blocks) if blocks.max() >= 0 else partial(random_order, len(blocks))
+        return OrderSampler(partial(order, seed=self.args.seed), len(blocks))
 
     def compute_loss(
         self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None

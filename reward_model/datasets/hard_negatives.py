@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from reward_model.datasets.keys import prompt_key
+from reward_model.datasets.scratch import filled, scratch
 from reward_model.datasets.table import RecordTable
 from reward_model.types import PreferencePair, Record
 
@@ -54,26 +55,36 @@ def hard_negatives(
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it must be in [0, 1].")
     excluded = np.unique(held_out) if held_out is not None else np.zeros(0, np.uint64)
-    return RecordTable.of(_negatives(records, fraction=fraction, seed=seed, excluded=excluded))
+    table = RecordTable.of(records)
+    return RecordTable.in_file(_negatives(table, fraction=fraction, seed=seed, excluded=excluded) if fraction else ())
 
 
-def _negatives(
-    records: Iterable[Record], *, fraction: float, seed: int, excluded: np.ndarray
-) -> Iterator[PreferencePair]:
-    made = set[int]()  # hashes, as the images and prompts themselves would take ten times the memory
-    for record in records:
+def _negatives(table: RecordTable, *, fraction: float, seed: int, excluded: np.ndarray) -> Iterator[PreferencePair]:
+    inputs = _inputs(table)
+    distinct = filled([inputs], len(inputs), np.uint64)
+    distinct.sort()
+    is_made = scratch(len(distinct), bool)
+    for number, record in enumerate(table):
         if not isinstance(record, PreferencePair) or record.tie or record.winner_prompt != record.loser_prompt:
             continue
-        prompt, key = record.winner_prompt, hash((record.winner, record.winner_prompt))
+        prompt, place = record.winner_prompt, np.searchsorted(distinct, inputs[number])
         name = record.winner.name if isinstance(record.winner, Path) else str(record.winner)
         rng = random.Random(f"{seed}\0{prompt}\0{name}")
-        if key in made or rng.random() >= fraction:
+        if is_made[place] or rng.random() >= fraction:
             continue
         wrong = sorted({other for other in wrong_prompts(prompt) if not _is_among(prompt_key(other), excluded)})
         if wrong:
-            made.add(key)
+            is_made[place] = True
             where = f"hard negative of {record.where}"
             yield PreferencePair(record.winner, record.winner, prompt, rng.choice(wrong), where=where)
+
+
+def _inputs(table: RecordTable) -> np.ndarray:
+    """Return 64 bits that stand for the winner's image and prompt of each record, (N,)."""
+    sides = (table.column_parts("winner_image_key"), table.column_parts("winner_prompt_key"))
+    # An odd factor, so that equal bits of both do not cancel.
+    parts = (image ^ (prompt * np.uint64(0x9E3779B97F4A7C15)) for image, prompt in zip(*sides, strict=True))
+    return filled(parts, len(table), np.uint64)
 
 
 def _is_among(key: int, ordered: np.ndarray) -> bool:

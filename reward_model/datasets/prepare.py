@@ -46,7 +46,7 @@ def prepare_records(
     records = RecordTable.of(training)
     if tests:
         log(overlap_table(records, tests))
-    unseen = np.concatenate([np.zeros(0, np.uint64), *(prompt_keys(test).flatten() for test in tests.values())])
+    unseen = np.concatenate([np.zeros(0, np.uint64), *(prompt_keys(test) for test in tests.values())])
     if exclude_test_prompts:
         remaining = without_prompts(records, unseen)
         if not len(remaining):
@@ -59,7 +59,7 @@ def prepare_records(
     else:
         records, held_out = split_by_prompt(records, fraction=validation_fraction, seed=seed)
     if hard_negatives:
-        unseen = np.concatenate([unseen, prompt_keys(held_out).flatten()])
+        unseen = np.concatenate([unseen, prompt_keys(held_out)])
         negatives = make_hard_negatives(records, fraction=hard_negatives, seed=seed, held_out=unseen)
         log(f"{len(negatives):,} hard negatives are added to {len(records):,} training records")
         records = RecordTable.concatenate([records, negatives])

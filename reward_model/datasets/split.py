@@ -1,15 +1,19 @@
 """Split of records by prompt, so that no validation prompt occurs in training."""
 
+# pyarrow has no usable types.
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
+import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from reward_model.datasets.keys import text_key
+from reward_model.datasets.scratch import filled, rows_of, scratch, slices, starts_of_runs, taken
 from reward_model.datasets.table import RecordTable
 from reward_model.types import Record
 
@@ -29,54 +33,75 @@ def split_by_prompt(records: Sequence[Record], *, fraction: float, seed: int) ->
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is {fraction}; it must be above 0 and below 1, such as 0.1.")
     table = RecordTable.of(records)
-    group_of, order = _groups(table, seed)
-    sizes = np.bincount(group_of, minlength=len(order))
-    room, held_out = round(fraction * len(table)), np.zeros(len(order), bool)
-    for group in order.tolist():
-        if sizes[group] <= room:
-            room -= sizes[group]
-            held_out[group] = True
-        if not room:
+    group_of, digests = _groups(table, seed)
+    sizes, held_out = scratch(len(digests)), scratch(len(digests), bool)
+    for part in slices(len(group_of)):
+        np.add.at(sizes, group_of[part], 1)
+    room, smallest = round(fraction * len(table)), int(sizes.min(initial=len(table)))
+    for group in _in_order(digests):
+        if room < smallest:
             break
-
-    if not 0 < held_out.sum() < len(sizes):
+        if sizes[group] <= room:
+            room -= int(sizes[group])
+            held_out[group] = True
+    if not 0 < np.count_nonzero(held_out) < len(sizes):
         side = "training" if held_out.any() else "validation"
         raise ValueError(
             f"fraction {fraction} of {len(table)} records leaves none for {side}: they form {len(sizes)} groups "
             f"without a common prompt, of {min(sizes, default=0)} to {max(sizes, default=0)} "
             f"records, and no group can be split. Choose another fraction, or give separate validation data."
         )
-    is_validation = held_out[group_of]
-    return table.select(np.flatnonzero(~is_validation)), table.select(np.flatnonzero(is_validation))
+    is_validation = taken(held_out, group_of)
+    validation = rows_of(is_validation)
+    return table.select(rows_of(np.logical_not(is_validation, out=is_validation))), table.select(validation)
+
+
+def _in_order(digests: np.ndarray) -> Iterator[int]:
+    """Yield the numbers of groups in the order of their digests, which are spread evenly over 64 bits."""
+    num_parts = len(digests) // 2**16 + 1
+    ends = np.array([2**64 * number // num_parts for number in range(1, num_parts)], np.uint64)
+    parts = (np.searchsorted(ends, digests[part], side="right") for part in slices(len(digests)))
+    part_of = filled(parts, len(digests), np.int32)
+    for number in range(num_parts):
+        rows = np.concatenate([part.start + np.flatnonzero(part_of[part] == number) for part in slices(len(digests))])
+        yield from rows[np.argsort(digests[rows], kind="stable")].tolist()
 
 
 def _groups(table: RecordTable, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the group of each record, and the groups in the order of the SHA-256 of their alphabetically first prompt.
+    """Return the group of each record, and the SHA-256 of the alphabetically first prompt of each group.
 
     A group is a set of prompts that records connect.
     """
-    first, second = table.column("winner_prompt_key"), table.column("loser_prompt_key")
-    if (first == second).all():
-        _, rows, group_of = np.unique(first, return_index=True, return_inverse=True)
-        return group_of, np.argsort(_digests(table, rows, seed), kind="stable")
-    keys, index = np.unique(np.concatenate([first, second]), return_inverse=True)
+    keys, others = (table.column(f"{side}_prompt_key") for side in ("winner", "loser"))
+    if all((keys[part] == others[part]).all() for part in slices(len(keys))):
+        del others
+        ordered = filled([keys], len(keys), keys.dtype)
+        ordered.sort()
+        distinct = taken(ordered, starts_of_runs(ordered)[:-1])
+        group_of = filled((np.searchsorted(distinct, keys[part]) for part in slices(len(keys))), len(keys))
+        return group_of, _digests(table, group_of, len(distinct), seed)
+    distinct, index = np.unique(np.concatenate([keys, others]), return_inverse=True)
     both = index.reshape(2, -1)
-    graph = coo_array((np.ones(len(table), bool), (both[0], both[1])), shape=(len(keys),) * 2)
+    graph = coo_array((np.ones(len(table), bool), (both[0], both[1])), shape=(len(distinct),) * 2)
     count, group_of_key = connected_components(graph, directed=False)
     group_of = group_of_key[both[0]]
-    _, rows = np.unique(group_of, return_index=True)
-    digests = _digests(table, rows, seed)
+    digests = _digests(table, group_of, count, seed)
     is_joint = np.bincount(group_of_key, minlength=count) > 1
     for group, prompt in _first_prompts(table, group_of, is_joint).items():
         digests[group] = _digest(prompt, seed)
-    return group_of, np.argsort(digests, kind="stable")
+    return group_of, digests
 
 
-def _digests(table: RecordTable, rows: np.ndarray, seed: int) -> np.ndarray:
-    """Return the digests of the winner's prompts of some rows, (N,)."""
-    order, digests = np.argsort(rows), np.empty(len(rows), np.uint64)
-    prompts = table.texts("winner_prompt", rows[order])  # in the order of the file, whose parts are read one by one
-    digests[order] = np.fromiter((_digest(prompt, seed) for prompt in prompts), np.uint64, len(rows))
+def _digests(table: RecordTable, group_of: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return the digest of the winner's prompt of the first record of each group, (count,)."""
+    digests, is_known, start = scratch(count, np.uint64), scratch(count, bool), 0
+    for batch in table.batches("winner_prompt"):
+        groups, rows = np.unique(group_of[start : start + len(batch)], return_index=True)
+        start += len(batch)
+        is_new = ~is_known[groups]
+        prompts = batch.column(0).take(pa.array(rows[is_new])).to_pylist()
+        digests[groups[is_new]] = np.array([_digest(prompt, seed) for prompt in prompts], np.uint64)
+        is_known[groups] = True
     return digests
 
 

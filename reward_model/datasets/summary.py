@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+from reward_model.datasets.scratch import filled, slices, starts_of_runs
 from reward_model.datasets.table import RecordTable
 from reward_model.types import Record
 
@@ -26,8 +27,10 @@ class Summary:
     num_two_prompts: int
     num_good: int
     num_bad: int
-    gaps: np.ndarray
-    """The rating gaps above 0, (P,)."""
+    num_gaps: int
+    """Pairs with a rating gap above 0."""
+    histogram: Sequence[Row]
+    """The rating gaps above 0, and how many pairs have them."""
     num_prompts: int
     most_of_one_prompt: int
     num_images: int
@@ -40,8 +43,8 @@ class Summary:
             ("  ties", self.num_ties),
             *_share("  ties among the pairs", self.num_ties, self.num_pairs),
             ("  with two prompts", self.num_two_prompts),
-            ("  with a rating gap", len(self.gaps)),
-            *_histogram(self.gaps),
+            ("  with a rating gap", self.num_gaps),
+            *self.histogram,
             ("labelled images", num_labels),
             ("  label 1 (good)", self.num_good),
             ("  label 0 (bad)", self.num_bad),
@@ -67,22 +70,46 @@ class Summary:
 def summarise(records: Sequence[Record]) -> Summary:
     """Return the counts of a data set. Prompts and images are told apart by 64-bit hashes."""
     table = RecordTable.of(records)
-    label, ties, gaps = table.column("label", null=-1), table.column("tie"), table.column("rating_gap")
-    winners, losers = table.column("winner_prompt_key"), table.column("loser_prompt_key")
-    has_two = winners != losers
-    _, per_prompt = np.unique(np.concatenate([winners, losers[has_two]]), return_counts=True)
-    images = np.concatenate([table.column("winner_image_key"), table.column("loser_image_key")])
+    labels = Counter[int]()
+    for part in table.column_parts("label", null=-1):
+        labels.update(dict(zip(*map(np.ndarray.tolist, np.unique(part, return_counts=True)), strict=True)))
+    sides = [table.column(f"{side}_prompt_key") for side in ("winner", "loser")]
+    prompts = _sorted(_prompts(*sides), len(table) + _num_different(*sides))
+    images = (part for side in ("winner", "loser") for part in table.column_parts(f"{side}_image_key"))
+    num_gaps = sum(int(np.count_nonzero(part > 0)) for part in table.column_parts("rating_gap"))
+    per_prompt = starts_of_runs(prompts)
     return Summary(
-        num_pairs=int((label < 0).sum()),
-        num_ties=int(ties.sum()),
-        num_two_prompts=int(has_two.sum()),
-        num_good=int((label == 1).sum()),
-        num_bad=int((label == 0).sum()),
-        gaps=gaps[gaps > 0],
-        num_prompts=len(per_prompt),
-        most_of_one_prompt=int(per_prompt.max(initial=0)),
-        num_images=len(np.unique(images)),
+        num_pairs=labels[-1],
+        num_ties=sum(int(np.count_nonzero(part)) for part in table.column_parts("tie")),
+        num_two_prompts=_num_different(*sides),
+        num_good=labels[1],
+        num_bad=labels[0],
+        num_gaps=num_gaps,
+        histogram=[*_histogram(lambda: (part[part > 0] for part in table.column_parts("rating_gap")))],
+        num_prompts=len(per_prompt) - 1,
+        most_of_one_prompt=max(
+            (int(np.diff(per_prompt[part.start : part.stop + 1]).max(initial=0)) for part in slices(len(per_prompt))),
+            default=0,
+        ),
+        num_images=len(starts_of_runs(_sorted(images, 2 * len(table)))) - 1,
     )
+
+
+def _num_different(one: np.ndarray, other: np.ndarray) -> int:
+    return sum(int(np.count_nonzero(one[part] != other[part])) for part in slices(len(one)))
+
+
+def _prompts(winners: np.ndarray, losers: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the keys of the prompts of each record in parts: one, or two that differ."""
+    for part in slices(len(winners)):
+        yield winners[part]
+        yield losers[part][losers[part] != winners[part]]
+
+
+def _sorted(parts: Iterable[np.ndarray], size: int) -> np.ndarray:
+    keys = filled(parts, size, np.uint64)
+    keys.sort()
+    return keys
 
 
 def describe(records: Sequence[Record]) -> str:
@@ -96,14 +123,17 @@ def _share(name: str, count: int, total: int) -> Iterator[Row]:
         yield name, f"{count / total:.1%}"
 
 
-def _histogram(gaps: np.ndarray) -> Iterator[Row]:
+def _histogram(gaps: Callable[[], Iterator[np.ndarray]]) -> Iterator[Row]:
     """Yield one row for each gap if there are few different ones, as of integer ratings; else bins of equal width."""
-    counts = sorted(Counter(gaps.tolist()).items())
+    counts, lowest, highest = Counter[float](), np.inf, -np.inf
+    for part in gaps():
+        lowest, highest = min(lowest, part.min(initial=np.inf)), max(highest, part.max(initial=-np.inf))
+        if len(counts) <= 2 * _NUM_BINS:
+            counts.update(dict(zip(*map(np.ndarray.tolist, np.unique(part, return_counts=True)), strict=True)))
     if len(counts) <= 2 * _NUM_BINS:
-        yield from ((f"    gap {gap:g}", count) for gap, count in counts)
+        yield from ((f"    gap {gap:g}", count) for gap, count in sorted(counts.items()))
         return
-    lowest, highest = counts[0][0], counts[-1][0]
     edges = [lowest + (highest - lowest) / _NUM_BINS * i for i in range(_NUM_BINS)] + [highest]
     for start, end in pairwise(edges):
-        inside = int(((start <= gaps) & (gaps < end) | (gaps == end) & (end == highest)).sum())
+        inside = sum(int(((start <= part) & (part < end) | (part == end) & (end == highest)).sum()) for part in gaps())
         yield f"    gap {start:.3g} to {end:.3g}", inside

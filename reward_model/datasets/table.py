@@ -5,6 +5,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from reward_model.datasets.keys import prompt_key, text_key
+from reward_model.datasets.scratch import cache_folder, filled, slices, taken
 from reward_model.stored_images import ImageSource, StoredImage
 from reward_model.types import LabelledImage, PreferencePair, Record
 
@@ -50,6 +52,12 @@ class TableWriter:
         self.count += 1
         if len(self._rows) == _ROWS:
             self._flush()
+
+    def write(self, records: Iterable[Record]) -> None:
+        """Append records, of which there are no more."""
+        for record in records:
+            self.add(record)
+        self.close()
 
     def close(self) -> None:
         """Write the rest."""
@@ -125,21 +133,27 @@ class RecordTable(Sequence[Record]):
         if isinstance(records, RecordTable):
             return records
         sink = pa.BufferOutputStream()
-        writer = TableWriter(sink)
-        for record in records:
-            writer.add(record)
-        writer.close()
+        TableWriter(sink).write(records)
         return cls.from_buffer(sink)
+
+    @classmethod
+    def in_file(cls, records: Iterable[Record]) -> RecordTable:
+        """Return records as a table in a file of the cache folder of `datasets`, which is gone with it."""
+        with tempfile.NamedTemporaryFile(dir=cache_folder()) as file, pa.OSFile(file.name, "wb") as sink:
+            TableWriter(sink).write(records)
+            sink.flush()
+            return cls.open(Path(file.name))
 
     @staticmethod
     def concatenate(tables: Sequence[RecordTable]) -> RecordTable:
         """Return the records of all tables one after the other, each a source of its own, without a copy of them."""
         starts = np.cumsum([0, *(table._starts[-1] for table in tables)])
-        rows = [start + table._all_rows() for start, table in zip(starts, tables, strict=False)]
-        is_whole = all(table._rows is None for table in tables)
         sources = np.repeat(np.arange(len(tables)), [len(table._parts) for table in tables])
         parts = [part for table in tables for part in table._parts]
-        return RecordTable(parts, None if is_whole else np.concatenate(rows), sources)
+        if all(table._rows is None for table in tables):
+            return RecordTable(parts, None, sources)
+        rows = (start + part for start, table in zip(starts, tables, strict=False) for part in table._row_parts())
+        return RecordTable(parts, filled(rows, sum(map(len, tables))), sources)
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._rows is None else len(self._rows)
@@ -171,11 +185,11 @@ class RecordTable(Sequence[Record]):
 
     def select(self, rows: np.ndarray) -> RecordTable:
         """Return some rows, in this order, without a copy of the records."""
-        return RecordTable(self._parts, self._all_rows()[rows], self._sources)
+        return RecordTable(self._parts, rows if self._rows is None else taken(self._rows, rows), self._sources)
 
     def sources(self) -> np.ndarray:
         """Return which of the tables that were concatenated each record is of, from 0, (N,)."""
-        return self._sources[np.searchsorted(self._starts, self._all_rows(), side="right") - 1]
+        return filled((self._sources[self._parts_of(rows)] for rows in self._row_parts()), len(self))
 
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """Yield the rows, or some columns of them, in order and in parts that are in memory one at a time."""
@@ -183,23 +197,34 @@ class RecordTable(Sequence[Record]):
         if self._rows is None:
             yield from (part.select(names) for part in self._parts)
             return
-        part_of = np.searchsorted(self._starts, self._rows, side="right") - 1
-        for rows in np.split(np.arange(len(self)), np.flatnonzero(np.diff(part_of)) + 1):
-            if len(rows):
-                part = part_of[rows[0]]
-                yield self._parts[part].select(names).take(pa.array(self._rows[rows] - self._starts[part]))
+        for rows in self._row_parts():
+            part_of = self._parts_of(rows)
+            for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(part_of)) + 1):
+                part = part_of[run[0]]
+                yield self._parts[part].select(names).take(pa.array(rows[run] - self._starts[part]))
 
     def column(self, name: str, *, null: Any = None) -> np.ndarray:
         """Return a column of numbers; `null` replaces missing ones."""
-        parts = [batch.column(0) for batch in self.batches(name)]
-        whole = pa.chunked_array(parts, SCHEMA.field(name).type)
-        return (whole if null is None else whole.fill_null(null)).to_numpy()
+        kind = SCHEMA.field(name).type.to_pandas_dtype()
+        return filled(self.column_parts(name, null=null), len(self), kind)
+
+    def column_parts(self, name: str, *, null: Any = None) -> Iterator[np.ndarray]:
+        """Yield a column of numbers in parts; `null` replaces missing ones."""
+        for batch in self.batches(name):
+            part = batch.column(0)
+            yield (part if null is None else part.fill_null(null)).to_numpy(zero_copy_only=False)
 
     def first_of_each_kind(self) -> RecordTable:
         """Return the first label, the first tie and the first pair that is none, in their order."""
-        label, tie = self.column("label", null=-1) >= 0, self.column("tie")
-        kinds = [np.flatnonzero(kind)[:1] for kind in (label, tie, ~(label | tie))]
-        return self.select(np.sort(np.concatenate(kinds)))
+        first, start = [-1, -1, -1], 0
+        for label, tie in zip(self.column_parts("label", null=-1), self.column_parts("tie"), strict=True):
+            for kind, mask in enumerate((label >= 0, tie, ~((label >= 0) | tie))):
+                if first[kind] < 0 and mask.any():
+                    first[kind] = start + int(mask.argmax())
+            if min(first) >= 0:
+                break
+            start += len(label)
+        return self.select(np.array(sorted(row for row in first if row >= 0), np.int64))
 
     def texts(self, name: str, rows: np.ndarray) -> Iterator[str]:
         """Yield a column of texts of some rows."""
@@ -211,8 +236,13 @@ class RecordTable(Sequence[Record]):
         for batch in self.batches("winner_prompt", "loser_prompt"):
             yield batch.column(0).to_pylist(), batch.column(1).to_pylist()
 
-    def _all_rows(self) -> np.ndarray:
-        return np.arange(len(self)) if self._rows is None else self._rows
+    def _row_parts(self) -> Iterator[np.ndarray]:
+        """Yield the numbers of the rows among those of all parts."""
+        for part in slices(len(self)):
+            yield np.arange(part.start, part.stop) if self._rows is None else self._rows[part]
+
+    def _parts_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, rows, side="right") - 1
 
 
 def _row(record: Record) -> tuple[Any, ...]:
