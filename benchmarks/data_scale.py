@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +61,26 @@ def make_rows(folder: Path, count: int) -> None:
     pq.write_table(pa.Table.from_pylist(rows), folder / f"{count}.parquet")
 
 
-def anonymous_bytes() -> int:
-    """Return the memory of this process that is not mapped from files."""
+def resident_bytes() -> tuple[int, int]:
+    """Return the memory of this process that is its own, and the pages in memory of the files that it has mapped."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+    own, mapped = (1024 * int(status.partition(f"{name}:")[2].split()[0]) for name in ("RssAnon", "RssFile"))
+    return own, mapped
 
 
 class Peak(threading.Thread):
-    """Watches the highest memory of this process above that at its start."""
+    """Watches the highest memory of this process above that at its start: its own, and pages of mapped files."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_bytes, self.highest = anonymous_bytes(), 0
+        self.at_start, self.highest = resident_bytes(), (0, 0)
 
     def run(self) -> None:
         while True:
-            self.highest = max(self.highest, anonymous_bytes() - self.start_bytes)
-            time.sleep(0.05)
+            now = zip(resident_bytes(), self.at_start, self.highest, strict=True)
+            own, mapped = (max(highest, bytes_now - before) for bytes_now, before, highest in now)
+            self.highest = own, mapped
+            time.sleep(0.02)
 
 
 def decode(rows: list[tuple[Any, Any]]) -> int:
@@ -88,11 +92,11 @@ def decode(rows: list[tuple[Any, Any]]) -> int:
 
 def measure_start(path: Path, step: int) -> dict[str, float]:
     """Return seconds to the first batch at a step, and the memory that it took, of a data file."""
-    import torch
     from accelerate import skip_first_batches
-    from torch.utils.data import DataLoader, RandomSampler
+    from torch.utils.data import DataLoader
 
     from reward_model.datasets import load_records
+    from reward_model.datasets.order import OrderSampler, random_order
     from reward_model.datasets.prepare import prepare_records
 
     peak, since, cpu = Peak(), time.monotonic(), time.process_time()
@@ -110,7 +114,7 @@ def measure_start(path: Path, step: int) -> dict[str, float]:
         pairs: list[Any] = [training[index] for index in indices]
         return decode([(pair.winner, pair.loser) for pair in pairs])
 
-    sampler = RandomSampler(range(len(training)), generator=torch.Generator().manual_seed(0))
+    sampler = OrderSampler(partial(random_order, len(training), seed=0), len(training))
     loader = DataLoader(range(len(training)), BATCH, sampler=sampler, num_workers=NUM_WORKERS, collate_fn=collate)  # type: ignore[arg-type]
     images = next(iter(skip_first_batches(loader, step) if step else loader))
     assert images == 2 * BATCH
@@ -120,7 +124,8 @@ def measure_start(path: Path, step: int) -> dict[str, float]:
         "prepare": prepared - loaded,
         "seconds": seconds,
         "CPU seconds": time.process_time() - cpu + children.ru_utime + children.ru_stime,
-        "MB": peak.highest / 1e6,
+        "own MB": peak.highest[0] / 1e6,
+        "mapped MB": peak.highest[1] / 1e6,
     }
 
 
