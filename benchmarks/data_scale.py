@@ -21,6 +21,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 NUM_IMAGES, SIDE, BATCH, NUM_WORKERS = 200, 512, 32, 2
@@ -84,10 +85,22 @@ class Peak(threading.Thread):
 
 
 def decode(rows: list[tuple[Any, Any]]) -> int:
-    """Decode pairs and return the number of images."""
+    """Decode pairs, one image after the other as reward training does, and return the number of images."""
     from reward_model.images import to_tensor
 
-    return len([to_tensor(image) for pair in rows for image in pair])
+    return sum(to_tensor(image).shape[0] > 0 for pair in rows for image in pair)
+
+
+def decode_with_pillow(rows: list[tuple[Any, Any]]) -> int:
+    """Do the same with Pillow alone."""
+    from PIL import Image
+
+    count = 0
+    for pair in rows:
+        for file in pair:
+            with Image.open(file) as image:
+                count += image.convert("RGB").width > 0
+    return count
 
 
 def measure_start(path: Path, step: int) -> dict[str, float]:
@@ -130,30 +143,34 @@ def measure_start(path: Path, step: int) -> dict[str, float]:
 
 
 def measure_decoding(path: Path) -> dict[str, float]:
-    """Return images per second of Pillow alone in one process, and of a data loader with 2 workers."""
+    """Return the images of a data loader with 2 workers, by Pillow alone and by our reader: a second, and a CPU second.
+
+    The two take turns; each number is the median of its turns, and the ratios are those of neighbouring turns.
+    """
     from torch.utils.data import DataLoader
 
     from reward_model.datasets import load_records
-    from reward_model.image_files import open_image as open_file
-    from reward_model.image_files import upright
 
-    records: Any = load_records(path)[:1600]
-    files = [image for record in records for image in (record.winner, record.loser)]
-    since = time.monotonic()
-    for file in files[:1000]:
-        with open_file(file) as image:
-            upright(image).convert("RGB")
-    alone = 1000 / (time.monotonic() - since)
+    records: Any = load_records(path)[:800]
 
-    def collate(indices: list[int]) -> int:
+    def collate(read: Any, indices: list[int]) -> int:
         pairs: list[Any] = [records[index] for index in indices]
-        return decode([(pair.winner, pair.loser) for pair in pairs])
+        return read([(pair.winner, pair.loser) for pair in pairs])
 
-    loader = iter(DataLoader(range(len(records)), 16, num_workers=NUM_WORKERS, collate_fn=collate))  # type: ignore[arg-type]
-    next(loader)
-    since = time.monotonic()
-    count = sum(loader)
-    return {"Pillow": alone, "loader": count / (time.monotonic() - since)}
+    rates: dict[str, list[tuple[float, float]]] = {"Pillow": [], "loader": []}
+    for _ in range(7):
+        for name, read in (("Pillow", decode_with_pillow), ("loader", decode)):
+            before, since = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+            count = sum(DataLoader(range(len(records)), 16, num_workers=NUM_WORKERS, collate_fn=partial(collate, read)))  # type: ignore[arg-type]
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            rates[name].append((count / (time.monotonic() - since), count / cpu))
+    pairs = list(zip(rates["loader"], rates["Pillow"], strict=True))
+    return {
+        **{f"{name} a second": median(wall for wall, _ in rates[name]) for name in rates},
+        "ratio": median(ours[0] / pillow[0] for ours, pillow in pairs),
+        "ratio of CPU time": median(ours[1] / pillow[1] for ours, pillow in pairs),
+    }
 
 
 def in_a_process(folder: Path, *arguments: object) -> dict[str, float]:
@@ -196,9 +213,7 @@ def measure_all(folder: Path, counts: list[int]) -> None:
                 sys.stdout.write(f"{count:>9,} {suffix:<8} {name:<22} {facts}\n")
                 sys.stdout.flush()
     speeds = in_a_process(folder, "decoding", folder / f"{counts[0]}.jsonl")
-    sys.stdout.write(
-        f"images/s: Pillow alone, 1 process {speeds['Pillow']:.0f}; {NUM_WORKERS} workers {speeds['loader']:.0f}\n"
-    )
+    sys.stdout.write(f"images of {NUM_WORKERS} workers: {', '.join(f'{k} {v:.2f}' for k, v in speeds.items())}\n")
     size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
     sys.stdout.write(f"cache of all tables {size / 1e6:.0f} MB; unpacked images 0\n")
 

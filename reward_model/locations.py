@@ -55,21 +55,39 @@ class BucketPath:
         """The folder that the file is in."""
         return BucketPath(self.url.rstrip("/").rpartition("/")[0])
 
+    @property
+    def is_http(self) -> bool:
+        """True for an address of a web server, which has files but no folders to list."""
+        return self.url.startswith(("http://", "https://"))
+
     def is_file(self) -> bool:
         """Return whether there is a file of this name."""
-        return self._ask(lambda system, path: bool(system.isfile(path)))
+        return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        """Return whether there is anything in a folder of this name."""
-        return self._ask(lambda system, path: bool(system.isdir(path)))
+        """Return whether there is anything in a folder of this name; of a web server, which does not know, True."""
+        return self.is_http or self._kind() == "directory"
 
     def size(self) -> int:
         """Return the number of bytes of the file."""
-        return self._ask(lambda system, path: int(system.size(path)))
+        size = self._ask(_info)["size"]
+        if size is None:
+            raise ValueError(f"{self.url} has no size: its server does not state a Content-Length. Download it.")
+        return int(size)
 
     def version(self) -> str:
         """Return a text that changes when the file is replaced: its ETag, generation or time of change."""
+        if self.is_http:  # fsspec's own is one of the address
+            info = self._ask(_info)
+            return str([info.get(key) for key in ("ETag", "Last-Modified", "Content-MD5", "Digest", "size")])
         return self._ask(lambda system, path: str(system.ukey(path)))
+
+    def _kind(self) -> str | None:
+        # isfile and isdir take a lost connection for a missing file.
+        try:
+            return self._ask(_info)["type"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def sizes(self) -> dict[str, int]:
         """Return the name and the number of bytes of each file in the folder."""
@@ -85,7 +103,10 @@ class BucketPath:
         """Return `size` bytes from byte `start` on, fewer at the end of the file."""
         if size <= 0:
             return b""
-        return self._ask(lambda system, path: bytes(system.cat_file(path, start=start, end=start + size)))
+        content = self._ask(lambda system, path: bytes(system.cat_file(path, start=start, end=start + size)))
+        if len(content) > size:
+            raise ValueError(f"{self.url} cannot be read by ranges of bytes: its server sends all of it. Download it.")
+        return content
 
     def read_bytes(self) -> bytes:
         """Return the content of the file."""
@@ -120,6 +141,20 @@ class BucketPath:
                     ) from error
                 time.sleep(_FIRST_WAIT * 2 ** (NUM_TRIES - 1 - left))
         raise AssertionError
+
+
+def _info(system: Any, path: str) -> dict[str, Any]:
+    """Return type, size and more of a file or folder. Raises FileNotFoundError if there is none."""
+    try:
+        return system.info(path)
+    except FileNotFoundError as error:
+        # fsspec calls whatever a web server answers, and a lost connection too, a missing file.
+        cause = error.__cause__
+        if path.startswith("http") and cause is not None and (status := getattr(cause, "status", None)) != 404:
+            if status in (401, 403):
+                raise PermissionError(f"{path} may not be read: {cause}.") from error
+            raise OSError(f"{type(cause).__name__}: {cause}") from error
+        raise
 
 
 class _RangeReader(io.RawIOBase):

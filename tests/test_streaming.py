@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from torch.utils.data import DataLoader
 
 from reward_model import locations
 from reward_model.collator import Collator
@@ -22,6 +24,7 @@ from reward_model.datasets.refill import Refill
 from reward_model.datasets.table import RecordTable
 from reward_model.images import to_tensor
 from reward_model.types import LabelledImage, PreferencePair
+from tests.bucket_server import Files, serving
 from tests.preference_files import encoded_image, pick_a_pic_rows, write_tar
 
 RED, BLUE = encoded_image("red"), encoded_image("blue")
@@ -241,3 +244,81 @@ def test_a_column_that_changes_its_type_in_the_seventh_shard_is_named(tmp_path: 
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shards" / f"{shard}.parquet")
     with pytest.raises(BadRecordError, match=r"shards/7\.parquet:ROW 1: 'caption' is 7; it must be a string"):
         load_records("pick_a_pic:shards")
+
+
+# --- S3 and web servers ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+    """A server of pairs of a fox, red against blue, which s3fs finds by its variables; requests are not repeated."""
+    import s3fs
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1", "AWS_CONFIG_FILE": "none", "AWS_SHARED_CREDENTIALS_FILE": "none",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    content = {"my-bucket/pairs.jsonl": lines(*[PAIR] * 3)}
+    content |= {name.replace("b/", "my-bucket/", 1): image for name, image in IMAGES.items()}
+    with serving(Files(content)) as files:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", files.address)
+        yield files
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def place_of(server: Files, protocol: str, name: str = "pairs.jsonl") -> str:
+    return f"s3://my-bucket/{name}" if protocol == "s3" else f"{server.address}/my-bucket/{name}"
+
+
+@pytest.mark.parametrize("protocol", ["s3", "http"])
+def test_pairs_and_images_are_read_by_ranges_and_in_the_processes_of_a_loader(server: Files, protocol: str) -> None:
+    records = load_records(place_of(server, protocol))
+    assert contents(records) == [("a fox", [1, 0, 0], [0, 0, 1])] * 3
+    assert all(wanted for method, path, wanted in server.requests if method == "GET" and "?" not in path)
+    # Forked after this process has used its connections.
+    loader = DataLoader(range(3), 1, num_workers=2, collate_fn=lambda rows: contents(records.select(np.array(rows))))
+    assert [*loader] == [[("a fox", [1, 0, 0], [0, 0, 1])]] * 3
+
+
+@pytest.mark.parametrize("protocol", ["s3", "http"])
+def test_a_server_that_hangs_up_is_asked_again_and_then_named(server: Files, protocol: str) -> None:
+    (record, *_) = load_records(place_of(server, protocol))
+    assert isinstance(record, PreferencePair)
+    server.num_drops = locations.NUM_TRIES - 1
+    assert to_tensor(record.winner).shape == (3, 8, 8)
+    server.num_drops = 10**9
+    with pytest.raises(ConnectionError, match=r"my-bucket/images/a\.jpg could not be read in 5 tries"):
+        to_tensor(record.winner)
+    with pytest.raises(ConnectionError, match=r"my-bucket/pairs\.jsonl could not be read in 5 tries"):
+        load_records(place_of(server, protocol))
+
+
+@pytest.mark.parametrize("protocol", ["s3", "http"])
+def test_a_file_that_is_not_on_a_server_is_named(server: Files, protocol: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"There is no data file .*my-bucket/none\.jsonl"):
+        load_records(place_of(server, protocol, "none.jsonl"))
+    server.content["my-bucket/pairs.jsonl"] += lines({**PAIR, "loser": "images/none.jpg"})
+    with pytest.raises(BadRecordError, match=r"pairs\.jsonl:4: the image 'images/none\.jpg'.* does not exist"):
+        load_records(place_of(server, protocol))
+
+
+@pytest.mark.parametrize("with_tags", [True, False])
+def test_a_web_file_that_changed_since_the_check_is_noticed(server: Files, with_tags: bool) -> None:
+    """By its ETag or, without one, by its size; fsspec only looks at the address."""
+    server.with_tags = with_tags
+    place = place_of(server, "http")
+    assert check_data(["check", place, "--num_workers", "1"]) == 0
+    assert len(load_records(place)) == 3
+    server.content["my-bucket/pairs.jsonl"] = lines(*[{**PAIR, "prompt": "a cat" if with_tags else "two cats"}] * 3)
+    locations.version_in_bucket.cache_clear()
+    with pytest.raises(ValueError, match=r"my-bucket/pairs\.jsonl has changed since .* was checked"):
+        load_records(place)
+
+
+def test_a_web_server_that_cannot_send_parts_is_named(server: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locations, "_BLOCK", 100)
+    server.with_ranges = False
+    with pytest.raises(ValueError, match=r"pairs\.jsonl cannot be read by ranges of bytes: its server sends all of it"):
+        load_records(place_of(server, "http"))

@@ -14,6 +14,8 @@ from reward_model.datasets.parquet import read_parquet
 from reward_model.datasets.raw_records import parse_object, read_json_lines, read_json_list
 from reward_model.stored_images import ImageSource, StoredImage
 
+_MAX_OBJECT = 256 * 2**20
+"""Bytes of a JSON object, which is read as a whole; lists of records are split as they are read."""
 Fields = Mapping[str, Any]
 TakeImage = Callable[[object, str], Image]
 """Returns the image of a field's value; the field's name is for the message of BadRecordError."""
@@ -68,7 +70,9 @@ def _records(path: Path) -> Iterator[tuple[str, Fields]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file."""
+    """Return the JSON object of a file. Raises BadRecordError beyond 256 MiB: it is read as a whole."""
+    if (size := path.stat().st_size) > _MAX_OBJECT:
+        raise BadRecordError(f"{path} has {size:,} bytes; one JSON object may have at most {_MAX_OBJECT:,}.")
     with located_errors(str(path)):
         return parse_object(path.read_bytes())
 

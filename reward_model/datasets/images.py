@@ -32,6 +32,14 @@ def _sizes_in(folder: str) -> dict[str, int]:
         return {}
 
 
+def _size_of(url: str) -> int | None:
+    """Return the size of a file of a web server; None if there is no such file."""
+    try:
+        return BucketPath(url).size()
+    except FileNotFoundError:
+        return None
+
+
 FindImage = Callable[[ImageField], ImageSource]
 """Returns where an image lies that a record names; raises BadRecordError if there is none."""
 
@@ -56,6 +64,7 @@ class ImageFinder:
         self._root = str(self.root)
         self._real_folder = lru_cache(maxsize=4096)(_real_path)
         self._sizes = lru_cache(maxsize=16)(_sizes_in)
+        self._size_of = lru_cache(maxsize=65_536)(_size_of)
 
     def __call__(self, image: ImageField) -> ImageSource:
         """Return where an image lies. Raises BadRecordError if there is no such file, or only outside of the root."""
@@ -96,7 +105,8 @@ class ImageFinder:
                 f"contains every image."
             )
         folder, _, base = f"{root}{inside}".rpartition("/")
-        size = self._sizes(folder).get(base)
+        is_http = isinstance(self.root, BucketPath) and self.root.is_http
+        size = self._size_of(f"{folder}/{base}") if is_http else self._sizes(folder).get(base)
         if size is None:
             raise BadRecordError(
                 f"the image {shortened(image)}, relative to {self._root}, does not exist. Correct the path, or give "

@@ -8,12 +8,12 @@ from __future__ import annotations
 import codecs
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reward_model.datasets.fields import BadRecordError, shortened
+from reward_model.datasets.json_list import JSONListError, split_list
 from reward_model.locations import Location
 from reward_model.text_files import parse_json
 
@@ -84,15 +84,14 @@ def parts_of_lines(path: Path, size: int) -> Iterator[tuple[int, int | None, int
 def read_json_list(path: Location) -> Iterator[RawRecord]:
     """Yield the elements of a JSON file that is one list, numbered from 1. Raises ValueError where it is not."""
     try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
-        for number, element in enumerate(_split_list(text), start=1):
-            yield RawRecord(f"{path}:RECORD {number}", element.encode())
+        with path.open("rb") as file:
+            for number, element in enumerate(split_list(file), start=1):
+                yield RawRecord(f"{path}:RECORD {number}", element.encode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        cause = f"{error.msg}: line {error.lineno}, column {error.colno}, near {_excerpt(error)}"
+    except JSONListError as error:
         raise ValueError(
-            f"{path} is not a JSON list: {cause}. A .json file must be one list of records in square brackets; "
+            f"{path} is not a JSON list: {error}. A .json file must be one list of records in square brackets; "
             f"give a file with one record a line the suffix .jsonl."
         ) from error
     except RecursionError as error:
@@ -125,34 +124,8 @@ def parse_value(source: bytes) -> Any:
         raise BadRecordError(f"{shortened(source)} cannot be parsed as JSON: {error}.") from error
 
 
-def _split_list(text: str) -> Iterator[str]:
-    """Yield the source of every element of a JSON list; the syntax is checked, numbers are not converted."""
-    decoder = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
-    position = _skip_whitespace(text, 0)
-    if not text.startswith("[", position):
-        raise json.JSONDecodeError("Expecting '['", text, position)
-    position = _skip_whitespace(text, position + 1)
-    closed = text.startswith("]", position)
-    while not closed:
-        _, end = decoder.raw_decode(text, position)
-        yield text[position:end]
-        end = _skip_whitespace(text, end)
-        closed = text.startswith("]", end)
-        if not closed and not text.startswith(",", end):
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
-        position = end if closed else _skip_whitespace(text, end + 1)
-    if (rest := _skip_whitespace(text, position + 1)) != len(text):
-        raise json.JSONDecodeError("Expecting the end of the file", text, rest)
-
-
 def _excerpt(error: json.JSONDecodeError) -> str:
     return shortened(error.doc[max(0, error.pos - 20) : error.pos + 50])
-
-
-def _skip_whitespace(text: str, position: int) -> int:
-    whitespace = re.compile(r"[ \t\r\n]*").match(text, position)
-    assert whitespace is not None
-    return whitespace.end()
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
