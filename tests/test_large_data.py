@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import tracemalloc
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from reward_model import stored_images
-from reward_model.datasets import BadRecordError, load_records, source
+from reward_model.datasets import BadRecordError, json_list, load_records, scratch, source
 from reward_model.datasets.__main__ import main
-from reward_model.datasets.order import block_order, mixed_order
+from reward_model.datasets.order import Numbers, OrderSampler, block_order, mixed_order, random_order
+from reward_model.datasets.prepare import prepare_records
+from reward_model.datasets.raw_records import parse_value, read_json_list
 from reward_model.datasets.refill import Refill, UnusableError
 from reward_model.datasets.split import split_by_prompt
-from reward_model.datasets.table import RecordTable
+from reward_model.datasets.table import SCHEMA, RecordTable
 from reward_model.images import to_tensor
 from reward_model.stored_images import StoredImage, read_bytes
 from reward_model.types import LabelledImage, PreferencePair, Record
@@ -145,6 +152,70 @@ def test_a_line_without_end_is_refused_before_it_takes_memory(folder: Path) -> N
         load_records("x.jsonl")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "tar"])
+def test_a_killed_process_of_the_conversion_is_named_and_leaves_nothing_that_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """kill -9 of the process that reads the third part, as the system does when memory is short."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(source, "_PART_LINES", 100)
+    if kind == "jsonl":
+        place, count = write_rows(folder / "x.jsonl", *GOOD), len(GOOD)
+    else:
+        place, count = folder / "shards", 4
+        place.mkdir()
+        for i in range(count):
+            write_tar(place / f"{i}.tar", {"x.json": b'{"prompt": "a", "label": 1}', "x.jpg": encoded_image("red")})
+    opened, test = source.Source.open, os.getpid()
+
+    def killed(self: source.Source, part: Any) -> Any:
+        if os.getpid() != test and (part.num_before == 2 or part.number == 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return opened(self, part)
+
+    monkeypatch.setattr(source.Source, "open", killed)
+    with pytest.raises(ValueError, match=rf"A process that reads {place} ended: it was killed, .* start again\.$"):
+        load_records(place)
+    monkeypatch.setattr(source.Source, "open", opened)
+    assert len(load_records(place)) == count
+    assert not [*(folder / "cache").rglob("part*")]
+
+
+def test_a_json_list_is_split_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut anywhere: within letters of several bytes, numbers, strings and blanks; errors name line and column."""
+    values = [12345, "\u00e4 \u6771\n", {"a": [1.5e-3, None, True]}, [], -0.5, "x" * 50]
+    path = tmp_path / "x.json"
+    for text in (json.dumps(values, ensure_ascii=False), json.dumps(values, indent=3), "\ufeff [ ] \n", "[7]"):
+        path.write_text(text)
+        expected = json.loads(text.removeprefix("\ufeff"))
+        for chunk in (1, 2, 3, 7, 10**6):
+            monkeypatch.setattr(json_list, "_CHUNK", chunk)
+            assert [parse_value(raw.source) for raw in read_json_list(path)] == expected  # type: ignore[arg-type]
+    broken = {"[1,\n 2 3]": "line 2, column 4", "[1,\n\n {x}]": "line 3, column 3", "[1,": "line 1, column 4",
+              "{}": "line 1, column 1", "[1] 2": "line 1, column 5", '[1, "a': "line 1, column 5"}  # fmt: skip
+    for text, place in broken.items():
+        path.write_text(text)
+        for chunk in (1, 3, 10**6):
+            monkeypatch.setattr(json_list, "_CHUNK", chunk)
+            with pytest.raises(ValueError, match=rf"x\.json is not a JSON list: .*: {place}, near"):
+                list(read_json_list(path))
+    path.write_bytes(b'["\xc3\xa4", "\xff"]')
+    for chunk in (1, 4, 10**6):
+        monkeypatch.setattr(json_list, "_CHUNK", chunk)
+        with pytest.raises(ValueError, match=r"x\.json is not UTF-8: invalid start byte at byte 8"):
+            list(read_json_list(path))
+
+
+def test_a_long_json_list_takes_the_memory_of_its_elements(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"prompt": "a" * 1000}] * 20_000))
+    tracemalloc.start()
+    assert sum(1 for _ in read_json_list(path)) == 20_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6e6 < path.stat().st_size
+
+
 # --- images within data files -----------------------------------------------------------------------
 
 
@@ -212,6 +283,105 @@ def test_a_mixture_draws_sources_by_weight_and_repeats_no_record_before_all_were
     assert len(uneven) == 1200
     with pytest.raises(ValueError, match="Data file 2 of the mixture has no record to train on"):
         mixed_order(blocks[:900], sources[:900], [1, 1], seed=0, epoch=0)
+
+
+def plain_block_order(blocks: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """The order of blocks, with all numbers in memory at once."""
+    rng, blocks = np.random.default_rng((seed, epoch)), blocks.copy()
+    lonely = np.flatnonzero(blocks < 0)
+    blocks[lonely] = -1 - lonely
+    _, block_of, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
+    shuffled = rng.permutation(len(sizes))
+    before = np.concatenate([[0], np.cumsum(sizes[shuffled])[:-1]])
+    window_of_block = np.empty(len(sizes), np.int64)
+    window_of_block[shuffled] = before // 256
+    return np.lexsort((rng.random(len(blocks)), window_of_block[block_of]))
+
+
+@pytest.mark.parametrize("chunk", [7, 2**16])
+def test_orders_in_mapped_files_are_those_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(scratch, "_CHUNK", chunk)
+    monkeypatch.setattr(scratch, "_MAPPED_FROM", 0)
+    mixed = np.concatenate(
+        [np.repeat([9, 2**33, 4], 333), np.full(500, -1), np.repeat(np.arange(20, 23), [3, 600, 90])]
+    )
+    for blocks in (np.repeat(np.arange(40), 50), np.full(1000, -1), mixed, mixed[::3]):
+        order = block_order(blocks, seed=3, epoch=2)
+        assert np.array_equal(order, plain_block_order(blocks, seed=3, epoch=2))
+    drawn = torch.randperm(1000, generator=torch.Generator().manual_seed(3 + 2))
+    assert random_order(1000, seed=3, epoch=2).tolist() == drawn.tolist()
+    assert not [*(folder / "cache").iterdir()]
+
+
+def test_preparing_in_mapped_files_gives_what_it_gives_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared() -> list[Any]:
+        pairs = [PreferencePair(Path("a"), Path(f"{i % 31}"), f"a red fox {i % 97}", f"a red fox {i % 97}",
+                                rating_gap=i % 20 / 3) for i in range(1000)]  # fmt: skip
+        lines, found = list[str](), list[Any]()
+        for records in (pairs, some_records(), pairs + some_records()):
+            found += prepare_records(
+                records, [], {"test": some_records()[:50]}, exclude_test_prompts=True, validation_fraction=0.2,
+                hard_negatives=0.5, seed=1, log=lines.append,
+            )  # fmt: skip
+            found.append(RecordTable.concatenate(found[-2:]).sources().tolist())
+        return [*(list(one) for one in found), lines]
+
+    in_memory = prepared()
+    monkeypatch.setattr(scratch, "_CHUNK", 13)
+    monkeypatch.setattr(scratch, "_MAPPED_FROM", 0)
+    assert prepared() == in_memory
+    assert not [*(folder / "cache").iterdir()]
+
+
+def test_the_memory_of_preparing_does_not_grow_with_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split, summaries and an order take less than one array of 8 bytes a record, of which each has several."""
+    monkeypatch.setattr(scratch, "_CHUNK", 2**10)
+    rng, size, batches = np.random.default_rng(0), 2**11, list[pa.RecordBatch]()
+    names, empty = pa.array([f"{i}.png" for i in range(size)]), [pa.int64(), pa.int64(), pa.string()]
+    kind = SCHEMA.field("winner").type
+    image = pa.StructArray.from_arrays([names, *(pa.nulls(size, one) for one in empty)], fields=list(kind))
+    for number in range(96):
+        keys = pa.array(rng.integers(0, 20_000, size, np.uint64))
+        columns: dict[str, Any] = {"winner": image, "loser": image, "winner_prompt": names, "where": names}
+        columns |= {"tie": pa.array([False] * size), "rating_gap": pa.array([0.0] * size)}
+        columns |= {"block": pa.array([number] * size), "winner_prompt_key": keys, "loser_prompt_key": keys}
+        made = [columns.get(field.name, pa.nulls(size, field.type).fill_null(1) if field.type == pa.uint64() else
+                pa.nulls(size, field.type)) for field in SCHEMA]  # fmt: skip
+        batches.append(pa.record_batch(made, schema=SCHEMA))
+    table = RecordTable(batches)
+    tracemalloc.start()
+    training, held_out = prepare_records(
+        table, [], {}, exclude_test_prompts=False, validation_fraction=0.1, hard_negatives=0.0, seed=0, log=str
+    )
+    order = block_order(training.column("block"), seed=0, epoch=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(order) + len(held_out) == len(table) == 96 * size
+    assert peak < 8 * len(table)
+
+
+@pytest.mark.parametrize("num_processes", [2, 8])
+def test_a_mixture_has_the_same_global_batches_on_any_number_of_processes(num_processes: int) -> None:
+    sources, num_records = np.repeat([0, 1, 2], [300, 500, 200]), 1000
+    blocks = np.concatenate([np.full(300, -1), np.repeat(np.arange(10), 50), np.full(200, -1)])
+    order = partial(mixed_order, blocks, sources, [3, 1, 1], seed=5)
+
+    def batches(rank: int, size: int) -> list[list[list[int]]]:
+        loader = DataLoader(
+            Numbers(0, num_records), 16 // size, sampler=OrderSampler(order, num_records),
+            collate_fn=lambda rows: [row["record"] for row in rows],
+        )  # fmt: skip
+        shared = prepare_data_loader(loader, num_processes=size, process_index=rank, put_on_device=False)
+        epochs = list[list[list[int]]]()
+        for epoch in (0, 4):
+            shared.set_epoch(epoch)
+            epochs.append([*shared])
+        return epochs
+
+    of_ranks = [batches(rank, num_processes) for rank in range(num_processes)]
+    for epoch, alone in enumerate(batches(0, 1)):
+        together = zip(*(of_rank[epoch] for of_rank in of_ranks), strict=True)
+        assert [[row for part in step for row in part] for step in together][:62] == alone[:62]  # whole ones
 
 
 def test_records_know_the_source_that_they_are_of_after_a_split() -> None:

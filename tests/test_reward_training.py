@@ -353,9 +353,10 @@ def test_killed_and_resumed_equals_uninterrupted(data: Path, streamed: str, tmp_
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_weights_as_one(data: Path, streamed: str, tmp_path: Path) -> None:
-    """Two processes of 4 pairs, or one that accumulates 2 batches of 4: the same up to rounding."""
+    """Two processes of 4 pairs, or one that accumulates 2 batches of 4: the same up to rounding; of two sources."""
     same = {
-        "train_data": streamed, "lora_dropout": 0.0, "num_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3,
+        "train_data": f"{streamed},{data / 'pairs.jsonl'}", "data_weights": "3,1", "lora_dropout": 0.0,
+        "num_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3,
     }  # fmt: skip
     run(command(data, tmp_path / "one", accumulation_steps=2, **same))
     one = trained_weights(tmp_path / "one")

@@ -69,7 +69,8 @@ class _Text:
                 if len(self.buffer) - self.at > MAX_ELEMENT or not self.grow():
                     raise self.error(error) from error
                 continue
-            if end < len(self.buffer) or not self.grow():  # a number may go on
+            # A number may go on: of a cut -0.5 so far only -0 is one.
+            if self.buffer[end : end + 1] in (*_BLANKS, ",", "]") or not self.grow():
                 source, self.at = self.buffer[self.at : end], end
                 return source
 

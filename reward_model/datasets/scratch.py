@@ -28,7 +28,7 @@ def scratch(size: int, kind: DTypeLike = np.int64) -> np.ndarray:
     Raises OSError if the disk has no room.
     """
     kind = np.dtype(kind)
-    if size * kind.itemsize < _MAPPED_FROM:
+    if size * kind.itemsize < max(_MAPPED_FROM, 1):
         return np.zeros(size, kind)
     with tempfile.TemporaryFile(dir=cache_folder()) as file:
         # A file with holes would end the process where the disk is full.
