@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,18 +51,24 @@ def parse_json(
     json.JSONDecodeError for other text, and ValueError for values beyond the bounds.
     """
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=make_object,
-            parse_int=_whole,
-            parse_float=float if allow_nan else _finite,
-            parse_constant=float if allow_nan else _refuse_constant,
-        )
+        if text.startswith("\ufeff"):
+            raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
+        value = _decoder(make_object, allow_nan).decode(text)
     except RecursionError:
         raise ValueError(f"its values are nested more than {MAX_DEPTH} deep") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value)
     return value
+
+
+@lru_cache(maxsize=8)  # to make one takes as long as to parse a short text
+def _decoder(make_object: Callable[[list[tuple[str, Any]]], Any] | None, allow_nan: bool) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=make_object,
+        parse_int=_whole,
+        parse_float=float if allow_nan else _finite,
+        parse_constant=float if allow_nan else _refuse_constant,
+    )
 
 
 def read_yaml(path: Path) -> Any:

@@ -76,19 +76,21 @@ class _Text:
 
     def grow(self) -> bool:
         """Read more of the file, and forget what lies before this place; False at the end of the file."""
-        dropped, self.buffer, self.at = self.buffer[: self.at], self.buffer[self.at :], 0
-        self.lines_before += dropped.count("\n")
-        is_same_line = "\n" not in dropped
-        self.column_before = len(dropped) - dropped.rfind("\n") - 1 + is_same_line * self.column_before
-        pending = len(self.decoder.getstate()[0])
-        chunk = self.file.read(max(_CHUNK, len(self.buffer)))
+        pending, chunk = len(self.decoder.getstate()[0]), self.file.read(max(_CHUNK, len(self.buffer) - self.at))
         try:
-            self.buffer += self.decoder.decode(chunk, final=not chunk)
+            more = self.decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             error.start += self.num_read - pending
             raise
+        if not chunk:
+            return False
         self.num_read += len(chunk)
-        return bool(chunk)
+        dropped = self.buffer[: self.at]
+        self.lines_before += dropped.count("\n")
+        is_same_line = "\n" not in dropped
+        self.column_before = len(dropped) - dropped.rfind("\n") - 1 + is_same_line * self.column_before
+        self.buffer, self.at = self.buffer[self.at :] + more, 0
+        return True
 
     def error(self, error: json.JSONDecodeError) -> JSONListError:
         """Return an error with its place in the whole file."""
