@@ -11,6 +11,8 @@ from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlparse
 from xml.sax.saxutils import escape
 
+import pytest
+
 from tests.servers import handling
 
 
@@ -37,6 +39,22 @@ def serving(files: Files) -> Iterator[Files]:
     with handling(type("Handler", (_Handler,), {"files": files})) as address:
         files.address = address
         yield files
+
+
+@contextmanager
+def found_by_s3fs(files: Files, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let s3:// lead to a server; requests are not repeated by s3fs itself."""
+    import s3fs
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1", "AWS_CONFIG_FILE": "none", "AWS_SHARED_CREDENTIALS_FILE": "none",
+        "AWS_ENDPOINT_URL": files.address,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 class _Handler(BaseHTTPRequestHandler):

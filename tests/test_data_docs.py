@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ from reward_model.benchmarks import (
 )
 from reward_model.benchmarks.metrics import label_metrics
 from reward_model.benchmarks.rules import comparison_metrics, rating_metrics, scored_pairs
-from reward_model.datasets import load_records, load_same_prompt_pairs
+from reward_model.datasets import load_records, load_same_prompt_pairs, source
 from reward_model.datasets.__main__ import main as check_data
 from reward_model.datasets.containers import SUFFIXES
 from reward_model.datasets.formats import FORMATS, parse_source
@@ -34,6 +38,7 @@ from reward_model.stored_images import open_hub_dataset
 from reward_model.types import Record
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.settings.lists import names
+from tests.bucket_server import Files, found_by_s3fs, serving
 from tests.preference_files import (
     CAT,
     FOX,
@@ -88,6 +93,7 @@ EXPECTED: dict[str, list[tuple[Any, ...]]] = {
         ("blue", "red", CAT, False, 0.0),
         ("blue", "green", CAT, False, 0.0),
     ],
+    "s3": [("red", "blue", FOX, False, 0.0), ("blue", "red", CAT, False, 0.0)],
     "unsafe_bench": [("red", FOX, 0), ("green", "", 1)],
     "richhf/artifact=0.5": [("red", FOX, 1), ("green", CAT, 0)],
 }
@@ -102,13 +108,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data = tmp_path / "data"
     for place in (
         *("ImageRewardDB/images/train/train_1", "HPDv2/train", "HPDv2/test", "HPDv3/images"),
-        *("pickapic_v1/train", "pickapic_v2", "richhf-18k"),
+        *("pickapic_v1/train", "pickapic_v2/data", "richhf-18k"),
     ):
         (data / place).mkdir(parents=True)
         write_images(data / place)
     for split in ("train", "validation"):
         write_parquet(data / f"ImageRewardDB/metadata-{split}.parquet", image_reward_rows())
-    write_pick_a_pic(data / "pickapic_v2" / "train-00000.parquet")
+    write_pick_a_pic(data / "pickapic_v2" / "data" / "train-00000.parquet")
     write_json(data / "HPDv2" / "train.json", HPDV2_TRAIN)
     write_json(data / "HPDv2" / "test.json", HPDV2_TEST)
     write_json(data / "HPDv3" / "train.json", HPDV3)
@@ -137,36 +143,77 @@ def config_of(recipe: Any, arguments: list[str], **changes: Any) -> Any:
 
 
 def test_there_are_commands() -> None:
-    assert len(commands_of(DATA)) == 10
+    assert len(commands_of(DATA)) == 17
 
 
-@pytest.mark.parametrize("command", commands_of(DATA), ids=lambda command: " ".join(command[-4:]))
-def test_a_command_loads_the_data_that_it_names(world: Path, command: list[str]) -> None:
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A server for s3://my-bucket."""
+    rows = [
+        {"prompt": prompt, "winner": f"{one}.png", "loser": f"{other}.png"} for one, other, prompt, *_ in EXPECTED["s3"]
+    ]
+    content = {"my-bucket/pairs.jsonl": "\n".join(map(json.dumps, rows)).encode()}
+    content |= {f"my-bucket/{colour}.png": encoded_image(colour, "PNG") for colour in ("red", "blue")}
+    with serving(Files(content)) as files, found_by_s3fs(files, monkeypatch):
+        yield
+
+
+def test_the_parts_of_an_archive_are_unpacked_by_the_command(world: Path) -> None:
+    (command,) = (one for one in commands_of(DATA) if one[0] == "cat")
+    folder = world / "data" / "HPDv3"
+    subprocess.run(["tar", "-czf", "all.tar.gz", "images"], cwd=folder, check=True)
+    subprocess.run(["split", "-b", "100", "all.tar.gz", "images.tar.gz."], cwd=folder, check=True)
+    shutil.rmtree(folder / "images")
+    subprocess.run(" ".join(command), shell=True, check=True, cwd=world)
+    assert as_rows(load_records("hpdv3:data/HPDv3/train.json")) == EXPECTED["hpdv3"]
+
+
+def test_downloads_go_where_the_other_commands_look() -> None:
+    used = " ".join(word for command in commands_of(DATA) if command[0] != "hf" for word in command)
+    downloads = [command for command in commands_of(DATA) if command[0] == "hf"]
+    assert len(downloads) == 2
+    for command in downloads:
+        assert command[1:2] + command[3:5] == ["download", "--repo-type", "dataset"]
+        assert f":{command[command.index('--local-dir') + 1]}/" in used
+
+
+@pytest.mark.parametrize(
+    "command",
+    [c for c in commands_of(DATA) if c[0] not in ("hf", "cat", "pip")],
+    ids=lambda command: " ".join(command[-4:]),
+)
+@pytest.mark.usefixtures("bucket")
+def test_a_command_loads_the_data_that_it_names(
+    world: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
     """Everything except the training, whose models are not available here."""
     if command[:4] == ["python", "-m", "reward_model.datasets", "check"]:
         assert check_data([*command[3:], "--num_workers", "1"]) == 0
         return
     assert command[:2] == ["accelerate", "launch"]
+    if "--streaming" in command:
+        files = [str(world / "data" / "pickapic_v2" / "data" / "train-00000.parquet")]
+        monkeypatch.setattr(source, "data_files_of_hub", lambda _: files)
     found: list[Record]
     match command[2]:
         case "recipes/train_reward_model.py":
             config = config_of(train_reward_model, command[3:], validation_fraction=0.5)
-            source = config.train_data
+            named = config.train_data
             training, validation, tests = train_reward_model.load_data(config, world)
             found = [*training, *([] if config.validation_data else validation)]
             for records in [validation] * bool(config.validation_data) + [*tests.values()]:
                 assert as_rows(records) == EXPECTED[parse_source(source)[0].name.partition("=")[0]]
         case "recipes/diffusion_dpo.py":
             config = config_of(diffusion_dpo, command[3:])
-            source = config.pairs
-            found = [*load_same_prompt_pairs(names(source), image_root=None, skipped=None, keep_ties=True)]
+            named = config.pairs
+            found = [*load_same_prompt_pairs(names(named), image_root=None, skipped=None, keep_ties=True)]
         case other:
             assert other == "recipes/evaluate_reward_model.py"
             config = config_of(evaluate_reward_model, command[3:])
             (found,) = evaluate_reward_model.load_data(config, world).values()
             assert as_rows(found) == [("green", "red", FOX, False, 1.0), ("green", "blue", FOX, False, 1.0)]
             return
-    expected = EXPECTED[source.partition(":")[0]]
+    expected = EXPECTED[named.partition(":")[0]]
     assert sorted(map(repr, as_rows(found))) == sorted(map(repr, expected))
 
 

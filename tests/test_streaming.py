@@ -24,7 +24,7 @@ from reward_model.datasets.refill import Refill
 from reward_model.datasets.table import RecordTable
 from reward_model.images import to_tensor
 from reward_model.types import LabelledImage, PreferencePair
-from tests.bucket_server import Files, serving
+from tests.bucket_server import Files, found_by_s3fs, serving
 from tests.preference_files import encoded_image, pick_a_pic_rows, write_tar
 
 RED, BLUE = encoded_image("red"), encoded_image("blue")
@@ -252,20 +252,10 @@ def test_a_column_that_changes_its_type_in_the_seventh_shard_is_named(tmp_path: 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
     """A server of pairs of a fox, red against blue, which s3fs finds by its variables; requests are not repeated."""
-    import s3fs
-
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1", "AWS_CONFIG_FILE": "none", "AWS_SHARED_CREDENTIALS_FILE": "none",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     content = {"my-bucket/pairs.jsonl": lines(*[PAIR] * 3)}
     content |= {name.replace("b/", "my-bucket/", 1): image for name, image in IMAGES.items()}
-    with serving(Files(content)) as files:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", files.address)
+    with serving(Files(content)) as files, found_by_s3fs(files, monkeypatch):
         yield files
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def place_of(server: Files, protocol: str, name: str = "pairs.jsonl") -> str:

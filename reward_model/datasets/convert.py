@@ -38,22 +38,25 @@ class Counts:
     without_preference: Counter[str] = field(default_factory=Counter)
     num_bad: int = 0
     num_read: int = 0
+    first_bad: str = ""
+    """Place and reason of the first invalid one."""
 
     def add(self, other: Counts) -> None:
         """Add the counts of another part."""
         self.without_preference.update(other.without_preference)
         self.num_bad += other.num_bad
         self.num_read += other.num_read
+        self.first_bad = self.first_bad or other.first_bad
 
     def to_json(self) -> str:
         """Return the counts as JSON."""
-        return json.dumps([self.without_preference, self.num_bad, self.num_read])
+        return json.dumps([self.without_preference, self.num_bad, self.num_read, self.first_bad])
 
     @classmethod
     def from_json(cls, text: str) -> Counts:
         """Parse the output of `to_json`."""
-        without_preference, num_bad, num_read = json.loads(text)
-        return cls(Counter(without_preference), num_bad, num_read)
+        without_preference, *rest = json.loads(text)
+        return cls(Counter(without_preference), *rest)
 
 
 def convert(source: Source, parts: Iterable[Part], sink: Any, *, skip_log: Path | None) -> Counts:
@@ -139,6 +142,7 @@ def _convert_part(
         except BadRecordError as error:
             refuse(raw, error)
             counts.num_bad += 1
+            counts.first_bad = counts.first_bad or f"{raw.where}: {error}"
 
 
 def _convert(raw: RawRecord, form: Format, find_image: FindImage, *, with_references: bool) -> list[Record]:

@@ -122,11 +122,15 @@ def _refuse_useless(path: str, num_records: int, counts: Counts, skip_log: Path 
     """Raise ValueError without any record, or if most are invalid, as in a wrong format."""
     num_bad, uninformative = counts.num_bad, counts.without_preference
     if not num_records:
-        bad = f"; all of its {num_bad} were invalid, see {skip_log}" if num_bad else ""
+        bad = (
+            f"; all of its {num_bad} were invalid, see {skip_log}; the first: {counts.first_bad.rstrip('.')}"
+            if num_bad
+            else ""
+        )
         rest = "".join(f"; for {count} rows {reason.partition(': ')[2]}" for reason, count in uninformative.items())
         raise ValueError(f"{path} contains no record{bad}{rest}.")
     if 2 * num_bad > counts.num_read:
         raise ValueError(
             f"{num_bad:,} of the {counts.num_read:,} records of {path} are invalid, more than half; see {skip_log}. "
-            f"Is it in another format?"
+            f"Is it in another format? The first: {counts.first_bad}"
         )
