@@ -81,7 +81,7 @@ def save_pipeline(case: Case, folder: Path) -> Path:
     from tests.tiny import clip_tokenizer
 
     architecture: Any = published_architecture(case.model)
-    index: dict[str, Any] = {"_class_name": architecture["_class_name"], **dict.fromkeys(case.without, [None, None])}
+    index: dict[str, Any] = {"_class_name": architecture["_class_name"], **{key: [None, None] for key in case.without}}
     for name, given in architecture["parts"].items():
         config, part = dict(given), folder / name
         if name in case.without:

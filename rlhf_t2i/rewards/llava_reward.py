@@ -26,7 +26,7 @@ class LlavaRewardFunction:
     """The scores of a LLaVA-Reward model, computed on the device of the images; differentiable."""
 
     def __init__(
-        self, source: str | Path, *, perspective: str | None = None, batch_size: int = 64, merge: bool = False
+        self, source: str | Path, *, perspective: str | None = None, batch_size: int = 64, merge: object = False
     ) -> None:
         """Load a reward model from its folder, the folder of the run that trained it, or the Hub.
 
