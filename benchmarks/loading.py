@@ -3,9 +3,10 @@
     python benchmarks/loading.py --folder /tmp/models sd15 sdxl sd35m
 
 Each model is written once as a pipeline folder of random weights, in the precision of the published files, which takes
-4 to 14 GB of disk. A process of its own then trains a LoRA on it by DDPO or Flow-GRPO in bfloat16: one step of 2 x 2
-images. Prints a row for each model: resident memory after the imports, its peak up to the first images, up to the end
-of the first step, and of all, with the checkpoint and the export. Linux only.
+4 to 14 GB of disk. A process of its own then trains a LoRA on it by DDPO in bfloat16, one step of 2 x 2 images of one
+denoising step each, or only loads it and predicts once (SD 3.5 medium). Prints a row for each model: resident memory
+after the imports, its peak up to the first images, up to the end of the first step, and of all, with the checkpoint and
+the export. Linux only.
 """
 
 # diffusers and transformers have no usable types.
@@ -50,6 +51,8 @@ class Case:
     """True for files in 16 bits, as published, False for float32."""
     without: tuple[str, ...] = ()
     """Parts that the pipeline lacks."""
+    trains: bool = True
+    """False to load the model, add a LoRA and predict once, where a CPU takes too long to train."""
 
 
 CASES = {
@@ -57,7 +60,7 @@ CASES = {
     "sdxl": Case("stabilityai/stable-diffusion-xl-base-1.0", 256),
     "sd35m": Case(
         "stabilityai/stable-diffusion-3.5-medium", 256, "flow_grpo", half=True,
-        without=("text_encoder_3", "tokenizer_3"),
+        without=("text_encoder_3", "tokenizer_3"), trains=False,
     ),
 }  # fmt: skip
 
@@ -115,7 +118,7 @@ def save_network(kind: Any, config: dict[str, Any], folder: Path, *, half: bool)
     weights, dtype = dict(network.named_parameters()), torch.float16 if half else torch.float32
     weights |= {name: weight for name, weight in network.state_dict().items() if "position_ids" not in name}
     stem, scale = "diffusion_pytorch_model" if of_diffusers else "model", 0.02
-    shards, size = [dict[str, torch.Tensor]()], 0
+    shards, size, block = [dict[str, torch.Tensor]()], 0, torch.empty(1 << 20).uniform_(-scale, scale).to(dtype)
     for name, weight in weights.items():
         if size > SHARD:
             shards, size = [*shards, {}], 0
@@ -125,7 +128,7 @@ def save_network(kind: Any, config: dict[str, Any], folder: Path, *, half: bool)
         file = f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
         values = {
             name: torch.ones(weight.shape, dtype=dtype) if weight.dim() == 1
-            else torch.empty(weight.shape).uniform_(-scale, scale).to(dtype)
+            else block.repeat(-(-weight.numel() // len(block)))[: weight.numel()].view(weight.shape)
             for name, weight in shard.items()
         }  # fmt: skip
         save_file(values, folder / file, metadata={"format": "pt"})
@@ -140,6 +143,8 @@ def measure(case: Case, model: Path) -> dict[str, float]:
     """Train for one step in this process; return resident bytes and CPU seconds."""
     from scaling import resident
 
+    if not case.trains:
+        return measure_loading(case, model)
     recipe = import_module(f"recipes.{case.recipe}")
     imports, start = resident("VmRSS"), time.process_time()
     with tempfile.TemporaryDirectory() as folder, passing(PassedObjects({}, {}, {REWARD: mean_brightness})):
@@ -148,7 +153,7 @@ def measure(case: Case, model: Path) -> dict[str, float]:
             recipe.Config(
                 model=str(model), prompts=str(prompts), evaluation_prompts=str(prompts), rewards=REWARD,
                 evaluation_rewards=REWARD, num_evaluation_images=2, num_evaluation_steps=1, num_steps=1,
-                prompts_per_step=2, images_per_prompt=2, num_denoising_steps=2, microbatch_size=1, num_minibatches=1,
+                prompts_per_step=2, images_per_prompt=2, num_denoising_steps=1, microbatch_size=1, num_minibatches=1,
                 lora_rank=4, resolution=case.resolution, mixed_precision="bf16", guidance_scale=5.0, window_end=1.0,
                 gradient_checkpointing=True, run_folder=str(Path(folder) / "run"), num_cpu_threads=1,
             )
@@ -157,6 +162,33 @@ def measure(case: Case, model: Path) -> dict[str, float]:
         "imports": imports, "first_images": PEAKS[1], "step": PEAKS[-1], "all": resident("VmHWM"),
         "seconds": time.process_time() - start,
     }  # fmt: skip
+
+
+def measure_loading(case: Case, model: Path) -> dict[str, float]:
+    """Load a model with a LoRA and predict for one image in this process; return resident bytes and CPU seconds."""
+    import torch
+    from scaling import resident
+
+    from rlhf_t2i.models.load import load_policy
+    from rlhf_t2i.models.lora import LoraConfiguration
+
+    import_module(f"recipes.{case.recipe}")
+    torch.set_num_threads(1)
+    imports, start = resident("VmRSS"), time.process_time()
+    policy = load_policy(str(model), device=torch.device("cpu"), dtype=torch.bfloat16, resolution=case.resolution)
+    policy.set_trainable(LoraConfiguration(4), keep_reference=False, seed=0)
+    loaded, schedule = resident("VmHWM"), policy.schedule(2)
+    latents, conditioning = policy.initial_noise([torch.Generator()], copies=1), policy.encode(["a fox"])
+    with torch.no_grad():
+        policy.predict(latents, schedule.at(torch.zeros(1, dtype=torch.int64)), conditioning, guidance_scale=1.0)
+    peak = resident("VmHWM")
+    return {
+        "imports": imports,
+        "first_images": loaded,
+        "step": peak,
+        "all": peak,
+        "seconds": time.process_time() - start,
+    }
 
 
 def main() -> None:
