@@ -1,8 +1,8 @@
 """Run one step of a recipe on fake tensors of a fake device: `python -m tests.fake_device CASES.json`.
 
-The file has a list of [recipe, options]. A tensor that stays on the CPU among those of the device is an error of
-torch's fake tensors. The device is a backend in Python without any kernel, so no GPU and no CUDA build is needed.
-Prints a line of JSON for each case: its name, and the error if there was one.
+The file has a list of [name, recipe or "score", options]. A tensor that stays on the CPU among those of the device is
+an error of torch's fake tensors. The device is a backend in Python without any kernel, so no GPU and no CUDA build of
+torch is needed. Prints a line of JSON for each case: its name, and the error if there was one.
 """
 
 from __future__ import annotations
@@ -96,24 +96,37 @@ def score(folder: str, device: torch.device) -> None:
             assert model.score(pixels, ["a fox", "a red fox"]).device == device
 
 
+def leave_on_the_cpu(device: torch.device) -> None:
+    """Add a tensor of the CPU to one of the device."""
+    with FakeTensorMode():
+        torch.empty(2, device=device) + torch.empty(2)
+
+
+def error_of(kind: str, given: dict[str, Any], device: torch.device) -> str | None:
+    """Run a case; return its error, with the places that it came through."""
+    try:
+        if kind == "score":
+            score(given["folder"], device)
+        elif kind == "wrong":
+            leave_on_the_cpu(device)
+        else:
+            recipe = import_module(f"recipes.{kind}")
+            with on_the_device(device):
+                dry_run.rehearse(recipe.main, recipe.Config(**given))
+    except Exception as problem:
+        frames = traceback.extract_tb(problem.__traceback__)
+        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+        return f"{type(problem).__name__}: {problem}"[:400] + f" at {places[-14:]}"
+    return None
+
+
 def main(cases: Path) -> None:
     device = register()
-    for name, given in json.loads(cases.read_text()):
-        error = None
-        try:
-            if name == "score":
-                score(given["folder"], device)
-            else:
-                recipe = import_module(f"recipes.{name}")
-                with on_the_device(device):
-                    dry_run.rehearse(recipe.main, recipe.Config(**given))
-        except Exception as problem:
-            where = traceback.extract_tb(problem.__traceback__)
-            lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in where]
-            error = f"{type(problem).__name__}: {problem}"[:600] + f" at {lines[-14:]}"
+    for name, kind, given in [*json.loads(cases.read_text()), ["a tensor left on the CPU", "wrong", {}]]:
+        sys.stdout.write(json.dumps([name, error_of(kind, given, device)]) + "\n")
+        sys.stdout.flush()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        sys.stdout.write(json.dumps([name, given.get("model") or given.get("folder"), error]) + "\n")
 
 
 if __name__ == "__main__":
