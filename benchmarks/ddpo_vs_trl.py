@@ -77,18 +77,43 @@ def trl_training(
     folder.mkdir(parents=True, exist_ok=True)
     command = [str(python), "benchmarks/trl_side.py", "train", "--model", str(model), "--folder", str(folder)]
     command += ["--learning_rate", str(learning_rate), "--max_epochs", str(epochs), "--max_seconds", str(seconds)]
-    run([*command, "--threads", str(threads)], threads)
+    run([*command, "--threads", str(threads)], threads, TIMES=str(times_of(folder)))
 
 
 def own_training(folder: Path, *options: str, epochs: int, evaluate_every: int, threads: int) -> None:
     """Train with recipes/ddpo.py; a finished training is not repeated."""
     if (folder / "unet").is_dir():
         return
-    fixed = ["--rewards", "oracle", "--evaluation_rewards", "oracle_pass", "--num_cpu_threads", str(threads)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fixed = [
+        "--rewards",
+        "timed_reward:graded_oracle",
+        "--evaluation_rewards",
+        "oracle_pass",
+        "--num_cpu_threads",
+        str(threads),
+    ]
     fixed += ["--num_steps", str(epochs), "--evaluate_every", str(evaluate_every), "--checkpoint_every", "0"]
     fixed += ["--guidance_scale", str(GUIDANCE)]
     evaluation = [] if evaluate_every else ["--num_evaluation_images", "2"]
-    run([sys.executable, "recipes/ddpo.py", *fixed, *evaluation, "--run_folder", str(folder), *options], threads)
+    run(
+        [sys.executable, "recipes/ddpo.py", *fixed, *evaluation, "--run_folder", str(folder), *options],
+        threads,
+        TIMES=str(times_of(folder)),
+    )
+
+
+def times_of(folder: Path) -> Path:
+    """Return the file of the times of a training's calls of the reward."""
+    return folder.with_suffix(".times.jsonl")
+
+
+def images_per_cpu_second(folder: Path) -> float:
+    """Return the images sampled, scored and trained on in a processor second, without the first step."""
+    rows = [json.loads(line) for line in times_of(folder).read_text().splitlines()]
+    rows = [row for row in rows if row["images"] >= 64]
+    rows = rows[192 // rows[0]["images"] :]
+    return sum(row["images"] for row in rows[:-1]) / (rows[-1]["cpu"] - rows[0]["cpu"])
 
 
 def own_seconds(folder: Path) -> list[float]:
@@ -128,12 +153,32 @@ def time_until(curve: list[tuple[float, float]], rise: float) -> float:
     return float("inf")
 
 
+def compare_speed(python: Path, model: Path, folder: Path, *, rounds: int, threads: int) -> None:
+    """Train in turn, and print the images in a processor second, which other work on the machine hardly changes."""
+    options = {
+        "same work": ("--window_end", "1"), "one forward pass": ("--window_end", "1", "--microbatch_size", "192"),
+        "channels_last": ("--window_end", "1", "--channels_last", "true"), "default": (),
+    }  # fmt: skip
+    for repetition in range(rounds):
+        rates = dict[str, float]()
+        theirs = folder / f"speed-trl-{repetition}"
+        trl_training(python, model, theirs, learning_rate=3e-4, epochs=5, seconds=1e9, threads=threads)
+        rates["trl"] = images_per_cpu_second(theirs)
+        for name, given in options.items():
+            own = folder / f"speed-{name.replace(' ', '-')}-{repetition}"
+            own_training(own, *given, epochs=5, evaluate_every=0, threads=threads)
+            rates[name] = images_per_cpu_second(own)
+        found = ", ".join(f"{name} {rate:.1f} ({rate / rates['trl']:.2f})" for name, rate in rates.items())
+        say(f"repetition {repetition}, images in a processor second (over trl's): {found}")
+
+
 def main() -> None:
     """Compare gradients, speed and time to equal quality."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_folder", type=Path, default=Path("runs/ddpo-vs-trl"))
     parser.add_argument("--environment", type=Path, default=Path("runs/trl-0.23.1"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only_speed", action="store_true", help="Leave out the time to equal quality.")
     parser.add_argument("--rounds", type=int, default=3, help="Repetitions of the speed measurement; default 3.")
     parser.add_argument(
         "--max_seconds", type=float, default=240, help="Seconds of training with each learning rate; default 240."
@@ -147,18 +192,9 @@ def main() -> None:
     model = model_for_trl(folder / "model")
     agreement(python, model, folder / "agreement")
 
-    ratios: list[str] = []
-    for repetition in range(arguments.rounds):
-        theirs, same, default = (folder / f"speed-{name}-{repetition}" for name in ("trl", "same", "default"))
-        trl_training(python, model, theirs, learning_rate=3e-4, epochs=4, seconds=1e9, threads=threads)
-        own_training(same, "--window_end", "1", epochs=4, evaluate_every=0, threads=threads)
-        own_training(default, epochs=4, evaluate_every=0, threads=threads)
-        slow = json.loads((theirs / "seconds.json").read_text())[1:]
-        rates = [192 * 3 / sum(s) for s in (slow, own_seconds(same)[1:], own_seconds(default)[1:])]
-        ratios.append(f"{rates[1] / rates[0]:.2f} and {rates[2] / rates[0]:.2f}")
-        say(f"repetition {repetition}, images/s: trl {rates[0]:.1f}, here {rates[1]:.1f}, default {rates[2]:.1f}")
-    say(f"images/s here as a multiple of trl's, all steps trained and as by default: {'; '.join(ratios)}")
-
+    compare_speed(python, model, folder, rounds=arguments.rounds, threads=threads)
+    if arguments.only_speed:
+        return
     best = {"trl": float("inf"), "here": float("inf")}
     for rate in LEARNING_RATES:
         own_training(

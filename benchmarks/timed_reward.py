@@ -32,13 +32,25 @@ def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
     test for a gradient, is not recorded.
     """
     del prompts
-    if "TIMES" in os.environ and len(images) > 1:
-        record = {
-            "wall": time.monotonic(), "cpu": time.process_time(), "images": len(images),
-            "megabytes": peak_megabytes(),
-        }  # fmt: skip
-        with Path(os.environ["TIMES"]).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    _record(images)
     first = F.conv2d(2 * images - 1, _FIRST.to(images), stride=2, padding=2).tanh()
     second = F.conv2d(first, _SECOND.to(images), stride=2, padding=2).tanh()
     return second.mean(dim=(2, 3)) @ _LAST.to(images)
+
+
+def graded_oracle(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return the oracle's graded scores; records each call as `reward` does."""
+    from rlhf_t2i.shapes.oracle import oracle_scores
+
+    _record(images)
+    return oracle_scores(images.float().clamp(0, 1), prompts).graded
+
+
+def _record(images: Tensor) -> None:
+    if "TIMES" not in os.environ or len(images) < 2:
+        return
+    record = {
+        "wall": time.monotonic(), "cpu": time.process_time(), "images": len(images), "megabytes": peak_megabytes(),
+    }  # fmt: skip
+    with Path(os.environ["TIMES"]).open("a") as file:
+        file.write(json.dumps(record) + "\n")

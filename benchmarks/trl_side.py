@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timed_reward import graded_oracle
 from timed_reward import reward as timed_reward
 from trl import AlignPropConfig, AlignPropTrainer, DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
-from rlhf_t2i.shapes import oracle
 from rlhf_t2i.shapes.scenes import all_prompts
 
 SETTINGS = {
@@ -33,7 +33,7 @@ def trainer(model: str, learning_rate: float, **more: Any) -> DDPOTrainer:
     prompts, rng = all_prompts("training"), random.Random(0)
 
     def reward(images: torch.Tensor, prompts: list[str], metadata: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        return oracle.oracle_scores(images.float().clamp(0, 1), prompts).graded, {}
+        return graded_oracle(images, prompts), {}
 
     config = DDPOConfig(**{**SETTINGS, "train_learning_rate": learning_rate, **more})
     # Without an image callback DDPOTrainer fails at its own warning; with one it needs a tracker later.

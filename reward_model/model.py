@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from peft import LoraConfig, inject_adapter_in_model
 from peft.functional import delete_adapter, set_adapter
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from reward_model.backbones.load import LORA_TARGETS
@@ -62,6 +63,8 @@ class RewardModel(nn.Module):
         self.perspectives = nn.ModuleDict()
         self.configs: dict[str, RewardModelConfig] = {}
         self.active = ""
+        self.is_merged = False
+        """True if the LoRA is part of the weights that it adapts, and no perspective can be added."""
 
     def add(self, config: RewardModelConfig, *, seed: int = 0) -> None:
         """Add an untrained perspective and make it active.
@@ -70,6 +73,8 @@ class RewardModel(nn.Module):
         parameters are float32, whatever the backbone is; `set_trainable` decides which of them are trained.
         """
         name = config.perspective
+        if self.is_merged:
+            raise ValueError(f"The perspective {name!r} cannot be added to a backbone that a LoRA was merged into.")
         if name in self.configs:
             raise ValueError(f"There already is a perspective {name!r} on this backbone.")
         if config.width != self.backbone.width:
@@ -105,6 +110,26 @@ class RewardModel(nn.Module):
         delete_adapter(self.backbone.language_model, name, prefix="lora_")
         known: Any = self.backbone.language_model.peft_config
         del known[name], self.perspectives[name], self.configs[name]
+
+    def merge_lora(self) -> None:
+        """Add the LoRA of the only perspective to the weights that it adapts, for a model that only scores.
+
+            W <- W + (alpha / rank) * B A
+
+        Exact up to the rounding of the backbone's precision: outputs in float32 change by about 1e-6. Does nothing if
+        that was done. Raises ValueError for several perspectives, which share the weights.
+        """
+        if len(self.configs) > 1:
+            raise ValueError(
+                f"There are {len(self.configs)} perspectives; only the LoRA of a single one can be merged."
+            )
+        adapted = [(name, m) for name, m in self.backbone.language_model.named_modules() if isinstance(m, LoraLayer)]
+        for name, layer in adapted:
+            one: Any = layer
+            one.merge(adapter_names=[self.active])
+            parent, _, child = name.rpartition(".")
+            setattr(self.backbone.language_model.get_submodule(parent), child, one.get_base_layer())
+        self.is_merged = True
 
     def use(self, name: str) -> None:
         """Activate one perspective's LoRA and projector; KeyError, naming those there are, for an unknown name."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from torch.testing import assert_close
 
 from reward_model.scoring import LlavaReward
 from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
@@ -75,3 +78,35 @@ def test_a_reward_model_moves_and_is_described_in_one_line() -> None:
     assert repr(reward_model) == "LlavaReward(alignment (scalar); llava, cpu)"
     assert reward_model.to("meta") is reward_model
     assert reward_model.device.type == "meta"
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "phi3_v"])
+def test_a_merged_lora_scores_alike_and_is_gone(family: str) -> None:
+    """The weights of the LoRA are random here, so that it matters."""
+    model, expected = (LlavaReward.from_pretrained(reward_model_folder(family), device="cpu") for _ in range(2))
+    before = expected.score(IMAGES, PROMPTS)
+    for layer in (m for m in model.model.modules() if isinstance(m, LoraLayer)):
+        layer.scaling = dict.fromkeys(layer.scaling, 0.0)
+    assert not torch.allclose(model.score(IMAGES, PROMPTS), before, atol=1e-4)
+    merged = expected.merge_lora().merge_lora()
+    assert not any(isinstance(m, LoraLayer) for m in merged.model.modules())
+    assert_close(merged.score(IMAGES, PROMPTS), before, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot be added to a backbone that a LoRA was merged into"):
+        merged.add(reward_model_folder(family), name="other")
+
+
+def test_several_perspectives_are_not_merged() -> None:
+    model = LlavaReward.from_pretrained(reward_model_folder("llava"), device="cpu")
+    model.add(reward_model_folder("llava", seed=1), name="other")
+    with pytest.raises(ValueError, match="There are 2 perspectives"):
+        model.merge_lora()
+
+
+def test_a_reward_is_merged_by_an_argument(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(reward_model_folder("llava"), tmp_path / "model"))  # loaded once a process
+    reward = load_reward(f"llava_reward:{folder}(merge=True)")
+    expected = LlavaReward.from_pretrained(folder, device="cpu").score(IMAGES, PROMPTS)
+    assert_close(reward(IMAGES, PROMPTS), expected, rtol=1e-5, atol=1e-5)
+    assert reward.function.reward_model.model.is_merged  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="merge is 1; it must be True or False"):
+        load_reward(f"llava_reward:{folder}(merge=1)")

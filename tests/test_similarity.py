@@ -231,3 +231,21 @@ def test_another_filter_than_bicubic_is_refused(broken: Path) -> None:
 def test_another_number_of_prompts_than_images_is_refused(clip: Path) -> None:
     with pytest.raises(ValueError, match="4 images came with 1 prompts"):
         load_clip(clip)(IMAGES, PROMPTS[:1])
+
+
+def test_towers_in_half_precision_hold_half_the_bytes_and_score_almost_alike(clip: Path) -> None:
+    half, full = (load_reward(f"pick_score:{clip}{given}") for given in ('(dtype="bfloat16")', ""))
+    scores, expected = half(IMAGES, PROMPTS), full(IMAGES, PROMPTS)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, expected)
+    one, other = load_clip(clip, dtype=torch.bfloat16).model, load_clip(clip).model
+    assert sum(p.nbytes for p in one.parameters()) - 4 == (sum(p.nbytes for p in other.parameters()) - 4) / 2
+    assert torch.equal(one.logit_scale, other.logit_scale)
+    assert_close(scores, expected, rtol=0, atol=0.01 * float(one.logit_scale.exp()))
+
+
+def test_a_precision_that_a_scorer_does_not_have_is_refused(clip: Path) -> None:
+    with pytest.raises(ValueError, match="The dtype of pick_score is 'int8'; it must be float32, bfloat16, float16"):
+        load_reward(f'pick_score:{clip}(dtype="int8")')
+    with pytest.raises(ValueError, match="The dtype of hps is 'bfloat16'; it must be float32"):
+        load_reward(f'hps:{clip}(dtype="bfloat16")')

@@ -40,7 +40,7 @@ class Clip:
     """
 
     model: Any
-    """A `CLIPModel`, frozen, in float32."""
+    """A `CLIPModel`, frozen; its logit_scale is float32."""
     tokenizer: Any
     prepare: Callable[[Tensor], Tensor]
     """Images (B, 3, Y, X) in [0, 1] of any size to the model's pixels."""
@@ -58,6 +58,10 @@ class Clip:
                 return cosine
 
     @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.visual_projection.weight.dtype
+
+    @property
     def log_odds_unit(self) -> float:
         """Difference of two scores at which the log-odds of one image over the other are 1."""
         scale = float(self.model.logit_scale.exp())
@@ -72,11 +76,13 @@ class Clip:
         starts = range(0, len(texts), self.batch_size)
         text_embeddings = torch.cat([self.encode_text(texts[start : start + self.batch_size]) for start in starts])
         rows = {text: row for row, text in enumerate(texts)}
-        return F.cosine_similarity(image_embeddings, text_embeddings[[rows[prompt] for prompt in prompts]])
+        return F.cosine_similarity(
+            image_embeddings.float(), text_embeddings.float()[[rows[prompt] for prompt in prompts]]
+        )
 
     def encode_image(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B D"]:
         """Return the embeddings of images, clamped to [0, 1] as by a processor."""
-        return self.model.get_image_features(pixel_values=self.prepare(images.to(self.model.dtype))).pooler_output
+        return self.model.get_image_features(pixel_values=self.prepare(images.float()).to(self._dtype)).pooler_output
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
         """Return the embeddings of texts, truncated to the model's maximum length."""
@@ -92,16 +98,21 @@ class Clip:
         return outputs.pooler_output
 
 
-def load_clip(source: str | Path, *, form: Form = "logit", batch_size: int = 64) -> Clip:
-    """Load a folder or Hub id; FileNotFoundError if there is none, ValueError if it is no complete CLIP."""
-    model, tokenizer, processor = _loaded(str(source))
+def load_clip(
+    source: str | Path, *, form: Form = "logit", batch_size: int = 64, dtype: torch.dtype = torch.float32
+) -> Clip:
+    """Load a folder or Hub id, whose towers compute in `dtype`; similarities are float32.
+
+    Raises FileNotFoundError if there is none, ValueError if it is no complete CLIP.
+    """
+    model, tokenizer, processor = _loaded(str(source), dtype)
     return Clip(model, tokenizer, partial(preprocess_as_clip, settings=processor), form, batch_size)
 
 
 @cache
 @no_loading_bar()
-def _loaded(source: str) -> tuple[Any, Any, Any]:
-    """Load model (frozen, float32), tokenizer and image processor, once per source."""
+def _loaded(source: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Load model (frozen), tokenizer and image processor, once per source and precision."""
     config = _config(source)
     if config.model_type != "clip":
         raise ValueError(
@@ -121,6 +132,8 @@ def _loaded(source: str) -> tuple[Any, Any, Any]:
         raise ValueError(
             f"The CLIP {source!r} resizes with filter {processor.resample}; only bicubic (3) is supported."
         )
+    scale = model.logit_scale.data
+    model.to(dtype).logit_scale.data = scale  # exp(4.6) in half precision is off by a per cent
     return model.eval().requires_grad_(False), tokenizer, processor
 
 

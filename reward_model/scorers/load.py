@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
+
 from reward_model.scorers.pointwise import PointwiseScorer, ScoreFunction
 
 ScorerName = Literal[
     "clip", "clip_score", "pick_score", "hps", "hps_v3", "image_reward", "aesthetic", "vqa_score", "unified_reward"
 ]
 NAMES: tuple[str, ...] = get_args(ScorerName)
+DTYPES = ("float32", "bfloat16", "float16")
+WITH_DTYPE = ("clip", "clip_score", "pick_score")
+"""Scorers whose networks may compute in half precision."""
 
 
 def is_known(specification: str) -> bool:
@@ -22,18 +27,26 @@ def load_scorer(specification: str) -> PointwiseScorer:
     return PointwiseScorer(specification, load_function(specification))
 
 
-def load_function(specification: str) -> ScoreFunction:
-    """Load the score function NAME:PATH of image batches and prompts."""
+def load_function(specification: str, *, dtype: str = "float32") -> ScoreFunction:
+    """Load the score function NAME:PATH of image batches and prompts.
+
+    `dtype`, float32, bfloat16 or float16, is the precision of a CLIP's towers (clip, clip_score, pick_score), from
+    which the others cannot depart. Raises ValueError for another one.
+    """
     name, _, path = specification.partition(":")
+    if dtype not in DTYPES or (dtype != "float32" and name not in WITH_DTYPE):
+        allowed = ", ".join(DTYPES) if name in WITH_DTYPE else "float32"
+        raise ValueError(f"The dtype of {name} is {dtype!r}; it must be {allowed}.")
+    precision: torch.dtype = getattr(torch, dtype)
     match name:
         case "clip" | "pick_score":  # PickScore is a CLIP's own logit
             from reward_model.scorers.clip import load_clip
 
-            return load_clip(path)
+            return load_clip(path, dtype=precision)
         case "clip_score":
             from reward_model.scorers.clip import load_clip
 
-            return load_clip(path, form="clip_score")
+            return load_clip(path, form="clip_score", dtype=precision)
         case "hps":
             from reward_model.scorers.hps import load_hps
 

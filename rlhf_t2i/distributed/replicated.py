@@ -90,13 +90,21 @@ class Replicated:
         parameter = self._parameters[name]
         parameter.copy_(weight)
         if optimizer_state:
-            moments = {k: moment.to(parameter.device) for k, moment in optimizer_state.items() if k != STEP}
+            moments = {k: _laid_out_as(parameter, moment) for k, moment in optimizer_state.items() if k != STEP}
             self._torch_optimizer.state[parameter] = {**step_of(optimizer_state), **moments}
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser without accelerate's wrapper."""
         return getattr(self._optimizer, "optimizer", self._optimizer)
+
+
+def _laid_out_as(parameter: Tensor, moment: Tensor) -> Tensor:
+    """Return a moment on the device and, for a step in one kernel, which reads memory in order, in the layout."""
+    if moment.shape != parameter.shape:  # of an optimiser in 8 bits
+        return moment.to(parameter.device)
+    found = torch.empty_strided(parameter.shape, parameter.stride(), dtype=moment.dtype, device=parameter.device)
+    return found.copy_(moment)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

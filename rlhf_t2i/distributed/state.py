@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,7 +30,7 @@ def write_state(engine: Engine, copies: Copies, folder: Path, *, rank: int, num_
         found = {WEIGHT: engine.gather_weight(name, shard), **engine.optimizer_state(name)}
         found |= {copy: engine.gather_weight(name, shards[name]) for copy, shards in copies.items() if name in shards}
         if index % num_processes == rank:
-            share |= {f"{key}/{name}": tensor.detach().to("cpu", copy=True) for key, tensor in found.items()}
+            share |= {f"{key}/{name}": _on_host(tensor) for key, tensor in found.items()}
     save_file(share, folder / f"weights-{rank + 1:05d}-of-{num_processes:05d}.safetensors")
 
 
@@ -64,8 +65,13 @@ def gather_weights(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
     for name, shard in engine.weights.items():
         weight = engine.gather_weight(name, shard)
         if keep:
-            weights[name] = weight.detach().to("cpu", copy=True)
+            weights[name] = _on_host(weight)
     return weights
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Return a copy in main memory, in the plain layout, which alone a file can hold."""
+    return tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
 
 
 def stored_weights(folder: Path) -> dict[str, Tensor]:

@@ -119,7 +119,7 @@ def _prepared(config: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Return the config of the rehearsal: a folder of its own, and pairs of one image where files are missing."""
     options: dict[str, Any] = {
         "dry_run": False, "run_folder": str(folder / "run"), "resume": False, "quantization": None, "save_pairs": False,
-        "cache_embeddings": None,
+        "cache_embeddings": None, "compile": False,
         "mixed_precision": "no" if dtype == torch.float32 else "bf16",
     }  # fmt: skip
     given = {option: value for option, value in options.items() if hasattr(config, option)}

@@ -25,11 +25,17 @@ def load_once(source: str) -> LlavaReward:
 class LlavaRewardFunction:
     """The scores of a LLaVA-Reward model, computed on the device of the images; differentiable."""
 
-    def __init__(self, source: str | Path, *, perspective: str | None = None, batch_size: int = 64) -> None:
+    def __init__(
+        self, source: str | Path, *, perspective: str | None = None, batch_size: int = 64, merge: object = False
+    ) -> None:
         """Load a reward model from its folder, the folder of the run that trained it, or the Hub.
 
-        Raises FileNotFoundError or ValueError if there is none, or if its head compares images without scoring them.
+        With `merge` its LoRA becomes part of the backbone's weights, as in `LlavaReward.merge_lora`. Raises
+        FileNotFoundError or ValueError if there is no reward model, or if its head compares images without scoring
+        them, and ValueError for a `merge` that is neither true nor false.
         """
+        if not isinstance(merge, bool):
+            raise ValueError(f"merge is {merge!r}; it must be True or False.")
         self.reward_model = load_once(reward_model_of(str(source)))
         self.perspective, self.batch_size = perspective, batch_size
         head = self.reward_model.config(perspective).head
@@ -39,6 +45,8 @@ class LlavaRewardFunction:
                 f"gives no score to one. Use pairwise:PATH, which counts the pairs that an image wins in its group, or "
                 f"train one with loss bradley_terry or cross_entropy."
             )
+        if merge:
+            self.reward_model.merge_lora()
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """Return one float32 score per image."""

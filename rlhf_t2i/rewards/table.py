@@ -60,7 +60,7 @@ def _llava_reward(path: str, _: bool) -> Any:
     from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
     from rlhf_t2i.rewards.placement import placed
 
-    return placed(LlavaRewardFunction, path)
+    return placed(LlavaRewardFunction, path, options=("merge",))
 
 
 def _pairwise(path: str, _: bool) -> Any:
@@ -75,7 +75,7 @@ def _scorer(name: str) -> Loader:
         from rlhf_t2i.rewards.placement import placed
         from rlhf_t2i.rewards.scorers import load_function
 
-        return placed(lambda path: load_function(f"{name}:{path}"), path)
+        return placed(lambda path, **given: load_function(f"{name}:{path}", **given), path, options=("dtype",))
 
     return load
 

@@ -17,7 +17,7 @@ from rlhf_t2i.settings.evaluation import EvaluationSettings
 from rlhf_t2i.settings.image_size import image_size
 from rlhf_t2i.settings.launch import shared_rule, tracker_rules
 from rlhf_t2i.settings.lists import names
-from rlhf_t2i.settings.memory import AttentionSettings, TrainingMemorySettings
+from rlhf_t2i.settings.memory import AttentionSettings, SpeedSettings, TrainingMemorySettings
 from rlhf_t2i.settings.no_imports import ImportSettings
 from rlhf_t2i.settings.optimizer import OptimizerSettings
 from rlhf_t2i.settings.ranges import (
@@ -252,6 +252,7 @@ class DataSettings(Settings, group="data"):
 class TrainerConfig(
     DryRunSettings,
     ProcessSettings,
+    SpeedSettings,
     TrainingMemorySettings,
     CheckpointSettings,
     EvaluationSettings,

@@ -1,4 +1,4 @@
-"""Options of attention and of memory in training."""
+"""Options of attention, and of memory and speed in training."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ class TrainingMemorySettings(Settings, group="system"):
     gather_for_sampling: bool = True
     """Under ZeRO-3 and FSDP2: gather all weights once for sampling, which is fast; false gathers them layer by layer in
     every forward pass, in less memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSettings(Settings, group="system"):
+    """Faster kernels in training."""
+
+    compile: bool = False
+    """Compile the repeated blocks of the denoiser by torch.compile: minutes at the start for each number of images in a
+    forward pass, then faster steps. On one process or under DDP; a CPU needs a C++ compiler."""
+    channels_last: bool = False
+    """Store the weights of a U-Net's convolutions with channels as the last dimension in memory: faster on a CPU. On
+    one process or under DDP."""

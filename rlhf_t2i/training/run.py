@@ -29,8 +29,9 @@ FREE_TO_CHANGE = frozenset({
     "num_steps", "learning_rate", "warmup_steps", "max_skipped_updates", "evaluate_every", "patience",
     "checkpoint_every", "keep_checkpoints", "max_image_grids", "stall_timeout", "trackers", "num_cpu_threads",
     "microbatch_size", "searches_per_batch", "async_reward", "no_imports", "attention", "gradient_checkpointing",
-    "offload_text_encoders", "cache_embeddings", "gather_for_sampling", "dry_run", "host", "port", "require_token",
-    "guideline", "acquisition", "questions_per_step", "max_question_age", "first_votes",
+    "offload_text_encoders", "cache_embeddings", "gather_for_sampling", "compile", "channels_last", "dry_run",
+    "host", "port", "require_token", "guideline", "acquisition", "questions_per_step", "max_question_age",
+    "first_votes",
 })  # fmt: skip
 """Settings that may differ when a run is resumed; docs/resume.md lists them."""
 

@@ -72,6 +72,7 @@ def make_trainer(
     set_start(policy, config, run, keep_reference=keep_reference, lora_dropout=lora_dropout)
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    _speed_up(policy, config, run)
     num_averages = (config.ema_decay > 0) + (sampling_ema is not None)
     engine = _engine(policy, run, config, num_averages=num_averages)
     averages = {"ema": MovingAverage(engine.weights, decay=decay_after_a_start(config.ema_decay))}
@@ -110,6 +111,19 @@ def _load(config: TrainerConfig, run: Run) -> Any:
     if run.is_main:
         update_run_info(run.folder, {"image_size": list(policy.image_size)})
     return policy
+
+
+def _speed_up(policy: Any, config: TrainerConfig, run: Run) -> None:
+    """Compile the denoiser and choose its memory layout, as asked; ValueError with a strategy that shards weights."""
+    from rlhf_t2i.models.speed import compile_blocks, to_channels_last  # takes seconds
+
+    for name in ("compile", "channels_last"):
+        if getattr(config, name) and run.mode not in ("single", "ddp"):
+            raise ValueError(f"{name} is true; with {run.mode}, which shards the weights, it must be false.")
+    if config.channels_last:
+        to_channels_last(policy.network)
+    if config.compile:
+        run.print(f"compile   {compile_blocks(policy.network)} blocks, each at its first call")
 
 
 def _prompt_store(folder: Path, fingerprint: str) -> StoredPrompts:
@@ -166,7 +180,8 @@ def _optimizer(policy: Policy, run: Run, config: TrainerConfig) -> torch.optim.O
     betas, epsilon = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     match config.optimizer:
         case "adamw":
-            return torch.optim.AdamW(weights, betas=betas, eps=epsilon, weight_decay=decay)
+            fused = {"fused": True} if _fuses(run) else {}
+            return torch.optim.AdamW(weights, betas=betas, eps=epsilon, weight_decay=decay, **fused)
         case "adam":
             return torch.optim.Adam(weights, betas=betas, eps=epsilon, weight_decay=decay)
         case "sgd":
@@ -177,6 +192,14 @@ def _optimizer(policy: Policy, run: Run, config: TrainerConfig) -> torch.optim.O
             if run.mode not in ("single", "ddp"):
                 raise ValueError(f"optimizer is adamw_8bit; with {run.mode}, which shards its state, it must be adamw.")
             return _adamw_in_8_bits()(weights, betas=betas, eps=epsilon, weight_decay=decay)
+
+
+def _fuses(run: Run) -> bool:
+    """Return True where one kernel takes the whole step of AdamW, without copies of gradients in memory.
+
+    With fp16 the kernel itself would skip a step, which accelerate then does not notice.
+    """
+    return run.device.type == "cuda" and run.mode in ("single", "ddp") and run.dtype != torch.float16
 
 
 def _adamw_in_8_bits() -> Any:

@@ -1,0 +1,133 @@
+"""Run one step of a recipe on fake tensors of a fake device: `python -m tests.fake_device CASES.json`.
+
+The file has a list of [name, recipe or "score", options]. A tensor that stays on the CPU among those of the device is
+an error of torch's fake tensors. The device is a backend in Python without any kernel, so no GPU and no CUDA build of
+torch is needed. Prints a line of JSON for each case: its name, and the error if there was one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from rlhf_t2i.plan import dry_run, stand_ins
+from rlhf_t2i.plan.tracker import Tracker
+from rlhf_t2i.training.run import Run
+
+NAME = "fakegpu"
+HALF = [torch.bfloat16, torch.float16]
+
+
+class DeviceTracker(Tracker):
+    """A tracker whose networks are on the fake device, and that makes every tensor of the device fake."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = (kwargs or {}).get("device")
+        is_fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        if self.fake is not None and device is not None and torch.device(device).type == NAME and not is_fake:
+            with self.fake:
+                return func(*(self._fake(argument) for argument in args), **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _fake(self, argument: Any) -> Any:
+        """Return a fake tensor for a real one, which the fallback of fake tensors would run on the device."""
+        assert self.fake is not None
+        return self.fake.from_tensor(argument) if isinstance(argument, Tensor) else argument
+
+    def empty(self, shape: Any, *, dtype: torch.dtype) -> Tensor:
+        assert self.fake is not None
+        with self.fake:
+            return torch.zeros(shape, dtype=dtype, device=NAME)
+
+
+def register() -> torch.device:
+    """Make the device known to torch, once a process."""
+    module = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, _is_in_bad_fork=lambda: False, device_count=lambda: 1,
+        current_device=lambda: 0, get_amp_supported_dtype=lambda: HALF, manual_seed_all=lambda seed: None,
+    )  # fmt: skip
+    _setup_privateuseone_for_python_backend(NAME, backend_module=module)
+    return torch.device(NAME, 0)
+
+
+@contextmanager
+def on_the_device(device: torch.device) -> Iterator[None]:
+    """Context in which recipes run on the device, and rewards answer there."""
+
+    def reward(images: Tensor, prompts: Any) -> Tensor:
+        assert images.device == device
+        return images.mean(dim=(1, 2, 3))
+
+    with (
+        patch.object(Run, "device", property(lambda run: device)),
+        patch.object(Accelerator, "device", property(lambda accelerator: device)),
+        patch.object(dry_run, "Tracker", DeviceTracker),
+        patch.object(dry_run, "stand_in_reward", reward),
+    ):
+        yield
+
+
+def score(folder: str, device: torch.device) -> None:
+    """Score images on the device by a reward model, once without and once with a gradient."""
+    from reward_model.scoring import LlavaReward
+
+    tracker = DeviceTracker(FakeTensorMode(allow_non_fake_inputs=True))
+    model = LlavaReward.from_pretrained(folder, device="cpu")
+    with tracker, patch.object(nn.Module, "_apply", stand_ins._convert):
+        model.to(device)
+        images = torch.rand(2, 3, 28, 28).to(device)
+        for pixels in (images, images.requires_grad_(True)):
+            assert model.score(pixels, ["a fox", "a red fox"]).device == device
+
+
+def leave_on_the_cpu(device: torch.device) -> None:
+    """Add a tensor of the CPU to one of the device."""
+    with FakeTensorMode():
+        torch.empty(2, device=device) + torch.empty(2)
+
+
+def error_of(kind: str, given: dict[str, Any], device: torch.device) -> str | None:
+    """Run a case; return its error, with the places that it came through."""
+    try:
+        if kind == "score":
+            score(given["folder"], device)
+        elif kind == "wrong":
+            leave_on_the_cpu(device)
+        else:
+            recipe = import_module(f"recipes.{kind}")
+            with on_the_device(device):
+                dry_run.rehearse(recipe.main, recipe.Config(**given))
+    except Exception as problem:
+        frames = traceback.extract_tb(problem.__traceback__)
+        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+        return f"{type(problem).__name__}: {problem}"[:400] + f" at {places[-14:]}"
+    return None
+
+
+def main(cases: Path) -> None:
+    device = register()
+    for name, kind, given in [*json.loads(cases.read_text()), ["a tensor left on the CPU", "wrong", {}]]:
+        sys.stdout.write(json.dumps([name, error_of(kind, given, device)]) + "\n")
+        sys.stdout.flush()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
