@@ -24,7 +24,7 @@ _CACHED_FROM = 2**18
 """Bytes of data files from which their records are kept in the cache."""
 _PART_LINES, _PART_ROWS = 2**23, 2**17
 """Bytes of lines, and rows of a table, of a part. Parts do not depend on the machine."""
-_VERSION = 2
+_VERSION = 3
 """Part of the key of cached records; to be raised when their conversion changes."""
 
 
