@@ -134,7 +134,7 @@ def resize(
 
 def centre_crop(images: Float[Tensor, "B 3 _ _"], height: int, width: int) -> Float[Tensor, "B 3 {height} {width}"]:
     """Crop the centre of images that are at least this large."""
-    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    top, left = centred_offsets((height, width), (images.shape[-2], images.shape[-1]))
     return images[..., top : top + height, left : left + width]
 
 
@@ -143,7 +143,13 @@ def pad_to(
 ) -> Float[Tensor, "B 3 {height} {width}"]:
     """Pad images on all sides to a larger size; an odd line goes below or to the right."""
     rows, columns = height - images.shape[-2], width - images.shape[-1]
-    return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), value=value)
+    top, left = centred_offsets((images.shape[-2], images.shape[-1]), (height, width))
+    return F.pad(images, (left, columns - left, top, rows - top), value=value)
+
+
+def centred_offsets(inner: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
+    """Return (top, left) of an area of size (height, width) in the centre of another one that is at least as large."""
+    return (outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2
 
 
 def split_into_squares(image: Float[Tensor, "3 _ _"], size: int) -> Float[Tensor, "N 3 {size} {size}"]:
@@ -165,7 +171,7 @@ def preprocess_as_clip(images: Float[Tensor, "B 3 _ _"], settings: Any) -> Float
     Clamped values keep their gradient. Raises what `size_as_clip` does.
     """
     if settings.do_resize:
-        images = resize(images, *_resized(images.shape[-2], images.shape[-1], settings.size))
+        images = resize(images, *resized_as_clip(images.shape[-2], images.shape[-1], settings))
     if settings.do_center_crop:
         images = centre_crop(images, settings.crop_size["height"], settings.crop_size["width"])
     return normalise(images, mean=settings.image_mean, std=settings.image_std) if settings.do_normalize else images
@@ -176,9 +182,13 @@ def size_as_clip(height: int, width: int, settings: Any) -> tuple[int, int]:
 
     Raises ValueError for an image that is too narrow to be resized by its short side.
     """
-    if settings.do_resize:
-        height, width = _resized(height, width, settings.size)
+    height, width = resized_as_clip(height, width, settings)
     return (settings.crop_size["height"], settings.crop_size["width"]) if settings.do_center_crop else (height, width)
+
+
+def resized_as_clip(height: int, width: int, settings: Any) -> tuple[int, int]:
+    """Return the height and width of an image in `preprocess_as_clip` before its centre is cropped."""
+    return _resized(height, width, settings.size) if settings.do_resize else (height, width)
 
 
 def _resized(height: int, width: int, size: Any) -> tuple[int, int]:

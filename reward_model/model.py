@@ -170,6 +170,19 @@ class RewardModel(nn.Module):
             pooled = perspective.skip_ca(pooled, *skip_ca_inputs(keys, output, self._padding))
         return perspective.head(pooled)
 
+    def attention_weights(self, output: BackboneOutput, name: str) -> Float[Tensor, "B H K"]:
+        """Return how much a perspective's SkipCA attends to each of its keys; `output` as for `score`.
+
+        The keys are the visual tokens, or padding where its `skip_ca_keys` say so. ValueError without SkipCA.
+        """
+        skip_ca = self._perspective(name).skip_ca
+        if skip_ca is None:
+            raise ValueError(f"The perspective {name!r} has no SkipCA, and so no attention to visual tokens.")
+        pooled = last_real_token(output.hidden, output.hidden_mask)
+        return skip_ca.attention_weights(
+            pooled, *skip_ca_inputs(self.configs[name].skip_ca_keys, output, self._padding)
+        )
+
     def encode_image(self, inputs: Inputs) -> Inputs:
         """Run the vision tower, which all perspectives share, once for several of them."""
         return self.backbone.encode_image(inputs)

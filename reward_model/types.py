@@ -6,8 +6,8 @@ these into a `BackboneOutput`; code behind that does not depend on the family of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +18,10 @@ from reward_model.stored_images import ImageSource
 
 Inputs = dict[str, Tensor]
 """A batch for a backbone: input_ids (B, L), attention_mask (B, L), and the tensors of its family."""
+
+
+Tags = Mapping[str, tuple[str, ...]]
+"""Groups that an evaluation counts a record in, by criterion: {"tier": ("binding",), "generator": ("sdxl", "flux")}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class PreferencePair:
     """FILE:LINE or FILE:RECORD of the source, for messages."""
     reference: Path | None = None
     """The image that the prompt says how to edit; winner and loser are two results."""
+    tags: Tags = field(default_factory=dict[str, tuple[str, ...]], hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class LabelledImage:
     prompt: str
     label: int
     where: str = ""
+    tags: Tags = field(default_factory=dict[str, tuple[str, ...]], hash=False)
 
 
 Record = PreferencePair | LabelledImage

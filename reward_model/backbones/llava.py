@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from reward_model.backbones.outputs import clip_features, run_language_model
 from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
-from reward_model.images import preprocess_as_clip, size_as_clip
+from reward_model.backbones.token_boxes import grid_boxes, nowhere
+from reward_model.images import centred_offsets, preprocess_as_clip, resized_as_clip, size_as_clip
 from reward_model.types import BackboneOutput, Inputs
 
 TITLE = "LLaVA-1.5"
@@ -60,6 +61,17 @@ class Llava:
 
     def num_visual_tokens(self, height: int, width: int) -> int:
         return self._count(*size_as_clip(height, width, self.processor))
+
+    def token_boxes(self, height: int, width: int) -> Float[Tensor, "V 4"]:
+        """Return the box of each visual token: a grid over the crop, and none for the class token."""
+        resized, cropped = (f(height, width, self.processor) for f in (resized_as_clip, size_as_clip))
+        top, left = centred_offsets(cropped, resized)
+        patch = self.model.config.vision_config.patch_size
+        rows, columns = (side // patch for side in cropped)
+        bottom, right = top + rows * patch, left + columns * patch
+        area = (top / resized[0], left / resized[1], bottom / resized[0], right / resized[1])
+        boxes = grid_boxes(rows, columns, area).flatten(0, 1)
+        return torch.cat([nowhere(self._count(*cropped) - len(boxes)), boxes])
 
     def _count(self, height: int, width: int) -> int:
         patch = self.model.config.vision_config.patch_size

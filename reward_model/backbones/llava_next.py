@@ -16,6 +16,7 @@ from reward_model.backbones.llava import PUBLISHED_TEMPLATE
 from reward_model.backbones.outputs import clip_features, run_language_model
 from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
+from reward_model.backbones.token_boxes import grid_boxes, padded_area, with_line_ends
 from reward_model.images import normalise, pad_to, resize, split_into_squares
 from reward_model.types import BackboneOutput, Inputs
 
@@ -56,14 +57,35 @@ class LlavaNext:
 
     def num_visual_tokens(self, height: int, width: int) -> int:
         """Count those of the resized view, and of the crops without padding, with one more at the end of each line."""
-        side = self.crop // self.model.config.vision_config.patch_size
-        rows, columns = (length // self.crop * side for length in self._grid(height, width))
+        rows, columns = self._tokens_of_crops(height, width)
+        top, left = self._removed(height, width)
+        return self._side**2 + (rows - 2 * top) * (columns - 2 * left + 1)
+
+    def token_boxes(self, height: int, width: int) -> Float[Tensor, "V 4"]:
+        """Return the box of each visual token: those of the view of the whole image, and of the crops line by line."""
+        fitted, padded = self._fitted(height, width)
+        rows, columns = self._tokens_of_crops(height, width)
+        top, left = self._removed(height, width)
+        boxes = grid_boxes(rows, columns, padded_area(fitted, padded))[top : rows - top, left : columns - left]
+        return torch.cat([grid_boxes(self._side, self._side).flatten(0, 1), with_line_ends(boxes)])
+
+    @property
+    def _side(self) -> int:
+        """Visual tokens along a side of one crop."""
+        return self.crop // self.model.config.vision_config.patch_size
+
+    def _tokens_of_crops(self, height: int, width: int) -> tuple[int, int]:
+        """Return (rows, columns) of the tokens of all crops, those of padding included."""
+        rows, columns = (length // self.crop * self._side for length in self._grid(height, width))
+        return rows, columns
+
+    def _removed(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows of tokens of padding that are removed above and below each, and the columns to each side."""
+        rows, columns = self._tokens_of_crops(height, width)
         # Padding is removed on both sides alike, as `unpad_image` in transformers does.
         if width / height > columns / rows:
-            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
-        else:
-            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-        return side**2 + rows * (columns + 1)
+            return (rows - int(round(height * (columns / width), 7))) // 2, 0
+        return 0, (columns - int(round(width * (rows / height), 7))) // 2
 
     def prepare(self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         """Return all views and crops of all images in one tensor, and the size of each image in pixels."""
@@ -73,14 +95,20 @@ class LlavaNext:
 
     def _views(self, image: Float[Tensor, "3 _ _"]) -> Float[Tensor, "N 3 S S"]:
         """Return the image resized to a square, and its crops: at its own aspect ratio, padded with black."""
+        fitted, padded = self._fitted(*image.shape[1:])
+        crops = split_into_squares(pad_to(resize(image[None], *fitted), *padded, value=0.0)[0], self.crop)
+        view = resize(image[None], self.crop, self.crop)
+        return normalise(torch.cat([view, crops]), mean=self.processor.image_mean, std=self.processor.image_std)
+
+    def _fitted(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the size to which an image is resized for its crops, and that to which it is then padded."""
         from transformers.image_processing_utils import get_patch_output_size
         from transformers.image_utils import ChannelDimension
 
-        height, width = self._grid(*image.shape[1:])
-        fitted = resize(image[None], *get_patch_output_size(image, (height, width), ChannelDimension.FIRST))
-        crops = split_into_squares(pad_to(fitted, height, width, value=0.0)[0], self.crop)
-        view = resize(image[None], self.crop, self.crop)
-        return normalise(torch.cat([view, crops]), mean=self.processor.image_mean, std=self.processor.image_std)
+        padded = self._grid(height, width)
+        image = torch.empty(3, height, width, device="meta")  # only its size is used
+        fitted_height, fitted_width = get_patch_output_size(image, padded, ChannelDimension.FIRST)
+        return (fitted_height, fitted_width), padded
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Return (height, width) of the grid in which the image is largest, then the one with the least padding."""

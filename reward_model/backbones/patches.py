@@ -41,8 +41,14 @@ class PatchPreprocessor:
 
     def num_tokens(self, height: int, width: int) -> int:
         """Return the number of visual tokens of an image of this size in pixels."""
+        rows, columns = self.token_grid(height, width)
+        return rows * columns
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of the visual tokens of an image of this size in pixels."""
+        side = self.processor.patch_size * self.processor.merge_size
         height, width = self._sizes(height, width)[-1]
-        return (height * width) // (self.processor.patch_size * self.processor.merge_size) ** 2
+        return height // side, width // side
 
     def _patches(self, image: Float[Tensor, "3 _ _"]) -> tuple[Float[Tensor, "N P"], tuple[int, int, int]]:
         """Return flattened patches (3 x 2 frames x patch x patch) grouped by token, and the grid (1, rows, columns)."""

@@ -24,6 +24,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from reward_model.backbones.outputs import pad
 from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
+from reward_model.backbones.token_boxes import grid_boxes, nowhere, padded_area, with_line_ends
 from reward_model.images import normalise, pad_to, resize, split_into_squares
 from reward_model.types import BackboneOutput, Inputs
 
@@ -77,6 +78,15 @@ class Phi3Vision:
 
     def num_visual_tokens(self, height: int, width: int) -> int:
         return self._count(*hd_grid(height, width, num_crops=self.num_crops, crop=self.crop)[1])
+
+    def token_boxes(self, height: int, width: int) -> Float[Tensor, "V 4"]:
+        """Return the box of each visual token: those of the crops and of the view, line by line."""
+        size, (rows, columns) = hd_grid(height, width, num_crops=self.num_crops, crop=self.crop)
+        area = padded_area(size, (rows * self.crop, columns * self.crop))
+        crops = with_line_ends(grid_boxes(rows * self.side, columns * self.side, area))
+        view = with_line_ends(grid_boxes(self.side, self.side, area))
+        first, last = (view, crops) if self.model.config.global_first else (crops, view)
+        return torch.cat([first, nowhere(1), last])
 
     def prepare(self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         """Return all views and crops of all images in one tensor, and each image's grid of crops."""

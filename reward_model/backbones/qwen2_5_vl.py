@@ -16,6 +16,7 @@ from reward_model.backbones.outputs import run_language_model
 from reward_model.backbones.patches import PatchPreprocessor, load_patch_preprocessor
 from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
+from reward_model.backbones.token_boxes import grid_boxes
 from reward_model.backbones.windows import attend_windows_at_once
 from reward_model.types import BackboneOutput, Inputs
 
@@ -58,6 +59,10 @@ class Qwen25VL:
 
     def num_visual_tokens(self, height: int, width: int) -> int:
         return self.preprocessor.num_tokens(height, width)
+
+    def token_boxes(self, height: int, width: int) -> Float[Tensor, "V 4"]:
+        """Return the box of each visual token: a grid over the image, line by line."""
+        return grid_boxes(*self.preprocessor.token_grid(height, width)).flatten(0, 1)
 
     def prepare(self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         return self.preprocessor.prepare(images, prompts, self.prompt_tokenizer)

@@ -18,6 +18,7 @@ from reward_model.backbones.patches import PatchPreprocessor, load_patch_preproc
 from reward_model.backbones.prompts import PromptTokenizer
 from reward_model.backbones.qwen2_5_vl import PUBLISHED_TEMPLATE
 from reward_model.backbones.settings import BackboneSettings, prompt_tokenizer
+from reward_model.backbones.token_boxes import grid_boxes
 from reward_model.types import BackboneOutput, Inputs
 
 TITLE = "Qwen3-VL"
@@ -55,6 +56,10 @@ class Qwen3VL:
 
     def num_visual_tokens(self, height: int, width: int) -> int:
         return self.preprocessor.num_tokens(height, width)
+
+    def token_boxes(self, height: int, width: int) -> Float[Tensor, "V 4"]:
+        """Return the box of each visual token: a grid over the image, line by line."""
+        return grid_boxes(*self.preprocessor.token_grid(height, width)).flatten(0, 1)
 
     def prepare(self, images: Iterable[Float[Tensor, "3 _ _"]], prompts: Sequence[str]) -> Inputs:
         return self.preprocessor.prepare(images, prompts, self.prompt_tokenizer)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reward_model.attention import AttentionMap, attention_maps
 from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics
 from reward_model.benchmarks.statistics import order_consistency
 from reward_model.datasets.table import RecordTable
@@ -16,7 +17,7 @@ from reward_model.losses import decided_logits
 from reward_model.scorers.pointwise import PointwiseScorer
 from reward_model.scoring import LlavaReward
 from reward_model.stored_images import ImageSource
-from reward_model.types import LabelledImage, PreferencePair, Record
+from reward_model.types import LabelledImage, PreferencePair, Record, Tags
 
 NUM_SWAPPED = 256
 """Number of pairs that are also scored in the other order."""
@@ -36,6 +37,9 @@ class RecordScores:
     labelled: list[LabelledImage]
     scores: Float[Tensor, " N"]
     """Scores of the labelled images."""
+    winner_scores: Float[Tensor, " _"] = field(default_factory=lambda: torch.zeros(0))
+    """Scores (P,) of the winners; empty for a model that only compares."""
+    loser_scores: Float[Tensor, " _"] = field(default_factory=lambda: torch.zeros(0))
 
 
 def score_records(
@@ -45,15 +49,19 @@ def score_records(
     """Score every record, with the first perspective of a reward model that has several."""
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     labelled = [record for record in records if isinstance(record, LabelledImage)]
-    logits, swapped, scores = torch.zeros(0), torch.zeros(0), torch.zeros(0)
-    if pairs:
+    logits, swapped, scores, winner_scores, loser_scores = (torch.zeros(0) for _ in range(5))
+    if pairs and (not isinstance(reward_model, LlavaReward) or reward_model.gives_scores):
+        winner_scores, loser_scores = _scores_of_sides(reward_model, pairs, batch_size=batch_size)
+        logits = _decided(reward_model, (winner_scores - loser_scores) / _unit(reward_model))
+    elif pairs:
         logits = _logits(reward_model, pairs, swap=False, batch_size=batch_size)
     if pairs[:num_swapped]:
         swapped = _logits(reward_model, pairs[:num_swapped], swap=True, batch_size=batch_size)
     if labelled:
         images, prompts = [one.image for one in labelled], [one.prompt for one in labelled]
         scores = reward_model.score(images, prompts, batch_size=batch_size)
-    return RecordScores(pairs, logits.cpu(), swapped.cpu(), labelled, scores.cpu())
+    sides = winner_scores.cpu(), loser_scores.cpu()
+    return RecordScores(pairs, logits.cpu(), swapped.cpu(), labelled, scores.cpu(), *sides)
 
 
 def score_in_parts(
@@ -80,7 +88,34 @@ def score_in_parts(
         torch.cat([part.swapped for part in parts]),
         [one for part in parts for one in part.labelled],
         torch.cat([part.scores for part in parts]),
+        torch.cat([part.winner_scores for part in parts]),
+        torch.cat([part.loser_scores for part in parts]),
     )
+
+
+def _scores_of_sides(
+    reward_model: LlavaReward | PointwiseScorer, pairs: Sequence[PreferencePair], *, batch_size: int
+) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+    """Return the scores of the winners and of the losers."""
+    winners = reward_model.score(
+        [pair.winner for pair in pairs], [pair.winner_prompt for pair in pairs], batch_size=batch_size
+    )
+    losers = reward_model.score(
+        [pair.loser for pair in pairs], [pair.loser_prompt for pair in pairs], batch_size=batch_size
+    )
+    return winners, losers
+
+
+def _unit(reward_model: LlavaReward | PointwiseScorer) -> float:
+    """Return the difference of two scores that is one unit of log-odds."""
+    if isinstance(reward_model, LlavaReward):
+        return reward_model.config().temperature
+    return reward_model.function.log_odds_unit
+
+
+def _decided(reward_model: LlavaReward | PointwiseScorer, logits: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+    tie_width = reward_model.config().tie_width if isinstance(reward_model, LlavaReward) else 0.0
+    return decided_logits(logits, tie_width=tie_width)
 
 
 def _logits(
@@ -91,8 +126,7 @@ def _logits(
     losers = [pair.loser for pair in pairs], [pair.loser_prompt for pair in pairs]
     first, second = (losers, winners) if swap else (winners, losers)
     logits = reward_model.logits(first[0], second[0], first[1], second_prompts=second[1], batch_size=batch_size)
-    tie_width = reward_model.config().tie_width if isinstance(reward_model, LlavaReward) else 0.0
-    return decided_logits(logits, tie_width=tie_width)
+    return _decided(reward_model, logits)
 
 
 def record_metrics(scores: RecordScores) -> list[Metric]:
@@ -124,6 +158,9 @@ class Mistake:
     log_odds: float
     """Log-odds of the loser, > 0."""
     where: str
+    tags: Tags = field(default_factory=dict[str, tuple[str, ...]])
+    maps: tuple[AttentionMap, AttentionMap] | None = None
+    """Where the model attends in the winner and in the loser, as it scores them."""
 
 
 def worst_mistakes(scores: RecordScores, *, count: int) -> list[Mistake]:
@@ -131,6 +168,15 @@ def worst_mistakes(scores: RecordScores, *, count: int) -> list[Mistake]:
     wrong = [i for i, pair in enumerate(scores.pairs) if not pair.tie and scores.logits[i] < 0]
     worst = sorted(wrong, key=lambda i: scores.logits[i].item())[:count]
     return [
-        Mistake(p.winner, p.loser, p.winner_prompt, p.loser_prompt, -scores.logits[i].item(), p.where)
+        Mistake(p.winner, p.loser, p.winner_prompt, p.loser_prompt, -scores.logits[i].item(), p.where, p.tags)
         for i, p in ((i, scores.pairs[i]) for i in worst)
     ]
+
+
+def with_maps(reward_model: LlavaReward, mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """Return the mistakes with maps of the attention; ValueError if there are none (`attention.why_no_map`)."""
+    found = list[Mistake]()
+    for one in mistakes:
+        winner, loser = attention_maps(reward_model, [one.winner, one.loser], [one.winner_prompt, one.loser_prompt])
+        found.append(replace(one, maps=(winner, loser)))
+    return found

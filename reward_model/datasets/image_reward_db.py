@@ -10,7 +10,8 @@ As its loading script returns it: the same with `image`; one row a prompt, with 
 {"prompt_id", "prompt", "classification", "img_better", "img_worse"} (`8k_pair`). As the test set of ImageReward's
 repository, with ranks only: {"id": "x", "prompt": "a red fox", "generations": ["a.webp", "b.webp"], "ranking": [1, 2]}.
 
-Ratings are integers from 1 (bad) to 7 (good). Ranks start from 1, the best, and may be shared.
+Ratings are integers from 1 (bad) to 7 (good). Ranks start from 1, the best, and may be shared. The
+classification becomes the tag `category`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from reward_model.datasets.fields import (
 from reward_model.datasets.images import FindImage
 from reward_model.datasets.ratings import pairs_from_ratings
 from reward_model.datasets.raw_records import RawRecord
+from reward_model.datasets.tags import published_tags
 from reward_model.types import PreferencePair, Record
 
 Perspective = Literal["alignment", "fidelity", "overall", "rank"]
@@ -48,13 +50,14 @@ def image_reward_record(
     fields: Mapping[str, Any], *, find_image: FindImage, where: str, perspective: Perspective
 ) -> list[Record]:
     """Convert the images of a prompt to pairs by one of their ratings, or a row of `8k_pair` to its pair."""
+    tags = published_tags(fields, category=("classification",))
     if "img_better" in fields or "img_worse" in fields:
         check_keys(fields, needed={"prompt", "img_better", "img_worse"}, ignored=_EXTRAS)
         if perspective != "rank":
             raise BadRecordError(f"img_better and img_worse are given by rank, not by {perspective}.")
         winner, loser = (find_image(take_image(fields, key)) for key in ("img_better", "img_worse"))
         prompt = take_text(fields, "prompt")
-        return [PreferencePair(winner, loser, prompt, prompt, where=where)]
+        return [PreferencePair(winner, loser, prompt, prompt, where=where, tags=tags)]
 
     key, rating = _image_key(fields), RATING_OF[perspective]
     if key == "generations" and perspective != "rank":
@@ -74,7 +77,7 @@ def image_reward_record(
             f"prompt. The rows of a prompt must be consecutive, as published."
         )
     prompt = take_text(fields, "prompt")
-    return pairs_from_ratings(images, ratings, prompt, find_image=find_image, where=where)
+    return pairs_from_ratings(images, ratings, prompt, find_image=find_image, where=where, tags=tags)
 
 
 def group_by_prompt(rows: Iterable[RawRecord]) -> Iterator[RawRecord]:

@@ -24,6 +24,7 @@ from reward_model.datasets.fields import (
     take_two_texts,
 )
 from reward_model.datasets.images import FindImage
+from reward_model.datasets.tags import published_tags
 from reward_model.types import LabelledImage, PreferencePair, Record
 
 _PAIR = frozenset({"prompt", "chosen_path", "reject_path"})
@@ -37,7 +38,8 @@ def llava_reward_record(fields: Mapping[str, Any], *, find_image: FindImage, whe
     if "path" in fields or "label" in fields:
         _check_keys(fields, needed=_LABELLED, extras=_LABELLED_EXTRAS)
         label, prompt, image = take_label(fields), take_text(fields, "prompt"), take_image(fields, "path")
-        return [LabelledImage(find_image(image), prompt, label, where)]
+        tags = published_tags(fields, category=("category",), source=("source",))
+        return [LabelledImage(find_image(image), prompt, label, where, tags)]
 
     _check_keys(fields, needed=_PAIR, extras=_PAIR_EXTRAS)
     if isinstance(fields["prompt"], list):

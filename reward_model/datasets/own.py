@@ -9,8 +9,9 @@
     {"prompt": "a red fox", "image": "a.png", "label": 1}
 
 In the third, the image is the reference that the prompt says how to edit. In the fifth, the image matches the first
-prompt better; the fifth and the sixth are what LLaVA-Reward's paper calls hard negatives. Every form may have an "id"
-(string or number) and a "comment" (string), which are not used.
+prompt better; the fifth and the sixth are what LLaVA-Reward's paper calls hard negatives. Every form may have "tags",
+{"tier": "binding", "generator": ["sdxl", "flux"]}, by which an evaluation states accuracies, and an "id" (string or
+number) and a "comment" (string), which are not used.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from reward_model.datasets.fields import (
     take_two_texts,
 )
 from reward_model.datasets.images import FindImage
+from reward_model.datasets.tags import take_tags
 from reward_model.types import LabelledImage, PreferencePair, Record
 
-_REMARKS = frozenset({"id", "comment"})
+_REMARKS = frozenset({"id", "comment", "tags"})
 _KNOWN = _REMARKS | {
     *("prompt", "winner_prompt", "loser_prompt"),
     *("image", "winner", "loser", "tie"),
@@ -50,11 +52,12 @@ def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) 
     """Convert one line to a pair or a labelled image; the set of its keys determines which of the seven forms it is."""
     refuse_unknown_keys(fields, _KNOWN)
     _check_remarks(fields)
+    tags = take_tags(fields)
 
     match sorted(fields.keys() - _REMARKS):
         case ["image", "label", "prompt"]:
             label, image, prompt = take_label(fields), take_image(fields, "image"), take_text(fields, "prompt")
-            return [LabelledImage(find_image(image), prompt, label, where)]
+            return [LabelledImage(find_image(image), prompt, label, where, tags)]
         case ["prompt", "tie"]:
             images, prompts = take_two_texts(fields, "tie"), _two_texts(fields, "prompt", "prompt")
         case (
@@ -75,7 +78,7 @@ def own_record(fields: Mapping[str, Any], *, find_image: FindImage, where: str) 
             raise BadRecordError(f"the keys {shortened(keys)} do not form a record. {_FORMS}")
     gap = _rating_gap(fields)
     winner, loser = map(find_image, images)
-    pair = PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where)
+    pair = PreferencePair(winner, loser, *prompts, tie="tie" in fields, rating_gap=gap, where=where, tags=tags)
     if not {"image", "winner"} <= fields.keys():
         return [pair]
     reference = find_image(take_image(fields, "image"))

@@ -1,8 +1,9 @@
 """Pick-a-Pic v1 and v2 (Kirstain et al., arXiv:2305.01569): pairs of images, labelled by the users who requested them.
 
-    caption   jpg_0, jpg_1   label_0, label_1   has_label   are_different   and other columns, which are not used
+    caption   jpg_0, jpg_1   label_0, label_1   has_label   are_different   model_0, model_1   and others, not used
 
 The table contains the images as JPEG files. The labels are 1 and 0, 0 and 1, or 0.5 and 0.5, which is a tie.
+The models become the tag `generator`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from reward_model.datasets.fields import (
     take_text,
 )
 from reward_model.datasets.images import FindImage
+from reward_model.datasets.tags import published_tags
 from reward_model.types import PreferencePair, Record
 
 _IGNORED = {
-    *("best_image_uid", "created_at", "image_0_uid", "image_0_url", "image_1_uid", "image_1_url", "model_0", "model_1"),
-    *("ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__"),
+    *("best_image_uid", "created_at", "image_0_uid", "image_0_url", "image_1_uid", "image_1_url"),
+    *("model_0", "model_1", "ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__"),
 }
 
 
@@ -54,4 +56,5 @@ def pick_a_pic_record(fields: Mapping[str, Any], *, find_image: FindImage, where
     prompt = take_text(fields, "caption")
     first, second = find_image(take_image(fields, "jpg_0")), find_image(take_image(fields, "jpg_1"))
     winner, loser = (second, first) if labels == (0, 1) else (first, second)
-    return [PreferencePair(winner, loser, prompt, prompt, tie=labels == (0.5, 0.5), where=where)]
+    tags = published_tags(fields, generator=("model_0", "model_1"))
+    return [PreferencePair(winner, loser, prompt, prompt, tie=labels == (0.5, 0.5), where=where, tags=tags)]

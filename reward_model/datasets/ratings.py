@@ -7,11 +7,17 @@ from itertools import combinations
 
 from reward_model.datasets.fields import ImageField, NoPreferenceError, shortened
 from reward_model.datasets.images import FindImage
-from reward_model.types import PreferencePair, Record
+from reward_model.types import PreferencePair, Record, Tags
 
 
 def pairs_from_ratings(
-    images: Sequence[ImageField], ratings: Sequence[float], prompt: str, *, find_image: FindImage, where: str
+    images: Sequence[ImageField],
+    ratings: Sequence[float],
+    prompt: str,
+    *,
+    find_image: FindImage,
+    where: str,
+    tags: Tags | None = None,
 ) -> list[Record]:
     """Return a pair for every two images with different ratings; its rating gap is their difference.
 
@@ -29,6 +35,8 @@ def pairs_from_ratings(
             better, worse = (one, other) if ratings[one] > ratings[other] else (other, one)
             gap = ratings[better] - ratings[worse]
             pairs.append(
-                PreferencePair(files[better], files[worse], prompt, prompt, rating_gap=float(gap), where=where)
+                PreferencePair(
+                    files[better], files[worse], prompt, prompt, rating_gap=float(gap), where=where, tags=tags or {}
+                )
             )
     return pairs

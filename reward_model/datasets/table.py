@@ -5,6 +5,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ SCHEMA = pa.schema([
     ("rating_gap", pa.float64()),
     ("reference", pa.string()),  # path of the image that was edited
     ("where", pa.string()),
+    ("tags", pa.string()),  # JSON; null without tags
     ("block", pa.int64()),  # rows of one block have images that are read together; -1 is none
     # 64 bits that stand for a text or an image, so that a start computes no hash; those of a label twice
     *((f"{side}_{what}", pa.uint64()) for what in ("prompt_key", "words", "image_key") for side in ("winner", "loser")),
@@ -246,12 +248,13 @@ class RecordTable(Sequence[Record]):
 
 
 def _row(record: Record) -> tuple[Any, ...]:
+    tags = json.dumps(record.tags, ensure_ascii=False, separators=(",", ":")) if record.tags else None
     if isinstance(record, LabelledImage):
-        return _image_row(record.image), None, record.prompt, None, record.label, False, 0.0, None, record.where
+        return _image_row(record.image), None, record.prompt, None, record.label, False, 0.0, None, record.where, tags
     loser_prompt = None if record.loser_prompt == record.winner_prompt else record.loser_prompt
     images, prompts = (_image_row(record.winner), _image_row(record.loser)), (record.winner_prompt, loser_prompt)
     reference = None if record.reference is None else str(record.reference)
-    return *images, *prompts, None, record.tie, record.rating_gap, reference, record.where
+    return *images, *prompts, None, record.tie, record.rating_gap, reference, record.where, tags
 
 
 def _image_row(image: ImageSource) -> tuple[str | int | None, ...]:
@@ -264,12 +267,13 @@ def _image_row(image: ImageSource) -> tuple[str | int | None, ...]:
 
 def _record(row: dict[str, Any]) -> Record:
     winner, prompt = _image(row["winner"]), row["winner_prompt"]
+    tags = {} if row["tags"] is None else {by: tuple(values) for by, values in json.loads(row["tags"]).items()}
     if row["label"] is not None:
-        return LabelledImage(winner, prompt, row["label"], row["where"])
+        return LabelledImage(winner, prompt, row["label"], row["where"], tags)
     loser_prompt = prompt if row["loser_prompt"] is None else row["loser_prompt"]
     reference = None if row["reference"] is None else Path(row["reference"])
     kind = {"tie": row["tie"], "rating_gap": row["rating_gap"], "where": row["where"], "reference": reference}
-    return PreferencePair(winner, _image(row["loser"]), prompt, loser_prompt, **kind)
+    return PreferencePair(winner, _image(row["loser"]), prompt, loser_prompt, **kind, tags=tags)
 
 
 def _image(row: dict[str, Any]) -> ImageSource:

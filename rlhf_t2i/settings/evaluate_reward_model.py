@@ -60,7 +60,7 @@ class Config(
     """Score from which a benchmark counts an image as good (safe)."""
     num_resamples: Annotated[PositiveInt, Group("evaluation")] = 2000
     """Bootstrap resamples for the 95 % intervals of benchmarks."""
-    num_shown: Annotated[NonNegativeInt, Group("evaluation")] = 24
+    num_shown: Annotated[NonNegativeInt, Group("evaluation")] = 20
     """Pairs on the report page: those with the largest errors."""
     mixed_precision: Precision | None = None
     """Precision of a LLaVA-Reward's backbone; null is its precision in training. Scores are always float32."""
