@@ -18,7 +18,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -30,9 +29,18 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from benchmarks.reward_heads_data import (
+    NUM_CANDIDATES,
+    Encoded,
+    ceiling,
+    encode,
+    encode_pairs,
+    samples,
+    test_sets,
+)
 from benchmarks.reward_heads_table import print_table
 from benchmarks.reward_heads_variants import VARIANTS, Seen, Variant
 from reward_model.backbones.load import load_backbone
@@ -41,16 +49,9 @@ from reward_model.config import RewardModelConfig
 from reward_model.losses import preference_losses
 from reward_model.model import RewardModel
 from reward_model.types import Backbone
-from rlhf_t2i.shapes.composition_oracle import composition_scores
-from rlhf_t2i.shapes.composition_pairs import (
-    CompositionPairs,
-    graded_pairs,
-    strict_pairs,
-    tied_pairs,
-    with_wrong_labels,
-)
+from rlhf_t2i.search.candidates import expected_best
+from rlhf_t2i.shapes.composition_pairs import CompositionPairs, strict_pairs, with_wrong_labels
 from rlhf_t2i.shapes.compositions import TIERS
-from rlhf_t2i.shapes.domains import DOMAINS, restyle
 from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER
 
 STEPS = {500: 60, 2_000: 120, 8_000: 240}
@@ -59,39 +60,24 @@ BATCH = 32
 """Pairs in a step."""
 LEARNING_RATE = 2e-3
 LORA_RANK = 16
-NUM_TEST, NUM_DOMAIN, NUM_OTHER = 150, 30, 100
-"""Test pairs of each tier as drawn, of each tier in each other domain, and of ties and graded pairs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Pairs as a backbone takes them: winners first, then losers."""
-
-    pairs: CompositionPairs
-    features: Float[Tensor, "2P V C"]
-    middle: Float[Tensor, "2P V C"]
-
-
-@torch.no_grad()
-def encode(backbone: Backbone, pairs: CompositionPairs) -> Encoded:
-    """Run the vision tower on both images of each pair, and keep its last and its middle layer."""
-    last, middle = [], []
-    for images in torch.cat([pairs.winners, pairs.losers]).split(256):
-        pixels = backbone.prepare(list(images), ["a"] * len(images))["pixel_values"]
-        states = backbone.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        last.append(states[-1][:, 1:])
-        middle.append(states[len(states) // 2][:, 1:])
-    return Encoded(pairs, torch.cat(last), torch.cat(middle))
+def outputs(model: RewardModel, variant: Variant, data: Encoded, rows: Tensor, others: Tensor) -> Tensor:
+    """Return the outputs (B, d) of a head for some images; `others` are those that each is compared with."""
+    prompts = ["" if variant.ignores_prompt else data.prompts[i] + variant.prompt_end for i in rows.tolist()]
+    vision = data.last[rows]
+    if variant.reads_both:
+        vision = torch.cat([vision, data.last[others]], dim=1)
+    tokens = model.backbone.prompt_tokenizer(prompts, [vision.shape[1]] * len(rows))
+    features = torch.zeros_like(vision) if variant.ignores_image else vision
+    output = model.backbone.forward({**tokens, "features": features})
+    return variant(Seen(output, vision, data.middle[rows], tokens["input_ids"]))
 
 
-def outputs(model: RewardModel, variant: Variant, data: Encoded, rows: Sequence[int]) -> list[Tensor]:
-    """Return the outputs of a head for the winners and for the losers of some pairs."""
-    prompts = ["" if variant.ignores_prompt else data.pairs.prompts[i].prompt + variant.prompt_end for i in rows]
-    index = torch.tensor([*rows, *(i + len(data.pairs) for i in rows)])
-    count = model.backbone.num_visual_tokens(32, 32)
-    tokens = model.backbone.prompt_tokenizer(2 * prompts, [count] * len(index))
-    output = model.backbone.forward({**tokens, "features": data.features[index]})
-    return list(variant(Seen(output, data.middle[index])).chunk(2))
+def log_odds(model: RewardModel, variant: Variant, data: Encoded, first: Tensor, second: Tensor) -> Tensor:
+    """Return the log-odds (B,) that the images `first` are preferred to the images `second` of the same prompts."""
+    rows, others = torch.cat([first, second]), torch.cat([second, first])
+    return variant.logits(*outputs(model, variant, data, rows, others).chunk(2))
 
 
 def fit(model: RewardModel, variant: Variant, data: Encoded, *, num_steps: int, seed: int) -> None:
@@ -103,12 +89,12 @@ def fit(model: RewardModel, variant: Variant, data: Encoded, *, num_steps: int, 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / num_steps)) / 2
     )
-    rng, order = np.random.default_rng([seed, 5]), list[int]()
+    rng, order, num_pairs = np.random.default_rng([seed, 5]), list[int](), len(data.prompts) // 2
     for _ in range(num_steps):
         if len(order) < BATCH:
-            order += rng.permutation(len(data.pairs)).tolist()
-        rows, order = order[:BATCH], order[BATCH:]
-        logits = variant.logits(*outputs(model, variant, data, rows))
+            order += rng.permutation(num_pairs).tolist()
+        rows, order = torch.tensor(order[:BATCH]), order[BATCH:]
+        logits = log_odds(model, variant, data, rows, rows + num_pairs)
         loss = preference_losses(logits, torch.zeros(len(rows), dtype=torch.bool)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -118,35 +104,59 @@ def fit(model: RewardModel, variant: Variant, data: Encoded, *, num_steps: int, 
 
 
 @torch.no_grad()
-def log_odds(model: RewardModel, variant: Variant, data: Encoded) -> np.ndarray:
+def judge_pairs(model: RewardModel, variant: Variant, data: Encoded) -> np.ndarray:
     """Return the log-odds of the winner of each pair."""
-    rows = torch.arange(len(data.pairs)).split(128)
-    return torch.cat([variant.logits(*outputs(model, variant, data, part.tolist())) for part in rows]).double().numpy()
+    num_pairs = len(data.prompts) // 2
+    parts = [log_odds(model, variant, data, rows, rows + num_pairs) for rows in torch.arange(num_pairs).split(128)]
+    return torch.cat(parts).double().numpy()
 
 
-def test_sets() -> Iterator[tuple[str, CompositionPairs]]:
-    """Yield the test pairs: by domain, ties, and graded pairs. They are the same for all models."""
-    rng = np.random.default_rng(6)
-    for number, domain in enumerate(DOMAINS):
-        each = NUM_TEST if domain == "flat" else NUM_DOMAIN
-        pairs = strict_pairs(each * len(TIERS), "held-out", seed=1_000 + number)
-        winners, losers = (restyle(side, domain, rng=rng) for side in (pairs.winners, pairs.losers))
-        yield domain, CompositionPairs(pairs.tiers, pairs.prompts, winners, losers, pairs.tie)
-    yield "ties", tied_pairs(NUM_OTHER, "held-out", seed=1_100)
-    yield "graded", graded_pairs(NUM_OTHER, "held-out", seed=1_101)
+@torch.no_grad()
+def judge_candidates(model: RewardModel, variant: Variant, data: Encoded) -> Float[Tensor, "P 16"]:
+    """Return the score of each candidate of each prompt; without one, its mean log-odds against the others."""
+    index = torch.arange(len(data.prompts))
+    if not variant.reads_both and variant.kind == "scalar":
+        parts = [outputs(model, variant, data, rows, rows)[:, 0] for rows in index.split(256)]
+        return torch.cat(parts).view(-1, NUM_CANDIDATES)
+    groups = index.view(-1, NUM_CANDIDATES)
+    scores = torch.zeros(groups.shape)
+    for step in range(1, NUM_CANDIDATES):
+        others = groups.roll(step, dims=1).flatten()
+        parts = [
+            log_odds(model, variant, data, *rows) for rows in zip(index.split(128), others.split(128), strict=True)
+        ]
+        scores += torch.cat(parts).view(groups.shape) / (NUM_CANDIDATES - 1)
+    return scores
 
 
-def evaluate(model: RewardModel, variant: Variant, tests: dict[str, Encoded]) -> dict[str, Any]:
-    """Return the counts of right pairs by domain and tier, and the other measures."""
+@dataclass(frozen=True, slots=True)
+class Tests:
+    """What every model is tested on, encoded by one backbone."""
+
+    pairs: dict[str, tuple[CompositionPairs, Encoded]]
+    candidates: Encoded
+    passed: Bool[Tensor, "P 16"]
+
+
+def make_tests(backbone: Backbone) -> Tests:
+    """Encode the test sets and the candidates."""
+    found = samples()
+    pairs = {name: (pairs, encode_pairs(backbone, pairs)) for name, pairs in test_sets()}
+    return Tests(pairs, encode(backbone, found.images, found.prompts), found.passed)
+
+
+def evaluate(model: RewardModel, variant: Variant, tests: Tests) -> dict[str, Any]:
+    """Return the counts of right pairs by domain and tier, the pass rate of best of 16, and the other measures."""
     model.eval()
     variant.eval()
     start = time.process_time()
-    odds = {name: log_odds(model, variant, data) for name, data in tests.items()}
+    odds = {name: judge_pairs(model, variant, data) for name, (_, data) in tests.pairs.items()}
     seconds = time.process_time() - start
+    best = expected_best(judge_candidates(model, variant, tests.candidates), tests.passed.float()).mean(dim=0)
     right: dict[str, dict[str, list[int]]] = {}
-    for name, data in tests.items():
+    for name, (pairs, _) in tests.pairs.items():
         if name != "ties":
-            hits = {tier: (odds[name] > 0)[np.array([t == tier for t in data.pairs.tiers])] for tier in TIERS}
+            hits = {tier: (odds[name] > 0)[np.array([t == tier for t in pairs.tiers])] for tier in TIERS}
             right[name] = {tier: [int(hit.sum()), len(hit)] for tier, hit in hits.items() if len(hit)}
     strict, tied = np.abs(odds["flat"]), np.abs(odds["ties"])
     labels = np.concatenate([np.ones(len(strict), int), np.zeros(len(tied), int)])
@@ -155,11 +165,12 @@ def evaluate(model: RewardModel, variant: Variant, tests: dict[str, Encoded]) ->
         "bits": np.packbits(odds["flat"] > 0).tobytes().hex(),
         "calibration_error": round(float(pair_calibration_error(odds["flat"])), 4),
         "auroc_strict_from_ties": round(float(auroc(np.concatenate([strict, tied]), labels)), 4),
-        "ms_per_score": round(500 * seconds / sum(len(data.pairs) for data in tests.values()), 3),
+        "best_of": [round(float(rate), 4) for rate in best],
+        "ms_per_score": round(500 * seconds / sum(len(pairs) for pairs, _ in tests.pairs.values()), 3),
     }
 
 
-def run(cell: dict[str, Any], folder: Path, training: Encoded, tests: dict[str, Encoded]) -> dict[str, Any]:
+def run(cell: dict[str, Any], folder: Path, training: Encoded, tests: Tests) -> dict[str, Any]:
     """Train one model and return its row."""
     torch.manual_seed(cell["seed"])
     model = RewardModel(load_backbone(str(folder)))
@@ -189,9 +200,8 @@ def train(arguments: argparse.Namespace) -> None:
     for name, noise, count in cells:
 
         @cache
-        def encoded(folder: str = str(folders[name])) -> dict[str, Encoded]:
-            backbone = load_backbone(folder)
-            return {test: encode(backbone, pairs) for test, pairs in test_sets()}
+        def tests(folder: str = str(folders[name])) -> Tests:
+            return make_tests(load_backbone(folder))
 
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             training = None
@@ -202,8 +212,8 @@ def train(arguments: argparse.Namespace) -> None:
                     continue
                 if training is None:
                     pairs = with_wrong_labels(strict_pairs(count, "training", seed=seed), noise, seed=seed)
-                    training = encode(load_backbone(str(folders[name])), pairs)
-                row = run(cell, Path(folders[name]), training, encoded())
+                    training = encode_pairs(load_backbone(str(folders[name])), pairs)
+                row = run(cell, Path(folders[name]), training, tests())
                 with arguments.rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 total = [sum(column) for column in zip(*row["right"]["flat"].values(), strict=True)]
@@ -218,19 +228,6 @@ def read_lines(path: Path) -> list[str]:
 def weights_mark(folder: Path) -> str:
     """Return the start of the SHA-256 of a backbone's weights."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
-
-
-def ceiling() -> dict[str, dict[str, float]]:
-    """Return the share of test pairs that the oracle orders rightly, by domain and tier; ties count as half."""
-    found: dict[str, dict[str, float]] = {}
-    for name, pairs in test_sets():
-        if name == "ties":
-            continue
-        gap = composition_scores(pairs.winners, pairs.prompts) - composition_scores(pairs.losers, pairs.prompts)
-        credit = ((gap > 0).float() + 0.5 * (gap == 0).float()).numpy()
-        tiers = np.array(pairs.tiers)
-        found[name] = {tier: float(credit[tiers == tier].mean()) for tier in TIERS if (tiers == tier).any()}
-    return found
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reward_model.heads import Head, HeadKind, preference_logits
@@ -28,8 +29,12 @@ class Seen:
     """What a head may use of one batch."""
 
     output: BackboneOutput
+    vision: Float[Tensor, "B P C"]
+    """States of the patches after the vision tower's last layer."""
     middle: Float[Tensor, "B P C"]
-    """States of the patches after the vision tower's middle layer."""
+    """The same after its middle layer."""
+    tokens: Int[Tensor, "B L"]
+    """Token ids: image, prompt and padding behind it."""
 
     @property
     def last(self) -> Float[Tensor, "B D"]:
@@ -44,6 +49,10 @@ class Variant(nn.Module, ABC):
     prompt_end = ""
     """Text behind each prompt."""
     ignores_prompt = False
+    ignores_image = False
+    """True: the language model sees no image; the head itself reads `vision`."""
+    reads_both = False
+    """True: a row shows two images, the one to judge first; outputs have no meaning without the other."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -199,9 +208,59 @@ class DigitExpectation(TokenLogits):
         return (self.answer_logits(seen).softmax(dim=1) @ weights)[:, None]
 
 
+class PromptLikelihood(Variant):
+    """Log-probability of the prompt's words behind the image (VisualGPTScore, arXiv:2306.01879).
+
+    By Bayes' rule the difference of two images is the log-odds of which of them the prompt was written for. What a
+    captioner knows of an image is read as it was learned, so that this needs no training to be better than chance;
+    LoRA and projector are trained.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        self.image_token = backbone.prompt_tokenizer.image_token_id
+        self.register_buffer("words", backbone.model.lm_head.weight.detach().clone().float())
+
+    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
+        words: Any = self.words
+        is_text = seen.output.hidden_mask & (seen.tokens != self.image_token)
+        is_text[:, 0] = False  # the start of the text, in front of the image
+        log_probabilities = (seen.output.hidden[:, :-1].float() @ words.T).log_softmax(dim=-1)
+        each = log_probabilities.gather(2, seen.tokens[:, 1:, None])[..., 0]
+        return TEMPERATURE * torch.where(is_text[:, 1:], each, 0.0).sum(dim=1, keepdim=True)
+
+
+class TwoTowers(Variant):
+    """The last token of the prompt, read without an image, times the mean of the visual tokens: as CLIP compares them.
+
+    A floor: no layer sees the image and the prompt together.
+    """
+
+    ignores_image = True
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        self.backbone = [backbone]  # in a list: its parameters are not the head's
+        self.text, self.image = (nn.Linear(self.width, self.width, bias=False) for _ in range(2))
+
+    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
+        visual = self.backbone[0].projector(seen.vision).mean(dim=1)
+        return F.cosine_similarity(self.text(seen.last), self.image(visual), dim=-1)[:, None]
+
+
+class BothImages(LastToken):
+    """A linear layer on the last token behind both images and the prompt; gives no score of one image.
+
+    Each pair is read in both orders, so that the log-odds change sign with the order.
+    """
+
+    reads_both = True
+
+
 VARIANTS: dict[str, Callable[[Backbone], Variant]] = {
     "last token": LastToken,
     "SkipCA": SkipCa,
+    "prompt likelihood": PromptLikelihood,
     "mean pooling": MeanPooled,
     "attention pooling": AttentionPooled,
     "SkipCA, 8 heads": lambda backbone: SkipCa(backbone, num_heads=8),
@@ -211,6 +270,8 @@ VARIANTS: dict[str, Callable[[Backbone], Variant]] = {
     "yes probability": YesProbability,
     "digit expectation": DigitExpectation,
     "general preference": GeneralPreference,
+    "both images": BothImages,
+    "two towers": TwoTowers,
     "image only": ImageOnly,
 }
 """All heads, the most telling first."""
