@@ -53,17 +53,26 @@ class SkipCrossAttention(nn.Module):
         self, hidden: Float[Tensor, "B D"], visual: Float[Tensor, "B V D"], visual_mask: Bool[Tensor, "B V"]
     ) -> Float[Tensor, "B D"]:
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden, visual = hidden.float(), visual.float()
-            key, value = (
-                layer.weight.float().unflatten(0, (self.num_heads, -1)) for layer in (self.key, self.value)
-            )  # (heads, D / heads, D)
-            query = F.linear(hidden, self.query.weight.float()).unflatten(1, (self.num_heads, -1))
-            projected_query = torch.einsum("bhd,hdw->bhw", query, key)
-            logits = torch.einsum("bhw,bvw->bhv", projected_query, visual) / math.sqrt(query.shape[-1])
-            weights = logits.masked_fill(~visual_mask[:, None], -torch.inf).softmax(dim=-1)
+            hidden, visual = hidden.float(), visual.float()  # once, so that a gradient is rounded to bfloat16 once
+            weights = self.attention_weights(hidden, visual, visual_mask)
             pooled = torch.einsum("bhv,bvw->bhw", weights, visual)
-            attended = torch.einsum("bhw,hdw->bhd", pooled, value).flatten(1)
+            attended = torch.einsum("bhw,hdw->bhd", pooled, self._of_heads(self.value)).flatten(1)
             return F.rms_norm(hidden + attended, hidden.shape[-1:], self.norm.weight.float(), self.norm.eps)
+
+    def attention_weights(
+        self, hidden: Float[Tensor, "B D"], visual: Float[Tensor, "B V D"], visual_mask: Bool[Tensor, "B V"]
+    ) -> Float[Tensor, "B H V"]:
+        """Return how much each head attends to each visual token: float32, sums to 1 over V, and 0 at padding."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden, visual = hidden.float(), visual.float()
+            query = F.linear(hidden, self.query.weight.float()).unflatten(1, (self.num_heads, -1))
+            projected_query = torch.einsum("bhd,hdw->bhw", query, self._of_heads(self.key))
+            logits = torch.einsum("bhw,bvw->bhv", projected_query, visual) / math.sqrt(query.shape[-1])
+            return logits.masked_fill(~visual_mask[:, None], -torch.inf).softmax(dim=-1)
+
+    def _of_heads(self, layer: nn.Linear) -> Float[Tensor, "H d D"]:
+        """Return the weight of a layer by head, in float32."""
+        return layer.weight.float().unflatten(0, (self.num_heads, -1))
 
 
 def skip_ca_inputs(

@@ -84,6 +84,34 @@ def test_attention_by_hand() -> None:
     assert_close(skip_ca(hidden, visual, torch.ones(1, 2, dtype=torch.bool)), total / norm)
 
 
+@pytest.mark.parametrize("num_heads", [1, 2, 4])
+def test_attention_weights_equal_explicit_attention(num_heads: int) -> None:
+    skip_ca, (hidden, visual, mask) = wide(num_heads), inputs()
+    weights = skip_ca.attention_weights(hidden, visual, mask)
+    queries = (hidden.double() @ skip_ca.query.weight.double().T).unflatten(-1, (num_heads, -1))
+    keys = (visual.double() @ skip_ca.key.weight.double().T).unflatten(-1, (num_heads, -1))
+    for i, count in enumerate(mask.sum(dim=1).tolist()):
+        logits = torch.einsum("hd,vhd->hv", queries[i], keys[i, :count]) / math.sqrt(WIDTH // num_heads)
+        assert_close(weights[i, :, :count].double(), logits.softmax(dim=-1), rtol=1e-5, atol=1e-6)
+        assert torch.all(weights[i, :, count:] == 0)
+    assert_close(weights.sum(dim=-1), torch.ones(3, num_heads))
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_is_made_from_the_attention_weights_to_the_bit(num_heads: int, dtype: torch.dtype) -> None:
+    """So that a map of the weights shows what the score was made from."""
+    skip_ca, (hidden, visual, mask) = wide(num_heads), inputs()
+    hidden, visual = hidden.to(dtype), visual.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, weights = skip_ca(hidden, visual, mask), skip_ca.attention_weights(hidden, visual, mask)
+    assert weights.dtype == torch.float32
+    pooled = torch.einsum("bhv,bvw->bhw", weights, visual.float())
+    value = skip_ca.value.weight.unflatten(0, (num_heads, -1))
+    total = hidden.float() + torch.einsum("bhw,hdw->bhd", pooled, value).flatten(1)
+    assert torch.equal(out, torch.nn.functional.rms_norm(total, (WIDTH,), skip_ca.norm.weight, 1e-5))
+
+
 def test_several_heads_differ_from_one() -> None:
     """A guard for the tests above: with uniform attention they would not depend on the number of heads."""
     one, four = wide(1), wide(4)
