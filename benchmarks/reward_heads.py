@@ -29,20 +29,13 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from benchmarks.reward_heads_data import (
-    NUM_CANDIDATES,
-    Encoded,
-    ceiling,
-    encode,
-    encode_pairs,
-    samples,
-    test_sets,
-)
+from benchmarks.reward_heads_data import Encoded, ceiling, encode, encode_pairs, samples, test_sets
+from benchmarks.reward_heads_judge import judge_candidates, judge_pairs, log_odds
 from benchmarks.reward_heads_table import print_table
-from benchmarks.reward_heads_variants import VARIANTS, Seen, Variant
+from benchmarks.reward_heads_variants import VARIANTS, Variant
 from reward_model.backbones.load import load_backbone
 from reward_model.benchmarks.classification import auroc, pair_calibration_error
 from reward_model.config import RewardModelConfig
@@ -60,24 +53,6 @@ BATCH = 32
 """Pairs in a step."""
 LEARNING_RATE = 2e-3
 LORA_RANK = 16
-
-
-def outputs(model: RewardModel, variant: Variant, data: Encoded, rows: Tensor, others: Tensor) -> Tensor:
-    """Return the outputs (B, d) of a head for some images; `others` are those that each is compared with."""
-    prompts = ["" if variant.ignores_prompt else data.prompts[i] + variant.prompt_end for i in rows.tolist()]
-    vision = data.last[rows]
-    if variant.reads_both:
-        vision = torch.cat([vision, data.last[others]], dim=1)
-    tokens = model.backbone.prompt_tokenizer(prompts, [vision.shape[1]] * len(rows))
-    features = torch.zeros_like(vision) if variant.ignores_image else vision
-    output = model.backbone.forward({**tokens, "features": features})
-    return variant(Seen(output, vision, data.middle[rows], tokens["input_ids"]))
-
-
-def log_odds(model: RewardModel, variant: Variant, data: Encoded, first: Tensor, second: Tensor) -> Tensor:
-    """Return the log-odds (B,) that the images `first` are preferred to the images `second` of the same prompts."""
-    rows, others = torch.cat([first, second]), torch.cat([second, first])
-    return variant.logits(*outputs(model, variant, data, rows, others).chunk(2))
 
 
 def fit(model: RewardModel, variant: Variant, data: Encoded, *, num_steps: int, seed: int) -> None:
@@ -101,32 +76,6 @@ def fit(model: RewardModel, variant: Variant, data: Encoded, *, num_steps: int, 
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-
-
-@torch.no_grad()
-def judge_pairs(model: RewardModel, variant: Variant, data: Encoded) -> np.ndarray:
-    """Return the log-odds of the winner of each pair."""
-    num_pairs = len(data.prompts) // 2
-    parts = [log_odds(model, variant, data, rows, rows + num_pairs) for rows in torch.arange(num_pairs).split(128)]
-    return torch.cat(parts).double().numpy()
-
-
-@torch.no_grad()
-def judge_candidates(model: RewardModel, variant: Variant, data: Encoded) -> Float[Tensor, "P 16"]:
-    """Return the score of each candidate of each prompt; without one, its mean log-odds against the others."""
-    index = torch.arange(len(data.prompts))
-    if not variant.reads_both and variant.kind == "scalar":
-        parts = [outputs(model, variant, data, rows, rows)[:, 0] for rows in index.split(256)]
-        return torch.cat(parts).view(-1, NUM_CANDIDATES)
-    groups = index.view(-1, NUM_CANDIDATES)
-    scores = torch.zeros(groups.shape)
-    for step in range(1, NUM_CANDIDATES):
-        others = groups.roll(step, dims=1).flatten()
-        parts = [
-            log_odds(model, variant, data, *rows) for rows in zip(index.split(128), others.split(128), strict=True)
-        ]
-        scores += torch.cat(parts).view(groups.shape) / (NUM_CANDIDATES - 1)
-    return scores
 
 
 @dataclass(frozen=True, slots=True)

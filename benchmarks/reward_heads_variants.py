@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from reward_model.heads import Head, HeadKind, preference_logits
 from reward_model.model import last_real_token
+from reward_model.prompt_likelihood import prompt_log_likelihood
 from reward_model.skip_ca import SkipCrossAttention
 from reward_model.types import Backbone, BackboneOutput
 
@@ -209,25 +210,14 @@ class DigitExpectation(TokenLogits):
 
 
 class PromptLikelihood(Variant):
-    """Log-probability of the prompt's words behind the image (VisualGPTScore, arXiv:2306.01879).
-
-    By Bayes' rule the difference of two images is the log-odds of which of them the prompt was written for. What a
-    captioner knows of an image is read as it was learned, so that this needs no training to be better than chance;
-    LoRA and projector are trained.
-    """
+    """The log-likelihood of the prompt given the image (readout prompt_likelihood); only LoRA and projector learn."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
-        self.image_token = backbone.prompt_tokenizer.image_token_id
-        self.register_buffer("words", backbone.model.lm_head.weight.detach().clone().float())
+        self.backbone = [backbone]  # in a list: its parameters are not the head's
 
     def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        words: Any = self.words
-        is_text = seen.output.hidden_mask & (seen.tokens != self.image_token)
-        is_text[:, 0] = False  # the start of the text, in front of the image
-        log_probabilities = (seen.output.hidden[:, :-1].float() @ words.T).log_softmax(dim=-1)
-        each = log_probabilities.gather(2, seen.tokens[:, 1:, None])[..., 0]
-        return TEMPERATURE * torch.where(is_text[:, 1:], each, 0.0).sum(dim=1, keepdim=True)
+        return TEMPERATURE * prompt_log_likelihood(seen.output, seen.tokens, self.backbone[0])
 
 
 class TwoTowers(Variant):

@@ -19,8 +19,9 @@ def backbone() -> Backbone:
 def seen(backbone: Backbone, prompt: str = "a red circle on a blue background") -> Seen:
     """Four random images with one prompt."""
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    output = backbone.forward(backbone.prepare(list(images), [prompt] * 4))
-    return Seen(output, torch.rand(4, 16, 96, generator=torch.Generator().manual_seed(1)))
+    inputs = backbone.prepare(list(images), [prompt] * 4)
+    last, middle = torch.rand(2, 4, 16, 96, generator=torch.Generator().manual_seed(1))
+    return Seen(backbone.forward(inputs), last, middle, inputs["input_ids"])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
