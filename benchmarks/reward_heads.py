@@ -33,9 +33,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from benchmarks.reward_heads_data import Encoded, ceiling, encode, encode_pairs, samples, test_sets
-from benchmarks.reward_heads_judge import judge_candidates, judge_pairs, log_odds
+from benchmarks.reward_heads_judge import attention_on_things, judge_candidates, judge_pairs, log_odds
 from benchmarks.reward_heads_table import print_table
-from benchmarks.reward_heads_variants import VARIANTS, Variant
+from benchmarks.reward_heads_variants import VARIANTS, SkipCa, Variant
 from reward_model.backbones.load import load_backbone
 from reward_model.benchmarks.classification import auroc, pair_calibration_error
 from reward_model.config import RewardModelConfig
@@ -109,7 +109,14 @@ def evaluate(model: RewardModel, variant: Variant, tests: Tests) -> dict[str, An
             right[name] = {tier: [int(hit.sum()), len(hit)] for tier, hit in hits.items() if len(hit)}
     strict, tied = np.abs(odds["flat"]), np.abs(odds["ties"])
     labels = np.concatenate([np.ones(len(strict), int), np.zeros(len(tied), int)])
+    probe: dict[str, Any] = {}
+    if isinstance(variant, SkipCa):
+        pairs, data = tests.pairs["flat"]
+        probe["attention_on_things"], probe["area_of_things"] = attention_on_things(
+            model, variant, data, torch.cat([pairs.winners, pairs.losers])
+        )
     return {
+        **probe,
         "right": right,
         "bits": np.packbits(odds["flat"] > 0).tobytes().hex(),
         "calibration_error": round(float(pair_calibration_error(odds["flat"])), 4),

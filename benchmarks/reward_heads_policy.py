@@ -36,8 +36,8 @@ def train_policy(model: RewardModel, variant: Variant, *, seed: int) -> dict[str
 
     with tempfile.TemporaryDirectory() as folder:
         config = ddpo.Config(
-            model=TOY_MODEL, num_steps=NUM_STEPS, evaluate_every=NUM_STEPS // 4, evaluation_rewards="oracle,oracle_pass",
-            checkpoint_every=0, num_cpu_threads=1, seed=seed, run_folder=str(Path(folder) / "run"),
+            model=TOY_MODEL, num_steps=NUM_STEPS, evaluate_every=NUM_STEPS // 4, checkpoint_every=0,
+            evaluation_rewards="oracle,oracle_pass", num_cpu_threads=1, seed=seed, run_folder=str(Path(folder) / "run"),
         )  # fmt: skip
         evaluations = ddpo.train(config, reward=reward).evaluations
     name = next(key.removesuffix("/standard_error") for key in evaluations[0] if "reward" in key and "/" in key)

@@ -99,9 +99,15 @@ class SkipCa(LastToken):
         vision_width = backbone.model.config.vision_config.hidden_size
         self.project = nn.Linear(vision_width, self.width) if middle else None
 
+    def _visual(self, seen: Seen) -> Float[Tensor, "B V D"]:
+        return seen.output.visual if self.project is None else self.project(seen.middle)
+
     def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        visual = seen.output.visual if self.project is None else self.project(seen.middle)
-        return self.head(self.skip_ca(seen.last, visual, seen.output.visual_mask))
+        return self.head(self.skip_ca(seen.last, self._visual(seen), seen.output.visual_mask))
+
+    def attention(self, seen: Seen) -> Float[Tensor, "B V"]:
+        """Return the attention to each visual token, the mean of the heads."""
+        return self.skip_ca.attention_weights(seen.last, self._visual(seen), seen.output.visual_mask).mean(dim=1)
 
 
 class MeanPooled(LastToken):

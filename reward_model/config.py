@@ -92,8 +92,8 @@ class RewardModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
         if self.readout == "prompt_likelihood" and (self.skip_ca or self.head != "scalar"):
             raise ValueError(
-                f"readout is prompt_likelihood, with skip_ca {self.skip_ca} and head {self.head}; it has no SkipCA, and "
-                f"its scores are scalar."
+                f"readout is prompt_likelihood, with skip_ca {self.skip_ca} and head {self.head}; it has no SkipCA, "
+                f"and its scores are scalar."
             )
 
     def to_json(self) -> str:

@@ -143,7 +143,7 @@ class RewardModel(nn.Module):
         return self.score(self.backbone.forward(inputs), inputs["input_ids"], self.active)
 
     def score(self, output: BackboneOutput, ids: Int[Tensor, "B L"], name: str) -> Float[Tensor, "B d"]:
-        """Return the head outputs of a perspective in float32; `output` must come from a forward of `ids` with its LoRA."""
+        """Return a perspective's outputs in float32; `output` must come from a forward of `ids` with its LoRA."""
         perspective = self._perspective(name)
         if perspective.head is None:
             return self.configs[name].temperature * prompt_log_likelihood(output, ids, self.backbone)
