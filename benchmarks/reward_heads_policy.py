@@ -45,6 +45,7 @@ def train_policy(model: RewardModel, variant: Variant, *, seed: int) -> dict[str
     std = {key: first[f"{key}/standard_error"] * first["num_images"] ** 0.5 for key in (name, "oracle")}
     curve = [
         {
+            "step": row["step"],
             "pass": row["oracle_pass"],
             "reward": (row[name] - first[name]) / std[name],
             "oracle": (row["oracle"] - first["oracle"]) / std["oracle"],
