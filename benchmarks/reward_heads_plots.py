@@ -15,8 +15,8 @@ from rlhf_t2i.shapes.compositions import TIERS
 
 SHOWN = ("last token", "mean pooling", "SkipCA", "prompt likelihood")
 """Heads of the plots; tables have all."""
-COLOURS = dict(zip(SHOWN, ("#4477aa", "#aa8800", "#cc3311", "#228833"), strict=True))
-MARKERS = dict(zip(SHOWN, "os^D", strict=True))
+COLOURS: dict[str, str] = dict(zip(SHOWN, ("#4477aa", "#aa8800", "#cc3311", "#228833"), strict=True))
+MARKERS: dict[str, str] = dict(zip(SHOWN, "os^D", strict=True))
 
 mpl.use("svg")
 mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "reward_heads", "font.family": "sans-serif", "font.size": 11}

@@ -49,7 +49,6 @@ def train_policy(model: RewardModel, variant: Variant, *, seed: int) -> dict[str
             "pass": row["oracle_pass"],
             "reward": (row[name] - first[name]) / std[name],
             "oracle": (row["oracle"] - first["oracle"]) / std["oracle"],
-            "diversity": row.get("diversity"),
         }
         for row in evaluations
     ]

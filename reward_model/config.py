@@ -12,13 +12,11 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import nn
 
-from reward_model.heads import HeadKind
+from reward_model.heads import HeadKind, Readout
 from reward_model.skip_ca import SkipCaKeys
 from reward_model.text_files import parse_json
 
 FORMAT = 1
-Readout = Literal["last_token", "prompt_likelihood"]
-"""last_token: a head on the last token (the paper); prompt_likelihood: temperature * log p(prompt | image)."""
 _MAX_WIDTH = 1 << 15
 """Widest language model and LoRA of which the weights are allocated."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reward_model.config import RewardModelConfig
+from reward_model.losses import Objective
 from reward_model.model import RewardModel
 from reward_model.online import OnlineRewardModel
 from reward_model.prompt_likelihood import prompt_log_likelihood
@@ -123,3 +124,10 @@ def test_before_training_it_is_the_backbones_own() -> None:
         model = RewardModel(backbone)
         model.add(config_of("llava", **OPTIONS))
         torch.testing.assert_close(model.eval()(**inputs), 0.1 * before)
+
+
+def test_a_loss_on_single_images_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="loss is cross_entropy; readout prompt_likelihood is trained by bradley_terry"
+    ):
+        Objective(loss="cross_entropy", readout="prompt_likelihood")
