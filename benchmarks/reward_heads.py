@@ -205,10 +205,10 @@ def train(arguments: argparse.Namespace) -> None:
 
 def backbones(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Path, float]]:
     """Yield name and mark of each backbone with its folder, for each fraction of wrong labels."""
-    folders = {"built-in": str(TOY_BACKBONE_FOLDER), **dict(one.split("=", 1) for one in arguments.backbones)}
-    for (name, folder), noise in product(folders.items(), arguments.noise):
-        if name != "built-in" or arguments.built_in:
-            weights = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
+    folders = {"built-in": str(TOY_BACKBONE_FOLDER)} if arguments.built_in else {}
+    for name, folder in {**folders, **dict(one.split("=", 1) for one in arguments.backbones)}.items():
+        weights = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
+        for noise in arguments.noise:
             yield {"backbone": name, "weights": weights}, Path(folder), noise
 
 

@@ -21,6 +21,7 @@ from rlhf_t2i.shapes.compositions import TIERS, Composition
 from rlhf_t2i.shapes.domains import DOMAINS, restyle
 from rlhf_t2i.shapes.oracle import oracle_scores
 from rlhf_t2i.shapes.scenes import Scene, all_scenes
+from rlhf_t2i.types import DiffusionModel
 
 NUM_TEST, NUM_DOMAIN, NUM_OTHER = 150, 30, 100
 """Test pairs of each tier as drawn, of each tier in each other domain, and of ties and graded pairs."""
@@ -106,14 +107,14 @@ def samples(repeats: int = 4) -> Samples:
     prompts = unseen_prompts() * repeats
     each = [prompt for prompt in prompts for _ in range(NUM_CANDIDATES)]
     found = best_of_n(
-        built_in_policy(), prompts, lambda images, _: torch.zeros(len(images)), num_candidates=NUM_CANDIDATES,
+        built_in_policy(), prompts, lambda images, prompts: torch.zeros(len(images)), num_candidates=NUM_CANDIDATES,
         num_denoising_steps=8, guidance_scale=1.0, microbatch_size=64, seed=50_000,
     ).images.flatten(0, 1)  # fmt: skip
     return Samples(found, each, oracle_scores(found, each).passed.view(len(prompts), NUM_CANDIDATES))
 
 
 @cache
-def built_in_policy() -> object:
+def built_in_policy() -> DiffusionModel:
     """Return the built-in diffusion model."""
     from rlhf_t2i.models.load import load_policy
     from rlhf_t2i.shapes.names import TOY_MODEL

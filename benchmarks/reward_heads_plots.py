@@ -23,17 +23,27 @@ mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "reward_heads", "font.f
 
 
 def plot_all(rows: Sequence[Row], policies: Sequence[Row], folder: Path, *, pairs: int) -> list[Path]:
-    """Write accuracy by tier, accuracy by number of pairs, and what a policy makes of it; return the files."""
+    """Write accuracy by tier, accuracy by number of pairs, and what policies, if any, make of it; return the files."""
     rows = [row for row in rows if row["wrong_labels"] == 0 and row["head"] in SHOWN]
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    return [
-        _plot(folder / "reward_heads_tiers.svg", backbones, "accuracy, %", lambda axes, backbone: _by_tier(
-            axes, [row for row in rows if row["backbone"] == backbone and row["pairs"] == pairs])),
-        _plot(folder / "reward_heads_pairs.svg", backbones, "accuracy, %", lambda axes, backbone: _by_pairs(
-            axes, [row for row in rows if row["backbone"] == backbone])),
-        _plot(folder / "reward_heads_policy.svg", backbones, "images that pass, %", lambda axes, backbone: _by_step(
-            axes, [row for row in policies if row["backbone"] == backbone and row["head"] in SHOWN])),
-    ]  # fmt: skip
+
+    def by_tier(axes: Any, backbone: str) -> None:
+        _by_tier(axes, [row for row in rows if row["backbone"] == backbone and row["pairs"] == pairs])
+
+    def by_pairs(axes: Any, backbone: str) -> None:
+        _by_pairs(axes, [row for row in rows if row["backbone"] == backbone])
+
+    def by_step(axes: Any, backbone: str) -> None:
+        _by_step(axes, [row for row in policies if row["backbone"] == backbone])
+
+    files = [
+        _plot(folder / "reward_heads_tiers.svg", backbones, "accuracy, %", by_tier),
+        _plot(folder / "reward_heads_pairs.svg", backbones, "accuracy, %", by_pairs),
+    ]
+    if policies:
+        trained = list(dict.fromkeys(row["backbone"] for row in policies))
+        files.append(_plot(folder / "reward_heads_policy.svg", trained, "images that pass, %", by_step))
+    return files
 
 
 def _plot(path: Path, backbones: Sequence[str], label: str, draw: Callable[[Any, str], None]) -> Path:
