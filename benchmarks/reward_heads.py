@@ -4,8 +4,12 @@ Every head (`reward_heads_variants.py`) is trained with the same LoRA and projec
 compositions (`rlhf_t2i.shapes.compositions`), with as many steps, and tested on prompts that neither it nor the
 captioner has read, also in renderings without new labels. The frozen vision tower's outputs are computed once an image.
 
-`train` appends one row for each trained model to a JSONL file and skips those that are there, the most telling first;
-it can be stopped and started again. `table` prints Markdown from the file.
+    tune     trains each head with each learning rate, once, and keeps its accuracy on new images of training prompts
+    train    trains each head with its best learning rate and tests it; `policy` trains a policy with each by DDPO
+    table    prints Markdown, `plot` draws
+
+The first three append one row for each trained model to a JSONL file and skip those that are there; they can be stopped
+and started again.
 """
 
 # transformers has no usable types.
@@ -18,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -30,85 +34,54 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from benchmarks.reward_heads_table import print_table
-from benchmarks.reward_heads_variants import VARIANTS, Seen, Variant
+from benchmarks.reward_heads_data import Encoded, ceiling, encode, encode_pairs, samples, test_sets
+from benchmarks.reward_heads_judge import attention_on_things, judge_candidates, judge_pairs, log_odds
+from benchmarks.reward_heads_policy import train_policy
+from benchmarks.reward_heads_table import print_tables
+from benchmarks.reward_heads_variants import VARIANTS, SkipCa, Variant
 from reward_model.backbones.load import load_backbone
 from reward_model.benchmarks.classification import auroc, pair_calibration_error
 from reward_model.config import RewardModelConfig
 from reward_model.losses import preference_losses
 from reward_model.model import RewardModel
 from reward_model.types import Backbone
-from rlhf_t2i.shapes.composition_oracle import composition_scores
-from rlhf_t2i.shapes.composition_pairs import (
-    CompositionPairs,
-    graded_pairs,
-    strict_pairs,
-    tied_pairs,
-    with_wrong_labels,
-)
+from rlhf_t2i.search.candidates import expected_best
+from rlhf_t2i.shapes.composition_pairs import CompositionPairs, strict_pairs, with_wrong_labels
 from rlhf_t2i.shapes.compositions import TIERS
-from rlhf_t2i.shapes.domains import DOMAINS, restyle
 from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER
 
-STEPS = {500: 60, 2_000: 120, 8_000: 240}
+STEPS = {500: 300, 2_000: 600, 8_000: 1_200}
 """Optimiser steps by number of pairs."""
 BATCH = 32
 """Pairs in a step."""
-LEARNING_RATE = 2e-3
+LEARNING_RATES = [1e-3, 4e-4, 2e-3]
+"""Tried by `tune`; the first is the default."""
 LORA_RANK = 16
-NUM_TEST, NUM_DOMAIN, NUM_OTHER = 150, 30, 100
-"""Test pairs of each tier as drawn, of each tier in each other domain, and of ties and graded pairs."""
+TUNING_SEED = 1_000
+NUM_VALIDATION = 350
+"""Pairs by which a learning rate is chosen."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Pairs as a backbone takes them: winners first, then losers."""
-
-    pairs: CompositionPairs
-    features: Float[Tensor, "2P V C"]
-    middle: Float[Tensor, "2P V C"]
-
-
-@torch.no_grad()
-def encode(backbone: Backbone, pairs: CompositionPairs) -> Encoded:
-    """Run the vision tower on both images of each pair, and keep its last and its middle layer."""
-    last, middle = [], []
-    for images in torch.cat([pairs.winners, pairs.losers]).split(256):
-        pixels = backbone.prepare(list(images), ["a"] * len(images))["pixel_values"]
-        states = backbone.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        last.append(states[-1][:, 1:])
-        middle.append(states[len(states) // 2][:, 1:])
-    return Encoded(pairs, torch.cat(last), torch.cat(middle))
-
-
-def outputs(model: RewardModel, variant: Variant, data: Encoded, rows: Sequence[int]) -> list[Tensor]:
-    """Return the outputs of a head for the winners and for the losers of some pairs."""
-    prompts = ["" if variant.ignores_prompt else data.pairs.prompts[i].prompt + variant.prompt_end for i in rows]
-    index = torch.tensor([*rows, *(i + len(data.pairs) for i in rows)])
-    count = model.backbone.num_visual_tokens(32, 32)
-    tokens = model.backbone.prompt_tokenizer(2 * prompts, [count] * len(index))
-    output = model.backbone.forward({**tokens, "features": data.features[index]})
-    return list(variant(Seen(output, data.middle[index])).chunk(2))
-
-
-def fit(model: RewardModel, variant: Variant, data: Encoded, *, num_steps: int, seed: int) -> None:
+def fit(
+    model: RewardModel, variant: Variant, data: Encoded, *, num_steps: int, learning_rate: float, seed: int
+) -> None:
     """Train LoRA, projector and head by Bradley-Terry on the pairs, in random order; cosine schedule with warm-up."""
     model.set_trainable(("lora", "projector"))
     parameters = [p for p in (*model.parameters(), *variant.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = max(1, round(0.03 * num_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / num_steps)) / 2
     )
-    rng, order = np.random.default_rng([seed, 5]), list[int]()
+    rng, order, num_pairs = np.random.default_rng([seed, 5]), list[int](), len(data.prompts) // 2
     for _ in range(num_steps):
         if len(order) < BATCH:
-            order += rng.permutation(len(data.pairs)).tolist()
-        rows, order = order[:BATCH], order[BATCH:]
-        logits = variant.logits(*outputs(model, variant, data, rows))
+            order += rng.permutation(num_pairs).tolist()
+        rows, order = torch.tensor(order[:BATCH]), order[BATCH:]
+        logits = log_odds(model, variant, data, rows, rows + num_pairs)
         loss = preference_losses(logits, torch.zeros(len(rows), dtype=torch.bool)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -117,50 +90,56 @@ def fit(model: RewardModel, variant: Variant, data: Encoded, *, num_steps: int, 
         schedule.step()
 
 
-@torch.no_grad()
-def log_odds(model: RewardModel, variant: Variant, data: Encoded) -> np.ndarray:
-    """Return the log-odds of the winner of each pair."""
-    rows = torch.arange(len(data.pairs)).split(128)
-    return torch.cat([variant.logits(*outputs(model, variant, data, part.tolist())) for part in rows]).double().numpy()
+@dataclass(frozen=True, slots=True)
+class Tests:
+    """What every model is tested on, encoded by one backbone."""
+
+    pairs: dict[str, tuple[CompositionPairs, Encoded]]
+    candidates: Encoded
+    passed: Bool[Tensor, "P 16"]
 
 
-def test_sets() -> Iterator[tuple[str, CompositionPairs]]:
-    """Yield the test pairs: by domain, ties, and graded pairs. They are the same for all models."""
-    rng = np.random.default_rng(6)
-    for number, domain in enumerate(DOMAINS):
-        each = NUM_TEST if domain == "flat" else NUM_DOMAIN
-        pairs = strict_pairs(each * len(TIERS), "held-out", seed=1_000 + number)
-        winners, losers = (restyle(side, domain, rng=rng) for side in (pairs.winners, pairs.losers))
-        yield domain, CompositionPairs(pairs.tiers, pairs.prompts, winners, losers, pairs.tie)
-    yield "ties", tied_pairs(NUM_OTHER, "held-out", seed=1_100)
-    yield "graded", graded_pairs(NUM_OTHER, "held-out", seed=1_101)
+def make_tests(backbone: Backbone) -> Tests:
+    """Encode the test sets and the candidates."""
+    found = samples()
+    pairs = {name: (pairs, encode_pairs(backbone, pairs)) for name, pairs in test_sets()}
+    return Tests(pairs, encode(backbone, found.images, found.prompts), found.passed)
 
 
-def evaluate(model: RewardModel, variant: Variant, tests: dict[str, Encoded]) -> dict[str, Any]:
-    """Return the counts of right pairs by domain and tier, and the other measures."""
+def evaluate(model: RewardModel, variant: Variant, tests: Tests) -> dict[str, Any]:
+    """Return the counts of right pairs by domain and tier, the pass rate of best of 16, and the other measures."""
     model.eval()
     variant.eval()
     start = time.process_time()
-    odds = {name: log_odds(model, variant, data) for name, data in tests.items()}
+    odds = {name: judge_pairs(model, variant, data) for name, (_, data) in tests.pairs.items()}
     seconds = time.process_time() - start
+    best = expected_best(judge_candidates(model, variant, tests.candidates), tests.passed.float()).mean(dim=0)
     right: dict[str, dict[str, list[int]]] = {}
-    for name, data in tests.items():
+    for name, (pairs, _) in tests.pairs.items():
         if name != "ties":
-            hits = {tier: (odds[name] > 0)[np.array([t == tier for t in data.pairs.tiers])] for tier in TIERS}
+            hits = {tier: (odds[name] > 0)[np.array([t == tier for t in pairs.tiers])] for tier in TIERS}
             right[name] = {tier: [int(hit.sum()), len(hit)] for tier, hit in hits.items() if len(hit)}
     strict, tied = np.abs(odds["flat"]), np.abs(odds["ties"])
     labels = np.concatenate([np.ones(len(strict), int), np.zeros(len(tied), int)])
+    probe: dict[str, Any] = {}
+    if isinstance(variant, SkipCa):
+        pairs, data = tests.pairs["flat"]
+        probe["attention_on_things"], probe["area_of_things"] = attention_on_things(
+            model, variant, data, torch.cat([pairs.winners, pairs.losers])
+        )
     return {
+        **probe,
         "right": right,
         "bits": np.packbits(odds["flat"] > 0).tobytes().hex(),
         "calibration_error": round(float(pair_calibration_error(odds["flat"])), 4),
         "auroc_strict_from_ties": round(float(auroc(np.concatenate([strict, tied]), labels)), 4),
-        "ms_per_score": round(500 * seconds / sum(len(data.pairs) for data in tests.values()), 3),
+        "best_of": [round(float(rate), 4) for rate in best],
+        "ms_per_score": round(500 * seconds / sum(len(pairs) for pairs, _ in tests.pairs.values()), 3),
     }
 
 
-def run(cell: dict[str, Any], folder: Path, training: Encoded, tests: dict[str, Encoded]) -> dict[str, Any]:
-    """Train one model and return its row."""
+def trained(cell: dict[str, Any], folder: Path, training: Encoded) -> tuple[RewardModel, Variant, float]:
+    """Return a trained model with its head, and the CPU seconds of its training."""
     torch.manual_seed(cell["seed"])
     model = RewardModel(load_backbone(str(folder)))
     width, kind = model.backbone.width, model.model.config.model_type
@@ -170,67 +149,91 @@ def run(cell: dict[str, Any], folder: Path, training: Encoded, tests: dict[str, 
     )  # fmt: skip
     model.add(config, seed=cell["seed"])
     variant = VARIANTS[cell["head"]](model.backbone)
-    count = sum(p.numel() for p in variant.parameters())
     start = time.process_time()
     model.train()
-    fit(model, variant, training, num_steps=STEPS[cell["pairs"]], seed=cell["seed"])
-    seconds = time.process_time() - start
-    found = evaluate(model, variant, tests)
-    return {**cell, **found, "head_parameters": count, "steps": STEPS[cell["pairs"]], "cpu_seconds": round(seconds, 1)}
+    fit(
+        model, variant, training, num_steps=STEPS[cell["pairs"]], learning_rate=cell["learning_rate"], seed=cell["seed"]
+    )
+    return model, variant, time.process_time() - start
+
+
+def tune(arguments: argparse.Namespace) -> None:
+    """Train each head once with each learning rate, and test it on new images of training prompts."""
+    num_pairs = arguments.pairs[0]
+    for name, folder, _ in backbones(arguments):
+        backbone = load_backbone(str(folder))
+        training = encode_pairs(backbone, strict_pairs(num_pairs, "training", seed=TUNING_SEED))
+        validation = encode_pairs(backbone, strict_pairs(NUM_VALIDATION, "training", seed=TUNING_SEED + 1))
+        for head, rate in product(arguments.heads, arguments.learning_rates):
+            cell = {**name, "head": head, "pairs": num_pairs, "learning_rate": rate, "seed": TUNING_SEED}
+            if is_new(cell, arguments.tuning):
+                model, variant, _ = trained(cell, folder, training)
+                model.eval()
+                variant.eval()
+                right = float((judge_pairs(model, variant, validation) > 0).mean())
+                append({**cell, "steps": STEPS[num_pairs], "accuracy": round(right, 4)}, arguments.tuning)
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train all models that are asked for and have no row yet."""
-    torch.set_num_threads(1)
-    done = [json.loads(line) for line in read_lines(arguments.rows)]
-    folders = {"built-in": TOY_BACKBONE_FOLDER, **dict(one.split("=", 1) for one in arguments.backbones)}
-    marks = {name: weights_mark(Path(folder)) for name, folder in folders.items()}
-    cells: Any = product(folders if arguments.built_in else list(folders)[1:], arguments.noise, arguments.pairs)
-    for name, noise, count in cells:
+    """Train all models that are asked for and have no row yet; test each, and DDPO with it if that is asked for."""
+    for name, folder, noise in backbones(arguments):
 
         @cache
-        def encoded(folder: str = str(folders[name])) -> dict[str, Encoded]:
-            backbone = load_backbone(folder)
-            return {test: encode(backbone, pairs) for test, pairs in test_sets()}
+        def tests(folder: Path = folder) -> Tests:
+            return make_tests(load_backbone(str(folder)))
 
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-            training = None
+        for count, seed in product(
+            arguments.pairs, range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+        ):
+
+            @cache
+            def training(folder: Path = folder, count: int = count, noise: float = noise, seed: int = seed) -> Encoded:
+                pairs = with_wrong_labels(strict_pairs(count, "training", seed=seed), noise, seed=seed)
+                return encode_pairs(load_backbone(str(folder)), pairs)
+
             for head in arguments.heads:
-                cell = {"backbone": name, "weights": marks[name], "head": head, "pairs": count, "wrong_labels": noise,
-                        "seed": seed}  # fmt: skip
-                if any(cell.items() <= row.items() for row in done):
-                    continue
-                if training is None:
-                    pairs = with_wrong_labels(strict_pairs(count, "training", seed=seed), noise, seed=seed)
-                    training = encode(load_backbone(str(folders[name])), pairs)
-                row = run(cell, Path(folders[name]), training, encoded())
-                with arguments.rows.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                total = [sum(column) for column in zip(*row["right"]["flat"].values(), strict=True)]
-                sys.stderr.write(f"{cell}: {100 * total[0] / total[1]:.1f} % in {row['cpu_seconds']} s\n")
+                cell = {**name, "head": head, "pairs": count, "wrong_labels": noise, "seed": seed}
+                cell["learning_rate"] = best_rate(arguments.tuning, name, head)
+                in_policy = arguments.action == "policy"
+                if is_new(cell, path := arguments.policies if in_policy else arguments.rows):
+                    model, variant, seconds = trained(cell, folder, training())
+                    found = train_policy(model, variant, seed=seed) if in_policy else evaluate(model, variant, tests())
+                    num = sum(p.numel() for p in variant.parameters())
+                    more = {"head_parameters": num, "steps": STEPS[count], "cpu_seconds": round(seconds, 1)}
+                    append({**cell, **found, **more}, path)
 
 
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a file; none if it is not there."""
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def backbones(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Path, float]]:
+    """Yield name and mark of each backbone with its folder, for each fraction of wrong labels."""
+    folders = {"built-in": str(TOY_BACKBONE_FOLDER)} if arguments.built_in else {}
+    for name, folder in {**folders, **dict(one.split("=", 1) for one in arguments.backbones)}.items():
+        weights = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
+        for noise in arguments.noise:
+            yield {"backbone": name, "weights": weights}, Path(folder), noise
 
 
-def weights_mark(folder: Path) -> str:
-    """Return the start of the SHA-256 of a backbone's weights."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+def best_rate(tuning: Path, backbone: dict[str, Any], head: str) -> float:
+    """Return the learning rate with the best row of a head, or of SkipCA for a head that was not tuned."""
+    rows = [row for row in read_rows(tuning) if backbone.items() <= row.items()]
+    own = [row for row in rows if row["head"] == head] or [row for row in rows if row["head"] == "SkipCA"]
+    return max(own, key=lambda row: row["accuracy"])["learning_rate"] if own else LEARNING_RATES[0]
 
 
-def ceiling() -> dict[str, dict[str, float]]:
-    """Return the share of test pairs that the oracle orders rightly, by domain and tier; ties count as half."""
-    found: dict[str, dict[str, float]] = {}
-    for name, pairs in test_sets():
-        if name == "ties":
-            continue
-        gap = composition_scores(pairs.winners, pairs.prompts) - composition_scores(pairs.losers, pairs.prompts)
-        credit = ((gap > 0).float() + 0.5 * (gap == 0).float()).numpy()
-        tiers = np.array(pairs.tiers)
-        found[name] = {tier: float(credit[tiers == tier].mean()) for tier in TIERS if (tiers == tier).any()}
-    return found
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file; none if it is not there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def is_new(cell: dict[str, Any], path: Path) -> bool:
+    """Return True if a file has no row of this cell."""
+    return not any(cell.items() <= row.items() for row in read_rows(path))
+
+
+def append(row: dict[str, Any], path: Path) -> None:
+    """Add a row to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    sys.stderr.write(f"{', '.join(f'{key} {row[key]}' for key in ('backbone', 'head', 'pairs', 'seed'))}: done\n")
 
 
 def main() -> None:
@@ -238,23 +241,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("action", choices=["train", "table", "ceiling"], help="what to do")
-    parser.add_argument("--rows", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="file of the rows")
+    actions = ["tune", "train", "policy", "table", "plot", "ceiling"]
+    parser.add_argument("action", choices=actions, help="what to do")
+    for name, what in (("rows", "trained heads"), ("tuning", "learning rates"), ("policies", "trained policies")):
+        file = Path(__file__).with_name(f"reward_heads_{name}.jsonl")
+        parser.add_argument(f"--{name}", type=Path, default=file, help=f"file of the {what}")
     parser.add_argument("--backbones", nargs="*", default=["captioner=runs/captioner"], help="NAME=FOLDER of backbones")
     parser.add_argument("--built_in", action="store_true", help="also the built-in reward model's backbone")
     parser.add_argument("--heads", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="heads")
-    parser.add_argument(
-        "--pairs", nargs="+", type=int, default=[500, 2_000], choices=list(STEPS), help="training pairs"
-    )
+    parser.add_argument("--pairs", nargs="+", type=int, default=[2_000], choices=list(STEPS), help="training pairs")
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0], help="fractions of wrong labels")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--first_seed", type=int, default=0, help="first seed")
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES, help="those that tune tries")
+    parser.add_argument("--plots", type=Path, default=Path("docs"), help="folder of the plots")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     match arguments.action:
-        case "train":
+        case "tune":
+            tune(arguments)
+        case "train" | "policy":
             train(arguments)
         case "table":
-            print_table([json.loads(line) for line in read_lines(arguments.rows)])
+            print_tables(read_rows(arguments.rows), read_rows(arguments.policies))
+        case "plot":
+            from benchmarks.reward_heads_plots import plot_all
+
+            plot_all(
+                read_rows(arguments.rows), read_rows(arguments.policies), arguments.plots, pairs=arguments.pairs[0]
+            )
         case _:
             sys.stdout.write(json.dumps(ceiling(), indent=1) + "\n")
 

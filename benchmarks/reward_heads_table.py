@@ -65,6 +65,40 @@ def print_table(rows: Sequence[Row]) -> None:
                 print_line(f"| {head} | {' | '.join(cells)} |")
 
 
+def print_tables(rows: Sequence[Row], policies: Sequence[Row]) -> None:
+    """Print the accuracies, what best of 16 and DDPO make of them, and where SkipCA attends."""
+    print_table(rows)
+    print_selection(rows)
+    print_policies(policies)
+
+
+def print_selection(rows: Sequence[Row]) -> None:
+    """Print the pass rate of the best of n samples, and SkipCA's attention to things."""
+    print_line(
+        "\n| backbone | pairs | head | seeds | best of 4, % | best of 16, % | attention on things, % (area, %) |"
+    )
+    print_line(f"|{'---|' * 7}")
+    for key in dict.fromkeys((row["backbone"], row["pairs"], row["head"]) for row in rows if not row["wrong_labels"]):
+        own = [row for row in rows if (row["backbone"], row["pairs"], row["head"]) == key and not row["wrong_labels"]]
+        best = [shown([100 * row["best_of"][n - 1] for row in own]) for n in (4, 16)]
+        attention = "-"
+        if "attention_on_things" in own[0]:
+            area = 100 * own[0]["area_of_things"]
+            attention = f"{shown([100 * row['attention_on_things'] for row in own])} ({area:.1f})"
+        print_line(f"| {key[0]} | {key[1]:,} | {key[2]} | {len(own)} | {' | '.join(best)} | {attention} |")
+
+
+def print_policies(rows: Sequence[Row]) -> None:
+    """Print what DDPO makes of each head: the oracle's pass rate before and after, and the hacking gap."""
+    print_line("\n| backbone | pairs | head | seeds | passes before, % | after, % | hacking gap, standard deviations |")
+    print_line(f"|{'---|' * 7}")
+    for key in dict.fromkeys((row["backbone"], row["pairs"], row["head"]) for row in rows):
+        own = [row for row in rows if (row["backbone"], row["pairs"], row["head"]) == key]
+        passes = [shown([100 * row["curve"][i]["pass"] for row in own]) for i in (0, -1)]
+        gap = shown([row["gap"] for row in own])
+        print_line(f"| {key[0]} | {key[1]:,} | {key[2]} | {len(own)} | {' | '.join(passes)} | {gap} |")
+
+
 def print_line(text: str) -> None:
     """Print a line."""
     sys.stdout.write(text + "\n")

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reward_model.heads import Head, HeadKind, preference_logits
 from reward_model.model import last_real_token
+from reward_model.prompt_likelihood import prompt_log_likelihood
 from reward_model.skip_ca import SkipCrossAttention
 from reward_model.types import Backbone, BackboneOutput
 
@@ -28,8 +30,12 @@ class Seen:
     """What a head may use of one batch."""
 
     output: BackboneOutput
+    vision: Float[Tensor, "B P C"]
+    """States of the patches after the vision tower's last layer."""
     middle: Float[Tensor, "B P C"]
-    """States of the patches after the vision tower's middle layer."""
+    """The same after its middle layer."""
+    tokens: Int[Tensor, "B L"]
+    """Token ids: image, prompt and padding behind it."""
 
     @property
     def last(self) -> Float[Tensor, "B D"]:
@@ -44,6 +50,10 @@ class Variant(nn.Module, ABC):
     prompt_end = ""
     """Text behind each prompt."""
     ignores_prompt = False
+    ignores_image = False
+    """True: the language model sees no image; the head itself reads `vision`."""
+    reads_both = False
+    """True: a row shows two images, the one to judge first; outputs have no meaning without the other."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -89,9 +99,15 @@ class SkipCa(LastToken):
         vision_width = backbone.model.config.vision_config.hidden_size
         self.project = nn.Linear(vision_width, self.width) if middle else None
 
+    def _visual(self, seen: Seen) -> Float[Tensor, "B V D"]:
+        return seen.output.visual if self.project is None else self.project(seen.middle)
+
     def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        visual = seen.output.visual if self.project is None else self.project(seen.middle)
-        return self.head(self.skip_ca(seen.last, visual, seen.output.visual_mask))
+        return self.head(self.skip_ca(seen.last, self._visual(seen), seen.output.visual_mask))
+
+    def attention(self, seen: Seen) -> Float[Tensor, "B V"]:
+        """Return the attention to each visual token, the mean of the heads."""
+        return self.skip_ca.attention_weights(seen.last, self._visual(seen), seen.output.visual_mask).mean(dim=1)
 
 
 class MeanPooled(LastToken):
@@ -199,9 +215,48 @@ class DigitExpectation(TokenLogits):
         return (self.answer_logits(seen).softmax(dim=1) @ weights)[:, None]
 
 
+class PromptLikelihood(Variant):
+    """The log-likelihood of the prompt given the image (readout prompt_likelihood); only LoRA and projector learn."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        self.backbone = [backbone]  # in a list: its parameters are not the head's
+
+    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
+        return TEMPERATURE * prompt_log_likelihood(seen.output, seen.tokens, self.backbone[0])
+
+
+class TwoTowers(Variant):
+    """The last token of the prompt, read without an image, times the mean of the visual tokens: as CLIP compares them.
+
+    A floor: no layer sees the image and the prompt together.
+    """
+
+    ignores_image = True
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        self.backbone = [backbone]  # in a list: its parameters are not the head's
+        self.text, self.image = (nn.Linear(self.width, self.width, bias=False) for _ in range(2))
+
+    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
+        visual = self.backbone[0].projector(seen.vision).mean(dim=1)
+        return F.cosine_similarity(self.text(seen.last), self.image(visual), dim=-1)[:, None]
+
+
+class BothImages(LastToken):
+    """A linear layer on the last token behind both images and the prompt; gives no score of one image.
+
+    Each pair is read in both orders, so that the log-odds change sign with the order.
+    """
+
+    reads_both = True
+
+
 VARIANTS: dict[str, Callable[[Backbone], Variant]] = {
     "last token": LastToken,
     "SkipCA": SkipCa,
+    "prompt likelihood": PromptLikelihood,
     "mean pooling": MeanPooled,
     "attention pooling": AttentionPooled,
     "SkipCA, 8 heads": lambda backbone: SkipCa(backbone, num_heads=8),
@@ -211,6 +266,8 @@ VARIANTS: dict[str, Callable[[Backbone], Variant]] = {
     "yes probability": YesProbability,
     "digit expectation": DigitExpectation,
     "general preference": GeneralPreference,
+    "both images": BothImages,
+    "two towers": TwoTowers,
     "image only": ImageOnly,
 }
 """All heads, the most telling first."""

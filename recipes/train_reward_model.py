@@ -1,11 +1,10 @@
 """Train LLaVA-Reward, a reward model on a multimodal LLM (arXiv:2507.21391).
 
     accelerate launch recipes/train_reward_model.py
-    accelerate launch recipes/train_reward_model.py --config recipes/configs/reward_qwen2_5_vl_alignment.yaml \\
-        --train_data pairs.jsonl
+    accelerate launch recipes/train_reward_model.py --config recipes/configs/reward_qwen2_5_vl_alignment.yaml
 
 The first command trains the built-in reward model on a CPU within minutes, with recipes/configs/reward_shapes.yaml; the
-second trains Qwen2.5-VL with the paper's settings.
+second trains Qwen2.5-VL with the paper's settings, on the files of --train_data.
 
 A frozen multimodal LLM encodes an image and its prompt. The hidden state of the last token attends to the visual tokens
 once more (SkipCA), and a linear head maps the result to a score. LoRA, projector, SkipCA and head are trained:
@@ -78,6 +77,7 @@ def main(config: Config) -> Path:
         temperature=config.temperature if config.loss != "cross_entropy" else 1.0,
         tie_width=config.tie_width if any(one.column("tie").any() for one in (training, validation)) else 0.0,
         margin_per_rating=config.margin_per_rating,
+        readout=config.readout,
     )
     objective.check([*training.first_of_each_kind(), *validation.first_of_each_kind()])
     model = build_model(config, objective, dtype="bfloat16" if arguments.bf16 else "float32")
@@ -124,7 +124,8 @@ def build_model(config: Config, objective: Objective, *, dtype: str) -> RewardMo
         head=objective.head,
         temperature=objective.temperature,
         tie_width=objective.tie_width,
-        skip_ca=config.skip_ca,
+        readout=objective.readout,
+        skip_ca=config.skip_ca and objective.readout == "last_token",
         skip_ca_heads=config.skip_ca_heads,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,

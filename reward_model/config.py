@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import nn
 
-from reward_model.heads import HeadKind
+from reward_model.heads import HeadKind, Readout
 from reward_model.skip_ca import SkipCaKeys
 from reward_model.text_files import parse_json
 
@@ -35,6 +35,8 @@ class RewardModelConfig:
     width: int
     """D: hidden size of the backbone's language model."""
     head: HeadKind = "scalar"
+    readout: Readout = "last_token"
+    """What a score is read from. Without last_token there are neither SkipCA nor a head."""
     temperature: float = 0.1
     """Score differences divided by it are log-odds; > 0."""
     tie_width: float = 0.0
@@ -70,6 +72,7 @@ class RewardModelConfig:
         bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "num_crops": self.num_crops}
         for name, valid, rule in (
             ("head", self.head in get_args(HeadKind), "scalar or general_preference"),
+            ("readout", self.readout in get_args(Readout), " or ".join(get_args(Readout))),
             ("temperature", math.isfinite(self.temperature) and self.temperature > 0, "positive"),
             ("tie_width", math.isfinite(self.tie_width) and self.tie_width >= 0, "at least 0"),
             ("width", 1 <= self.width <= _MAX_WIDTH, f"in [1, {_MAX_WIDTH}]"),
@@ -85,6 +88,11 @@ class RewardModelConfig:
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {rule}.")
+        if self.readout == "prompt_likelihood" and (self.skip_ca or self.head != "scalar"):
+            raise ValueError(
+                f"readout is prompt_likelihood, with skip_ca {self.skip_ca} and head {self.head}; it has no SkipCA, "
+                f"and its scores are scalar."
+            )
 
     def to_json(self) -> str:
         """Return the config as JSON, with the version of the format."""

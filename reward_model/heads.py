@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 HeadKind = Literal["scalar", "general_preference"]
+Readout = Literal["last_token", "prompt_likelihood"]
+"""last_token: a head on the last token (the paper); prompt_likelihood: temperature * log p(prompt | image)."""
 
 
 class Head(nn.Linear):

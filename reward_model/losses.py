@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reward_model.heads import HeadKind, preference_logits
+from reward_model.heads import HeadKind, Readout, preference_logits
 from reward_model.types import LabelledImage, PreferencePair, Record
 
 LossName = Literal["bradley_terry", "general_preference", "cross_entropy"]
@@ -67,6 +67,13 @@ class Objective:
     tie_width: float = 0.0
     margin_per_rating: float = 0.0
     """Margin of a winner in log-odds for each unit of `rating_gap`; >= 0."""
+    readout: Readout = "last_token"
+    """prompt_likelihood is trained by bradley_terry on pairs only: its scores are all below 0, so 0 is no threshold."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a loss that cannot train the readout."""
+        if self.readout == "prompt_likelihood" and self.loss != "bradley_terry":
+            raise ValueError(f"loss is {self.loss}; readout prompt_likelihood is trained by bradley_terry.")
 
     @property
     def head(self) -> HeadKind:
@@ -103,6 +110,10 @@ class Objective:
                 raise ValueError(
                     f"{record.where} is a label, and general_preference only takes pairs; use bradley_terry or "
                     f"cross_entropy."
+                )
+            if isinstance(record, LabelledImage) and self.readout == "prompt_likelihood":
+                raise ValueError(
+                    f"{record.where} is a label; readout prompt_likelihood compares images of one prompt: give pairs."
                 )
             if isinstance(record, PreferencePair) and record.tie and self.loss == "cross_entropy":
                 raise ValueError(

@@ -2,6 +2,8 @@
 
     r(image, prompt) = head(SkipCA(h, z))      h: the last real token after the last layer; z: the visual tokens
 
+or, as an option that is not the paper's, temperature * log p(prompt | image) by the language model with its LoRA.
+
 One backbone carries any number of perspectives (alignment, fidelity, safety, ...). Each has its own LoRA in the
 language model, projector, SkipCA and head; the vision tower and the language model's own weights are shared and
 frozen.
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from peft import LoraConfig, inject_adapter_in_model
 from peft.functional import delete_adapter, set_adapter
 from peft.tuners.lora import LoraLayer
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from reward_model.backbones.load import LORA_TARGETS
 from reward_model.config import RewardModelConfig
 from reward_model.heads import Head
+from reward_model.prompt_likelihood import check_language_head, prompt_log_likelihood
 from reward_model.skip_ca import SkipCrossAttention, skip_ca_inputs
 from reward_model.types import Backbone, BackboneOutput, Inputs
 
@@ -47,10 +50,11 @@ class Perspective(nn.Module):
     def __init__(self, config: RewardModelConfig, projector: nn.Module) -> None:
         super().__init__()
         self.projector = projector
-        self.skip_ca = None
+        self.skip_ca = self.head = None
         if config.skip_ca:
             self.skip_ca = SkipCrossAttention(config.width, num_heads=config.skip_ca_heads, eps=config.skip_ca_eps)
-        self.head = Head(config.width, config.head)
+        if config.readout == "last_token":
+            self.head = Head(config.width, config.head)
 
 
 class RewardModel(nn.Module):
@@ -82,6 +86,8 @@ class RewardModel(nn.Module):
                 f"The perspective {name!r} was made for a backbone of width {config.width}; this one has "
                 f"{self.backbone.width}."
             )
+        if config.readout == "prompt_likelihood":
+            check_language_head(self.backbone)
         device = next(self.model.parameters()).device
         # The first perspective takes the backbone's own projector; each later one is loaded over a copy.
         projector = copy.deepcopy(self.backbone.projector) if self.configs else self.backbone.projector
@@ -159,11 +165,13 @@ class RewardModel(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Float[Tensor, "B d"]:
         """Return the active perspective's head outputs in float32: a score, or a vector to compare, for each row."""
-        return self.score(self.backbone.forward(inputs), self.active)
+        return self.score(self.backbone.forward(inputs), inputs["input_ids"], self.active)
 
-    def score(self, output: BackboneOutput, name: str) -> Float[Tensor, "B d"]:
-        """Return the head outputs of a perspective in float32; `output` must come from a forward with its LoRA."""
+    def score(self, output: BackboneOutput, ids: Int[Tensor, "B L"], name: str) -> Float[Tensor, "B d"]:
+        """Return a perspective's outputs in float32; `output` must come from a forward of `ids` with its LoRA."""
         perspective = self._perspective(name)
+        if perspective.head is None:
+            return self.configs[name].temperature * prompt_log_likelihood(output, ids, self.backbone)
         pooled = last_real_token(output.hidden, output.hidden_mask)
         if perspective.skip_ca is not None:
             keys = self.configs[name].skip_ca_keys
@@ -196,8 +204,8 @@ class RewardModel(nn.Module):
             for half in (".lora_A.", ".lora_B.")
             if f"{half}{name}." in key
         }
-        skip_ca = dict(part.skip_ca.named_parameters()) if part.skip_ca is not None else {}
-        found = [lora, dict(part.projector.named_parameters()), skip_ca, dict(part.head.named_parameters())]
+        parts = (part.projector, part.skip_ca, part.head)
+        found = [lora, *({} if module is None else dict(module.named_parameters()) for module in parts)]
         return {group: parameters for group, parameters in zip(GROUPS, found, strict=True) if parameters}
 
     def _padding(self) -> Float[Tensor, " D"]:

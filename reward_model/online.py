@@ -35,8 +35,8 @@ class OnlineRewardModel:
         """Train `groups` of the active perspective, and SkipCA and head of the other members, with `learning_rate`.
 
         A batch has at most `batch_size` records, drawn from all. Members start alike if the perspective is trained
-        already, and from random weights if it is not (its head is at its initial scale). Raises ValueError for a head
-        without scores.
+        already, and from random weights if it is not (its head is at its initial scale). Raises ValueError without a
+        head, and for one without scores.
         """
         config = model.configs[model.active]
         if config.head != "scalar":
@@ -44,6 +44,8 @@ class OnlineRewardModel:
                 f"The reward model has a {config.head.replace('_', '-')} head, which compares two images but gives no "
                 f"score to one; votes teach a scalar head."
             )
+        if config.readout != "last_token":
+            raise ValueError(f"The reward model's readout is {config.readout}, which has no head; votes teach a head.")
         self.model, self.groups, self.batch_size, self.seed = model.eval(), tuple(groups), batch_size, seed
         self.config, self.tie_width = config, max(tie_width, config.tie_width)
         self.members = [config.perspective, *(f"member_{i}" for i in range(1, num_members))]
@@ -149,7 +151,7 @@ class OnlineRewardModel:
     def _member_scores(self, inputs: Inputs) -> Float[Tensor, "E B"]:
         inputs = {key: tensor.to(self.device) for key, tensor in inputs.items()}
         output: BackboneOutput = self.model.backbone.forward(inputs)
-        return torch.stack([self.model.score(output, name)[:, 0] for name in self.members])
+        return torch.stack([self.model.score(output, inputs["input_ids"], name)[:, 0] for name in self.members])
 
     # --- checkpoints ---
 

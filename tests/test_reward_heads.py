@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.reward_heads_variants import VARIANTS, MeanPooled, Seen, SkipCa
+from benchmarks import reward_heads, reward_heads_data
+from benchmarks.reward_heads_judge import attention_on_things, judge_candidates
+from benchmarks.reward_heads_variants import VARIANTS, LastToken, MeanPooled, Seen, SkipCa
 from reward_model.backbones.load import load_backbone
+from reward_model.model import RewardModel
 from reward_model.types import Backbone
+from rlhf_t2i.shapes.composition_pairs import strict_pairs
 from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER
 
 
@@ -19,8 +27,9 @@ def backbone() -> Backbone:
 def seen(backbone: Backbone, prompt: str = "a red circle on a blue background") -> Seen:
     """Four random images with one prompt."""
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    output = backbone.forward(backbone.prepare(list(images), [prompt] * 4))
-    return Seen(output, torch.rand(4, 16, 96, generator=torch.Generator().manual_seed(1)))
+    inputs = backbone.prepare(list(images), [prompt] * 4)
+    last, middle = torch.rand(2, 4, 16, 96, generator=torch.Generator().manual_seed(1))
+    return Seen(backbone.forward(inputs), last, middle, inputs["input_ids"])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -49,3 +58,79 @@ def test_skip_ca_without_a_query_is_mean_pooling(backbone: Backbone) -> None:
         mean.head.weight.copy_(skip.head.weight)
         given = seen(backbone)
         torch.testing.assert_close(skip(given), mean(given))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few test pairs, candidates of one prompt, two steps."""
+    for name, value in {"NUM_TEST": 2, "NUM_DOMAIN": 1, "NUM_OTHER": 2}.items():
+        monkeypatch.setattr(reward_heads_data, name, value)
+    monkeypatch.setattr(reward_heads_data, "unseen_prompts", lambda: ["a red circle on a blue background"])
+    monkeypatch.setattr(reward_heads, "STEPS", {500: 2})
+    reward_heads_data.samples.cache_clear()
+
+
+def command(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> None:
+    files = [part for name in ("rows", "tuning", "policies") for part in (f"--{name}", str(folder / f"{name}.jsonl"))]
+    more = ["--built_in", "--backbones", "--pairs", "500", "--seeds", "2", "--plots", str(folder)]
+    monkeypatch.setattr(sys, "argv", ["reward_heads.py", *arguments, *files, *more])
+    reward_heads.main()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_training_goes_on_where_it_stopped_and_the_table_pairs_heads_by_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, tmp_path, "tune", "--heads", "SkipCA", "--learning_rates", "0.001", "0.1")
+    tuning = [json.loads(line) for line in (tmp_path / "tuning.jsonl").read_text().splitlines()]
+    best = max(tuning, key=lambda row: row["accuracy"])["learning_rate"]
+
+    command(monkeypatch, tmp_path, "train", "--heads", "last token")
+    before = (tmp_path / "rows.jsonl").read_text()
+    command(monkeypatch, tmp_path, "train", "--heads", "last token", "SkipCA")
+    after = (tmp_path / "rows.jsonl").read_text()
+    assert after.startswith(before)
+    rows = [json.loads(line) for line in after.splitlines()]
+    assert [(row["head"], row["seed"]) for row in rows] == [
+        ("last token", 0), ("last token", 1), ("SkipCA", 0), ("SkipCA", 1),
+    ]  # fmt: skip
+    assert {row["learning_rate"] for row in rows} == {best}
+    assert 0 < rows[2]["area_of_things"] < 1
+    assert len(rows[0]["best_of"]) == 16
+
+    capsys.readouterr()
+    command(monkeypatch, tmp_path, "table")
+    table = capsys.readouterr().out
+    assert "| last token | 2 |" in table
+    assert "| minus last token | all tiers |" in table
+    command(monkeypatch, tmp_path, "plot")
+    assert sorted(path.name for path in tmp_path.glob("*.svg")) == [
+        "reward_heads_pairs.svg", "reward_heads_tiers.svg",
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_candidates_without_scores_are_ranked_by_their_mean_log_odds(backbone: Backbone) -> None:
+    """A head whose log-odds are differences of scores ranks alike either way."""
+    model = RewardModel(backbone)
+    scored, compared = LastToken(backbone), LastToken(backbone)
+    compared.load_state_dict(scored.state_dict())
+    compared.kind = "general_preference"
+    compared.logits = scored.logits
+    images = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    data = reward_heads_data.encode(backbone, images, ["a red circle on a blue background"] * 32)
+    scores, log_odds = (judge_candidates(model, variant, data) for variant in (scored, compared))
+    expected = (scores - scores.mean(dim=1, keepdim=True)) * 16 / 15 / 0.1
+    torch.testing.assert_close(log_odds, expected, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_uniform_attention_falls_on_things_by_their_area(backbone: Backbone) -> None:
+    skip = SkipCa(backbone)
+    skip.skip_ca.query.weight.zero_()
+    pairs = strict_pairs(7, "held-out", seed=0)
+    data = reward_heads_data.encode_pairs(backbone, pairs)
+    share, area = attention_on_things(RewardModel(backbone), skip, data, torch.cat([pairs.winners, pairs.losers]))
+    assert share == pytest.approx(area, rel=1e-5)
+    assert 0.02 < area < 0.5

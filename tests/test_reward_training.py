@@ -194,6 +194,7 @@ LABEL = LabelledImage(Path("a.png"), "a fox", 1, where="data.jsonl:5")
     [
         (Objective(loss="general_preference"), LABEL, "data.jsonl:5 is a label"),
         (Objective(loss="cross_entropy"), TIE, "data.jsonl:4 is a tie"),
+        (Objective(readout="prompt_likelihood"), LABEL, "data.jsonl:5 is a label; readout prompt_likelihood compares"),
         (Objective(tie_width=0.0), TIE, "tie_width > 0"),
     ],
 )
@@ -422,6 +423,7 @@ def test_it_learns_reports_and_keeps_the_best_weights(data: Path, tmp_path: Path
     [
         ("published.json", "general_preference", {"margin_per_rating": 0.1}),
         ("published.json", "cross_entropy", {"skip_ca": "false", "validation_data": ""}),
+        ("published.json", "bradley_terry", {"readout": "prompt_likelihood"}),
         ("mixed.jsonl", "bradley_terry", {"gradient_checkpointing": "true", "skip_ca_heads": 4}),
     ],
 )
