@@ -87,7 +87,7 @@ def reward_model_evaluation(folder: Path) -> Path:
     prompts = [f"<b>a red circle</b> beside_a_word_of_thirty_letters_{i}" for i in range(60)]
     generators = [f"a-generator-with-a-name-of-fifty-characters-and-a-number-{i}" for i in range(15)]
     pairs = [
-        PreferencePair(*images, text, text if i % 3 else "another", rating_gap=1 + i % 4, where=f"pairs.jsonl:{i}",
+        PreferencePair(*images, text, text if i % 3 else "another", rating_gap=1.0 + i % 4, where=f"pairs.jsonl:{i}",
                        tags={"tier": ("one" if i < 40 else "binding",), "generator": (generators[i % 15],)})
         for i, text in enumerate(prompts)
     ]  # fmt: skip
