@@ -31,25 +31,26 @@ def mean_of_tokens(family: str, backbone: Any, image: Tensor) -> Tensor:
     """The mean colour of the pixels of each visual token, in the order of the tokens; nan at separators."""
     inputs = backbone.prepare([image], ["a fox"])
     pixels = inputs["pixel_values"]
-    processor = getattr(backbone, "processor", None) or getattr(getattr(backbone, "preprocessor", None), "processor", 0)
+    processor: Any = getattr(getattr(backbone, "preprocessor", backbone), "processor", None)
     mean, std = (processor.image_mean, processor.image_std) if processor else (backbone.mean, backbone.std)
     separator = torch.full((3,), NOWHERE)
+    if family.startswith("qwen"):
+        side = processor.patch_size
+        patches = pixels.unflatten(1, (3, 2, side, side)).mean(dim=(2, 3, 4))
+    else:
+        patches = F.avg_pool2d(pixels, 14).flatten(2).transpose(1, 2)
     match family:
         case "qwen2_5_vl" | "qwen3_vl":
-            side, merge = processor.patch_size, processor.merge_size
-            means = pixels.unflatten(1, (3, 2, side, side)).mean(dim=(2, 3, 4)).unflatten(0, (-1, merge**2)).mean(dim=1)
+            means = patches.unflatten(0, (-1, processor.merge_size**2)).mean(dim=1)
+        case "llava_next":
+            pack = backbone.model.model.pack_image_features
+            means = pack([patches], inputs["image_sizes"], "default", image_newline=separator)[0][0]
+        case "phi3_v":
+            views = merge_patches(patches).unflatten(-1, (4, 3)).mean(dim=-2)
+            first = backbone.model.config.global_first
+            means = join_views(views, inputs["crop_grid"][0].tolist(), separator, separator, global_first=first)
         case _:
-            patches = F.avg_pool2d(pixels, 14).flatten(2).transpose(1, 2)
             means = patches[0]
-    if family == "llava_next":
-        joined = backbone.model.model.pack_image_features(
-            [patches], inputs["image_sizes"], "default", image_newline=separator
-        )
-        means = joined[0][0]
-    if family == "phi3_v":
-        views = merge_patches(patches).unflatten(-1, (4, 3)).mean(dim=-2)
-        first = backbone.model.config.global_first
-        means = join_views(views, inputs["crop_grid"][0].tolist(), separator, separator, global_first=first)
     return means * torch.tensor(std) + torch.tensor(mean)
 
 
@@ -138,7 +139,7 @@ def test_without_a_place_to_show_the_reason_is_said() -> None:
                 raise AttributeError(name)
             return getattr(self._inner, name)
 
-    reward = LlavaReward(load("llava").model)
+    reward: Any = LlavaReward(load("llava").model)
     reward.model.backbone = Foreign(reward.model.backbone)
     assert "not known" in str(why_no_map(reward))
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from recipes import compare
+from reward_model.attention import AttentionMap
+from reward_model.backbones.token_boxes import grid_boxes
+from reward_model.benchmarks.breakdown import break_down
+from reward_model.benchmarks.evaluation import RecordScores, record_metrics, worst_mistakes
+from reward_model.benchmarks.report import render_report
+from reward_model.types import PreferencePair
 from rlhf_t2i.report.overview import create_app
 from rlhf_t2i.report.page import write_report
 from rlhf_t2i.report.reward_model import write_report as write_reward_model_report
@@ -70,6 +78,30 @@ def reward_model_run(folder: Path) -> Path:
     return folder
 
 
+def reward_model_evaluation(folder: Path) -> Path:
+    """The page of a reward model with long names of tags, mistakes of two sizes of images, and maps of attention."""
+    folder.mkdir()
+    for name, size in (("wide", (300, 150)), ("tall", (24, 32))):
+        Image.new("RGB", size, "teal").save(folder / f"{name}.png")
+    images = folder / "wide.png", folder / "tall.png"
+    prompts = [f"<b>a red circle</b> beside_a_word_of_thirty_letters_{i}" for i in range(60)]
+    generators = [f"a-generator-with-a-name-of-fifty-characters-and-a-number-{i}" for i in range(15)]
+    pairs = [
+        PreferencePair(*images, text, text if i % 3 else "another", rating_gap=1.0 + i % 4, where=f"pairs.jsonl:{i}",
+                       tags={"tier": ("one" if i < 40 else "binding",), "generator": (generators[i % 15],)})
+        for i, text in enumerate(prompts)
+    ]  # fmt: skip
+    logits = torch.linspace(6, -6, 60)
+    scores = RecordScores(pairs, logits, -logits, [], torch.zeros(0), logits, torch.zeros(60))
+    found = AttentionMap(torch.arange(8) / 28, grid_boxes(2, 4).flatten(0, 1))
+    mistakes = [replace(one, maps=(found, found)) for one in worst_mistakes(scores, count=6)]
+    page = render_report(
+        TRAINED, {"a data set": record_metrics(scores)}, {"a data set": mistakes}, {"a data set": break_down(scores)}
+    )
+    (folder / "report.html").write_text(page)
+    return folder / "report.html"
+
+
 @pytest.fixture(scope="module")
 def page() -> Iterator[browser.Browser]:
     with browser.chromium() as page:
@@ -85,12 +117,13 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     output = root / "comparison.html"
     compare.main(compare.Config(runs=",".join(map(str, folders)), output=str(output)))
     reward_model = write_reward_model_report(reward_model_run(root / "reward-model"))
+    evaluated = reward_model_evaluation(root / "reward-model-evaluation")
     (root / "half-written").mkdir()
     (root / "half-written" / "run.json").write_text('{"recipe": "dd')
     with running(create_app(root)) as address:
         yield {
             "run": reports[0].as_uri(), "comparison": output.as_uri(), "reward_model": reward_model.as_uri(),
-            "overview": address,
+            "overview": address, "evaluation": evaluated.as_uri(),
         }  # fmt: skip
 
 
@@ -101,7 +134,7 @@ def emulate(page: browser.Browser, width: int, height: int, dark: bool, medium: 
     page.call("goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params=media)
 
 
-@pytest.mark.parametrize("name", ["run", "comparison", "reward_model", "overview"])
+@pytest.mark.parametrize("name", ["run", "comparison", "reward_model", "evaluation", "overview"])
 def test_nothing_is_clipped_and_all_text_has_contrast(
     name: str, addresses: dict[str, str], page: browser.Browser, tmp_path: Path
 ) -> None:
@@ -160,6 +193,26 @@ def test_images_enlarge_and_charts_show_values_by_pointer_and_keys(
     assert "oracle" in page.run(values)
     page.press("right")
     assert page.run(values).startswith("update 16:")
+
+
+def test_maps_of_attention_cover_their_image_and_can_be_switched_off(
+    addresses: dict[str, str], page: browser.Browser
+) -> None:
+    emulate(page, 1280, 800, dark=False, medium="screen")
+    page.open(addresses["evaluation"])
+    boxes = page.run(
+        "return [...document.querySelectorAll('.frame')].map((frame) => [...frame.querySelectorAll('img')]"
+        ".map((one) => [one.getBoundingClientRect().toJSON(), one.naturalWidth / one.naturalHeight]))"
+    )
+    assert len(boxes) == 12
+    assert all(image == overlay for image, overlay in boxes), "the same place, and the same shape within it"
+    shown = "return getComputedStyle(document.querySelector('img.map')).visibility"
+    assert page.run(shown) == "visible"
+    page.run("document.querySelector('.maps').focus()")
+    page.press(" ")
+    assert page.run(shown) == "hidden"
+    assert "Clearly worse" in page.run("return document.body.innerText")
+    assert page.run("return document.querySelectorAll('summary').length") == 1, "three of fifteen generators are folded"
 
 
 def test_the_overview_shows_a_half_written_run_and_links_to_the_others(

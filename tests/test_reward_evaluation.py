@@ -19,8 +19,15 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from reward_model.benchmarks.bootstrap import bootstrap_interval
-from reward_model.benchmarks.breakdown import accuracy_by_group, break_down, calibration_curve, histogram
+from reward_model.attention import AttentionMap, attention_maps
+from reward_model.benchmarks.bootstrap import bootstrap_interval, wilson_interval
+from reward_model.benchmarks.breakdown import (
+    accuracy_by_group,
+    break_down,
+    calibration_curve,
+    histogram,
+    score_histogram,
+)
 from reward_model.benchmarks.classification import (
     Confusion,
     auroc,
@@ -29,7 +36,7 @@ from reward_model.benchmarks.classification import (
     pair_calibration_error,
 )
 from reward_model.benchmarks.columns import UndefinedMetricError
-from reward_model.benchmarks.evaluation import RecordScores, worst_mistakes
+from reward_model.benchmarks.evaluation import RecordScores, score_records, with_maps, worst_mistakes
 from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics, to_csv, to_table
 from reward_model.benchmarks.report import render_report
 from reward_model.benchmarks.rules import rating_metrics
@@ -42,7 +49,9 @@ from reward_model.benchmarks.statistics import (
     spearman,
     tie_optimised_accuracy,
 )
-from reward_model.types import PreferencePair
+from reward_model.types import LabelledImage, PreferencePair
+from tests.reward_models import bytes_of
+from tests.reward_models import load as load_tiny
 
 SEEDS = range(20)
 
@@ -635,7 +644,9 @@ def test_mistakes_are_wrong_pairs_with_the_largest_log_odds_first(scored: Record
 def test_the_report_shows_metrics_and_mistakes_and_loads_nothing(scored: RecordScores) -> None:
     mistakes = worst_mistakes(scored, count=5)
     page = render_report("my-reward", {"pairs": METRICS, "none": METRICS[2:]}, {"pairs": mistakes, "none": []})
-    assert re.findall(r"<td>(accuracy|auroc)</td><td>([^<]*)</td>\s*<td>([^<]*)</td>", page) == [
+    assert re.findall(
+        r">(accuracy|auroc)</td><td[^>]*>([^<]*)</td>\s*<td[^>]*>([^<]*)</td>", page
+    ) == [
         ("accuracy", "0.7500", "0.5000 to 1.0000"), ("auroc", "-", "-"), ("auroc", "-", "-"),
     ]  # fmt: skip
     assert re.findall(r"log-odds ([\d.]+) of the loser; (\S+)</p>", page) == [
@@ -692,11 +703,135 @@ def test_the_report_shows_where_a_model_fails(scored: RecordScores) -> None:
     pairs, logits = failing_pairs()
     found = break_down(RecordScores(pairs, torch.tensor(logits), torch.zeros(0), [], torch.zeros(0)))
     page = render_report("mine", {"pairs": METRICS}, {"pairs": []}, {"pairs": found})
-    assert "accuracy by kind of pair" in page
-    assert re.search(r"words in the prompt: 11 to 20</td><td>0.000</td>", page)
-    assert re.search(r"<td>0.95 to 0.99</td><td>0.953</td>\s*<td>0.500</td><td>2</td>", page)
+    rows = plain_rows(page)
+    assert "11 to 20 | 0.0 % | none | 2 few" in rows, "two pairs of one prompt have no interval"
+    assert "95 to 99 % | 95.3 | 50.0 | 2" in rows
     assert 'style="width: 75.0%"' in page
-    assert "accuracy by kind" not in render_report("mine", {"pairs": METRICS}, {"pairs": []})
+    assert "Right on <b>50.0 %</b> of 6 pairs" in page
+    assert "2 pairs are wrong with a confidence of 95 % or more" in page
+    assert "Accuracy by group" not in render_report("mine", {"pairs": METRICS}, {"pairs": []})
+
+
+def plain_rows(page: str) -> list[str]:
+    """The rows of the tables of a page as text, with | between cells, without empty ones."""
+    rows = [
+        re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)
+        for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    ]
+    texts = [[re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", cell)).strip() for cell in row] for row in rows]
+    return [" | ".join(filter(None, row)) for row in texts]
+
+
+def tagged(
+    count: int, right: int, *, start: int = 0, **tags: tuple[str, ...]
+) -> tuple[list[PreferencePair], list[float]]:
+    """Pairs of prompts of their own with these tags, of which the first `right` are right."""
+    prompts = [f"prompt {start + i}" for i in range(count)]
+    pairs = [PreferencePair(Path("a.png"), Path("b.png"), text, text, tags=tags) for text in prompts]
+    return pairs, [1.0 if i < right else -5.0 for i in range(count)]
+
+
+def tagged_scores() -> RecordScores:
+    """100 easy pairs, 40 of bound attributes that are half right, and 3 of two generators that are wrong."""
+    parts = [
+        tagged(100, 95, tier=("one",), generator=("sdxl",)),
+        tagged(40, 20, start=100, tier=("binding",), generator=("flux",)),
+        tagged(3, 0, start=140, tier=("binding",), generator=("sdxl", "flux")),
+    ]
+    pairs = [pair for some, _ in parts for pair in some]
+    logits = torch.tensor([logit for _, some in parts for logit in some])
+    labelled = [LabelledImage(Path("a.png"), "a", i % 2, tags={"source": ("x" if i < 4 else "y",)}) for i in range(8)]
+    scores = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
+    return RecordScores(pairs, logits, torch.zeros(0), labelled, scores, logits, torch.zeros(len(logits)))
+
+
+def test_accuracy_by_tag_has_wilsons_interval_and_marks_small_groups() -> None:
+    """A pair with two generators counts for both, and tags come before the other criteria."""
+    found = break_down(tagged_scores())
+    by_tag = {(one.by, one.value): one for one in found.groups if one.by in ("tier", "generator")}
+    accuracies = {key: one.accuracy for key, one in by_tag.items()}
+    assert {key: (round(one.value * one.count), one.count) for key, one in accuracies.items()} == {
+        ("tier", "one"): (95, 100), ("tier", "binding"): (20, 43),
+        ("generator", "sdxl"): (95, 103), ("generator", "flux"): (20, 43),
+    }  # fmt: skip
+    binding = by_tag["tier", "binding"].accuracy
+    assert (binding.low, binding.high) == pytest.approx(wilson_interval(20, 43))
+    assert [one.by for one in found.groups][:2] == ["tier", "tier"]
+    assert [one.value for one in found.weakest()] == ["binding", "flux"]
+    assert not by_tag["tier", "binding"].is_small
+    pairs, logits = tagged(29, 3, tier=("a", "b"))
+    small = accuracy_by_group(pairs, np.array(logits))
+    assert [one.is_small for one in small if one.by == "tier"] == [True, True]
+    assert found.num_confident_mistakes == 28
+    assert (found.overall.value, found.overall.count) == (115 / 143, 143)
+
+
+def test_prompts_with_several_pairs_are_resampled_together() -> None:
+    """Forty pairs of two prompts, one all right and one all wrong, say nothing: Wilson's interval would claim much."""
+    pairs = [PreferencePair(Path("a.png"), Path("b.png"), text, text, tags={"tier": ("x", "y")}) for text in "ab" * 20]
+    group = accuracy_by_group(pairs, np.array([1.0, -1.0] * 20))[0]
+    assert (group.accuracy.low, group.accuracy.high) == (0, 1)
+
+
+def test_labelled_images_are_broken_down_by_their_tags() -> None:
+    found = {(one.by, one.value): one.accuracy.value for one in break_down(tagged_scores()).label_groups}
+    assert found == {("source", "x"): 0.75, ("source", "y"): 1.0}
+
+
+def test_the_distributions_of_scores_count_every_image_once() -> None:
+    bins = score_histogram(np.array([0.0, 1.0, 2.0, 3.0]), np.array([-100.0, 0.0, 0.0, 0.1]))
+    assert sum(one.preferred for one in bins) == pytest.approx(1)
+    assert sum(one.rejected for one in bins) == pytest.approx(1)
+    assert bins[0].rejected == 0.25
+    same = score_histogram(np.zeros(3), np.zeros(2))
+    assert [one.preferred for one in same if one.preferred] == [1.0]
+
+
+def test_maps_of_attention_lie_over_both_images_of_a_mistake(scored: RecordScores) -> None:
+    """Opaque where the attention is, in proportion to it, and clear elsewhere; an even map is faint."""
+    halves = torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.0, 0.5, 1.0, 1.0]])
+    left, even = (AttentionMap(torch.tensor(weights), halves) for weights in ([1.0, 0.0], [0.5, 0.5]))
+    mistakes = [replace(one, maps=(left, even)) for one in worst_mistakes(scored, count=1)]
+    page = render_report("mine", {"pairs": METRICS}, {"pairs": mistakes})
+    sources = re.findall(r'class="map"[^>]*src="data:image/png;base64,([^"]+)"', page)
+    one, other = (Image.open(io.BytesIO(base64.b64decode(source))) for source in sources)
+    assert one.size == (320, 240)
+    opacity = [one.getpixel((x, 100))[3] for x in (10, 310)]
+    assert opacity == [round(2 / 4 * 0.6 * 255), 0]
+    assert other.getpixel((10, 100))[3] == round(1 / 4 * 0.6 * 255)
+    assert "attention peaks at 2.0× an even spread" in page
+    assert page.count('type="checkbox"') == 1
+    page = render_report("mine", {"pairs": METRICS}, {"pairs": worst_mistakes(scored, count=1)}, no_map="No map: why.")
+    assert "No map: why." in page
+    assert 'class="map"' not in page
+
+
+def test_the_page_of_a_real_reward_model_has_its_scores_and_maps(tmp_path: Path) -> None:
+    """Log-odds are those of `logits`, to the bit, and each mistake has the maps of its two images."""
+    reward = load_tiny("llava")
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for seed, path in enumerate(paths):
+        Image.fromarray(bytes_of(40, 56, seed=seed).permute(1, 2, 0).numpy()).save(path)
+    pairs = [PreferencePair(a, b, "a red fox", "a red fox") for a, b in zip(paths[:3], paths[3:], strict=True)]
+    scores = score_records(reward, pairs, batch_size=2)
+    logits = reward.logits(paths[:3], paths[3:], ["a red fox"] * 3, batch_size=2)
+    assert torch.equal(scores.logits, logits)
+    assert torch.equal(scores.winner_scores, reward.score(paths[:3], ["a red fox"] * 3, batch_size=2))
+    wrong = replace(scores, logits=-scores.logits.abs())
+    mistakes = with_maps(reward, worst_mistakes(wrong, count=2))
+    expected = attention_maps(reward, [mistakes[1].loser], ["a red fox"])[0]
+    assert torch.equal(mistakes[1].maps[1].weights, expected.weights)
+
+
+def test_a_model_that_only_compares_has_no_distribution_of_scores(tmp_path: Path) -> None:
+    reward = load_tiny("llava", head="general_preference")
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for seed, path in enumerate(paths):
+        Image.fromarray(bytes_of(40, 56, seed=seed).permute(1, 2, 0).numpy()).save(path)
+    scores = score_records(reward, [PreferencePair(*paths, "a", "a")], batch_size=2)
+    assert len(scores.winner_scores) == 0
+    assert break_down(scores).scores == []
+    assert len(break_down(scores).log_odds) == 10
 
 
 METRICS = [

@@ -26,7 +26,7 @@ _SHARP_BELOW = 128
 _MAP_COLOUR = (224, 0, 122)
 _FULL_MAP = 4.0
 """Attention per area, in units of an even spread, that at least has the full colour of a map."""
-_MAX_OPACITY = 0.75
+_MAX_OPACITY = 0.6
 _SHOWN_GROUPS = 12
 """Groups of one criterion that are shown; the others are folded."""
 
