@@ -2,72 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from recipes import compare
-from rlhf_t2i.report.overview import create_app
-from rlhf_t2i.report.page import write_report
-from rlhf_t2i.report.reward_model import write_report as write_reward_model_report
-from rlhf_t2i.training.evaluation import Evaluation, save_evaluation
 from tests import browser
+from tests.every_page import NAMES, TRAINED, enter, every_page
 from tests.layout import problems
-from tests.report_files import RUN_INFO, Row, evaluation, plain, run_folder, train
-from tests.servers import running
+from tests.report_files import plain
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (browser.CHROMIUM and browser.DRIVER), reason=browser.MISSING),
 ]
-TRAINED = "llava_reward:runs/a-reward-model-whose-name-is-long"
-NAMES = [f"ddpo-with-a-name-of-thirty-char{i}" for i in range(8)]
 SCREENS = [
     (1280, 800, False, "screen"),
     (1280, 800, True, "screen"),
+    (390, 844, False, "screen"),
     (390, 844, True, "screen"),
     (720, 1000, False, "print"),
 ]
-
-
-def hacked_run(folder: Path, *, end: float = 0.1) -> Path:
-    """A run of 16 updates whose trained reward rises throughout, and whose oracle falls to `end` after update 8."""
-    (folder / "images").mkdir(parents=True)
-    rows: list[Row] = []
-    for step, trained, oracle in ((0, -1.0, 0.4), (8, 0.5, 0.6), (16, 2.0, end)):
-        images = torch.full((16, 3, 8, 8), step / 16)
-        images[:, 1] = torch.arange(16)[:, None, None] / 16
-        spread = torch.arange(16) / 160
-        scores = {TRAINED: trained + spread, "oracle": oracle + spread, "oracle_pass": (torch.arange(16) < 9).float()}
-        prompts = [f"<b>a red circle</b> beside_a_word_of_thirty_letters_{i % 4}" for i in range(16)]
-        save_evaluation(Evaluation(prompts, list(range(16)), images, scores), folder, step=step)
-        means = evaluation(step, trained, 0.02, elapsed=10.0 * step, name=TRAINED) | {"num_images": 16}
-        rows.append(means | {"oracle": oracle, "oracle/standard_error": 0.02})
-        updates = {"kl": 1e-6 * step, "loss": -1e-4, "learning_rate": 3e-4, "gradient_norm": 0.3, "clip_range": 1e-3}
-        rows += [
-            train(i, elapsed=10.0 * i, reward=trained, name=TRAINED, **updates)
-            for i in range(step + 1, step + 9)
-            if i <= 16
-        ]
-    return run_folder(
-        folder,
-        rows,
-        config="model: shapes\nnum_steps: 16\nkl_weight: 0.0\nlearning_rate: 0.0003\nlora_rank: 4\nseed: 1\n",
-    )
-
-
-def reward_model_run(folder: Path) -> Path:
-    folder.mkdir()
-    history = [{"step": step, "accuracy": 0.5 + step / 100, "eval_accuracy": 0.6, "loss": 0.7} for step in (1, 10, 20)]
-    run_folder(folder, [], run={**RUN_INFO, "recipe": "reward_model"}, config="backbone: a/backbone-with-a-long-name\n")
-    (folder / "history.json").write_text(json.dumps(history))
-    metric = {"name": "accuracy over_a_long_subset_of_the_data", "value": 0.75, "low": 0.5, "high": 0.9, "count": 1200}
-    (folder / "metrics.json").write_text(json.dumps({"a data set": [metric | {"note": "a note of many words " * 6}]}))
-    return folder
+PAGES = (
+    "run",
+    "run_tall",
+    "comparison",
+    "search",
+    "reward_model",
+    "reward_evaluation",
+    "overview",
+    "annotation_results",
+)
+ENTERED = ("annotation", "live", "live_best_of_four", "live_good_bad")
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +45,8 @@ def page() -> Iterator[browser.Browser]:
 
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Each page with eight runs and long names; one of the runs is half written."""
-    root = tmp_path_factory.mktemp("runs")
-    folders = [hacked_run(root / name, end=0.1 + i / 10) for i, name in enumerate(NAMES)]
-    reports = [write_report(folder) for folder in folders]
-    output = root / "comparison.html"
-    compare.main(compare.Config(runs=",".join(map(str, folders)), output=str(output)))
-    reward_model = write_reward_model_report(reward_model_run(root / "reward-model"))
-    (root / "half-written").mkdir()
-    (root / "half-written" / "run.json").write_text('{"recipe": "dd')
-    with running(create_app(root)) as address:
-        yield {
-            "run": reports[0].as_uri(), "comparison": output.as_uri(), "reward_model": reward_model.as_uri(),
-            "overview": address,
-        }  # fmt: skip
+    with every_page(tmp_path_factory.mktemp("runs")) as found:
+        yield found
 
 
 def emulate(page: browser.Browser, width: int, height: int, dark: bool, medium: str) -> None:
@@ -101,17 +56,24 @@ def emulate(page: browser.Browser, width: int, height: int, dark: bool, medium: 
     page.call("goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params=media)
 
 
-@pytest.mark.parametrize("name", ["run", "comparison", "reward_model", "overview"])
+@pytest.mark.parametrize("name", [*PAGES, *ENTERED])
 def test_nothing_is_clipped_and_all_text_has_contrast(
-    name: str, addresses: dict[str, str], page: browser.Browser, tmp_path: Path
+    name: str, addresses: dict[str, str], page: browser.Browser
 ) -> None:
-    shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    """The page is loaded once; SCREENSHOTS=FOLDER keeps what was seen."""
+    assert set(addresses) == {*PAGES, *ENTERED}
+    page.open(addresses[name])
+    flaws = [("entrance", flaw) for flaw in problems(page)]
+    if name in ENTERED:
+        enter(page)
+    page.run("for (const one of document.querySelectorAll('details')) one.open = true")
     for width, height, dark, medium in SCREENS:
         emulate(page, width, height, dark, medium)
-        page.open(addresses[name])
-        page.run("for (const one of document.querySelectorAll('details')) one.open = true")
-        page.screenshot(shots / f"{name}_{width}_{'dark' if dark else 'light'}.png")
-        assert problems(page) == [], (width, dark, medium)
+        flaws += [((width, dark, medium), flaw) for flaw in problems(page)]
+        if "SCREENSHOTS" in os.environ:
+            scheme = "dark" if dark else "light"
+            page.screenshot(Path(os.environ["SCREENSHOTS"]) / f"{name}_{width}_{scheme}.png")
+    assert flaws == []
     assert page.console() == []
 
 

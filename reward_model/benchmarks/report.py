@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from reward_model.stored_images import ImageSource
 
 _MAX_SIDE = 320
 """Longest side of an image on the page, in pixels."""
+_SMALL_SIDE = 128
+"""Longest side below which an image is shown with sharp pixels."""
 
 
 def render_report(
@@ -31,15 +35,29 @@ def render_report(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    template = environment.get_template("report.html", globals={"embedded": _embedded})
+    template = environment.get_template("report.html", globals={"embedded": _embedded, "signed": _signed})
     return template.render(name=name, metrics=metrics, mistakes=mistakes, breakdowns=breakdowns or {})
 
 
-def _embedded(image: ImageSource) -> str:
-    """Return an image as a data URL of a small PNG."""
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    """An image as a data URL of a small PNG."""
+
+    url: str
+    is_small: bool
+    """True if the page should show sharp pixels."""
+
+
+def _signed(text: str) -> str:
+    """Return text with minus signs for hyphens before numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
+
+
+def _embedded(image: ImageSource) -> _Embedded:
     pixels = (to_tensor(image) * 255).round().to(torch.uint8).permute(1, 2, 0)
     small = Image.fromarray(pixels.numpy())
+    is_small = max(small.size) < _SMALL_SIDE
     small.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return _Embedded(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", is_small)

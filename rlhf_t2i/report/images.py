@@ -24,6 +24,7 @@ from rlhf_t2i.output.run_folder import (
     image_grid,
     read_captions,
 )
+from rlhf_t2i.report.templating import three_digits
 from rlhf_t2i.training.changes import with_error
 from rlhf_t2i.training.metrics import ERROR, Row, by_step, evaluations_to_export, number, reward_names, trained_rewards
 
@@ -44,6 +45,8 @@ class EmbeddedGrid:
     rows: int
     side: int
     """Width of one image in pixels, as embedded."""
+    ratio: float
+    """Width of one image divided by its height."""
 
     @property
     def is_pixelated(self) -> bool:
@@ -73,7 +76,7 @@ class EvaluationImages:
     def scores(self) -> dict[str, list[str]]:
         """Scores as text, without those of `pass_reward`."""
         graded = {name: values for name, values in self.values.items() if name != self.pass_reward}
-        return {name: [f"{value:z.3g}".replace("-", "\N{MINUS SIGN}") for value in v] for name, v in graded.items()}
+        return {name: [three_digits(value) for value in values] for name, values in graded.items()}
 
     @property
     def passes(self) -> list[bool]:
@@ -146,13 +149,13 @@ def embed_grid(path: Path, *, columns: int, num_cells: int) -> EmbeddedGrid:
 
 def _embedded(path: Path, *, columns: int, rows: int) -> EmbeddedGrid:
     with open_image(path) as grid:
-        side = grid.width // columns
+        side, ratio = grid.width // columns, grid.width * rows / (columns * grid.height)
         if side <= LOSSLESS_SIDE:
             grid.verify()
     if side <= LOSSLESS_SIDE:
-        return EmbeddedGrid(_data_url("png", path.read_bytes()), columns, rows, side)
+        return EmbeddedGrid(_data_url("png", path.read_bytes()), columns, rows, side, ratio)
     data = _thumbnails(path, columns=columns, rows=rows)
-    return EmbeddedGrid(_data_url("webp", data), columns, rows, min(side, _THUMBNAIL_SIDE))
+    return EmbeddedGrid(_data_url("webp", data), columns, rows, min(side, _THUMBNAIL_SIDE), ratio)
 
 
 def _thumbnails(path: Path, *, columns: int, rows: int) -> bytes:

@@ -92,7 +92,7 @@ def summary(name: str, folder: Path) -> Summary:
         rewards = ", ".join(trained_rewards(rows))
         return replace(short, state=now, rewards=rewards, changes=changes, warnings=warnings)
     except Exception as error:  # damaged and half-written files fail in as many ways as there are files
-        text = f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return Summary(name, "unknown", "", "Not readable", is_alive=False, error=text[:300])
 
 

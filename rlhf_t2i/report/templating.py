@@ -39,6 +39,13 @@ def script_digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
+def three_digits(value: float) -> str:
+    """Return a number with three significant digits, trailing zeros included, and a minus sign."""
+    if 999.5 <= abs(value) < 1e6:
+        return typeset(f"{value:,.0f}")
+    return typeset(f"{value:z#.3g}".removesuffix("."))
+
+
 def typeset(text: str) -> str:
     """Return text with minus signs for hyphens before numbers, and no line break around ±."""
     return re.sub(r"(?<!\w)-(?=[\d.])", "\N{MINUS SIGN}", text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
