@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.images import MAX_GRIDS, best_and_worst, embed_grid, evenly_spaced, image_history
 from rlhf_t2i.report.page import flags, typeset, write_report
 from rlhf_t2i.report.svg import draw, ticks
-from rlhf_t2i.report.templating import three_digits
+from rlhf_t2i.report.templating import places_for, score_text
 from rlhf_t2i.training.evaluation import Evaluation, diversity, extremes, prune_image_grids, save_evaluation
 from tests import browser
 from tests.report_files import Page, Row, add_images, evaluation, plain, run_folder, train, two_updates
@@ -245,18 +246,18 @@ def test_axes_have_round_numbers(low: float, high: float, texts: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("values", "texts"),
     [
-        (0.4, "0.400"),
-        (-1.0, "\N{MINUS SIGN}1.00"),
-        (0.0, "0.00"),
-        (123.4, "123"),
-        (1234.5, "1,234"),
-        (2e-5, "2.00e-05"),
+        ([0.4, 1.0, 0.0149], ["0.40", "1.00", "0.01"]),
+        ([-1.1, -0.741, math.nan], ["\N{MINUS SIGN}1.10", "\N{MINUS SIGN}0.74", "nan"]),
+        ([1234.5, 2.0], ["1,234", "2"]),
+        ([2e-5, -3e-6], ["0.0000200", "\N{MINUS SIGN}0.0000030"]),
+        ([0.0], ["0.00"]),
     ],
 )
-def test_scores_have_three_digits_whatever_they_end_with(value: float, text: str) -> None:
-    assert three_digits(value) == text
+def test_scores_of_a_reward_have_the_same_decimals(values: list[float], texts: list[str]) -> None:
+    """As many as show three digits of the largest one."""
+    assert [score_text(value, places_for(values)) for value in values] == texts
 
 
 @pytest.mark.parametrize("scale", [1, 8])

@@ -15,7 +15,7 @@ from rlhf_t2i.report.charts import at_a_glance, charts
 from rlhf_t2i.report.checks import findings
 from rlhf_t2i.report.images import best_and_worst, image_history, most_changed
 from rlhf_t2i.report.svg import draw
-from rlhf_t2i.report.templating import TEMPLATES, VIEWER, load_template, script_digest, three_digits, typeset
+from rlhf_t2i.report.templating import TEMPLATES, VIEWER, load_template, script_digest, typeset
 from rlhf_t2i.training.changes import diversity_change, diversity_of, headline, reward_changes, reward_hacking_gap
 from rlhf_t2i.training.metrics import (
     Row,
@@ -106,5 +106,4 @@ _PAGE = load_template(
     ),
     typeset=typeset,
     flags=flags,
-    three_digits=three_digits,
 )

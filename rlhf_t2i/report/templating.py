@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,15 @@ def script_digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def three_digits(value: float) -> str:
-    """Return a number with three significant digits, trailing zeros included, and a minus sign."""
-    if 999.5 <= abs(value) < 1e6:
-        return typeset(f"{value:,.0f}")
-    return typeset(f"{value:z#.3g}".removesuffix("."))
+def places_for(values: Iterable[float]) -> int:
+    """Return the number of decimals that shows three digits of the largest of some values."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 2
+
+
+def score_text(value: float, places: int) -> str:
+    """Return a score with a number of decimals, and a minus sign."""
+    return typeset(f"{value:z,.{places}f}")
 
 
 def typeset(text: str) -> str:
