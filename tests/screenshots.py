@@ -1,7 +1,7 @@
-"""Take a screenshot of each page for the documentation, in headless Chromium: `python -m tests.screenshots --output docs`.
+"""Take screenshots of all pages for the documentation in headless Chromium: `python -m tests.screenshots --output docs`.
 
-Trains, searches and evaluates on the toy world first (a quarter of an hour on two cores), in the folders of --runs; runs
-that are there and finished are taken as they are. --only NAME takes the pictures of these names alone.
+Trains, searches and evaluates on the toy world first (half an hour of one core), in the folders of --runs; runs that
+are there already are taken as they are. --only NAME takes the pictures of these names alone.
 """
 
 from __future__ import annotations
@@ -108,8 +108,7 @@ def addresses(root: Path, folder: Path) -> Iterator[dict[str, str]]:
     comparison = compare.main(compare.Config(runs=",".join(map(str, runs)), output=str(folder / "comparison.html")))
     with annotation(root, folder / "preferences") as asked, running(create_overview(root)) as overview:
         yield {
-            "report": (root / "ddpo" / REPORT).resolve().as_uri(),
-            "report_hacked": (root / "ddpo-jpeg" / REPORT).resolve().as_uri(),
+            "report": (root / "ddpo-jpeg" / REPORT).resolve().as_uri(),
             "comparison": comparison.resolve().as_uri(),
             "search": write_search_report(root / "fk_steering").resolve().as_uri(),
             "reward_model": write_reward_model_report(root / "reward_model").resolve().as_uri(),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import browser
-from tests.every_page import NAMES, TRAINED, enter, every_page
+from tests.every_page import NAMES, TRAINED, enter, every_page, live
 from tests.layout import problems
 from tests.report_files import plain
 
@@ -85,7 +85,7 @@ def test_the_first_screen_of_a_hacked_run_says_what_went_wrong(
     page.open(addresses["run"])
     bottom = "document.querySelector('{}').getBoundingClientRect().bottom"
     tops = page.run(
-        f"return [{', '.join(bottom.format(one) for one in ('.summary.headline', '.finding', '.first svg'))}]"
+        f"return [{', '.join(bottom.format(one) for one in ('.summary.headline', '.finding', '.first svg', '.strip'))}]"
     )
     assert tops == sorted(tops, key=lambda y: y > 800)
     assert max(tops) <= 800
@@ -134,6 +134,23 @@ def test_the_overview_shows_a_half_written_run_and_links_to_the_others(
     page.run("document.querySelector(\"a[href$='char3']\").click()")
     page.until("document.querySelector('.summary, .headline')")
     assert page.run("return document.title").endswith(f"run {NAMES[3]}")
+    page.open(f"{addresses['overview']}/run/half-written")
+    assert "The run cannot be shown now" in page.run("return document.body.innerText")
     page.open(f"{addresses['overview']}/run/..%2f..%2fetc%2fpasswd")
     assert "There is no run of this name" in page.run("return document.body.innerText")
     page.console()
+
+
+def test_people_who_vote_see_that_training_failed(page: browser.Browser, tmp_path: Path) -> None:
+    """Without a reload; with the reason as plain text, and the number of votes that are kept."""
+    with live(tmp_path) as (address, service):
+        emulate(page, 390, 844, dark=False, medium="screen")
+        page.open(address)
+        enter(page)
+        page.press("1")
+        page.until("state.votes === 1 && !busy")
+        service.training.failure = "RuntimeError: <b>out of memory</b>"
+        page.until("document.querySelector('#nothing .headline').textContent === 'Training has failed'")
+        assert "RuntimeError: <b>out of memory</b>. The one vote is kept." in page.run("return document.body.innerText")
+        assert page.run("return document.getElementById('others').hidden")
+        assert problems(page) == []
