@@ -1,4 +1,4 @@
-"""Take screenshots of all pages for the documentation in headless Chromium: `python -m tests.screenshots --output docs`.
+"""Take pictures of all pages for the documentation in headless Chromium: `python -m tests.screenshots --output docs`.
 
 Trains, searches and evaluates on the toy world first (half an hour of one core), in the folders of --runs; runs that
 are there already are taken as they are. --only NAME takes the pictures of these names alone.
@@ -32,7 +32,7 @@ from tests import browser
 from tests.servers import running
 
 WIDTH, HEIGHT = 1280, 800
-NUM_COLOURS = 128
+NUM_COLOURS = 256
 """Colours of a picture, chosen for it: a third of the bytes of all colours."""
 PROMPTS = [
     f"a {colour} {shape} on a {ground} background"
@@ -106,7 +106,7 @@ def addresses(root: Path, folder: Path) -> Iterator[dict[str, str]]:
     for run in runs:
         write_report(run)
     comparison = compare.main(compare.Config(runs=",".join(map(str, runs)), output=str(folder / "comparison.html")))
-    with annotation(root, folder / "preferences") as asked, running(create_overview(root)) as overview:
+    with annotation(root, folder / "before-and-after") as asked, running(create_overview(root)) as overview:
         yield {
             "report": (root / "ddpo-jpeg" / REPORT).resolve().as_uri(),
             "comparison": comparison.resolve().as_uri(),
@@ -145,11 +145,13 @@ def live(page: browser.Browser, output: Path) -> None:
 
 
 def take(page: browser.Browser, path: Path) -> None:
-    """Write what the browser shows, in half the resolution of its screen of high density and in few colours."""
+    """Write what the browser shows, in half the resolution of its screen of high density, in few colours."""
     page.screenshot(path)
     with Image.open(path) as shot:
         small = shot.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-    small.quantize(NUM_COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    small.quantize(NUM_COLOURS, method=Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
 
 
 def main(root: Path, output: Path, *, only: set[str]) -> None:
