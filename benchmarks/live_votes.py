@@ -67,14 +67,19 @@ def vote_by_requests(address: str, count: int, pause: float, is_running: Callabl
         while is_running() and state["votes"] < count:
             question, began = state["question"], time.monotonic()
             if question is None:
+                if state["training"]["has_ended"]:
+                    return
                 time.sleep(0.2)
                 state = client.get("/state", params={"annotator": "oracle"}).json()
                 continue
             images = [client.get(f"/image/{name}").content for name in question["images"]]
             vote = vote_on(images, question["prompt"])
             time.sleep(max(0.0, pause - (time.monotonic() - began)))
-            reply = client.post("/vote", json={"annotator": "oracle", "shown": question["shown"], "vote": vote}).json()
-            state = reply.get("state", reply)
+            try:
+                reply = client.post("/vote", json={"annotator": "oracle", "shown": question["shown"], "vote": vote})
+            except httpx.TransportError:  # training has ended before the votes were spent
+                return
+            state = reply.json().get("state", reply.json())
 
 
 def vote_in_browser(

@@ -19,7 +19,7 @@ model will do. One training step:
 from __future__ import annotations
 
 from rlhf_t2i.config import parse_config, run_command
-from rlhf_t2i.settings.diffusion_nft import Config
+from rlhf_t2i.settings.diffusion_nft import Config, NftUpdateConfig
 
 if __name__ == "__main__":  # --help and mistakes are answered before torch is imported
     config = parse_config(Config, __doc__)
@@ -116,7 +116,7 @@ def update(
     *,
     shard: range,
     step: int,
-    config: Config,
+    config: NftUpdateConfig,
 ) -> dict[str, float]:
     """Take num_minibatches optimiser steps on the images of one step; return metrics over all processes.
 
@@ -150,7 +150,7 @@ def update(
 
 
 def accumulate_gradients(
-    trainer: Trainer, batch_of: BatchOf, count: int, microbatch_size: int, *, config: Config
+    trainer: Trainer, batch_of: BatchOf, count: int, microbatch_size: int, *, config: NftUpdateConfig
 ) -> Float[Tensor, "N metrics"]:
     """Accumulate the gradients of one optimiser step on `count` noised images; return the METRICS of each."""
     policy, batches = trainer.policy, torch.arange(count).split(microbatch_size)

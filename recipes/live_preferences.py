@@ -10,7 +10,8 @@ model and a LLaVA-Reward of your own. Open the printed address in a browser, sev
     sample      images_per_prompt images of each of prompts_per_step prompts
     ask         put the images whose comparison teaches most before people, and withdraw older ones
     learn       train the reward model's ensemble on all votes so far, half a step for each new vote
-    update      DDPO with the ensemble's mean score as the reward, or Diffusion-DPO on the voted pairs, or both
+    update      DDPO or DiffusionNFT with the ensemble's mean score as the reward, or Diffusion-DPO on the voted pairs,
+                or both
 
 Nothing but the first update waits for people. Every vote is on disk before the next images appear:
 RUN_FOLDER/votes/pairs.jsonl has them in the format of `train_reward_model.py --train_data` and `diffusion_dpo.py
@@ -27,7 +28,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before torch is i
     require("fastapi", "uvicorn", extra="serve")
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,7 @@ from rlhf_t2i.rewards.load import WeightedSum, load_rewards
 from rlhf_t2i.sampling.rollout import generate, rollout
 from rlhf_t2i.seeds import SAMPLE, UPDATE, generators_for
 from rlhf_t2i.settings.lists import whole_numbers
+from rlhf_t2i.training.ema import rising_decay
 from rlhf_t2i.training.online_reward import load_online
 from rlhf_t2i.training.policy_gradient import UpdateWarnings
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
@@ -62,11 +64,13 @@ from rlhf_t2i.training.trainer import Trainer
 from rlhf_t2i.types import Trajectory
 
 if TYPE_CHECKING:
-    from recipes import ddpo, diffusion_dpo
+    from recipes import ddpo, diffusion_dpo, diffusion_nft
 else:
-    from rlhf_t2i.recipes import ddpo, diffusion_dpo  # in a clone and in an installation
+    from rlhf_t2i.recipes import ddpo, diffusion_dpo, diffusion_nft  # in a clone and in an installation
 
 _NUM_PROGRESS_IMAGES = 3
+_WEIGHTS_OF_SAMPLING = rising_decay(start=0, rise=0.0, most=0.0)
+"""DiffusionNFT's old policy: the weights at the start of the step, with which its images were sampled."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def main(config: Config) -> Path:
         trainer = make_trainer(
             config, prompts, recipe="live_preferences", report=write_report, extra=[reward_model],
             keep_reference=config.kl_weight > 0 or config.learn != "reward_model",
+            sampling_ema=_WEIGHTS_OF_SAMPLING if config.update == "diffusion_nft" else None,
         )  # fmt: skip
         if trainer.num_processes > 1:
             raise ValueError(f"Live votes train on one process, not on {trainer.num_processes}: --num_processes 1.")
@@ -153,11 +158,17 @@ def update_by_reward(
     trainer: Trainer, trajectory: Trajectory, prompts: Sequence[str], rewards: Float[Tensor, "P K"], *, step: int,
     config: Config,
 ) -> dict[str, float]:  # fmt: skip
-    """Take DDPO's optimiser steps on a rollout; return metrics."""
+    """Take the optimiser steps of DDPO on a rollout, or of DiffusionNFT on its images; return metrics."""
     normalise = group_relative_advantages if config.advantages == "group_relative" else whole_batch_advantages
     advantages = normalise(rewards).clamp(-config.max_advantage, config.max_advantage).to(trainer.device)
     if not any_to_learn(advantages, step=step, print=trainer.print):
         return {}
+    if config.update == "diffusion_nft":
+        return diffusion_nft.update(
+            trainer, trajectory.latents[:, -1], [prompt for prompt in prompts for _ in range(config.images_per_prompt)],
+            (0.5 + advantages.flatten() / (2 * config.max_advantage)).clamp(0, 1), shard=range(len(prompts)), step=step,
+            config=replace(config, beta=config.nft_beta),
+        )  # fmt: skip
     metrics = ddpo.update(
         trainer, trajectory, advantages.flatten(), sampler=trainer.sampler(eta=config.eta), config=config,
         generators=generators_for(config.seed, UPDATE, step, range(len(prompts))),

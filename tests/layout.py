@@ -1,4 +1,4 @@
-"""What a picky reader would see on a page in the browser: content beyond its card, and text of too little contrast."""
+"""What a picky reader would see on a page in the browser: content beyond its card, or text of too little contrast."""
 
 from __future__ import annotations
 
@@ -22,6 +22,19 @@ for (const card of document.querySelectorAll(cards)) {
     if (!box.width || (inner && card.contains(inner) && scrolls(inner))) continue;
     if (box.right > right + 1) found.push(`${name(one)} ends ${Math.round(box.right - right)} beyond ${name(card)}`);
   }
+}
+
+for (const svg of document.querySelectorAll("svg")) {
+  const labels = [...svg.querySelectorAll("text")].map((one) => [one, one.getBoundingClientRect()]);
+  labels.forEach(([one, a], i) => labels.slice(i + 1).forEach(([other, b]) => {
+    const apart = a.right <= b.left || b.right <= a.left || a.bottom <= b.top + 1 || b.bottom <= a.top + 1;
+    if (a.width && !apart) found.push(`the labels ${one.textContent} and ${other.textContent} overlap`);
+  }));
+}
+for (const one of document.querySelectorAll("img")) {
+  const fills = getComputedStyle(one).objectFit === "fill" && one.naturalWidth && one.offsetHeight > 8;
+  const stretch = fills ? one.offsetWidth / one.offsetHeight / (one.naturalWidth / one.naturalHeight) : 1;
+  if (Math.abs(stretch - 1) > 0.05) found.push(`the image ${one.alt} is stretched by ${stretch.toFixed(2)}`);
 }
 
 const channel = (c) => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
@@ -50,7 +63,8 @@ return [...new Set(found)].slice(0, 10);
 
 
 def problems(page: Browser) -> list[str]:
-    """Return what ends beyond the page or its card, and text whose contrast is below WCAG 2's AA; 10 at most.
+    """Return what ends beyond the page or its card, labels of charts that overlap, stretched images, and text whose
+    contrast is below WCAG 2's AA; 10 at most.
 
     AA is a ratio of 4.5, or 3 for text of at least 24 px, or 18.66 px in bold. Content of cards that scroll with a cue
     (class "scrolls") may be wider than they are.

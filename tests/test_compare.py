@@ -98,6 +98,19 @@ def test_each_run_has_its_own_line(tmp_path: Path) -> None:
     assert curves([a, b], "llava_reward") == {}
 
 
+def test_eight_runs_have_eight_colours_and_images_of_any_shape(tmp_path: Path) -> None:
+    """The column of the common start has no colour, and does not shift those of the runs."""
+    folders = [run_with_images(tmp_path / f"run{i}", after=0.8) for i in range(8)]
+    for folder in folders:
+        for path in (folder / "images").glob("*.png"):
+            Image.open(path).resize((2 * 12, 2 * 8)).save(path)
+    page = page_of(folders, tmp_path / "out.html")
+    keys = re.findall(r'class="key" style="background: (#\w+)"', page)
+    assert len(set(keys)) == 8
+    assert len(keys) == 3 * 8, "in two tables and in the legend of the curves"
+    assert set(re.findall(r"aspect-ratio: ([\d.]+);\s+image-rendering", page)) == {"1.5"}
+
+
 def test_the_page_loads_nothing(tmp_path: Path) -> None:
     page = page_of([run_with_images(tmp_path / "a", after=0.8)], tmp_path / "out.html")
     assert "default-src 'none'" in page

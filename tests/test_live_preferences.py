@@ -110,15 +110,27 @@ def test_two_people_teach_a_run_that_ends_as_any_other(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "learn", "vote"), [("best_of_four", "dpo", "4"), ("good_bad", "reward_model", "good")]
+    ("question", "learn", "vote", "update"),
+    [
+        ("best_of_four", "dpo", "4", "ddpo"),
+        ("good_bad", "reward_model", "good", "ddpo"),
+        ("pair", "reward_model", "1", "diffusion_nft"),
+    ],
 )
-def test_other_questions_teach_too(question: Any, learn: Any, vote: str, config: Config) -> None:
-    config = replace(config, question=question, learn=learn, num_steps=1, acquisition="entropy")
+def test_other_questions_and_updates_teach_too(
+    question: Any, learn: Any, vote: str, update: Any, config: Config
+) -> None:
+    """DiffusionNFT begins at the weights that sampled, and its old policy is theirs in every step."""
+    config = replace(config, question=question, learn=learn, num_steps=2, acquisition="entropy", update=update)
+    config = replace(config, num_minibatches=1) if update == "diffusion_nft" else config
     with voting(Voter(config.port, lambda images: vote)):
         folder = live_preferences.main(config)
-    (row,) = rows(folder, "train")
-    assert row["votes"] >= 2
-    assert ("dpo/loss" in row) == (learn == "dpo")
+    for row in rows(folder, "train"):
+        assert row["votes"] >= 2
+        assert ("dpo/loss" in row) == (learn == "dpo")
+        assert ("clip_fraction" in row) == (learn != "dpo" and update == "ddpo")
+        if update == "diffusion_nft":
+            assert row["sampling_gap"] == 0, "the only optimiser step of a step starts at the weights that sampled"
 
 
 def test_training_that_waits_for_its_first_votes_stops_on_a_signal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from rlhf_t2i.annotation.live_serve import LiveService, TrainingState, create_ap
 from rlhf_t2i.annotation.live_votes import GONE, LATE, LiveVotes
 from rlhf_t2i.settings.live_preferences import Config
 from rlhf_t2i.training.online_reward import load_online
-from tests.servers import running
+from tests.servers import running, until
 
 
 def image(number: int, side: int = 8) -> Tensor:
@@ -300,6 +301,28 @@ def test_the_page_needs_its_token_gives_no_other_files_and_pauses(votes: LiveVot
         assert (gone.status_code, gone.json()["state"]["question"]) == (409, state["question"])
         wrong = client.post("/vote", json={"annotator": "ann", "shown": state["question"]["shown"], "vote": "9"})
         assert wrong.status_code == 422
+
+
+def test_a_browser_that_closes_in_the_middle_of_a_vote_has_voted_once(votes: LiveVotes) -> None:
+    """The request was sent and nobody reads the response; who comes back goes on with the next question."""
+    votes.offer(0, questions(2), max_age=0)
+    with (
+        running(create_app(LiveService(votes, TrainingState(), secret=None))) as address,
+        httpx.Client(base_url=address, trust_env=False) as client,
+    ):
+        state = client.post("/enter", json={"annotator": "ann"}).json()
+        body = json.dumps({"annotator": "ann", "shown": state["question"]["shown"], "vote": "1"})
+        head = (
+            f"POST /vote HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        until(lambda: votes.num_votes == 1)
+        back = client.post("/enter", json={"annotator": "ann"}).json()
+        assert (back["votes"], back["own_votes"]) == (1, 1)
+        assert back["question"]["shown"] != state["question"]["shown"]
+    assert len(lines_of(votes.folder / "votes.jsonl")) == 1
 
 
 def test_people_see_that_training_failed_and_their_votes_stay(

@@ -11,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
 from rlhf_t2i.report import Chart, charts, draw, write_report
+from rlhf_t2i.report.overview import create_app, summary
 from rlhf_t2i.training.changes import before_after, compare, headline, reward_changes, reward_hacking_gap
 from rlhf_t2i.training.metrics import read_metrics, time_split
 from tests.report_files import (
@@ -31,6 +33,7 @@ from tests.report_files import (
     two_rewards,
     two_updates,
 )
+from tests.servers import running
 
 
 def page_of(folder: Path) -> str:
@@ -275,3 +278,20 @@ def test_without_both_kinds_of_reward_there_is_no_gap(missing: str) -> None:
     rows = [{key: value for key, value in row.items() if not key.startswith(missing)} for row in HACKED]
     assert reward_hacking_gap(rows) is None
     assert all(chart.title != "gap" for chart in charts(rows))
+
+
+def test_a_run_that_trains_nothing_is_listed_and_its_page_is_the_one_in_its_folder(tmp_path: Path) -> None:
+    """Such as an evaluation of a reward model; it was called a training in its beginning, "So far"."""
+    folder = tmp_path / "evaluated"
+    folder.mkdir()
+    run_folder(folder, [], run={**RUN_INFO, "recipe": "reward_model_evaluation"})
+    row = summary("evaluated", folder)
+    assert (row.state, row.has_page, row.error) == ("Ended", False, "")
+    (folder / "report.html").write_text("<p>its own page</p>")
+    assert summary("evaluated", folder).has_page
+    with running(create_app(tmp_path)) as address, httpx.Client(base_url=address, trust_env=False) as client:
+        assert client.get("/run/evaluated").text == "<p>its own page</p>"
+        assert 'href="/run/evaluated"' in client.get("/").text
+        (folder / "report.html").unlink()
+        assert client.get("/run/evaluated").status_code == 404
+        assert "href" not in client.get("/").text

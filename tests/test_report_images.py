@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from rlhf_t2i.report.charts import Chart
 from rlhf_t2i.report.images import MAX_GRIDS, best_and_worst, embed_grid, evenly_spaced, image_history
 from rlhf_t2i.report.page import flags, typeset, write_report
 from rlhf_t2i.report.svg import draw, ticks
+from rlhf_t2i.report.templating import places_for, score_text
 from rlhf_t2i.training.evaluation import Evaluation, diversity, extremes, prune_image_grids, save_evaluation
 from tests import browser
 from tests.report_files import Page, Row, add_images, evaluation, plain, run_folder, train, two_updates
@@ -228,10 +230,11 @@ def test_only_numbers_are_typeset() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "texts"),
     [
-        (0.0, 1.0, ["0.0", "0.5", "1.0"]),
+        (0.0, 1.0, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
         (0.437, 0.81, ["0.5", "0.6", "0.7", "0.8"]),
         (0.0002, 0.0004, ["0.00020", "0.00025", "0.00030", "0.00035", "0.00040"]),
-        (-1.07, -0.2, ["\N{MINUS SIGN}1.0", "\N{MINUS SIGN}0.5"]),
+        (-1.07, -0.2, [f"\N{MINUS SIGN}{value}" for value in ("1.0", "0.8", "0.6", "0.4", "0.2")]),
+        (-4.0, 37.5, ["0", "10", "20", "30"]),
         (0.0, 40000.0, ["0", "10,000", "20,000", "30,000", "40,000"]),
         (1e-6, 5e-6, ["1e\N{MINUS SIGN}06", "2e\N{MINUS SIGN}06", "3e\N{MINUS SIGN}06", "4e\N{MINUS SIGN}06",
                       "5e\N{MINUS SIGN}06"]),
@@ -240,6 +243,31 @@ def test_only_numbers_are_typeset() -> None:
 def test_axes_have_round_numbers(low: float, high: float, texts: list[str]) -> None:
     assert [text for _, text in ticks(low, high)] == texts
     assert all(low - 1e-9 <= value <= high + 1e-9 for value, _ in ticks(low, high))
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([0.4, 1.0, 0.0149], ["0.40", "1.00", "0.01"]),
+        ([-1.1, -0.741, math.nan], ["\N{MINUS SIGN}1.10", "\N{MINUS SIGN}0.74", "nan"]),
+        ([1234.5, 2.0], ["1,234", "2"]),
+        ([2e-5, -3e-6], ["0.0000200", "\N{MINUS SIGN}0.0000030"]),
+        ([0.0], ["0.00"]),
+    ],
+)
+def test_scores_of_a_reward_have_the_same_decimals(values: list[float], texts: list[str]) -> None:
+    """As many as show three digits of the largest one."""
+    assert [score_text(value, places_for(values)) for value in values] == texts
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+def test_images_of_other_shapes_keep_their_shape(scale: int, tmp_path: Path) -> None:
+    """Also as thumbnails; in a grid with an empty cell in its last row."""
+    grid = Image.new("RGB", (3 * 24 * scale, 2 * 16 * scale))
+    grid.save(tmp_path / "grid.png")
+    embedded = embed_grid(tmp_path / "grid.png", columns=3, num_cells=5)
+    assert embedded.ratio == 1.5
+    assert embedded.is_pixelated == (scale == 1)
 
 
 def test_a_curve_has_a_description_for_screen_readers() -> None:

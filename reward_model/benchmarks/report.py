@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +49,8 @@ def render_report(
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     template = environment.get_template(
-        "report.html", globals={"embedded": _embedded, "overlay": _overlay, "by_criterion": _by_criterion}
+        "report.html",
+        globals={"embedded": _embedded, "overlay": _overlay, "by_criterion": _by_criterion, "signed": _signed},
     )
     return template.render(
         name=name, metrics=metrics, mistakes=mistakes, breakdowns=breakdowns or {}, no_map=no_map, few=FEW, sure=SURE,
@@ -59,6 +61,11 @@ def render_report(
 def _by_criterion(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
     """Return the groups of each criterion."""
     return [(by, [*members]) for by, members in groupby(groups, key=lambda group: group.by)]
+
+
+def _signed(text: str) -> str:
+    """Return text with minus signs for hyphens before numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def _embedded(image: ImageSource) -> tuple[str, int, int]:

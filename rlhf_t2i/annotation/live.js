@@ -8,10 +8,14 @@ const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 
 let guardedUntil = 0;
 
+function kept() {
+  return state.votes === 1 ? "The one vote is kept" : `All ${state.votes} votes are kept`;
+}
+
 function nothing() {
   const training = state.training;
-  if (training.failure) return ["Training has failed", `${training.failure}. All ${state.votes} votes are kept.`];
-  if (training.has_ended) return ["Training has ended. Thank you.", `All ${state.votes} votes are kept in the run's folder.`];
+  if (training.failure) return ["Training has failed", `${training.failure}. ${kept()}.`];
+  if (training.has_ended) return ["Training has ended. Thank you.", `${kept()} in the run's folder.`];
   return ["The model is making new images", "They appear here by themselves."];
 }
 

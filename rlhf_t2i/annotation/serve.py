@@ -37,7 +37,7 @@ from rlhf_t2i.annotation.answers import Answers, StaleError
 from rlhf_t2i.annotation.http import HEADERS, EnterRequest, TokenGuard, make_app
 from rlhf_t2i.annotation.questions import image_path
 from rlhf_t2i.annotation.records import Key, annotator_name, seconds_per_answer
-from rlhf_t2i.report.templating import STYLES, load_template
+from rlhf_t2i.report.templating import STYLES, load_template, typeset
 
 _HERE = Path(__file__).parent
 _COLUMNS = (
@@ -212,5 +212,5 @@ def _cell(value: object) -> str:
 
 _ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined)
 _PAGE = _ENVIRONMENT.from_string((_HERE / "page.html").read_text(encoding="utf-8"))
-_RESULTS = load_template(_HERE / "results.html")
+_RESULTS = load_template(_HERE / "results.html", typeset=typeset)
 _WAIT = load_template(_HERE / "wait.html")

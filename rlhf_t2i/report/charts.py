@@ -166,8 +166,7 @@ def _images_per_second(train: Sequence[Row]) -> Points:
 def _gap_charts(gap: Gap) -> list[Chart]:
     """Return a chart of the gains of both rewards, and one of their difference."""
     unit = "in standard deviations of the first evaluation's images"
-    both = f"Violet: {gap.trained}, trained on. Blue: {gap.held_out}, held out. Gains {unit}."
     note = f"Gain of {gap.trained} minus gain of {gap.held_out}, {unit}: growth indicates reward hacking."
-    gains = Chart(f"gain of {gap.trained} and {gap.held_out}", both, gap.trained_gains, gap.held_out_gains)
+    gains = Chart(f"gain of {gap.trained} and {gap.held_out}", f"{unit}.", gap.trained_gains, gap.held_out_gains)
     gains = replace(gains, names=(gap.trained, gap.held_out), kinds=("trained", "held-out"))
     return [gains, Chart(GAP, note, [], gap.points)]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
 
-from reward_model.image_files import open_image
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import (
     CAPTIONS,
@@ -26,6 +23,7 @@ from rlhf_t2i.output.run_folder import (
     read_evaluation_table,
     read_run_info,
 )
+from rlhf_t2i.report.images import embed_grid
 from rlhf_t2i.report.paired import Scores, paired_difference, read_scores
 from rlhf_t2i.report.svg import colour, draw_runs
 from rlhf_t2i.report.templating import TEMPLATES, VIEWER, load_template, script_digest, typeset
@@ -155,7 +153,7 @@ def _same_images(one: Column, other: Column) -> bool:
 
 def shared_cells(columns: Sequence[Column]) -> list[tuple[str, int]]:
     """Return the prompts and seeds that are in all image grids, in the order of the first."""
-    cells = [list(zip(one.captions["prompts"], one.captions["seeds"], strict=True)) for one in columns]
+    cells = [_cells(one) for one in columns]
     sets = [set(own) for own in cells]
     return [cell for cell in cells[0] if all(cell in own for own in sets)] if cells else []
 
@@ -169,7 +167,11 @@ def write_comparison(columns: Sequence[Column], path: Path) -> None:
         names=list(dict.fromkeys(name for one in columns for name in one.rewards)),
         metadata=list(dict.fromkeys(key for one in columns for key in one.metadata)),
         cells=shared_cells(columns),
-        grids=[_embedded_grid(one) for one in columns],
+        grids=[
+            embed_grid(one.grid, columns=one.captions["columns"], num_cells=len(one.captions["prompts"]))
+            for one in columns
+        ],
+        places=[{cell: i for i, cell in enumerate(_cells(one))} for one in columns],
         runs=[one for one in columns if one.evaluations],
         links=[_link(one, path) for one in columns],
         set_sizes=[len(one.scores or one.captions["prompts"]) for one in columns],
@@ -219,19 +221,9 @@ def curves(runs: Sequence[Column], name: str) -> dict[str, Points]:
     return {run: line for run, line in lines.items() if line}
 
 
-def _embedded_grid(column: Column) -> dict[str, Any]:
-    """Return an image grid as data, with the `background-position` of each prompt and seed in percent."""
-    prompts, seeds, columns = (column.captions[key] for key in ("prompts", "seeds", "columns"))
-    with open_image(column.grid) as grid:
-        width, height = grid.size
-    side = width // columns
-    rows = height // side
-    positions = {
-        cell: (100 * (i % columns) / max(1, columns - 1), 100 * (i // columns) / max(1, rows - 1))
-        for i, cell in enumerate(zip(prompts, seeds, strict=True))
-    }
-    data = base64.b64encode(column.grid.read_bytes()).decode()
-    return {"data": data, "columns": columns, "rows": rows, "positions": positions, "side": side}
+def _cells(column: Column) -> list[tuple[str, int]]:
+    """Return the prompt and seed of each image of the column's grid."""
+    return list(zip(column.captions["prompts"], column.captions["seeds"], strict=True))
 
 
 _PAGE = load_template(

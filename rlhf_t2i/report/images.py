@@ -24,6 +24,7 @@ from rlhf_t2i.output.run_folder import (
     image_grid,
     read_captions,
 )
+from rlhf_t2i.report.templating import places_for, score_text
 from rlhf_t2i.training.changes import with_error
 from rlhf_t2i.training.metrics import ERROR, Row, by_step, evaluations_to_export, number, reward_names, trained_rewards
 
@@ -44,6 +45,8 @@ class EmbeddedGrid:
     rows: int
     side: int
     """Width of one image in pixels, as embedded."""
+    ratio: float
+    """Width of one image divided by its height."""
 
     @property
     def is_pixelated(self) -> bool:
@@ -68,12 +71,14 @@ class EvaluationImages:
     """Scores of the images of the grid by each reward; empty if the run folder has none."""
     pass_reward: str | None
     """Reward that is 0 or 1 for every image of the history; None if there is none."""
+    places: dict[str, int]
+    """Decimals of the scores of each reward, the same in all evaluations."""
 
     @property
     def scores(self) -> dict[str, list[str]]:
         """Scores as text, without those of `pass_reward`."""
         graded = {name: values for name, values in self.values.items() if name != self.pass_reward}
-        return {name: [f"{value:z.3g}".replace("-", "\N{MINUS SIGN}") for value in v] for name, v in graded.items()}
+        return {name: [score_text(value, self.places[name]) for value in v] for name, v in graded.items()}
 
     @property
     def passes(self) -> list[bool]:
@@ -116,6 +121,8 @@ class ScoredImage:
     index: int
     """Index among the evaluation images, from 0."""
     scores: dict[str, float]
+    texts: dict[str, str]
+    """The scores as the page shows them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +153,13 @@ def embed_grid(path: Path, *, columns: int, num_cells: int) -> EmbeddedGrid:
 
 def _embedded(path: Path, *, columns: int, rows: int) -> EmbeddedGrid:
     with open_image(path) as grid:
-        side = grid.width // columns
+        side, ratio = grid.width // columns, grid.width * rows / (columns * grid.height)
         if side <= LOSSLESS_SIDE:
             grid.verify()
     if side <= LOSSLESS_SIDE:
-        return EmbeddedGrid(_data_url("png", path.read_bytes()), columns, rows, side)
+        return EmbeddedGrid(_data_url("png", path.read_bytes()), columns, rows, side, ratio)
     data = _thumbnails(path, columns=columns, rows=rows)
-    return EmbeddedGrid(_data_url("webp", data), columns, rows, min(side, _THUMBNAIL_SIDE))
+    return EmbeddedGrid(_data_url("webp", data), columns, rows, min(side, _THUMBNAIL_SIDE), ratio)
 
 
 def _thumbnails(path: Path, *, columns: int, rows: int) -> bytes:
@@ -206,8 +213,8 @@ def image_history(folder: Path, rows: Sequence[Row]) -> ImageHistory | None:
             continue
         means = [f"{n} {with_error(number(row, n), number(row, n + ERROR))}" for n in reward_names([row])]
         values = _cell_scores(folder, row["step"], cells)
-        embedded.append(EvaluationImages(row["step"], grid, ", ".join(means), values, None))
-    embedded = _with_pass_reward(embedded)
+        embedded.append(EvaluationImages(row["step"], grid, ", ".join(means), values, None, {}))
+    embedded = _with_common_format(embedded)
     exported = max((i for i, one in enumerate(embedded) if one.step <= last["step"]), default=0)
     return ImageHistory(embedded, cells, len(evaluations), exported, damaged) if embedded else None
 
@@ -222,12 +229,16 @@ def _cell_scores(folder: Path, step: int, cells: Sequence[tuple[str, int]]) -> d
         return {}
 
 
-def _with_pass_reward(evaluations: list[EvaluationImages]) -> list[EvaluationImages]:
-    """Return the evaluations with the first reward whose scores are 0 or 1 everywhere."""
+def _with_common_format(evaluations: list[EvaluationImages]) -> list[EvaluationImages]:
+    """Return the evaluations with the first reward whose scores are 0 or 1 everywhere, and with decimals of scores."""
     names = list(evaluations[0].values) if evaluations else []
     binary = [n for n in names if all(set(one.values.get(n, ())) <= {0.0, 1.0} for one in evaluations)]
     found = next(iter(binary), None)
-    return [replace(one, pass_reward=found) for one in evaluations]
+    everywhere = {
+        n: [v for one in evaluations for v in one.values.get(n, ())] for one in evaluations for n in one.values
+    }
+    places = {name: places_for(values) for name, values in everywhere.items()}
+    return [replace(one, pass_reward=found, places=places) for one in evaluations]
 
 
 def most_changed(history: ImageHistory, reward: str, *, count: int = 6) -> list[int]:
@@ -260,13 +271,16 @@ def best_and_worst(folder: Path, rows: Sequence[Row]) -> tuple[EmbeddedGrid, lis
     record: Row = read_object(evaluation_scores(folder, layout["step"]))
     grid = embed_grid(extremes_grid(folder, layout["step"]), columns=layout["columns"], num_cells=len(layout["cells"]))
 
+    places = {name: places_for(values) for name, values in record["scores"].items()}
+
     def scored(images: Sequence[int]) -> list[ScoredImage]:
+        all_scores = [{name: values[i] for name, values in record["scores"].items()} for i in images]
         return [
             ScoredImage(
-                grid.position(layout["cells"].index(i)), record["prompts"][i], record["seeds"][i], i,
-                {name: values[i] for name, values in record["scores"].items()},
+                grid.position(layout["cells"].index(i)), record["prompts"][i], record["seeds"][i], i, scores,
+                {name: score_text(value, places[name]) for name, value in scores.items()},
             )
-            for i in images
+            for i, scores in zip(images, all_scores, strict=True)
         ]  # fmt: skip
 
     trained = trained_rewards(rows)

@@ -37,6 +37,8 @@ REFRESH_SECONDS = 10
 """Time after which the page of all runs loads itself again."""
 _MAX_DEPTH = 3
 """Folders below the given one in which runs are looked for."""
+_WITHOUT_TRAINING = {"evaluation", "reward_model_evaluation", "preferences"}
+"""Recipes of runs that train and search nothing."""
 _SHOWN_IN_RUNS = {"images", "checkpoints", "pairs"}
 """Folders of a run that hold no further runs."""
 
@@ -58,6 +60,9 @@ class Summary:
     warnings: tuple[str, ...] = ()
     error: str = ""
     """Why the run could not be read, such as a file that is half written."""
+
+    has_page: bool = True
+    """True if the run has a report that can be shown."""
 
     @property
     def link(self) -> str:
@@ -82,8 +87,8 @@ def summary(name: str, folder: Path) -> Summary:
         run = read_run_info(folder)
         started, alive = f"{datetime.fromisoformat(run['started']):%Y-%m-%d %H:%M}", is_alive(folder)
         short = Summary(name, run["recipe"], started, "Running" if alive else "Ended", alive)
-        if is_search(folder) or is_reward_model(folder):
-            return short
+        if _has_finished_page(folder):
+            return replace(short, has_page=(folder / REPORT).is_file())
         rows, config = read_metrics(folder), read_config(folder)
         changes = tuple(typeset(f"{c.name} {c.before} to {c.after}, z {c.z_text}") for c in reward_changes(rows))
         warnings = tuple(one.summary or one.title for one in findings(rows, config) if one.state == "warning")
@@ -92,8 +97,13 @@ def summary(name: str, folder: Path) -> Summary:
         rewards = ", ".join(trained_rewards(rows))
         return replace(short, state=now, rewards=rewards, changes=changes, warnings=warnings)
     except Exception as error:  # damaged and half-written files fail in as many ways as there are files
-        text = f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return Summary(name, "unknown", "", "Not readable", is_alive=False, error=text[:300])
+
+
+def _has_finished_page(folder: Path) -> bool:
+    """Return True for a run whose page, if any, is the file in its folder, and not made anew from its metrics."""
+    return is_search(folder) or is_reward_model(folder) or read_run_info(folder)["recipe"] in _WITHOUT_TRAINING
 
 
 def is_alive(folder: Path) -> bool:
@@ -142,7 +152,9 @@ def create_app(root: Path, *, loopback: bool = True, secret: str | None = None) 
         folder = find_runs(root).get(name)
         if folder is None:
             raise HTTPException(404, "There is no run of this name.")
-        if is_search(folder) or is_reward_model(folder):
+        if _has_finished_page(folder):
+            if not (folder / REPORT).is_file():
+                raise HTTPException(404, "The run has no report.")
             return HTMLResponse((folder / REPORT).read_text(encoding="utf-8"), headers=_HEADERS)
         return HTMLResponse(render_report(folder), headers=_HEADERS)
 

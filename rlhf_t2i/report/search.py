@@ -109,7 +109,7 @@ def shown(records: Sequence[SearchRecord]) -> list[Row]:
 
 
 def _score(value: float) -> str:
-    return f"{value:z.2f}" if math.isfinite(value) else "not finite"
+    return typeset(f"{value:z.2f}") if math.isfinite(value) else "not finite"
 
 
 def write_report(folder: Path) -> Path:

@@ -34,7 +34,10 @@ class _Axes:
     def around(cls, points: Sequence[tuple[float, float, float]]) -> _Axes:
         """Return axes that hold all points with their error bars."""
         xs = [x for x, _, _ in points]
-        return cls(min(xs), max(xs), min(y - e for _, y, e in points), max(y + e for _, y, e in points))
+        low, high = min(y - e for _, y, e in points), max(y + e for _, y, e in points)
+        if low == high:  # put a flat line in the middle of an axis that starts or ends at 0
+            low, high = min(0.0, 2 * low), max(0.0, 2 * high) or (0.0 if low else 1.0)
+        return cls(min(xs), max(xs), low, high)
 
     def at(self, x: float, y: float) -> str:
         width, height = self.right - self.left or 1.0, self.high - self.low or 1.0
@@ -71,9 +74,6 @@ class _Axes:
 def draw(chart: Chart, unit: str = "update") -> Markup:
     """Return a chart as SVG: a line for each series, and evaluations with error bars of one standard error."""
     axes = _Axes.around(chart.training + chart.evaluation)
-    if axes.low == axes.high:  # put a flat line in the middle of an axis that starts or ends at 0
-        low, high = min(0.0, 2 * axes.low), max(0.0, 2 * axes.high) or (0.0 if axes.low else 1.0)
-        axes = _Axes(axes.left, axes.right, low, high)
     both = list(zip(chart.names, chart.kinds, (chart.training, chart.evaluation), strict=True))
     data = [_rounded(name, series) for name, _, series in both if series]
     svg = [axes.opening(_description(chart, unit), ticks(axes.low, axes.high), unit, data)]
@@ -102,9 +102,8 @@ def draw_runs(series: Mapping[str, Points], title: str, *, first: Mapping[str, i
     """
     numbers = first or {name: i for i, name in enumerate(series)}
     axes = _Axes.around([point for line in series.values() for point in line])
-    top = axes.low + (axes.high - axes.low or 1.0)
     data = [_rounded(name, line) for name, line in series.items()]
-    svg = [axes.opening(title, ticks(axes.low, top), "update", data)]
+    svg = [axes.opening(title, ticks(axes.low, axes.high), "update", data)]
     for name, line in series.items():
         bars = "".join(f"M{axes.at(x, y - e)}L{axes.at(x, y + e)}" for x, y, e in line)
         path = "L".join(axes.at(x, y) for x, y, _ in line)
@@ -120,8 +119,8 @@ def _rounded(name: str, series: Points) -> list[object]:
 
 
 def ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Return two to five round numbers in [low, high] with their labels; low < high."""
-    rough = (high - low) / 4
+    """Return two to six round numbers in [low, high] with their labels; low < high."""
+    rough = (high - low) / 5
     scale = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= rough * (1 - 1e-9))
     places = max(0, -math.floor(math.log10(step * (1 + 1e-9))))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def load_template(path: Path, functions: Sequence[Callable[..., Any]] = (), **fi
 def script_digest(script: str) -> str:
     """Return the SHA-256 of a script as in `script-src`: with it, the browser runs this script and no other."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def places_for(values: Iterable[float]) -> int:
+    """Return the number of decimals that shows three digits of the largest of some values."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 2
+
+
+def score_text(value: float, places: int) -> str:
+    """Return a score with a number of decimals, and a minus sign."""
+    return typeset(f"{value:z,.{places}f}")
 
 
 def typeset(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from annotated_types import Ge
 
@@ -22,6 +22,29 @@ from rlhf_t2i.settings.ranges import (
 )
 from rlhf_t2i.settings.several_rewards import SeveralRewardsSettings
 from rlhf_t2i.shapes.names import TOY_FLOW_MODEL
+
+
+class NftUpdateConfig(Protocol):
+    """What DiffusionNFT's update reads of the settings of a recipe."""
+
+    @property
+    def images_per_prompt(self) -> int: ...
+    @property
+    def num_denoising_steps(self) -> int: ...
+    @property
+    def guidance_scale(self) -> float: ...
+    @property
+    def max_advantage(self) -> float: ...
+    @property
+    def timestep_fraction(self) -> float: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def kl_weight(self) -> float: ...
+    @property
+    def num_minibatches(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)

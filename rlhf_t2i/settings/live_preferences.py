@@ -43,8 +43,13 @@ class OnlineRewardSettings(Settings, group="reward"):
     """The reward model that votes teach."""
 
     learn: Literal["reward_model", "dpo", "both"] = "reward_model"
-    """Training of the diffusion model: DDPO with the reward model that votes teach, Diffusion-DPO on the voted pairs
-    (the reward model then only chooses questions), or both in each step."""
+    """Training of the diffusion model: by the reward model that votes teach (see update), by Diffusion-DPO on the voted
+    pairs (the reward model then only chooses questions), or both in each step."""
+    update: Annotated[Literal["ddpo", "diffusion_nft"], Group("algorithm")] = "ddpo"
+    """Update by the reward model: DDPO, or DiffusionNFT, which needs the images of the step and no
+    log-probabilities."""
+    nft_beta: Annotated[PositiveFloat, Group("algorithm")] = 1.0
+    """Distance of DiffusionNFT's implicit positive and negative policies from the weights that sampled."""
     start_reward_model: InputPath | None = None
     """LLaVA-Reward that votes go on to teach: folder of the run that trained it or of the model, or a Hub id; null is
     an untrained one on the backbone."""
@@ -86,7 +91,13 @@ class Config(ServerSettings, VoteSettings, OnlineRewardSettings, DpoUpdateSettin
     """Passes of DDPO over the images of a training step, and optimiser steps of Diffusion-DPO on its pairs."""
 
     def unused(self) -> Collection[str]:
-        return [*super().unused(), *(["backbone"] if self.start_reward_model else [])]
+        unused = [*super().unused(), *(["backbone"] if self.start_reward_model else [])]
+        by_reward = self.learn != "dpo"
+        if not (by_reward and self.update == "diffusion_nft"):
+            unused.append("nft_beta")
+        if not (by_reward and self.update == "ddpo"):
+            unused += ["window_start", "window_end", "clip_range"]
+        return unused
 
     def needed(self) -> Collection[str]:
         return ("evaluation_rewards",)

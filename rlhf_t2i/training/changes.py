@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
+from rlhf_t2i.output.terminal import Colour, coloured
 from rlhf_t2i.output.text_table import align
 from rlhf_t2i.training.metrics import (
     ERROR,
@@ -185,14 +187,25 @@ def _steps(count: int) -> str:
     return f"{count} step{'s' * (count != 1)}"
 
 
-def before_after(rows: Sequence[Row]) -> str:
-    """Return a table of the first and the exported evaluation, with the change of each reward and its z."""
+def _colour(change: Change) -> Colour:
+    return "dim" if change.is_noise else "green" if change.z > 0 else "red"
+
+
+def before_after(rows: Sequence[Row], *, colours: bool = False) -> str:
+    """Return a table of the first and the exported evaluation, with the change of each reward and its z.
+
+    `colours` adds a terminal's codes: green for a reward that rose, red for one that fell, dim for a change within
+    noise.
+    """
     last = evaluations_to_export(rows)[-1]
     table = [("", "before", "after", "change", "z")]
     table += [(one.name, one.before, one.after, one.difference, one.z_text) for one in reward_changes(rows)]
     if diversity := diversity_change(rows):
         table.append(("diversity", *diversity, ""))
     lines = align(table, left={0, 4})
+    if colours:
+        marks: list[Colour | None] = ["dim", *map(_colour, reward_changes(rows))]
+        lines = [coloured(line, mark) for line, mark in zip_longest(lines, marks)]
     if gap := reward_hacking_gap(rows):
         lines.append(gap.sentence)
     images = total(rows[: rows.index(last)], "images")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +49,36 @@ class Evaluation:
         measured = zip(("diversity", "diversity_error"), diversity(self.images, self.prompts), strict=True)
         return {**row, **{name: value for name, value in measured if value is not None}}
 
+    def row(self, step: int) -> dict[str, Any]:
+        """Return the row of metrics.jsonl for the weights after `step` training steps."""
+        return {"kind": "evaluation", "step": step, "num_images": len(self.images), **self.summary()}
+
     def text(self) -> str:
         """Return each reward's mean ± standard error, and the diversity, on one line."""
         row = self.summary()
         rewards = [f"{name} {fixed_with_error(number(row, name), number(row, name + ERROR))}" for name in self.scores]
         return ", ".join([*rewards, *([f"diversity {row['diversity']:.3f}"] if "diversity" in row else [])])
+
+
+@dataclass
+class EvaluationTable:
+    """The evaluations of a run as a table of text that grows by a line with each."""
+
+    _has_header: bool = False
+
+    def line(self, step: int, evaluation: Evaluation, *, title: str) -> str:
+        """Return the line of an evaluation, before the first one with the images' number and title, and a header."""
+        row = evaluation.summary()
+        cells = {"step": str(step)}
+        cells |= {n: fixed_with_error(number(row, n), number(row, n + ERROR)) for n in evaluation.scores}
+        cells |= {"diversity": f"{row['diversity']:.3f}"} if "diversity" in row else {}
+        widths = {name: len(name) if name in ("step", "diversity") else max(len(name), 16) for name in cells}
+        lines = ["  ".join(f"{text:>{widths[name]}}" for name, text in cells.items())]
+        if not self._has_header:
+            self._has_header = True
+            header = "  ".join(f"{name:>{width}}" for name, width in widths.items())
+            lines = [f"{len(evaluation.images)} images of {title}", header, *lines]
+        return "\n".join(lines)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from rlhf_t2i.distributed.state import gather_weights
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.output.run_folder import CONFIG, IMAGES, image_grid
 from rlhf_t2i.output.secondary import report_or_warning
+from rlhf_t2i.output.terminal import has_colours
 from rlhf_t2i.rewards.load import WeightedSum
 from rlhf_t2i.settings.groups import TrainerConfig
 from rlhf_t2i.training.changes import before_after
@@ -28,7 +29,7 @@ from rlhf_t2i.training.checkpoint_files import owes_evaluation
 from rlhf_t2i.training.early_stop import EarlyStop
 from rlhf_t2i.training.ema import MovingAverage, copy_weights, exchanged, lora_at_scale
 from rlhf_t2i.training.environment import StopRequests
-from rlhf_t2i.training.evaluation import Evaluation, evaluate, prune_image_grids, save_evaluation
+from rlhf_t2i.training.evaluation import Evaluation, EvaluationTable, evaluate, prune_image_grids, save_evaluation
 from rlhf_t2i.training.learning_rate import learning_rates
 from rlhf_t2i.training.metrics import rate_text, read_metrics
 from rlhf_t2i.training.microbatches import Microbatches
@@ -67,6 +68,7 @@ class Trainer:
     step: int
     """Training steps finished."""
     _seconds: dict[str, float] = field(default_factory=dict)
+    _table: EvaluationTable = field(default_factory=EvaluationTable)
     _is_stopping: bool = False  # agreed among all processes
 
     def __post_init__(self) -> None:
@@ -252,16 +254,14 @@ class Trainer:
     def record(self, evaluation: Evaluation) -> None:
         """Log an evaluation, write its images and scores, and bring the report up to date."""
         self._seconds.clear()
-        row = {"kind": "evaluation", "step": self.step, "num_images": len(evaluation.images), **evaluation.summary()}
-        self.run.log(row)
+        self.run.log(evaluation.row(self.step))
         if self.run.is_main:
             save_evaluation(evaluation, self.folder, step=self.step)
             kept = [self.early_stop.best_step] if self.early_stop else []
             prune_image_grids(self.folder, most=self.config.max_image_grids, kept=kept)
             self.run.trackers.log_image("evaluation/images", image_grid(self.folder, self.step), step=self.step)
             self._write_report()
-            images = f"{len(evaluation.images)} images of {self.evaluation_title}"
-            self.print(f"after {self.step} steps, {images}: {evaluation.text()}")
+            self.print(self._table.line(self.step, evaluation, title=self.evaluation_title))
 
     def _write_report(self) -> Path | None:
         """Bring the report up to date; a damaged file of an earlier evaluation is said, and ends no training."""
@@ -288,7 +288,7 @@ class Trainer:
             copy_weights(weights, into=self.engine.weights)
         if self.run.is_main and is_complete:
             export = self.policy.export(self.folder, weights, kohya=self.config.export_format == "both")
-            self.print(before_after(read_metrics(self.folder)))
+            self.print(before_after(read_metrics(self.folder), colours=has_colours()))
             report = self._write_report() or "not written"
             self.print(f"report    {report}\nimages    {self.folder / IMAGES}\nweights   {export}")
         elif self.run.is_main:
