@@ -30,7 +30,8 @@ def _keys_of(table: RecordTable) -> Iterator[np.ndarray]:
 def _with_prompts(table: RecordTable, keys: np.ndarray) -> np.ndarray:
     """Return whether each record has one of these prompts, (N,); the empty prompt does not count."""
     wanted = keys[keys != 0]
-    return filled((np.isin(part, wanted).any(1) for part in _keys_of(table)), len(table), bool)
+    found = (np.isin(part, wanted) for part in _keys_of(table))
+    return filled((sides[:, 0] | sides[:, 1] for sides in found), len(table), bool)
 
 
 def shared_prompts(training: np.ndarray, test: np.ndarray) -> np.ndarray:

@@ -53,7 +53,8 @@ def split_by_prompt(records: Sequence[Record], *, fraction: float, seed: int) ->
         )
     is_validation = taken(held_out, group_of)
     validation = rows_of(is_validation)
-    return table.select(rows_of(np.logical_not(is_validation, out=is_validation))), table.select(validation)
+    np.logical_not(is_validation, out=is_validation)
+    return table.select(rows_of(is_validation)), table.select(validation)
 
 
 def _in_order(digests: np.ndarray) -> Iterator[int]:
