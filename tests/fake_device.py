@@ -63,6 +63,17 @@ def register() -> torch.device:
         current_device=lambda: 0, get_amp_supported_dtype=lambda: HALF, manual_seed_all=lambda seed: None,
     )  # fmt: skip
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
+    make = torch.tensor
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        made = make(data, **options)
+        return made if device is None else made.to(device)
+
+    def new_tensor(like: Tensor, data: Any, **options: Any) -> Tensor:
+        return tensor(data, **{"device": like.device, "dtype": like.dtype, **options})
+
+    torch.tensor = tensor  # the constructors themselves copy to a device without asking fake tensors
+    Tensor.new_tensor = new_tensor  # type: ignore[method-assign]
     return torch.device(NAME, 0)
 
 

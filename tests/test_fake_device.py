@@ -14,7 +14,7 @@ from tests.reward_models import reward_model_folder
 from tests.runs import REDNESS
 
 RECIPES = [
-    ("ddpo", "sd", {"images_per_prompt": 4, "mixed_precision": "bf16", "kl_weight": 0.1, "guidance_scale": 3.0}),
+    ("ddpo", "sd", {"images_per_prompt": 4, "kl_weight": 0.1, "guidance_scale": 3.0}),
     ("ddpo", "sdxl", {"images_per_prompt": 4, "lora_rank": None}),
     ("flow_grpo", "sd3", {"images_per_prompt": 4, "kl_weight": 0.1, "guidance_scale": 3.0}),
     ("flow_grpo", "flux", {"images_per_prompt": 4, "resolution": 64}),
@@ -24,7 +24,8 @@ RECIPES = [
 """Recipe, model of tests/tiny.py, options."""
 
 
-REWARD_MODELS = ("llava", "qwen2_5_vl", "phi3_v")
+REWARD_MODELS = ("llava",)
+"""Shapes in Qwen2.5-VL and Phi-3.5-vision depend on numbers, which fake tensors do not have."""
 
 
 def name_of(recipe: str, model: str) -> str:

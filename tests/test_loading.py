@@ -6,13 +6,14 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 from recipes import evaluate_policy
-from rlhf_t2i.models import load
+from rlhf_t2i.models import load, pipeline_parts
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.models.pipeline_parts import load_in_pieces
@@ -117,3 +118,23 @@ def test_an_evaluation_of_a_siblings_lora_says_and_records_both_bases(
     assert f"{run} was trained on {tiny_sd}; its LoRA is loaded into another base, {tiny_sd_v}" in printed
     base, lora = read_columns(folder, name="evaluation")
     assert lora.metadata == base.metadata | {"LoRA of": str(tiny_sd), "loaded into": str(tiny_sd_v)}
+
+
+def test_buffers_that_the_files_have_take_no_memory_until_they_are_read(
+    tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The positions of an SD 3 are computed in float32, larger than anything else that loading needs."""
+    devices = list[str]()
+    forget = pipeline_parts._forget_stored_buffers
+
+    def noted(network: torch.nn.Module) -> None:
+        forget(network)
+        devices.extend(name for name, buffer in network.named_buffers() if not buffer.is_meta)
+
+    monkeypatch.setattr(pipeline_parts, "_forget_stored_buffers", noted)
+    kind: Any = diffusers.SD3Transformer2DModel
+    loaded = load_in_pieces(kind, tiny_sd3 / "transformer", BF16)
+    assert devices == []
+    expected = kind.from_pretrained(tiny_sd3 / "transformer", dtype=BF16)
+    assert torch.equal(loaded.pos_embed.pos_embed, expected.pos_embed.pos_embed)
+    assert not any(buffer.is_meta for buffer in loaded.buffers())
