@@ -4,7 +4,7 @@ Every head (`reward_heads_variants.py`) is trained with the same LoRA and projec
 compositions (`rlhf_t2i.shapes.compositions`), with as many steps, and tested on prompts that neither it nor the
 captioner has read, also in renderings without new labels. The frozen vision tower's outputs are computed once an image.
 
-    tune     trains each head with each learning rate, once, and keeps its accuracy on new images of training prompts
+    tune     trains each head with each learning rate and keeps its accuracy on new images of training prompts
     train    trains each head with its best learning rate and tests it; `policy` trains a policy with each by DDPO
     table    prints Markdown, `plot` draws
 
@@ -60,7 +60,7 @@ BATCH = 32
 LEARNING_RATES = [1e-3, 4e-4, 2e-3]
 """Tried by `tune`; the first is the default."""
 LORA_RANK = 16
-TUNING_SEED = 1_000
+TUNING_SEED, VALIDATION_SEED = 1_000, 1_001
 NUM_VALIDATION = 350
 """Pairs by which a learning rate is chosen."""
 
@@ -158,14 +158,15 @@ def trained(cell: dict[str, Any], folder: Path, training: Encoded) -> tuple[Rewa
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    """Train each head once with each learning rate, and test it on new images of training prompts."""
+    """Train each head with each learning rate, and test it on new images of training prompts."""
     num_pairs = arguments.pairs[0]
-    for name, folder, _ in backbones(arguments):
+    seeds = range(TUNING_SEED + arguments.first_seed, TUNING_SEED + arguments.first_seed + arguments.seeds)
+    for (name, folder, _), seed in product(backbones(arguments), seeds):
         backbone = load_backbone(str(folder))
-        training = encode_pairs(backbone, strict_pairs(num_pairs, "training", seed=TUNING_SEED))
-        validation = encode_pairs(backbone, strict_pairs(NUM_VALIDATION, "training", seed=TUNING_SEED + 1))
+        training = encode_pairs(backbone, strict_pairs(num_pairs, "training", seed=seed))
+        validation = encode_pairs(backbone, strict_pairs(NUM_VALIDATION, "training", seed=VALIDATION_SEED))
         for head, rate in product(arguments.heads, arguments.learning_rates):
-            cell = {**name, "head": head, "pairs": num_pairs, "learning_rate": rate, "seed": TUNING_SEED}
+            cell = {**name, "head": head, "pairs": num_pairs, "learning_rate": rate, "seed": seed}
             if is_new(cell, arguments.tuning):
                 model, variant, _ = trained(cell, folder, training)
                 model.eval()
@@ -213,10 +214,13 @@ def backbones(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], P
 
 
 def best_rate(tuning: Path, backbone: dict[str, Any], head: str) -> float:
-    """Return the learning rate with the best row of a head, or of SkipCA for a head that was not tuned."""
+    """Return the learning rate with the best mean accuracy of a head, or of SkipCA for a head that was not tuned."""
     rows = [row for row in read_rows(tuning) if backbone.items() <= row.items()]
     own = [row for row in rows if row["head"] == head] or [row for row in rows if row["head"] == "SkipCA"]
-    return max(own, key=lambda row: row["accuracy"])["learning_rate"] if own else LEARNING_RATES[0]
+    found: dict[float, list[float]] = {rate: [] for rate in LEARNING_RATES[:1]}
+    for row in own:
+        found.setdefault(row["learning_rate"], []).append(row["accuracy"])
+    return max(found, key=lambda rate: np.mean(found[rate] or [0.0]))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
