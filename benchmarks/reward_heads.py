@@ -160,8 +160,9 @@ def trained(cell: dict[str, Any], folder: Path, training: Encoded) -> tuple[Rewa
 def tune(arguments: argparse.Namespace) -> None:
     """Train each head with each learning rate, and test it on new images of training prompts."""
     num_pairs = arguments.pairs[0]
-    seeds = range(TUNING_SEED + arguments.first_seed, TUNING_SEED + arguments.first_seed + arguments.seeds)
-    for (name, folder, _), seed in product(backbones(arguments), seeds):
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    for (name, folder, _), number in product(backbones(arguments), seeds):
+        seed = TUNING_SEED + 10 * number
         backbone = load_backbone(str(folder))
         training = encode_pairs(backbone, strict_pairs(num_pairs, "training", seed=seed))
         validation = encode_pairs(backbone, strict_pairs(NUM_VALIDATION, "training", seed=VALIDATION_SEED))
