@@ -67,7 +67,7 @@ def test_the_first_command_leaves_weights_that_plain_diffusers_samples_from(tmp_
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     rows = [line.split()[0] for line in output.splitlines() if "±" in line and not line.startswith("after")]
-    assert rows == ["oracle", "oracle_pass", "llava_reward"]
+    assert rows == ["0", "1", "oracle", "oracle_pass", "llava_reward"]  # two evaluations, and the changes
     assert (folder / "report.html").is_file()
     *_, snippet = blocks("README.md", "python")
     snippet = snippet.replace("runs/ddpo-DATE", str(folder)) + f"\nimage.save({str(tmp_path / 'out.png')!r})"

@@ -152,9 +152,10 @@ def test_each_form_of_a_published_pair_is_converted(
 def test_published_labelled_images_may_have_the_extra_fields_of_their_authors(folder: Path) -> None:
     extras = {"prompt_id": 1, "id": [2], "text": None}
     path = write_list(folder, PUBLISHED_LABELLED, PUBLISHED_LABELLED | extras | {"label": 1, "prompt": FOX})
+    tags = {"category": ("Shocking",), "source": ("Lexica",)}
     assert load_checked(path) == [
-        LabelledImage(folder / "a.png", "", 0, f"{path}:RECORD 1"),
-        LabelledImage(folder / "a.png", FOX, 1, f"{path}:RECORD 2"),
+        LabelledImage(folder / "a.png", "", 0, f"{path}:RECORD 1", tags),
+        LabelledImage(folder / "a.png", FOX, 1, f"{path}:RECORD 2", tags),
     ]
 
 

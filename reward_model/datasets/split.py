@@ -63,7 +63,7 @@ def _in_order(digests: np.ndarray) -> Iterator[int]:
     ends = np.array([2**64 * number // num_parts for number in range(1, num_parts)], np.uint64)
     parts = (np.searchsorted(ends, digests[part], side="right") for part in slices(len(digests)))
     part_of = filled(parts, len(digests), np.int32)
-    for number in range(num_parts):
+    for number in range(num_parts if len(digests) else 0):
         rows = np.concatenate([part.start + np.flatnonzero(part_of[part] == number) for part in slices(len(digests))])
         yield from rows[np.argsort(digests[rows], kind="stable")].tolist()
 

@@ -62,6 +62,11 @@ class Clip:
         return self.model.visual_projection.weight.dtype
 
     @property
+    def _wide(self) -> torch.dtype:
+        """The precision of everything but the towers: float32 at least."""
+        return torch.promote_types(self._dtype, torch.float32)
+
+    @property
     def log_odds_unit(self) -> float:
         """Difference of two scores at which the log-odds of one image over the other are 1."""
         scale = float(self.model.logit_scale.exp())
@@ -76,13 +81,14 @@ class Clip:
         starts = range(0, len(texts), self.batch_size)
         text_embeddings = torch.cat([self.encode_text(texts[start : start + self.batch_size]) for start in starts])
         rows = {text: row for row, text in enumerate(texts)}
-        return F.cosine_similarity(
-            image_embeddings.float(), text_embeddings.float()[[rows[prompt] for prompt in prompts]]
-        )
+        images, texts_of_rows = (one.to(self._wide) for one in (image_embeddings, text_embeddings))
+        return F.cosine_similarity(images, texts_of_rows[[rows[prompt] for prompt in prompts]])
 
     def encode_image(self, images: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B D"]:
         """Return the embeddings of images, clamped to [0, 1] as by a processor."""
-        return self.model.get_image_features(pixel_values=self.prepare(images.float()).to(self._dtype)).pooler_output
+        return self.model.get_image_features(
+            pixel_values=self.prepare(images.to(self._wide)).to(self._dtype)
+        ).pooler_output
 
     def encode_text(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
         """Return the embeddings of texts, truncated to the model's maximum length."""

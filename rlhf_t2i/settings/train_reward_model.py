@@ -43,8 +43,8 @@ class BackboneSettings(Settings, group="model and LoRA"):
     """Multimodal LLM: folder or Hub id of a supported family (Phi-3.5-vision, LLaVA-1.5, Qwen2.5-VL, ...), or shapes
     for the small LLaVA of the toy world."""
     readout: Literal["last_token", "prompt_likelihood"] = "last_token"
-    """What a score is read from: last_token is a head on the last token (LLaVA-Reward), prompt_likelihood the
-    log-likelihood of the prompt given the image, without SkipCA and head (VisualGPTScore)."""
+    """Source of a score: last_token is a head on the last token (LLaVA-Reward), prompt_likelihood the log-likelihood of
+    the prompt given the image, without SkipCA and head (VisualGPTScore)."""
     skip_ca: bool = True
     """Add SkipCA, cross-attention from the last token to the visual tokens; false is the paper's ablation. Unused with
     readout prompt_likelihood."""
