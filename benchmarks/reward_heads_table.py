@@ -28,10 +28,11 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def shown(values: Sequence[float]) -> str:
+def shown(values: Sequence[float], *, digits: int = 1) -> str:
     """Return the mean with its interval as text."""
     mean, low, high = interval(values)
-    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
+    one = f"{mean:z.{digits}f}"
+    return one if math.isnan(low) else f"{one} ({low:z.{digits}f} to {high:z.{digits}f})"
 
 
 def difference(rows: Sequence[Row], head: str, other: str, *, domain: str = "flat", tier: str | None = None) -> str:
@@ -95,7 +96,7 @@ def print_policies(rows: Sequence[Row]) -> None:
     for key in dict.fromkeys((row["backbone"], row["pairs"], row["head"]) for row in rows):
         own = [row for row in rows if (row["backbone"], row["pairs"], row["head"]) == key]
         passes = [shown([100 * row["curve"][i]["pass"] for row in own]) for i in (0, -1)]
-        gap = shown([row["gap"] for row in own])
+        gap = shown([row["gap"] for row in own], digits=2)
         print_line(f"| {key[0]} | {key[1]:,} | {key[2]} | {len(own)} | {' | '.join(passes)} | {gap} |")
 
 
