@@ -23,7 +23,10 @@ mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "reward_heads", "font.f
 
 
 def plot_all(rows: Sequence[Row], policies: Sequence[Row], folder: Path, *, pairs: int) -> list[Path]:
-    """Write accuracy by tier, accuracy by number of pairs, and what policies, if any, make of it; return the files."""
+    """Write accuracy by tier and the best of n samples, and accuracy by number of pairs and policies if there are some.
+
+    Return the files.
+    """
     rows = [row for row in rows if row["wrong_labels"] == 0 and row["head"] in SHOWN]
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
 
@@ -36,10 +39,15 @@ def plot_all(rows: Sequence[Row], policies: Sequence[Row], folder: Path, *, pair
     def by_step(axes: Any, backbone: str) -> None:
         _by_step(axes, [row for row in policies if row["backbone"] == backbone])
 
+    def by_n(axes: Any, backbone: str) -> None:
+        _by_n(axes, [row for row in rows if row["backbone"] == backbone and row["pairs"] == pairs])
+
     files = [
         _plot(folder / "reward_heads_tiers.svg", backbones, "accuracy, %", by_tier),
-        _plot(folder / "reward_heads_pairs.svg", backbones, "accuracy, %", by_pairs),
+        _plot(folder / "reward_heads_best_of_n.svg", backbones, "images that pass, %", by_n),
     ]
+    if len({row["pairs"] for row in rows}) > 1:
+        files.append(_plot(folder / "reward_heads_pairs.svg", backbones, "accuracy, %", by_pairs))
     if policies:
         trained = list(dict.fromkeys(row["backbone"] for row in policies))
         files.append(_plot(folder / "reward_heads_policy.svg", trained, "images that pass, %", by_step))
@@ -48,7 +56,7 @@ def plot_all(rows: Sequence[Row], policies: Sequence[Row], folder: Path, *, pair
 
 def _plot(path: Path, backbones: Sequence[str], label: str, draw: Callable[[Any, str], None]) -> Path:
     """Draw one panel for each backbone, side by side with one scale."""
-    figure = Figure(figsize=(5.2 * len(backbones), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(backbones) + 2, 3.4), layout="constrained")
     panels = figure.subplots(1, len(backbones), sharey=True, squeeze=False)[0]
     for axes, backbone in zip(panels, backbones, strict=True):
         draw(axes, backbone)
@@ -56,7 +64,7 @@ def _plot(path: Path, backbones: Sequence[str], label: str, draw: Callable[[Any,
         axes.grid(axis="y", color="#dddddd")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(label)
-    panels[0].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, metadata={"Date": None})
     return path
 
@@ -93,6 +101,16 @@ def _by_pairs(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     axes.set_xlabel("preference pairs")
+
+
+def _by_n(axes: Any, rows: Sequence[Row]) -> None:
+    for head in SHOWN:
+        if own := [row for row in rows if row["head"] == head]:
+            numbers = (1, 2, 4, 8, 16)
+            _errors(axes, head, numbers, [[100 * row["best_of"][n - 1] for row in own] for n in numbers])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes.set_xlabel("samples of which one is selected")
 
 
 def _by_step(axes: Any, rows: Sequence[Row]) -> None:

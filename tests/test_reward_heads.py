@@ -107,7 +107,7 @@ def test_training_goes_on_where_it_stopped_and_the_table_pairs_heads_by_seed(
     assert "| minus last token | all tiers |" in table
     command(monkeypatch, tmp_path, "plot")
     assert sorted(path.name for path in tmp_path.glob("*.svg")) == [
-        "reward_heads_pairs.svg", "reward_heads_tiers.svg",
+        "reward_heads_best_of_n.svg", "reward_heads_tiers.svg",
     ]  # fmt: skip
 
 
