@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -200,7 +201,8 @@ def main() -> None:
 
 
 def measure_all(folder: Path, counts: list[int]) -> None:
-    """Print every number."""
+    """Print every number; what an earlier measurement converted is removed first."""
+    shutil.rmtree(folder / "cache", ignore_errors=True)
     make_images(folder)
     for count in counts:
         make_rows(folder, count)
@@ -214,8 +216,10 @@ def measure_all(folder: Path, counts: list[int]) -> None:
                 sys.stdout.flush()
     speeds = in_a_process(folder, "decoding", folder / f"{counts[0]}.jsonl")
     sys.stdout.write(f"images of {NUM_WORKERS} workers: {', '.join(f'{k} {v:.2f}' for k, v in speeds.items())}\n")
-    size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
-    sys.stdout.write(f"cache of all tables {size / 1e6:.0f} MB; unpacked images 0\n")
+    files = [file for file in (folder / "cache").rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    unpacked = sum(file.suffix in (".jpg", ".jpeg", ".png") for file in files)
+    sys.stdout.write(f"cache of all tables {size / 1e6:.0f} MB in {len(files)} files, {unpacked} of them images\n")
 
 
 if __name__ == "__main__":
