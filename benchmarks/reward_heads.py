@@ -5,7 +5,8 @@ compositions (`rlhf_t2i.shapes.compositions`), with as many steps, and tested on
 captioner has read, also in renderings without new labels. The frozen vision tower's outputs are computed once an image.
 
     tune     trains each head with each learning rate and keeps its accuracy on new images of training prompts
-    train    trains each head with its best learning rate and tests it; `policy` trains a policy with each by DDPO
+    train    trains each head with its best learning rate and tests it
+    policy   trains each head that has scores, and a policy by DDPO on them
     table    prints Markdown, `plot` draws
 
 The first three append one row for each trained model to a JSONL file and skip those that are there; they can be stopped
@@ -38,10 +39,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from benchmarks.reward_heads_data import Encoded, ceiling, encode, encode_pairs, samples, test_sets
-from benchmarks.reward_heads_judge import attention_on_things, judge_candidates, judge_pairs, log_odds
 from benchmarks.reward_heads_policy import train_policy
+from benchmarks.reward_heads_scores import attention_on_things, candidate_scores, log_odds, pair_log_odds
 from benchmarks.reward_heads_table import print_tables
-from benchmarks.reward_heads_variants import VARIANTS, SkipCa, Variant
+from benchmarks.reward_heads_variants import VARIANTS, WITHOUT_SCORES, SkipCa, Variant
 from reward_model.backbones.load import load_backbone
 from reward_model.benchmarks.classification import auroc, pair_calibration_error
 from reward_model.config import RewardModelConfig
@@ -111,9 +112,9 @@ def evaluate(model: RewardModel, variant: Variant, tests: Tests) -> dict[str, An
     model.eval()
     variant.eval()
     start = time.process_time()
-    odds = {name: judge_pairs(model, variant, data) for name, (_, data) in tests.pairs.items()}
+    odds = {name: pair_log_odds(model, variant, data) for name, (_, data) in tests.pairs.items()}
     seconds = time.process_time() - start
-    best = expected_best(judge_candidates(model, variant, tests.candidates), tests.passed.float()).mean(dim=0)
+    best = expected_best(candidate_scores(model, variant, tests.candidates), tests.passed.float()).mean(dim=0)
     right: dict[str, dict[str, list[int]]] = {}
     for name, (pairs, _) in tests.pairs.items():
         if name != "ties":
@@ -161,7 +162,7 @@ def tune(arguments: argparse.Namespace) -> None:
     """Train each head with each learning rate, and test it on new images of training prompts."""
     num_pairs = arguments.pairs[0]
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    for (name, folder, _), number in product(backbones(arguments), seeds):
+    for (name, folder), number in product(backbones(arguments), seeds):
         seed = TUNING_SEED + 10 * number
         backbone = load_backbone(str(folder))
         training = encode_pairs(backbone, strict_pairs(num_pairs, "training", seed=seed))
@@ -172,13 +173,15 @@ def tune(arguments: argparse.Namespace) -> None:
                 model, variant, _ = trained(cell, folder, training)
                 model.eval()
                 variant.eval()
-                right = float((judge_pairs(model, variant, validation) > 0).mean())
+                right = float((pair_log_odds(model, variant, validation) > 0).mean())
                 append({**cell, "steps": STEPS[num_pairs], "accuracy": round(right, 4)}, arguments.tuning)
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Train all models that are asked for and have no row yet; test each, and DDPO with it if that is asked for."""
-    for name, folder, noise in backbones(arguments):
+    in_policy = arguments.action == "policy"
+    noises: list[float] = arguments.noise
+    for (name, folder), noise in product(backbones(arguments), noises):
 
         @cache
         def tests(folder: Path = folder) -> Tests:
@@ -193,10 +196,9 @@ def train(arguments: argparse.Namespace) -> None:
                 pairs = with_wrong_labels(strict_pairs(count, "training", seed=seed), noise, seed=seed)
                 return encode_pairs(load_backbone(str(folder)), pairs)
 
-            for head in arguments.heads:
+            for head in (head for head in arguments.heads if not (in_policy and head in WITHOUT_SCORES)):
                 cell = {**name, "head": head, "pairs": count, "wrong_labels": noise, "seed": seed}
                 cell["learning_rate"] = best_rate(arguments.tuning, name, head)
-                in_policy = arguments.action == "policy"
                 if is_new(cell, path := arguments.policies if in_policy else arguments.rows):
                     model, variant, seconds = trained(cell, folder, training())
                     found = train_policy(model, variant, seed=seed) if in_policy else evaluate(model, variant, tests())
@@ -205,13 +207,12 @@ def train(arguments: argparse.Namespace) -> None:
                     append({**cell, **found, **more}, path)
 
 
-def backbones(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Path, float]]:
-    """Yield name and mark of each backbone with its folder, for each fraction of wrong labels."""
+def backbones(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Yield name and mark of each backbone with its folder."""
     folders = {"built-in": str(TOY_BACKBONE_FOLDER)} if arguments.built_in else {}
     for name, folder in {**folders, **dict(one.split("=", 1) for one in arguments.backbones)}.items():
         weights = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
-        for noise in arguments.noise:
-            yield {"backbone": name, "weights": weights}, Path(folder), noise
+        yield {"backbone": name, "weights": weights}, Path(folder)
 
 
 def best_rate(tuning: Path, backbone: dict[str, Any], head: str) -> float:

@@ -1,4 +1,4 @@
-"""What a policy makes of each head of `benchmarks/reward_heads.py`: DDPO on the built-in diffusion model."""
+"""Train the built-in diffusion model by DDPO on the scores of a head of `benchmarks/reward_heads.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.reward_heads_data import encode
-from benchmarks.reward_heads_judge import outputs
+from benchmarks.reward_heads_scores import outputs
 from benchmarks.reward_heads_variants import Variant
 from recipes import ddpo
 from reward_model.model import RewardModel

@@ -67,7 +67,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def print_tables(rows: Sequence[Row], policies: Sequence[Row]) -> None:
-    """Print the accuracies, what best of 16 and DDPO make of them, and where SkipCA attends."""
+    """Print the accuracies, the pass rates by best of n and by DDPO, and where SkipCA attends."""
     print_table(rows)
     print_selection(rows)
     print_policies(policies)
@@ -90,7 +90,7 @@ def print_selection(rows: Sequence[Row]) -> None:
 
 
 def print_policies(rows: Sequence[Row]) -> None:
-    """Print what DDPO makes of each head: the oracle's pass rate before and after, and the hacking gap."""
+    """Print the oracle's pass rate before and after DDPO with each head, and the hacking gap."""
     print_line("\n| backbone | pairs | head | seeds | passes before, % | after, % | hacking gap, standard deviations |")
     print_line(f"|{'---|' * 7}")
     for key in dict.fromkeys((row["backbone"], row["pairs"], row["head"]) for row in rows):

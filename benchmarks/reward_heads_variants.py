@@ -26,8 +26,8 @@ TEMPERATURE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a head may use of one batch."""
+class HeadInputs:
+    """What a head may use of one batch of images with their prompts."""
 
     output: BackboneOutput
     vision: Float[Tensor, "B P C"]
@@ -53,14 +53,14 @@ class Variant(nn.Module, ABC):
     ignores_image = False
     """True: the language model sees no image; the head itself reads `vision`."""
     reads_both = False
-    """True: a row shows two images, the one to judge first; outputs have no meaning without the other."""
+    """True: a row shows two images, the one to score first; outputs have no meaning without the other."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.width = backbone.width
 
     @abstractmethod
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
+    def forward(self, inputs: HeadInputs) -> Float[Tensor, "B d"]:
         """Return the outputs of each row."""
 
     def logits(self, first: Float[Tensor, "P d"], second: Float[Tensor, "P d"]) -> Float[Tensor, " P"]:
@@ -74,8 +74,8 @@ class LastToken(Variant):
         super().__init__(backbone)
         self.head = Head(self.width, self.kind)
 
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        return self.head(seen.last)
+    def forward(self, inputs: HeadInputs) -> Float[Tensor, "B d"]:
+        return self.head(inputs.last)
 
 
 class ImageOnly(LastToken):
@@ -99,15 +99,15 @@ class SkipCa(LastToken):
         vision_width = backbone.model.config.vision_config.hidden_size
         self.project = nn.Linear(vision_width, self.width) if middle else None
 
-    def _visual(self, seen: Seen) -> Float[Tensor, "B V D"]:
-        return seen.output.visual if self.project is None else self.project(seen.middle)
+    def _visual(self, inputs: HeadInputs) -> Float[Tensor, "B V D"]:
+        return inputs.output.visual if self.project is None else self.project(inputs.middle)
 
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        return self.head(self.skip_ca(seen.last, self._visual(seen), seen.output.visual_mask))
+    def forward(self, inputs: HeadInputs) -> Float[Tensor, "B d"]:
+        return self.head(self.skip_ca(inputs.last, self._visual(inputs), inputs.output.visual_mask))
 
-    def attention(self, seen: Seen) -> Float[Tensor, "B V"]:
+    def attention(self, inputs: HeadInputs) -> Float[Tensor, "B V"]:
         """Return the attention to each visual token, the mean of the heads."""
-        return self.skip_ca.attention_weights(seen.last, self._visual(seen), seen.output.visual_mask).mean(dim=1)
+        return self.skip_ca.attention_weights(inputs.last, self._visual(inputs), inputs.output.visual_mask).mean(dim=1)
 
 
 class MeanPooled(LastToken):
@@ -119,13 +119,13 @@ class MeanPooled(LastToken):
         nn.init.normal_(self.value.weight, std=1 / (self.width + 1))
         self.norm = nn.RMSNorm(self.width, eps=1e-5)
 
-    def weights(self, seen: Seen) -> Float[Tensor, "B V"]:
-        mask = seen.output.visual_mask.float()
+    def weights(self, inputs: HeadInputs) -> Float[Tensor, "B V"]:
+        mask = inputs.output.visual_mask.float()
         return mask / mask.sum(1, keepdim=True)
 
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        pooled = torch.einsum("bv,bvd->bd", self.weights(seen), seen.output.visual.float())
-        return self.head(self.norm(seen.last.float() + self.value(pooled)))
+    def forward(self, inputs: HeadInputs) -> Float[Tensor, "B d"]:
+        pooled = torch.einsum("bv,bvd->bd", self.weights(inputs), inputs.output.visual.float())
+        return self.head(self.norm(inputs.last.float() + self.value(pooled)))
 
 
 class AttentionPooled(MeanPooled):
@@ -135,9 +135,9 @@ class AttentionPooled(MeanPooled):
         super().__init__(backbone)
         self.query = nn.Parameter(torch.zeros(self.width))
 
-    def weights(self, seen: Seen) -> Float[Tensor, "B V"]:
-        logits = seen.output.visual.float() @ self.query / math.sqrt(self.width)
-        return logits.masked_fill(~seen.output.visual_mask, -torch.inf).softmax(dim=1)
+    def weights(self, inputs: HeadInputs) -> Float[Tensor, "B V"]:
+        logits = inputs.output.visual.float() @ self.query / math.sqrt(self.width)
+        return logits.masked_fill(~inputs.output.visual_mask, -torch.inf).softmax(dim=1)
 
 
 class RewardToken(Variant):
@@ -159,8 +159,8 @@ class RewardToken(Variant):
     def _replaced(self, _: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
         return torch.where((arguments[0] == self.token)[..., None], self.embedding, output)
 
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        return self.head(seen.last)
+    def forward(self, inputs: HeadInputs) -> Float[Tensor, "B d"]:
+        return self.head(inputs.last)
 
 
 class MeanAndSpread(RewardToken):
@@ -189,9 +189,9 @@ class TokenLogits(Variant):
         self.register_buffer("rows", backbone.model.lm_head.weight[ids].detach().clone())
         self.register_buffer("weights", torch.tensor(self.values))
 
-    def answer_logits(self, seen: Seen) -> Float[Tensor, "B A"]:
+    def answer_logits(self, inputs: HeadInputs) -> Float[Tensor, "B A"]:
         rows: Any = self.rows
-        return seen.last @ rows.T
+        return inputs.last @ rows.T
 
 
 class YesProbability(TokenLogits):
@@ -199,8 +199,8 @@ class YesProbability(TokenLogits):
 
     answers = ("y", "n")
 
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        yes, no = self.answer_logits(seen).unbind(1)
+    def forward(self, inputs: HeadInputs) -> Float[Tensor, "B d"]:
+        yes, no = self.answer_logits(inputs).unbind(1)
         return TEMPERATURE * (yes - no)[:, None]
 
 
@@ -210,9 +210,9 @@ class DigitExpectation(TokenLogits):
     answers = ("0", "1", "2", "3", "4", "5")
     values = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
 
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
+    def forward(self, inputs: HeadInputs) -> Float[Tensor, "B d"]:
         weights: Any = self.weights
-        return (self.answer_logits(seen).softmax(dim=1) @ weights)[:, None]
+        return (self.answer_logits(inputs).softmax(dim=1) @ weights)[:, None]
 
 
 class PromptLikelihood(Variant):
@@ -222,8 +222,8 @@ class PromptLikelihood(Variant):
         super().__init__(backbone)
         self.backbone = [backbone]  # in a list: its parameters are not the head's
 
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        return TEMPERATURE * prompt_log_likelihood(seen.output, seen.tokens, self.backbone[0])
+    def forward(self, inputs: HeadInputs) -> Float[Tensor, "B d"]:
+        return TEMPERATURE * prompt_log_likelihood(inputs.output, inputs.tokens, self.backbone[0])
 
 
 class TwoTowers(Variant):
@@ -239,9 +239,9 @@ class TwoTowers(Variant):
         self.backbone = [backbone]  # in a list: its parameters are not the head's
         self.text, self.image = (nn.Linear(self.width, self.width, bias=False) for _ in range(2))
 
-    def forward(self, seen: Seen) -> Float[Tensor, "B d"]:
-        visual = self.backbone[0].projector(seen.vision).mean(dim=1)
-        return F.cosine_similarity(self.text(seen.last), self.image(visual), dim=-1)[:, None]
+    def forward(self, inputs: HeadInputs) -> Float[Tensor, "B d"]:
+        visual = self.backbone[0].projector(inputs.vision).mean(dim=1)
+        return F.cosine_similarity(self.text(inputs.last), self.image(visual), dim=-1)[:, None]
 
 
 class BothImages(LastToken):
@@ -271,3 +271,5 @@ VARIANTS: dict[str, Callable[[Backbone], Variant]] = {
     "image only": ImageOnly,
 }
 """All heads, the most telling first."""
+WITHOUT_SCORES = ("general preference", "both images")
+"""Heads that compare two images and have no score of one."""

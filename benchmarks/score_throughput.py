@@ -141,6 +141,7 @@ def baseline(wanted: Work) -> dict[str, Tensor]:
                 part = model.perspectives[name]
                 assert isinstance(part, Perspective)
                 states = skip_ca_everywhere(part, output.hidden.float(), output.visual.float())
+                assert part.head is not None
                 values = F.linear(states, part.head.weight)
                 found[name].append(last_real_token(values, output.hidden_mask)[:, 0])
     model.backbone.model.set_attn_implementation("sdpa")

@@ -93,7 +93,7 @@ def main(config: Config) -> Path:
         trainer = make_trainer(
             config, prompts, recipe="live_preferences", report=write_report, extra=[reward_model],
             keep_reference=config.kl_weight > 0 or config.learn != "reward_model",
-            sampling_ema=_WEIGHTS_OF_SAMPLING if config.update == "diffusion_nft" else None,
+            sampling_ema=_WEIGHTS_OF_SAMPLING if config.learn != "dpo" and config.update == "diffusion_nft" else None,
         )  # fmt: skip
         if trainer.num_processes > 1:
             raise ValueError(f"Live votes train on one process, not on {trainer.num_processes}: --num_processes 1.")

@@ -67,10 +67,10 @@ def attention_maps(
 def why_no_map(reward: object, *, perspective: str | None = None) -> str | None:
     """Return why a reward model has no maps of attention, as a sentence; None if it has."""
     if not isinstance(reward, LlavaReward):
-        return "This scorer has no SkipCA, and so no map of where it looks."
+        return "This scorer has no SkipCA, and so no attention map."
     config = reward.config(perspective)
     if not config.skip_ca:
-        return "This reward model was trained without SkipCA, and so has no map of where it looks."
+        return "This reward model was trained without SkipCA, and so has no attention map."
     if config.skip_ca_keys == "text_padding":
         return "This reward model's SkipCA reads padding in place of the image, as published, and so has no map."
     if not isinstance(reward.model.backbone, HasTokenBoxes):

@@ -216,6 +216,26 @@ def test_a_long_json_list_takes_the_memory_of_its_elements(tmp_path: Path) -> No
     assert peak < 6e6 < path.stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [('{"a": 1}x, ', "Expecting ',' delimiter|Expecting ','"), ("[" * 500 + "1, ", "over 300 characters")],
+    ids=["no comma", "too long"],
+)
+def test_a_broken_json_list_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str, message: str
+) -> None:
+    monkeypatch.setattr(json_list, "_CHUNK", 100)
+    monkeypatch.setattr(json_list, "MAX_ELEMENT", 300)
+    path = tmp_path / "x.json"
+    path.write_text("[" + second + '{"a": 1}, ' * 10_000 + "1]")
+    largest = list[int]()
+    grow = json_list._Text.grow
+    monkeypatch.setattr(json_list._Text, "grow", lambda text: [grow(text), largest.append(len(text.buffer))][0])
+    with pytest.raises(ValueError, match=message):
+        list(read_json_list(path))
+    assert max(largest) < 2_000
+
+
 # --- images within data files -----------------------------------------------------------------------
 
 

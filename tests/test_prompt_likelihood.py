@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from reward_model.benchmarks.evaluation import score_records
 from reward_model.config import RewardModelConfig
 from reward_model.losses import Objective
 from reward_model.model import RewardModel
 from reward_model.online import OnlineRewardModel
 from reward_model.prompt_likelihood import prompt_log_likelihood
 from reward_model.scoring import LlavaReward
+from reward_model.types import LabelledImage
 from tests.reward_models import config_of, fresh_backbone, fresh_model, reward_model_folder
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
@@ -131,3 +134,10 @@ def test_a_loss_on_single_images_is_refused() -> None:
         ValueError, match="loss is cross_entropy; readout prompt_likelihood is trained by bradley_terry"
     ):
         Objective(loss="cross_entropy", readout="prompt_likelihood")
+
+
+def test_labels_are_not_evaluated_with_it() -> None:
+    reward_model = LlavaReward.from_pretrained(reward_model_folder("llava", **OPTIONS))
+    label = LabelledImage(Path("fox.png"), "a red fox", 1, "labels.jsonl:1")
+    with pytest.raises(ValueError, match=r"labels\.jsonl:1 is a label; readout prompt_likelihood"):
+        score_records(reward_model, [label], batch_size=1)

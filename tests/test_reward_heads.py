@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import reward_heads, reward_heads_data
-from benchmarks.reward_heads_judge import attention_on_things, judge_candidates
-from benchmarks.reward_heads_variants import VARIANTS, LastToken, MeanPooled, Seen, SkipCa
+from benchmarks.reward_heads_scores import attention_on_things, candidate_scores
+from benchmarks.reward_heads_variants import VARIANTS, HeadInputs, LastToken, MeanPooled, SkipCa
 from reward_model.backbones.load import load_backbone
 from reward_model.model import RewardModel
 from reward_model.types import Backbone
@@ -24,19 +24,19 @@ def backbone() -> Backbone:
     return load_backbone(str(TOY_BACKBONE_FOLDER))
 
 
-def seen(backbone: Backbone, prompt: str = "a red circle on a blue background") -> Seen:
+def head_inputs(backbone: Backbone, prompt: str = "a red circle on a blue background") -> HeadInputs:
     """Four random images with one prompt."""
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     inputs = backbone.prepare(list(images), [prompt] * 4)
     last, middle = torch.rand(2, 4, 16, 96, generator=torch.Generator().manual_seed(1))
-    return Seen(backbone.forward(inputs), last, middle, inputs["input_ids"])
+    return HeadInputs(backbone.forward(inputs), last, middle, inputs["input_ids"])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_head_gives_antisymmetric_log_odds_and_all_its_parameters_learn(name: str, backbone: Backbone) -> None:
     torch.manual_seed(0)
     variant = VARIANTS[name](backbone)
-    given = seen(backbone, "a red circle on a blue background" + variant.prompt_end)
+    given = head_inputs(backbone, "a red circle on a blue background" + variant.prompt_end)
 
     outputs = variant(given)
     first, second = outputs.chunk(2)
@@ -56,7 +56,7 @@ def test_skip_ca_without_a_query_is_mean_pooling(backbone: Backbone) -> None:
         skip.skip_ca.query.weight.zero_()
         mean.value.weight.copy_(skip.skip_ca.value.weight)
         mean.head.weight.copy_(skip.head.weight)
-        given = seen(backbone)
+        given = head_inputs(backbone)
         torch.testing.assert_close(skip(given), mean(given))
 
 
@@ -121,7 +121,7 @@ def test_candidates_without_scores_are_ranked_by_their_mean_log_odds(backbone: B
     compared.logits = scored.logits
     images = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     data = reward_heads_data.encode(backbone, images, ["a red circle on a blue background"] * 32)
-    scores, log_odds = (judge_candidates(model, variant, data) for variant in (scored, compared))
+    scores, log_odds = (candidate_scores(model, variant, data) for variant in (scored, compared))
     expected = (scores - scores.mean(dim=1, keepdim=True)) * 16 / 15 / 0.1
     torch.testing.assert_close(log_odds, expected, atol=1e-3, rtol=1e-3)
 

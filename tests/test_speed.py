@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.testing import assert_close
 from recipes import ddpo
 from rlhf_t2i.diffusion.gaussian import mean_log_prob
 from rlhf_t2i.diffusion.transitions import stochastic
+from rlhf_t2i.distributed.replicated import Replicated
 from rlhf_t2i.models import speed
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.models.lora import LoraConfiguration
@@ -136,6 +138,18 @@ def test_adamw_in_one_kernel_takes_the_steps_of_adamw() -> None:
             weight.grad = torch.sin(step + weight.detach() * 7)
             optimizer.step()
     assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loaded_count_of_steps_is_where_the_optimiser_expects_it(fused: bool) -> None:
+    """For a step in one kernel beside the weights, otherwise in main memory, as torch itself loads it."""
+    network = torch.nn.Linear(2, 2, bias=False, device="meta")
+    optimizer = torch.optim.AdamW(network.parameters(), fused=fused)
+    accelerator: Any = SimpleNamespace(prepare=lambda *given: given)
+    engine = Replicated(accelerator, network, optimizer, max_gradient_norm=1.0)
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, 2), "exp_avg_sq": torch.zeros(2, 2)}
+    engine.load("weight", torch.zeros(2, 2), state)
+    assert optimizer.state[network.weight]["step"].device.type == ("meta" if fused else "cpu")
 
 
 @pytest.mark.slow

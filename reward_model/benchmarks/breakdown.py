@@ -84,7 +84,7 @@ class ScoreBin:
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """All of it for one data set; without strict pairs all but the groups of labels are empty."""
+    """Groups, calibration and distributions of one data set; without strict pairs only the groups of labels."""
 
     groups: Sequence[Group]
     """Tags first; the lowest accuracy first within each criterion; criteria with one group are left out."""

@@ -46,9 +46,16 @@ def score_records(
     reward_model: LlavaReward | PointwiseScorer, records: Sequence[Record], *, batch_size: int,
     num_swapped: int = NUM_SWAPPED,
 ) -> RecordScores:  # fmt: skip
-    """Score every record, with the first perspective of a reward model that has several."""
+    """Score every record, with the first perspective of a reward model that has several.
+
+    Raises ValueError for labelled images with readout prompt_likelihood, of which no value divides good from bad.
+    """
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     labelled = [record for record in records if isinstance(record, LabelledImage)]
+    if labelled and isinstance(reward_model, LlavaReward) and reward_model.config().readout == "prompt_likelihood":
+        raise ValueError(
+            f"{labelled[0].where} is a label; readout prompt_likelihood compares images of one prompt: give pairs."
+        )
     logits, swapped, scores, winner_scores, loser_scores = (torch.zeros(0) for _ in range(5))
     if pairs and (not isinstance(reward_model, LlavaReward) or reward_model.gives_scores):
         winner_scores, loser_scores = _scores_of_sides(reward_model, pairs, batch_size=batch_size)

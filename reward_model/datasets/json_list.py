@@ -43,7 +43,7 @@ def split_list(file: BinaryIO) -> Iterator[str]:
 
 
 class _Text:
-    """The text of a file from a place on, as far as it was needed."""
+    """A sliding window over the text of a file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.buffer, self.at = file, "", 0
@@ -66,11 +66,14 @@ class _Text:
                 _, end = self.scanner.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
                 # The rest of a value that is cut here may follow.
-                if len(self.buffer) - self.at > MAX_ELEMENT or not self.grow():
+                if len(self.buffer) - self.at > MAX_ELEMENT:
+                    message = f"An element of over {MAX_ELEMENT:,} characters, or one without an end"
+                    raise self.error(json.JSONDecodeError(message, self.buffer, self.at)) from error
+                if not self.grow():
                     raise self.error(error) from error
                 continue
-            # A number may go on: of a cut -0.5 so far only -0 is one.
-            if self.buffer[end : end + 1] in (*_BLANKS, ",", "]") or not self.grow():
+            # A number may be cut: of -0. only -0 is one so far, of 1e+ only 1.
+            if len(self.buffer) - end > 2 or self.buffer[end : end + 1] in (*_BLANKS, ",", "]") or not self.grow():
                 source, self.at = self.buffer[self.at : end], end
                 return source
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from reward_model.datasets.scratch import filled, rows_of, scratch, slices, taken
 
 _WINDOW = 256
-"""Records, at least, among which the records of blocks are shuffled; a larger block is one window."""
+"""A window holds the blocks that start within so many records; its records are shuffled."""
 
 
 def random_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -26,8 +26,8 @@ def block_order(blocks: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
     """Return a random order of records, (N,), in which those of a block stay near one another.
 
     blocks: the block of each record; -1 is a record on its own. Blocks, such as row groups of a Parquet file, are put
-    in random order and divided into windows of at least 256 records, which are shuffled. So a process that decodes a
-    block for one of its images soon needs the others.
+    in random order and divided into windows, of the blocks that start within 256 records, which are shuffled. So a
+    process that decodes a block for one of its images soon needs the others.
     """
     rng = np.random.default_rng((seed, epoch))
     block_of, sizes = _numbered(blocks)

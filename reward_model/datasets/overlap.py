@@ -70,5 +70,5 @@ def _example(table: RecordTable, rows: np.ndarray, shared: np.ndarray) -> str:
     found = set[str]()
     for prompts in table.select(rows[:1000]).prompts():
         found |= {normalise(prompt) for side in prompts for prompt in side if prompt is not None}
-    keys_of = {text: prompt_key(text) for text in found}
-    return min(text for text, key in keys_of.items() if key in set(shared.tolist()))
+    wanted = set(shared.tolist())
+    return min(text for text in found if prompt_key(text) in wanted)

@@ -28,11 +28,13 @@ def scratch(size: int, kind: DTypeLike = np.int64) -> np.ndarray:
     Raises OSError if the disk has no room.
     """
     kind = np.dtype(kind)
-    if size * kind.itemsize < max(_MAPPED_FROM, 1):
+    if not size or size * kind.itemsize < _MAPPED_FROM:
         return np.zeros(size, kind)
     with tempfile.TemporaryFile(dir=cache_folder()) as file:
-        # A file with holes would end the process where the disk is full.
-        os.posix_fallocate(file.fileno(), 0, size * kind.itemsize)
+        if hasattr(os, "posix_fallocate"):  # a file with holes would end the process where the disk is full
+            os.posix_fallocate(file.fileno(), 0, size * kind.itemsize)
+        else:  # macOS
+            file.truncate(size * kind.itemsize)
         # A memmap is an array of the same kind in all but its name, which selections of it would inherit.
         return np.asarray(np.memmap(file, kind, "r+", shape=(size,)))
 

@@ -91,7 +91,10 @@ class Replicated:
         parameter.copy_(weight)
         if optimizer_state:
             moments = {k: _laid_out_as(parameter, moment) for k, moment in optimizer_state.items() if k != STEP}
-            self._torch_optimizer.state[parameter] = {**step_of(optimizer_state), **moments}
+            step = step_of(optimizer_state)
+            if self._torch_optimizer.defaults.get("fused"):  # the kernel takes all of it from one device
+                step = {key: torch.as_tensor(count).to(parameter.device) for key, count in step.items()}
+            self._torch_optimizer.state[parameter] = {**step, **moments}
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:

@@ -17,9 +17,10 @@ from rlhf_t2i.output.run_folder import reward_model_of
 
 
 @cache
-def load_once(source: str) -> LlavaReward:
-    """Load a reward model once per process, so that training and evaluation share its memory."""
-    return LlavaReward.from_pretrained(source, device="cpu")  # it moves to the device of the first images
+def load_once(source: str, *, merge: bool = False) -> LlavaReward:
+    """Load a reward model once per process, and once more merged, so that training and evaluation share its memory."""
+    found = LlavaReward.from_pretrained(source, device="cpu")  # it moves to the device of the first images
+    return found.merge_lora() if merge else found
 
 
 class LlavaRewardFunction:
@@ -36,7 +37,7 @@ class LlavaRewardFunction:
         """
         if not isinstance(merge, bool):
             raise ValueError(f"merge is {merge!r}; it must be True or False.")
-        self.reward_model = load_once(reward_model_of(str(source)))
+        self.reward_model = load_once(reward_model_of(str(source)), merge=merge)
         self.perspective, self.batch_size = perspective, batch_size
         head = self.reward_model.config(perspective).head
         if head != "scalar":
@@ -45,8 +46,6 @@ class LlavaRewardFunction:
                 f"gives no score to one. Use pairwise:PATH, which counts the pairs that an image wins in its group, or "
                 f"train one with loss bradley_terry or cross_entropy."
             )
-        if merge:
-            self.reward_model.merge_lora()
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """Return one float32 score per image."""

@@ -75,7 +75,9 @@ def _scorer(name: str) -> Loader:
         from rlhf_t2i.rewards.placement import placed
         from rlhf_t2i.rewards.scorers import load_function
 
-        return placed(lambda path, **given: load_function(f"{name}:{path}", **given), path, options=("dtype",))
+        return placed(
+            lambda path, dtype="float32": load_function(f"{name}:{path}", dtype=dtype), path, options=("dtype",)
+        )
 
     return load
 

@@ -93,6 +93,8 @@ class Config(ServerSettings, VoteSettings, OnlineRewardSettings, DpoUpdateSettin
     def unused(self) -> Collection[str]:
         unused = [*super().unused(), *(["backbone"] if self.start_reward_model else [])]
         by_reward = self.learn != "dpo"
+        if not by_reward:
+            unused.append("update")
         if not (by_reward and self.update == "diffusion_nft"):
             unused.append("nft_beta")
         if not (by_reward and self.update == "ddpo"):

@@ -41,7 +41,7 @@ class SpeedSettings(Settings, group="system"):
 
     compile: bool = False
     """Compile the repeated blocks of the denoiser by torch.compile: minutes at the start for each number of images in a
-    forward pass, then faster steps. On one process or under DDP; a CPU needs a C++ compiler."""
+    forward pass, for steps that may then be faster. On one process or under DDP; a CPU needs a C++ compiler."""
     channels_last: bool = False
     """Store the weights of a U-Net's convolutions with channels as the last dimension in memory: faster or slower,
     depending on the device and the model (benchmarks/levers.py). On one process or under DDP."""

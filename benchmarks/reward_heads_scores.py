@@ -1,4 +1,4 @@
-"""What a head of `benchmarks/reward_heads.py` says of encoded images."""
+"""Scores of a head of `benchmarks/reward_heads.py` for encoded images."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.reward_heads_data import NUM_CANDIDATES, Encoded
-from benchmarks.reward_heads_variants import Seen, SkipCa, Variant
+from benchmarks.reward_heads_variants import HeadInputs, SkipCa, Variant
 from reward_model.model import RewardModel
 
 
-def see(model: RewardModel, variant: Variant, data: Encoded, rows: Tensor, others: Tensor) -> Seen:
+def head_inputs(model: RewardModel, variant: Variant, data: Encoded, rows: Tensor, others: Tensor) -> HeadInputs:
     """Run the language model on some images; `others` are those that each is compared with."""
     prompts = ["" if variant.ignores_prompt else data.prompts[i] + variant.prompt_end for i in rows.tolist()]
     vision = data.last[rows]
@@ -24,12 +24,12 @@ def see(model: RewardModel, variant: Variant, data: Encoded, rows: Tensor, other
     tokens = model.backbone.prompt_tokenizer(prompts, [vision.shape[1]] * len(rows))
     features = torch.zeros_like(vision) if variant.ignores_image else vision
     output = model.backbone.forward({**tokens, "features": features})
-    return Seen(output, vision, data.middle[rows], tokens["input_ids"])
+    return HeadInputs(output, vision, data.middle[rows], tokens["input_ids"])
 
 
 def outputs(model: RewardModel, variant: Variant, data: Encoded, rows: Tensor, others: Tensor) -> Tensor:
     """Return the outputs (B, d) of a head for some images."""
-    return variant(see(model, variant, data, rows, others))
+    return variant(head_inputs(model, variant, data, rows, others))
 
 
 def log_odds(model: RewardModel, variant: Variant, data: Encoded, first: Tensor, second: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def log_odds(model: RewardModel, variant: Variant, data: Encoded, first: Tensor,
 
 
 @torch.no_grad()
-def judge_pairs(model: RewardModel, variant: Variant, data: Encoded) -> np.ndarray:
+def pair_log_odds(model: RewardModel, variant: Variant, data: Encoded) -> np.ndarray:
     """Return the log-odds of the winner of each pair."""
     num_pairs = len(data.prompts) // 2
     parts = [log_odds(model, variant, data, rows, rows + num_pairs) for rows in torch.arange(num_pairs).split(128)]
@@ -47,7 +47,7 @@ def judge_pairs(model: RewardModel, variant: Variant, data: Encoded) -> np.ndarr
 
 
 @torch.no_grad()
-def judge_candidates(model: RewardModel, variant: Variant, data: Encoded) -> Float[Tensor, "P 16"]:
+def candidate_scores(model: RewardModel, variant: Variant, data: Encoded) -> Float[Tensor, "P 16"]:
     """Return the score of each candidate of each prompt; without one, its mean log-odds against the others."""
     index = torch.arange(len(data.prompts))
     if not variant.reads_both and variant.kind == "scalar":
@@ -77,5 +77,5 @@ def attention_on_things(
     side = math.isqrt(data.last.shape[1])
     share = F.adaptive_avg_pool2d(is_thing, side).flatten(1)
     rows = torch.arange(len(images)).split(128)
-    attention = torch.cat([variant.attention(see(model, variant, data, part, part)) for part in rows])
+    attention = torch.cat([variant.attention(head_inputs(model, variant, data, part, part)) for part in rows])
     return float((attention * share).sum(dim=1).mean()), float(share.mean())
