@@ -139,8 +139,8 @@ def save_network(kind: Any, config: dict[str, Any], folder: Path, *, half: bool)
     (network.save_config if of_diffusers else network.config.save_pretrained)(folder)
 
 
-def measure(case: Case, model: Path) -> dict[str, float]:
-    """Train for one step in this process; return resident bytes and CPU seconds."""
+def measure(case: Case, model: Path, cache: str | None) -> dict[str, float]:
+    """Train for one step in this process, with the embeddings of a cache; return resident bytes and CPU seconds."""
     from scaling import resident
 
     if not case.trains:
@@ -155,7 +155,7 @@ def measure(case: Case, model: Path) -> dict[str, float]:
                 evaluation_rewards=REWARD, num_evaluation_images=2, num_evaluation_steps=1, num_steps=1,
                 prompts_per_step=2, images_per_prompt=2, num_denoising_steps=1, microbatch_size=1, num_minibatches=1,
                 lora_rank=4, resolution=case.resolution, mixed_precision="bf16", guidance_scale=5.0, window_end=1.0,
-                gradient_checkpointing=True, run_folder=str(Path(folder) / "run"), num_cpu_threads=1,
+                gradient_checkpointing=True, run_folder=str(Path(folder) / "run"), num_cpu_threads=1, cache_embeddings=cache,
             )
         )  # fmt: skip
     return {
@@ -196,11 +196,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="+", choices=list(CASES), help="models")
     parser.add_argument("--folder", type=Path, required=True, help="folder of the random models")
+    parser.add_argument("--cache_embeddings", help="folder of encoded prompts; a second run loads no text encoders")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         [name] = arguments.names
-        say(json.dumps(measure(CASES[name], arguments.folder / name)))
+        say(json.dumps(measure(CASES[name], arguments.folder / name, arguments.cache_embeddings)))
         return
     say("| model | pixels | after imports, GB | up to the first images | up to the end of the step | peak | CPU s |")
     say("|---|---|---|---|---|---|---|")
@@ -208,6 +209,7 @@ def main() -> None:
     for name in arguments.names:
         save_pipeline(CASES[name], arguments.folder / name)
         command = [sys.executable, __file__, name, "--folder", str(arguments.folder), "--measure"]
+        command += ["--cache_embeddings", arguments.cache_embeddings] if arguments.cache_embeddings else []
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         cells = [f"{found[key] / 1e9:.2f}" for key in ("imports", "first_images", "step", "all")]

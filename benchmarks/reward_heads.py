@@ -23,9 +23,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ from rlhf_t2i.shapes.composition_pairs import CompositionPairs, strict_pairs, wi
 from rlhf_t2i.shapes.compositions import TIERS
 from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER
 
-STEPS = {500: 300, 2_000: 600, 8_000: 1_200}
-"""Optimiser steps by number of pairs."""
+STEPS = {0: 0, 500: 300, 2_000: 600, 8_000: 1_200}
+"""Optimiser steps by number of pairs; with none a head is tested untrained."""
 BATCH = 32
 """Pairs in a step."""
 LEARNING_RATES = [1e-3, 4e-4, 2e-3]
@@ -139,7 +139,7 @@ def evaluate(model: RewardModel, variant: Variant, tests: Tests) -> dict[str, An
     }
 
 
-def trained(cell: dict[str, Any], folder: Path, training: Encoded) -> tuple[RewardModel, Variant, float]:
+def trained(cell: dict[str, Any], folder: Path, training: Callable[[], Encoded]) -> tuple[RewardModel, Variant, float]:
     """Return a trained model with its head, and the CPU seconds of its training."""
     torch.manual_seed(cell["seed"])
     model = RewardModel(load_backbone(str(folder)))
@@ -150,11 +150,12 @@ def trained(cell: dict[str, Any], folder: Path, training: Encoded) -> tuple[Rewa
     )  # fmt: skip
     model.add(config, seed=cell["seed"])
     variant = VARIANTS[cell["head"]](model.backbone)
+    data = training() if cell["pairs"] else None
     start = time.process_time()
     model.train()
-    fit(
-        model, variant, training, num_steps=STEPS[cell["pairs"]], learning_rate=cell["learning_rate"], seed=cell["seed"]
-    )
+    if data is not None:
+        steps, rate = STEPS[cell["pairs"]], cell["learning_rate"]
+        fit(model, variant, data, num_steps=steps, learning_rate=rate, seed=cell["seed"])
     return model, variant, time.process_time() - start
 
 
@@ -165,7 +166,7 @@ def tune(arguments: argparse.Namespace) -> None:
     for (name, folder), number in product(backbones(arguments), seeds):
         seed = TUNING_SEED + 10 * number
         backbone = load_backbone(str(folder))
-        training = encode_pairs(backbone, strict_pairs(num_pairs, "training", seed=seed))
+        training = partial(encode_pairs, backbone, strict_pairs(num_pairs, "training", seed=seed))
         validation = encode_pairs(backbone, strict_pairs(NUM_VALIDATION, "training", seed=VALIDATION_SEED))
         for head, rate in product(arguments.heads, arguments.learning_rates):
             cell = {**name, "head": head, "pairs": num_pairs, "learning_rate": rate, "seed": seed}
@@ -198,9 +199,10 @@ def train(arguments: argparse.Namespace) -> None:
 
             for head in (head for head in arguments.heads if not (in_policy and head in WITHOUT_SCORES)):
                 cell = {**name, "head": head, "pairs": count, "wrong_labels": noise, "seed": seed}
-                cell["learning_rate"] = best_rate(arguments.tuning, name, head)
+                untuned = arguments.learning_rates[0] if arguments.untuned else None
+                cell["learning_rate"] = untuned or best_rate(arguments.tuning, name, head)
                 if is_new(cell, path := arguments.policies if in_policy else arguments.rows):
-                    model, variant, seconds = trained(cell, folder, training())
+                    model, variant, seconds = trained(cell, folder, training)
                     found = train_policy(model, variant, seed=seed) if in_policy else evaluate(model, variant, tests())
                     num = sum(p.numel() for p in variant.parameters())
                     more = {"head_parameters": num, "steps": STEPS[count], "cpu_seconds": round(seconds, 1)}
@@ -223,6 +225,11 @@ def best_rate(tuning: Path, backbone: dict[str, Any], head: str) -> float:
     for row in own:
         found.setdefault(row["learning_rate"], []).append(row["accuracy"])
     return max(found, key=lambda rate: np.mean(found[rate] or [0.0]))
+
+
+def rate_of(row: dict[str, Any], tuning: Path) -> float:
+    """Return the learning rate that was chosen for the head of a row."""
+    return best_rate(tuning, {key: row[key] for key in ("backbone", "weights")}, row["head"])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -260,6 +267,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--first_seed", type=int, default=0, help="first seed")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES, help="those that tune tries")
+    parser.add_argument("--untuned", action="store_true", help="train with the first of --learning_rates")
     parser.add_argument("--plots", type=Path, default=Path("docs"), help="folder of the plots")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -273,9 +281,8 @@ def main() -> None:
         case "plot":
             from benchmarks.reward_heads_plots import plot_all
 
-            plot_all(
-                read_rows(arguments.rows), read_rows(arguments.policies), arguments.plots, pairs=arguments.pairs[0]
-            )
+            rows = [row for row in read_rows(arguments.rows) if row["learning_rate"] == rate_of(row, arguments.tuning)]
+            plot_all(rows, read_rows(arguments.policies), arguments.plots, pairs=arguments.pairs[0])
         case _:
             sys.stdout.write(json.dumps(ceiling(), indent=1) + "\n")
 

@@ -66,8 +66,23 @@ def print_table(rows: Sequence[Row]) -> None:
                 print_line(f"| {head} | {' | '.join(cells)} |")
 
 
+def with_rates(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with the learning rate in the name of each head that has several on one backbone."""
+    rates: dict[tuple[str, str], set[float]] = {}
+    for row in rows:
+        rates.setdefault((row["backbone"], row["head"]), set()).add(row["learning_rate"])
+    several = {key for key, found in rates.items() if len(found) > 1}
+    return [
+        {**row, "head": f"{row['head']}, rate {row['learning_rate']:g}"}
+        if (row["backbone"], row["head"]) in several
+        else row
+        for row in rows
+    ]
+
+
 def print_tables(rows: Sequence[Row], policies: Sequence[Row]) -> None:
     """Print the accuracies, the pass rates by best of n and by DDPO, and where SkipCA attends."""
+    rows = with_rates(rows)
     print_table(rows)
     print_selection(rows)
     print_policies(policies)
