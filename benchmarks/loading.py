@@ -155,7 +155,8 @@ def measure(case: Case, model: Path, cache: str | None) -> dict[str, float]:
                 evaluation_rewards=REWARD, num_evaluation_images=2, num_evaluation_steps=1, num_steps=1,
                 prompts_per_step=2, images_per_prompt=2, num_denoising_steps=1, microbatch_size=1, num_minibatches=1,
                 lora_rank=4, resolution=case.resolution, mixed_precision="bf16", guidance_scale=5.0, window_end=1.0,
-                gradient_checkpointing=True, run_folder=str(Path(folder) / "run"), num_cpu_threads=1, cache_embeddings=cache,
+                gradient_checkpointing=True, run_folder=str(Path(folder) / "run"), num_cpu_threads=1,
+                cache_embeddings=cache,
             )
         )  # fmt: skip
     return {
