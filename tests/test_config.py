@@ -136,6 +136,7 @@ def test_print_config_writes_a_file_that_gives_the_same_settings(
         (["--lerning_rate", "3"], "there is no option --lerning_rate. Did you mean learning_rate?"),
         (["--learning_rat", "3"], "there is no option --learning_rat. Did you mean learning_rate?"),
         (["--learning", "3"], "there is no option --learning."),
+        (["--l_rate", "3"], "there is no option --l_rate. Did you mean learning_rate?"),
         (["--lerning_rate=3"], "there is no option --lerning_rate. Did you mean learning_rate?"),
         (["stray"], "'stray' belongs to no option."),
         (["--num_steps"], "argument --num_steps: expected one argument"),
