@@ -27,7 +27,7 @@ def plot_all(rows: Sequence[Row], policies: Sequence[Row], folder: Path, *, pair
 
     Return the files.
     """
-    rows = [row for row in rows if row["wrong_labels"] == 0 and row["head"] in SHOWN]
+    rows = [row for row in rows if row["pairs"] and row["wrong_labels"] == 0 and row["head"] in SHOWN]
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
 
     def by_tier(axes: Any, backbone: str) -> None:

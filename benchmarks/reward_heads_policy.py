@@ -40,6 +40,8 @@ def train_policy(model: RewardModel, variant: Variant, *, seed: int) -> dict[str
             evaluation_rewards="oracle,oracle_pass", num_cpu_threads=1, seed=seed, run_folder=str(Path(folder) / "run"),
         )  # fmt: skip
         evaluations = ddpo.train(config, reward=reward).evaluations
+    if evaluations[-1]["step"] < NUM_STEPS:
+        raise SystemExit(f"Stopped after {evaluations[-1]['step']} of {NUM_STEPS} steps; no row is written.")
     name = next(key.removesuffix("/standard_error") for key in evaluations[0] if "reward" in key and "/" in key)
     first = evaluations[0]
     std = {key: first[f"{key}/standard_error"] * first["num_images"] ** 0.5 for key in (name, "oracle")}

@@ -20,9 +20,9 @@ def accuracy(row: Row, *, domain: str = "flat", tier: str | None = None) -> floa
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean and its 95 % interval by Student's t over the seeds; nan ends for a single one."""
+    """Return the mean and its 95 % interval by Student's t over the seeds; nan ends for fewer than three."""
     mean = float(np.mean(values))
-    if len(values) < 2:
+    if len(values) < 3:
         return mean, math.nan, math.nan
     half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return mean, mean - half, mean + half
@@ -61,7 +61,7 @@ def print_table(rows: Sequence[Row]) -> None:
             print_line(f"| {' | '.join(cells)} |")
         if "last token" in heads:
             print_line(f"\n| minus last token | all tiers | {' | '.join(tiers)} |\n|{'---|' * (2 + len(tiers))}")
-            for head in heads[1:]:
+            for head in (head for head in heads if head != "last token"):
                 cells = [difference(chosen, head, "last token", tier=tier) for tier in (None, *tiers)]
                 print_line(f"| {head} | {' | '.join(cells)} |")
 
