@@ -1,6 +1,6 @@
 """Measure the most resident memory of a training of a model of published size, from start to export, on the CPU.
 
-    python benchmarks/loading.py --folder /tmp/models sd15 sdxl sd35m
+    python benchmarks/loading.py --folder runs/models sd15 sdxl sd35m
 
 Each model is written once as a pipeline folder of random weights, in the precision of the published files, which takes
 4 to 14 GB of disk. A process of its own then trains a LoRA on it by DDPO in bfloat16, one step of 2 x 2 images of one

@@ -1,7 +1,7 @@
-"""Take pictures of all pages for the documentation in headless Chromium: `python -m tests.screenshots --output docs`.
+"""Take screenshots of all pages for the documentation in headless Chromium: `python -m tests.screenshots --output docs`.
 
 Trains, searches and evaluates on the toy world first (half an hour of one core), in the folders of --runs; runs that
-are there already are taken as they are. --only NAME takes the pictures of these names alone.
+are there already are taken as they are. --only NAME takes those of these names alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.servers import running
 
 WIDTH, HEIGHT = 1280, 800
 NUM_COLOURS = 256
-"""Colours of a picture, chosen for it: a third of the bytes of all colours."""
+"""Colours of a screenshot, chosen for it: a third of the bytes of all colours."""
 PROMPTS = [
     f"a {colour} {shape} on a {ground} background"
     for colour, shape, ground in (
@@ -47,13 +47,8 @@ RUNS = {
     "ddpo-seed-1": [*_DDPO, "--seed", "1"],
     "ddpo-jpeg": [*_DDPO, "--rewards", "jpeg_compressibility"],
     "fk_steering": [
-        "recipes/fk_steering.py",
-        "--prompts",
-        "PROMPTS",
-        "--num_particles",
-        "4",
-        "--images_per_prompt",
-        "4",
+        *("recipes/fk_steering.py", "--prompts", "PROMPTS"),
+        *("--num_particles", "4", "--images_per_prompt", "4"),
     ],
     "reward_model": ["recipes/train_reward_model.py", "--num_steps", "60", "--evaluate_every", "10"],
     "reward_evaluation": ["recipes/evaluate_reward_model.py"],
@@ -101,7 +96,7 @@ def annotation(root: Path, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def addresses(root: Path, folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the address of each page but that of live votes, by the name of its picture."""
+    """Yield the address of each page but that of live votes, by the name of its screenshot."""
     runs = [root / "ddpo", root / "ddpo-seed-1", root / "ddpo-jpeg"]
     for run in runs:
         write_report(run)
@@ -175,6 +170,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the images")
     parser.add_argument("--runs", type=Path, default=Path("runs/screenshots"), help="folder of the runs that are shown")
-    parser.add_argument("--only", nargs="+", default=[], help="names of the pictures to take")
+    parser.add_argument("--only", nargs="+", default=[], help="names of the screenshots to take")
     given = parser.parse_args()
     main(given.runs, given.output, only=set(given.only))
