@@ -124,7 +124,7 @@ def error_of(kind: str, given: dict[str, Any], device: torch.device) -> str | No
             recipe = import_module(f"recipes.{kind}")
             with on_the_device(device):
                 dry_run.rehearse(recipe.main, recipe.Config(**given))
-    except Exception as error:  # whatever a recipe raises is the result of its case; the next one runs all the same
+    except Exception as error:  # whatever a recipe raises is the result of its case
         frames = traceback.extract_tb(error.__traceback__)
         places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
         return f"{type(error).__name__}: {error}"[:400] + f" at {places[-14:]}"

@@ -1,4 +1,4 @@
-"""Take screenshots of all pages for the documentation in headless Chromium: `python -m tests.screenshots --output docs`.
+"""Take screenshots of all pages for the documentation, in Chromium: `python -m tests.screenshots --output docs`.
 
 Trains, searches and evaluates on the toy world first (half an hour of one core), in the folders of --runs; runs that
 are there already are taken as they are. --only NAME takes those of these names alone.
