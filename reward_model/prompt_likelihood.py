@@ -16,13 +16,13 @@ def check_language_head(backbone: Backbone) -> None:
     """Raise ValueError for a backbone that was loaded without its language-model head."""
     if getattr(backbone.model, "lm_head", None) is None:
         raise ValueError(
-            f"readout is prompt_likelihood, which needs the language-model head; {type(backbone.model).__name__} is "
-            f"loaded without it. Use a LLaVA, Qwen2.5-VL or Qwen3-VL, or readout last_token."
+            f"The likelihood of prompts (readout prompt_likelihood, visual_gpt_score) needs a language-model head; "
+            f"{type(backbone.model).__name__} is loaded without one. Use a LLaVA, Qwen2.5-VL or Qwen3-VL."
         )
 
 
 def prompt_log_likelihood(output: BackboneOutput, ids: Int[Tensor, "B L"], backbone: Backbone) -> Float[Tensor, "B 1"]:
-    """Return sum_t log p(token t | image, tokens before t) over the tokens behind the image, in nats, in float32.
+    """Return sum_t log p(token t | image, tokens before t) over the tokens behind the image, in nats.
 
     Of one prompt and two images the difference is, by Bayes' rule, the log-odds of which of them the prompt describes.
     The tokens of the chat template behind the image count too; they are nearly the same for each image. Raises
@@ -32,9 +32,12 @@ def prompt_log_likelihood(output: BackboneOutput, ids: Int[Tensor, "B L"], backb
     positions = torch.arange(ids.shape[1], device=ids.device)
     behind = output.hidden_mask & (positions > torch.where(is_image, positions, -1).amax(dim=1, keepdim=True))
     if not behind.any(dim=1).all():
-        raise ValueError("readout is prompt_likelihood, but the chat template has no text behind the image.")
+        raise ValueError(
+            "The likelihood of prompts needs a chat template with text behind the image; this one has none."
+        )
     rows, columns = behind.nonzero(as_tuple=True)
     head: Any = backbone.model.lm_head
-    logits = head(output.hidden[rows, columns - 1]).float()
+    logits = head(output.hidden[rows, columns - 1])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     each = F.cross_entropy(logits, ids[rows, columns], reduction="none")
-    return -torch.zeros(len(ids), device=ids.device).index_add(0, rows, each)[:, None]
+    return -each.new_zeros(len(ids)).index_add(0, rows, each)[:, None]

@@ -15,9 +15,10 @@ from reward_model.losses import Objective
 from reward_model.model import RewardModel
 from reward_model.online import OnlineRewardModel
 from reward_model.prompt_likelihood import prompt_log_likelihood
+from reward_model.scorers.load import load_scorer
 from reward_model.scoring import LlavaReward
 from reward_model.types import LabelledImage
-from tests.reward_models import config_of, fresh_backbone, fresh_model, reward_model_folder
+from tests.reward_models import backbone_folder, config_of, fresh_backbone, fresh_model, reward_model_folder
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
 OPTIONS = {"readout": "prompt_likelihood", "skip_ca": False}
@@ -91,7 +92,7 @@ def test_a_config_with_skip_ca_or_a_comparing_head_is_refused(changes: dict[str,
 
 
 def test_a_model_without_language_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs the language-model head; Phi3V is loaded without it"):
+    with pytest.raises(ValueError, match="needs a language-model head; Phi3V is loaded without one"):
         fresh_model("phi3_v", **OPTIONS)
 
 
@@ -100,7 +101,7 @@ def test_a_template_with_the_image_at_the_end_is_refused() -> None:
     ids = torch.tensor([[1, model.backbone.prompt_tokenizer.image_token_id]])
     output = model.backbone.forward(model.backbone.prepare(images(1), ["a"]))
     output = replace(output, hidden=output.hidden[:, :2], hidden_mask=output.hidden_mask[:, :2])
-    with pytest.raises(ValueError, match="no text behind the image"):
+    with pytest.raises(ValueError, match="needs a chat template with text behind the image"):
         model.score(output, ids, "alignment")
 
 
@@ -127,6 +128,22 @@ def test_before_training_it_is_the_backbones_own() -> None:
         model = RewardModel(backbone)
         model.add(config_of("llava", **OPTIONS))
         torch.testing.assert_close(model.eval()(**inputs), 0.1 * before)
+
+
+def test_visual_gpt_score_is_that_of_the_untrained_backbone() -> None:
+    """Without the temperature of a reward model."""
+    prompts = ["a red fox", "cat"]
+    model = RewardModel(fresh_backbone("llava"))
+    model.add(config_of("llava", **OPTIONS, temperature=0.1))
+    with torch.no_grad():
+        expected = 10 * model.eval()(**model.backbone.prepare(images(), prompts))[:, 0]
+    score = load_scorer(f"visual_gpt_score:{backbone_folder('llava')}").score(torch.stack(images()), prompts)
+    torch.testing.assert_close(score, expected)
+
+
+def test_visual_gpt_score_needs_a_language_head() -> None:
+    with pytest.raises(ValueError, match="needs a language-model head"):
+        load_scorer(f"visual_gpt_score:{backbone_folder('phi3_v')}")
 
 
 def test_a_loss_on_single_images_is_refused() -> None:

@@ -113,6 +113,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_hps_v3(root / "hps_v3")
     make_geneval_models(root / "geneval")
     shutil.copytree(backbone_folder("llava"), root / "vqa_score")
+    (root / "visual_gpt_score").symlink_to(root / "vqa_score")
     tokenizer = root / "vqa_score" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"red"', '"Yes"'))
     return root

@@ -53,6 +53,8 @@ def scorer(folder: Path) -> Callable[[str], PointwiseScorer]:
     def of(name: str) -> PointwiseScorer:
         if name == "vqa_score":
             return PointwiseScorer(name, load_vqa_score(str(backbone_folder("llava")), answer="red"))
+        if name == "visual_gpt_score":
+            return load_scorer(f"{name}:{backbone_folder('llava')}")
         where = {"clip_score": "clip", "pick_score": "clip"}.get(name, name)
         return load_scorer(f"{name}:{folder / where}")
 
@@ -318,7 +320,9 @@ def test_the_gradient_to_the_pixels_equals_finite_differences(
     images = (0.35 + 0.3 * torch.rand(2, 3, 20, 20, generator=generator).double()).requires_grad_()
     function, prompts = scorer(name).function, PROMPTS[:2]
     function.model.double()
-    size, close = (1e-3, 1e-2) if name == "vqa_score" else (1e-6, 1e-4)  # the norms of a Llama stay in float32
+    size, close = (
+        (1e-3, 1e-2) if name in ("vqa_score", "visual_gpt_score") else (1e-6, 1e-4)
+    )  # the norms of a Llama stay in float32
     try:
         (pixel_gradient,) = torch.autograd.grad(function(images, prompts).sum(), images)
         assert (pixel_gradient.abs().amax((1, 2, 3)) > 0).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Literal, get_args
 
 import torch
@@ -9,7 +10,16 @@ import torch
 from reward_model.scorers.pointwise import PointwiseScorer, ScoreFunction
 
 ScorerName = Literal[
-    "clip", "clip_score", "pick_score", "hps", "hps_v3", "image_reward", "aesthetic", "vqa_score", "unified_reward"
+    "clip",
+    "clip_score",
+    "pick_score",
+    "hps",
+    "hps_v3",
+    "image_reward",
+    "aesthetic",
+    "vqa_score",
+    "visual_gpt_score",
+    "unified_reward",
 ]
 NAMES: tuple[str, ...] = get_args(ScorerName)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,30 +57,8 @@ def load_function(specification: str, *, dtype: str = "float32") -> ScoreFunctio
             from reward_model.scorers.clip import load_clip
 
             return load_clip(path, form="clip_score", dtype=precision)
-        case "hps":
-            from reward_model.scorers.hps import load_hps
-
-            return load_hps(path)
-        case "hps_v3":
-            from reward_model.scorers.hps_v3 import load_hps_v3
-
-            return load_hps_v3(path)
-        case "image_reward":
-            from reward_model.scorers.image_reward import load_image_reward
-
-            return load_image_reward(path)
-        case "aesthetic":
-            from reward_model.scorers.aesthetic import load_aesthetic
-
-            return load_aesthetic(path)
-        case "vqa_score":
-            from reward_model.scorers.vqa_score import load_vqa_score
-
-            return load_vqa_score(path)
-        case "unified_reward":
-            from reward_model.scorers.unified_reward import load_unified_reward
-
-            return load_unified_reward(path)
+        case _ if name in NAMES:  # a module of the scorer's name has its loader
+            return getattr(import_module(f"reward_model.scorers.{name}"), f"load_{name}")(path)
         case _:
             raise ValueError(
                 f"There is no scorer {specification!r}; write NAME:PATH, with NAME one of {', '.join(NAMES)}."

@@ -198,6 +198,12 @@ REWARDS = (
     ),
     RewardEntry("vqa_score:PATH", _scorer("vqa_score"), True, "VQAScore of a multimodal LLM, a probability in [0, 1]"),
     RewardEntry(
+        "visual_gpt_score:PATH",
+        _scorer("visual_gpt_score"),
+        True,
+        "VisualGPTScore of a multimodal LLM, log P(prompt | image) in nats, at most 0",
+    ),
+    RewardEntry(
         "unified_reward:PATH",
         _scorer("unified_reward"),
         False,

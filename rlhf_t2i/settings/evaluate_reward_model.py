@@ -53,7 +53,7 @@ class Config(
     reward: Annotated[RewardModelPath, Group("reward")] = TOY_REWARD_MODEL
     """Reward model to evaluate: folder or Hub id of a LLaVA-Reward, shapes for the built-in one, or one of other
     projects as NAME:PATH (clip, clip_score, pick_score, hps, hps_v3, image_reward, aesthetic, vqa_score,
-    unified_reward)."""
+    visual_gpt_score, unified_reward)."""
     tie_threshold: Annotated[NonNegativeFloat, Group("evaluation")] = 0.0
     """Difference of two scores up to which a benchmark counts them as a tie."""
     label_threshold: Annotated[float, Group("evaluation")] = 0.0
