@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ def parse_config(
     class refuses by a ValueError; with status 0 after `--help` or `--print_config`. `description` is the text of
     `--help`, `arguments` None is the process's own command line.
     """
+    _silence_imports_of_torchao()
     given = list(sys.argv[1:] if arguments is None else arguments)
     show_tracebacks("--debug" in given)
     try:
@@ -55,6 +57,12 @@ def run_command(main: Callable[[ConfigT], Any], config: ConfigT) -> None:
     """
     with one_line_errors():
         main(config)
+
+
+def _silence_imports_of_torchao() -> None:
+    """Silence what importing torchao, as diffusers and peft do, logs in every run."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _parsed(config_class: type[ConfigT], description: str, arguments: Sequence[str]) -> ConfigT:
