@@ -40,7 +40,13 @@ from torch import Tensor
 
 from benchmarks.reward_heads_data import Encoded, ceiling, encode, encode_pairs, samples, test_sets
 from benchmarks.reward_heads_policy import train_policy
-from benchmarks.reward_heads_scores import attention_on_things, candidate_scores, log_odds, pair_log_odds
+from benchmarks.reward_heads_scores import (
+    attention_on_things,
+    candidate_scores,
+    log_odds,
+    pair_log_odds,
+    rightly_ordered,
+)
 from benchmarks.reward_heads_table import print_tables
 from benchmarks.reward_heads_variants import VARIANTS, WITHOUT_SCORES, SkipCa, Variant
 from reward_model.backbones.load import load_backbone
@@ -114,7 +120,8 @@ def evaluate(model: RewardModel, variant: Variant, tests: Tests) -> dict[str, An
     start = time.process_time()
     odds = {name: pair_log_odds(model, variant, data) for name, (_, data) in tests.pairs.items()}
     seconds = time.process_time() - start
-    best = expected_best(candidate_scores(model, variant, tests.candidates), tests.passed.float()).mean(dim=0)
+    candidates = candidate_scores(model, variant, tests.candidates)
+    best = expected_best(candidates, tests.passed.float()).mean(dim=0)
     right: dict[str, dict[str, list[int]]] = {}
     for name, (pairs, _) in tests.pairs.items():
         if name != "ties":
@@ -134,6 +141,7 @@ def evaluate(model: RewardModel, variant: Variant, tests: Tests) -> dict[str, An
         "bits": np.packbits(odds["flat"] > 0).tobytes().hex(),
         "calibration_error": round(float(pair_calibration_error(odds["flat"])), 4),
         "auroc_strict_from_ties": round(float(auroc(np.concatenate([strict, tied]), labels)), 4),
+        "samples": round(rightly_ordered(candidates, tests.passed), 4),
         "best_of": [round(float(rate), 4) for rate in best],
         "ms_per_score": round(500 * seconds / sum(len(pairs) for pairs, _ in tests.pairs.values()), 3),
     }

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from benchmarks.reward_heads_data import NUM_CANDIDATES, Encoded
@@ -62,6 +62,16 @@ def candidate_scores(model: RewardModel, variant: Variant, data: Encoded) -> Flo
         ]
         scores += torch.cat(parts).view(groups.shape) / (NUM_CANDIDATES - 1)
     return scores
+
+
+def rightly_ordered(scores: Float[Tensor, "P 16"], passed: Bool[Tensor, "P 16"]) -> float:
+    """Return the share of pairs of a prompt's samples, one that passes and one that fails, that scores order rightly.
+
+    Ties count as half.
+    """
+    is_pair = passed[:, :, None] & ~passed[:, None, :]
+    gap = (scores[:, :, None] - scores[:, None, :])[is_pair]
+    return float(((gap > 0).float() + 0.5 * (gap == 0).float()).mean())
 
 
 @torch.no_grad()

@@ -49,13 +49,15 @@ def print_table(rows: Sequence[Row]) -> None:
         tiers, domains = list(chosen[0]["right"]["flat"]), [name for name in chosen[0]["right"] if name != "flat"]
         heads = list(dict.fromkeys(row["head"] for row in chosen))
         print_line(f"\n{key[0]}, {key[1]:,} pairs, {100 * key[2]:g} % wrong labels\n")
-        columns = ["head", "seeds", "all tiers", *tiers, *domains, "ECE", "strict from ties", "ms"]
+        columns = ["head", "seeds", "all tiers", *tiers, *domains, "samples", "ECE", "strict from ties", "ms"]
         print_line(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for head in heads:
             own = [row for row in chosen if row["head"] == head]
             cells = [head, str(len(own)), shown([accuracy(row) for row in own])]
             cells += [f"{np.mean([accuracy(row, tier=tier) for row in own]):.1f}" for tier in tiers]
             cells += [f"{np.mean([accuracy(row, domain=domain) for row in own]):.1f}" for domain in domains]
+            samples = [100 * row["samples"] for row in own if "samples" in row]  # which the first rows did not measure
+            cells.append(f"{np.mean(samples):.1f}" if samples else "-")
             measures = ("calibration_error", "auroc_strict_from_ties", "ms_per_score")
             cells += [f"{np.mean([row[name] for row in own]):.3f}" for name in measures]
             print_line(f"| {' | '.join(cells)} |")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import reward_heads, reward_heads_data
-from benchmarks.reward_heads_scores import attention_on_things, candidate_scores
+from benchmarks.reward_heads_scores import attention_on_things, candidate_scores, rightly_ordered
 from benchmarks.reward_heads_variants import VARIANTS, HeadInputs, LastToken, MeanPooled, SkipCa
 from reward_model.backbones.load import load_backbone
 from reward_model.model import RewardModel
@@ -135,3 +135,10 @@ def test_uniform_attention_falls_on_things_by_their_area(backbone: Backbone) -> 
     share, area = attention_on_things(RewardModel(backbone), skip, data, torch.cat([pairs.winners, pairs.losers]))
     assert share == pytest.approx(area, rel=1e-5)
     assert 0.02 < area < 0.5
+
+
+def test_samples_are_compared_within_their_prompt() -> None:
+    """Of the first prompt one pair of two is right and one is tied; the second has no image that passes."""
+    scores = torch.tensor([[3.0, 1.0, 3.0], [9.0, 0.0, 5.0]])
+    passed = torch.tensor([[True, False, False], [False, False, False]])
+    assert rightly_ordered(scores, passed) == 0.75
