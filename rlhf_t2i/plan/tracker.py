@@ -166,6 +166,8 @@ def _makes_many(inputs: list[Tensor], args: Any, kwargs: Any) -> bool:
     """True for an operation that makes a large tensor of floats from none."""
     if inputs or not args or not isinstance(args[0], list | tuple | torch.Size):
         return False
+    if len(args) > 1 and isinstance(args[1], int) and kwargs.get("dtype") is None:  # `torch.full` of integers
+        return False
     if (kwargs.get("dtype") or torch.get_default_dtype()) not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     count = 1
