@@ -41,7 +41,7 @@ class RewardRehearsal:
     trainer: Any = None
     _collate: Any = None
     _batches: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
-    """Batches by their number of records; of large tensors of floats only shape and type."""
+    """Batches by their number of records; of tensors of pixels only shape and type."""
     _cost: Counts | None = None
     """Costs of a microbatch."""
 
@@ -147,7 +147,7 @@ class RewardRehearsal:
             yield
 
     def _kept(self, tensor: Tensor) -> Any:
-        if self.tracker.fake is None or not tensor.is_floating_point() or tensor.dim() < 2:
+        if not tensor.is_floating_point() or tensor.dim() < 2:
             return tensor
         shape, dtype = tuple(tensor.shape), tensor.dtype
         return lambda: self.tracker.empty(shape, dtype=dtype)

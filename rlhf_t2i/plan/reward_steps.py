@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ def training_length(config: Any, *, processes: int) -> Length:
     They are approximate where the training itself holds out validation records, by prompt. Raises what `load_records`
     raises for files that are here.
     """
-    training, validation = _count(_training_files(config)), _count(names(config.validation_data or ""))
+    training = _count(config, _training_files(config))
+    validation = _count(config, names(config.validation_data or ""))
     if training is not None and not config.validation_data:
         validation = round(config.validation_fraction * training)
         training -= validation
@@ -53,8 +55,15 @@ def _training_files(config: Any) -> list[str]:
     return [str(folder / f"train_{kind}.jsonl") for kind in ("drawn", "generated")]
 
 
-def _count(sources: list[str]) -> int | None:
+def _count(config: Any, sources: list[str]) -> int | None:
     """Return the records of all sources; None if there are none, or if one of them is not on this machine."""
     if not sources or not all(Path(parse_source(source)[1]).exists() for source in sources):
         return None
-    return sum(len(load_records(source)) for source in sources)
+    tables = [
+        load_records(
+            source, image_root=config.image_root, image_prefix=config.image_prefix,
+            on_bad_record=config.on_bad_record, skipped=Path(os.devnull),
+        )
+        for source in sources
+    ]  # fmt: skip
+    return sum(map(len, tables))

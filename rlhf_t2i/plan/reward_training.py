@@ -87,8 +87,13 @@ def _prepared(config: Any, folder: Path, source: Path, *, precision: str) -> Any
     )  # fmt: skip
 
 
+def prompt_of(words: int) -> str:
+    """Return a prompt of so many words."""
+    return " ".join(islice(cycle(_WORDS), words))
+
+
 def _row(index: int, loss: str, *, words: int) -> str:
-    prompt = " ".join(islice(cycle(_WORDS), words))
+    prompt = prompt_of(words)
     if loss == "cross_entropy":
         return json.dumps({"prompt": prompt, "image": "winner.png", "label": index % 2})
     return json.dumps({"prompt": prompt, "winner": "winner.png", "loser": "loser.png"})
