@@ -66,7 +66,7 @@ from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 from rlhf_t2i.training.claim import claim_folder, keep_folder
 from rlhf_t2i.training.environment import prepare_torch, restarted, stop_with_launcher
 from rlhf_t2i.training.fingerprints import record_distribution
-from rlhf_t2i.training.reward_arguments import refuse_fsdp, trainer_arguments
+from rlhf_t2i.training.reward_arguments import refuse_strategy, trainer_arguments
 from rlhf_t2i.training.trackers import name_run
 
 
@@ -117,7 +117,8 @@ def build_model(config: Config, objective: Objective, *, dtype: str) -> RewardMo
     """Load the frozen backbone and add an untrained perspective: LoRA, projector, SkipCA and head."""
     source = str(TOY_BACKBONE_FOLDER) if config.backbone == TOY_BACKBONE else config.backbone
     options: Any = {key: getattr(config, key) for key in ("template", "min_pixels", "max_pixels", "num_crops")}
-    model = RewardModel(load_backbone(source, dtype=getattr(torch, dtype), **options))
+    backbone = load_backbone(source, dtype=getattr(torch, dtype), quantization=config.quantization, **options)
+    model = RewardModel(backbone)
     model_config = RewardModelConfig(
         perspective=config.perspective,
         backbone=os.path.abspath(source) if Path(source).is_dir() else source,
@@ -140,8 +141,8 @@ def build_model(config: Config, objective: Objective, *, dtype: str) -> RewardMo
 
 
 def start(config: Config) -> tuple[RewardConfig, Path]:
-    """Set up the process and trl's arguments, and claim the run folder. Raises ValueError under FSDP."""
-    refuse_fsdp(os.environ)
+    """Set up the process and trl's arguments, and claim the run folder. Raises what `refuse_strategy` does."""
+    refuse_strategy(os.environ, quantization=config.quantization)
     stop_with_launcher()
     if config.backbone != TOY_BACKBONE:
         backbone_family(config.backbone)  # raises before data are read

@@ -25,7 +25,7 @@ from rlhf_t2i.passed import PassedObjects, passing
 from rlhf_t2i.plan.rewards import bytes_of_rewards
 from rlhf_t2i.plan.stand_ins import Rehearsal, StepFinished, stand_in_reward
 from rlhf_t2i.plan.tracker import Tracker
-from rlhf_t2i.plan.types import Plan, bytes_of, launched, without_launcher
+from rlhf_t2i.plan.types import Plan, bytes_of, bytes_saved, launched, without_launcher
 from rlhf_t2i.rewards.terms import reward_names_of
 from rlhf_t2i.training.setup import NUM_MOMENTS
 
@@ -171,9 +171,4 @@ def _saved_by(quantization: str | None, pipeline: Any, name: str) -> int | float
     """Return the bytes that 8 or 4 bits save of a part's linear layers in half precision."""
     if quantization is None or not (name.startswith("text_encoder") or name in ("unet", "transformer")):
         return 0.0
-    layers = [
-        m.weight for m in getattr(pipeline, name).modules() if type(m) is nn.Linear and not m.weight.requires_grad
-    ]
-    linear, rows = sum(w.numel() for w in layers), sum(len(w) for w in layers)
-    kept = linear + 3 * rows if quantization == "int8" else linear * (1 / 2 + 4 / 64)
-    return sum(w.nbytes for w in layers) - kept
+    return bytes_saved(quantization, getattr(pipeline, name))

@@ -27,8 +27,8 @@ from rlhf_t2i.plan.reward_stand_ins import RewardRehearsal
 from rlhf_t2i.plan.reward_steps import training_length
 from rlhf_t2i.plan.stand_ins import StepFinished
 from rlhf_t2i.plan.tracker import Tracker
-from rlhf_t2i.plan.types import Plan, launched, without_launcher
-from rlhf_t2i.training.reward_arguments import refuse_fsdp
+from rlhf_t2i.plan.types import Plan, bytes_saved, launched, without_launcher
+from rlhf_t2i.training.reward_arguments import refuse_strategy
 
 _WORDS = ("a", "red", "circle", "on", "a", "blue", "background", "and")
 _LONGEST = 60
@@ -42,7 +42,7 @@ def rehearse(main: Callable[[Any], Any], config: Any, *, fake: bool = True, repe
     One microbatch runs and counts as all, unless `repeats`. Raises ValueError for options that
     do not fit the backbone, as the recipe does, and for a backbone whose sizes are unknown.
     """
-    refuse_fsdp(os.environ)
+    refuse_strategy(os.environ, quantization=config.quantization)
     mode, processes = launched(os.environ)
     length = training_length(config, processes=processes)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -57,13 +57,14 @@ def rehearse(main: Callable[[Any], Any], config: Any, *, fake: bool = True, repe
             main(own)
         words = _num_words(source)
     model, side, labelled = rehearsal.model, config.dry_run_image_side, config.loss == "cross_entropy"
+    saved = bytes_saved(config.quantization, model.backbone.language_model) if config.quantization else 0
     layout = layout_of(model, mode, processes=processes)
     held, single = memory_of(layout), memory_of(replace(layout, mode="single", processes=1))
     num_records = config.microbatch_size * config.accumulation_steps * processes
     kind, tokens = "labelled images" if labelled else "pairs", model.backbone.num_visual_tokens(side, side)
     return Plan(
         recipe=Path(inspect.getfile(main)).stem, model=config.backbone, module="", mode=mode, processes=processes,
-        parts=_parts_of(model), state=_state_of(held), peaks=_peaks(tracker, held, single),
+        parts=_parts_of(model, saved=saved), state=_state_of(held), peaks=_peaks(tracker, held, single, saved=saved),
         counts=dict(tracker.counts), images=num_records * (1 if labelled else 2), num_steps=length.num_steps,
         host=rehearsal.loaded, left_out=_left_out(mode, precision),
         records=f"{num_records:,} {kind}, {tokens:,} visual tokens to an image",
@@ -83,7 +84,7 @@ def _prepared(config: Any, folder: Path, source: Path, *, precision: str) -> Any
         dry_run=False, backbone=str(source), mixed_precision="no" if precision == "no" else "bf16",
         train_data=str(folder / "train.jsonl"), validation_data=str(folder / "validation.jsonl"), test_data=None,
         data_weights=None, hard_negatives=0.0, image_root=None, image_prefix=None, streaming=False, num_workers=0,
-        num_steps=2, trackers="", run_folder=str(folder / "run"), resume=False,
+        num_steps=2, quantization=None, trackers="", run_folder=str(folder / "run"), resume=False,
     )  # fmt: skip
 
 
@@ -105,8 +106,11 @@ def _num_words(source: Path) -> tuple[int, int]:
     return longest, longest // 2
 
 
-def _parts_of(model: RewardModel) -> dict[str, tuple[int, int, int | float]]:
-    """Return the trained parameters, frozen parameters and bytes of each part of a reward model."""
+def _parts_of(model: RewardModel, *, saved: int | float) -> dict[str, tuple[int, int, int | float]]:
+    """Return the trained parameters, frozen parameters and bytes of each part of a reward model.
+
+    Quantisation saves so many bytes of its language model.
+    """
     groups = {_NAMES[name]: list(named.values()) for name, named in model.groups(model.active).items()}
     own = {id(parameter) for parameters in groups.values() for parameter in parameters}
     head = getattr(model.model, "lm_head", None)
@@ -118,7 +122,7 @@ def _parts_of(model: RewardModel) -> dict[str, tuple[int, int, int | float]]:
         name: (
             sum(p.numel() for p in parameters if p.requires_grad),
             sum(p.numel() for p in parameters if not p.requires_grad),
-            sum(p.nbytes for p in parameters),
+            sum(p.nbytes for p in parameters) - (saved if name == "language model" else 0),
         )
         for name, parameters in {"vision tower": tower, "language model": language, **groups}.items()
     }
@@ -129,9 +133,9 @@ def _state_of(held: Memory) -> dict[str, int | float]:
     return {name: value for name, value in named.items() if value}
 
 
-def _peaks(tracker: Tracker, held: Memory, single: Memory) -> dict[str, int | float]:
+def _peaks(tracker: Tracker, held: Memory, single: Memory, *, saved: int | float) -> dict[str, int | float]:
     """Return the peak of each phase on one of several processes, from that of a single one."""
-    always = held.persistent - single.persistent
+    always = held.persistent - single.persistent - saved
     exchanged = held.gradients + held.buffers - held.persistent_buffers - single.gradients
     more = {"update": always + exchanged + held.gathered, "validation": always + held.gathered}
     return {phase: counts.peak + more.get(phase, always) for phase, counts in tracker.counts.items()}

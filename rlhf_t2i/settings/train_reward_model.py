@@ -63,6 +63,9 @@ class BackboneSettings(Settings, group="model and LoRA"):
     num_crops: PositiveInt | None = None
     """Largest number of crops of an image, for models that crop; more crops are more visual tokens. Null is the model's
     own number."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Storage of the frozen weights of the language model's linear layers: int8 (8 bits, torchao), nf4 (4 bits,
+    bitsandbytes), or null, the backbone's precision. On one process or under DDP."""
     lora_rank: PositiveInt = 128
     """Rank of the LoRA in the language model."""
     lora_alpha: PositiveFloat = 256.0

@@ -14,10 +14,15 @@ from rlhf_t2i.distributed.processes import uses_fsdp
 from rlhf_t2i.settings.lists import names
 
 
-def refuse_fsdp(environment: Mapping[str, str]) -> None:
-    """Raise ValueError if the launcher's variables configure FSDP."""
+def refuse_strategy(environment: Mapping[str, str], *, quantization: str | None) -> None:
+    """Raise ValueError if the launcher's variables configure FSDP, or DeepSpeed for quantised weights."""
     if uses_fsdp(environment):
         raise ValueError("FSDP does not train reward models; use accelerate_configs/deepspeed_zero3.yaml or ddp.yaml.")
+    if quantization and environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ValueError(
+            f"quantization is {quantization}; with DeepSpeed, which exchanges plain weights, it must be null. Use one "
+            f"process or accelerate_configs/ddp.yaml."
+        )
 
 
 def trainer_arguments(config: Any, *, precision: str) -> RewardConfig:
