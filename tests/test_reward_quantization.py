@@ -24,7 +24,7 @@ from rlhf_t2i.rewards.load import load_reward
 from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER, TOY_REWARD_MODEL_FOLDER
 from rlhf_t2i.shapes.scenes import parse_prompt, render
 from tests.reward_models import ALL_FAMILIES, backbone_folder, config_of, random_image
-from tests.test_reward_training import data  # noqa: F401  # a fixture
+from tests.test_reward_training import command, data, run, trained_weights  # noqa: F401  # data is a fixture
 
 KINDS: list[Quantization] = ["int8", "nf4"]
 QUANTIZED = "(quantization='int8')"
@@ -130,6 +130,16 @@ def test_a_resume_is_exact_and_the_adapter_is_an_ordinary_one(
     assert_close(scores[0], scores[1], rtol=0.3, atol=0.3)
     with pytest.raises(ValueError, match="quantization"):
         train_reward_model.main(stopped.with_options(resume=True, quantization=None))
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_weights_as_one(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """DDP does not exchange the rounded weights, which each process has loaded."""
+    same = {"quantization": "int8", "lora_dropout": 0.0, "num_steps": 3, "evaluate_every": 3, "learning_rate": 1e-3}
+    run(command(data, tmp_path / "one", accumulation_steps=2, **same))
+    run(command(data, tmp_path / "two", processes=2, **same))
+    one, two = trained_weights(tmp_path / "one"), trained_weights(tmp_path / "two")
+    assert_close(one, two, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_saved_is_planned() -> None:
