@@ -107,6 +107,12 @@ def test_a_plan_counts_what_a_real_step_does(family: str, options: dict[str, Any
     assert (again.flops, again.peak) == (pytest.approx(plan.flops), pytest.approx(plan.peak, rel=0.02))
 
 
+def test_fp16_is_planned_with_a_backbone_in_float32() -> None:
+    plans = {each: rehearse(train_reward_model.main, config_of(mixed_precision=each)) for each in ("bf16", "fp16")}
+    sizes = {each: plan.parts["language model"][2] for each, plan in plans.items()}
+    assert sizes["fp16"] == 2 * sizes["bf16"] == plans["bf16"].parts["language model"][1] * 4
+
+
 # --- launches and data ------------------------------------------------------------------------------
 
 

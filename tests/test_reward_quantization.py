@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recipes import train_reward_model
+from recipes import evaluate_reward_model, train_reward_model
 from reward_model.backbones.load import LORA_TARGETS, load_backbone
 from reward_model.checkpoint import WEIGHTS_NAME, load_reward_model
 from reward_model.model import RewardModel, last_real_token
@@ -93,6 +94,16 @@ def test_scores_of_the_built_in_reward_model_stay_close() -> None:
     name = f"llava_reward:{TOY_REWARD_MODEL_FOLDER}"
     exact, rounded = (load_reward(f"{name}{options}")(drawings(), DRAWN[::-1]) for options in ("", QUANTIZED))
     assert 0 < (rounded - exact).abs().max() < 0.1 * exact.std()
+
+
+def test_evaluation_holds_a_llava_reward_in_8_bits_and_refuses_it_for_others() -> None:
+    machine: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+    model: Any = evaluate_reward_model.load_reward(evaluate_reward_model.Config(quantization="int8"), machine)
+    assert any(is_quantized(p) for p in model.model.backbone.language_model.parameters())
+    with pytest.raises(ValueError, match="quantization is int8; it must be null for 'clip:a-clip'"):
+        evaluate_reward_model.load_reward(
+            evaluate_reward_model.Config(quantization="int8", reward="clip:a-clip"), machine
+        )
 
 
 # --- runs ---------------------------------------------------------------------------------------------

@@ -34,14 +34,16 @@ class RewardRehearsal:
     config: Any
     validation_share: float
     """Batches of validation to an optimiser step, on average."""
+    in_float32: bool = False
+    """True to load the backbone in float32, as with fp16."""
     repeats: bool = False
     """True to run each microbatch."""
     loaded: int = 0
     """Bytes of the backbone as it is loaded."""
     trainer: Any = None
     _collate: Any = None
-    _batches: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
-    """Batches by their number of records; of tensors of pixels only shape and type."""
+    _batches: dict[int, dict[str, Callable[[], Tensor]]] = field(default_factory=dict[int, Any])
+    """What makes the tensors of a batch again, by its number of records."""
     _cost: Counts | None = None
     """Costs of a microbatch."""
 
@@ -99,9 +101,8 @@ class RewardRehearsal:
         """Return the first batch of this size again."""
         if len(examples) not in self._batches:
             batch = self._collate(examples)
-            self._batches[len(examples)] = {name: self._kept(tensor) for name, tensor in batch.items()}
-        found = self._batches[len(examples)].items()
-        return {name: kept() if callable(kept) else kept.clone() for name, kept in found}
+            self._batches[len(examples)] = {name: self._maker(tensor) for name, tensor in batch.items()}
+        return {name: make() for name, make in self._batches[len(examples)].items()}
 
     def image(self, source: Any) -> Tensor:
         """Return an image without data."""
@@ -110,7 +111,7 @@ class RewardRehearsal:
 
     def load(self, source: str, *, dtype: torch.dtype) -> Any:
         """Return a backbone without weights."""
-        model = build_backbone(source, dtype=dtype, empty=self.tracker.empty)
+        model = build_backbone(source, dtype=torch.float32 if self.in_float32 else dtype, empty=self.tracker.empty)
         self.loaded = bytes_of(model)
         return model
 
@@ -146,8 +147,9 @@ class RewardRehearsal:
                 stack.enter_context(patch.object(owner, name, stand_in))
             yield
 
-    def _kept(self, tensor: Tensor) -> Any:
+    def _maker(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Return what makes a tensor again; pixels have no data."""
         if not tensor.is_floating_point() or tensor.dim() < 2:
-            return tensor
+            return tensor.clone
         shape, dtype = tuple(tensor.shape), tensor.dtype
         return lambda: self.tracker.empty(shape, dtype=dtype)

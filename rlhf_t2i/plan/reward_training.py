@@ -52,7 +52,9 @@ def rehearse(main: Callable[[Any], Any], config: Any, *, fake: bool = True, repe
         source = backbone_files(config.backbone, Path(name) / "backbone")
         own = _prepared(config, Path(name), source, precision=precision)
         share = length.validation / (2 * own.microbatch_size * processes * own.evaluate_every)
-        rehearsal = RewardRehearsal(tracker, own, validation_share=share, repeats=repeats)
+        rehearsal = RewardRehearsal(
+            tracker, own, validation_share=share, in_float32=precision == "fp16", repeats=repeats
+        )
         with tracker, rehearsal.replacing(), redirect_stdout(io.StringIO()), suppress(StepFinished):
             main(own)
         words = _num_words(source)
@@ -146,5 +148,5 @@ def _left_out(mode: Mode, precision: str) -> tuple[str, ...]:
     if mode.startswith("zero") and precision != "no":
         notes.append("what DeepSpeed saves by trained weights in half precision")
     if precision == "fp16":
-        notes.append("what fp16 keeps in float32 (planned as bf16)")
+        notes.append("what fp16 adds to bf16 with a backbone in float32, as which it is planned")
     return tuple(notes)
