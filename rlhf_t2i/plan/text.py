@@ -50,8 +50,8 @@ def remedies(plan: Plan, config: Any) -> list[str]:
         ("--cache_embeddings FOLDER", "cache_embeddings" in has and has["cache_embeddings"] is None),
         ("--gradient_checkpointing true", has.get("gradient_checkpointing") is False),
         (f"--microbatch_size {has['microbatch_size'] // 2}{accumulated}", has["microbatch_size"] > 1),
-        (f"--max_pixels {(has.get('max_pixels') or 0) // 2}", bool(has.get("max_pixels"))),
         ("--quantization int8", has.get("quantization", "") is None and trains_lora),
+        (f"--max_pixels {(has.get('max_pixels') or 0) // 2}", bool(has.get("max_pixels"))),
         ("--lora_rank 16", not trains_lora),
         ("accelerate_configs/deepspeed_zero2.yaml or fsdp2.yaml", not trains_lora),
     ]
@@ -62,7 +62,10 @@ def plan_text(plan: Plan, config: Any) -> str:
     """Return the plan as plain text."""
     held = [f"{name} {size / _GIGA:.2f} GB" for name, size in plan.state.items()]
     share, giga = SHARES.get(plan.module, 0.2), f"{plan.peak / _GIGA:.1f} GB"
+    weights = sum(size for _, _, size in plan.parts.values())
+    rest = plan.peak - weights - sum(plan.state.values())
     worst = max(plan.peaks, key=lambda phase: plan.peaks[phase])
+    is_split = bool(plan.records) and worst == "update" and plan.mode != "zero3"  # which holds a part of the weights
     calls = f"{plan.denoiser_calls:,.0f} denoiser calls, " if plan.denoiser_calls else ""
     measured = "shares measured on an H200" if plan.module else "an assumption: reward training was not measured"
     lines = [
@@ -75,7 +78,8 @@ def plan_text(plan: Plan, config: Any) -> str:
         "",
         f"device memory  {giga} at its peak, in the phase {worst}; "
         + ", ".join(f"{phase} {peak / _GIGA:.1f}" for phase, peak in plan.peaks.items()),
-        f"held always    {', '.join(['weights', *held])}",
+        f"held always    {', '.join([f'weights {weights / _GIGA:.2f} GB', *held])}"
+        + (f"; activations and batches {rest / _GIGA:.2f} GB at the peak" if is_split else ""),
         f"main memory    {plan.host / _GIGA:.1f} GB a process while weights are loaded, and about 1.5 GB of libraries",
         f"one step       {plan.records or f'{plan.images:,} images'}; each process: {calls}{plan.flops / _TERA:,.1f} "
         f"TFLOP, at most {plan.bytes / _GIGA:,.0f} GB read and written by operations",
