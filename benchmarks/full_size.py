@@ -112,7 +112,7 @@ def training_row(machine: Machine, name: str, training: Training) -> Rows:
     """Measure the second of two training steps of a recipe, and the peak of both."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from rlhf_t2i.models.quantization import quantize
+    from reward_model.quantization import quantize
     from rlhf_t2i.models.quiet import only_errors
 
     dtype, recipe = DTYPES[training.precision], import_module(f"recipes.{training.recipe}")

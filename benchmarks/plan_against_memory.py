@@ -2,10 +2,10 @@
 
     python benchmarks/plan_against_memory.py
 
-Six middling models of random float32 weights (like SD 1.5, SDXL and SD 3.5 medium, narrower), trained by DDPO or
-Flow-GRPO for one step: LoRA and all weights, with and without gradient checkpointing. Each case is a process of its
-own: it makes the plan, which loads all libraries, then runs, and states the most resident memory of its steps over that
-before it, and with the checkpoint and the export. Linux only. Prints Markdown.
+Middling models of random float32 weights: like SD 1.5, SDXL and SD 3.5 medium, narrower, trained by DDPO or Flow-GRPO,
+and reward training on one like Qwen2.5-VL; LoRA and all weights, with and without gradient checkpointing. Each case is
+a process of its own: it makes the plan, which loads all libraries, then runs, and states the most resident memory of
+its steps over that before it, and with the checkpoint and the export. Linux only. Prints Markdown.
 """
 
 # diffusers has no usable types.
@@ -25,6 +25,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -57,7 +58,7 @@ DENOISERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CASES = [
     ("sd", True, False), ("sd", False, True), ("sdxl", True, True), ("sdxl", False, False), ("sd3", True, False),
-    ("sd3", False, True),
+    ("sd3", False, True), ("qwen2_5_vl", True, False), ("qwen2_5_vl", True, True),
 ]  # fmt: skip
 """Model, whether a LoRA is trained, gradient checkpointing."""
 PEAKS: list[float] = []
@@ -70,11 +71,16 @@ def mean_brightness(images: Any, prompts: Any) -> Any:
     The last call is that of the evaluation after the last step: the checkpoint and the export, of which a plan says
     nothing and which on a CPU hold copies of the trained weights, come after it.
     """
+    del prompts
+    note_peak()
+    return images.mean(dim=(1, 2, 3))
+
+
+def note_peak(*_: Any) -> None:
+    """Note the most resident memory so far; reward training calls this after a validation, before its checkpoint."""
     from scaling import resident
 
-    del prompts
     PEAKS.append(resident("VmHWM"))
-    return images.mean(dim=(1, 2, 3))
 
 
 def save_model(name: str, folder: Path) -> Path:
@@ -105,6 +111,43 @@ def config_of(recipe: Any, model: str, folder: Path, *, lora: bool, checkpointin
     )  # fmt: skip
 
 
+def reward_config_of(recipe: Any, folder: Path, *, checkpointing: bool) -> Any:
+    """Return the options of a short reward training on a middling Qwen2.5-VL, with images of 576 patches."""
+    from PIL import Image
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from rlhf_t2i.plan.reward_training import prompt_of
+    from tests import reward_models
+
+    text = {
+        "vocab_size": 1000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
+        "num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 1024, "bos_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
+        "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "depth": 6, "hidden_size": 512, "intermediate_size": 1024, "num_heads": 8, "patch_size": 14,
+        "window_size": 112, "fullatt_block_indexes": [2, 5], "out_hidden_size": 768,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=5, video_token_id=6, vision_start_token_id=3,
+        vision_end_token_id=4,
+    )  # fmt: skip
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "model")
+    reward_models.save_qwen_preprocessors(folder / "model", reward_models.QWEN_TEMPLATE, patch_size=14)
+    for name, colour in (("winner", "white"), ("loser", "black")):
+        Image.new("RGB", (336, 336), colour).save(folder / f"{name}.png")
+    rows = [{"prompt": prompt_of(60 - 30 * (i % 2)), "winner": "winner.png", "loser": "loser.png"} for i in range(16)]
+    for name, count in (("pairs", 16), ("validation", 8)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])), encoding="utf-8")
+    return recipe.Config(
+        backbone=str(folder / "model"), max_pixels=336**2, train_data=str(folder / "pairs.jsonl"),
+        validation_data=str(folder / "validation.jsonl"), run_folder=str(folder / "run"), dry_run_image_side=336,
+        microbatch_size=4, accumulation_steps=2, lora_rank=32, gradient_checkpointing=checkpointing, num_steps=2,
+        evaluate_every=2, num_cpu_threads=1,
+    )  # fmt: skip
+
+
 def compare(model: str, *, lora: bool, checkpointing: bool) -> dict[str, float]:
     """Plan and run one case in this process; return bytes and seconds."""
     from importlib import import_module
@@ -112,16 +155,23 @@ def compare(model: str, *, lora: bool, checkpointing: bool) -> dict[str, float]:
     from scaling import reset_peak, resident
 
     from rlhf_t2i.plan.dry_run import rehearse
+    from rlhf_t2i.plan.reward_training import rehearse as rehearse_reward_training
 
     warnings.filterwarnings("ignore")
-    recipe = import_module("recipes.flow_grpo" if model == "sd3" else "recipes.ddpo")
+    name = {"sd3": "flow_grpo", "qwen2_5_vl": "train_reward_model"}.get(model, "ddpo")
+    recipe = import_module(f"recipes.{name}")
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(recipe, model, Path(folder), lora=lora, checkpointing=checkpointing)
-        plan = rehearse(recipe.main, config, on_gpu=False)
+        if model == "qwen2_5_vl":
+            config = reward_config_of(recipe, Path(folder), checkpointing=checkpointing)
+            plan = rehearse_reward_training(recipe.main, config)
+        else:
+            config = config_of(recipe, model, Path(folder), lora=lora, checkpointing=checkpointing)
+            plan = rehearse(recipe.main, config, on_gpu=False)
         gc.collect()
         reset_peak()
         before, start = resident("VmRSS"), time.process_time()
-        with passing(PassedObjects({}, {}, {REWARD: mean_brightness})):
+        reported = patch.object(recipe, "record_history", note_peak, create=True)
+        with passing(PassedObjects({}, {}, {REWARD: mean_brightness})), reported:
             recipe.main(config)
         return {
             "parameters": sum(learned + frozen for learned, frozen, _ in plan.parts.values()),

@@ -1,4 +1,4 @@
-"""Compute what fits on which GPU: the plan (`--dry_run`) of each config of recipes/configs that trains or searches.
+"""Compute what fits on which GPU: the plan (`--dry_run`) of each config of recipes/configs.
 
     python benchmarks/what_fits.py
     python benchmarks/what_fits.py recipes/configs/flow_grpo_flux.yaml --options="--quantization nf4"
@@ -25,8 +25,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rlhf_t2i.config import parse_config
-from rlhf_t2i.plan.dry_run import Plan, rehearse
+from rlhf_t2i.plan import make_plan
 from rlhf_t2i.plan.text import SPARE
+from rlhf_t2i.plan.types import Plan
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 SIZES = (8, 12, 16, 24, 48, 80, 141)
@@ -49,7 +50,7 @@ def planned(path: Path, options: str = "") -> tuple[Any, Plan]:
     recipe = recipe_of(path)
     arguments = ["--config", str(path), "--mixed_precision", "bf16", "--dry_run", *shlex.split(options)]
     config = parse_config(recipe.Config, arguments=arguments)
-    return config, rehearse(recipe.main, config)
+    return config, make_plan(recipe.main, config)
 
 
 def switches(config: Any) -> str:
@@ -57,7 +58,7 @@ def switches(config: Any) -> str:
     flags = ("gradient_checkpointing", "offload_text_encoders")
     on = [name.replace("_", " ") for name in flags if getattr(config, name, False)]
     return ", ".join(
-        [f"microbatch {config.microbatch_size}", *([config.quantization] if config.quantization else []), *on]
+        [f"microbatch {config.microbatch_size}", *filter(None, [getattr(config, "quantization", None)]), *on]
     )
 
 
@@ -77,13 +78,12 @@ def row(name: str, config: Any, plan: Plan, *, seconds: float) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("configs", nargs="*", type=Path, help="YAML files; default: all that train or search")
+    parser.add_argument("configs", nargs="*", type=Path, help="YAML files; default: all")
     parser.add_argument("--options", default="", help="further options of the recipes, in one text")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    everything = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("reward_")]
     say(f"{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
-    for path in arguments.configs or everything:
+    for path in arguments.configs or sorted(CONFIGS.glob("*.yaml")):
         start = time.process_time()
         config, plan = planned(path, arguments.options)
         name = " ".join([path.stem, *([arguments.options] if arguments.options else [])])

@@ -70,9 +70,12 @@ def main(config: Config) -> dict[str, list[Metric]]:
 def load_reward(config: Config, run: Run) -> LlavaReward | PointwiseScorer:
     """Load the reward model on the device of the run."""
     if is_known(config.reward):
+        if config.quantization:
+            raise ValueError(f"quantization is {config.quantization}; it must be null for {config.reward!r}.")
         return load_scorer(config.reward).to(run.device)
     source = TOY_REWARD_MODEL_FOLDER if config.reward == TOY_REWARD_MODEL else reward_model_of(config.reward)
-    return LlavaReward.from_pretrained(source, dtype=run.dtype if config.mixed_precision else None, device=run.device)
+    dtype = run.dtype if config.mixed_precision else None
+    return LlavaReward.from_pretrained(source, dtype=dtype, quantization=config.quantization, device=run.device)
 
 
 def evaluate_on_data(reward: LlavaReward | PointwiseScorer, config: Config, folder: Path) -> dict[str, list[Metric]]:

@@ -54,10 +54,11 @@ from reward_model.datasets.usable import skipped_records, usable_records
 from reward_model.losses import Objective
 from reward_model.model import RewardModel, parameter_table, visual_token_table
 from reward_model.scoring import LlavaReward
-from reward_model.training import REQUIRED_ARGUMENTS, RewardModelTrainer
-from rlhf_t2i.distributed.processes import end_processes, prepare_deepspeed, uses_fsdp
+from reward_model.training import RewardModelTrainer
+from rlhf_t2i.distributed.processes import end_processes, prepare_deepspeed
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import CHECKPOINTS, REWARD_METRICS, REWARD_MODEL
+from rlhf_t2i.plan import or_plan
 from rlhf_t2i.report.reward_model import record_history, write_report
 from rlhf_t2i.settings.lists import names
 from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_BACKBONE_FOLDER, TOY_PAIRS, toy_pairs_folder
@@ -65,6 +66,7 @@ from rlhf_t2i.shapes.pairs import TESTS, write_pairs
 from rlhf_t2i.training.claim import claim_folder, keep_folder
 from rlhf_t2i.training.environment import prepare_torch, restarted, stop_with_launcher
 from rlhf_t2i.training.fingerprints import record_distribution
+from rlhf_t2i.training.reward_arguments import refuse_strategy, trainer_arguments
 from rlhf_t2i.training.trackers import name_run
 
 
@@ -115,7 +117,8 @@ def build_model(config: Config, objective: Objective, *, dtype: str) -> RewardMo
     """Load the frozen backbone and add an untrained perspective: LoRA, projector, SkipCA and head."""
     source = str(TOY_BACKBONE_FOLDER) if config.backbone == TOY_BACKBONE else config.backbone
     options: Any = {key: getattr(config, key) for key in ("template", "min_pixels", "max_pixels", "num_crops")}
-    model = RewardModel(load_backbone(source, dtype=getattr(torch, dtype), **options))
+    backbone = load_backbone(source, dtype=getattr(torch, dtype), quantization=config.quantization, **options)
+    model = RewardModel(backbone)
     model_config = RewardModelConfig(
         perspective=config.perspective,
         backbone=os.path.abspath(source) if Path(source).is_dir() else source,
@@ -138,9 +141,8 @@ def build_model(config: Config, objective: Objective, *, dtype: str) -> RewardMo
 
 
 def start(config: Config) -> tuple[RewardConfig, Path]:
-    """Set up the process and trl's arguments, and claim the run folder. Raises ValueError under FSDP."""
-    if uses_fsdp(os.environ):
-        raise ValueError("FSDP does not train reward models; use accelerate_configs/deepspeed_zero3.yaml or ddp.yaml.")
+    """Set up the process and trl's arguments, and claim the run folder. Raises what `refuse_strategy` does."""
+    refuse_strategy(os.environ, quantization=config.quantization)
     stop_with_launcher()
     if config.backbone != TOY_BACKBONE:
         backbone_family(config.backbone)  # raises before data are read
@@ -154,41 +156,6 @@ def start(config: Config) -> tuple[RewardConfig, Path]:
     arguments.output_dir, arguments.run_name = str(folder / CHECKPOINTS), folder.name
     name_run(folder, names(config.trackers), goes_on=config.resume or restarted())
     return arguments, folder
-
-
-def trainer_arguments(config: Config, *, precision: str) -> RewardConfig:
-    """Return the arguments of trl's trainer: AdamW with a cosine schedule; validation and checkpoint together."""
-    if precision not in ("no", "fp16", "bf16"):
-        raise ValueError(f"mixed_precision {precision} is not supported; use no, fp16 or bf16.")
-    on_cpu = not torch.cuda.is_available()
-    return RewardConfig(
-        **REQUIRED_ARGUMENTS,
-        output_dir="runs",
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        activation_checkpointing=config.gradient_checkpointing,
-        per_device_train_batch_size=config.microbatch_size,
-        per_device_eval_batch_size=2 * config.microbatch_size,
-        gradient_accumulation_steps=config.accumulation_steps,
-        num_train_epochs=config.num_epochs,
-        max_steps=config.num_steps or -1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_fraction,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_gradient_norm,
-        dataloader_num_workers=config.num_workers,
-        eval_steps=config.evaluate_every,
-        save_steps=config.evaluate_every,
-        save_total_limit=config.keep_checkpoints,
-        logging_steps=min(10, config.evaluate_every),
-        report_to=names(config.trackers) or "none",
-        seed=config.seed,
-    )
 
 
 def load_data(config: Config, folder: Path) -> tuple[RecordTable, RecordTable, dict[str, RecordTable]]:
@@ -247,4 +214,4 @@ def evaluate(model: LlavaReward, sets: dict[str, RecordTable], folder: Path, *, 
 
 
 if __name__ == "__main__":
-    run_command(main, config)
+    run_command(or_plan(main), config)

@@ -18,6 +18,7 @@ from torch import Tensor
 from reward_model.backbones.load import load_backbone
 from reward_model.config import RewardModelConfig
 from reward_model.model import RewardModel
+from reward_model.quantization import Quantization
 
 WEIGHTS_NAME, CONFIG_NAME = "llava_reward.safetensors", "llava_reward.json"
 
@@ -124,8 +125,13 @@ def load_adapter(model: RewardModel, folder: Path, *, name: str | None = None) -
     return config.perspective
 
 
-def load_reward_model(folder: Path, *, dtype: torch.dtype | None = None) -> RewardModel:
-    """Load an adapter checkpoint and its backbone, in the backbone's precision of training unless `dtype` is given."""
+def load_reward_model(
+    folder: Path, *, dtype: torch.dtype | None = None, quantization: Quantization | None = None
+) -> RewardModel:
+    """Load an adapter checkpoint and its backbone, in the backbone's precision of training unless `dtype` is given.
+
+    `quantization` is as in `load_backbone`, whatever it was in training.
+    """
     config = read_config(folder)
     source = backbone_source(config, folder)
     backbone = load_backbone(
@@ -135,6 +141,7 @@ def load_reward_model(folder: Path, *, dtype: torch.dtype | None = None) -> Rewa
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
         num_crops=config.num_crops,
+        quantization=quantization,
     )
     model = RewardModel(backbone)
     load_adapter(model, folder)

@@ -103,6 +103,7 @@ class RewardModel(nn.Module):
             )
             with warnings.catch_warnings():  # several adapters are intended
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # cannot be merged
                 inject_adapter_in_model(lora, self.backbone.language_model, adapter_name=name)
         self.configs[name] = config
         for parameters in self.groups(name).values():
@@ -123,13 +124,15 @@ class RewardModel(nn.Module):
             W <- W + (alpha / rank) * B A
 
         Exact up to the rounding of the backbone's precision: outputs in float32 change by about 1e-6. Does nothing if
-        that was done. Raises ValueError for several perspectives, which share the weights.
+        that was done. Raises ValueError for several perspectives, which share the weights, and for quantised weights.
         """
         if len(self.configs) > 1:
             raise ValueError(
                 f"There are {len(self.configs)} perspectives; only the LoRA of a single one can be merged."
             )
         adapted = [(name, m) for name, m in self.backbone.language_model.named_modules() if isinstance(m, LoraLayer)]
+        if any(type(layer.get_base_layer().weight) is not nn.Parameter for _, layer in adapted):
+            raise ValueError("The LoRA cannot be merged into weights of 8 or 4 bits, which would round it away.")
         for name, layer in adapted:
             one: Any = layer
             one.merge(adapter_names=[self.active])

@@ -15,6 +15,7 @@ from reward_model.heads import preference_logits
 from reward_model.images import ImageInput, to_tensor
 from reward_model.losses import win_probability
 from reward_model.model import RewardModel
+from reward_model.quantization import Quantization
 from reward_model.types import Inputs, LabelledImage, PreferencePair, Record
 
 
@@ -35,15 +36,20 @@ class LlavaReward:
 
     @staticmethod
     def from_pretrained(
-        source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+        source: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        quantization: Quantization | None = None,
+        device: str | torch.device | None = None,
     ) -> LlavaReward:
         """Load a reward model from a folder or a Hub id.
 
-        `dtype` is the backbone's precision, by default that of training; scores are always float32. `device` is by
+        `dtype` is the backbone's precision, by default that of training; scores are always float32. `quantization`
+        holds the language model's linear layers in 8 or 4 bits (int8, nf4; extra `quant`). `device` is by
         default the accelerator if there is one (a GPU), else the CPU. Raises FileNotFoundError or ValueError, naming
         the file and what is wrong with it.
         """
-        reward_model = LlavaReward(load_reward_model(_folder(source), dtype=dtype))
+        reward_model = LlavaReward(load_reward_model(_folder(source), dtype=dtype, quantization=quantization))
         reward_model.model.requires_grad_(False)
         return reward_model.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
 

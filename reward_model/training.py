@@ -67,6 +67,9 @@ class _TrlModel(nn.Module):
         self.reward_model = reward_model
         self.config = copy.deepcopy(reward_model.backbone.model.config)
         self.config.num_labels = 1
+        # DDP would broadcast quantised weights as plain tensors; each process has loaded the same ones.
+        quantized = [name for name, p in self.named_parameters() if type(p) is not nn.Parameter]
+        self._ddp_params_and_buffers_to_ignore = quantized
 
     def forward(self, **inputs: Tensor) -> Float[Tensor, "R d"]:
         return self.reward_model(**inputs)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from recipes import ddpo
+from reward_model.quantization import Quantization, quantize
 from rlhf_t2i.distributed.memory import num_bytes, num_elements
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.models.lora import LoraConfiguration
-from rlhf_t2i.models.quantization import Quantization, quantize
 from rlhf_t2i.output.run_folder import read_run_info
 from rlhf_t2i.shapes.names import TOY_MODEL
 from tests.policies import LATEST, PROMPTS, images_of, perturb, pipeline_of, policy_of, stock_images

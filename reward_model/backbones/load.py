@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from reward_model.backbones.prompts import PaddingSide
 from reward_model.backbones.settings import BackboneSettings, Template
 from reward_model.progress import no_loading_bar
+from reward_model.quantization import Quantization, check_installed, quantize
 from reward_model.types import Backbone
 
 FAMILIES = {
@@ -60,12 +61,16 @@ def load_backbone(
     max_pixels: int | None = None,
     num_crops: int | None = None,
     padding_side: PaddingSide = "right",
+    quantization: Quantization | None = None,
 ) -> Backbone:
     """Load a model, frozen and in evaluation mode. No remote code is run.
 
-    The settings are those of `BackboneSettings`. Raises what `backbone_family` raises, and ValueError for a setting
-    that the family does not have.
+    The settings are those of `BackboneSettings`. With `quantization` the linear layers of the language model hold 8 or
+    4 bits, as in `quantize`; vision tower, projector, embeddings and language-model head stay as they are. Raises what
+    `backbone_family` and `check_installed` raise, and ValueError for a setting that the family does not have.
     """
+    if quantization:
+        check_installed(quantization)  # before minutes of loading
     if backbone_family(source) == "phi3_v":
         from reward_model.backbones.phi3_v_model import load_phi3_v
 
@@ -75,7 +80,10 @@ def load_backbone(
     settings = BackboneSettings(
         template=template, min_pixels=min_pixels, max_pixels=max_pixels, num_crops=num_crops, padding_side=padding_side
     )
-    return adapt(model.eval().requires_grad_(False), source, settings)
+    backbone = adapt(model.eval().requires_grad_(False), source, settings)
+    if quantization:
+        quantize(backbone.language_model, quantization, device=torch.device("cpu"), dtype=dtype)
+    return backbone
 
 
 def adapt(model: Any, source: str, settings: BackboneSettings) -> Backbone:

@@ -47,4 +47,6 @@ def attend(
         q, k, v = (states[0][:, rows].transpose(0, 1) for states in (query, key, value))
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
         positions.append(rows.flatten())
-    return torch.cat(outputs)[torch.cat(positions).argsort()][None], None
+    order = torch.cat(positions)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return torch.cat(outputs)[place][None], None

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
+from reward_model.quantization import Quantization, check_installed, quantize
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lazy_encoders import LazyEncoder, fingerprint_of_files
 from rlhf_t2i.models.pipeline_parts import (
@@ -22,7 +23,6 @@ from rlhf_t2i.models.pipeline_parts import (
     first_line,
     load_pipeline,
 )
-from rlhf_t2i.models.quantization import Quantization, check_installed, quantize
 from rlhf_t2i.models.quiet import only_errors
 from rlhf_t2i.models.table import FAMILIES, family_entry
 from rlhf_t2i.models.text_encoders import PromptStore, in_precision

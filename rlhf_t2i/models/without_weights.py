@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -19,6 +19,7 @@ from rlhf_t2i.models.architectures import published_architecture
 from rlhf_t2i.models.load import family_of, pipeline_index
 from rlhf_t2i.models.pipeline_parts import missing_parts
 
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 
 
@@ -93,6 +94,11 @@ def _part(kind: Any, config: Mapping[str, Any], dtype: torch.dtype, empty: Calla
     family: Any = kind  # untyped again
     with torch.device("meta"):
         network = family.from_config(config) if hasattr(kind, "from_config") else family(family.config_class(**config))
+    return replace_tensors(network, dtype=dtype, empty=empty)
+
+
+def replace_tensors(network: NetworkT, *, dtype: torch.dtype, empty: Callable[..., torch.Tensor]) -> NetworkT:
+    """Return a network, frozen and with each tensor made anew by `empty`; floats of the state are in `dtype`."""
     made, replaced = dict[int, torch.Tensor](), list[torch.Tensor]()  # tensors that two modules share stay one
     for module in network.modules():
         groups: tuple[Any, ...] = (module._parameters, module._buffers)

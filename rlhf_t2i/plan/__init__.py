@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_t2i.plan.types import Plan
 
 
 def or_plan(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -16,9 +19,17 @@ def or_plan(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return main(config)
         if int(os.environ.get("RANK", "0")):
             return None
-        from rlhf_t2i.plan.dry_run import rehearse  # takes seconds
-        from rlhf_t2i.plan.text import plan_text
+        from rlhf_t2i.plan.text import plan_text  # takes seconds
 
-        return sys.stdout.write(plan_text(rehearse(main, config), config))
+        return sys.stdout.write(plan_text(make_plan(main, config), config))
 
     return main_or_plan
+
+
+def make_plan(main: Callable[[Any], Any], config: Any) -> Plan:
+    """Return the plan of one process's part in a run of a recipe's `main`."""
+    if hasattr(config, "backbone"):
+        from rlhf_t2i.plan.reward_training import rehearse
+    else:
+        from rlhf_t2i.plan.dry_run import rehearse
+    return rehearse(main, config)

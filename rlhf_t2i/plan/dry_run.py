@@ -6,9 +6,9 @@ import inspect
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,70 +16,18 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlhf_t2i.distributed.memory import FLOAT32, Layout, memory_of, num_bytes
+from rlhf_t2i.distributed.memory import FLOAT32, Layout, memory_of
 from rlhf_t2i.distributed.placement import layout_of
-from rlhf_t2i.distributed.processes import Mode, uses_fsdp
+from rlhf_t2i.distributed.processes import Mode
 from rlhf_t2i.models.table import family_entry
 from rlhf_t2i.models.without_weights import architecture_of, build_without_weights
 from rlhf_t2i.passed import PassedObjects, passing
 from rlhf_t2i.plan.rewards import bytes_of_rewards
 from rlhf_t2i.plan.stand_ins import Rehearsal, StepFinished, stand_in_reward
-from rlhf_t2i.plan.tracker import Counts, Tracker
+from rlhf_t2i.plan.tracker import Tracker
+from rlhf_t2i.plan.types import Plan, bytes_of, bytes_saved, launched, without_launcher
 from rlhf_t2i.rewards.terms import reward_names_of
 from rlhf_t2i.training.setup import NUM_MOMENTS
-
-_LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What one step of a recipe needs on each process. Sizes are bytes."""
-
-    recipe: str
-    model: str
-    module: str
-    """Module of the model's family."""
-    mode: Mode
-    processes: int
-    parts: Mapping[str, tuple[int, int, int | float]]
-    """Trained parameters, frozen parameters and bytes of each network."""
-    state: Mapping[str, int | float]
-    """What is held at all times, by its name."""
-    peaks: Mapping[str, int | float]
-    """Most bytes on the device in each phase of a step."""
-    counts: Mapping[str, Counts]
-    """FLOPs and bytes of each phase."""
-    denoiser_calls: int | float
-    images: int
-    """Images of a step, over all processes."""
-    num_steps: int
-    host: int | float
-    """Bytes of the weights in main memory while they are loaded, and of what stays there."""
-    left_out: tuple[str, ...]
-
-    @property
-    def peak(self) -> int | float:
-        return max(self.peaks.values())
-
-    @property
-    def flops(self) -> int | float:
-        """Floating-point operations of one process in a step."""
-        return sum(counts.flops for counts in self.counts.values())
-
-    @property
-    def bytes(self) -> int | float:
-        return sum(counts.bytes for counts in self.counts.values())
-
-
-def launched(environment: Mapping[str, str]) -> tuple[Mode, int]:
-    """Return the distribution strategy and the number of processes that the launcher's variables configure."""
-    processes = int(environment.get("WORLD_SIZE", "1"))
-    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        stages: dict[str, Mode] = {"1": "zero1", "2": "zero2", "3": "zero3"}
-        return stages[environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")], processes
-    if uses_fsdp(environment):
-        return "fsdp2", processes
-    return ("ddp" if processes > 1 else "single"), processes
 
 
 def rehearse(
@@ -92,27 +40,23 @@ def rehearse(
     model, as the recipe does, and for a model whose configs are unknown.
     """
     mode, processes = launched(os.environ)
-    removed = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     dtype = torch.float32 if precision == "no" else torch.bfloat16
     tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True) if fake else None)
     rehearsal = Rehearsal(tracker, processes, config, on_gpu, repeats)
     architecture = architecture_of(config.model)
-    try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), tracker:
-            warnings.simplefilter("ignore")
-            whole = not getattr(config, "trains_lora", True)
-            pipeline = build_without_weights(
-                architecture, dtype=dtype, denoiser_dtype=torch.float32 if whole else dtype, empty=tracker.empty
-            )
-            host = sum(_bytes_of(part) for part in pipeline.components.values() if isinstance(part, nn.Module))
-            rewards = dict.fromkeys(_rewards_of(config), stand_in_reward)
-            objects = PassedObjects({config.model: pipeline}, {}, rewards)
-            with rehearsal.replacing(), passing(objects), suppress(StepFinished):
-                main(_prepared(config, Path(folder), dtype))
-            return _planned(rehearsal, pipeline, main, mode, host=host, precision=precision)
-    finally:
-        os.environ.update(removed)
+    with without_launcher(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), tracker:
+        warnings.simplefilter("ignore")
+        whole = not getattr(config, "trains_lora", True)
+        pipeline = build_without_weights(
+            architecture, dtype=dtype, denoiser_dtype=torch.float32 if whole else dtype, empty=tracker.empty
+        )
+        host = sum(bytes_of(part) for part in pipeline.components.values() if isinstance(part, nn.Module))
+        rewards = dict.fromkeys(_rewards_of(config), stand_in_reward)
+        objects = PassedObjects({config.model: pipeline}, {}, rewards)
+        with rehearsal.replacing(), passing(objects), suppress(StepFinished):
+            main(_prepared(config, Path(folder), dtype))
+        return _planned(rehearsal, pipeline, main, mode, host=host, precision=precision)
 
 
 def _prepared(config: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -153,7 +97,7 @@ def _planned(
         name: (
             sum(p.numel() for p in part.parameters() if p.requires_grad),
             sum(p.numel() for p in part.parameters() if not p.requires_grad),
-            _bytes_of(part),
+            bytes_of(part),
         )
         for name, part in pipeline.components.items()
         if isinstance(part, nn.Module)
@@ -216,10 +160,6 @@ def _left_out(config: Any, precision: str, unknown: list[str]) -> tuple[str, ...
     return tuple(notes)
 
 
-def _bytes_of(module: nn.Module) -> int:
-    return sum(num_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
-
-
 def _saved_by_8_bit_moments(config: Any, layout: Layout) -> int | float:
     """Return the bytes of moments that AdamW in 8 bits does not have, since the rehearsal's optimiser is AdamW."""
     if getattr(config, "optimizer", None) != "adamw_8bit":
@@ -231,9 +171,4 @@ def _saved_by(quantization: str | None, pipeline: Any, name: str) -> int | float
     """Return the bytes that 8 or 4 bits save of a part's linear layers in half precision."""
     if quantization is None or not (name.startswith("text_encoder") or name in ("unet", "transformer")):
         return 0.0
-    layers = [
-        m.weight for m in getattr(pipeline, name).modules() if type(m) is nn.Linear and not m.weight.requires_grad
-    ]
-    linear, rows = sum(w.numel() for w in layers), sum(len(w) for w in layers)
-    kept = linear + 3 * rows if quantization == "int8" else linear * (1 / 2 + 4 / 64)
-    return sum(w.nbytes for w in layers) - kept
+    return bytes_saved(quantization, getattr(pipeline, name))

@@ -164,7 +164,7 @@ class Rehearsal:
         self._batches, self._score, add_lora = SearchRun.batches, _context().score, base.add_lora
 
         def add_fake_lora(*args: Any, **kwargs: Any) -> None:
-            with _all_fake(self.tracker):
+            with all_fake(self.tracker):
                 add_lora(*args, **kwargs)
 
         def load(pairs: ImagePairs, indices: Sequence[int], rows: Sequence[int], *, step: int) -> PairBatch:
@@ -195,7 +195,7 @@ class Rehearsal:
             (ImagePairs, "load", load),
             *([(rollout, "each", self._memo.each)] if not self._memo.is_off else []),
             (base, "add_lora", add_fake_lora),
-            *([(nn.Module, "_apply", _convert)] if self.tracker.fake else []),
+            *([(nn.Module, "_apply", convert)] if self.tracker.fake else []),
         ]
         with ExitStack() as stack:
             for owner, name, stand_in in replaced:
@@ -221,10 +221,10 @@ def _stop(*args: Any, **kwargs: Any) -> None:
     raise StepFinished
 
 
-def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+def convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Apply a conversion to a network's tensors, as `nn.Module._apply` does: it refuses fake tensors that are known."""
     for child in module.children() if recurse else ():
-        _convert(child, function)
+        convert(child, function)
     groups: tuple[Any, ...] = (module._parameters, module._buffers)
     for tensors in groups:
         for name, old in tensors.items():
@@ -238,7 +238,8 @@ def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: b
 
 
 @contextmanager
-def _all_fake(tracker: Tracker) -> Iterator[None]:
+def all_fake(tracker: Tracker) -> Iterator[None]:
+    """Context in which small tensors have no data either, if large ones have none."""
     tracker.all_fake = tracker.fake is not None
     try:
         yield

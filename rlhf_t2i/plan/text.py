@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_t2i.output.text_table import align
-from rlhf_t2i.plan.dry_run import Plan
+from rlhf_t2i.plan.types import Plan
 
 _GIGA, _TERA = 1e9, 1e12
 SPARE = 0.9
@@ -43,14 +43,17 @@ def fits(plan: Plan, gpu: Gpu) -> bool:
 def remedies(plan: Plan, config: Any) -> list[str]:
     """Return the options that save memory and are not set, in the order in which to try them."""
     has = {name: getattr(config, name) for name in vars(config)}
+    trains_lora = getattr(config, "trains_lora", True)
+    accumulated = f" --accumulation_steps {2 * has['accumulation_steps']}" if "accumulation_steps" in has else ""
     switches = [
         ("--offload_text_encoders true", has.get("offload_text_encoders") is False),
         ("--cache_embeddings FOLDER", "cache_embeddings" in has and has["cache_embeddings"] is None),
         ("--gradient_checkpointing true", has.get("gradient_checkpointing") is False),
-        (f"--microbatch_size {has['microbatch_size'] // 2}", has["microbatch_size"] > 1),
-        ("--quantization int8", has.get("quantization") is None and getattr(config, "trains_lora", True)),
-        ("--lora_rank 16", "lora_rank" in has and not config.trains_lora),
-        ("accelerate_configs/deepspeed_zero2.yaml or fsdp2.yaml", "lora_rank" in has and not config.trains_lora),
+        (f"--microbatch_size {has['microbatch_size'] // 2}{accumulated}", has["microbatch_size"] > 1),
+        ("--quantization int8", has.get("quantization", "") is None and trains_lora),
+        (f"--max_pixels {(has.get('max_pixels') or 0) // 2}", bool(has.get("max_pixels"))),
+        ("--lora_rank 16", not trains_lora),
+        ("accelerate_configs/deepspeed_zero2.yaml or fsdp2.yaml", not trains_lora),
     ]
     return [switch for switch, helps in switches if helps]
 
@@ -59,7 +62,12 @@ def plan_text(plan: Plan, config: Any) -> str:
     """Return the plan as plain text."""
     held = [f"{name} {size / _GIGA:.2f} GB" for name, size in plan.state.items()]
     share, giga = SHARES.get(plan.module, 0.2), f"{plan.peak / _GIGA:.1f} GB"
+    weights = sum(size for _, _, size in plan.parts.values())
+    rest = plan.peak - weights - sum(plan.state.values())
     worst = max(plan.peaks, key=lambda phase: plan.peaks[phase])
+    is_split = bool(plan.records) and worst == "update" and plan.mode != "zero3"  # which holds a part of the weights
+    calls = f"{plan.denoiser_calls:,.0f} denoiser calls, " if plan.denoiser_calls else ""
+    measured = "shares measured on an H200" if plan.module else "an assumption: reward training was not measured"
     lines = [
         f"Plan of {plan.recipe} with {plan.model}, {plan.mode}, processes: {plan.processes}. Nothing was run.",
         "",
@@ -70,17 +78,19 @@ def plan_text(plan: Plan, config: Any) -> str:
         "",
         f"device memory  {giga} at its peak, in the phase {worst}; "
         + ", ".join(f"{phase} {peak / _GIGA:.1f}" for phase, peak in plan.peaks.items()),
-        f"held always    {', '.join(['weights', *held])}",
+        f"held always    {', '.join([f'weights {weights / _GIGA:.2f} GB', *held])}"
+        + (f"; activations and batches {rest / _GIGA:.2f} GB at the peak" if is_split else ""),
         f"main memory    {plan.host / _GIGA:.1f} GB a process while weights are loaded, and about 1.5 GB of libraries",
-        f"one step       {plan.images:,} images; each process: {plan.denoiser_calls:,.0f} denoiser calls, "
-        f"{plan.flops / _TERA:,.1f} TFLOP, at most {plan.bytes / _GIGA:,.0f} GB read and written by operations",
+        f"one step       {plan.records or f'{plan.images:,} images'}; each process: {calls}{plan.flops / _TERA:,.1f} "
+        f"TFLOP, at most {plan.bytes / _GIGA:,.0f} GB read and written by operations",
+        *([f"assumed        {'; '.join(plan.assumed)}"] if plan.assumed else []),
         f"not counted    {'; '.join(plan.left_out)}",
         "",
         *align([("GPU", "fits", f"hours for {plan.num_steps:,} steps"), *(
             (f"{gpu.name}, {gpu.memory:g} GB", "yes" if fits(plan, gpu) else "no", f"{hours(plan, gpu):.1f}")
             for gpu in GPUS
         )]),
-        f"Hours are computed at {share:g} of {ACHIEVED:g} of the nominal bfloat16 rate, shares measured on an H200.",
+        f"Hours are computed at {share:g} of {ACHIEVED:g} of the nominal bfloat16 rate, {measured}.",
     ]  # fmt: skip
     if not all(fits(plan, gpu) for gpu in GPUS):
         lines.append(f"If it does not fit, in this order: {', '.join(remedies(plan, config)) or 'more processes'}.")

@@ -155,16 +155,19 @@ def _shape_of_rows(func: Any, args: Any) -> tuple[int, ...] | None:
 
     Turning each index into a fake tensor takes longer than all else, and a mask of fake numbers is taken as all true.
     """
-    if func is not _aten.index.Tensor or len(args[1]) != 1 or args[1][0].dim() != 1:
+    if func is not _aten.index.Tensor or len(args[1]) != 1:
         return None
     index = args[1][0]
-    is_mask = index.dtype == torch.bool and not isinstance(index, FakeTensor)
-    return (int(index.sum()) if is_mask else len(index), *args[0].shape[1:])
+    if index.dtype == torch.bool and not isinstance(index, FakeTensor):
+        return (int(index.sum()), *args[0].shape[index.dim() :])
+    return (len(index), *args[0].shape[1:]) if index.dim() == 1 else None
 
 
 def _makes_many(inputs: list[Tensor], args: Any, kwargs: Any) -> bool:
     """True for an operation that makes a large tensor of floats from none."""
     if inputs or not args or not isinstance(args[0], list | tuple | torch.Size):
+        return False
+    if len(args) > 1 and isinstance(args[1], int) and kwargs.get("dtype") is None:  # `torch.full` of integers
         return False
     if (kwargs.get("dtype") or torch.get_default_dtype()) not in (torch.float32, torch.bfloat16, torch.float16):
         return False

@@ -60,7 +60,7 @@ def _llava_reward(path: str, _: bool) -> Any:
     from rlhf_t2i.rewards.llava_reward import LlavaRewardFunction
     from rlhf_t2i.rewards.placement import placed
 
-    return placed(LlavaRewardFunction, path, options=("merge",))
+    return placed(LlavaRewardFunction, path, options=("merge", "quantization"))
 
 
 def _pairwise(path: str, _: bool) -> Any:

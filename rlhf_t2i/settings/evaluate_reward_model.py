@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rlhf_t2i.settings.base import Group, Settings
 from rlhf_t2i.settings.groups import (
@@ -64,6 +64,9 @@ class Config(
     """Pairs on the report page: those with the largest errors."""
     mixed_precision: Precision | None = None
     """Precision of a LLaVA-Reward's backbone; null is its precision in training. Scores are always float32."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Storage of the linear layers of a LLaVA-Reward's language model: int8 (8 bits, torchao), nf4 (4 bits,
+    bitsandbytes), or null, the backbone's precision."""
     microbatch_size: PositiveInt = 64
     """Images or pairs in one forward pass of one process; changes memory and speed, and scores by rounding only."""
     seed: NonNegativeInt = 0

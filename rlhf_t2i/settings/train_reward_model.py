@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Lt
 
 from rlhf_t2i.settings.base import Group, Rule, Settings
+from rlhf_t2i.settings.dry_run import DryRunSettings
 from rlhf_t2i.settings.groups import DataSettings, ResumeSettings, ThreadSettings
 from rlhf_t2i.settings.launch import tracker_rules
 from rlhf_t2i.settings.memory import AttentionSettings
@@ -30,7 +31,7 @@ from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_PAIRS
 FREE_TO_CHANGE = frozenset({
     "num_steps", "learning_rate", "projector_learning_rate", "skip_ca_learning_rate", "head_learning_rate",
     "warmup_fraction", "evaluate_every", "patience", "keep_checkpoints", "trackers", "num_cpu_threads", "num_workers",
-    "gradient_checkpointing", "test_data", "attention",
+    "gradient_checkpointing", "test_data", "attention", "dry_run", "dry_run_image_side",
 })  # fmt: skip
 """Settings that may differ when training is resumed; docs/resume.md lists them."""
 
@@ -62,6 +63,9 @@ class BackboneSettings(Settings, group="model and LoRA"):
     num_crops: PositiveInt | None = None
     """Largest number of crops of an image, for models that crop; more crops are more visual tokens. Null is the model's
     own number."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Storage of the frozen weights of the language model's linear layers: int8 (8 bits, torchao), nf4 (4 bits,
+    bitsandbytes), or null, the backbone's precision. On one process or under DDP."""
     lora_rank: PositiveInt = 128
     """Rank of the LoRA in the language model."""
     lora_alpha: PositiveFloat = 256.0
@@ -138,7 +142,7 @@ class RewardOptimizerSettings(Settings, group="optimiser"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSystemSettings(ThreadSettings, AttentionSettings, group="system"):
+class RewardSystemSettings(ThreadSettings, AttentionSettings, DryRunSettings, group="system"):
     """Precision, memory, randomness and processes."""
 
     mixed_precision: Precision | None = None
@@ -151,6 +155,8 @@ class RewardSystemSettings(ThreadSettings, AttentionSettings, group="system"):
     """Recompute activations in the backward pass instead of storing them: less memory, about a third slower."""
     num_workers: NonNegativeInt = 0
     """Processes that load images ahead of the model; 0 loads them in the training process."""
+    dry_run_image_side: PositiveInt = 1024
+    """Height and width in pixels of the images that dry_run plans for."""
     seed: NonNegativeInt = 0
     """Seed of all randomness; the same seed and options give the same reward model."""
 
