@@ -15,7 +15,7 @@ from rlhf_t2i.data.text_cache import StoredPrompts
 from rlhf_t2i.distributed.placement import layout_of, placement_config, placement_table
 from rlhf_t2i.distributed.processes import make_engine, watch_processes
 from rlhf_t2i.distributed.types import Engine
-from rlhf_t2i.models.lazy_encoders import encode_and_release
+from rlhf_t2i.models.lazy_encoders import encode_and_release, return_freed_memory
 from rlhf_t2i.output.run_folder import update_run_info
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.trial import try_rewards
@@ -68,6 +68,7 @@ def make_trainer(
     run.print(config.defaults_text())
     if config.cache_embeddings:  # before there is a denoiser in memory
         _encode_prompts(_load(config, run, only_encodes=True), prompts, run)
+        return_freed_memory()
     policy = _load(config, run)
     set_start(policy, config, run, keep_reference=keep_reference, lora_dropout=lora_dropout)
     if config.gradient_checkpointing:
