@@ -1,4 +1,4 @@
-"""The ladder of docs/many_gpus.md: its switches add up, one step serves several, and the grid has the first that fits."""
+"""The ladder of docs/many_gpus.md: its switches add up, one step serves several, the grid has the first that fits."""
 
 from __future__ import annotations
 
