@@ -34,11 +34,12 @@ def lazy_policy(model: Path, folder: Path, **options: Any) -> DiffusionPolicy:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the folders of networks that are loaded."""
+    """Names of the folders of networks whose weights are loaded."""
     names, original = list[str](), pipeline_parts._load_part
 
-    def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-        names.append(folder.name)
+    def load_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+        if dtype is not None:
+            names.append(folder.name)
         return original(kind, folder, dtype)
 
     monkeypatch.setattr(pipeline_parts, "_load_part", load_part)
@@ -106,7 +107,9 @@ def test_a_run_with_cached_prompts_equals_one_without(tiny_sd: Path, tmp_path: P
     config = ddpo.Config(**options, model=str(tiny_sd), run_folder=str(tmp_path / "plain"))
     expected = ddpo.main(config)
     cached = replace(config, cache_embeddings=str(tmp_path / "cache"))
+    loaded.clear()
     ddpo.main(replace(cached, run_folder=str(tmp_path / "first")))
+    assert loaded.index("text_encoder") < loaded.index("unet")  # never both in memory
     loaded.clear()
     folder = ddpo.main(replace(cached, run_folder=str(tmp_path / "second")))
     assert_same(weights(folder, 1), weights(expected, 1))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from recipes import ddpo, diffusion_dpo, diffusion_nft, draft, fk_steering, flow_grpo
-from rlhf_t2i.plan.dry_run import rehearse
+from rlhf_t2i.plan.dry_run import rehearse, rehearsed
 from tests.runs import REDNESS
 
 SMALL = {
@@ -83,3 +83,21 @@ def test_a_plan_holds_the_moments_of_the_optimiser_that_is_chosen(tiny_sd: Path,
     sampling = {name: plan.peaks["rollout"] for name, plan in plans.items()}
     assert sampling["adamw"] - sampling["sgd"] == pytest.approx(4 * trained, rel=0.02)
     assert sampling["adamw"] - sampling["adamw_8bit"] == pytest.approx(6 * trained, rel=0.02)
+
+
+@pytest.mark.slow
+def test_one_rehearsal_plans_cached_prompts_and_a_reward_that_is_away(tiny_sd: Path, tmp_path: Path) -> None:
+    """Cached prompts are encoded before there is a denoiser, and need no encoder later."""
+    pick_score = "clip:yuvalkirstain/PickScore_v1"
+    config = config_of(ddpo, tiny_sd, tmp_path, rewards=pick_score, evaluation_rewards=pick_score)
+    plan_of = rehearsed(ddpo.main, config)
+    plain, cached = plan_of(config), plan_of(config.with_options(cache_embeddings="embeddings"))
+    assert plain == rehearse(ddpo.main, config)
+    size = {name: part[2] for name, part in plain.parts.items()}
+    assert plain.peaks["encode"] - cached.peaks["encode"] == size["unet"]
+    assert plain.peaks["update"] - cached.peaks["update"] == size["text_encoder"]
+    away = f"{pick_score}(offload=True)"
+    offloaded = plan_of(config.with_options(rewards=away, evaluation_rewards=away))
+    saved = {phase: plain.peaks[phase] - peak for phase, peak in offloaded.peaks.items()}
+    assert saved.pop("reward") == 0
+    assert set(saved.values()) == {4 * 986_109_441}

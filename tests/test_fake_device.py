@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.reward_models import reward_model_folder
+from tests.reward_models import ALL_FAMILIES, reward_model_folder
 from tests.runs import REDNESS
 
 RECIPES = [
@@ -19,13 +19,15 @@ RECIPES = [
     ("flow_grpo", "sd3", {"images_per_prompt": 4, "kl_weight": 0.1, "guidance_scale": 3.0}),
     ("flow_grpo", "flux", {"images_per_prompt": 4, "resolution": 64}),
     ("diffusion_nft", "sd3", {"images_per_prompt": 4}),
+    ("flow_grpo", "flux2", {"images_per_prompt": 4, "kl_weight": 0.1, "guidance_scale": 3.0}),
+    ("flow_grpo", "zimage", {"images_per_prompt": 4, "resolution": 64}),
+    ("diffusion_nft", "qwen_image", {"images_per_prompt": 4, "guidance_scale": 3.0}),
     ("draft", "sd", {"backprop_steps": 1}),
+    ("draft", "sana", {"backprop_steps": 1, "guidance_scale": 3.0}),
+    ("diffusion_dpo", "sd", {"pairs": "missing.jsonl", "prompts": "", "pairs_per_step": 4}),
+    ("diffusion_dpo", "flux2", {"pairs": "sampled", "images_per_prompt": 4}),
 ]
 """Recipe, model of tests/tiny.py, options."""
-
-
-REWARD_MODELS = ("llava",)
-"""Shapes in Qwen2.5-VL and Phi-3.5-vision depend on numbers, which fake tensors do not have."""
 
 
 def name_of(recipe: str, model: str) -> str:
@@ -48,7 +50,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
         [name_of(recipe, model), recipe, {**shared, "model": str(folder / model), **options}]
         for recipe, model, options in RECIPES
     ]
-    cases += [[name_of("score", kind), "score", {"folder": str(reward_model_folder(kind))}] for kind in REWARD_MODELS]
+    cases += [[name_of("score", kind), "score", {"folder": str(reward_model_folder(kind))}] for kind in ALL_FAMILIES]
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-m", "tests.fake_device", str(folder / "cases.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
@@ -66,12 +68,13 @@ def test_a_step_of_a_recipe_keeps_its_tensors_on_one_device(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", REWARD_MODELS)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_reward_model_scores_on_the_device_of_the_images(family: str, errors: dict[str, str | None]) -> None:
     assert errors[name_of("score", family)] is None
 
 
 @pytest.mark.slow
 def test_a_tensor_that_stays_on_the_cpu_is_found(errors: dict[str, str | None]) -> None:
-    """A recipe whose decoded images stay on the CPU: the check can fail."""
-    assert "FakeTensorDeviceMismatchError" in str(errors["a tensor left on the CPU"])
+    """Among fake tensors, and among those with numbers."""
+    assert "FakeTensorDeviceMismatchError" in str(errors["left on the CPU, False"])
+    assert "has tensors of the device and of the CPU" in str(errors["left on the CPU, True"])

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.what_fits import CONFIGS, planned
 from rlhf_t2i.models.architectures import published_architecture
-from rlhf_t2i.plan.rewards import bytes_of_rewards
+from rlhf_t2i.plan.rewards import bytes_of_rewards, is_offloaded
 from rlhf_t2i.plan.text import SPARE
 
 QUICK = ("ddpo_sd15", "diffusion_dpo_sd15", "fk_sd15", "flow_grpo_flux2_klein_24gb", "flow_grpo_zimage_24gb")
@@ -56,3 +56,13 @@ def test_weights_of_rewards_count_by_their_published_size(tmp_path: Path) -> Non
     size, unknown = bytes_of_rewards([*known, *known, "clip:somebody/else", "llava_reward:missing"])
     assert size == pytest.approx(4 * 0.986e9 + 2 * 3.755e9, rel=1e-3)
     assert unknown == ["clip:somebody/else", "llava_reward:missing"]
+
+
+def test_arguments_of_a_reward_say_its_precision_and_when_it_is_on_the_device() -> None:
+    name, parameters = "clip:yuvalkirstain/PickScore_v1", 986_109_441
+    assert bytes_of_rewards([f"{name}(offload=True)"]) == (4 * parameters, [])
+    assert bytes_of_rewards([f"{name}(dtype='bfloat16', batch_size=4)"]) == (2 * parameters, [])
+    assert [is_offloaded(f"{name}{arguments}") for arguments in ("", "(offload=True)", "(batch_size=4)")] == [
+        False, True, False,
+    ]  # fmt: skip
+    assert not is_offloaded("my_rewards:brightness('linear')")

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlhf_t2i.diffusion.gaussian import randn
+from rlhf_t2i.distributed.meta import placed
 from rlhf_t2i.models.autoencoder import Autoencoder
 from rlhf_t2i.models.export import export_denoiser, export_lora
 from rlhf_t2i.models.fingerprint import fingerprint_of
@@ -71,7 +72,7 @@ class DiffusionPolicy(ABC):
         ValueError for a pipeline that cannot be trained.
         """
         self.device, self.dtype = device, dtype
-        self.network: Any = getattr(pipeline, self.component).requires_grad_(False).to(device).eval()
+        self.network: Any = placed(getattr(pipeline, self.component).requires_grad_(False).eval(), device)
         self.denoiser: nn.Module = self.network
         self.reference: nn.Module | None = None
         self.network_class = type(self.network)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,12 @@ def encode_and_release(policy: Any, prompts: Sequence[str], *, tick: Callable[[]
     for encoder in policy.text_encoders:
         encoder.model.release()
     return len(missing)
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system: glibc keeps that of weights under 32 MB, 1.5 GB for SDXL's text encoders."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def fingerprint_of_files(folder: Path, parts: Iterable[str], *, settings: Any) -> str:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
 from reward_model.quantization import Quantization, check_installed, quantize
+from rlhf_t2i.distributed.meta import has_no_weights
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lazy_encoders import LazyEncoder, fingerprint_of_files
 from rlhf_t2i.models.pipeline_parts import (
@@ -61,6 +62,7 @@ def load_policy(  # noqa: PLR0913  # one keyword for each option of a model
     quantization: Quantization | None = None,
     complex_human_instruction: bool = True,
     prompt_store: Callable[[str], PromptStore] | None = None,
+    only_encodes: bool = False,
 ) -> DiffusionPolicy:
     """Load a toy model by name (`shapes.names.TOY_MODELS`), a pipeline folder, a Hub id or a single-file checkpoint.
 
@@ -69,9 +71,9 @@ def load_policy(  # noqa: PLR0913  # one keyword for each option of a model
     model's own size. `offload_text_encoders` is as in `DiffusionPolicy`; `quantization`, of denoiser and text encoders,
     as in `quantize`. Without `complex_human_instruction` prompts are encoded without that of the stock pipeline.
     `prompt_store` opens a store of encoded prompts for a fingerprint of the text encoders, which are then loaded only
-    for a prompt that is not in it. A pipeline that a caller in Python passed under the name is not loaded again, not
-    quantised and not given a store. Raises FileNotFoundError or ValueError for a path that is not a pipeline of a
-    supported family, and for weights that are missing or do not fit.
+    for a prompt that is not in it; with `only_encodes` the denoiser has no weights. A pipeline that a caller in Python
+    passed under the name is not loaded again, not quantised and not given a store. Raises FileNotFoundError or
+    ValueError for a path that is not a pipeline of a supported family, and for weights that are missing or do not fit.
     """
     pipeline = passed().pipelines.get(model)
     _check_passed(pipeline, quantization, prompt_store)
@@ -79,13 +81,13 @@ def load_policy(  # noqa: PLR0913  # one keyword for each option of a model
         check_installed(quantization)  # before minutes of loading
 
     def quantized(network: Any) -> Any:
-        if quantization and network is not None:
+        if quantization and network is not None and not has_no_weights(network):
             quantize(network, quantization, device=device, dtype=dtype)
         return network
 
     if pipeline is None:
         pipeline = load_stock_pipeline(
-            model, dtype=dtype, denoiser_dtype=torch.float32 if whole else dtype,
+            model, dtype=dtype, denoiser_dtype=None if only_encodes else torch.float32 if whole else dtype,
             lazily=(lambda network: quantized(in_precision(network, dtype))) if prompt_store else None,
         )  # fmt: skip
     family = family_of(type(pipeline).__name__)
@@ -118,13 +120,13 @@ def _check_passed(pipeline: Any, quantization: Quantization | None, prompt_store
 
 
 def load_stock_pipeline(
-    model: str, *, dtype: torch.dtype = torch.float32, denoiser_dtype: torch.dtype = torch.float32,
+    model: str, *, dtype: torch.dtype = torch.float32, denoiser_dtype: torch.dtype | None = torch.float32,
     lazily: Callable[[Any], Any] | None = None,
 ) -> Any:  # fmt: skip
     """Return the diffusers pipeline of a model, without unused parts; raises what `load_policy` does.
 
     Text encoders are in `dtype`, and loaded `lazily` as in `load_pipeline`; the autoencoder, which some families
-    compute in another precision, is float32.
+    compute in another precision, is float32. A denoiser whose dtype is None has no weights.
     """
     source, index = pipeline_index(model)
     family = family_of(index["_class_name"])
@@ -132,7 +134,8 @@ def load_stock_pipeline(
     with only_errors():
         try:
             pipeline = load_pipeline(family.pipeline_class, source, index, dtypes=dtypes, lazily=lazily)
-            getattr(pipeline, family.component).to(denoiser_dtype)  # of a single file
+            if denoiser_dtype is not None:
+                getattr(pipeline, family.component).to(denoiser_dtype)  # of a single file
             return pipeline
         except OSError as error:
             raise _not_loaded(model, error) from error

@@ -35,12 +35,13 @@ def load_pipeline(
     *,
     given: Mapping[str, Any] | None = None,
     whole: bool = False,
-    dtypes: Mapping[str, torch.dtype] | None = None,
+    dtypes: Mapping[str, torch.dtype | None] | None = None,
     lazily: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Load a pipeline, with the parts in `given` in place of its own; networks are float32 unless in `dtypes`, by name.
 
-    The networks of a folder are loaded one after another, the largest one last. Those of a single file are float32.
+    The networks of a folder are loaded one after another, the largest one last; one of diffusers whose dtype is None is
+    built without weights. Those of a single file are float32.
     With `lazily`, which is applied to each of them, text encoders are loaded by their first call, and the pipeline has
     the folder of its files as `source_folder`. Parts that no family uses are left out, or with `whole` only where they
     are missing. `source` is a folder, a Hub id or a single file with `config_folder` beside it. Raises OSError or
@@ -93,8 +94,10 @@ def _num_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """Load a network, from the files of a variant such as fp16 if there are no others."""
+def _load_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
+    """Load a network, from the files of a variant such as fp16 if there are no others; without weights for None."""
+    if dtype is None:
+        return _without_weights(kind, folder)
     try:
         if dtype != torch.float32 and (part := load_in_pieces(kind, folder, dtype)) is not None:
             return part
@@ -127,9 +130,7 @@ def load_in_pieces(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     files = [file for file in folder.glob("*.safetensors") if _variant(file) == variant_of(folder)]
     if not issubclass(kind, ModelMixin) or kind._keep_in_fp32_modules or not files:
         return None
-    family: Any = kind  # untyped again
-    with without_weights():
-        network = family.from_config(family.load_config(folder), _name_or_path=str(folder))
+    network = _without_weights(kind, folder)
     missing = set(network.state_dict())
     _forget_stored_buffers(network)
     for file in files:
@@ -141,6 +142,11 @@ def load_in_pieces(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             network.load_state_dict(weights, strict=False, assign=True)
             missing -= weights.keys()
     return None if missing else network.eval()
+
+
+def _without_weights(kind: Any, folder: Path) -> Any:
+    with without_weights():
+        return kind.from_config(kind.load_config(folder), _name_or_path=str(folder))
 
 
 def _forget_stored_buffers(network: nn.Module) -> None:

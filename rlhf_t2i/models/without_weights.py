@@ -35,6 +35,10 @@ class TokenizerStandIn:
         ids = torch.ones(len(texts), max_length or self.model_max_length, dtype=torch.int64)
         return SimpleNamespace(input_ids=ids, attention_mask=ids)
 
+    def encode(self, text: str) -> list[int]:
+        """Return one token a word, for a text that is counted alone, such as an instruction."""
+        return [1] * len(text.split())
+
     def apply_chat_template(self, messages: Sequence[Any], **_: Any) -> str:
         return str(messages)
 

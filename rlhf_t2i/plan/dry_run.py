@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rlhf_t2i.distributed.processes import Mode
 from rlhf_t2i.models.table import family_entry
 from rlhf_t2i.models.without_weights import architecture_of, build_without_weights
 from rlhf_t2i.passed import PassedObjects, passing
-from rlhf_t2i.plan.rewards import bytes_of_rewards
+from rlhf_t2i.plan.rewards import bytes_of_rewards, is_offloaded
 from rlhf_t2i.plan.stand_ins import Rehearsal, StepFinished, stand_in_reward
 from rlhf_t2i.plan.tracker import Tracker
 from rlhf_t2i.plan.types import Plan, bytes_of, bytes_saved, launched, without_launcher
@@ -38,6 +39,17 @@ def rehearse(
     With `on_gpu` the optimiser steps as on a GPU. Work that a step repeats on tensors of the same shapes runs once or
     twice and is counted as often as it would run, unless `repeats`. Raises ValueError for options that do not fit the
     model, as the recipe does, and for a model whose configs are unknown.
+    """
+    return rehearsed(main, config, fake=fake, on_gpu=on_gpu, repeats=repeats)(config)
+
+
+def rehearsed(
+    main: Callable[[Any], Any], config: Any, *, fake: bool = True, on_gpu: bool = True, repeats: bool = False
+) -> Callable[[Any], Plan]:
+    """Run one step as `rehearse` does; return a function that plans it for the config or a similar one.
+
+    That may have another quantization, offload_text_encoders and cache_embeddings, and other arguments of its rewards:
+    they are computed, not run.
     """
     mode, processes = launched(os.environ)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -56,7 +68,7 @@ def rehearse(
         objects = PassedObjects({config.model: pipeline}, {}, rewards)
         with rehearsal.replacing(), passing(objects), suppress(StepFinished):
             main(_prepared(config, Path(folder), dtype))
-        return _planned(rehearsal, pipeline, main, mode, host=host, precision=precision)
+        return partial(_planned, rehearsal, pipeline, main, mode, host, precision)
 
 
 def _prepared(config: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -90,9 +102,10 @@ def _rewards_of(config: Any) -> list[str]:
 
 
 def _planned(
-    rehearsal: Rehearsal, pipeline: Any, main: Callable[[Any], Any], mode: Mode, *, host: int | float, precision: str
-) -> Plan:
-    config, tracker, policy = rehearsal.config, rehearsal.tracker, rehearsal.policy
+    rehearsal: Rehearsal, pipeline: Any, main: Callable[[Any], Any], mode: Mode, host: int | float, precision: str,
+    config: Any,
+) -> Plan:  # fmt: skip
+    tracker, policy = rehearsal.tracker, rehearsal.policy
     parts = {
         name: (
             sum(p.numel() for p in part.parameters() if p.requires_grad),
@@ -103,8 +116,7 @@ def _planned(
         if isinstance(part, nn.Module)
     }
     saved = {name: _saved_by(config.quantization, pipeline, name) for name in parts}
-    encoders = sum(size - saved[name] for name, (_, _, size) in parts.items() if name.startswith("text_encoder"))
-    offloads = getattr(config, "offload_text_encoders", False) or getattr(config, "cache_embeddings", None)
+    sizes = {name: size - saved[name] for name, (_, _, size) in parts.items()}
     trainer = rehearsal.trainer
     layout = Layout(mode="single", processes=1, trainable=0)
     if trainer is not None:
@@ -113,21 +125,29 @@ def _planned(
             reference=policy.reference is not None, num_moments=NUM_MOMENTS[config.optimizer],
         )  # fmt: skip
     own, single = memory_of(layout), memory_of(replace(layout, mode="single", processes=1))
-    rewards, unknown = bytes_of_rewards(_rewards_of(config))
+    names, recipe = _rewards_of(config), Path(inspect.getfile(main)).stem
+    rewards, unknown = bytes_of_rewards(names)
     held = own.persistent - single.persistent - sum(saved.values()) + rewards - _saved_by_8_bit_moments(config, layout)
     more = {
         "rollout": held + own.gathered_for_sampling,
         "update": held + own.gradients + own.buffers - own.persistent_buffers + own.gathered - single.gradients,
     }
+    if getattr(config, "cache_embeddings", None):  # prompts are encoded before the denoiser is loaded
+        more["encode"] = held - sizes[policy.component]
+    only_in: dict[str, int | float] = {}
+    if getattr(config, "offload_text_encoders", False) or getattr(config, "cache_embeddings", None):
+        only_in["encode"] = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
+    if "reward" in tracker.counts and recipe != "draft":  # whose backward pass needs the reward's weights
+        only_in["reward"] = bytes_of_rewards(filter(is_offloaded, names))[0]
     peaks = {
-        phase: counts.peak + more.get(phase, held) - (encoders if offloads and phase != "encode" else 0)
+        phase: counts.peak + more.get(phase, held) - sum(size for other, size in only_in.items() if other != phase)
         for phase, counts in tracker.counts.items()
         if counts.peak
     }
     return Plan(
-        recipe=Path(inspect.getfile(main)).stem, model=config.model,
+        recipe=recipe, model=config.model,
         module=family_entry(type(pipeline).__name__).module, mode=mode, processes=rehearsal.processes,
-        parts={name: (learned, frozen, size - saved[name]) for name, (learned, frozen, size) in parts.items()},
+        parts={name: (learned, frozen, sizes[name]) for name, (learned, frozen, _) in parts.items()},
         state=_state_of(rehearsal, own) | ({"rewards": rewards} if rewards else {}), peaks=peaks,
         counts=dict(tracker.counts),
         denoiser_calls=rehearsal.total.denoiser_calls, images=rehearsal.images, num_steps=rehearsal.num_steps,

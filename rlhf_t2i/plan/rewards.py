@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rlhf_t2i.output.run_folder import reward_model_of
+from rlhf_t2i.rewards.placement import path_and_arguments
 
 _CLIP_L, _CLIP_H, _SIGLIP = 427_616_513, 986_109_441, 877_960_274
 PARAMETERS = {
@@ -17,7 +18,7 @@ PARAMETERS = {
 }  # fmt: skip
 """Parameters of models that rewards are made of, by their Hub ids."""
 _IN_FLOAT32 = ("clip", "clip_score", "pick_score")
-"""Rewards that are a CLIP, which is held in float32."""
+"""Rewards that are a CLIP, which is held in float32 unless its argument dtype says otherwise."""
 _WITHOUT_WEIGHTS = ("jpeg_compressibility", "jpeg_incompressibility", "oracle", "oracle_pass", "oracle_word")
 _SERVERS = ("http://", "https://", "vlm:")
 
@@ -31,11 +32,18 @@ def reward_bytes(name: str) -> int | float | None:
     if name in _WITHOUT_WEIGHTS or name.startswith(_SERVERS):
         return 0
     if kind in _IN_FLOAT32:
-        return None if argument not in PARAMETERS else 4 * PARAMETERS[argument]
+        model, options = path_and_arguments(argument)
+        size = 4 if options.get("dtype", "float32") == "float32" else 2
+        return None if model not in PARAMETERS else size * PARAMETERS[model]
     if kind == "llava_reward" and argument:
-        backbone = _backbone(Path(reward_model_of(argument)))
+        backbone = _backbone(Path(reward_model_of(path_and_arguments(argument)[0])))
         return None if backbone not in PARAMETERS else 2 * PARAMETERS[backbone]
     return None
+
+
+def is_offloaded(name: str) -> bool:
+    """True for a reward of known size that is on the device only while it scores, NAME:PATH(offload=True)."""
+    return bool(reward_bytes(name)) and path_and_arguments(name.partition(":")[2])[1].get("offload") is True
 
 
 def bytes_of_rewards(names: Iterable[str]) -> tuple[int | float, list[str]]:

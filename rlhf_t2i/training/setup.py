@@ -15,7 +15,7 @@ from rlhf_t2i.data.text_cache import StoredPrompts
 from rlhf_t2i.distributed.placement import layout_of, placement_config, placement_table
 from rlhf_t2i.distributed.processes import make_engine, watch_processes
 from rlhf_t2i.distributed.types import Engine
-from rlhf_t2i.models.lazy_encoders import encode_and_release
+from rlhf_t2i.models.lazy_encoders import encode_and_release, return_freed_memory
 from rlhf_t2i.output.run_folder import update_run_info
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.trial import try_rewards
@@ -66,9 +66,10 @@ def make_trainer(
     record_fingerprints(run, prompts)
     _record_prompts(run, prompts)
     run.print(config.defaults_text())
+    if config.cache_embeddings:  # before there is a denoiser in memory
+        _encode_prompts(_load(config, run, only_encodes=True), prompts, run)
+        return_freed_memory()
     policy = _load(config, run)
-    if config.cache_embeddings:
-        _encode_prompts(policy, prompts, run)
     set_start(policy, config, run, keep_reference=keep_reference, lora_dropout=lora_dropout)
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
@@ -93,7 +94,7 @@ def make_trainer(
     )  # fmt: skip
 
 
-def _load(config: TrainerConfig, run: Run) -> Any:
+def _load(config: TrainerConfig, run: Run, *, only_encodes: bool = False) -> Any:
     """Load the model; ValueError for quantised weights with a strategy that cannot exchange them."""
     from rlhf_t2i.models.load import load_policy  # takes seconds
 
@@ -107,6 +108,7 @@ def _load(config: TrainerConfig, run: Run) -> Any:
         offload_text_encoders=config.offload_text_encoders, quantization=config.quantization,
         complex_human_instruction=config.complex_human_instruction,
         prompt_store=partial(_prompt_store, Path(config.cache_embeddings)) if config.cache_embeddings else None,
+        only_encodes=only_encodes,
     )  # fmt: skip
     if run.is_main:
         update_run_info(run.folder, {"image_size": list(policy.image_size)})
