@@ -30,6 +30,7 @@ from reward_model.backbones.load import LORA_TARGETS
 from reward_model.config import RewardModelConfig
 from reward_model.heads import Head
 from reward_model.prompt_likelihood import check_language_head, prompt_log_likelihood
+from reward_model.quantization import num_elements
 from reward_model.skip_ca import SkipCrossAttention, skip_ca_inputs
 from reward_model.types import Backbone, BackboneOutput, Inputs
 
@@ -234,7 +235,7 @@ def parameter_table(model: RewardModel) -> str:
         group: sum(p.numel() for p in named.values() if p.requires_grad)
         for group, named in model.groups(model.active).items()
     }
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = sum(num_elements(p) for p in model.parameters() if not p.requires_grad)
     total = sum(counts.values())
     rows = [*counts.items(), ("trained", total), ("frozen", frozen)]
     lines = [f"{name:12}{count:>16,}" for name, count in rows]

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Quantization = Literal["int8", "nf4"]
 
@@ -39,6 +39,12 @@ def quantize(network: Any, kind: Quantization, *, device: torch.device, dtype: t
         layer = _in_4_bits(network.get_submodule(name), dtype)
         setattr(network.get_submodule(parent), last, layer.to(device))  # which rounds its weights
     network.is_loaded_in_4bit = True  # by this peft knows how to adapt the layers
+
+
+def num_elements(parameter: Tensor) -> int:
+    """Return the number of weights in a parameter, of which bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def check_installed(kind: Quantization) -> None:
@@ -73,7 +79,7 @@ def _in_4_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
 @contextmanager
 def _quiet_import() -> Iterator[None]:
     """Silence the log of what torchao cannot load and of what it registers in torch."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -155,7 +155,7 @@ def score(folder: str, device: torch.device) -> None:
     from reward_model.scoring import LlavaReward
 
     model = LlavaReward.from_pretrained(folder, device="cpu")
-    with Computing(), patch.object(nn.Module, "_apply", stand_ins._convert):
+    with Computing(), patch.object(nn.Module, "_apply", stand_ins.convert):
         model.to(device)
         images = torch.rand(2, 3, 28, 28).to(device)
         assert model.score(images, ["a fox", "a red fox"]).device == device

@@ -86,16 +86,25 @@ def test_a_plan_holds_the_moments_of_the_optimiser_that_is_chosen(tiny_sd: Path,
 
 
 @pytest.mark.slow
-def test_one_rehearsal_plans_cached_prompts_and_a_reward_that_is_away(tiny_sd: Path, tmp_path: Path) -> None:
-    """Cached prompts are encoded before there is a denoiser, and need no encoder later."""
+def test_one_rehearsal_plans_cached_prompts_and_a_reward_that_is_away(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cached prompts are encoded before there is a denoiser, whole or sharded, and need no encoder later."""
     pick_score = "clip:yuvalkirstain/PickScore_v1"
     config = config_of(ddpo, tiny_sd, tmp_path, rewards=pick_score, evaluation_rewards=pick_score)
     plan_of = rehearsed(ddpo.main, config)
     plain, cached = plan_of(config), plan_of(config.with_options(cache_embeddings="embeddings"))
     assert plain == rehearse(ddpo.main, config)
     size = {name: part[2] for name, part in plain.parts.items()}
-    assert plain.peaks["encode"] - cached.peaks["encode"] == size["unet"]
+    trained = plain.state["optimizer"] + plain.state["averages"]
+    assert plain.peaks["encode"] - cached.peaks["encode"] == size["unet"] + trained
     assert plain.peaks["update"] - cached.peaks["update"] == size["text_encoder"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    sharded = rehearsed(ddpo.main, config)(config.with_options(cache_embeddings="embeddings"))
+    assert sharded.mode == "fsdp2"
+    assert sharded.peaks["encode"] == pytest.approx(cached.peaks["encode"], rel=0.1)  # with half of the prompts
     away = f"{pick_score}(offload=True)"
     offloaded = plan_of(config.with_options(rewards=away, evaluation_rewards=away))
     saved = {phase: plain.peaks[phase] - peak for phase, peak in offloaded.peaks.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -132,7 +133,9 @@ def test_zero_holds_a_part_of_the_optimiser_and_ddp_all_of_it(monkeypatch: pytes
 
 def test_hours_are_for_1000_steps_if_the_data_are_elsewhere() -> None:
     config = config_of(TOY_BACKBONE, microbatch_size=8, train_data="s3://bucket/pairs.jsonl")
+    before = dict(os.environ)
     plan = rehearse(train_reward_model.main, config)
+    assert dict(os.environ) == before
     text = plan_text(plan, config)
     assert "hours for 1,000 steps" in text
     assert "s3://bucket/pairs.jsonl is not here to be counted" in text

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from recipes import ddpo
-from reward_model.quantization import Quantization, quantize
-from rlhf_t2i.distributed.memory import num_bytes, num_elements
+from reward_model.quantization import Quantization, num_elements, quantize
+from rlhf_t2i.distributed.memory import num_bytes
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.models.lora import LoraConfiguration
 from rlhf_t2i.output.run_folder import read_run_info

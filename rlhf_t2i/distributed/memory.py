@@ -107,12 +107,6 @@ class Memory:
         return max(self.sampling, self.backward, self.optimizer_step)
 
 
-def num_elements(parameter: Tensor) -> int:
-    """Return the number of weights in a parameter, of which bitsandbytes packs two into a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
-
-
 def num_bytes(parameter: Tensor) -> int:
     """Return the bytes of a parameter; the scales of a quantised one are part of it."""
     if (state := getattr(parameter, "quant_state", None)) is not None:  # of bitsandbytes

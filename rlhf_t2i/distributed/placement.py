@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from rlhf_t2i.distributed.memory import Layout, Memory, gathered_by_fsdp, memory_of, num_bytes, num_elements
+from reward_model.quantization import num_elements
+from rlhf_t2i.distributed.memory import Layout, Memory, gathered_by_fsdp, memory_of, num_bytes
 from rlhf_t2i.distributed.processes import Mode
 
 _NAMES = {

@@ -97,7 +97,9 @@ def _num_bytes(folder: Path) -> int:
 def _load_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     """Load a network, from the files of a variant such as fp16 if there are no others; without weights for None."""
     if dtype is None:
-        return _without_weights(kind, folder)
+        network = _without_weights(kind, folder)
+        _forget_stored_buffers(network)
+        return network
     try:
         if dtype != torch.float32 and (part := load_in_pieces(kind, folder, dtype)) is not None:
             return part

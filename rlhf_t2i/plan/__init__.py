@@ -28,7 +28,7 @@ def or_plan(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def make_plan(main: Callable[[Any], Any], config: Any) -> Plan:
     """Return the plan of one process's part in a run of a recipe's `main`."""
-    if hasattr(config, "backbone"):
+    if hasattr(config, "dry_run_image_side"):
         from rlhf_t2i.plan.reward_training import rehearse
     else:
         from rlhf_t2i.plan.dry_run import rehearse

@@ -132,8 +132,8 @@ def _planned(
         "rollout": held + own.gathered_for_sampling,
         "update": held + own.gradients + own.buffers - own.persistent_buffers + own.gathered - single.gradients,
     }
-    if getattr(config, "cache_embeddings", None):  # prompts are encoded before the denoiser is loaded
-        more["encode"] = held - sizes[policy.component]
+    if trainer is not None and config.cache_embeddings:  # prompts are encoded before there is a denoiser to train
+        more["encode"] = rewards - sum(saved.values()) + saved[policy.component] - single.persistent
     only_in: dict[str, int | float] = {}
     if getattr(config, "offload_text_encoders", False) or getattr(config, "cache_embeddings", None):
         only_in["encode"] = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))

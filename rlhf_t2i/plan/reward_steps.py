@@ -30,9 +30,9 @@ def training_length(config: Any, *, processes: int) -> Length:
     They are approximate where the training itself holds out validation records, by prompt. Raises what `load_records`
     raises for files that are here.
     """
-    training = _count(config, _training_files(config))
-    validation = _count(config, names(config.validation_data or ""))
-    if training is not None and not config.validation_data:
+    training_files, validation_files = _data_files(config)
+    training, validation = _count(config, training_files), _count(config, validation_files)
+    if training is not None and not validation_files:
         validation = round(config.validation_fraction * training)
         training -= validation
     checked = min(config.max_validation_records, validation or config.max_validation_records)
@@ -48,11 +48,14 @@ def training_length(config: Any, *, processes: int) -> Length:
     return Length(steps, checked, (*assumed, f"about {training:,} records to train on"))
 
 
-def _training_files(config: Any) -> list[str]:
+def _data_files(config: Any) -> tuple[list[str], list[str]]:
+    """Return the training and the validation files; the toy pairs have both."""
+    validation = names(config.validation_data or "")
     if config.train_data != TOY_PAIRS:
-        return names(config.train_data)
+        return names(config.train_data), validation
     folder = toy_pairs_folder(config.seed)
-    return [str(folder / f"train_{kind}.jsonl") for kind in ("drawn", "generated")]
+    training = [str(folder / f"train_{kind}.jsonl") for kind in ("drawn", "generated")]
+    return training, validation or [str(folder / "validation.jsonl")]
 
 
 def _count(config: Any, sources: list[str]) -> int | None:

@@ -14,7 +14,9 @@ from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -55,7 +57,8 @@ def rehearse(main: Callable[[Any], Any], config: Any, *, fake: bool = True, repe
         rehearsal = RewardRehearsal(
             tracker, own, validation_share=share, in_float32=precision == "fp16", repeats=repeats
         )
-        with tracker, rehearsal.replacing(), redirect_stdout(io.StringIO()), suppress(StepFinished):
+        on_cpu = patch.object(torch.cuda, "is_available", return_value=False)  # or Trainer would use all GPUs at once
+        with on_cpu, tracker, rehearsal.replacing(), redirect_stdout(io.StringIO()), suppress(StepFinished):
             main(own)
         words = _num_words(source)
     model, side, labelled = rehearsal.model, config.dry_run_image_side, config.loss == "cross_entropy"

@@ -36,8 +36,9 @@ def reward_bytes(name: str) -> int | float | None:
         size = 4 if options.get("dtype", "float32") == "float32" else 2
         return None if model not in PARAMETERS else size * PARAMETERS[model]
     if kind == "llava_reward" and argument:
-        backbone = _backbone(Path(reward_model_of(path_and_arguments(argument)[0])))
-        return None if backbone not in PARAMETERS else 2 * PARAMETERS[backbone]
+        path, options = path_and_arguments(argument)
+        backbone = _backbone(Path(reward_model_of(path)))
+        return None if backbone not in PARAMETERS or options.get("quantization") else 2 * PARAMETERS[backbone]
     return None
 
 

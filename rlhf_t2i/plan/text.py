@@ -50,7 +50,7 @@ def remedies(plan: Plan, config: Any) -> list[str]:
         ("--cache_embeddings FOLDER", "cache_embeddings" in has and has["cache_embeddings"] is None),
         ("--gradient_checkpointing true", has.get("gradient_checkpointing") is False),
         (f"--microbatch_size {has['microbatch_size'] // 2}{accumulated}", has["microbatch_size"] > 1),
-        ("--quantization int8", has.get("quantization", "") is None and trains_lora),
+        ("--quantization int8", has.get("quantization", "") is None and trains_lora and plan.mode in ("single", "ddp")),
         (f"--max_pixels {(has.get('max_pixels') or 0) // 2}", bool(has.get("max_pixels"))),
         ("--lora_rank 16", not trains_lora),
         ("accelerate_configs/deepspeed_zero2.yaml or fsdp2.yaml", not trains_lora),
@@ -78,7 +78,7 @@ def plan_text(plan: Plan, config: Any) -> str:
         "",
         f"device memory  {giga} at its peak, in the phase {worst}; "
         + ", ".join(f"{phase} {peak / _GIGA:.1f}" for phase, peak in plan.peaks.items()),
-        f"held always    {', '.join([f'weights {weights / _GIGA:.2f} GB', *held])}"
+        f"held always    {', '.join([f'weights {weights / _GIGA:.2f} GB' if is_split else 'weights', *held])}"
         + (f"; activations and batches {rest / _GIGA:.2f} GB at the peak" if is_split else ""),
         f"main memory    {plan.host / _GIGA:.1f} GB a process while weights are loaded, and about 1.5 GB of libraries",
         f"one step       {plan.records or f'{plan.images:,} images'}; each process: {calls}{plan.flops / _TERA:,.1f} "

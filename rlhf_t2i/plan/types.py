@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from torch import nn
 
@@ -74,12 +75,11 @@ def launched(environment: Mapping[str, str]) -> tuple[Mode, int]:
 
 @contextmanager
 def without_launcher() -> Iterator[None]:
-    """Context of a single process, whatever the launcher's variables configure."""
-    removed = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
-    try:
+    """Context of a single process, whatever the launcher's variables configure; what it sets in them is undone."""
+    with patch.dict(os.environ):
+        for name in _LAUNCHER:
+            os.environ.pop(name, None)
         yield
-    finally:
-        os.environ.update(removed)
 
 
 def bytes_of(module: nn.Module) -> int:

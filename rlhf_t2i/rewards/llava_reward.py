@@ -48,6 +48,10 @@ class LlavaRewardFunction:
             raise ValueError(f"merge is {merge!r}; it must be True or False.")
         if quantization not in (None, "int8", "nf4"):
             raise ValueError(f"quantization is {quantization!r}; it must be 'int8', 'nf4' or None.")
+        if merge and quantization:
+            raise ValueError(
+                f"merge is True; with quantization {quantization!r}, of rounded weights, it must be False."
+            )
         self.reward_model = load_once(reward_model_of(str(source)), merge=merge, quantization=quantization)
         self.perspective, self.batch_size = perspective, batch_size
         head = self.reward_model.config(perspective).head

@@ -201,7 +201,7 @@ REWARDS = (
         "visual_gpt_score:PATH",
         _scorer("visual_gpt_score"),
         True,
-        "VisualGPTScore of a multimodal LLM, log P(prompt | image) in nats, at most 0",
+        "VisualGPTScore of a multimodal LLM, log-likelihood of the prompt given the image in nats, at most 0",
     ),
     RewardEntry(
         "unified_reward:PATH",

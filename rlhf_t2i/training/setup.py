@@ -17,6 +17,7 @@ from rlhf_t2i.distributed.processes import make_engine, watch_processes
 from rlhf_t2i.distributed.types import Engine
 from rlhf_t2i.models.lazy_encoders import encode_and_release, return_freed_memory
 from rlhf_t2i.output.run_folder import update_run_info
+from rlhf_t2i.prompt_rows import EditPrompt
 from rlhf_t2i.rewards.load import load_rewards
 from rlhf_t2i.rewards.trial import try_rewards
 from rlhf_t2i.settings.groups import TrainerConfig
@@ -66,10 +67,7 @@ def make_trainer(
     record_fingerprints(run, prompts)
     _record_prompts(run, prompts)
     run.print(config.defaults_text())
-    if config.cache_embeddings:  # before there is a denoiser in memory
-        _encode_prompts(_load(config, run, only_encodes=True), prompts, run)
-        return_freed_memory()
-    policy = _load(config, run)
+    policy = _load_with_prompts(config, prompts, run)
     set_start(policy, config, run, keep_reference=keep_reference, lora_dropout=lora_dropout)
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
@@ -92,6 +90,23 @@ def make_trainer(
         config, run, policy, engine, averages, initial, checkpoints, single, evaluation, prompts.title, early_stop,
         report, step,
     )  # fmt: skip
+
+
+def _load_with_prompts(config: TrainerConfig, prompts: PromptSets, run: Run) -> Any:
+    """Load the model; with a cache of prompts encode them first, without a denoiser in memory.
+
+    Prompts with a reference image are not cached on disk but in the policy, which then needs its denoiser at once.
+    """
+    if not config.cache_embeddings:
+        return _load(config, run)
+    edits = any(isinstance(prompt, EditPrompt) for prompt in (*prompts.training, *prompts.evaluation))
+    policy = _load(config, run, only_encodes=not edits)
+    _encode_prompts(policy, prompts, run)
+    if edits:
+        return policy
+    del policy
+    return_freed_memory()
+    return _load(config, run)
 
 
 def _load(config: TrainerConfig, run: Run, *, only_encodes: bool = False) -> Any:
