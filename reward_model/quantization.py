@@ -79,7 +79,7 @@ def _in_4_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
 @contextmanager
 def _quiet_import() -> Iterator[None]:
     """Silence the log of what torchao cannot load and of what it registers in torch."""
-    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from rlhf_t2i.data.text_cache import StoredPrompts
 from rlhf_t2i.models import pipeline_parts
 from rlhf_t2i.models.base import DiffusionPolicy
 from rlhf_t2i.models.lazy_encoders import encode_and_release
+from rlhf_t2i.prompt_rows import EditPrompt
+from rlhf_t2i.training import setup
 from tests.policies import policy_of
 from tests.runs import REDNESS, as_for_toy_models, assert_same, weights
 
@@ -116,3 +119,26 @@ def test_a_run_with_cached_prompts_equals_one_without(tiny_sd: Path, tmp_path: P
     assert_same(weights(folder, 1), weights(expected, 1))
     assert loaded
     assert "text_encoder" not in loaded
+
+
+@pytest.mark.parametrize(
+    ("prompt", "only_encodes"), [("a fox", [True, False]), (EditPrompt("red", Path("a.png")), [False])]
+)
+def test_prompts_with_an_image_are_encoded_by_the_policy_that_trains(
+    prompt: str, only_encodes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not cached on disk, so a policy without denoiser would encode them in vain."""
+    calls = list[bool]()
+
+    def load(config: Any, run: Any, *, only_encodes: bool = False) -> object:
+        calls.append(only_encodes)
+        return object()
+
+    monkeypatch.setattr(setup, "_load", load)
+    monkeypatch.setattr(setup, "_encode_prompts", lambda *_: None)
+    config, prompts = (
+        SimpleNamespace(cache_embeddings="cache"),
+        SimpleNamespace(training=[prompt], evaluation=["a cat"]),
+    )
+    setup._load_with_prompts(config, prompts, None)  # type: ignore[arg-type]
+    assert calls == only_encodes

@@ -50,7 +50,7 @@ class LlavaRewardFunction:
             raise ValueError(f"quantization is {quantization!r}; it must be 'int8', 'nf4' or None.")
         if merge and quantization:
             raise ValueError(
-                f"merge is True; with quantization {quantization!r}, of rounded weights, it must be False."
+                f"merge is True, but a LoRA cannot be merged into weights of 8 or 4 bits ({quantization})."
             )
         self.reward_model = load_once(reward_model_of(str(source)), merge=merge, quantization=quantization)
         self.perspective, self.batch_size = perspective, batch_size

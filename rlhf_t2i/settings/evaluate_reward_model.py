@@ -64,7 +64,7 @@ class Config(
     """Pairs on the report page: those with the largest errors."""
     mixed_precision: Precision | None = None
     """Precision of a LLaVA-Reward's backbone; null is its precision in training. Scores are always float32."""
-    quantization: Annotated[Literal["int8", "nf4"] | None, Group("model")] = None
+    quantization: Annotated[Literal["int8", "nf4"], Group("model and LoRA")] | None = None
     """Storage of the linear layers of a LLaVA-Reward's language model: int8 (8 bits, torchao), nf4 (4 bits,
     bitsandbytes), or null, the backbone's precision."""
     microbatch_size: PositiveInt = 64

@@ -63,7 +63,7 @@ class BackboneSettings(Settings, group="model and LoRA"):
     num_crops: PositiveInt | None = None
     """Largest number of crops of an image, for models that crop; more crops are more visual tokens. Null is the model's
     own number."""
-    quantization: Annotated[Literal["int8", "nf4"] | None, Group("model")] = None
+    quantization: Literal["int8", "nf4"] | None = None
     """Storage of the frozen weights of the language model's linear layers: int8 (8 bits, torchao), nf4 (4 bits,
     bitsandbytes), or null, the backbone's precision. On one process or under DDP."""
     lora_rank: PositiveInt = 128
