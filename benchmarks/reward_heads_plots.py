@@ -46,8 +46,9 @@ def plot_all(rows: Sequence[Row], policies: Sequence[Row], folder: Path, *, pair
         _plot(folder / "reward_heads_tiers.svg", backbones, "accuracy, %", by_tier),
         _plot(folder / "reward_heads_best_of_n.svg", backbones, "images that pass, %", by_n),
     ]
-    if len({row["pairs"] for row in rows}) > 1:
-        files.append(_plot(folder / "reward_heads_pairs.svg", backbones, "accuracy, %", by_pairs))
+    counts = {backbone: {row["pairs"] for row in rows if row["backbone"] == backbone} for backbone in backbones}
+    if several := [backbone for backbone in backbones if len(counts[backbone]) > 1]:
+        files.append(_plot(folder / "reward_heads_pairs.svg", several, "accuracy, %", by_pairs))
     if policies:
         trained = list(dict.fromkeys(row["backbone"] for row in policies))
         files.append(_plot(folder / "reward_heads_policy.svg", trained, "images that pass, %", by_step))
@@ -63,6 +64,8 @@ def _plot(path: Path, backbones: Sequence[str], label: str, draw: Callable[[Any,
         axes.set_title(f"{backbone} backbone")
         axes.grid(axis="y", color="#dddddd")
         axes.spines[["top", "right"]].set_visible(False)
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(max(low, 0), min(high, 102))  # intervals may reach beyond what a percentage can be
     panels[0].set_ylabel(label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, metadata={"Date": None})
