@@ -459,3 +459,15 @@ def test_a_run_folder_is_a_reward(tmp_path: Path) -> None:
     assert reward_model_of(str(tmp_path / "run")) == str(tmp_path / "run" / "reward_model")
     assert reward_model_of(str(tmp_path / "run" / "reward_model")) == str(tmp_path / "run" / "reward_model")
     assert reward_model_of("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize("pipeline_class", FAMILIES)
+def test_diffusion_dpo_starts_with_the_defaults_of_every_family(pipeline_class: str, tmp_path: Path) -> None:
+    """Qwen-Image samples one image at a time; a pair has two."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline_class}))
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    config = diffusion_dpo.Config(
+        model=str(tmp_path), pairs="pairs.jsonl", evaluation_prompts=str(tmp_path / "prompts.txt"),
+        evaluation_rewards="jpeg_compressibility",
+    )  # fmt: skip
+    assert config.microbatch_size == max(2, FAMILIES[pipeline_class].microbatch_size)

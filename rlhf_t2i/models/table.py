@@ -40,6 +40,11 @@ class FamilyEntry:
     has_instruction: bool = False
     """True if the stock pipeline puts an instruction before every prompt."""
 
+    @property
+    def pair_microbatch_size(self) -> int:
+        """Images in one forward pass on pairs: at least those of one."""
+        return max(2, self.microbatch_size)
+
 
 FAMILIES = {
     "StableDiffusionPipeline": FamilyEntry(

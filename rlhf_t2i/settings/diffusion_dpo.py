@@ -102,7 +102,7 @@ class Config(DataSettings, MixtureSettings, PairSettings, DpoUpdateSettings, Gro
     microbatch_size and the number of processes."""
     learning_rate: PositiveFloat = 1.5e-4
     num_steps: PositiveInt = 20
-    microbatch_size: Annotated[int, Ge(2)] = by_model(64, family="microbatch_size")
+    microbatch_size: Annotated[int, Ge(2)] = by_model(64, family="pair_microbatch_size")
     """Images in one forward pass of one process, two for each pair; changes memory and speed, and results by rounding
     only, but with lora_dropout also its random masks."""
 
