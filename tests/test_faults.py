@@ -77,9 +77,12 @@ def test_a_killed_process_ends_the_job_within_a_minute_and_is_named(
 ) -> None:
     monkeypatch.setenv("FAULTY_RANK", "1")
     monkeypatch.setenv("DIED", str(tmp_path / "died"))
-    config = replace(small_ddpo(tiny_sd, tmp_path / "run"), rewards="tests.test_faults:dying")
-    output = failed(config, "deepspeed_zero3.yaml")
-    assert time.time() - float((tmp_path / "died").read_text()) < 60
+    for attempt in ("run", "again"):
+        config = replace(small_ddpo(tiny_sd, tmp_path / attempt), rewards="tests.test_faults:dying")
+        output = failed(config, "deepspeed_zero3.yaml")
+        assert time.time() - float((tmp_path / "died").read_text()) < 60
+        if "ProcessLookupError" not in output:  # of torch's launcher, which signals a process that has just ended
+            break
     assert "local_rank: 1" in output
     assert "SIGKILL" in output
 
