@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reward_model.backbones.load import load_backbone
 from reward_model.prompt_likelihood import check_language_head, prompt_log_likelihood
+from reward_model.scorers.vqa_score import inputs_on_device
 from reward_model.types import Backbone
 
 
@@ -34,9 +35,7 @@ class VisualGptScore:
         return self.backbone.model
 
     def __call__(self, images: Float[Tensor, "B 3 Y X"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        self.model.to(images.device)
-        inputs = self.backbone.prepare(list(images.to(self.model.dtype)), list(prompts))
-        inputs = {key: tensor.to(images.device) for key, tensor in inputs.items()}
+        inputs = inputs_on_device(self.backbone, images, prompts)
         return prompt_log_likelihood(self.backbone.forward(inputs), inputs["input_ids"], self.backbone)[:, 0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reward_model.backbones.load import load_backbone
 from reward_model.model import last_real_token
-from reward_model.types import Backbone
+from reward_model.types import Backbone, Inputs
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 ANSWER = "Yes"
@@ -49,12 +49,18 @@ def first_token_log_probs(
     backbone: Backbone, images: Float[Tensor, "B 3 Y X"], questions: Sequence[str]
 ) -> Float[Tensor, "B V"]:
     """Return the log-probability of each token of the vocabulary as the first of the model's answer."""
+    output = backbone.forward(inputs_on_device(backbone, images, questions))
+    last = last_real_token(output.hidden, output.hidden_mask)
+    head: Any = backbone.model.lm_head
+    return torch.log_softmax(F.linear(last, head.weight), dim=-1)
+
+
+def inputs_on_device(backbone: Backbone, images: Float[Tensor, "B 3 Y X"], texts: Sequence[str]) -> Inputs:
+    """Move a backbone to the device of the images, and return its inputs there."""
     model: Any = backbone.model
     model.to(images.device)
-    inputs = backbone.prepare(list(images.to(model.dtype)), questions)
-    output = backbone.forward({key: tensor.to(images.device) for key, tensor in inputs.items()})
-    last = last_real_token(output.hidden, output.hidden_mask)
-    return torch.log_softmax(F.linear(last, model.lm_head.weight), dim=-1)
+    inputs = backbone.prepare(list(images.to(model.dtype)), texts)
+    return {key: tensor.to(images.device) for key, tensor in inputs.items()}
 
 
 @cache
