@@ -1,7 +1,8 @@
 """Ablation of the built-in reward model, with several seeds: `python benchmarks/reward_model_ablation.py`.
 
-Each row of the table changes one option of recipes/configs/reward_shapes.yaml; all rows have as many steps. Prints
-Markdown: the accuracy on held-out pairs, as the mean over the seeds and their range.
+Each row of the table changes one option of recipes/configs/reward_shapes.yaml with the published architecture
+(`--readout last_token`); all rows have as many steps. Prints Markdown: the accuracy on held-out pairs, as the mean over
+the seeds and their range.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from rlhf_t2i.shapes.names import toy_pairs_folder
 
 ROOT = Path(__file__).parent.parent
 VARIANTS: dict[str, dict[str, str]] = {
-    "as shipped": {},
+    "last token with SkipCA": {},
     "without SkipCA": {"skip_ca": "false"},
+    "likelihood of the prompt, as shipped": {"readout": "prompt_likelihood"},
     "LoRA only, as published": {"lora_only": "true"},
     "general preference": {"loss": "general_preference"},
     "cross-entropy": {"loss": "cross_entropy"},
@@ -35,6 +37,7 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, floa
     pairs = arguments.pairs
     options = {
         "config": ROOT / "recipes" / "configs" / "reward_shapes.yaml",
+        "readout": "last_token",
         "train_data": f"{pairs}/train_drawn.jsonl,{pairs}/train_generated.jsonl",
         "validation_data": f"{pairs}/validation.jsonl",
         "test_data": ",".join(f"{pairs}/{test}.jsonl" for test in SETS),

@@ -36,7 +36,7 @@ from reward_model.backbones.prompts import PromptTokenizer, find_chat_template
 from reward_model.config import RewardModelConfig
 from reward_model.model import Perspective, RewardModel, last_real_token
 from reward_model.scoring import LlavaReward
-from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER, TOY_REWARD_MODEL_FOLDER
+from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER, TOY_REWARD_MODELS, TOY_SKIP_CA_REWARD_MODEL
 
 NAMES = ("alignment", "fidelity", "safety", "ranking")
 PROMPTS = ("a red circle on a blue background", "two green squares on a white background", "three yellow triangles")
@@ -208,7 +208,7 @@ def work(reward_model: LlavaReward, num_images: int, size: int, *, names: Sequen
 
 def built_in() -> LlavaReward:
     """Load the built-in model."""
-    return LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)
+    return LlavaReward.from_pretrained(TOY_REWARD_MODELS[TOY_SKIP_CA_REWARD_MODEL])
 
 
 def random_llava(image_size: int, *, dtype: torch.dtype = torch.float32) -> LlavaReward:

@@ -41,7 +41,7 @@ from reward_model.scoring import LlavaReward
 from rlhf_t2i.output.files import write_atomically
 from rlhf_t2i.output.run_folder import BENCHMARK_RESULTS, BENCHMARK_TABLES, REPORT, reward_model_of
 from rlhf_t2i.settings.lists import names
-from rlhf_t2i.shapes.names import TOY_PAIRS, TOY_REWARD_MODEL, TOY_REWARD_MODEL_FOLDER, toy_pairs_folder
+from rlhf_t2i.shapes.names import TOY_PAIRS, toy_pairs_folder
 from rlhf_t2i.training.claim import keep_folder
 from rlhf_t2i.training.run import Run, start_run
 
@@ -73,9 +73,10 @@ def load_reward(config: Config, run: Run) -> LlavaReward | PointwiseScorer:
         if config.quantization:
             raise ValueError(f"quantization is {config.quantization}; it must be null for {config.reward!r}.")
         return load_scorer(config.reward).to(run.device)
-    source = TOY_REWARD_MODEL_FOLDER if config.reward == TOY_REWARD_MODEL else reward_model_of(config.reward)
     dtype = run.dtype if config.mixed_precision else None
-    return LlavaReward.from_pretrained(source, dtype=dtype, quantization=config.quantization, device=run.device)
+    return LlavaReward.from_pretrained(
+        reward_model_of(config.reward), dtype=dtype, quantization=config.quantization, device=run.device
+    )
 
 
 def evaluate_on_data(reward: LlavaReward | PointwiseScorer, config: Config, folder: Path) -> dict[str, list[Metric]]:

@@ -20,7 +20,7 @@ from rlhf_t2i.shapes.names import (
     TOY_MODEL,
     TOY_MODEL_FOLDER,
     TOY_PROMPTS,
-    TOY_REWARD_MODEL_FOLDER,
+    TOY_REWARD_MODELS,
     TOY_SIGN_MODEL,
     TOY_SIGN_MODEL_FOLDER,
     TOY_SIGN_PROMPTS,
@@ -95,7 +95,7 @@ def test_the_autoencoder_preserves_what_the_oracle_scores(base: DiffusionPolicy)
 
 
 def test_the_model_folders_are_small_and_hold_weights_and_configs_only() -> None:
-    others = {TOY_REWARD_MODEL_FOLDER, TOY_FLOW_MODEL_FOLDER, TOY_SIGN_MODEL_FOLDER}
+    others = {*TOY_REWARD_MODELS.values(), TOY_FLOW_MODEL_FOLDER, TOY_SIGN_MODEL_FOLDER}
     files = [path for path in TOY_MODEL_FOLDER.rglob("*") if path.is_file() and others.isdisjoint(path.parents)]
     assert sum(path.stat().st_size for path in files) <= 8_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors"}

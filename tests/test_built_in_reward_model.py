@@ -1,4 +1,4 @@
-"""The shipped reward model: an ordinary small LLaVA with an adapter checkpoint, accurate on held-out prompts."""
+"""The shipped reward models: adapter checkpoints on an ordinary small LLaVA, accurate on held-out prompts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from safetensors.torch import load_file
 from reward_model.benchmarks.evaluation import score_records
 from reward_model.datasets import load_records
 from reward_model.scoring import LlavaReward
+from rlhf_t2i.config import parse_config
+from rlhf_t2i.rewards.load import load_reward
+from rlhf_t2i.settings.train_reward_model import Config
 from rlhf_t2i.shapes import build_backbone
-from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER, TOY_REWARD_MODEL_FOLDER
+from rlhf_t2i.shapes.names import TOY_BACKBONE_FOLDER, TOY_REWARD_MODELS
 from rlhf_t2i.shapes.pairs import write_pairs
 from rlhf_t2i.shapes.scenes import all_prompts
+
+CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +33,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("reward_model", TOY_REWARD_MODELS)
 @pytest.mark.parametrize(("name", "bar"), [("test_drawn", 0.95), ("test_generated", 0.85)])
-def test_it_is_accurate_on_held_out_prompts(pairs: Path, name: str, bar: float) -> None:
+def test_it_is_accurate_on_held_out_prompts(pairs: Path, reward_model: str, name: str, bar: float) -> None:
     """The bars are of 1,500 pairs (docs/results.md); 200 may fall short of them by two standard errors."""
     answers = score_records(
-        LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER), load_records(pairs / f"{name}.jsonl"), batch_size=64
+        LlavaReward.from_pretrained(TOY_REWARD_MODELS[reward_model]),
+        load_records(pairs / f"{name}.jsonl"),
+        batch_size=64,
     )
     accuracy = (answers.logits > 0).float().mean().item()
     assert accuracy > bar - 2 * (bar * (1 - bar) / 200) ** 0.5
@@ -41,7 +49,8 @@ def test_it_is_accurate_on_held_out_prompts(pairs: Path, name: str, bar: float) 
 def test_it_is_small_and_an_ordinary_llava() -> None:
     from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-    assert sum(path.stat().st_size for path in TOY_REWARD_MODEL_FOLDER.rglob("*") if path.is_file()) <= 4_000_000
+    files = [path for folder in TOY_REWARD_MODELS.values() for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 4_000_000
     model = LlavaForConditionalGeneration.from_pretrained(TOY_BACKBONE_FOLDER, dtype=torch.float32)
     assert model.config.model_type == "llava"
     tokenizer = AutoTokenizer.from_pretrained(TOY_BACKBONE_FOLDER)
@@ -49,10 +58,24 @@ def test_it_is_small_and_an_ordinary_llava() -> None:
     assert lengths == {9}  # each word of the grammar is one token, between a first and a last one
 
 
-def test_its_adapter_checkpoint_refers_to_the_backbone_beside_it() -> None:
-    reward_model = LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER)
-    assert Path(reward_model.config().backbone) == TOY_BACKBONE_FOLDER
-    assert reward_model.config().score_std is not None
+@pytest.mark.parametrize(
+    ("name", "readout", "skip_ca"),
+    [("llava_reward", "prompt_likelihood", False), ("llava_reward:shapes-skip-ca", "last_token", True)],
+)
+def test_each_has_a_name_among_rewards_and_one_backbone(name: str, readout: str, skip_ca: bool) -> None:
+    config = load_reward(name).function.reward_model.config()
+    assert (config.readout, config.skip_ca) == (readout, skip_ca)
+    assert Path(config.backbone) == TOY_BACKBONE_FOLDER
+    assert config.score_std is not None
+
+
+def test_the_published_architecture_is_one_flag_away() -> None:
+    def options(*arguments: str) -> Config:
+        return parse_config(Config, arguments=["--config", str(CONFIGS / "reward_shapes.yaml"), *arguments])
+
+    assert options().readout == "prompt_likelihood"
+    published = options("--readout", "last_token")
+    assert (published.readout, published.skip_ca, published.skip_ca_heads) == ("last_token", True, 1)
 
 
 @pytest.mark.slow

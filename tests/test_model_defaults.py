@@ -27,7 +27,7 @@ from rlhf_t2i.settings import (
 from rlhf_t2i.settings.from_run import other_bases
 from rlhf_t2i.settings.paths import Inputs, Prefix, Rewards, resolve_paths
 from rlhf_t2i.settings.ranges import BASE
-from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER
+from rlhf_t2i.shapes.names import TOY_MODEL_FOLDER, TOY_REWARD_MODELS
 from rlhf_t2i.training.prompt_sets import load_prompt_sets
 from tests.launch import ROOT
 from tests.runs import REDNESS, rows
@@ -459,6 +459,9 @@ def test_a_run_folder_is_a_reward(tmp_path: Path) -> None:
     assert reward_model_of(str(tmp_path / "run")) == str(tmp_path / "run" / "reward_model")
     assert reward_model_of(str(tmp_path / "run" / "reward_model")) == str(tmp_path / "run" / "reward_model")
     assert reward_model_of("owner/name") == "owner/name"
+    assert {name: reward_model_of(name) for name in TOY_REWARD_MODELS} == {
+        name: str(folder) for name, folder in TOY_REWARD_MODELS.items()
+    }
 
 
 @pytest.mark.parametrize("pipeline_class", FAMILIES)

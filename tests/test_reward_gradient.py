@@ -69,10 +69,10 @@ def test_the_gradient_of_the_built_in_reward_model_equals_finite_differences() -
     reward = load_rewards("llava_reward")
     scored = score_with_gradient(reward, images, PROMPTS)
     length = scored.pixel_gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    step = 1e-3 * scored.pixel_gradient / length
+    step = 2e-4 * scored.pixel_gradient / length
     with torch.no_grad():
         ends = [reward(images + sign * step, PROMPTS)[0] for sign in (1, -1)]
-    assert_close((ends[0] - ends[1]) / 2e-3, length.flatten(), rtol=2e-2, atol=0)
+    assert_close((ends[0] - ends[1]) / 4e-4, length.flatten(), rtol=2e-2, atol=0)
 
 
 def test_a_reward_may_normalise_in_place() -> None:

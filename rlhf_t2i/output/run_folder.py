@@ -46,7 +46,7 @@ from typing_extensions import TypedDict
 from reward_model.text_files import read_yaml
 from rlhf_t2i.output.files import path_from, write_atomically
 from rlhf_t2i.output.json_files import read_typed
-from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPT_SETS
+from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PROMPT_SETS, TOY_REWARD_MODELS
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -180,7 +180,9 @@ def run_of(path: Path) -> Path | None:
 
 
 def reward_model_of(source: str) -> str:
-    """Return the folder of the reward model that a run trained, or `source` itself if it is no such run folder."""
+    """Return the folder of a toy reward model by its name or of the one that a run trained, or else `source` itself."""
+    if source in TOY_REWARD_MODELS:
+        return str(TOY_REWARD_MODELS[source])
     return str(Path(source) / REWARD_MODEL) if (Path(source) / REWARD_MODEL_CONFIG).is_file() else source
 
 

@@ -51,9 +51,9 @@ def class_of(module: str, name: str) -> Callable[[str], Any]:
 
 
 def _built_in_llava_reward(_: str, __: bool) -> Any:
-    from rlhf_t2i.shapes.names import TOY_REWARD_MODEL_FOLDER
+    from rlhf_t2i.shapes.names import TOY_REWARD_MODEL
 
-    return _llava_reward(str(TOY_REWARD_MODEL_FOLDER), True)
+    return _llava_reward(TOY_REWARD_MODEL, True)
 
 
 def _llava_reward(path: str, _: bool) -> Any:
@@ -152,7 +152,12 @@ REWARDS = (
     RewardEntry(
         "llava_reward", _built_in_llava_reward, True, "the built-in LLaVA-Reward, for prompts of the toy world"
     ),
-    RewardEntry("llava_reward:PATH", _llava_reward, True, "a LLaVA-Reward of your own: folder, run folder or Hub id"),
+    RewardEntry(
+        "llava_reward:PATH",
+        _llava_reward,
+        True,
+        "a LLaVA-Reward of your own: folder, run folder or Hub id; shapes-skip-ca is the built-in one as published",
+    ),
     RewardEntry(
         "pairwise:PATH",
         _pairwise,

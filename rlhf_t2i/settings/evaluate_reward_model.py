@@ -51,8 +51,8 @@ class Config(
     """Settings of a reward model's evaluation."""
 
     reward: Annotated[RewardModelPath, Group("reward")] = TOY_REWARD_MODEL
-    """Reward model to evaluate: folder or Hub id of a LLaVA-Reward, shapes for the built-in one, or one of other
-    projects as NAME:PATH (clip, clip_score, pick_score, hps, hps_v3, image_reward, aesthetic, vqa_score,
+    """Reward model to evaluate: folder or Hub id of a LLaVA-Reward, shapes or shapes-skip-ca for a built-in one, or one
+    of other projects as NAME:PATH (clip, clip_score, pick_score, hps, hps_v3, image_reward, aesthetic, vqa_score,
     visual_gpt_score, unified_reward)."""
     tie_threshold: Annotated[NonNegativeFloat, Group("evaluation")] = 0.0
     """Difference of two scores up to which a benchmark counts them as a tie."""

@@ -12,7 +12,15 @@ from rlhf_t2i.settings.base import Group, Rule, Settings
 from rlhf_t2i.settings.by_model import by_model
 from rlhf_t2i.settings.ddpo import DdpoSettings
 from rlhf_t2i.settings.diffusion_dpo import DpoUpdateSettings
-from rlhf_t2i.settings.ranges import BackbonePath, InputPath, NonNegativeInt, PositiveFloat, PositiveInt, RewardNames
+from rlhf_t2i.settings.ranges import (
+    BackbonePath,
+    InputPath,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RewardModelPath,
+    RewardNames,
+)
 from rlhf_t2i.settings.server import ServerSettings
 from rlhf_t2i.shapes.names import TOY_BACKBONE
 
@@ -50,9 +58,9 @@ class OnlineRewardSettings(Settings, group="reward"):
     log-probabilities."""
     nft_beta: Annotated[PositiveFloat, Group("algorithm")] = 1.0
     """Distance of DiffusionNFT's implicit positive and negative policies from the weights that sampled."""
-    start_reward_model: InputPath | None = None
-    """LLaVA-Reward that votes go on to teach: folder of the run that trained it or of the model, or a Hub id; null is
-    an untrained one on the backbone."""
+    start_reward_model: RewardModelPath | None = None
+    """LLaVA-Reward that votes go on to teach: folder of the run that trained it or of the model, a Hub id, or
+    shapes-skip-ca for a built-in one; null is an untrained one on the backbone."""
     backbone: Annotated[BackbonePath, Group("model and LoRA")] = by_model(TOY_BACKBONE)
     """Multimodal LLM: folder or Hub id of a supported family (Phi-3.5-vision, LLaVA-1.5, Qwen2.5-VL, ...), or shapes
     for the small LLaVA of the toy world. Unused with start_reward_model."""

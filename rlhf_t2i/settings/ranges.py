@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from rlhf_t2i.rewards.table import reward_names
 from rlhf_t2i.settings.paths import Inputs, Prefix, Rewards
-from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PAIRS, TOY_PROMPT_SETS, TOY_REWARD_MODEL
+from rlhf_t2i.shapes.names import TOY_BACKBONE, TOY_MODELS, TOY_PAIRS, TOY_PROMPT_SETS, TOY_REWARD_MODELS
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -33,7 +33,7 @@ WeightsPaths = Annotated[str, Inputs(several=True, names=(BASE,))]
 ModelPath = Annotated[str, Inputs(names=tuple(TOY_MODELS))]
 PromptsPath = Annotated[str, Inputs(names=TOY_PROMPT_SETS)]
 BackbonePath = Annotated[str, Inputs(names=(TOY_BACKBONE,))]
-RewardModelPath = Annotated[str, Inputs(names=(TOY_REWARD_MODEL,))]
+RewardModelPath = Annotated[str, Inputs(names=tuple(TOY_REWARD_MODELS))]
 PathPrefix = Annotated[str, Prefix()]
 RewardNames = Annotated[str, Rewards(reward_names())]
 DifferentiableRewardNames = Annotated[str, Rewards(reward_names(differentiable=True))]

@@ -25,7 +25,9 @@ TOY_REWARD = "llava_reward"
 TOY_SIGN_REWARD = "rlhf_t2i.rewards.ocr:OcrReward(min_side=64)"
 """The reward of signs: OCR, with the images enlarged no more than it needs."""
 TOY_REWARD_MODEL = "shapes"
-"""Name of the toy LLaVA-Reward where a folder of one is expected."""
+"""Name of the toy LLaVA-Reward where a folder of one is expected; it reads the likelihood of the prompt."""
+TOY_SKIP_CA_REWARD_MODEL = "shapes-skip-ca"
+"""Name of the toy LLaVA-Reward of the published architecture, last token and SkipCA, on the same backbone."""
 TOY_BACKBONE = "shapes"
 """Name of its backbone, a toy LLaVA."""
 
@@ -42,6 +44,12 @@ TOY_MODELS = {
     TOY_SIGN_MODEL: TOY_SIGN_MODEL_FOLDER,
 }
 """Folder of each toy model, by name."""
+
+TOY_REWARD_MODELS = {
+    TOY_REWARD_MODEL: TOY_REWARD_MODEL_FOLDER,
+    TOY_SKIP_CA_REWARD_MODEL: TOY_MODEL_FOLDER / "reward_model_skip_ca",
+}
+"""Folder of each toy reward model, by name."""
 
 TOY_PROMPT_SETS = (TOY_PROMPTS, TOY_SIGN_PROMPTS)
 TOY_RESOLUTION = 32
