@@ -5,7 +5,8 @@
 
 Prints Markdown, a row for each config, or for each config and `--options` if these are given: the switches that save
 memory, the most bytes on the device of one process in bfloat16 and the phase of it, and the smallest GPU of which that
-is at most 90 %. Weights of the config's reward are included. Nothing is measured.
+is at most 90 %: a GPU is sold by GB of 2^30 bytes, all other GB are of 10^9. Weights of the config's reward are
+included. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ if __name__ == "__main__":
 
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.plan import make_plan
-from rlhf_t2i.plan.text import SPARE
+from rlhf_t2i.plan.text import usable_bytes
 from rlhf_t2i.plan.types import Plan
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 SIZES = (8, 12, 16, 24, 48, 80, 141)
-"""GB of GPUs."""
+"""GB of GPUs, as they are sold."""
 GIGA, TERA = 1e9, 1e12
 say = partial(print, flush=True)
 HEADER = "| config | trained | switches | GB at the peak | in | smallest GPU | main memory, GB | TFLOP a step | CPU s |"
@@ -65,7 +66,7 @@ def switches(config: Any) -> str:
 def row(name: str, config: Any, plan: Plan, *, seconds: float) -> str:
     """Return the row of the table of one plan."""
     worst = max(plan.peaks, key=lambda phase: plan.peaks[phase])
-    fitting = next((f"{size} GB" for size in SIZES if plan.peak / GIGA <= SPARE * size), "none")
+    fitting = next((f"{size} GB" for size in SIZES if plan.peak <= usable_bytes(size)), "none")
     learned = sum(count for count, _, _ in plan.parts.values()) / 1e6
     trained = f"{learned:,.0f} M" if learned else "nothing"
     cells = [

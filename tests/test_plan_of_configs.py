@@ -13,7 +13,7 @@ import pytest
 from benchmarks.what_fits import CONFIGS, planned
 from rlhf_t2i.models.architectures import published_architecture
 from rlhf_t2i.plan.rewards import bytes_of_rewards, is_offloaded
-from rlhf_t2i.plan.text import SPARE
+from rlhf_t2i.plan.text import GPUS, SPARE, usable_bytes
 
 QUICK = ("ddpo_sd15", "diffusion_dpo_sd15", "fk_sd15", "flow_grpo_flux2_klein_24gb", "flow_grpo_zimage_24gb")
 PLANNED = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("reward_")]
@@ -41,7 +41,14 @@ def test_a_config_can_be_planned_at_full_size(name: str) -> None:
     assert plan.images > 0
     assert plan.flops > 0
     if name.endswith("_24gb"):
-        assert plan.peak <= 24e9 * SPARE
+        assert plan.peak <= usable_bytes(24)
+
+
+def test_a_gpu_has_as_many_bytes_as_its_driver_says() -> None:
+    """Of all memory that nvidia-smi shows, in MiB, nine tenths are usable."""
+    shown = {"RTX 4090": 24_564, "A100": 81_920, "H100": 81_559, "H200": 143_771}
+    for gpu in GPUS:
+        assert usable_bytes(gpu.memory) == pytest.approx(SPARE * shown[gpu.name] * 2**20, rel=0.006)
 
 
 def test_every_model_of_a_config_that_is_no_toy_has_a_published_architecture() -> None:

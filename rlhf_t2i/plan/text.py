@@ -19,7 +19,7 @@ SHARES = {"stable_diffusion": 0.19, "sdxl": 0.22, "sd3": 0.22, "flux": 0.40}
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A kind of GPU: GB of memory and nominal dense bfloat16 TFLOP/s."""
+    """A kind of GPU: its GB of memory, as it is sold, and its nominal dense bfloat16 TFLOP/s."""
 
     name: str
     memory: int | float
@@ -35,9 +35,14 @@ def hours(plan: Plan, gpu: Gpu) -> float:
     return plan.num_steps * plan.flops / rate / 3600
 
 
+def usable_bytes(memory: int | float) -> float:
+    """Return the usable bytes of a GPU that is sold with `memory` GB, each of which is 2^30 bytes."""
+    return SPARE * memory * 2**30
+
+
 def fits(plan: Plan, gpu: Gpu) -> bool:
     """True if a device's peak is within the usable memory of a GPU."""
-    return plan.peak / _GIGA <= SPARE * gpu.memory
+    return plan.peak <= usable_bytes(gpu.memory)
 
 
 def remedies(plan: Plan, config: Any) -> list[str]:
