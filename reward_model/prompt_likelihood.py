@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reward_model.types import Backbone, BackboneOutput
+
+_WORD_MARK = re.compile(r"^[Ġ▁]|</w>$")
+"""Where a word begins or ends, in the vocabularies of tokenizers that leave it in their text."""
 
 
 def check_language_head(backbone: Backbone) -> None:
@@ -28,6 +32,34 @@ def prompt_log_likelihood(output: BackboneOutput, ids: Int[Tensor, "B L"], backb
     The tokens of the chat template behind the image count too; they are nearly the same for each image. Raises
     ValueError for a chat template with the image at the end.
     """
+    rows, _, each = _tokens_behind_image(output, ids, backbone)
+    return each.new_zeros(len(ids)).index_add(0, rows, each)[:, None]
+
+
+@torch.no_grad()
+def token_log_odds(
+    backbone: Backbone, first: Float[Tensor, "3 Y X"], second: Float[Tensor, "3 Z W"], prompt: str
+) -> list[tuple[str, float]]:
+    """Return each token behind the image and by how much it speaks for the first image, in nats.
+
+    That is log p(token | first, tokens before) - log p(token | second, tokens before); the sum is the difference of the
+    images' `prompt_log_likelihood`. The tokens of the chat template behind the image are among them.
+    """
+    device = next(backbone.model.parameters()).device
+    ids, both = torch.empty(0, dtype=torch.int64), list[Tensor]()
+    for image in (first, second):
+        inputs = {key: value.to(device) for key, value in backbone.prepare([image.to(device)], [prompt]).items()}
+        _, ids, each = _tokens_behind_image(backbone.forward(inputs), inputs["input_ids"], backbone)
+        both.append(each)
+    tokenizer = backbone.prompt_tokenizer.tokenizer
+    texts = [_WORD_MARK.sub("", tokenizer.decode([i])).strip() or tokenizer.convert_ids_to_tokens(i) for i in ids]
+    return list(zip(texts, (both[0] - both[1]).tolist(), strict=True))
+
+
+def _tokens_behind_image(
+    output: BackboneOutput, ids: Int[Tensor, "B L"], backbone: Backbone
+) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"], Float[Tensor, " T"]]:
+    """Return row and id of all tokens behind their row's image, and their log-probabilities."""
     is_image = ids == backbone.prompt_tokenizer.image_token_id
     positions = torch.arange(ids.shape[1], device=ids.device)
     behind = output.hidden_mask & (positions > torch.where(is_image, positions, -1).amax(dim=1, keepdim=True))
@@ -39,5 +71,5 @@ def prompt_log_likelihood(output: BackboneOutput, ids: Int[Tensor, "B L"], backb
     head: Any = backbone.model.lm_head
     logits = head(output.hidden[rows, columns - 1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    each = F.cross_entropy(logits, ids[rows, columns], reduction="none")
-    return -each.new_zeros(len(ids)).index_add(0, rows, each)[:, None]
+    chosen = ids[rows, columns]
+    return rows, chosen, -F.cross_entropy(logits, chosen, reduction="none")

@@ -115,7 +115,7 @@ def search_run(folder: Path) -> Path:
 
 
 def evaluated_reward_model(folder: Path) -> Path:
-    """The page of an evaluation: many groups of pairs, notes, and mistakes with maps on images of three shapes."""
+    """The page of an evaluation: many groups of pairs, notes, and mistakes with maps, and tokens, of three shapes."""
     shapes = [TALL, WIDE, SQUARE]
     images = [folder / "images" / f"{save_image(folder, drawn(i, shapes[i % 3]))}.png" for i in range(65)]
     prompts = [f"<b>a red circle</b> beside_a_word_of_thirty_letters_{i}" for i in range(60)]
@@ -131,7 +131,8 @@ def evaluated_reward_model(folder: Path) -> Path:
     logits = torch.linspace(6, -6, 60)
     scores = RecordScores(pairs, logits, -logits, [], torch.zeros(0), logits, torch.zeros(60))
     found = AttentionMap(torch.arange(8) / 28, grid_boxes(2, 4).flatten(0, 1))
-    mistakes = [replace(one, maps=(found, found)) for one in worst_mistakes(scores, count=6)]
+    tokens = [(word, 1.25 - i) for i, word in enumerate(prompts[0].split() * 4)]
+    mistakes = [replace(one, maps=(found, found), tokens=tokens) for one in worst_mistakes(scores, count=6)]
     metrics = [
         Metric("pairwise_accuracy_within_prompts", 0.75, 0.5, 1.0, 1240, ""),
         Metric("kendall_tau_b", -0.123456, -0.25, 0.0, 1024, 'a "note" of many words ' * 6),

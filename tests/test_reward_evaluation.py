@@ -36,7 +36,7 @@ from reward_model.benchmarks.classification import (
     pair_calibration_error,
 )
 from reward_model.benchmarks.columns import UndefinedMetricError
-from reward_model.benchmarks.evaluation import RecordScores, score_records, with_maps, worst_mistakes
+from reward_model.benchmarks.evaluation import RecordScores, explained, score_records, worst_mistakes
 from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics, to_csv, to_table
 from reward_model.benchmarks.report import render_report
 from reward_model.benchmarks.rules import rating_metrics
@@ -49,8 +49,9 @@ from reward_model.benchmarks.statistics import (
     spearman,
     tie_optimised_accuracy,
 )
+from reward_model.scorers import load_scorer
 from reward_model.types import LabelledImage, PreferencePair
-from tests.reward_models import bytes_of
+from tests.reward_models import backbone_folder, bytes_of
 from tests.reward_models import load as load_tiny
 
 SEEDS = range(20)
@@ -818,9 +819,32 @@ def test_the_page_of_a_real_reward_model_has_its_scores_and_maps(tmp_path: Path)
     assert torch.equal(scores.logits, logits)
     assert torch.equal(scores.winner_scores, reward.score(paths[:3], ["a red fox"] * 3, batch_size=2))
     wrong = replace(scores, logits=-scores.logits.abs())
-    mistakes = with_maps(reward, worst_mistakes(wrong, count=2))
+    mistakes = explained(reward, worst_mistakes(wrong, count=2))
     expected = attention_maps(reward, [mistakes[1].loser], ["a red fox"])[0]
     assert torch.equal(mistakes[1].maps[1].weights, expected.weights)
+
+
+def test_the_page_says_what_each_token_adds_to_a_likelihood(tmp_path: Path) -> None:
+    """Of one prompt for both images the tokens' parts add up to the log-odds; a trained model and an untrained one."""
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for seed, path in enumerate(paths):
+        Image.fromarray(bytes_of(40, 56, seed=seed).permute(1, 2, 0).numpy()).save(path)
+    pair = PreferencePair(*paths, "a red fox", "a red fox")
+    other = PreferencePair(*paths, "a red fox", "a blue fox")
+    likelihood = load_tiny("llava", readout="prompt_likelihood", skip_ca=False)
+    for reward in (likelihood, load_scorer(f"visual_gpt_score:{backbone_folder('llava')}")):
+        scores = score_records(reward, [pair, other], batch_size=2)
+        wrong = worst_mistakes(replace(scores, logits=scores.logits - 100), count=2)
+        same, two_prompts = sorted(explained(reward, wrong), key=lambda one: one.loser_prompt, reverse=True)
+        assert sum(part for _, part in same.tokens) == pytest.approx(-scores.logits[0].item(), abs=1e-4)
+        assert {"red", "fox"} <= {text for text, _ in same.tokens}
+        assert not two_prompts.tokens
+        page = render_report("mine", {"pairs": METRICS}, {"pairs": [two_prompts, same]}, no_map="No map: why.")
+        assert page.count('class="token" title') == len(same.tokens)
+        assert "No map" not in page
+    page = render_report("mine", {"pairs": METRICS}, {"pairs": [two_prompts]}, no_map="No map: why.")
+    assert 'class="token"' not in page
+    assert "No map: why." in page
 
 
 def test_a_model_that_only_compares_has_no_distribution_of_scores(tmp_path: Path) -> None:

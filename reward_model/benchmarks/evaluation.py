@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_model.attention import AttentionMap, attention_maps
+from reward_model.attention import AttentionMap, attention_maps, why_no_map
 from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics
 from reward_model.benchmarks.statistics import order_consistency
 from reward_model.datasets.table import RecordTable
+from reward_model.images import to_tensor
 from reward_model.losses import decided_logits
+from reward_model.prompt_likelihood import token_log_odds
 from reward_model.scorers.pointwise import PointwiseScorer
+from reward_model.scorers.visual_gpt_score import VisualGptScore
 from reward_model.scoring import LlavaReward
 from reward_model.stored_images import ImageSource
-from reward_model.types import LabelledImage, PreferencePair, Record, Tags
+from reward_model.types import Backbone, LabelledImage, PreferencePair, Record, Tags
 
 NUM_SWAPPED = 256
 """Number of pairs that are also scored in the other order."""
@@ -167,7 +171,9 @@ class Mistake:
     where: str
     tags: Tags = field(default_factory=dict[str, tuple[str, ...]])
     maps: tuple[AttentionMap, AttentionMap] | None = None
-    """Where the model attends in the winner and in the loser, as it scores them."""
+    """Where SkipCA attends in the winner and in the loser, as they are scored."""
+    tokens: Sequence[tuple[str, float]] = ()
+    """The tokens of the prompt, and by how much each speaks for the loser, in nats, if a score is their likelihood."""
 
 
 def worst_mistakes(scores: RecordScores, *, count: int) -> list[Mistake]:
@@ -180,10 +186,36 @@ def worst_mistakes(scores: RecordScores, *, count: int) -> list[Mistake]:
     ]
 
 
-def with_maps(reward_model: LlavaReward, mistakes: Sequence[Mistake]) -> list[Mistake]:
-    """Return the mistakes with maps of the attention; ValueError if there are none (`attention.why_no_map`)."""
-    found = list[Mistake]()
-    for one in mistakes:
-        winner, loser = attention_maps(reward_model, [one.winner, one.loser], [one.winner_prompt, one.loser_prompt])
-        found.append(replace(one, maps=(winner, loser)))
-    return found
+def explained(reward_model: LlavaReward | PointwiseScorer, mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """Return the mistakes with maps of SkipCA's attention, or with each token's part of a likelihood.
+
+    Those of a model that has neither, and of two prompts for one likelihood, stay as they are.
+    """
+    if isinstance(reward_model, LlavaReward) and why_no_map(reward_model) is None:
+        return [_with_maps(reward_model, one) for one in mistakes]
+    with _likelihood_of(reward_model) as backbone:
+        return [_with_tokens(backbone, one) if backbone else one for one in mistakes]
+
+
+def _with_maps(reward_model: LlavaReward, one: Mistake) -> Mistake:
+    winner, loser = attention_maps(reward_model, [one.winner, one.loser], [one.winner_prompt, one.loser_prompt])
+    return replace(one, maps=(winner, loser))
+
+
+def _with_tokens(backbone: Backbone, one: Mistake) -> Mistake:
+    if one.winner_prompt != one.loser_prompt:
+        return one
+    return replace(one, tokens=token_log_odds(backbone, to_tensor(one.loser), to_tensor(one.winner), one.loser_prompt))
+
+
+@contextmanager
+def _likelihood_of(reward_model: LlavaReward | PointwiseScorer) -> Iterator[Backbone | None]:
+    """Yield the backbone whose likelihood of the prompt is the score; None if the score is another."""
+    if not isinstance(reward_model, LlavaReward):
+        function = reward_model.function
+        yield function.backbone if isinstance(function, VisualGptScore) else None
+    elif (config := reward_model.config()).readout == "prompt_likelihood":
+        with reward_model.model.using(config.perspective):
+            yield reward_model.model.backbone
+    else:
+        yield None
