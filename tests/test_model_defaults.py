@@ -104,6 +104,8 @@ def test_given_options_win_and_an_explicit_null_trains_all_weights(tmp_path: Pat
     config = ddpo.Config(model=pipeline(tmp_path / "m"), lora_rank=None, **given)
     assert (config.lora_rank, config.num_denoising_steps, config.guidance_scale) == (None, 7, 2.0)
     assert "guidance_scale" not in config.defaults_text()
+    assert "complex_human_instruction" not in config.defaults_text()  # alike for all models, and only SANA's
+    assert ddpo.Config().defaults_text().startswith("defaults  model shapes, guidance_scale 1.0")
     assert "num_evaluation_steps 50" in config.defaults_text()
 
 

@@ -92,8 +92,10 @@ class Settings:
             raise ValueError(missing_text(vars(self)["_given"]["model"], self.missing))
 
     def defaults_text(self) -> str:
-        """Return one line that says which options were chosen for the model, for a log."""
-        chosen = [f"{n} {as_text(v)}" for n, v in self.model_defaults.items() if v not in (None, "")]
+        """Return one line that says which options were chosen for the model, and which model if none was given."""
+        varying = {o.name for o in options_of(type(self)) if isinstance(o.default, ByModel) and o.default.varies}
+        known = {n: v for n, v in self.model_defaults.items() if v not in (None, "") and n in varying | {"model"}}
+        chosen = [f"{name} {as_text(value)}" for name, value in known.items()]
         return f"defaults  {', '.join(chosen) or 'none depends on the model'}"
 
     def with_options(self: SettingsT, **given: Any) -> SettingsT:

@@ -31,6 +31,11 @@ class ByModel:
     signs: Any = None
     """Value for the built-in model of words; None is that of the other built-in models."""
 
+    @property
+    def varies(self) -> bool:
+        """False if all models have the same default, before which only a run's own setting comes."""
+        return bool(self.family) or self.other != self.toy
+
     def built_in(self, model: str) -> Any:
         """Return the value for a built-in model."""
         return self.signs if model == TOY_SIGN_MODEL and self.signs is not None else self.toy
@@ -41,7 +46,7 @@ class ByModel:
         toy = f"{as_text(self.toy)}{signs} for built-in models, else"
         if self.family:
             return f"{toy} the model family's"
-        return as_text(self.toy) + signs if self.other == self.toy else f"{toy} {as_text(self.other)}"
+        return f"{toy} {as_text(self.other)}" if self.varies else as_text(self.toy) + signs
 
 
 def as_text(value: Any) -> str:
