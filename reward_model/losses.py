@@ -73,7 +73,10 @@ class Objective:
     def __post_init__(self) -> None:
         """Raise ValueError for a loss that cannot train the readout."""
         if self.readout == "prompt_likelihood" and self.loss != "bradley_terry":
-            raise ValueError(f"loss is {self.loss}; readout prompt_likelihood is trained by bradley_terry.")
+            raise ValueError(
+                f"loss is {self.loss}; readout prompt_likelihood is trained by bradley_terry. Readout last_token can be "
+                f"trained by {self.loss}."
+            )
 
     @property
     def head(self) -> HeadKind:
@@ -113,7 +116,8 @@ class Objective:
                 )
             if isinstance(record, LabelledImage) and self.readout == "prompt_likelihood":
                 raise ValueError(
-                    f"{record.where} is a label; readout prompt_likelihood compares images of one prompt: give pairs."
+                    f"{record.where} is a label; readout prompt_likelihood compares images of one prompt: give pairs, "
+                    f"or train readout last_token."
                 )
             if isinstance(record, PreferencePair) and record.tie and self.loss == "cross_entropy":
                 raise ValueError(
