@@ -14,7 +14,7 @@ from reward_model.config import RewardModelConfig
 from reward_model.losses import Objective
 from reward_model.model import RewardModel
 from reward_model.online import OnlineRewardModel
-from reward_model.prompt_likelihood import prompt_log_likelihood
+from reward_model.prompt_likelihood import prompt_log_likelihood, token_log_odds
 from reward_model.scorers.load import load_scorer
 from reward_model.scoring import LlavaReward
 from reward_model.types import LabelledImage
@@ -75,6 +75,19 @@ def test_its_parameters_are_lora_and_projector_and_both_learn(family: str) -> No
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_parts_of_tokens_add_up_to_the_difference_of_two_images(family: str) -> None:
+    """Of images that become different numbers of tokens."""
+    backbone, prompt = fresh_backbone(family), "a red fox"
+    pictures = [torch.rand(3, 28, width, generator=torch.Generator().manual_seed(width)) for width in (28, 84)]
+    batches = [backbone.prepare([picture], [prompt]) for picture in pictures]
+    first, second = (prompt_log_likelihood(backbone.forward(b), b["input_ids"], backbone).item() for b in batches)
+    parts = token_log_odds(backbone, *pictures, prompt)
+    assert sum(part for _, part in parts) == pytest.approx(first - second, abs=1e-4)
+    assert {"a", "red", "fox"} <= {text for text, _ in parts}
 
 
 def test_it_is_differentiable_in_the_image() -> None:
