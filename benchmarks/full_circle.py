@@ -179,8 +179,9 @@ def main() -> None:
     stopwatch.done("ask", ", ".join(f"{count} {key}" for key, count in sorted(counts.items())))
 
     run_recipe(
-        "train_reward_model", "--train_data", answers / COLLECTED_PAIRS, "--seed", seed, "--run_folder", reward_run
-    )
+        "train_reward_model", "--train_data", answers / COLLECTED_PAIRS, "--readout", "last_token", "--seed", seed,
+        "--run_folder", reward_run,
+    )  # fmt: skip
     metric = json.loads((reward_run / REWARD_METRICS).read_text())["validation"][0]
     stopwatch.done("reward", f"{metric['name']} {metric['value']:.3f} on validation answers")
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.plan.dry_run import rehearsed
-from rlhf_t2i.plan.text import usable_bytes
+from rlhf_t2i.plan.text import fits
 from rlhf_t2i.plan.types import Plan
 
 HERE = Path(__file__).parent
@@ -111,11 +111,6 @@ def rungs_of(model: str, method: str) -> dict[str, Any]:
     return rungs
 
 
-def fits(gigabytes: float, size: int) -> bool:
-    """Return True if the peak of a plan fits on a GPU of so many GB."""
-    return gigabytes * GIGA <= usable_bytes(size)
-
-
 def climb(
     model: str, method: str, *, known: Sequence[Row], write: Callable[[Row], None], rehearse: Any = rehearsed
 ) -> None:
@@ -138,7 +133,7 @@ def climb(
                 "model": model, "method": method, "switch": switch, "gigabytes": done[switch], "phase": worst,
                 "seconds": round(time.process_time() - start, 1),
             })  # fmt: skip
-        if fits(done[switch], SIZES[0]):
+        if fits(done[switch] * GIGA, SIZES[0]):
             return
 
 
@@ -150,7 +145,9 @@ def table(rows: Sequence[Row]) -> str:
     for model, method in dict.fromkeys((row["model"], row["method"]) for row in rows):
         own = [row for row in rows if (row["model"], row["method"]) == (model, method)]
         cells = [
-            next((f"{row['switch']} ({row['gigabytes']:.1f})" for row in own if fits(row["gigabytes"], size)), "–")
+            next(
+                (f"{row['switch']} ({row['gigabytes']:.1f})" for row in own if fits(row["gigabytes"] * GIGA, size)), "–"
+            )
             for size in SIZES
         ]
         lines.append(f"| {model} | {method} | {' | '.join(cells)} |")

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_t2i.shapes.names import TOY_FLOW_MODEL, TOY_MODEL
+from rlhf_t2i.shapes.names import TOY_FLOW_MODEL, TOY_MODEL, TOY_REWARD
 
 ROOT = Path(__file__).parent.parent
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
@@ -66,8 +66,9 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> Path:
     interval = arguments.seconds / NUM_EVALUATIONS
     every = max(1, round(interval / seconds_of_a_step(name, arguments)))
     start = time.monotonic()
+    rewards = {"rewards": arguments.reward, "evaluation_rewards": f"oracle,oracle_pass,{arguments.reward}"}
     memory = run(
-        recipe, folder, {**options, "seed": str(seed), "evaluate_every": str(every), "num_steps": "100000"},
+        recipe, folder, {**options, **rewards, "seed": str(seed), "evaluate_every": str(every), "num_steps": "100000"},
         until=lambda rows: trained(rows) >= arguments.seconds and rows[-1]["kind"] == "evaluation",
     )  # fmt: skip
     result = {"rows": read(folder), "megabytes": memory, "wall": time.monotonic() - start, "every": every}
@@ -81,7 +82,7 @@ def seconds_of_a_step(name: str, arguments: argparse.Namespace) -> float:
     folder = arguments.output_folder / f"pace-{name.replace(' ', '_').replace(',', '')}"
     if len(read(folder)) < 4:
         some = {"num_steps": "3", "num_evaluation_images": "2", "evaluation_rewards": "oracle", "evaluate_every": "0"}
-        run(recipe, folder, {**options, **some}, until=lambda rows: False)
+        run(recipe, folder, {**options, **some, "rewards": arguments.reward}, until=lambda rows: False)
     return max(0.05, trained(read(folder)[-2:]))
 
 
@@ -119,19 +120,17 @@ def trained(rows: Sequence[dict[str, Any]]) -> float:
     return sum(v for row in rows if row["kind"] == "train" for k, v in row.items() if k.startswith("seconds/"))
 
 
-def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def curve(rows: Sequence[dict[str, Any]], reward: str) -> list[dict[str, float]]:
     """Return each evaluation with the seconds of training before it, and the reward gap as in the report."""
     indices = [i for i, row in enumerate(rows) if row["kind"] == "evaluation"]
     first = rows[indices[0]]
-    reward_std = {
-        name: first[f"{name}/standard_error"] * first["num_images"] ** 0.5 for name in ("llava_reward", "oracle")
-    }
+    reward_std = {name: first[f"{name}/standard_error"] * first["num_images"] ** 0.5 for name in (reward, "oracle")}
     points: list[dict[str, float]] = []
     for i in indices:
         gained = {name: (rows[i][name] - first[name]) / reward_std[name] for name in reward_std}
         points.append({
-            "seconds": trained(rows[:i]), "pass": 100 * rows[i]["oracle_pass"], "llava_reward": rows[i]["llava_reward"],
-            "gap": gained["llava_reward"] - gained["oracle"], "diversity": rows[i]["diversity"],
+            "seconds": trained(rows[:i]), "pass": 100 * rows[i]["oracle_pass"], "reward": rows[i][reward],
+            "gap": gained[reward] - gained["oracle"], "diversity": rows[i]["diversity"],
         })  # fmt: skip
     return points
 
@@ -162,7 +161,7 @@ def best_of_n(seed: int, arguments: argparse.Namespace) -> list[list[float]]:
 
     model = load_policy(arguments.model, device=torch.device("cpu"))
     found = search(
-        model, prompts, "llava_reward", num_candidates=16, num_denoising_steps=8, guidance_scale=1.0,
+        model, prompts, arguments.reward, num_candidates=16, num_denoising_steps=8, guidance_scale=1.0,
         microbatch_size=64, seed=10_000_000 * (seed + 1),
     )  # fmt: skip
     scores = found.scores.reward
@@ -230,6 +229,7 @@ def main() -> None:
         "--searches", type=int, default=4, help="Searches of best-of-N for each held-out prompt; default 4."
     )
     parser.add_argument("--jobs", type=int, default=2, help="Concurrent trainings, with one thread each; default 2.")
+    parser.add_argument("--reward", default=TOY_REWARD, help="reward model; default %(default)s")
     parser.add_argument("--model", choices=[TOY_MODEL, TOY_FLOW_MODEL], default=TOY_MODEL)
     parser.add_argument(
         "--methods", nargs="+", choices=[*METHODS, *FLOW_METHODS], help="Methods to compare; default all for the model."
@@ -243,13 +243,13 @@ def main() -> None:
             name: [pool.submit(train, name, seed, arguments) for seed in arguments.seeds] for name in arguments.methods
         }
         results = {name: [json.loads(f.result().read_text()) for f in futures] for name, futures in started.items()}
-    curves = {name: [curve(one["rows"]) for one in runs] for name, runs in results.items()}
+    curves = {name: [curve(one["rows"], arguments.reward) for one in runs] for name, runs in results.items()}
     (arguments.output_folder / "curves.json").write_text(json.dumps(curves))
     draw(curves, arguments.output_folder / "curves.svg", seconds=arguments.seconds)
     say = sys.stdout.write
     say("| method | pass, % | reward model | gap | diversity | peak MB | images |\n|---|---|---|---|---|---|---|\n")
     start = next(points[0] for runs in curves.values() for points in runs)
-    say(f"| before | {start['pass']:.1f} | {start['llava_reward']:.2f} | 0 | {start['diversity']:.3f} | | |\n")
+    say(f"| before | {start['pass']:.1f} | {start['reward']:.2f} | 0 | {start['diversity']:.3f} | | |\n")
     for name, runs in curves.items():
         ends = [at(points, arguments.seconds) for points in runs]
         sampled = [
@@ -258,7 +258,7 @@ def main() -> None:
             for one in results[name]
         ]  # fmt: skip
         say(
-            f"| {name} | {cell([e['pass'] for e in ends], 1)} | {cell([e['llava_reward'] for e in ends], 2)} "
+            f"| {name} | {cell([e['pass'] for e in ends], 1)} | {cell([e['reward'] for e in ends], 2)} "
             f"| {cell([e['gap'] for e in ends], 2)} | {np.mean([e['diversity'] for e in ends]):.3f} "
             f"| {max(one['megabytes'] for one in results[name]):.0f} | {np.mean(sampled):.0f} |\n"
         )

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from rlhf_t2i.config import parse_config
 from rlhf_t2i.plan import make_plan
-from rlhf_t2i.plan.text import usable_bytes
+from rlhf_t2i.plan.text import fits
 from rlhf_t2i.plan.types import Plan
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
@@ -66,7 +66,7 @@ def switches(config: Any) -> str:
 def row(name: str, config: Any, plan: Plan, *, seconds: float) -> str:
     """Return the row of the table of one plan."""
     worst = max(plan.peaks, key=lambda phase: plan.peaks[phase])
-    fitting = next((f"{size} GB" for size in SIZES if plan.peak <= usable_bytes(size)), "none")
+    fitting = next((f"{size} GB" for size in SIZES if fits(plan.peak, size)), "none")
     learned = sum(count for count, _, _ in plan.parts.values()) / 1e6
     trained = f"{learned:,.0f} M" if learned else "nothing"
     cells = [

@@ -8,8 +8,8 @@ PATH is the folder that recipes/train_reward_model.py wrote, such as runs/reward
 Prints a table for each data file (accuracy under three rules for ties, calibration, F1 of both classes, AUROC, each
 with a 95 % interval) and writes it as CSV, with a page of where the model fails: accuracy by tag, kind of prompt and
 rating gap, calibration, scores, and the most confident mistakes with maps of the model's attention, or with what each
-word of the prompt added to its likelihood. Published benchmarks (docs/benchmarks.md) are evaluated under every rule
-that papers use, and written as Markdown and JSON.
+token of the prompt contributed to its likelihood. Published benchmarks (docs/benchmarks.md) are evaluated under every
+rule that papers use, and written as Markdown and JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ from tqdm import tqdm
 from reward_model.attention import why_no_map
 from reward_model.benchmarks import Result, evaluate, load_benchmarks, to_json, to_markdown
 from reward_model.benchmarks.breakdown import Breakdown, break_down
-from reward_model.benchmarks.evaluation import Mistake, explained, record_metrics, score_in_parts, worst_mistakes
+from reward_model.benchmarks.evaluation import (
+    Mistake,
+    record_metrics,
+    score_in_parts,
+    with_explanations,
+    worst_mistakes,
+)
 from reward_model.benchmarks.metrics import Metric, to_csv, to_table
 from reward_model.benchmarks.report import render_report
 from reward_model.datasets import load_records
@@ -91,9 +97,9 @@ def evaluate_on_data(reward: LlavaReward | PointwiseScorer, config: Config, fold
         usable = partial(usable_records, backbone=backbone, skipped=skipped)
         scores = score_in_parts(reward, records, batch_size=config.microbatch_size, usable=usable)
         metrics[name], breakdowns[name] = record_metrics(scores), break_down(scores)
-        mistakes[name] = explained(reward, worst_mistakes(scores, count=config.num_shown))
         keep_folder(folder)
         write_atomically(folder / f"{name}.csv", to_csv(metrics[name]))
+        mistakes[name] = with_explanations(reward, worst_mistakes(scores, count=config.num_shown))
         tqdm.write(f"{name}\n{to_table(metrics[name])}\n")
     write_atomically(
         folder / REPORT, render_report(config.reward, metrics, mistakes, breakdowns, no_map=why_no_map(reward))

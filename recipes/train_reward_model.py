@@ -7,7 +7,8 @@ The first command trains the built-in reward model on a CPU within minutes, with
 second trains Qwen2.5-VL with the paper's settings, on the files of --train_data.
 
 A frozen multimodal LLM encodes an image and its prompt. The hidden state of the last token attends to the visual tokens
-once more (SkipCA), and a linear head maps the result to a score. LoRA, projector, SkipCA and head are trained:
+once more (SkipCA), and a linear head maps the result to a score. With --readout prompt_likelihood, as the first command
+has it, the score is the log-likelihood of the prompt. LoRA and projector, SkipCA and head are trained:
 
     logit = (score(winner) - score(loser)) / temperature,   loss = -log sigmoid(logit)        (Bradley-Terry)
 

@@ -74,8 +74,8 @@ class Objective:
         """Raise ValueError for a loss that cannot train the readout."""
         if self.readout == "prompt_likelihood" and self.loss != "bradley_terry":
             raise ValueError(
-                f"loss is {self.loss}; readout prompt_likelihood is trained by bradley_terry. Readout last_token can be "
-                f"trained by {self.loss}."
+                f"loss is {self.loss}; readout prompt_likelihood is trained by bradley_terry. Readout last_token can "
+                f"be trained by {self.loss}."
             )
 
     @property

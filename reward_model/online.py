@@ -45,7 +45,10 @@ class OnlineRewardModel:
                 f"score to one; votes teach a scalar head."
             )
         if config.readout != "last_token":
-            raise ValueError(f"The reward model's readout is {config.readout}, which has no head; votes teach a head.")
+            raise ValueError(
+                f"The reward model's readout is {config.readout}, which has no head; votes teach a head. Give a reward "
+                f"model whose readout is last_token."
+            )
         self.model, self.groups, self.batch_size, self.seed = model.eval(), tuple(groups), batch_size, seed
         self.config, self.tie_width = config, max(tie_width, config.tie_width)
         self.members = [config.perspective, *(f"member_{i}" for i in range(1, num_members))]

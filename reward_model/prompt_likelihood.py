@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -11,9 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reward_model.types import Backbone, BackboneOutput
-
-_WORD_MARK = re.compile(r"^[Ġ▁]|</w>$")
-"""Where a word begins or ends, in the vocabularies of tokenizers that leave it in their text."""
 
 
 def check_language_head(backbone: Backbone) -> None:
@@ -37,23 +33,27 @@ def prompt_log_likelihood(output: BackboneOutput, ids: Int[Tensor, "B L"], backb
 
 
 @torch.no_grad()
-def token_log_odds(
+def token_contributions(
     backbone: Backbone, first: Float[Tensor, "3 Y X"], second: Float[Tensor, "3 Z W"], prompt: str
 ) -> list[tuple[str, float]]:
-    """Return each token behind the image and by how much it speaks for the first image, in nats.
+    """Return each token behind the image and its contribution to the log-odds of the first image, in nats.
 
     That is log p(token | first, tokens before) - log p(token | second, tokens before); the sum is the difference of the
     images' `prompt_log_likelihood`. The tokens of the chat template behind the image are among them.
     """
     device = next(backbone.model.parameters()).device
-    ids, both = torch.empty(0, dtype=torch.int64), list[Tensor]()
-    for image in (first, second):
-        inputs = {key: value.to(device) for key, value in backbone.prepare([image.to(device)], [prompt]).items()}
-        _, ids, each = _tokens_behind_image(backbone.forward(inputs), inputs["input_ids"], backbone)
-        both.append(each)
+    inputs = backbone.prepare([first.to(device), second.to(device)], [prompt, prompt])
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    rows, ids, each = _tokens_behind_image(backbone.forward(inputs), inputs["input_ids"], backbone)
     tokenizer = backbone.prompt_tokenizer.tokenizer
-    texts = [_WORD_MARK.sub("", tokenizer.decode([i])).strip() or tokenizer.convert_ids_to_tokens(i) for i in ids]
-    return list(zip(texts, (both[0] - both[1]).tolist(), strict=True))
+    texts = [_text_of_token(i, tokenizer) for i in ids[rows == 0].tolist()]
+    return list(zip(texts, (each[rows == 0] - each[rows == 1]).tolist(), strict=True))
+
+
+def _text_of_token(token: int, tokenizer: Any) -> str:
+    """Return the text of a token, or its name for white space and for a part of a character."""
+    text = str(tokenizer.decode([token])).removesuffix("</w>").strip()  # CLIP's mark of the end of a word
+    return str(tokenizer.convert_ids_to_tokens(token)) if not text or "\N{REPLACEMENT CHARACTER}" in text else text
 
 
 def _tokens_behind_image(

@@ -132,7 +132,7 @@ def evaluated_reward_model(folder: Path) -> Path:
     scores = RecordScores(pairs, logits, -logits, [], torch.zeros(0), logits, torch.zeros(60))
     found = AttentionMap(torch.arange(8) / 28, grid_boxes(2, 4).flatten(0, 1))
     tokens = [(word, 1.25 - i) for i, word in enumerate(prompts[0].split() * 4)]
-    mistakes = [replace(one, maps=(found, found), tokens=tokens) for one in worst_mistakes(scores, count=6)]
+    mistakes = [replace(one, maps=(found, found), contributions=tokens) for one in worst_mistakes(scores, count=6)]
     metrics = [
         Metric("pairwise_accuracy_within_prompts", 0.75, 0.5, 1.0, 1240, ""),
         Metric("kendall_tau_b", -0.123456, -0.25, 0.0, 1024, 'a "note" of many words ' * 6),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -115,6 +115,7 @@ def _tokenizer(tokens: tuple[str, ...], *, starts_with: str | None, **special: A
     """Return a tokenizer with one token a word, split as by GPT-2; ids are indices into `tokens`."""
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=special["unk_token"]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     if starts_with:
         core.post_processor = processors.TemplateProcessing(
             single=f"{starts_with} $A", special_tokens=[(starts_with, tokens.index(starts_with))]

@@ -251,6 +251,13 @@ def test_an_untrained_reward_model_learns_from_votes_and_its_state_is_complete(p
     assert all(torch.equal(p, frozen[name]) for name, p in model.model.named_parameters() if name in frozen)
 
 
+def test_votes_go_on_teaching_a_built_in_reward_model_that_has_a_head() -> None:
+    found = online(start_reward_model="shapes-skip-ca")
+    assert found.config.skip_ca
+    with pytest.raises(ValueError, match="Give a reward model whose readout is last_token"):
+        online(start_reward_model="shapes")
+
+
 def test_a_reward_model_that_only_compares_is_refused() -> None:
     model = load_online(Config(num_members=1, acquisition="entropy"), seed=0).model
     kind: HeadKind = "general_preference"

@@ -14,10 +14,11 @@ from reward_model.config import RewardModelConfig
 from reward_model.losses import Objective
 from reward_model.model import RewardModel
 from reward_model.online import OnlineRewardModel
-from reward_model.prompt_likelihood import prompt_log_likelihood, token_log_odds
+from reward_model.prompt_likelihood import prompt_log_likelihood, token_contributions
 from reward_model.scorers.load import load_scorer
 from reward_model.scoring import LlavaReward
 from reward_model.types import LabelledImage
+from rlhf_t2i.settings.train_reward_model import Config
 from tests.reward_models import backbone_folder, config_of, fresh_backbone, fresh_model, reward_model_folder
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
@@ -79,15 +80,19 @@ def test_its_parameters_are_lora_and_projector_and_both_learn(family: str) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_the_parts_of_tokens_add_up_to_the_difference_of_two_images(family: str) -> None:
-    """Of images that become different numbers of tokens."""
-    backbone, prompt = fresh_backbone(family), "a red fox"
-    pictures = [torch.rand(3, 28, width, generator=torch.Generator().manual_seed(width)) for width in (28, 84)]
-    batches = [backbone.prepare([picture], [prompt]) for picture in pictures]
+def test_the_contributions_of_tokens_add_up_to_the_difference_of_two_images(family: str) -> None:
+    """The images have different numbers of visual tokens; templates have tokens of white space."""
+    backbone, prompt = fresh_backbone(family), "a red\nfox"
+    pair = [torch.rand(3, 28, width, generator=torch.Generator().manual_seed(width)) for width in (28, 84)]
+    batches = [backbone.prepare([image], [prompt]) for image in pair]
     first, second = (prompt_log_likelihood(backbone.forward(b), b["input_ids"], backbone).item() for b in batches)
-    parts = token_log_odds(backbone, *pictures, prompt)
-    assert sum(part for _, part in parts) == pytest.approx(first - second, abs=1e-4)
-    assert {"a", "red", "fox"} <= {text for text, _ in parts}
+    found = token_contributions(backbone, pair[0], pair[1], prompt)
+    assert sum(nats for _, nats in found) == pytest.approx(first - second, abs=1e-4)
+    texts = [text for text, _ in found]
+    assert {"a", "red"} <= set(texts)
+    assert all(text.strip() for text in texts)
+    if family.startswith("qwen"):
+        assert "Ċ" in texts  # a line break, by the name of its token
 
 
 def test_it_is_differentiable_in_the_image() -> None:
@@ -164,6 +169,21 @@ def test_a_loss_on_single_images_is_refused() -> None:
         ValueError, match="loss is cross_entropy; readout prompt_likelihood is trained by bradley_terry"
     ):
         Objective(loss="cross_entropy", readout="prompt_likelihood")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("skip_ca", False, "true with readout prompt_likelihood, which has no SkipCA in any case"),
+        ("skip_ca_heads", 2, "1 with readout prompt_likelihood, which has no SkipCA"),
+        ("skip_ca_learning_rate", 1e-3, "null with readout prompt_likelihood, which has no SkipCA"),
+        ("head_learning_rate", 1e-3, "null with readout prompt_likelihood, which has no head"),
+    ],
+)
+def test_options_of_what_it_has_not_are_refused(option: str, value: object, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} is {value}; it must be {rule}"):
+        Config(readout="prompt_likelihood", **{option: value})
+    assert getattr(Config(**{option: value}), option) == value
 
 
 def test_labels_are_not_evaluated_with_it() -> None:

@@ -36,7 +36,7 @@ from reward_model.benchmarks.classification import (
     pair_calibration_error,
 )
 from reward_model.benchmarks.columns import UndefinedMetricError
-from reward_model.benchmarks.evaluation import RecordScores, explained, score_records, worst_mistakes
+from reward_model.benchmarks.evaluation import RecordScores, score_records, with_explanations, worst_mistakes
 from reward_model.benchmarks.metrics import Metric, gap_metrics, label_metrics, pair_metrics, to_csv, to_table
 from reward_model.benchmarks.report import render_report
 from reward_model.benchmarks.rules import rating_metrics
@@ -819,7 +819,7 @@ def test_the_page_of_a_real_reward_model_has_its_scores_and_maps(tmp_path: Path)
     assert torch.equal(scores.logits, logits)
     assert torch.equal(scores.winner_scores, reward.score(paths[:3], ["a red fox"] * 3, batch_size=2))
     wrong = replace(scores, logits=-scores.logits.abs())
-    mistakes = explained(reward, worst_mistakes(wrong, count=2))
+    mistakes = with_explanations(reward, worst_mistakes(wrong, count=2))
     expected = attention_maps(reward, [mistakes[1].loser], ["a red fox"])[0]
     assert torch.equal(mistakes[1].maps[1].weights, expected.weights)
 
@@ -835,12 +835,12 @@ def test_the_page_says_what_each_token_adds_to_a_likelihood(tmp_path: Path) -> N
     for reward in (likelihood, load_scorer(f"visual_gpt_score:{backbone_folder('llava')}")):
         scores = score_records(reward, [pair, other], batch_size=2)
         wrong = worst_mistakes(replace(scores, logits=scores.logits - 100), count=2)
-        same, two_prompts = sorted(explained(reward, wrong), key=lambda one: one.loser_prompt, reverse=True)
-        assert sum(part for _, part in same.tokens) == pytest.approx(-scores.logits[0].item(), abs=1e-4)
-        assert {"red", "fox"} <= {text for text, _ in same.tokens}
-        assert not two_prompts.tokens
+        same, two_prompts = sorted(with_explanations(reward, wrong), key=lambda one: one.loser_prompt, reverse=True)
+        assert sum(part for _, part in same.contributions) == pytest.approx(-scores.logits[0].item(), abs=1e-4)
+        assert {"red", "fox"} <= {text for text, _ in same.contributions}
+        assert not two_prompts.contributions
         page = render_report("mine", {"pairs": METRICS}, {"pairs": [two_prompts, same]}, no_map="No map: why.")
-        assert page.count('class="token" title') == len(same.tokens)
+        assert page.count('class="token" title') == len(same.contributions)
         assert "No map" not in page
     page = render_report("mine", {"pairs": METRICS}, {"pairs": [two_prompts]}, no_map="No map: why.")
     assert 'class="token"' not in page

@@ -69,6 +69,7 @@ def test_the_gradient_of_the_built_in_reward_model_equals_finite_differences() -
     reward = load_rewards("llava_reward")
     scored = score_with_gradient(reward, images, PROMPTS)
     length = scored.pixel_gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    # The score is steep: with a step of 1e-3 its curvature adds 3 %.
     step = 2e-4 * scored.pixel_gradient / length
     with torch.no_grad():
         ends = [reward(images + sign * step, PROMPTS)[0] for sign in (1, -1)]

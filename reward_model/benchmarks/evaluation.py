@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +15,7 @@ from reward_model.benchmarks.statistics import order_consistency
 from reward_model.datasets.table import RecordTable
 from reward_model.images import to_tensor
 from reward_model.losses import decided_logits
-from reward_model.prompt_likelihood import token_log_odds
+from reward_model.prompt_likelihood import token_contributions
 from reward_model.scorers.pointwise import PointwiseScorer
 from reward_model.scorers.visual_gpt_score import VisualGptScore
 from reward_model.scoring import LlavaReward
@@ -172,8 +171,8 @@ class Mistake:
     tags: Tags = field(default_factory=dict[str, tuple[str, ...]])
     maps: tuple[AttentionMap, AttentionMap] | None = None
     """Where SkipCA attends in the winner and in the loser, as they are scored."""
-    tokens: Sequence[tuple[str, float]] = ()
-    """The tokens of the prompt, and by how much each speaks for the loser, in nats, if a score is their likelihood."""
+    contributions: Sequence[tuple[str, float]] = ()
+    """The tokens of the prompt with their contributions to `log_odds`, if a score is the prompt's likelihood."""
 
 
 def worst_mistakes(scores: RecordScores, *, count: int) -> list[Mistake]:
@@ -186,15 +185,24 @@ def worst_mistakes(scores: RecordScores, *, count: int) -> list[Mistake]:
     ]
 
 
-def explained(reward_model: LlavaReward | PointwiseScorer, mistakes: Sequence[Mistake]) -> list[Mistake]:
-    """Return the mistakes with maps of SkipCA's attention, or with each token's part of a likelihood.
+def with_explanations(reward_model: LlavaReward | PointwiseScorer, mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """Return the mistakes with maps of SkipCA's attention, or with the contributions of tokens to a likelihood.
 
-    Those of a model that has neither, and of two prompts for one likelihood, stay as they are.
+    Those of a model that has neither stay as they are, and so do pairs with two prompts under a likelihood.
     """
-    if isinstance(reward_model, LlavaReward) and why_no_map(reward_model) is None:
+    if not isinstance(reward_model, LlavaReward):
+        function = reward_model.function
+        return [
+            _with_contributions(function.backbone, one) if isinstance(function, VisualGptScore) else one
+            for one in mistakes
+        ]
+    if why_no_map(reward_model) is None:
         return [_with_maps(reward_model, one) for one in mistakes]
-    with _likelihood_of(reward_model) as backbone:
-        return [_with_tokens(backbone, one) if backbone else one for one in mistakes]
+    config = reward_model.config()
+    if config.readout != "prompt_likelihood":
+        return list(mistakes)
+    with reward_model.model.using(config.perspective):
+        return [_with_contributions(reward_model.model.backbone, one) for one in mistakes]
 
 
 def _with_maps(reward_model: LlavaReward, one: Mistake) -> Mistake:
@@ -202,20 +210,8 @@ def _with_maps(reward_model: LlavaReward, one: Mistake) -> Mistake:
     return replace(one, maps=(winner, loser))
 
 
-def _with_tokens(backbone: Backbone, one: Mistake) -> Mistake:
+def _with_contributions(backbone: Backbone, one: Mistake) -> Mistake:
     if one.winner_prompt != one.loser_prompt:
         return one
-    return replace(one, tokens=token_log_odds(backbone, to_tensor(one.loser), to_tensor(one.winner), one.loser_prompt))
-
-
-@contextmanager
-def _likelihood_of(reward_model: LlavaReward | PointwiseScorer) -> Iterator[Backbone | None]:
-    """Yield the backbone whose likelihood of the prompt is the score; None if the score is another."""
-    if not isinstance(reward_model, LlavaReward):
-        function = reward_model.function
-        yield function.backbone if isinstance(function, VisualGptScore) else None
-    elif (config := reward_model.config()).readout == "prompt_likelihood":
-        with reward_model.model.using(config.perspective):
-            yield reward_model.model.backbone
-    else:
-        yield None
+    loser, winner = to_tensor(one.loser), to_tensor(one.winner)
+    return replace(one, contributions=token_contributions(backbone, loser, winner, one.loser_prompt))

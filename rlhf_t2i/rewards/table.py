@@ -150,13 +150,16 @@ REMOTE = RewardEntry("http://HOST:PORT", _remote, False, "a reward that `python 
 _BUILTIN = "rlhf_t2i.rewards.builtin"
 REWARDS = (
     RewardEntry(
-        "llava_reward", _built_in_llava_reward, True, "the built-in LLaVA-Reward, for prompts of the toy world"
+        "llava_reward",
+        _built_in_llava_reward,
+        True,
+        "the built-in reward model, for prompts of the toy world: the log-likelihood of the prompt, scaled",
     ),
     RewardEntry(
         "llava_reward:PATH",
         _llava_reward,
         True,
-        "a LLaVA-Reward of your own: folder, run folder or Hub id; shapes-skip-ca is the built-in one as published",
+        "a LLaVA-Reward of your own: folder, run folder or Hub id; shapes-skip-ca is a built-in one with SkipCA",
     ),
     RewardEntry(
         "pairwise:PATH",

@@ -92,10 +92,13 @@ class Settings:
             raise ValueError(missing_text(vars(self)["_given"]["model"], self.missing))
 
     def defaults_text(self) -> str:
-        """Return one line that says which options were chosen for the model, and which model if none was given."""
-        varying = {o.name for o in options_of(type(self)) if isinstance(o.default, ByModel) and o.default.varies}
-        known = {n: v for n, v in self.model_defaults.items() if v not in (None, "") and n in varying | {"model"}}
-        chosen = [f"{name} {as_text(value)}" for name, value in known.items()]
+        """Return one line that says which model and options for it were chosen or taken from a run."""
+        defaults = {o.name: o.default for o in options_of(type(self)) if isinstance(o.default, ByModel)}
+        chosen = [
+            f"{name} {as_text(value)}"
+            for name, value in self.model_defaults.items()
+            if value not in (None, "") and (name == "model" or defaults[name].varies or value != defaults[name].toy)
+        ]
         return f"defaults  {', '.join(chosen) or 'none depends on the model'}"
 
     def with_options(self: SettingsT, **given: Any) -> SettingsT:

@@ -33,8 +33,8 @@ class ByModel:
 
     @property
     def varies(self) -> bool:
-        """False if all models have the same default, before which only a run's own setting comes."""
-        return bool(self.family) or self.other != self.toy
+        """False if all models have the same default."""
+        return bool(self.family) or self.other != self.toy or self.signs is not None
 
     def built_in(self, model: str) -> Any:
         """Return the value for a built-in model."""

@@ -214,12 +214,17 @@ class Config(
     """Margin in log-odds by which a winner should lead, for each unit of its rating_gap. Not for cross_entropy."""
 
     def rules(self) -> list[Rule]:
+        has_head, readout = self.readout == "last_token", "with readout prompt_likelihood, which has no"
         unused = self.loss != "cross_entropy" or not self.margin_per_rating
         is_mixed = self.data_weights is not None
         return [
             *super().rules(),
             ("margin_per_rating", unused, "0 with cross_entropy, which does not use it"),
             self.weights_rule("" if self.train_data == TOY_PAIRS else self.train_data),
+            ("skip_ca", has_head or self.skip_ca, f"true {readout} SkipCA in any case"),
+            ("skip_ca_heads", has_head or self.skip_ca_heads == 1, f"1 {readout} SkipCA"),
+            ("skip_ca_learning_rate", has_head or self.skip_ca_learning_rate is None, f"null {readout} SkipCA"),
+            ("head_learning_rate", has_head or self.head_learning_rate is None, f"null {readout} head"),
             ("hard_negatives", not (is_mixed and self.hard_negatives), "0 with data_weights"),
         ]
 
