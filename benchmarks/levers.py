@@ -30,7 +30,7 @@ from rlhf_t2i.diffusion.transitions import stochastic
 from rlhf_t2i.models.load import load_policy
 from rlhf_t2i.models.speed import compile_blocks, to_channels_last
 from rlhf_t2i.sampling.rollout import transition_at
-from rlhf_t2i.shapes.names import TOY_MODEL, TOY_REWARD_MODEL_FOLDER
+from rlhf_t2i.shapes.names import TOY_MODEL, TOY_REWARD_MODELS, TOY_SKIP_CA_REWARD_MODEL
 from rlhf_t2i.types import Sampler
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def one_kernel(repeats: int) -> Iterator[Row]:
 
 def merged(repeats: int) -> Iterator[Row]:
     """A reward model's LoRA merged into its backbone."""
-    plain = LlavaReward.from_pretrained(TOY_REWARD_MODEL_FOLDER, device="cpu")
+    plain = LlavaReward.from_pretrained(TOY_REWARD_MODELS[TOY_SKIP_CA_REWARD_MODEL], device="cpu")
     other = copy.deepcopy(plain).merge_lora()
     images, prompts = torch.rand(32, 3, 32, 32), [PROMPT] * 32
     works = [partial(model.score, images, prompts) for model in (plain, other)]
