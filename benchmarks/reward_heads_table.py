@@ -84,7 +84,10 @@ def with_rates(rows: Sequence[Row]) -> list[Row]:
 
 def print_tables(rows: Sequence[Row], policies: Sequence[Row]) -> None:
     """Print the accuracies, the pass rates by best of n and by DDPO, and where SkipCA attends."""
-    rows = with_rates(rows)
+    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
+    rows = sorted(
+        with_rates(rows), key=lambda row: (backbones.index(row["backbone"]), row["wrong_labels"], row["pairs"])
+    )
     print_table(rows)
     print_selection(rows)
     print_policies(policies)
