@@ -175,8 +175,8 @@ def test_a_config_can_be_planned_at_full_size(path: Path) -> None:
     config = parse_config(train_reward_model.Config, arguments=["--config", str(path)])
     plan = make_plan(train_reward_model.main, config)
     own = {name: learned for name, (learned, _, _) in plan.parts.items() if learned}
-    read = {"SkipCA", "head"} if config.readout == "last_token" else set[str]()
-    assert own.keys() == {"LoRA", "projector", *read}
+    of_readout = {"SkipCA", "head"} if config.readout == "last_token" else set[str]()
+    assert own.keys() == {"LoRA", "projector", *of_readout}
     if config.backbone == QWEN_7B:
         assert sum(frozen for _, frozen, _ in plan.parts.values()) + own["projector"] == PARAMETERS[QWEN_7B]
         assert own["SkipCA"] == 3 * 3584**2 + 3584

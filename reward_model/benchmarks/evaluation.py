@@ -192,10 +192,9 @@ def with_explanations(reward_model: LlavaReward | PointwiseScorer, mistakes: Seq
     """
     if not isinstance(reward_model, LlavaReward):
         function = reward_model.function
-        return [
-            _with_contributions(function.backbone, one) if isinstance(function, VisualGptScore) else one
-            for one in mistakes
-        ]
+        if not isinstance(function, VisualGptScore):
+            return list(mistakes)
+        return [_with_contributions(function.backbone, one) for one in mistakes]
     if why_no_map(reward_model) is None:
         return [_with_maps(reward_model, one) for one in mistakes]
     config = reward_model.config()
